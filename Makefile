@@ -1,0 +1,53 @@
+# Two commands: `make demo` and `make test`. Both set everything up first, in .venv or in VENV=path.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: setup demo seeds test quick lint format bench results data pretrain clean help
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+
+# The stamp holds the requirements it was made from, so that an environment shared by clones is renewed when they differ.
+setup:  ## the environment, from requirements.txt; instant when it is there
+	@cmp -s requirements.txt $(VENV)/.requirements || { \
+	  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	    || { echo "error: Python 3.10 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }; \
+	  echo "setting up $(VENV), once; torch is large"; \
+	  $(PYTHON) -m venv $(VENV) \
+	  && $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  && cp requirements.txt $(VENV)/.requirements; }
+
+demo: setup  ## fine-tune a sweep, cook soups, write Table 3 and Figure 1
+	@$(RUN) reproduce.py experiment=demo
+
+seeds: setup  ## the demo with three sweep seeds
+	@$(RUN) reproduce.py experiment=demo_seeds
+
+test: setup lint  ## lint, types and all tests
+	@$(RUN) -m pytest
+
+quick: setup  ## the tests that take seconds
+	@$(RUN) -m pytest -m "not slow"
+
+lint: setup  ## ruff and mypy
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check --quiet . && $(RUN) -m mypy
+
+format: setup  ## mend what ruff can
+	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
+
+bench: setup  ## time of a training step beside its floor
+	@$(RUN) -m benchmarks.training
+
+results: seeds  ## renew the committed numbers in results/measured
+	@$(RUN) -m analysis experiment=demo_seeds paths.results=results/measured
+
+data: setup  ## rebuild the embedded benchmark from its sources (needs npm)
+	@$(RUN) -m pip install --quiet -r requirements-build.txt && $(RUN) -m tasks.emoji.build
+
+pretrain: setup  ## rebuild the embedded model from its sources (needs npm)
+	@$(RUN) -m pip install --quiet -r requirements-build.txt && $(RUN) -m models.emoji_clip.pretrain
+
+clean:  ## delete runs and caches, not the environment
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,75 @@
+"""Figures from tidy tables; nothing here computes a result."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from store.atomic import replacing
+
+# Okabe and Ito's colours, told apart with any colour vision; the markers follow the paper's Figure 1.
+STYLE = {
+    "individual": ("Individual models", "#009E73", "D", 28),
+    "initialisation": ("Initialisation", "#000000", "h", 90),
+    "best": ("Best individual (held-out)", "#D55E00", "D", 60),
+    "uniform": ("Uniform soup", "#0072B2", "o", 90),
+    "greedy": ("Greedy soup", "#CC79A7", "*", 200),
+    "ensemble": ("Ensemble", "#56B4E9", "s", 60),
+    "greedy_ensemble": ("Greedy ensemble", "#E69F00", "P", 80),
+}
+SETTINGS = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "figure.dpi": 200,
+    "savefig.bbox": "tight",
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "model-soups",
+}
+
+
+def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str) -> Figure:
+    """Test accuracy against the mean of the shifts, one marker per model, soup and ensemble.
+
+    Args:
+        points: name, kind, test, shift_mean (fractions), from `analysis.results.scatter_points`.
+        errors: method, test_low, test_high, shift_low, shift_high: differences to the best individual (fractions);
+            drawn as bars around the soups.
+        task: name of the benchmark, for the axes.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(3.6, 3.2))
+        axes = figure.subplots()
+        best = points[points["kind"] == "best"].iloc[0]
+        for kind, (label, colour, marker, size) in STYLE.items():
+            drawn = points[points["kind"] == kind]
+            if drawn.empty:
+                continue
+            x, y = 100 * drawn["test"], 100 * drawn["shift_mean"]
+            axes.scatter(x, y, s=size, c=colour, marker=marker, label=label, linewidths=0, alpha=0.9, zorder=3)
+        for _, row in errors.iterrows():
+            x0, y0 = best["test"], best["shift_mean"]
+            point = points[points["kind"] == row["method"]].iloc[0]
+            colour = STYLE[row["method"]][1]
+            ends = 100 * (x0 + row["test_low"]), 100 * (x0 + row["test_high"])
+            axes.plot(ends, [100 * point["shift_mean"]] * 2, color=colour, lw=0.8, alpha=0.7, zorder=2)
+            ends = 100 * (y0 + row["shift_low"]), 100 * (y0 + row["shift_high"])
+            axes.plot([100 * point["test"]] * 2, ends, color=colour, lw=0.8, alpha=0.7, zorder=2)
+        axes.set_xlabel(f"{task} test accuracy, top-1 (%)")
+        axes.set_ylabel("Mean accuracy on the five shifts (%)")
+        axes.legend(fontsize=6.5, loc="best", framealpha=0.9)
+        return figure
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write stem.pdf and stem.png, without dates, so that equal figures are equal files."""
+    written = []
+    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
+        path = stem.with_name(stem.name + suffix)
+        with mpl.rc_context(SETTINGS), replacing(path) as temporary:
+            figure.savefig(temporary, metadata=metadata)
+        written.append(path)
+    return written

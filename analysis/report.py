@@ -1,0 +1,83 @@
+"""All that an experiment shows: its table, its figure, and the files behind them."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.figures import figure1, save
+from analysis.results import SHIFT_MEAN, measure, scatter_points, tidy
+from analysis.tables import table3, write_table
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from store.atomic import replacing, write_json
+from store.provenance import provenance
+from store.runs import RunFolder
+
+DRAWN_WITH_BARS = ("uniform", "greedy", "ensemble", "greedy_ensemble")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `analyse` wrote, and the table for the terminal."""
+
+    table: pd.DataFrame
+    tidy: pd.DataFrame
+    files: tuple[Path, ...]
+
+
+def note(config: Experiment) -> str:
+    """Names the proxies wherever the numbers stand."""
+    return (
+        f"Benchmark {config.task.kind}, a proxy for ImageNet; "
+        f"model {config.model.kind}, a proxy for {config.model.proxy_for}; "
+        f"{config.sweep.rows} fine-tuned models and the initialisation, sweep seed {config.sweep.seed}."
+    )
+
+
+def _errors(scores: pd.DataFrame, test: str) -> pd.DataFrame:
+    wide = scores.pivot(index="method", columns="column", values=["low", "high"])
+    return pd.DataFrame(
+        {
+            "method": method,
+            "test_low": wide.loc[method, ("low", test)],
+            "test_high": wide.loc[method, ("high", test)],
+            "shift_low": wide.loc[method, ("low", SHIFT_MEAN)],
+            "shift_high": wide.loc[method, ("high", SHIFT_MEAN)],
+        }
+        for method in DRAWN_WITH_BARS
+        if method in wide.index
+    )
+
+
+def analyse(config: Experiment) -> Report:
+    """Write table3.{md,tex,csv}, figure1.{pdf,png,csv} and provenance.json, from cached logits.
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    evaluator = Evaluator(config)
+    pool, methods = measure(config, evaluator)
+    scores = tidy(config, methods, evaluator)
+    points = scatter_points(config, pool, methods)
+    folder = RunFolder.of(config).analysis
+    table = table3(scores)
+    files = write_table(table, scores, folder / "table3", note(config))
+    files += save(figure1(points, _errors(scores, config.task.test), config.task.kind.capitalize()), folder / "figure1")
+    with replacing(folder / "figure1.csv") as temporary:
+        points.to_csv(temporary, index=False, float_format="%.8f")
+    record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.rows, **provenance()}
+    write_json(folder / "provenance.json", record)
+    files += [folder / "figure1.csv", folder / "provenance.json"]
+    if config.paths.results is not None:
+        files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
+    return Report(table, scores, tuple(files))
+
+
+def publish(file: Path, results: Path, name: str) -> Path:
+    """Copy a result to results/<name>_<file>, whole or not at all."""
+    target = results / f"{name.replace('/', '_')}_{file.name}"
+    with replacing(target) as temporary:
+        shutil.copyfile(file, temporary)
+    return target

@@ -1,0 +1,88 @@
+"""Table 3's shape: methods by splits, with paired-bootstrap intervals against the best individual model."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.results import SHIFT_MEAN
+from store.atomic import replacing, write_text
+
+NAMES = {
+    "zero-shot": "Zero-shot",
+    "initialisation": "Initialisation (linear probe)",
+    "best": "Best individual model",
+    "uniform": "Uniform soup",
+    "greedy": "Greedy soup",
+    "ensemble": "Ensemble",
+    "greedy_ensemble": "Greedy ensemble",
+}
+SPLITS = {"test": "Test", "v2": "V2", "r": "R", "sketch": "Sketch", "objectnet": "ObjectNet-like", "a": "A-like"}
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage with one decimal.
+
+    >>> percent(0.5304)
+    '53.0'
+    """
+    return f"{100 * fraction:.1f}"
+
+
+def points(difference: float, low: float, high: float) -> str:
+    """A difference in percentage points with its interval.
+
+    >>> points(0.056, 0.027, 0.083)
+    '+5.6 [+2.7, +8.3]'
+    """
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def table3(tidy: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, all cells text: accuracies in per cent, differences to the best individual in points.
+
+    Args:
+        tidy: from `analysis.results.tidy`.
+    """
+    test, *shifts = [column for column in tidy["column"].unique() if column != SHIFT_MEAN]
+    rows = []
+    for method, group in tidy.groupby("method", sort=False):
+        cells = group.set_index("column")
+        row = {"Method": NAMES.get(str(method), str(method)), "Models at inference": str(cells["models"].iloc[0])}
+        row["Held-out"] = percent(cells["held_out"].iloc[0])
+        for column in (test, *shifts):
+            row[SPLITS.get(column, column)] = percent(cells.loc[column, "accuracy"])
+        row["Mean of shifts"] = percent(cells.loc[SHIFT_MEAN, "accuracy"])
+        for column, title in ((test, "Test − best"), (SHIFT_MEAN, "Shifts − best")):
+            cell = cells.loc[column]
+            row[title] = "" if method == "best" else points(cell["difference"], cell["low"], cell["high"])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def caption(tidy: pd.DataFrame, note: str) -> str:
+    """What the table shows, with n of every split."""
+    sizes = tidy.drop_duplicates("column").set_index("column")["n"]
+    counts = ", ".join(f"{SPLITS.get(c, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
+    return (
+        f"Top-1 accuracy in %, n: {counts}. Differences in percentage points to the best individual model, chosen on "
+        f"the held-out split, with 95 % paired-bootstrap intervals. {note}"
+    )
+
+
+def write_table(table: pd.DataFrame, tidy: pd.DataFrame, stem: Path, note: str) -> list[Path]:
+    """Write stem.md, stem.tex (booktabs) and stem.csv (the tidy numbers behind both)."""
+    text = caption(tidy, note)
+    markdown, latex, csv = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".tex", ".csv"))
+    write_text(markdown, f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
+    escaped = table.rename(columns=_escape).map(_escape)
+    write_text(
+        latex,
+        escaped.to_latex(index=False, caption=_escape(text), column_format="l" + "r" * (len(table.columns) - 1)),
+    )
+    with replacing(csv) as temporary:
+        tidy.to_csv(temporary, index=False, float_format="%.8f")
+    return [markdown, latex, csv]
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", r"\%").replace("_", r"\_").replace("−", "$-$")

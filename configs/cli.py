@@ -1,0 +1,40 @@
+"""What every entry point does before and after its work: Hydra, the closed config, and errors in one line."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from configs.errors import UserError
+from configs.schema import CONFIGS, Experiment, parse
+
+
+def one_line_errors(work: Callable[[], None]) -> None:
+    """Run `work`; a `UserError` or a full disk becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left on the disk of {error.filename}: free some and run again", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+def entry_point(stage: Callable[[Experiment], None]) -> Callable[[], None]:
+    """The `main` of a stage: compose configs/config.yaml with the command line, freeze it and run `stage`."""
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+    def main(cfg: DictConfig) -> None:
+        typed = HydraConfig.get().overrides.task
+        one_line_errors(lambda: stage(parse(cfg, typed)))
+
+    return main

@@ -1,0 +1,8 @@
+"""The one exception that means: the input is wrong and the message says what to do about it."""
+
+
+class UserError(RuntimeError):
+    """Wrong input, data or files. The message is one sentence naming the culprit and the remedy.
+
+    Entry points print it without a traceback and exit with status 2; anything else is a bug and keeps its traceback.
+    """

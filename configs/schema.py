@@ -1,0 +1,265 @@
+"""Every setting: its name, type and limits. Values stand in the yaml files beside this module.
+
+`parse` is the only way from Hydra's answer to an `Experiment`; unknown names and values out of range die there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from configs.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent
+
+closed = dataclass(config=ConfigDict(extra="forbid", frozen=True), kw_only=True)
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+Recipe = Literal["best", "uniform", "greedy", "ensemble", "greedy_ensemble"]
+
+
+@closed
+class Paths:
+    """Where things are written."""
+
+    runs: Path  # run folders: runs/<name>/...
+    results: Path | None = None  # also copy tables and scores here (results/measured holds the committed ones)
+
+
+@closed
+class Task:
+    """configs/task/*.yaml: what is learned, what selects and what reports."""
+
+    kind: Literal["emoji"]
+    folder: Path  # the data
+    train: str
+    held_out: str  # selects: greedy order, best individual, regularisation
+    test: str  # reports
+    shifts: tuple[str, ...]  # report; their unweighted mean is the "shift mean" (Section 3.1)
+    bootstrap_unit: Literal["class", "image"] = "image"  # what intervals resample; class where images share concepts
+    classes: Annotated[int | None, Field(ge=2)] = None  # only the first n classes; for tests
+
+    @model_validator(mode="after")
+    def selects_and_reports_apart(self) -> "Task":
+        """The held-out split never reports and the reporting splits never select or train."""
+        splits = [self.train, self.held_out, self.test, *self.shifts]
+        twice = sorted({s for s in splits if splits.count(s) > 1})
+        if twice:
+            raise ValueError(f"each split has one role (train, held_out, test or shift), but {twice} has two")
+        return self
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The test split and the shifts, in the order of a table's columns."""
+        return (self.test, *self.shifts)
+
+
+@closed
+class Model:
+    """configs/model/*.yaml"""
+
+    kind: Literal["emoji_clip"]
+    weights: Path  # the pretrained model
+    proxy_for: str  # the paper's model in whose place it stands
+    image_size: Count  # pixels, square
+    head: Literal["linear_probe", "zero_shot"]  # the initialisation of the classifier (Section 3.1)
+    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # stem and this many stages get no gradient; 0: end to end
+    probe_c: tuple[Positive, ...]  # inverse regularisation of the linear probe; the best on held-out is taken
+
+
+@closed
+class Optim:
+    """configs/optim/*.yaml"""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Positive  # peak, per optimizer step
+    weight_decay: NonNegative  # decoupled; biases and norms are exempt
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2, multiple_of=2)]  # images per step; even, since mixup pairs them
+    warmup_steps: Annotated[int, Field(ge=0)]  # linear from 0, then cosine to 0
+    clip_norm: Positive  # of the whole gradient
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    mixup: NonNegative  # alpha of the Beta distribution; 0 is off
+
+
+@closed
+class Augment:
+    """configs/augment/*.yaml"""
+
+    kind: Literal["minimal", "rand"]  # rand adds timm's RandAugment to the crop
+    crop: Annotated[float, Field(gt=0, le=1)]  # smallest share of the image that a random crop keeps
+    magnitude: Annotated[int, Field(ge=0, le=30)]  # RandAugment's M
+    layers: Annotated[int, Field(ge=0, le=8)]  # RandAugment's N
+
+
+@closed
+class LogUniform:
+    """10 to the power of a uniform exponent in [low, high)."""
+
+    kind: Literal["log10_uniform"]
+    low: float
+    high: float
+
+
+@closed
+class ZeroOrUniform:
+    """0 with probability `zero`, else uniform in [low, high)."""
+
+    kind: Literal["zero_or_uniform"]
+    zero: Probability
+    low: float
+    high: float
+
+
+@closed
+class Integers:
+    """Uniform over low, low + 1, ..., high."""
+
+    kind: Literal["integers"]
+    low: int
+    high: int
+
+
+@closed
+class Choice:
+    """Uniform over a list; a value that stands there twice is twice as likely."""
+
+    kind: Literal["choice"]
+    values: Annotated[tuple[int | float | str, ...], Field(min_length=1)]
+
+
+Distribution = Annotated[LogUniform | ZeroOrUniform | Integers | Choice, Field(discriminator="kind")]
+
+
+@closed
+class Sweep:
+    """configs/sweep/*.yaml: row 0 is the initialisation, rows 1 to `rows` are fine-tuned with drawn settings."""
+
+    rows: Count
+    seed: int
+    draw: dict[Literal["model", "optim", "augment"], dict[str, Distribution]]  # group -> field -> its distribution
+    index: Annotated[int | None, Field(ge=0)] = None  # train this row only, as an array job does
+
+    @property
+    def drawn(self) -> dict[str, Distribution]:
+        """The distributions by dotted field name, as in `optim.lr`."""
+        return {f"{group}.{field}": law for group, fields in self.draw.items() for field, law in fields.items()}
+
+
+@closed
+class Analysis:
+    """How tables state their uncertainty."""
+
+    resamples: Count  # of the paired bootstrap
+    seed: int
+
+
+@closed
+class Cluster:
+    """configs/cluster/*.yaml: where rows run."""
+
+    kind: Literal["local"]
+    workers: Count  # processes, one row each
+    threads: Count  # torch threads of each; recorded with results, since it can change the last bits
+
+
+@closed
+class Experiment:
+    """Everything that drives every stage; one experiment is one sweep on one task with one model."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+(/[a-z0-9_]+)?$")]
+    task: Task
+    model: Model
+    optim: Optim
+    augment: Augment
+    sweep: Sweep
+    recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
+    recipe: Recipe | None = None  # cook this one only
+    analysis: Analysis
+    cluster: Cluster
+    paths: Paths
+    replicates: tuple[int, ...] = ()  # repeat the whole experiment with these sweep seeds, under name/seed<n>
+
+    @model_validator(mode="after")
+    def index_is_a_row(self) -> "Experiment":
+        """`sweep.index` names a row that exists, and the soups' baseline is there."""
+        if self.sweep.index is not None and self.sweep.index > self.sweep.rows:
+            raise ValueError(f"sweep.index={self.sweep.index} is past the last row, {self.sweep.rows}")
+        if "best" not in self.recipes:
+            raise ValueError("recipes must contain best: every interval is against the best individual model")
+        return self
+
+
+def replicate(config: Experiment, sweep_seed: int) -> Experiment:
+    """The same experiment with another sweep seed, in a run folder of its own."""
+    sweep = replace(config.sweep, seed=sweep_seed)
+    return replace(config, name=f"{config.name}/seed{sweep_seed}", sweep=sweep, replicates=())
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "the experiment"
+        if problem["type"] == "unexpected_keyword_argument":
+            lines.append(f"{where}: unknown key; configs/schema.py lists the known ones")
+        else:
+            lines.append(f"{where}: {problem['msg']}, got {str(problem['input'])[:80]!r}")
+    return "; ".join(lines)
+
+
+def parse_values(values: Any) -> Experiment:
+    """Plain containers to a frozen Experiment.
+
+    Raises:
+        UserError: an unknown key, a wrong type or a value out of range, named as in `optim.lr`.
+    """
+    try:
+        return TypeAdapter(Experiment).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"bad config: {_explain(error)}") from None
+
+
+def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
+    """Check Hydra's answer and freeze it.
+
+    Args:
+        cfg: the composed config.
+        typed: the overrides of the command line; a field both typed there and drawn by the sweep is an error,
+            because one of the two would be ignored.
+
+    Raises:
+        UserError: as in `parse_values`; a missing value; a field typed and drawn.
+    """
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"bad config: {reason}; an experiment sets it, e.g. experiment=demo") from None
+    config = parse_values(values)
+    for field in (override.split("=")[0].lstrip("+~") for override in typed):
+        if field in config.sweep.drawn:
+            raise UserError(f"{field} is drawn by the sweep; to fix it in every row, type '~sweep.draw.{field}' too")
+    return config
+
+
+def load(experiment: str, *overrides: str) -> Experiment:
+    """Compose and parse an experiment file, for tests and notebooks: `load("demo", "sweep.rows=2")`."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return parse(compose("config", [f"experiment={experiment}", *overrides]), overrides)
+
+
+def dump(config: Experiment) -> dict[str, Any]:
+    """Plain JSON-able containers, the inverse of `parse_values`."""
+    return TypeAdapter(Experiment).dump_python(config, mode="json")

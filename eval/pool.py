@@ -1,0 +1,78 @@
+"""Every model of an experiment on every split, into the logits cache."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+
+from rich.console import Console
+
+from configs.errors import UserError
+from configs.schema import Experiment
+from eval.forward import Count, Evaluator
+from store.atomic import read_json, read_jsonl, write_jsonl
+from store.runs import RunFolder
+from store.workers import spread
+
+
+@cache
+def _evaluator(config: Experiment) -> Evaluator:
+    """One to a worker process, so that images and module are loaded once, not once a model."""
+    return Evaluator(config)
+
+
+def evaluate(config: Experiment, folder: Path) -> str:
+    """Logits of one model on the held-out, test and shift splits, and scores.jsonl beside it; returns one line.
+
+    Raises:
+        UserError: missing or damaged weights, logits or data.
+    """
+    evaluator, task = _evaluator(config), config.task
+    digest = recorded_digest(folder)
+    if digest is None:
+        raise UserError(f"{folder} holds no finished model: run python -m finetune or python -m soups first")
+    counts: dict[str, Count] = {}
+    for split in (task.held_out, *task.reported):
+        logits = evaluator.logits_of_file(digest, folder / "weights.safetensors", split)
+        counts[split] = evaluator.count(logits, split)
+    rows = [
+        {"weights": digest, "split": split, "correct": count.correct, "n": count.n, "top1": count.top1}
+        for split, count in counts.items()
+    ]
+    write_jsonl(folder / "scores.jsonl", rows)
+    shifts = sum(counts[split].top1 for split in task.shifts) / len(task.shifts)
+    return f"{folder.name}: {task.test} {100 * counts[task.test].top1:.1f} %, mean of shifts {100 * shifts:.1f} %"
+
+
+def recorded_digest(folder: Path) -> str | None:
+    """The digest of a finished model's weights, from the record written last; None where there are no weights."""
+    record = next((path for path in (folder / "done.json", folder / "soup.json") if path.exists()), None)
+    return read_json(record)["digest"] if record else None
+
+
+def is_scored(folder: Path) -> bool:
+    """Whether scores.jsonl is there and of the weights that are there now."""
+    scores = folder / "scores.jsonl"
+    return scores.exists() and {row["weights"] for row in read_jsonl(scores)} == {recorded_digest(folder)}
+
+
+def model_folders(config: Experiment) -> list[Path]:
+    """Folders of all finished models with weights: rows, the zero-shot model, soups."""
+    run = RunFolder.of(config)
+    rows = [run.ingredient(row) for row in range(config.sweep.rows + 1)]
+    soups = [run.soup(recipe) for recipe in config.recipes]
+    return [folder for folder in [run.zero_shot, *rows, *soups] if recorded_digest(folder)]
+
+
+def evaluate_all(config: Experiment, folders: Sequence[Path], console: Console | None = None) -> None:
+    """Evaluate the models without scores yet, over the cluster's worker processes."""
+    missing = [folder for folder in folders if not is_scored(folder)]
+    spread(
+        f"evaluating {len(missing)} models",
+        [partial(evaluate, config, folder) for folder in missing],
+        workers=config.cluster.workers,
+        threads=config.cluster.threads,
+        units=len(missing),
+        done_units=lambda: sum(is_scored(folder) for folder in missing),
+        report=str,
+        console=console or Console(),
+    )

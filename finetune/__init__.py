@@ -1,0 +1,1 @@
+"""One ingredient: a row of a sweep to trained weights."""

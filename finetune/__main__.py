@@ -1,0 +1,26 @@
+"""Fine-tune a sweep:  python -m finetune experiment=demo [sweep.index=3]
+
+Reads   the task's train and held-out splits, the pretrained weights
+Writes  runs/<name>/ingredients/<iii>/{config.json,metrics.jsonl,weights.safetensors,done.json} and
+        runs/<name>/manifest.csv
+Row 0 is the initialisation. Without sweep.index all rows that are not done are trained, here. Killed, it continues.
+"""
+
+from configs.cli import entry_point
+from configs.schema import Experiment
+from finetune.sweep import describe, train_sweep
+from finetune.train import train_row
+from store.workers import use_threads
+
+
+def run(config: Experiment) -> None:
+    """One row with sweep.index, else the whole sweep."""
+    use_threads(config.cluster.threads)
+    if config.sweep.index is None:
+        train_sweep(config)
+    else:
+        print(describe(train_row(config, config.sweep.index)))
+
+
+if __name__ == "__main__":
+    entry_point(run)()

@@ -1,0 +1,52 @@
+"""All rows of a sweep on this machine."""
+
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from configs.schema import Experiment
+from finetune.rows import identity, row_config
+from finetune.train import initialise, train_row
+from store.atomic import read_jsonl
+from store.runs import RunFolder, finished, read_pool, write_manifest
+from store.workers import spread, use_threads
+
+
+def describe(done: dict[str, Any]) -> str:
+    """One line about a finished row."""
+    score = done["held_out"]
+    name = "initialisation" if done["row"] == 0 else f"row {done['row']}"
+    if done["status"] == "diverged":
+        return f"{name}: diverged after {done['seconds']:.0f} s; recipes leave it out"
+    return f"{name}: held-out {100 * score['correct'] / score['n']:.1f} % (n = {score['n']}), {done['seconds']:.0f} s"
+
+
+def _epochs_done(run: RunFolder, rows: list[int]) -> int:
+    logs = (run.ingredient(row) / "metrics.jsonl" for row in rows)
+    return sum(len(read_jsonl(log)) for log in logs if log.exists())
+
+
+def train_sweep(config: Experiment, console: Console | None = None) -> None:
+    """Train every row that is not done, over the cluster's worker processes, and write the manifest."""
+    console = console or Console()
+    run = RunFolder.of(config)
+    use_threads(config.cluster.threads)
+    rows = [row for row in range(1, config.sweep.rows + 1) if not finished(run.ingredient(row), identity(config, row))]
+    if finished(run.ingredient(0), identity(config, 0)) is None:
+        console.print("fitting the initialisation ...")
+    console.print(describe(initialise(config)))
+    epochs = {row: row_config(config, row).optim.epochs for row in rows}
+    # The longest first, so that no worker is left alone with one at the end.
+    order = sorted(rows, key=lambda row: (-epochs[row], row))
+    spread(
+        f"fine-tuning {len(rows)} models, epochs",
+        [partial(train_row, config, row) for row in order],
+        workers=config.cluster.workers,
+        threads=config.cluster.threads,
+        units=sum(epochs.values()),
+        done_units=lambda: _epochs_done(run, rows),
+        report=describe,
+        console=console,
+    )
+    write_manifest(run, read_pool(run, config.sweep.rows))

@@ -1,0 +1,68 @@
+"""Every stage of one experiment, on this machine:  python reproduce.py experiment=demo
+
+Fine-tunes the sweep, evaluates it, cooks soups and ensembles, evaluates those, writes tables and figures. What is done
+is skipped, so a second call takes seconds and a killed one continues. The stages are also commands of their own:
+python -m finetune, python -m eval, python -m soups, python -m analysis, each with the same experiment=...
+"""
+
+import time
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from analysis.report import Report, analyse
+from analysis.seeds import over_seeds
+from configs.cli import entry_point
+from configs.schema import Experiment, replicate
+from eval.forward import Evaluator
+from eval.pool import evaluate_all, model_folders
+from finetune.sweep import train_sweep
+from soups.cook import cook, describe
+from store.runs import RunFolder
+from store.workers import use_threads
+
+
+def run_one(config: Experiment, console: Console) -> Report:
+    """All stages of one sweep."""
+    console.rule(f"{config.name}: {config.sweep.rows} fine-tuned models and the initialisation")
+    train_sweep(config, console)
+    evaluate_all(config, model_folders(config), console)
+    evaluator = Evaluator(config)
+    for recipe in config.recipes:
+        console.print(describe(cook(config, recipe, evaluator)))
+    evaluate_all(config, model_folders(config), console)
+    return analyse(config)
+
+
+def show(table: pd.DataFrame, console: Console) -> None:
+    """The table on the terminal."""
+    grid = Table(show_header=True, header_style="bold")
+    for column in table.columns:
+        grid.add_column(column, justify="left" if column == "Method" else "right")
+    for row in table.itertuples(index=False):
+        grid.add_row(*row)
+    console.print(grid)
+
+
+def run(config: Experiment) -> None:
+    """All stages, of every replicate where the experiment has some; then what was written and what to run next."""
+    console = Console()
+    started = time.monotonic()
+    use_threads(config.cluster.threads)
+    if config.replicates:
+        reports = {seed: run_one(replicate(config, seed), console) for seed in config.replicates}
+        report = over_seeds(config, {seed: each.tidy for seed, each in reports.items()})
+    else:
+        report = run_one(config, console)
+    show(report.table, console)
+    console.print(f"{time.monotonic() - started:.0f} s. Written:")
+    for file in report.files:
+        console.print(f"  {file}", soft_wrap=True)
+    root = RunFolder.of(config).root
+    console.print(f"Models, soups and logits are in {root}. Next: python -m soups --help, or")
+    console.print("  python reproduce.py experiment=demo_seeds    the same with three sweep seeds")
+
+
+if __name__ == "__main__":
+    entry_point(run)()

@@ -1,0 +1,1 @@
+"""Recipes: from a pool of fine-tuned models to one model or one ensemble."""

@@ -1,0 +1,112 @@
+"""Work spread over processes of this machine, with progress; workers never outlive the one that started them."""
+
+import ctypes
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from configs.errors import UserError
+
+T = TypeVar("T")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when its parent is gone, even by kill -9, so that a restart finds no lock held."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def use_threads(threads: int) -> None:
+    """Compute with `threads` torch threads, and let glibc keep freed blocks instead of returning them to the system.
+
+    A training step frees and asks for the same large blocks again; giving each back costs half of the time.
+    """
+    torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # absent from musl
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _start(parent: int, threads: int) -> None:
+    use_threads(threads)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def progress_bar(console: Console) -> Progress:
+    """The bar of every long stage: done of total, elapsed, remaining."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+    )
+
+
+def spread(
+    title: str,
+    calls: Sequence[Callable[[], T]],
+    *,
+    workers: int,
+    threads: int,
+    units: int,
+    done_units: Callable[[], int],
+    report: Callable[[T], str],
+    console: Console,
+) -> list[T]:
+    """Run picklable calls on `workers` processes; results come in the order of the calls.
+
+    Args:
+        title: of the progress bar.
+        calls: e.g. `functools.partial(train_row, config, 3)`.
+        workers: processes; each imports torch once.
+        threads: torch threads in each.
+        units: what the bar counts up to.
+        done_units: how many of them are done, read from the files that the workers write.
+        report: one line for a finished call.
+        console: where lines and the bar go.
+
+    Raises:
+        UserError: a call's own, or a worker that was killed. Calls already running finish first.
+    """
+    if not calls:
+        return []
+    context = multiprocessing.get_context("spawn")
+    with (
+        progress_bar(console) as bar,
+        ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads)) as pool,
+    ):
+        task = bar.add_task(title, total=units, completed=done_units())
+        futures = [pool.submit(call) for call in calls]
+        pending = set(futures)
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    bar.console.print(report(future.result()))
+                bar.update(task, completed=done_units())
+        except BrokenProcessPool:
+            raise UserError(
+                f"{title}: a worker process was killed, perhaps for memory; fewer cluster.workers need less. "
+                "Run the same command again to continue"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]

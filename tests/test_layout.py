@@ -1,0 +1,49 @@
+"""The architecture, held by reading the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A folder may import those of a smaller number, and itself.
+LAYERS = {"configs": 0, "store": 1, "tasks": 2, "models": 3, "eval": 4, "finetune": 5, "soups": 5, "analysis": 6}
+FILES = [path for folder in LAYERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the project's modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name for name in names if name.split(".")[0] in LAYERS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    folder = path.relative_to(ROOT).parts[0]
+    for name in imported(path):
+        target = name.split(".")[0]
+        if path.name == "__main__.py":
+            continue  # an entry point may import any stage
+        assert target == folder or LAYERS[target] < LAYERS[folder], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [*FILES, ROOT / "reproduce.py"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_imports_an_entry_point_or_a_whole_stage(path):
+    for name in imported(path):
+        assert not name.endswith("__main__")
+        assert name not in ("eval", "soups", "finetune", "analysis"), f"import a part of {name}, not {name}"
+
+
+def test_no_folder_hides_a_hugging_face_package():
+    assert not (ROOT / "datasets").exists()
+    assert not (ROOT / "evaluate").exists()
+
+
+def test_no_module_is_longer_than_400_lines():
+    long = [str(path) for path in FILES if len(path.read_text().splitlines()) > 400]
+    assert not long
