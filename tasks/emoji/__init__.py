@@ -1,0 +1,1 @@
+"""The emoji benchmark: object concepts drawn by independent designers, with five distribution shifts."""

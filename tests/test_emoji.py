@@ -1,0 +1,399 @@
+"""The emoji benchmark: what is committed, how it is read, and the parts that made it."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.emoji.concepts import match, plain, vocabulary
+from tasks.emoji.duplicates import confusable, distinct, near
+from tasks.emoji.icons import PACKAGES, FetchError, IconSet, fetch, iconify_svg, over, read_iconify, render
+from tasks.emoji.keyed import draw
+from tasks.emoji.load import DATA, SPLITS, DataError, class_names, load_split, read_manifest, read_table
+
+LICENCES = {"Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0"}
+LEARNED = ("train", "held_out", "test")
+SHIFTS = ("v2", "r", "sketch", "objectnet", "a")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Split -> its rows without pictures."""
+    columns = ["label", "name", "hexcode", "source", "icon", "licence"]
+    return {name: read_table(name)[0].select(columns).to_pylist() for name in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {name: load_split(name) for name in SPLITS}
+
+
+def icons(rows):
+    return {(row["source"], row["icon"]) for row in rows}
+
+
+def square(value):
+    return np.full((64, 64, 3), value, np.uint8)
+
+
+# what is committed
+
+
+def test_every_split_has_the_size_and_digest_of_the_manifest(splits):
+    for name, entry in read_manifest()["splits"].items():
+        split = splits[name]
+        assert split.images.shape == (entry["count"], 3, 64, 64) and split.images.dtype == torch.uint8
+        assert split.labels.shape == (entry["count"],) and split.labels.dtype == torch.int64
+        assert len(split) == entry["count"] and split.digest == entry["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("hexcode", "name"),
+    [
+        ("1F34E", "red apple"),
+        ("1F436", "dog face"),
+        ("1F680", "rocket"),
+        ("1F511", "key"),
+        ("1F5FF", "moai"),
+        ("1F435", "monkey face"),
+    ],
+)
+def test_a_label_means_the_same_concept_in_every_split(rows, hexcode, name):
+    label = class_names().index(name)
+    for split in SPLITS:
+        here = [row for row in rows[split] if row["hexcode"] == hexcode]
+        assert all((row["label"], row["name"]) == (label, name) for row in here)
+        assert {row["hexcode"] for row in rows[split] if row["label"] == label} <= {hexcode}
+        if split in ("train", "test", "v2", "r", "sketch"):
+            assert here
+
+
+@pytest.mark.parametrize(
+    ("name", "channel"), [("red apple", 0), ("green apple", 1), ("frog", 1), ("blue book", 2), ("evergreen tree", 1)]
+)
+@pytest.mark.parametrize("split", ["train", "test", "v2", "r", "a"])
+def test_pictures_have_the_colour_that_their_class_is_named_for(splits, name, channel, split):
+    chosen = splits[split].images[splits[split].labels == class_names().index(name)]
+    if split != "a":  # the filter may have left none
+        assert len(chosen)
+    for image in chosen.double():
+        ink = image[:, (image < 240).any(dim=0)].mean(dim=1)
+        assert ink.argmax() == channel
+
+
+def test_every_class_is_trained_on_and_has_one_test_drawing(splits):
+    num_classes = len(class_names())
+    assert set(splits["train"].labels.tolist()) == set(range(num_classes))
+    assert sorted(splits["test"].labels.tolist()) == list(range(num_classes))
+
+
+def test_a_quarter_of_what_is_not_test_is_held_out(rows):
+    share = len(rows["held_out"]) / (len(rows["held_out"]) + len(rows["train"]))
+    assert 0.23 < share < 0.27
+
+
+def test_no_drawing_is_in_two_splits(rows):
+    seen = defaultdict(set)
+    for split in SPLITS:
+        for icon in icons(rows[split]):
+            seen[icon].add(split)
+    assert {icon: found for icon, found in seen.items() if len(found) > 1} == {}
+
+
+def test_the_five_designs_make_no_shift_and_a_shift_makes_no_training_data(rows):
+    learned, shifted = ({source for s in names for source, _ in icons(rows[s])} for names in (LEARNED, SHIFTS))
+    assert learned & shifted == set() and len(learned) == 5
+
+
+def test_fluents_flat_drawing_of_a_concept_is_in_one_shift_at_most(rows):
+    placed, hard = (
+        {row["hexcode"] for row in rows[split] if row["source"].startswith("fluent-emoji-flat")}
+        for split in ("objectnet", "a")
+    )
+    assert placed and hard and not placed & hard
+
+
+def test_every_picture_names_a_pinned_source_and_a_known_licence(rows):
+    versions = {f"{key}@{package.version}" for key, package in PACKAGES.items()}
+    versions |= {f"openmoji-{style}@{PACKAGES['openmoji'].version}" for style in ("color", "black")}
+    for split in SPLITS:
+        assert {row["source"] for row in rows[split]} <= versions
+        assert {row["licence"] for row in rows[split]} <= LICENCES
+        assert all(row["icon"] for row in rows[split])
+
+
+def test_no_picture_is_blank(splits):
+    for split in splits.values():
+        flat = split.images.flatten(1).double()
+        assert flat.std(dim=1).min() > 5
+
+
+def test_drawings_stand_on_white_except_where_the_ground_is_the_shift(splits):
+    for name in set(SPLITS) - {"objectnet"}:
+        border = torch.cat([splits[name].images[:, :, 0], splits[name].images[:, :, -1]], dim=2)
+        assert (border.flatten(1) == 255).double().mean() > 0.5
+    assert (splits["objectnet"].images[:, :, 0] == 255).double().mean() < 0.1
+
+
+def test_no_drawing_of_a_class_nearly_repeats_another_in_training_and_test(splits):
+    stacks = {name: splits[name].images.permute(0, 2, 3, 1).numpy() for name in LEARNED}
+    for a, b in (("train", "held_out"), ("train", "test"), ("held_out", "test")):
+        same = [d for i, j, d in near(stacks[a], stacks[b]) if splits[a].labels[i] == splits[b].labels[j]]
+        assert same == []
+
+
+def test_the_committed_report_counts_what_its_file_lists():
+    lines = (DATA / "near_duplicates.csv").read_text().splitlines()[1:]
+    counted = Counter((line.split(",")[0], line.split(",")[3]) for line in lines)
+    reported = {tuple(pair.split()): n for pair, n in read_manifest()["near_duplicates"].items() if n}
+    assert counted == reported
+
+
+# damage
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ("manifest.json", "v2.parquet"):
+        shutil.copy(DATA / name, tmp_path / name)
+    return tmp_path
+
+
+def test_a_missing_file_is_named_with_its_remedy(copy):
+    (copy / "v2.parquet").unlink()
+    with pytest.raises(DataError, match=r"v2\.parquet.*git checkout -- tasks/emoji/data"):
+        load_split("v2", copy)
+
+
+def test_a_truncated_file_is_named(copy):
+    content = (copy / "v2.parquet").read_bytes()
+    (copy / "v2.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"v2\.parquet: sha256 is"):
+        load_split("v2", copy)
+
+
+def test_one_flipped_bit_is_noticed(copy):
+    content = bytearray((copy / "v2.parquet").read_bytes())
+    content[len(content) // 3] ^= 1
+    (copy / "v2.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"v2\.parquet: sha256 is"):
+        load_split("v2", copy)
+
+
+def edit(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_wrong_count_is_noticed(copy):
+    edit(copy, lambda manifest: manifest["splits"]["v2"].update(count=1))
+    with pytest.raises(DataError, match=r"v2\.parquet: has \d+ rows, the manifest says 1"):
+        load_split("v2", copy)
+
+
+def test_a_class_list_moved_by_one_is_noticed(copy):
+    edit(copy, lambda manifest: manifest["classes"].insert(0, manifest["classes"].pop()))
+    with pytest.raises(DataError, match=r"v2\.parquet: row 0 has label"):
+        load_split("v2", copy)
+
+
+def test_a_file_that_is_not_parquet_is_noticed_even_if_its_digest_agrees(copy):
+    (copy / "v2.parquet").write_bytes(b"not parquet")
+    digest = hashlib.sha256(b"not parquet").hexdigest()
+    edit(copy, lambda manifest: manifest["splits"]["v2"].update(sha256=digest))
+    with pytest.raises(DataError, match=r"v2\.parquet: cannot be read as parquet"):
+        load_split("v2", copy)
+
+
+def test_a_broken_or_missing_manifest_is_named(copy):
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read as JSON"):
+        load_split("v2", copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"manifest\.json: No such file"):
+        class_names(copy)
+
+
+def test_an_unknown_split_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'val' is not one of train, held_out"):
+        load_split("val")
+
+
+# icons
+
+RED_LEFT = '<path fill="#f00" d="M0 0h2v4h-2z"/>'  # the left half of a 4 x 4 box
+COLLECTION = {
+    "prefix": "toy",
+    "width": 4,
+    "height": 4,
+    "icons": {"left": {"body": RED_LEFT}, "wide": {"body": '<path d="M0 0h8v4h-8z"/>', "width": 8}},
+    "aliases": {
+        "same": {"parent": "left"},
+        "right": {"parent": "left", "hFlip": True},
+        "left-again": {"parent": "right", "hFlip": True},
+        "top": {"parent": "left", "rotate": 1},
+        "bottom": {"parent": "top", "vFlip": True, "rotate": 2, "hFlip": True},
+        "tall": {"parent": "wide", "rotate": 1},
+        "circle-a": {"parent": "circle-b"},
+        "circle-b": {"parent": "circle-a"},
+    },
+}
+
+
+def is_red(name):
+    """(4, 4) bool of the icon drawn at 4 x 4."""
+    pixels = render(iconify_svg(COLLECTION, name), 4)
+    return (pixels == (255, 0, 0)).all(axis=-1)
+
+
+def test_a_small_svg_is_drawn_to_the_pixel():
+    pytest.importorskip("resvg_py")
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><path fill="currentColor" d="M0 0h1v1h-1z"/></svg>'
+    assert render(svg, 2, background=(0, 0, 255), colour="#0f0").tolist() == [
+        [[0, 255, 0], [0, 0, 255]],
+        [[0, 0, 255], [0, 0, 255]],
+    ]
+
+
+def test_a_wide_svg_keeps_its_proportions_and_stands_in_the_middle():
+    pytest.importorskip("resvg_py")
+    dark = render(iconify_svg(COLLECTION, "wide"), 8)[..., 0] == 0
+    assert dark[2:6].all() and not dark[:2].any() and not dark[6:].any()
+    assert render(iconify_svg(COLLECTION, "tall"), 8)[..., 0].T.tolist() == np.where(dark, 0, 255).tolist()
+
+
+def test_aliases_flip_and_turn_their_parents_drawing():
+    pytest.importorskip("resvg_py")
+    columns, lines = np.meshgrid(range(4), range(4))
+    assert (is_red("left") == (columns < 2)).all()
+    assert (is_red("same") == (columns < 2)).all()
+    assert (is_red("right") == (columns >= 2)).all()
+    assert (is_red("left-again") == (columns < 2)).all()  # two flips cancel
+    assert (is_red("top") == (lines < 2)).all()  # a quarter turn clockwise brings the left to the top
+
+
+def test_both_flips_and_a_half_turn_cancel():
+    pytest.importorskip("resvg_py")
+    assert (is_red("bottom") == is_red("top")).all()
+
+
+def test_an_alias_without_end_is_refused():
+    with pytest.raises(ValueError, match="its own ancestor"):
+        iconify_svg(COLLECTION, "circle-a")
+    with pytest.raises(KeyError):
+        iconify_svg(COLLECTION, "nothing")
+
+
+def test_hidden_icons_are_not_read(tmp_path):
+    data = {**COLLECTION, "aliases": {}, "icons": {"a": {"body": RED_LEFT}, "b": {"body": RED_LEFT, "hidden": True}}}
+    (tmp_path / "icons.json").write_text(json.dumps(data))
+    (tmp_path / "info.json").write_text('{"license": {"spdx": "MIT"}}')
+    (tmp_path / "chars.json").write_text('{"1f34e": "a"}')
+    icon_set = read_iconify(tmp_path)
+    assert list(icon_set.icons) == ["a"] and icon_set.chars == {"1F34E": "a"} and icon_set.licence == "MIT"
+
+
+def test_half_transparent_black_over_white_is_middle_grey():
+    rgba = np.array([[[0, 0, 0, 0], [0, 0, 0, 128], [0, 0, 0, 255]]], np.uint8)
+    assert over(rgba, np.array([255, 255, 255], np.uint8))[0, :, 0].tolist() == [255, 127, 0]
+
+
+def test_a_tarball_that_is_not_the_pinned_one_is_refused(tmp_path):
+    (tmp_path / "toy-1.0.0.tgz").write_bytes(b"something else")
+    with pytest.raises(FetchError, match=r"toy-1\.0\.0\.tgz: sha256 is .* expected 00ff"):
+        fetch("toy", "1.0.0", tmp_path, "00ff")
+
+
+def test_without_npm_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FetchError, match=r"toy@1\.0\.0: npm is not installed"):
+        fetch("toy", "1.0.0", tmp_path / "cache")
+
+
+# matching, chance, duplicates
+
+
+def test_a_more_trusted_layer_settles_a_name_and_an_ambiguous_name_is_nobodys():
+    first, second = [("cat", "1F408")], [("cat", "1F431"), ("mouse", "1F401"), ("mouse", "1F42D"), ("fox", "1F98A")]
+    assert vocabulary([first, second]) == {"cat": "1F408", "fox": "1F98A"}
+
+
+def test_numbered_names_match_only_where_numbers_mean_variants():
+    words = {"boar": "1F417", "keycap-2": "32-20E3"}
+    icon_set = IconSet("toy", "MIT", {"boar-1": "<svg>1</svg>", "boar-2": "<svg>2</svg>", "boar": "<svg>0</svg>"})
+    found = match({"streamline-emojis": icon_set, "emojione": icon_set}, words)
+    assert found == {"streamline-emojis": {"1F417": ("boar-1", "boar-2", "boar")}, "emojione": {"1F417": ("boar",)}}
+
+
+def test_presentation_selectors_do_not_make_another_concept():
+    assert plain("2744-FE0F") == plain("2744") == "2744"
+
+
+def test_chance_depends_on_the_key_alone_and_is_spread_evenly():
+    drawn = [draw("test", i) for i in range(2000)]
+    assert drawn == [draw("test", i) for i in range(2000)] and len(set(drawn)) == 2000
+    assert all(0 <= u < 1 for u in drawn) and abs(np.mean(drawn) - 0.5) < 0.03
+
+
+def test_near_means_closer_than_the_threshold_in_mean_grey_levels():
+    first, second = np.stack([square(100)]), np.stack([square(104), square(105), square(96)])
+    assert list(near(first, second, threshold=5.0)) == [(0, 0, 4.0), (0, 2, 4.0)]
+
+
+def test_of_near_pictures_the_first_stays():
+    assert distinct([square(100), square(103), square(120), square(99)], threshold=5.0) == [0, 2]
+
+
+def test_a_concept_is_confusable_if_two_designs_draw_it_like_an_earlier_one_or_its_mirror_image():
+    half = square(255)
+    half[:, :32] = 0
+    other = square(9)
+    mirrored = {"waxing": half, "waning": half[:, ::-1], "sun": other}
+    assert confusable([mirrored, mirrored]) == ["waning"]
+    assert confusable([mirrored, {"waxing": half, "waning": other}]) == []
+
+
+def test_the_ridge_filter_keeps_what_a_model_of_shape_and_colour_gets_wrong():
+    pytest.importorskip("skimage")
+    from tasks.emoji.shifts import ridge_errors
+
+    noise = np.random.default_rng(0).integers(0, 20, (8, 64, 64, 3), dtype=np.uint8)
+    train = noise + np.array([0, 200] * 4, np.uint8)[:, None, None, None]  # dark is 0, bright is 1
+    wrong = ridge_errors(train, np.array([0, 1] * 4), train[:3], np.array([0, 1, 1]))
+    assert wrong.tolist() == [False, False, True]
+
+
+def test_a_placed_drawing_covers_the_middle_without_a_dark_or_coloured_edge():
+    pytest.importorskip("skimage")
+    from tasks.emoji.shifts import place
+
+    red = np.full((192, 192, 4), (0, 255, 0, 0), np.uint8)  # what is transparent has a colour that must not show
+    red[24:168, 24:168] = (255, 0, 0, 255)  # 3/4 of the side
+    for i in range(20):
+        picture = place(red, square(255), "case", i)
+        assert picture[32, 32].tolist() == [255, 0, 0]  # the centre moves by less than half of the smallest square
+        covered = (picture[..., 1] < 128).mean()
+        assert 0.75**2 * 0.60**2 * 0.9 < covered < 0.75**2 * 0.95**2 * 1.1
+        assert picture[..., 0].min() >= 254 and (picture[..., 1] == picture[..., 2]).all()
+
+
+@pytest.mark.network
+def test_the_packages_give_the_committed_bytes(tmp_path):
+    pytest.importorskip("resvg_py")
+    pytest.importorskip("skimage")
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    from tasks.emoji.build import build, differences
+
+    try:
+        build(tmp_path)
+    except FetchError as error:
+        pytest.skip(str(error))
+    if json.loads((tmp_path / "manifest.json").read_text())["built_with"] != read_manifest()["built_with"]:
+        pytest.skip("other versions of the encoders are installed")
+    assert differences(tmp_path, DATA) == []
