@@ -36,7 +36,9 @@ def run_one(config: Experiment, console: Console) -> Report:
 
 
 def show(table: pd.DataFrame, console: Console) -> None:
-    """The table on the terminal."""
+    """The table on the terminal; single shifts stand in the files only, to fit 100 columns."""
+    wanted = ["Method", "Held-out", "Test", "Mean of shifts", "Test − best", "Shifts − best"]
+    table = table[[column for column in wanted if column in table]] if "Held-out" in table else table
     grid = Table(show_header=True, header_style="bold")
     for column in table.columns:
         grid.add_column(column, justify="left" if column == "Method" else "right")
@@ -60,8 +62,9 @@ def run(config: Experiment) -> None:
     for file in report.files:
         console.print(f"  {file}", soft_wrap=True)
     root = RunFolder.of(config).root
-    console.print(f"Models, soups and logits are in {root}. Next: python -m soups --help, or")
+    console.print(f"Models, soups and logits are in {root}. Next:")
     console.print("  python reproduce.py experiment=demo_seeds    the same with three sweep seeds")
+    console.print("  python -m finetune --help                    every stage and setting")
 
 
 if __name__ == "__main__":

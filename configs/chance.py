@@ -34,4 +34,4 @@ def seed_globals(*key: object) -> None:
     bits = _bits(key)
     random.seed(bits)
     np.random.seed(bits & 0xFFFFFFFF)
-    torch.manual_seed(bits >> 1)
+    torch.default_generator.manual_seed(bits >> 1)  # torch.manual_seed also formats a traceback for each device

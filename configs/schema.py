@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -201,12 +200,6 @@ class Experiment:
         return self
 
 
-def replicate(config: Experiment, sweep_seed: int) -> Experiment:
-    """The same experiment with another sweep seed, in a run folder of its own."""
-    sweep = replace(config.sweep, seed=sweep_seed)
-    return replace(config, name=f"{config.name}/seed{sweep_seed}", sweep=sweep, replicates=())
-
-
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
@@ -263,3 +256,10 @@ def load(experiment: str, *overrides: str) -> Experiment:
 def dump(config: Experiment) -> dict[str, Any]:
     """Plain JSON-able containers, the inverse of `parse_values`."""
     return TypeAdapter(Experiment).dump_python(config, mode="json")
+
+
+def replicate(config: Experiment, sweep_seed: int) -> Experiment:
+    """The same experiment with another sweep seed, in a run folder of its own."""
+    values = dump(config)
+    values["sweep"]["seed"] = sweep_seed
+    return parse_values(values | {"name": f"{config.name}/seed{sweep_seed}", "replicates": []})

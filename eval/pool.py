@@ -1,7 +1,7 @@
 """Every model of an experiment on every split, into the logits cache."""
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -14,19 +14,13 @@ from store.runs import RunFolder
 from store.workers import spread
 
 
-@cache
-def _evaluator(config: Experiment) -> Evaluator:
-    """One to a worker process, so that images and module are loaded once, not once a model."""
-    return Evaluator(config)
-
-
 def evaluate(config: Experiment, folder: Path) -> str:
     """Logits of one model on the held-out, test and shift splits, and scores.jsonl beside it; returns one line.
 
     Raises:
         UserError: missing or damaged weights, logits or data.
     """
-    evaluator, task = _evaluator(config), config.task
+    evaluator, task = Evaluator(config), config.task
     digest = recorded_digest(folder)
     if digest is None:
         raise UserError(f"{folder} holds no finished model: run python -m finetune or python -m soups first")

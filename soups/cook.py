@@ -58,7 +58,7 @@ def mix(recipe: Recipe, pool: list[Ingredient], evaluator: Evaluator, journal: J
     split = evaluator.config.task.held_out
     held_out = [ingredient.held_out_top1 for ingredient in pool]
     files = [ingredient.load for ingredient in pool]
-    logits = [partial(_held_out_logits, evaluator, ingredient) for ingredient in pool]
+    logits = [partial(_logits, evaluator, ingredient, split) for ingredient in pool]
 
     def soup_accuracy(weights: Weights) -> float:
         return evaluator.count(evaluator.fresh_logits(weights, split), split).top1
@@ -79,8 +79,8 @@ def mix(recipe: Recipe, pool: list[Ingredient], evaluator: Evaluator, journal: J
             return greedy(logits, held_out, ensemble_accuracy)
 
 
-def _held_out_logits(evaluator: Evaluator, ingredient: Ingredient) -> Weights:
-    return {"logits": evaluator.logits(ingredient.digest, ingredient.load, evaluator.config.task.held_out)}
+def _logits(evaluator: Evaluator, ingredient: Ingredient, split: str) -> Weights:
+    return {"logits": evaluator.logits(ingredient.digest, ingredient.load, split)}
 
 
 def cook(config: Experiment, recipe: Recipe, evaluator: Evaluator) -> dict[str, Any]:
@@ -139,8 +139,7 @@ def logits_of(config: Experiment, cooked: dict[str, Any], split: str, evaluator:
         return evaluator.logits_of_file(cooked["digest"], from_file, split)
     pool = {ingredient.row: ingredient for ingredient in usable_pool(config)}
     members = [pool[member["row"]] for member in cooked["ingredients"]]
-    mean = mean_of(lambda i=i: {"logits": evaluator.logits(i.digest, i.load, split)} for i in members)
-    return mean["logits"]
+    return mean_of(partial(_logits, evaluator, member, split) for member in members)["logits"]
 
 
 def describe(cooked: dict[str, Any]) -> str:

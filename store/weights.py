@@ -24,7 +24,7 @@ def digest(weights: Weights) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         content.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
-        content.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 

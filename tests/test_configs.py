@@ -79,4 +79,5 @@ def test_an_entry_point_answers_a_wrong_setting_in_one_line(stage, tmp_path):
 def test_a_stage_without_an_experiment_says_how_to_name_one():
     answer = subprocess.run([sys.executable, "-m", "finetune"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
-    assert answer.stderr == "error: bad config: Missing mandatory value: name; an experiment sets it, e.g. experiment=demo\n"
+    assert answer.stderr.startswith("error: bad config: Missing mandatory value: name; an experiment sets it")
+    assert len(answer.stderr.splitlines()) == 1

@@ -1,0 +1,1 @@
+"""Speed beside a floor and a peer, one command each."""

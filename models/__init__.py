@@ -1,0 +1,1 @@
+"""Backbones and heads, and the small pretrained model that is committed with the code."""

@@ -1,0 +1,107 @@
+"""Tables and figures say what the numbers say."""
+
+import pandas as pd
+import pytest
+
+from analysis.figures import STYLE, figure1, save
+from analysis.results import SHIFT_MEAN
+from analysis.seeds import seeds_table
+from analysis.tables import NAMES, table3, write_table
+from configs.schema import load
+
+METHODS = {"best": 0.53, "greedy": 0.586}
+
+
+def tidy_of(accuracies):
+    rows = []
+    for method, accuracy in accuracies.items():
+        for column, value in (("test", accuracy), ("v2", accuracy - 0.1), (SHIFT_MEAN, accuracy - 0.1)):
+            gain = accuracy - accuracies["best"]
+            rows.append(
+                {
+                    "method": method,
+                    "models": 1,
+                    "held_out": 0.6,
+                    "column": column,
+                    "n": 620,
+                    "accuracy": value,
+                    "difference": gain,
+                    "low": gain - 0.03,
+                    "high": gain + 0.03,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_a_row_shows_percent_and_the_difference_to_the_best_with_its_interval():
+    table = table3(tidy_of(METHODS)).set_index("Method")
+    greedy = table.loc["Greedy soup"]
+    assert (greedy["Test"], greedy["Mean of shifts"]) == ("58.6", "48.6")
+    assert greedy["Test − best"] == "+5.6 [+2.6, +8.6]"
+    assert table.loc["Best individual model", "Test − best"] == ""
+
+
+def test_every_recipe_has_a_name_and_a_marker():
+    for recipe in load("demo").recipes:
+        assert recipe in NAMES
+        assert recipe in STYLE
+
+
+def test_a_table_is_written_as_markdown_latex_and_csv_with_n_and_proxies(tmp_path):
+    tidy = tidy_of(METHODS)
+    files = write_table(table3(tidy), tidy, tmp_path / "table3", "A proxy for ImageNet.")
+    markdown, latex, csv = (file.read_text() for file in files)
+    assert "| Greedy soup" in markdown
+    assert "n: Test 620, V2 620" in markdown
+    assert "A proxy for ImageNet." in markdown
+    assert r"\toprule" in latex
+    assert r"Top-1 accuracy in \%" in latex
+    assert "−" not in latex
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table3.csv"), tidy)
+    assert csv.count("\n") == 7
+
+
+def test_seeds_are_summarised_by_mean_spread_and_how_often_the_interval_excludes_zero():
+    tables = {0: tidy_of(METHODS), 1: tidy_of({"best": 0.53, "greedy": 0.55})}
+    row = seeds_table(tables, "test").set_index("Method").loc["Greedy soup"]
+    assert row["Test"] == "56.8 (2.5)"
+    assert row["Test − best, per seed"] == "+5.6, +2.0"
+    assert row["Test: interval above 0"] == "1 of 2"
+
+
+@pytest.fixture
+def drawing():
+    points = pd.DataFrame(
+        [
+            {"name": "row 1", "kind": "individual", "test": 0.5, "shift_mean": 0.4},
+            {"name": "best", "kind": "best", "test": 0.53, "shift_mean": 0.43},
+            {"name": "greedy", "kind": "greedy", "test": 0.586, "shift_mean": 0.45},
+        ]
+    )
+    errors = pd.DataFrame(
+        [{"method": "greedy", "test_low": 0.02, "test_high": 0.08, "shift_low": 0.01, "shift_high": 0.03}]
+    )
+    return figure1(points, errors, "Emoji")
+
+
+def test_figure_1_plots_test_against_shifts_in_percent_with_intervals(drawing):
+    axes = drawing.axes[0]
+    assert "(%)" in axes.get_xlabel()
+    assert "(%)" in axes.get_ylabel()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "Individual models",
+        "Best individual (held-out)",
+        "Greedy soup",
+    ]
+    offsets = [tuple(collection.get_offsets()[0]) for collection in axes.collections]
+    assert offsets[-1] == pytest.approx((58.6, 45.0))
+    assert list(axes.lines[0].get_xdata()) == pytest.approx([55.0, 61.0])
+    assert list(axes.lines[1].get_ydata()) == pytest.approx([44.0, 46.0])
+
+
+def test_equal_figures_are_equal_files(drawing, tmp_path):
+    first = [path.read_bytes() for path in save(drawing, tmp_path / "a")]
+    second = [path.read_bytes() for path in save(drawing, tmp_path / "b")]
+    assert first == second
+    assert first[0].startswith(b"%PDF")
+    assert first[1].startswith(b"\x89PNG")

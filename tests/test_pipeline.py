@@ -1,0 +1,198 @@
+"""The whole story on a miniature, as a user runs it: real processes, killed for real."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.schema import load
+from finetune.rows import identity
+from store.atomic import read_json, read_jsonl
+from store.runs import RunFolder, sole_writer
+from store.weights import load_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ("table3.md", "table3.tex", "table3.csv", "figure1.pdf", "figure1.png", "figure1.csv")
+
+
+def command(runs, *overrides, program=("reproduce.py",)):
+    return [sys.executable, *program, "experiment=demo_tiny", f"paths.runs={runs}", *overrides]
+
+
+def finish(runs, *overrides, program=("reproduce.py",)):
+    answer = subprocess.run(
+        command(runs, *overrides, program=program), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+def kill_when(runs, happened):
+    """Start the pipeline in a session of its own and kill -9 the starting process once `happened`."""
+    process = subprocess.Popen(command(runs), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert process.poll() is None, process.stdout.read()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def wait_until_free(folder):
+    """Workers notice that their parent is gone within a second, and then hold no lock."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            with sole_writer(folder):
+                return
+        except RuntimeError:
+            time.sleep(0.1)
+    raise AssertionError(f"{folder} is still held")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("undisturbed")
+    output = finish(runs)
+    return runs / "demo_tiny", output
+
+
+def test_the_story_ends_with_a_table_the_files_and_what_to_do_next(undisturbed):
+    run, output = undisturbed
+    for name in RESULTS:
+        assert (run / "analysis" / name).stat().st_size > 0
+        assert name in output.replace("\n", "")
+    assert "Greedy soup" in output
+    assert "Next:" in output
+    manifest = (run / "manifest.csv").read_text().splitlines()
+    assert manifest[0].startswith("row,")
+    assert "optim.lr" in manifest[0]
+    assert len(manifest) == 1 + 4
+
+
+def test_every_result_says_where_it_comes_from(undisturbed):
+    run, _ = undisturbed
+    for path in [*run.glob("ingredients/*/done.json"), *run.glob("soups/*/soup.json"), run / "zero_shot/done.json"]:
+        record = read_json(path)["provenance"]
+        assert {"commit", "versions", "machine"} <= record.keys()
+    assert read_json(run / "ingredients/001/done.json")["seed"] > 0
+    assert "commit" in read_json(run / "analysis/provenance.json")
+
+
+def test_a_second_call_does_nothing_again(undisturbed):
+    run, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    before |= {path: path.stat().st_mtime_ns for path in run.rglob("*.npy")}
+    assert len(before) > 20
+    started = time.monotonic()
+    finish(run.parent)
+    assert time.monotonic() - started < 60
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert set(before) == set(run.rglob("*.safetensors")) | set(run.rglob("*.npy"))
+
+
+def test_killed_in_every_stage_it_ends_with_the_same_bytes(undisturbed, tmp_path):
+    expected, _ = undisturbed
+    run = tmp_path / "demo_tiny"
+
+    def epoch_done():
+        return any(run.glob("ingredients/00[1-3]/metrics.jsonl"))
+
+    def evaluating():
+        return any((run / "logits/test").glob("*.npy"))
+
+    def greedy_half_way():
+        return (run / "soups/greedy/journal.jsonl").exists()
+
+    kill_when(tmp_path, epoch_done)
+    assert not (run / "manifest.csv").exists()
+    wait_until_free(run / "ingredients/001")
+    kill_when(tmp_path, evaluating)
+    assert not list(run.glob("soups/*/soup.json"))
+    kill_when(tmp_path, greedy_half_way)
+    assert not (run / "soups/greedy_ensemble").exists()
+    finish(tmp_path)
+
+    for name in RESULTS:
+        assert (run / "analysis" / name).read_bytes() == (expected / "analysis" / name).read_bytes(), name
+    weights = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
+    assert len(weights) == 4 + 1 + 3
+    for path in weights:
+        assert (run / path).read_bytes() == (expected / path).read_bytes(), path
+    assert sorted(path.name for path in run.rglob("*.tmp*")) == []
+
+
+def test_array_tasks_make_the_same_weights_as_the_pool_of_workers(undisturbed, tmp_path):
+    expected, _ = undisturbed
+    module = ("-m", "finetune")
+    refused = subprocess.run(
+        command(tmp_path, "sweep.index=2", program=module), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: row 2 starts from row 0, which is not there: run the same with sweep.index=0 first\n"
+    )
+    finish(tmp_path, "sweep.index=0", program=module)
+    assert "row 2: held-out" in finish(tmp_path, "sweep.index=2", program=module)
+    ours = load_weights(tmp_path / "demo_tiny/ingredients/002/weights.safetensors")
+    theirs = load_weights(expected / "ingredients/002/weights.safetensors")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_two_runs_of_one_row_at_once_are_refused(undisturbed):
+    run, _ = undisturbed
+    with sole_writer(run / "ingredients/001"):
+        answer = subprocess.run(
+            command(run.parent, "sweep.index=1", program=("-m", "finetune")),
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert answer.returncode == 2
+    assert f"ingredients/001 is being written by process {os.getpid()}" in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("task.folder=elsewhere", "manifest.json: No such file or directory; restore it with"),
+        ("model.weights=elsewhere.safetensors", "elsewhere.safetensors is missing; restore it with"),
+        ("optim.clip_norm=3", "was made with other settings than these"),
+    ],
+)
+def test_wrong_input_is_one_line_and_changes_nothing(undisturbed, tmp_path, override, words):
+    run, _ = undisturbed
+    runs = run.parent if override.startswith("optim") else tmp_path
+    answer = subprocess.run(command(runs, override), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2, answer.stderr
+    assert words in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("done.json"))
+
+
+def test_a_worker_that_is_killed_ends_the_stage_with_one_line(tmp_path):
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "demo_tiny"
+    while not any(run.glob("ingredients/00[1-3]/config.json")) and process.poll() is None:
+        time.sleep(0.01)
+    holder = next(int(lock.read_text().split()[1]) for lock in run.glob("ingredients/00[1-3]/lock") if lock.read_text())
+    os.kill(holder, signal.SIGKILL)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 2, output + error
+    assert "a worker process was killed" in error
+    assert "Run the same command again to continue" in error
+
+
+def test_scores_are_recorded_for_every_split_beside_every_model(undisturbed):
+    run, _ = undisturbed
+    config = load("demo_tiny")
+    rows = read_jsonl(run / "ingredients/001/scores.jsonl")
+    assert [row["split"] for row in rows] == ["held_out", "test", "v2", "r", "sketch", "objectnet", "a"]
+    done = read_json(run / "ingredients/001/done.json")
+    assert rows[0]["correct"] == done["held_out"]["correct"]
+    assert done["identity"] == identity(config, 1)
+    assert RunFolder(run).ingredient(1).name == "001"
