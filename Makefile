@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo seeds test quick lint format bench results data pretrain clean help
+.PHONY: setup demo seeds test quick lint format bench bench-soups results data pretrain clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
 # The stamp holds the requirements it was made from, so that an environment shared by clones is renewed when they differ.
 setup:  ## the environment, from requirements.txt; instant when it is there
@@ -39,6 +39,9 @@ format: setup  ## mend what ruff can
 
 bench: setup  ## time of a training step beside its floor
 	@$(RUN) -m benchmarks.training
+
+bench-soups: setup  ## time and memory of averaging files beside other tools; MERGEKIT=python of an environment with it
+	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT))
 
 results: seeds  ## renew the committed numbers in results/measured
 	@$(RUN) -m analysis experiment=demo_seeds paths.results=results/measured

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from configs.errors import UserError
-from configs.schema import CONFIGS, Experiment, parse
+from configs.schema import CONFIGS, Experiment, OwnPool, parse, parse_own
 
 
 def one_line_errors(work: Callable[[], None]) -> None:
@@ -36,5 +36,15 @@ def entry_point(stage: Callable[[Experiment], None]) -> Callable[[], None]:
     def main(cfg: DictConfig) -> None:
         typed = HydraConfig.get().overrides.task
         one_line_errors(lambda: stage(parse(cfg, typed)))
+
+    return main
+
+
+def own_pool_entry_point(stage: Callable[[OwnPool], None]) -> Callable[[], None]:
+    """The same for files of one's own: compose configs/own.yaml, which knows no experiment."""
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="own")
+    def main(cfg: DictConfig) -> None:
+        one_line_errors(lambda: stage(parse_own(cfg)))
 
     return main

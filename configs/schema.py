@@ -5,7 +5,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -200,15 +200,60 @@ class Experiment:
         return self
 
 
+@closed
+class OwnPool:
+    """configs/own.yaml: averaging files of one's own, without an experiment."""
+
+    recipe: Literal["uniform", "weighted", "wise_ft", "greedy"]
+    ingredients: Annotated[tuple[str, ...], Field(min_length=1)]  # files, folders of shards, or patterns such as a/*.pt
+    out: Path  # the soup, .safetensors
+    weights: tuple[NonNegative, ...] | None = None  # of recipe=weighted, one per ingredient, in any scale
+    init: Path | None = None  # the initialisation: of recipe=wise_ft, and of batch_norm=keep
+    alpha: Probability = 0.5  # of recipe=wise_ft: (1 - alpha) init + alpha mean of ingredients
+    dtype: Literal["keep", "F64", "F32", "F16", "BF16"] = "keep"  # of floating-point tensors in the soup
+    batch_norm: Literal["average", "keep"] = "average"  # running means and variances; keep: those of init
+    threads: Annotated[int, Field(ge=1, le=64)] = 2  # that read and add; the result does not depend on them
+
+    @model_validator(mode="after")
+    def recipe_has_what_it_needs(self) -> "OwnPool":
+        """Every setting that is given is used, and every one that is needed is given."""
+        if self.recipe == "greedy":
+            raise ValueError("greedy needs held-out accuracies: it is cooked from an experiment, see --help")
+        if (self.recipe == "weighted") != (self.weights is not None):
+            raise ValueError("weights=[...] and recipe=weighted belong together")
+        if self.init is None and (self.recipe == "wise_ft" or self.batch_norm == "keep"):
+            raise ValueError("recipe=wise_ft and batch_norm=keep need the initialisation, init=FILE")
+        if self.init is not None and self.recipe != "wise_ft" and self.batch_norm != "keep":
+            raise ValueError("init=FILE is for recipe=wise_ft or batch_norm=keep, and would be ignored")
+        return self
+
+
+Root = TypeVar("Root", Experiment, OwnPool)
+
+
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "the experiment"
+        where = ".".join(str(part) for part in problem["loc"]) or "the settings"
         if problem["type"] == "unexpected_keyword_argument":
             lines.append(f"{where}: unknown key; configs/schema.py lists the known ones")
         else:
             lines.append(f"{where}: {problem['msg']}, got {str(problem['input'])[:80]!r}")
     return "; ".join(lines)
+
+
+def _checked(root: type[Root], values: Any) -> Root:
+    try:
+        return TypeAdapter(root).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"bad config: {_explain(error)}") from None
+
+
+def _plain(cfg: DictConfig, remedy: str) -> Any:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"bad config: {str(error).splitlines()[0]}; {remedy}") from None
 
 
 def parse_values(values: Any) -> Experiment:
@@ -217,10 +262,12 @@ def parse_values(values: Any) -> Experiment:
     Raises:
         UserError: an unknown key, a wrong type or a value out of range, named as in `optim.lr`.
     """
-    try:
-        return TypeAdapter(Experiment).validate_python(values)
-    except ValidationError as error:
-        raise UserError(f"bad config: {_explain(error)}") from None
+    return _checked(Experiment, values)
+
+
+def parse_own(cfg: DictConfig) -> OwnPool:
+    """Check and freeze Hydra's answer to configs/own.yaml; raises as `parse`."""
+    return _checked(OwnPool, _plain(cfg, "e.g. recipe=uniform 'ingredients=[a.pt,b.pt]' out=soup.safetensors"))
 
 
 def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
@@ -234,12 +281,7 @@ def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
     Raises:
         UserError: as in `parse_values`; a missing value; a field typed and drawn.
     """
-    try:
-        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"bad config: {reason}; an experiment sets it, e.g. experiment=demo") from None
-    config = parse_values(values)
+    config = parse_values(_plain(cfg, "an experiment sets it, e.g. experiment=demo"))
     for field in (override.split("=")[0].lstrip("+~") for override in typed):
         if field in config.sweep.drawn:
             raise UserError(f"{field} is drawn by the sweep; to fix it in every row, type '~sweep.draw.{field}' too")

@@ -3,22 +3,38 @@
 Reads   runs/<name>/ingredients, the held-out split
 Writes  runs/<name>/soups/<recipe>/{weights.safetensors, soup.json}; skipped where cooked from the same pool.
         An ensemble has no weights of its own: soup.json lists its members.
+
+Or from files of your own:  python -m soups recipe=uniform 'ingredients=[a.safetensors,b.safetensors]' out=s.safetensors
 """
 
-from configs.cli import entry_point
+import sys
+
+from configs.cli import entry_point, own_pool_entry_point
 from configs.schema import Experiment
-from eval.forward import Evaluator
-from soups.cook import cook, describe
-from store.workers import use_threads
 
 
 def run(config: Experiment) -> None:
     """One recipe with recipe=..., else all that the experiment lists."""
+    # Imported here, since averaging files of one's own needs none of it, and torch alone takes seconds.
+    from eval.forward import Evaluator  # noqa: PLC0415
+    from soups.cook import cook, describe  # noqa: PLC0415
+    from store.workers import use_threads  # noqa: PLC0415
+
     use_threads(config.cluster.threads)
     evaluator = Evaluator(config)
     for recipe in [config.recipe] if config.recipe else config.recipes:
         print(describe(cook(config, recipe, evaluator)))
 
 
+def main() -> None:
+    """`ingredients=` on the command line means files of one's own."""
+    if any(word.lstrip("+").startswith("ingredients=") for word in sys.argv[1:]):
+        from soups.own import run as run_own  # noqa: PLC0415
+
+        own_pool_entry_point(run_own)()
+    else:
+        entry_point(run)()
+
+
 if __name__ == "__main__":
-    entry_point(run)()
+    main()

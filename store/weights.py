@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from store.atomic import replacing
+from store.pickled import tied_names
 
 Weights = Mapping[str, Tensor]
 
@@ -29,8 +30,12 @@ def digest(weights: Weights) -> str:
 
 
 def save_weights(path: Path, weights: Weights) -> str:
-    """Write weights whole or not at all and return their digest. Equal weights give equal bytes."""
+    """Write weights whole or not at all and return their digest. Equal weights give equal bytes.
+
+    Tied tensors are written under each of their names, since a safetensors file cannot share them.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors |= {name: tensors[name].clone() for name in tied_names(tensors)}
     with replacing(path) as temporary:
         save_file(tensors, temporary)
     return digest(tensors)

@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soups.average import Average
-from soups.recipes import best, greedy, mean_of, uniform
+from soups.recipes import (
+    best,
+    greedy,
+    greedy_random_order,
+    greedy_with_replacement,
+    mean_of,
+    random_order,
+    second_best,
+    subset,
+    uniform,
+    wise_ft,
+)
 
 RELEASED = Path(__file__).resolve().parents[2] / "shared/reference/released"
 
@@ -36,6 +47,13 @@ def test_greedy_keeps_a_model_only_if_the_average_is_no_worse_than_the_soup_so_f
 def test_a_tie_is_kept_as_recipe_1_says():
     soup = greedy([model(1.0), model(1.0)], [1.0, 1.0], closeness_to_one)
     assert soup.ingredients == (0, 1)
+
+
+def test_a_tie_is_dropped_on_request_as_in_the_authors_script():
+    soup = greedy([model(1.0), model(1.0), model(0.9)], [0.8, 0.8, 0.7], lambda weights: 0.8, ties="drop")
+    assert soup.ingredients == (0,)
+    better = greedy([model(0.8), model(1.2)], [0.8, 0.8], closeness_to_one, ties="drop")
+    assert better.ingredients == (0, 1)
 
 
 def test_greedy_averages_with_equal_weights_and_not_half_and_half():
@@ -77,13 +95,145 @@ def test_best_takes_the_highest_held_out_score_and_uniform_takes_all():
     assert everything.weights["w"].item() == 3
 
 
+def test_second_best_takes_the_second_highest_held_out_score_and_needs_two():
+    models = [model(1.0), model(2.0), model(6.0)]
+    assert second_best(models, [0.1, 0.3, 0.2]).ingredients == (2,)
+    assert second_best(models, [0.3, 0.1, 0.3]).weights["w"].item() == 6
+    with pytest.raises(ValueError, match="needs at least two, got 1"):
+        second_best(models[:1], [0.1])
+
+
+def test_a_subset_averages_the_chosen_models_and_reads_no_other():
+    def unread():
+        raise AssertionError("read a model that was not chosen")
+
+    soup = subset([model(1.0), unread, model(6.0)], [0.1, 0.3, 0.2], chosen=[0, 2])
+    assert soup.ingredients == (2, 0)
+    assert soup.mixing == (0.5, 0.5)
+    assert soup.weights["w"].item() == 3.5
+
+
+@pytest.mark.parametrize("chosen", [[0, 3], [-1], [1, 1]])
+def test_a_subset_of_models_that_are_not_there_or_stand_twice_is_refused(chosen):
+    with pytest.raises(ValueError, match="at most once"):
+        subset([model(1.0)] * 3, [0.1, 0.2, 0.3], chosen)
+
+
+def test_an_empty_subset_is_refused():
+    with pytest.raises(ValueError, match="at least one model"):
+        subset([model(1.0)], [0.1], [])
+
+
+def test_every_recipe_without_repeats_weighs_its_ingredients_equally():
+    models, held_out = [model(0.7), model(1.2), model(0.9)], [0.7, 0.8, 0.9]
+    assert uniform(models, held_out).mixing == (1 / 3, 1 / 3, 1 / 3)
+    assert greedy(models, held_out, closeness_to_one).mixing == (0.5, 0.5)
+    assert best(models, held_out).mixing == second_best(models, held_out).mixing == (1.0,)
+
+
+def test_greedy_in_random_order_follows_its_order_and_not_the_held_out_scores():
+    values, held_out = [0.7, 1.2, 0.9, 1.4], [0.7, 0.8, 0.9, 0.6]
+    soups = greedy_random_order([model(v) for v in values], held_out, closeness_to_one, seed=0, orders=3)
+    orders = [random_order(4, 0, j) for j in range(3)]
+    assert len({tuple(order) for order in orders}) > 1
+    for soup, order in zip(soups, orders, strict=True):
+        assert [trial.candidate for trial in soup.trials] == order
+        assert soup.trials[0].score == held_out[order[0]]
+        kept = [order[0]]
+        for i in order[1:]:  # the slow obvious way
+            together = closeness_to_one(mean_of(model(values[k]) for k in [*kept, i]))
+            alone = held_out[kept[0]] if len(kept) == 1 else closeness_to_one(mean_of(model(values[k]) for k in kept))
+            kept += [i] if together >= alone else []
+        assert soup.ingredients == tuple(kept)
+
+
+def test_a_random_order_is_a_permutation_that_another_model_in_the_pool_leaves_as_it_was():
+    order = random_order(20, 7, 1)
+    assert sorted(order) == list(range(20))
+    assert [i for i in random_order(30, 7, 1) if i < 20] == order
+    assert order != random_order(20, 7, 2) != random_order(20, 8, 2)
+
+
+def test_greedy_with_replacement_weighs_a_model_as_often_as_it_was_added():
+    # From 0.7 (0.70) the best addition is 1.6: 1.15 (0.85); then 0.7 again: (0.7 + 0.7 + 1.6) / 3 = 1 (1.00).
+    # Nothing improves on that, though 1.0 alone leaves it as it is.
+    soup = greedy_with_replacement([model(1.6), model(0.7), model(1.0)], [0.4, 0.99, 0.5], closeness_to_one)
+    assert soup.ingredients == (1,)  # 0.99 is what was recorded for the first, and no mixture but 1 beats it
+    soup = greedy_with_replacement([model(1.6), model(0.7)], [0.4, 0.7], closeness_to_one)
+    assert soup.ingredients == (1, 0)
+    assert soup.mixing == (2 / 3, 1 / 3)
+    torch.testing.assert_close(soup.weights["w"], torch.tensor([1.0]))
+    # Best first in each round: 0.7 again changes nothing, 1.6 wins; 0.7 wins; neither.
+    tried = [(trial.candidate, trial.accepted) for trial in soup.trials]
+    assert tried == [(1, True), (1, False), (0, True), (1, True), (0, False), (1, False), (0, False)]
+
+
+def test_greedy_with_replacement_ends_though_adding_the_only_ingredient_again_is_always_a_tie():
+    soup = greedy_with_replacement([model(1.0), model(3.0)], [1.0, 0.1], closeness_to_one)
+    assert soup.ingredients == (0,)
+    assert len(soup.trials) == 3
+
+
+def test_greedy_with_replacement_adds_at_most_as_many_models_as_it_has_rounds():
+    scores = count(1)
+    soup = greedy_with_replacement([model(0.0), model(1.0)], [0.5, 0.4], lambda weights: float(next(scores)), rounds=3)
+    assert len(soup.trials) == 1 + 3 * 2
+    assert soup.mixing == (1 / 4, 3 / 4)  # the second of each round scores higher here
+
+
+def test_greedy_with_replacement_takes_the_model_that_is_better_alone_when_two_help_as_much():
+    soup = greedy_with_replacement([model(2.0), model(1.0), model(3.0)], [0.2, 0.5, 0.3], lambda w: 0.9, rounds=1)
+    assert soup.ingredients == (1,)
+    assert soup.mixing == (1.0,)
+
+
+@given(st.lists(st.floats(0.5, 1.5, width=32), min_size=1, max_size=6))
+def test_greedy_with_replacement_is_never_below_the_best_model(values):
+    held_out = [closeness_to_one({"w": torch.tensor([v])}) for v in values]
+    soup = greedy_with_replacement([model(v) for v in values], held_out, closeness_to_one, rounds=4)
+    assert closeness_to_one(soup.weights) >= max(held_out)
+    assert sum(soup.mixing) == pytest.approx(1)
+
+
+def test_wise_ft_goes_in_a_straight_line_from_the_start_to_the_end():
+    start = {"w": torch.tensor([1.0, 0.1]), "half": torch.tensor([2.0]).half(), "n": torch.tensor(5)}
+    end = {"w": torch.tensor([3.0, 0.3]), "half": torch.tensor([4.0]).half(), "n": torch.tensor(5)}
+    quarter = wise_ft(lambda: start, lambda: end, 0.25)
+    torch.testing.assert_close(quarter["w"], torch.tensor([1.5, 0.15]))
+    assert (quarter["half"].dtype, quarter["half"].item(), quarter["n"].item()) == (torch.float16, 2.5, 5)
+    assert torch.equal(wise_ft(lambda: start, lambda: end, 0)["w"], start["w"])
+    assert torch.equal(wise_ft(lambda: start, lambda: end, 1)["w"], end["w"])
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_wise_ft_does_not_extrapolate(alpha):
+    with pytest.raises(ValueError, match=r"alpha in \[0, 1\]"):
+        wise_ft(model(0.0), model(1.0), alpha)
+
+
+def test_wise_ft_refuses_models_that_do_not_fit_together():
+    with pytest.raises(ValueError, match="'v' is not in all of them"):
+        wise_ft(model(0.0), lambda: {"v": torch.zeros(1)}, 0.5)
+    with pytest.raises(ValueError, match=r"'w': torch.float32 and torch.float64"):
+        wise_ft(model(0.0), lambda: {"w": torch.zeros(1, dtype=torch.float64)}, 0.5)
+
+
 def test_the_same_recipes_make_ensembles_of_logits():
     logits = torch.tensor([[[2.0, 0.0]], [[0.0, 6.0]]])
     ensemble = uniform([lambda i=i: {"logits": logits[i]} for i in range(2)], [0.5, 0.5])
     torch.testing.assert_close(ensemble.weights["logits"], torch.tensor([[1.0, 3.0]]))
 
 
-@pytest.mark.parametrize("recipe", [best, uniform, lambda models, held_out: greedy(models, held_out, lambda w: 0)])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        best,
+        uniform,
+        lambda models, held_out: greedy(models, held_out, lambda w: 0),
+        lambda models, held_out: greedy_random_order(models, held_out, lambda w: 0, seed=0),
+        lambda models, held_out: greedy_with_replacement(models, held_out, lambda w: 0),
+    ],
+)
 def test_a_recipe_without_models_is_refused(recipe):
     with pytest.raises(ValueError, match="at least one model"):
         recipe([], [])

@@ -1,0 +1,90 @@
+"""Where models lie: distances to a reference and angles between task vectors, streamed from files in float64."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from soups.conformance import Layout
+from soups.files import STATISTICS
+from store.checkpoints import BLOCK, Checkpoint
+from store.dtypes import FLOATS, STORED, widen
+
+NUMBERS_AT_ONCE = 4 * BLOCK  # float64, over all models: 4 MiB
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Inner products of K models; differences are taken before products, so that near models keep their digits."""
+
+    products: NDArray[np.float64]  # (K, K) of task vectors, which are differences to the reference
+    crossed: NDArray[np.float64]  # (K,) of task vectors with the reference
+    reference: float  # the reference's squared length
+    parameters: int
+
+    @property
+    def distances(self) -> NDArray[np.float64]:
+        """(K,) L2 distances to the reference."""
+        return np.sqrt(self.products.diagonal())
+
+    @property
+    def relative(self) -> NDArray[np.float64]:
+        """(K,) distances in lengths of the reference."""
+        return _divide(self.distances, np.sqrt(self.reference))
+
+    @property
+    def task_cosines(self) -> NDArray[np.float64]:
+        """(K, K) cosines between task vectors; NaN where one has no length."""
+        return _divide(self.products, np.outer(self.distances, self.distances))
+
+    @property
+    def weight_cosines(self) -> NDArray[np.float64]:
+        """(K, K) cosines between the models' weights themselves."""
+        weights = self.products + self.crossed + self.crossed[:, None] + self.reference
+        lengths = np.sqrt(weights.diagonal())
+        return _divide(weights, np.outer(lengths, lengths))
+
+    @property
+    def reference_cosines(self) -> NDArray[np.float64]:
+        """(K,) cosines between each model's weights and the reference."""
+        lengths = np.sqrt(self.products.diagonal() + 2 * self.crossed + self.reference)
+        return _divide(self.crossed + self.reference, lengths * np.sqrt(self.reference))
+
+
+def _divide(above: NDArray, below: NDArray | float) -> NDArray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return above / below
+
+
+def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint | None = None) -> Geometry:
+    """Inner products of models, tied tensors once, integers and batch-norm statistics left out.
+
+    Memory: K x K numbers and 16 MiB, whatever the models' size.
+
+    Args:
+        checkpoints: K open files of finite numbers.
+        layout: theirs, and `init`'s.
+        init: the reference; the mean of the models if None.
+    """
+    count = len(checkpoints)
+    products, crossed, reference, parameters = np.zeros((count, count)), np.zeros(count), 0.0, 0
+    width = max(1, NUMBERS_AT_ONCE // (count + 1))
+    for name, entry in layout.entries.items():
+        if entry.dtype not in FLOATS or name.endswith(STATISTICS):
+            continue
+        parameters += entry.size
+        for start in range(0, entry.size, width):
+            stored = np.empty(min(width, entry.size - start), STORED[entry.dtype])
+            rows = np.empty((count + 1, len(stored)))
+            for row, checkpoint in zip(rows, [*checkpoints, init], strict=True):
+                if checkpoint is None:
+                    row[:] = rows[:-1].mean(axis=0)
+                else:
+                    checkpoint.read(name, start, stored)
+                    row[:] = widen(stored, entry.dtype)
+            tasks, origin = rows[:-1] - rows[-1], rows[-1]
+            products += tasks @ tasks.T
+            crossed += tasks @ origin
+            reference += float(origin @ origin)
+    return Geometry(products, crossed, reference, parameters)

@@ -1,0 +1,76 @@
+"""Model Stock: how far to go from the initialisation to the mean, told by the angles between fine-tuned models."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soups.mixture import Loader, check_names, mixture
+from store.weights import Weights
+
+BLOCK = 1 << 16  # elements of each model looked at together
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The mixture, and for each floating-point tensor what it came from."""
+
+    weights: dict[str, Tensor]
+    ratios: dict[str, float]  # share in [0, 1] of the mean of the fine-tuned models; the rest is the start's
+    cosines: dict[str, float]  # mean over the pairs of models, in [-1, 1]; 1 where fewer than two models moved
+
+
+def ratio(cosine: float, models: int) -> float:
+    """Share of the mean of k models: k cos / ((k - 1) cos + 1), and 0 for a cosine that is not positive.
+
+    >>> ratio(0.5, 2), ratio(1.0, 7), ratio(0.0, 3)
+    (0.6666666666666666, 1.0, 0.0)
+    """
+    return models * cosine / ((models - 1) * cosine + 1) if cosine > 0 else 0.0
+
+
+def _mean_cosine(name: str, start: Weights, models: Sequence[Weights]) -> float:
+    """Mean cosine over pairs of changes from the start; a model that did not move has no angle."""
+    shapes = {tuple(weights[name].shape) for weights in (start, *models)}
+    if len(shapes) > 1:
+        raise ValueError(f"parameter {name!r}: {' and '.join(map(str, sorted(shapes)))}")
+    origin = start[name].reshape(-1).split(BLOCK)
+    parts = [model[name].reshape(-1).split(BLOCK) for model in models]
+    gram = torch.zeros(len(models), len(models), dtype=torch.float64)
+    for block, zero in enumerate(origin):
+        changes = torch.stack([part[block].double() - zero.double() for part in parts])  # (k, n)
+        gram += changes @ changes.T
+    lengths = gram.diagonal().sqrt()
+    moved = (lengths > 0).nonzero().flatten()
+    if len(moved) < 2:
+        return 1.0
+    cosines = (gram / lengths.outer(lengths))[moved][:, moved]
+    above = torch.ones_like(cosines, dtype=torch.bool).triu(diagonal=1)
+    return cosines[above].mean().item()
+
+
+def model_stock(start: Loader, models: Sequence[Loader]) -> Stock:
+    """Interpolate, tensor by tensor, between the initialisation and the mean of k fine-tuned models.
+
+    It looks at no data: where the models' changes point the same way the mean is taken, where they are orthogonal
+    the start. A cosine below 0, which the geometry behind the formula excludes and noise may give, counts as 0.
+
+    Args:
+        start: the initialisation that all were fine-tuned from.
+        models: k >= 2 loaders. All are open at once and read tensor by tensor; see `soups.residents.FileWeights`.
+
+    Raises:
+        ValueError: fewer than two models, or models that do not fit together.
+
+    Source: Jang et al. 2024, Section 4: t = k cos / ((k - 1) cos + 1). Theirs is for layers; a layer here is a
+    tensor, as in their code, and for k > 2 the cosine is the mean over pairs.
+    """
+    if len(models) < 2:
+        raise ValueError(f"an angle needs at least two fine-tuned models, got {len(models)}")
+    begin, ends = start(), [load() for load in models]
+    check_names([begin, *ends])
+    cosines = {name: _mean_cosine(name, begin, ends) for name in begin if begin[name].is_floating_point()}
+    ratios = {name: ratio(cosine, len(ends)) for name, cosine in cosines.items()}
+    mixed = mixture([begin, *ends], lambda name: (1 - ratios[name], *[ratios[name] / len(ends)] * len(ends)))
+    return Stock(mixed, ratios, cosines)

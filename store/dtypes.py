@@ -1,0 +1,61 @@
+"""Kinds of numbers in weight files, by their names in safetensors, without torch: it takes seconds to import.
+
+bfloat16, which numpy does not know, is handled as its 16 bits.
+"""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+OutputDtype = Literal["keep", "F64", "F32", "F16", "BF16"]
+
+STORED: dict[str, np.dtype] = {  # how the bytes of each kind are held; little-endian, as the format says
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def widen(stored: NDArray, dtype: str) -> NDArray:
+    """Stored numbers as floats that numpy can compute with; a view, except for bfloat16.
+
+    >>> widen(np.array([0x3F80, 0xC000], np.uint16), "BF16")
+    array([ 1., -2.], dtype=float32)
+    """
+    if dtype != "BF16":
+        return stored
+    return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def round_once(values: NDArray[np.float64], dtype: str) -> NDArray:
+    """Finite float64 to a stored kind, to nearest, ties to even, in one rounding; too large becomes infinite.
+
+    The usual way to bfloat16 leads over float32 and rounds twice: 1 + 2**-8 + 2**-40 is above the middle of two
+    neighbours, but float32 takes it for the middle, and ties to even then go down.
+
+    >>> round_once(np.array([1 + 2**-8 + 2**-40, 1 + 2**-8]), "BF16").tolist() == [0x3F81, 0x3F80]
+    True
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        if dtype != "BF16":
+            return values.astype(STORED[dtype])
+        nearest = values.astype(np.float32)
+        back = nearest.astype(np.float64)
+        bits = nearest.view(np.uint32)
+        inexact = back != values
+        # Cut towards zero, then set the last bit where something was cut: the second rounding then sees all there was.
+        bits -= inexact & (np.abs(back) > np.abs(values))
+        bits |= inexact
+        return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")

@@ -1,0 +1,47 @@
+"""The running average in memory keeps to the policy of soups.files."""
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from soups.average import Average, rounded
+from soups.recipes import mean_of
+
+
+def mean(*states):
+    return mean_of([lambda state=state: state for state in states])
+
+
+def test_of_batch_counters_the_largest_is_taken_in_any_order():
+    for order in permutations((3, 9, 4)):
+        assert mean(*({"bn.num_batches_tracked": torch.tensor(n)} for n in order))["bn.num_batches_tracked"] == 9
+
+
+def test_tied_tensors_are_summed_once_and_stay_tied():
+    def tied(value):
+        w = torch.full((2,), value)
+        return {"head": w, "embedding": w, "other": w.clone()}
+
+    average = Average.of(tied(1.0)).plus(tied(4.0))
+    assert average.ties == {"head": "embedding"}
+    assert len({id(total) for total in average.sums.values()}) == 2
+    weights = average.weights()
+    assert weights["head"].data_ptr() == weights["embedding"].data_ptr() != weights["other"].data_ptr()
+    assert weights["head"].tolist() == [2.5, 2.5]
+
+
+def test_a_file_that_holds_both_names_fits_to_a_tied_model_while_they_are_equal():
+    w = torch.ones(2)
+    loaded = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    assert mean({"a": w, "b": w}, loaded)["b"].tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match="'b' is tied to 'a' in one model, but differs from it in another"):
+        mean({"a": w, "b": w}, loaded | {"b": torch.ones(2)})
+
+
+def test_sixteen_bits_are_rounded_to_once():
+    # Above the middle of 1 and the next bfloat16 by less than float32 can tell.
+    values = torch.tensor([1 + 2**-8 + 2**-40, 1 + 2**-8], dtype=torch.float64)
+    assert rounded(values, torch.bfloat16).tolist() == [1 + 2**-7, 1.0]
+    assert rounded(values[0], torch.bfloat16).shape == ()
+    assert rounded(torch.tensor(1 + 2**-11 + 2**-40, dtype=torch.float64), torch.float16).item() == 1 + 2**-10

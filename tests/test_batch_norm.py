@@ -1,0 +1,89 @@
+"""Batch-norm statistics of a soup: one process, and two that share the data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from soups.batch_norm import recompute_batch_norm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2), nn.BatchNorm1d(2, momentum=0.3)
+    )
+
+
+def batches(number):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 3, generator=generator) * (i + 1) for i in range(number)]
+
+
+def statistics(model):
+    return {name: buffer.double().tolist() for name, buffer in model.named_buffers()}
+
+
+def test_statistics_are_the_means_over_batches_whatever_they_were_before():
+    model, data = network().eval(), batches(5)
+    model[1].running_mean.fill_(1e6)
+    assert recompute_batch_norm(model, [(x, "label") for x in data]) == 5
+    hidden = [model[0](x) for x in data]
+    torch.testing.assert_close(model[1].running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0))
+    torch.testing.assert_close(model[1].running_var, torch.stack([h.var(0) for h in hidden]).mean(0))
+    assert model[1].num_batches_tracked == 5
+    assert (model.training, model[4].momentum) == (False, 0.3)
+
+
+def test_without_batch_norm_no_data_is_read():
+    assert recompute_batch_norm(nn.Linear(3, 2), iter(())) == 0
+
+
+def test_without_data_nothing_changes_and_it_is_said():
+    model = network()
+    before = statistics(model)
+    with pytest.raises(ValueError, match="the loader has no batch"):
+        recompute_batch_norm(model, [])
+    assert statistics(model) == before
+
+
+RANK = """
+import json, sys
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from soups.batch_norm import recompute_batch_norm
+from tests.test_batch_norm import batches, network, statistics
+rank, meeting, wrap = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "wrapped"
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+model = network()
+data = batches(5)[:4] if rank == 0 else batches(5)[4:]
+total = recompute_batch_norm(DistributedDataParallel(model) if wrap else model, data)
+print(json.dumps([total, statistics(model)]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("wrap", ["bare", "wrapped"])
+def test_two_ranks_with_uneven_shares_get_what_one_process_gets_from_all_batches(tmp_path, wrap):
+    alone = network()
+    recompute_batch_norm(alone, batches(5))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meeting"), wrap],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        total, found = json.loads(rank.communicate(timeout=120)[0].splitlines()[-1])
+        assert total == 5
+        for name, values in statistics(alone).items():
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-6, atol=1e-7)

@@ -1,0 +1,40 @@
+"""The benchmark of averaging runs from end to end on files of a few kilobytes, and has the shapes it speaks of."""
+
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.soups import shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_synthetic_checkpoints_are_of_vit_b_32():
+    found = shapes(768)
+    assert (len(found), sum(map(prod, found.values()))) == (154, 87_849_216 + 513_000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_every_contender_averages_and_is_measured(tmp_path):
+    options = ["--folder", tmp_path, "--models", "2", "--width", "12", "--rounds", "1", "--out", tmp_path / "bench.csv"]
+    command = [sys.executable, "-m", "benchmarks.soups", *map(str, options)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "mergekit is left out: no environment that has it was named" in answer.stdout
+    rows = pd.read_csv(tmp_path / "bench.csv").set_index("contender")
+    assert list(rows.index) == ["read", "loop", "timm", "ours"]
+    assert rows.times_read["read"] == 1
+    assert (rows.peak_anonymous_mib > 1).all()
+    assert (rows.seconds > 0).all()
+    ours = load_file(tmp_path / "out_ours.safetensors")
+    for other in ("loop", "timm"):
+        theirs = torch.load(tmp_path / f"out_{other}.pt", weights_only=True)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name])

@@ -1,0 +1,141 @@
+"""Weight files are read to the bit, and a bad one is one clear error that names it."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from soups.files import average_files
+from store.checkpoints import INDEX, digest_file, opened
+from tests.saved import save
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    match how:
+        case "truncated":
+            path.write_bytes(content[:-3])
+        case "longer":
+            path.write_bytes(content + b"abc")
+        case "header":
+            path.write_bytes(content[:8] + b"}" + content[9:])
+        case "length":
+            path.write_bytes(b"\xff" * 8 + content[8:])
+        case "empty":
+            path.write_bytes(b"")
+        case "missing":
+            path.unlink()
+        case "offset":
+            path.write_bytes(content.replace(b"[0,8]", b"[1,9]"))
+        case "shape":
+            path.write_bytes(content.replace(b'"shape":[2]', b'"shape":[3]'))
+        case "twice":
+            header = b'{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"w":{}}'
+            path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "longer", "header", "length", "empty", "missing", "offset", "shape", "twice"]
+)
+def test_a_damaged_file_is_named(tmp_path, how):
+    path = save(tmp_path, "a", {"w": torch.zeros(2)})
+    damage(path, how)
+    with pytest.raises(UserError, match=r"a.safetensors (is truncated|is damaged|does not exist)") as error:
+        average_files([path], tmp_path / "soup.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_cut_while_it_is_read_is_named(tmp_path):
+    path = save(tmp_path, "a", {"w": torch.zeros(200)})
+    with opened([path]) as (checkpoint,):
+        path.write_bytes(path.read_bytes()[:-400])
+        with pytest.raises(UserError, match=r"a.safetensors: tensor 'w' ends too early"):
+            digest_file(checkpoint)
+
+
+def test_shards_are_checked_against_their_index(tmp_path):
+    folder = save(tmp_path, "a", {"w": torch.zeros(2), "v": torch.zeros(2)}, "shards")
+    index = json.loads((folder / INDEX).read_text())
+    cases = [
+        ({"w": "../b.safetensors"}, "names a shard outside its folder"),
+        ({"w": "part-9.safetensors"}, r"its shard part-9.safetensors is missing"),
+        ({"x": "part-0.safetensors"}, "tensor 'x' is in the index but in no shard"),
+    ]
+    for change, words in cases:
+        (folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | change}))
+        with pytest.raises(UserError, match=words):
+            average_files([folder], tmp_path / "soup.safetensors")
+    (folder / INDEX).write_text("[]")
+    with pytest.raises(UserError, match="is damaged or not an index"):
+        average_files([folder], tmp_path / "soup.safetensors")
+    (folder / INDEX).unlink()
+    with pytest.raises(UserError, match=f"a folder without {INDEX}: name a file in it"):
+        average_files([folder], tmp_path / "soup.safetensors")
+
+
+class Evil:
+    """A pickle that would write a file when loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
+    torch.save({"w": torch.zeros(1), "x": Evil(tmp_path / "owned")}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(UserError, match=name) as error:
+            average_files([tmp_path / name], tmp_path / "soup.safetensors")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
+def test_a_state_dict_inside_a_training_checkpoint_is_found_and_said(tmp_path, key):
+    torch.save({key: {"w": torch.ones(2)}, "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "a.pt")
+    soup = average_files([tmp_path / "a.pt"], tmp_path / "soup.safetensors")
+    assert soup.unwrapped == {"a.pt": key}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"w": torch.ones(2), "epoch": 3}, "not a state dict.*'epoch' is a int, not a tensor"),
+        ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, "several state dicts .state_dict, model"),
+        ([1, 2], "holds a list, not a state dict"),
+        ({}, "it is empty"),
+        ({"w": torch.ones(2).to_sparse()}, "'w' is sparse"),
+    ],
+)
+def test_what_is_not_a_state_dict_is_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=words):
+        average_files([tmp_path / "a.pt"], tmp_path / "soup.safetensors")
+
+
+def test_old_and_truncated_archives_are_refused_in_one_line(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"w": torch.ones(2)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-50])
+    for name, words in (("old.pt", "load it and save it again"), ("cut.pt", "truncated, damaged")):
+        with pytest.raises(UserError, match=words) as error:
+            average_files([tmp_path / name], tmp_path / "soup.safetensors")
+        assert "\n" not in str(error.value)
+
+
+def test_a_digest_names_the_content_and_not_the_format(tmp_path):
+    state = {"w": torch.randn(5, 3).to(torch.bfloat16), "n": torch.tensor(2)}
+    turned = {"n": state["n"], "w": state["w"].t().contiguous().t()}  # the same numbers, laid out by columns
+    paths = [save(tmp_path, "a", state, how) for how in ("safetensors", "pt", "shards")]
+    torch.save(turned, tmp_path / "turned.pt")
+    changed = save(tmp_path, "b", state | {"w": state["w"] + 1})
+    with opened([*paths, tmp_path / "turned.pt", changed]) as found:
+        *same, other = [digest_file(checkpoint) for checkpoint in found]
+    assert len(set(same)) == 1
+    assert other not in same

@@ -1,0 +1,193 @@
+"""The doctor on planted pools, and geometry against the whole vectors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from configs.errors import UserError
+from soups import geometry as geometry_module
+from soups.barriers import midpoint_barriers
+from soups.conformance import common_layout
+from soups.doctor import examine, read_scores, show
+from soups.geometry import geometry
+from store.checkpoints import opened
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def state(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "w": torch.randn(40, 30, generator=generator),
+        "h": torch.randn(30, generator=generator).bfloat16(),
+        "bn.running_var": torch.rand(5, generator=generator) * 1e6,
+        "n": torch.tensor(3),
+    }
+
+
+def tuned(seed, step=0.05):
+    """The model of seed 0, moved in a direction of its own."""
+    return {k: v + (step * state(seed)[k]).to(v.dtype) if v.is_floating_point() else v for k, v in state(0).items()}
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Four models fine-tuned from one initialisation."""
+    save_file(state(0), tmp_path / "init.safetensors")
+    for i in range(1, 5):
+        save_file(tuned(i), tmp_path / f"m{i}.safetensors")
+    return tmp_path
+
+
+def files(pool):
+    return sorted(pool.glob("[!i]*.safetensors"))
+
+
+@pytest.mark.parametrize("with_init", [True, False])
+def test_a_healthy_pool_has_no_findings(pool, with_init):
+    report = examine(files(pool), pool / "init.safetensors" if with_init else None)
+    assert report.findings == ()
+    assert len(report.sound) == 4
+
+
+def test_distances_and_angles_are_those_of_the_whole_vectors(pool, monkeypatch):
+    monkeypatch.setattr(geometry_module, "NUMBERS_AT_ONCE", 64)
+
+    def vector(path):
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+        return torch.cat([weights[k].double().reshape(-1) for k in ("h", "w")]).numpy()
+
+    start, models = vector(pool / "init.safetensors"), [vector(path) for path in files(pool)]
+    for reference, init in ((start, [pool / "init.safetensors"]), (np.mean(models, 0), [])):
+        with opened([*files(pool), *init]) as found:
+            g = geometry(found[:4], common_layout(found), found[4] if init else None)
+        tasks = [model - reference for model in models]
+        assert g.parameters == 1230
+        np.testing.assert_allclose(g.distances, [np.linalg.norm(t) for t in tasks], rtol=1e-12)
+        np.testing.assert_allclose(g.relative, g.distances / np.linalg.norm(reference), rtol=1e-12)
+        cosines = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in tasks] for a in tasks]
+        np.testing.assert_allclose(g.task_cosines, cosines, atol=1e-12)
+        cosines = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in models] for a in models]
+        np.testing.assert_allclose(g.weight_cosines, cosines, atol=1e-12)
+        ours = [m @ reference / np.linalg.norm(m) / np.linalg.norm(reference) for m in models]
+        np.testing.assert_allclose(g.reference_cosines, ours, atol=1e-12)
+
+
+def test_distances_of_models_that_hardly_moved_keep_their_digits(tmp_path):
+    w = torch.full((1000,), 1000.0, dtype=torch.float64)
+    for name, step in (("init", 0.0), ("a", 1e-9), ("b", 2e-9)):
+        save_file({"w": w + step}, tmp_path / f"{name}.safetensors")
+    found = examine([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "init.safetensors").geometry
+    ratio = (1000 + 2e-9 - 1000) / (1000 + 1e-9 - 1000)  # of the steps as float64 can hold them
+    assert found.distances[1] / found.distances[0] == pytest.approx(ratio, rel=1e-12)
+
+
+def planted(pool, kind):
+    match kind:
+        case "duplicate":
+            save_file(tuned(2), pool / "x.safetensors", metadata={"other": "metadata"})
+        case "nan":
+            save_file(tuned(7) | {"h": torch.full((30,), float("nan")).bfloat16()}, pool / "x.safetensors")
+        case "shape":
+            save_file(tuned(7) | {"h": torch.zeros(31).bfloat16()}, pool / "x.safetensors")
+        case "key":
+            save_file(tuned(7) | {"extra": torch.zeros(1)}, pool / "x.safetensors")
+        case "damaged":
+            (pool / "x.safetensors").write_bytes(b"nothing")
+        case "stranger":
+            save_file(state(99), pool / "x.safetensors")
+        case "far":
+            save_file(tuned(7, 0.4), pool / "x.safetensors")
+
+
+@pytest.mark.parametrize("with_init", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("duplicate", "x.safetensors and m2.safetensors are the same model"),
+        ("nan", "x.safetensors: tensor 'h' holds NaN or infinity"),
+        ("shape", "x.safetensors: tensor 'h' is BF16 (31,), but BF16 (30,) in "),
+        ("key", "x.safetensors: tensor 'extra' is not in "),
+        ("damaged", "x.safetensors is truncated or not a safetensors file"),
+        ("stranger", "x.safetensors started elsewhere: its weights have a cosine of "),
+        ("far", "x.safetensors went far: "),
+    ],
+)
+def test_what_is_planted_is_found_and_nothing_else(pool, kind, words, with_init):
+    planted(pool, kind)
+    report = examine(files(pool), pool / "init.safetensors" if with_init else None)
+    assert len(report.findings) == 1
+    assert words in report.findings[0]
+    assert len(report.sound) == (4 if kind in ("nan", "shape", "key", "damaged") else 5)
+
+
+def test_two_models_of_different_origin_are_both_named(tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for seed, path in enumerate(paths):
+        save_file(state(seed), path)
+    assert ["started elsewhere" in line for line in examine(paths).findings] == [True, True]
+
+
+def test_weak_models_and_models_that_are_all_the_same_explain_a_soup(pool):
+    scores = {f"m{i}.safetensors": score for i, score in enumerate([0.8, 0.79, 0.7, 0.5], 1)}
+    report = examine(files(pool), pool / "init.safetensors", scores)
+    assert len(report.findings) == 1
+    assert report.findings[0].startswith("2 of 4 models are more than 2 points below m1.safetensors (80.0 %): m3")
+    for i in range(1, 5):
+        both = {k: v + 0.01 * tuned(i)[k].to(v.dtype) if v.is_floating_point() else v for k, v in tuned(9).items()}
+        save_file(both, pool / f"m{i}.safetensors")
+    assert "nearly the same" in examine(files(pool), pool / "init.safetensors").findings[0]
+
+
+def test_the_command_prints_a_table_and_writes_nothing(pool):
+    planted(pool, "stranger")
+    (pool / "scores.json").write_text(json.dumps({"m1.safetensors": 0.8123}))
+    before = sorted(pool.iterdir())
+    arguments = [*files(pool), "--init", pool / "init.safetensors", "--scores", pool / "scores.json"]
+    command = [sys.executable, "-m", "soups.doctor", *map(str, arguments)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    for words in ("m3.safetensors", "81.23 %", "started elsewhere"):
+        assert words in answer.stdout
+    assert sorted(pool.iterdir()) == before
+
+
+def test_wrong_scores_and_an_empty_pool_are_refused(pool):
+    with pytest.raises(UserError, match="there is no model 'z' in the pool"):
+        examine(files(pool), None, {"z": 0.5})
+    with pytest.raises(UserError, match="no models"):
+        examine([])
+    with pytest.raises(UserError, match="does not exist"):
+        read_scores(pool / "none.json")
+    for content in ('{"a": 81.2}', "[1]", "{", '{"a": "b"}'):
+        (pool / "scores.json").write_text(content)
+        with pytest.raises(UserError, match=r"need accuracies in \[0, 1\] by file name"):
+            read_scores(pool / "scores.json")
+
+
+def test_a_pool_without_a_sound_model_is_shown(pool):
+    (pool / "x.safetensors").write_bytes(b"")
+    console = Console(record=True, width=120)
+    show(examine([pool / "x.safetensors"]), console)
+    assert "x.safetensors is truncated" in console.export_text()
+
+
+def test_a_barrier_is_how_far_the_middle_is_below_the_mean_of_the_ends():
+    # Accuracy is the distance to 0 up to 1: the ends -1 and 1 score 1, their middle 0 scores 0; 1 and 2 are flat.
+    def accuracy(weights):
+        return min(1.0, abs(weights["w"].item()))
+
+    models = [lambda v=v: {"w": torch.tensor([v])} for v in (1.0, 2.0, -1.0)]
+    barriers = midpoint_barriers(models, accuracy)
+    assert [(b.first, b.second, b.height) for b in barriers] == [(0, 2, 1.0), (1, 2, 0.5), (0, 1, 0.0)]
+    assert barriers[1].ends == (1.0, 1.0)
+    assert barriers[1].midpoint == 0.5

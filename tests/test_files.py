@@ -1,0 +1,344 @@
+"""Averaging files against a slow float64 reference, in any order, and one clear error for each bad input."""
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from configs.errors import UserError
+from soups import files as files_module
+from soups.average import Average
+from soups.files import average_files
+from store import checkpoints
+from store.checkpoints import INDEX, opened
+from store.dtypes import round_once
+from tests.saved import save
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+INTEGERS = [torch.int64, torch.int32, torch.uint8, torch.bool]
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 7 elements, so that small tensors span several."""
+    monkeypatch.setattr(files_module, "BLOCK", 7)
+    monkeypatch.setattr(checkpoints, "BLOCK", 7)
+
+
+@st.composite
+def pools(draw):
+    """Up to 5 models of one random layout; integers equal, counters free."""
+    models, seed = draw(st.integers(1, 5)), draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    pool = [{} for _ in range(models)]
+    for i in range(draw(st.integers(1, 4))):
+        shape = draw(st.sampled_from([(), (0,), (1,), (3, 5), (2, 3, 4), (29,)]))
+        dtype = draw(st.sampled_from(FLOATS + INTEGERS))
+        shared = torch.randint(0, 2, shape, generator=generator).to(dtype)
+        scale = 10.0 ** draw(st.integers(-6, 3))
+        for state in pool:
+            noisy = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+            state[f"t{i}"] = noisy if dtype in FLOATS else shared.clone()
+    if draw(st.booleans()):
+        for state in pool:
+            state["bn.num_batches_tracked"] = torch.randint(0, 99, (), generator=generator)
+    return pool
+
+
+def nearest(exact, dtype):
+    """The number of `dtype` nearest to a fraction, ties to even, by trying the neighbours of torch's answer."""
+    start = torch.tensor(float(exact), dtype=torch.float64).to(dtype)
+    bits = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}[dtype]
+    near = [(start.view(bits) + step).view(dtype) for step in (-1, 0, 1)]
+    near = [value for value in near if torch.isfinite(value)]
+    return min(near, key=lambda v: (abs(Fraction(v.item()) - exact), v.view(bits).item() % 2))
+
+
+def reference(pool, weights):
+    """The policy, slowly: one element at a time."""
+    mean = {}
+    for name, first in pool[0].items():
+        if not first.is_floating_point():
+            mean[name] = torch.stack([state[name] for state in pool]).amax(0)
+            continue
+        total = sum(state[name].double() * weight for state, weight in zip(pool, weights, strict=True))
+        mean[name] = total / sum(weights)
+    return mean
+
+
+@QUICK
+@given(pool=pools(), how=st.sampled_from(["safetensors", "pt", "shards"]), data=st.data())
+def test_the_mean_is_the_float64_mean_in_any_format_order_and_number_of_threads(tmp_path, pool, how, data):
+    weights = data.draw(st.one_of(st.none(), st.lists(st.floats(0.1, 3), min_size=len(pool), max_size=len(pool))))
+    paths = [save(tmp_path / how, f"m{i}", state, how) for i, state in enumerate(pool)]
+    out = tmp_path / "soup.safetensors"
+    average_files(paths, out, weights=weights, threads=1)
+    soup, expected = load_file(out), reference(pool, weights or [1.0] * len(pool))
+    assert soup.keys() == expected.keys()
+    for name, value in soup.items():
+        assert value.dtype == pool[0][name].dtype
+        assert value.shape == pool[0][name].shape
+        if value.is_floating_point():
+            scale = max([state[name].double().abs().max().item() for state in pool] if value.numel() else [0])
+            grain = torch.finfo(value.dtype).eps / 2 + 1e-14
+            torch.testing.assert_close(
+                value.double(),
+                expected[name],
+                rtol=grain,
+                atol=1e-14 * scale + torch.finfo(value.dtype).tiny * grain * 4,
+            )
+        else:
+            assert torch.equal(value, expected[name])
+    order = data.draw(st.permutations(range(len(pool))))
+    again = tmp_path / "again.safetensors"
+    shuffled = None if weights is None else [weights[i] for i in order]
+    average_files([paths[i] for i in order], again, weights=shuffled, threads=2)
+    assert again.read_bytes() == out.read_bytes()
+
+
+@QUICK
+@given(pool=pools())
+def test_files_and_the_running_average_in_memory_agree(tmp_path, pool):
+    pool = [{k: v for k, v in state.items() if v.dtype != torch.float64} or {"t": torch.zeros(1)} for state in pool]
+    paths = [save(tmp_path, f"m{i}", state) for i, state in enumerate(pool)]
+    average_files(paths, tmp_path / "soup.safetensors")
+    average = Average.of(pool[0])
+    for state in pool[1:]:
+        average = average.plus(state)
+    soup, memory = load_file(tmp_path / "soup.safetensors"), average.weights()
+    for name in soup:  # they may sum in different orders, so float32 may differ in the last bit, though it seldom does
+        torch.testing.assert_close(soup[name], memory[name], rtol=torch.finfo(torch.float32).eps, atol=0)
+        assert soup[name].dtype == memory[name].dtype
+
+
+def test_order_decides_no_bit_even_where_float64_sums_depend_on_it(tmp_path):
+    # (2**60 + 1) - 2**60 is 0 in float64, (2**60 - 2**60) + 1 is 1; the first bytes of all files are equal, so that
+    # only the digest of the whole content can order them.
+    common = torch.zeros(2000)
+    values = [2.0**60, 1.0, -(2.0**60), 3.0]
+    # All files have one name, so that their names cannot order them either.
+    states = [{"w": torch.cat([common, torch.tensor([v])])} for v in values]
+    paths = [save(tmp_path / str(i), "model", state) for i, state in enumerate(states)]
+    soups = set()
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
+        average_files([paths[i] for i in order], tmp_path / "soup.safetensors")
+        soups.add((tmp_path / "soup.safetensors").read_bytes())
+    assert len(soups) == 1
+
+
+def test_neither_names_nor_places_of_files_decide_a_bit(tmp_path):
+    states = [{"w": torch.tensor([value])} for value in (2.0**60, 1.0, -(2.0**60), 3.0)]
+    found = set()
+    for names in permutations("abcd"):
+        folder = tmp_path / "".join(names)
+        average_files([save(folder, n, s) for n, s in zip(names, states, strict=True)], folder / "soup.safetensors")
+        found.add(load_file(folder / "soup.safetensors")["w"].item())
+    assert len(found) == 1
+
+
+def test_the_same_model_with_two_weights_is_summed_in_one_order(tmp_path):
+    # Float64 models of many numbers show any change of order; some of the others are summed before the twins.
+    random = torch.Generator().manual_seed(0)
+    twin, *others = ({"w": torch.randn(500, generator=random, dtype=torch.float64)} for _ in range(8))
+    rest = [save(tmp_path, f"n{i}", state) for i, state in enumerate(others)]
+    one, two = save(tmp_path / "a", "m", twin), save(tmp_path / "b", "m", twin)
+    weights = [0.1 * i + 0.05 for i in range(7)]
+    average_files([one, two, *rest], tmp_path / "x.safetensors", weights=[0.3, 0.6, *weights])
+    average_files([one, two, *rest], tmp_path / "y.safetensors", weights=[0.6, 0.3, *weights])
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+
+
+@given(st.lists(st.floats(-1e5, 1e5) | st.floats(-1e-6, 1e-6), min_size=1, max_size=20), st.integers(-40, -7))
+@settings(deadline=None)
+def test_float64_is_rounded_to_16_bits_once(values, exponent):
+    # Numbers just beside the middle of two neighbours, where a rounding on the way would tell.
+    middles = [v.item() * (1 + 2.0**-8) for v in torch.tensor(values, dtype=torch.bfloat16)]
+    beside = [m * (1 + sign * 2.0**exponent) for m in middles for sign in (-1, 0, 1)]
+    for dtype, name in ((torch.bfloat16, "BF16"), (torch.float16, "F16")):
+        numbers = [v for v in [*values, *beside] if abs(v) < 6e4]
+        stored = round_once(np.array(numbers, np.float64), name).view("<i2")
+        for number, got in zip(numbers, torch.from_numpy(stored).view(dtype), strict=True):
+            want = nearest(Fraction(number), dtype)
+            assert got.item() == want.item(), number
+
+
+def test_bfloat16_that_overflows_or_vanishes_is_rounded_like_any_other():
+    values = np.array([3.4e38, 3.3961775292304601e38, -1e-46, 1e-40, -0.0, 2.0**-134, 1.5 * 2.0**-133])
+    expected = torch.tensor(values).to(torch.bfloat16)
+    got = torch.from_numpy(round_once(values, "BF16").view("<i2")).view(torch.bfloat16)
+    assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
+
+
+def test_weights_may_differ_from_tensor_to_tensor(tmp_path):
+    paths = [save(tmp_path, f"m{v}", {"a": torch.tensor([v]), "b": torch.tensor([v])}) for v in (1.0, 5.0)]
+    average_files(paths, tmp_path / "soup.safetensors", weights={"a": [1, 3], "b": [1, 0]})
+    assert {k: v.item() for k, v in load_file(tmp_path / "soup.safetensors").items()} == {"a": 4.0, "b": 1.0}
+
+
+def test_the_output_kind_is_the_one_asked_for_and_integers_keep_theirs(tmp_path):
+    paths = [save(tmp_path, f"m{v}", {"w": torch.tensor([v]), "n": torch.tensor(3)}) for v in (1.0, 1.0 + 2**-7)]
+    average_files(paths, tmp_path / "soup.safetensors", dtype="BF16")
+    soup = load_file(tmp_path / "soup.safetensors")
+    assert (soup["w"].dtype, soup["n"].dtype) == (torch.bfloat16, torch.int64)
+    assert soup["w"].item() == 1.0  # the middle of two neighbours goes to the even one
+
+
+def test_tied_tensors_are_counted_once_and_stay_tied(tmp_path):
+    paths = []
+    for i in range(3):
+        w = torch.full((4, 3), float(i))
+        paths.append(save(tmp_path, f"m{i}", {"head": w, "embedding": w, "t": w.t(), "b": torch.zeros(2)}, "pt"))
+    soup = average_files(paths, tmp_path / "soup.safetensors")
+    assert soup.layout.ties == {"head": "embedding"}
+    assert soup.layout.parameters == 12 + 12 + 2  # a transposed view is a tensor of its own
+    written = load_file(tmp_path / "soup.safetensors")
+    assert written.keys() == {"embedding", "t", "b"}
+    with opened([tmp_path / "soup.safetensors"]) as (again,):
+        assert again.ties == {"head": "embedding"}
+    # A file of transformers, which drops one of the names, fits to it; a soup can be an ingredient.
+    dropped = save(tmp_path, "dropped", {"head": torch.full((4, 3), 5.0), "t": torch.zeros(3, 4), "b": torch.zeros(2)})
+    mixed = average_files([tmp_path / "soup.safetensors", dropped], tmp_path / "mixed.safetensors")
+    assert mixed.layout.ties == {"embedding": "head"}
+    assert load_file(tmp_path / "mixed.safetensors")["head"].unique().tolist() == [3.0]
+
+
+def test_a_tensor_tied_here_and_separate_there_is_refused(tmp_path):
+    w = torch.zeros(3)
+    tied = save(tmp_path, "tied", {"a": w, "b": w}, "pt")
+    apart = save(tmp_path, "apart", {"a": w, "b": w + 1})
+    with pytest.raises(UserError, match=r"apart.safetensors: 'a' and 'b' are two tensors, but tied in another file"):
+        average_files([tied, apart], tmp_path / "soup.safetensors")
+
+
+def test_batch_norm_statistics_are_averaged_or_kept_and_counters_take_the_largest(tmp_path):
+    def state(value, count):
+        return {
+            "bn.running_mean": torch.tensor([value]),
+            "bn.running_var": torch.tensor([value + 1]),
+            "bn.weight": torch.tensor([value]),
+            "bn.num_batches_tracked": torch.tensor(count),
+        }
+
+    paths = [save(tmp_path, f"m{i}", state(float(i), 10 - i)) for i in range(3)]
+    for keep_from, mean in ((None, 1.0), (2, 2.0)):
+        average_files(paths, tmp_path / "soup.safetensors", keep_from=keep_from)
+        soup = load_file(tmp_path / "soup.safetensors")
+        assert (soup["bn.running_mean"].item(), soup["bn.running_var"].item()) == (mean, mean + 1)
+        assert (soup["bn.weight"].item(), soup["bn.num_batches_tracked"].item()) == (1.0, 10)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"w": torch.zeros(2)}, r"b.safetensors: tensor 'n' of .*a.safetensors is missing"),
+        ({"w": torch.zeros(2), "n": torch.tensor(1), "v": torch.zeros(1)}, r"b.safetensors: tensor 'v' is not in .*a"),
+        ({"w": torch.zeros(3), "n": torch.tensor(1)}, r"b.safetensors: tensor 'w' is F32 \(3,\), but F32 \(2,\) in"),
+        ({"w": torch.zeros(2).half(), "n": torch.tensor(1)}, r"'w' is F16 \(2,\), but F32 \(2,\) in"),
+        ({"w": torch.tensor([0, float("nan")]), "n": torch.tensor(1)}, "b.safetensors: tensor 'w' holds NaN or inf"),
+        ({"w": torch.tensor([0, -float("inf")]), "n": torch.tensor(1)}, "b.safetensors: tensor 'w' holds NaN or inf"),
+        ({"w": torch.zeros(2), "n": torch.tensor(2)}, "integer tensor 'n' differs from that of"),
+    ],
+)
+@pytest.mark.parametrize("how", ["safetensors", "pt", "shards"])
+def test_models_that_do_not_fit_together_are_refused_by_file_and_tensor(tmp_path, other, words, how):
+    one = save(tmp_path, "a", {"w": torch.zeros(2), "n": torch.tensor(1)}, how)
+    two = save(tmp_path, "b", other, how)
+    ending = {"safetensors": ".safetensors", "pt": ".pt", "shards": f"/{INDEX}"}[how]
+    with pytest.raises(UserError, match=words.replace(".safetensors", ending)):
+        average_files([one, two], tmp_path / "soup.safetensors")
+    assert not (tmp_path / "soup.safetensors").exists()
+
+
+def test_a_sum_past_float64_and_a_mean_past_the_output_kind_are_refused(tmp_path):
+    huge = [save(tmp_path, f"m{i}", {"w": torch.tensor([1.7e308], dtype=torch.float64)}) for i in range(2)]
+    with pytest.raises(UserError, match="'w': the sum over the models is past what float64 can hold"):
+        average_files(huge, tmp_path / "soup.safetensors")
+    with pytest.raises(UserError, match=r"'w': 1.7e\+308 is past what F16 can hold"):
+        average_files(huge[:1], tmp_path / "soup.safetensors", dtype="F16")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("how", ["safetensors", "pt"])
+def test_kinds_without_a_meaningful_mean_are_refused(tmp_path, dtype, how):
+    path = save(tmp_path, "a", {"w": torch.zeros(2).to(dtype)}, how)
+    with pytest.raises(UserError, match=r"tensor .w. is .*, which cannot be averaged: convert it"):
+        average_files([path], tmp_path / "soup.safetensors")
+    with pytest.raises(ValueError, match=r"parameter 'w' is .*, which cannot be averaged"):
+        Average.of({"w": torch.zeros(2).to(dtype)})
+
+
+def test_wrong_weights_and_wrong_names_are_refused(tmp_path):
+    path = save(tmp_path, "a", {"w": torch.ones(2)})
+    for weights in ([1, 1], [0], [-1], [float("nan")]):
+        with pytest.raises(UserError, match="weights: need"):
+            average_files([path], tmp_path / "soup.safetensors", weights=weights)
+    with pytest.raises(UserError, match="need a list for every tensor and nothing else, but see 'v'"):
+        average_files([path], tmp_path / "soup.safetensors", weights={"w": [1], "v": [1]})
+    with pytest.raises(UserError, match=r"a soup is written as .safetensors"):
+        average_files([path], tmp_path / "soup.pt")
+    with pytest.raises(UserError, match="no ingredients"):
+        average_files([], tmp_path / "soup.safetensors")
+    (tmp_path / "a.onnx").touch()
+    with pytest.raises(UserError, match=r"a.onnx: not a weight file"):
+        average_files([tmp_path / "a.onnx"], tmp_path / "soup.safetensors")
+
+
+def test_the_soup_is_read_by_the_usual_tools(tmp_path):
+    from safetensors import safe_open
+
+    path = save(tmp_path, "a", {"w": torch.ones(3), "h": torch.ones(3).half(), "b": torch.tensor(True)})
+    average_files([path], tmp_path / "soup.safetensors")
+    with safe_open(tmp_path / "soup.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+        assert json.loads(file.metadata()["soup"])["ingredients"][0]["file"] == "a.safetensors"
+        assert torch.equal(file.get_tensor("h"), torch.ones(3).half())
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+from soups.files import average_files
+peak = 0
+def watch():
+    global peak
+    while True:
+        with open("/proc/self/status") as file:
+            peak = max(peak, next(int(line.split()[1]) for line in file if line.startswith("RssAnon")))
+        time.sleep(0.001)
+paths = [Path(path) for path in sys.argv[2:]]
+if paths[0].suffix == ".pt":
+    import torch
+threading.Thread(target=watch, daemon=True).start()
+time.sleep(0.02)
+before = peak
+average_files(paths, Path(sys.argv[1]))
+assert paths[0].suffix == ".pt" or "torch" not in sys.modules
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("how", ["safetensors", "pt"])
+def test_memory_does_not_grow_with_the_number_of_models_nor_with_their_size(tmp_path, how):
+    path = save(tmp_path, "m", {f"w{i}": torch.randn(1000, 1000) for i in range(8)}, how)  # 31 MiB
+    peaks = {}
+    for models in (4, 16):
+        links = [tmp_path / f"{models}-{i}{path.suffix}" for i in range(models)]
+        for link in links:
+            link.symlink_to(path)
+        command = [sys.executable, "-c", PEAK, str(tmp_path / "soup.safetensors"), *map(str, links)]
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks[models] = int(answer.stdout) / 1024
+    assert max(peaks.values()) < 16  # MiB: two threads' blocks
+    assert abs(peaks[16] - peaks[4]) < 6

@@ -1,0 +1,447 @@
+"""Learned soups: gradients without autograd through the ingredients, and everything around them."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from configs.errors import UserError
+from soups.groups import layer_of
+from soups.learned import AUTHORS_SCRIPT, Layout, LearnedSettings, State, learned, shuffled, step
+from soups.recipes import mean_of
+from soups.residents import FileWeights, settle
+from store.weights import save_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+EVERY = ["model", "layer", "tensor"]
+
+
+class Network(nn.Module):
+    """Two blocks with a batch norm between them, dropout, and a head tied to the embedding."""
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.embed = nn.Linear(6, 8, bias=False)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 8, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, inputs):
+        hidden = torch.tanh(self.blocks[0](torch.tanh(self.embed(inputs))))
+        hidden = self.drop(self.blocks[1](self.norm(hidden)))
+        return hidden @ self.head.weight
+
+
+def pool(number, *, tied=True, dtype=torch.float32):
+    """State dicts of networks that differ in everything, the running statistics of their batch norm too."""
+    networks = []
+    for i in range(number):
+        torch.manual_seed(i)
+        network = Network(tied).to(dtype)
+        nn.init.normal_(network.norm.weight, 1, 0.5)
+        network.norm.running_mean.normal_()
+        network.norm.running_var.uniform_(0.5, 2)
+        networks.append(network)
+    return [{name: t.clone() for name, t in network.state_dict().items()} for network in networks]
+
+
+def loaders(weights):
+    return [lambda w=w: w for w in weights]
+
+
+def data(images=70, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(99)
+    labels = torch.randint(6, (images,), generator=generator)
+    inputs = F.one_hot(labels, 6) + 0.5 * torch.randn(images, 6, generator=generator)
+    return inputs.to(dtype), labels
+
+
+def naive_loss(network, weights, coefficients, layout, batch):
+    """The slow obvious way: a differentiable mix of all ingredients, called through torch.func."""
+    logits, beta = coefficients
+    shares = logits.softmax(dim=1)
+    mixed = {
+        name: sum(shares[layout.row[name], i].to(w[name].dtype) * w[name] for i, w in enumerate(weights))
+        for name in layout.targets
+    }
+    mixed |= {name: mixed[name].detach() for name, _ in network.named_buffers() if name in mixed}  # has no gradient
+    return F.cross_entropy(beta * functional_call(network, mixed, (batch[0],)), batch[1])
+
+
+@pytest.mark.parametrize("per", EVERY)
+@pytest.mark.parametrize("place", ["stream", "host", "device"])
+def test_the_gradient_is_that_of_autograd_through_a_mix_of_all_ingredients(per, place):
+    weights, batch = pool(4), data()
+    network = Network().eval()
+    layout = Layout.of(network, per, layer_of)
+    state = State.fresh("", len(layout.groups), 4, LearnedSettings(lr=1e-9))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        state.logits.copy_(torch.randn(state.logits.shape, generator=generator))
+        state.beta.fill_(1.7)
+    logits, beta = (tensor.detach().clone().requires_grad_() for tensor in (state.logits, state.beta))
+    naive = naive_loss(Network().eval(), weights, (logits, beta), layout, batch)
+    naive.backward()
+    residents = settle(loaders(weights), layout.targets, weights[0].keys(), place=place)
+    step(network, layout, residents, state, batch)
+    assert logits.grad.abs().max() > 1e-3
+    torch.testing.assert_close(state.logits.grad, logits.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(state.beta.grad, beta.grad, rtol=1e-5, atol=1e-7)
+    assert state.losses == [pytest.approx(naive.item(), rel=1e-5)]
+
+
+@pytest.mark.parametrize("per", EVERY)
+def test_a_whole_run_ends_where_autograd_through_the_mix_ends(per):
+    weights, (inputs, labels) = pool(3, dtype=torch.float64), data(dtype=torch.float64)
+    settings = LearnedSettings(per=per, batch_size=32, weight_decay=0.02)
+    batches = shuffled(inputs, labels, settings.batch_size, 0)
+    soup = learned(Network().double(), loaders(weights), batches, settings)
+    layout = Layout.of(Network().double(), per, layer_of)
+    logits = torch.zeros(len(layout.groups), 3, dtype=torch.float64, requires_grad=True)
+    beta = torch.ones((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([logits, beta], lr=0.1, weight_decay=0.02)
+    for epoch in range(3):
+        for batch in batches(epoch):
+            optimizer.zero_grad()
+            naive_loss(Network().double().eval(), weights, (logits, beta), layout, batch).backward()
+            optimizer.step()
+    torch.testing.assert_close(soup.coefficients, logits.softmax(dim=1).detach(), rtol=1e-8, atol=1e-10)
+    assert soup.beta == pytest.approx(beta.item(), rel=1e-8)
+    assert len(soup.losses) == 9
+
+
+def test_planted_mixing_weights_are_found():
+    torch.manual_seed(0)
+    ingredients = [{"weight": torch.randn(5, 8), "bias": torch.randn(5)} for _ in range(3)]
+    planted = torch.tensor([0.6, 0.3, 0.1])
+    inputs = torch.randn(600, 8)
+    mixed = {name: sum(a * w[name] for a, w in zip(planted, ingredients, strict=True)) for name in ingredients[0]}
+    answers = (2 * (inputs @ mixed["weight"].T + mixed["bias"])).softmax(dim=1)  # soft labels, at temperature 2
+    settings = LearnedSettings(lr=0.05, epochs=20, batch_size=50)
+    soup = learned(nn.Linear(8, 5), loaders(ingredients), shuffled(inputs, answers, 50, 0), settings)
+    torch.testing.assert_close(soup.coefficients[0].float(), planted, rtol=0, atol=0.01)
+    assert soup.beta == pytest.approx(2, abs=0.05)
+    torch.testing.assert_close(soup.weights["weight"], mixed["weight"], rtol=0, atol=0.05)
+    assert soup.losses[-1] < soup.losses[0]
+
+
+@pytest.mark.parametrize("per", EVERY)
+def test_it_starts_from_the_uniform_soup_at_temperature_one(per):
+    weights = pool(5)
+    soup = learned(Network(), loaders(weights), shuffled(*data(), 32, 0), LearnedSettings(per=per, epochs=0))
+    for name, tensor in mean_of(loaders(weights)).items():
+        torch.testing.assert_close(soup.weights[name], tensor, rtol=2**-22, atol=1e-9)
+    assert soup.beta == 1
+    torch.testing.assert_close(soup.coefficients, torch.full_like(soup.coefficients, 1 / 5))
+
+
+def test_the_final_soup_is_the_float64_mix_of_the_original_ingredients():
+    weights = pool(4)
+    soup = learned(Network(), loaders(weights), shuffled(*data(), 32, 0), LearnedSettings(per="layer"))
+    assert soup.groups == ("embedding", "blocks.0", "blocks.1", "head")
+    assert soup.coefficients.shape == (4, 4)
+    assert soup.coefficients.std(dim=1).min() > 1e-3
+    row = {"embed.weight": 0, "head.weight": 0, "blocks.1.bias": 2, "norm.running_var": 3, "norm.weight": 3}
+    for name, group in row.items():
+        shares = soup.coefficients[group]
+        expected = sum(a * w[name].double() for a, w in zip(shares, weights, strict=True)).float()
+        torch.testing.assert_close(soup.weights[name], expected, rtol=2**-22, atol=1e-9)
+    assert soup.weights["norm.num_batches_tracked"].dtype == torch.int64
+
+
+def test_the_statistics_of_a_batch_norm_are_mixed_while_learning_too():
+    weights = pool(3)
+    network = Network()
+    learned(network, loaders(weights), lambda epoch: [data()], LearnedSettings(epochs=1))
+    mean = sum(w["norm.running_var"] for w in weights) / 3  # the mix of the only step was uniform
+    torch.testing.assert_close(network.norm.running_var, mean)
+
+
+@pytest.mark.parametrize("per", EVERY)
+def test_tied_tensors_have_one_coefficient_and_stay_equal(per):
+    soup = learned(Network(), loaders(pool(3)), shuffled(*data(), 32, 0), LearnedSettings(per=per))
+    assert torch.equal(soup.weights["embed.weight"], soup.weights["head.weight"])
+    if per == "tensor":
+        assert "head.weight" not in soup.groups
+        assert "embed.weight" in soup.groups
+
+
+def test_where_ingredients_live_changes_no_bit_and_rounded_differences_little():
+    batches = shuffled(*data(), 32, 0)
+    settings = LearnedSettings(per="layer")
+    results = {}
+    for place, differences in [("stream", False), ("host", False), ("device", False), ("host", True), ("device", True)]:
+        chosen = replace(settings, place=place, differences=differences)
+        results[place, differences] = learned(Network(), loaders(pool(4)), batches, chosen)
+    exact = results["stream", False]
+    for (place, differences), soup in results.items():
+        if not differences:
+            assert torch.equal(soup.coefficients, exact.coefficients), place
+        else:
+            assert (soup.coefficients - exact.coefficients).abs().max() < 0.01
+            assert not torch.equal(soup.coefficients, exact.coefficients)
+
+
+def test_the_network_keeps_its_mode_and_frozen_parameters_and_drops_its_gradients():
+    network = Network().train()
+    network.blocks[0].eval()
+    network.embed.weight.requires_grad_(False)
+    soup = learned(network, loaders(pool(2)), shuffled(*data(), 32, 0), LearnedSettings(per="tensor", epochs=1))
+    assert (network.training, network.blocks[0].training, network.blocks[1].training) == (True, False, True)
+    assert not network.embed.weight.requires_grad
+    assert network.norm.weight.requires_grad
+    assert all(parameter.grad is None for parameter in network.parameters())
+    frozen = soup.coefficients[soup.groups.index("embed.weight")]
+    assert frozen[0] != frozen[1]  # learned all the same: the ingredients differ there
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("cls_token", "embedding"),  # timm ViT
+        ("patch_embed.proj.weight", "embedding"),
+        ("norm_pre.weight", "embedding"),
+        ("blocks.0.norm1.weight", "blocks.0"),
+        ("blocks.11.attn.qkv.weight", "blocks.11"),
+        ("norm.weight", "head"),
+        ("head.bias", "head"),
+        ("visual.class_embedding", "visual.embedding"),  # open_clip CLIP
+        ("visual.conv1.weight", "visual.embedding"),
+        ("visual.ln_pre.bias", "visual.embedding"),
+        ("visual.transformer.resblocks.3.attn.in_proj_weight", "visual.transformer.resblocks.3"),
+        ("model.visual.transformer.resblocks.11.mlp.c_fc.bias", "model.visual.transformer.resblocks.11"),
+        ("visual.ln_post.weight", "visual.head"),
+        ("visual.proj", "visual.head"),
+        ("transformer.resblocks.3.ln_1.weight", "transformer.resblocks.3"),
+        ("token_embedding.weight", "embedding"),
+        ("positional_embedding", "embedding"),
+        ("text_projection", "head"),
+        ("logit_scale", "head"),
+        ("trunk.conv_stem.weight", "embedding"),  # efficientnet
+        ("trunk.bn1.running_mean", "embedding"),
+        ("trunk.blocks.2.1.conv_pw.weight", "trunk.blocks.2.1"),
+        ("trunk.blocks.2.1.bn1.running_var", "trunk.blocks.2.1"),
+        ("trunk.conv_head.weight", "head"),
+        ("bert.embeddings.word_embeddings.weight", "embedding"),  # BERT
+        ("bert.encoder.layer.3.attention.self.query.weight", "bert.encoder.layer.3"),
+        ("bert.pooler.dense.weight", "head"),
+        ("classifier.weight", "head"),
+        ("encoder.block.3.layer.0.SelfAttention.q.weight", "encoder.block.3"),  # T5
+        ("shared.weight", "embedding"),
+        ("decoder.block.3.layer.1.EncDecAttention.v.weight", "decoder.block.3"),
+        ("layer2.0.downsample.0.weight", "layer2.0"),  # ResNet
+        ("stages.2.blocks.5.conv_dw.weight", "stages.2.blocks.5"),  # ConvNeXt
+    ],
+)
+def test_a_tensor_belongs_to_the_layer_that_its_name_says(name, layer):
+    assert layer_of(name) == layer
+
+
+def test_minibatches_cover_the_split_in_an_order_of_their_key_and_epoch_alone():
+    inputs, labels = torch.arange(10.0), torch.arange(10)
+    batches = shuffled(inputs, labels, 4, "key")
+    first = [batch[1].tolist() for batch in batches(0)]
+    assert [len(rows) for rows in first] == [4, 4, 2]
+    assert sorted(row for rows in first for row in rows) == list(range(10))
+    assert all(torch.equal(x.long(), y) for x, y in batches(0))
+    assert [y.tolist() for _, y in batches(1)] != first == [y.tolist() for _, y in batches(0)]
+    assert [y.tolist() for _, y in shuffled(inputs, labels, 4, "other")(0)] != first
+
+
+def test_the_authors_script_differs_from_the_paper_in_rate_epochs_and_grouping():
+    paper = LearnedSettings()
+    assert (paper.per, paper.lr, paper.epochs, paper.weight_decay) == ("model", 0.1, 3, 0.0)
+    assert (AUTHORS_SCRIPT.per, AUTHORS_SCRIPT.lr, AUTHORS_SCRIPT.epochs) == ("tensor", 0.05, 5)
+    assert (AUTHORS_SCRIPT.batch_size, AUTHORS_SCRIPT.weight_decay) == (256, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"blocks.0.bias": torch.zeros(9)}, r"ingredient 1, parameter 'blocks.0.bias': \(9,\) and \(8,\)"),
+        ({"blocks.0.bias": torch.full((8,), torch.inf)}, "ingredient 1, parameter 'blocks.0.bias' holds NaN"),
+        ({"extra": torch.zeros(1)}, "ingredient 1 and the network have different tensors; 'extra'"),
+        ({"norm.weight": torch.ones(8).double()}, r"'norm.weight': torch.float32 and torch.float64"),
+    ],
+)
+def test_ingredients_that_do_not_fit_are_refused_by_name(changes, words):
+    good, other = pool(2)
+    with pytest.raises(ValueError, match=words):
+        learned(Network(), loaders([good, other | changes]), shuffled(*data(), 32, 0), LearnedSettings(epochs=1))
+
+
+def test_no_ingredients_and_differences_that_stream_are_refused():
+    with pytest.raises(ValueError, match="at least one model"):
+        learned(Network(), [], shuffled(*data(), 32, 0), LearnedSettings())
+    with pytest.raises(ValueError, match="not stream"):
+        learned(Network(), loaders(pool(2)), shuffled(*data(), 32, 0), LearnedSettings(differences=True))
+
+
+def test_a_loss_that_is_not_a_number_is_refused_with_its_step():
+    inputs, labels = data()
+    with pytest.raises(ValueError, match="the loss of step 0 is nan"):
+        learned(Network(), loaders(pool(2)), shuffled(inputs * torch.nan, labels, 32, 0), LearnedSettings())
+
+
+def test_a_state_of_other_ingredients_or_settings_or_damaged_is_refused(tmp_path):
+    path, batches, settings = tmp_path / "state.safetensors", shuffled(*data(), 32, 0), LearnedSettings(epochs=1)
+    first = learned(Network(), loaders(pool(2)), batches, settings, state_path=path, identity="a")
+    again = learned(Network(), loaders(pool(2)), lambda epoch: 1 / 0, settings, state_path=path, identity="a")
+    assert torch.equal(first.coefficients, again.coefficients)  # finished: no batch was asked for
+    assert first.losses == again.losses
+    for other in ({"identity": "b"}, {"settings": replace(settings, lr=0.2)}):
+        arguments = {"settings": settings, "identity": "a"} | other
+        with pytest.raises(UserError, match="belongs to other ingredients or settings: delete it"):
+            learned(Network(), loaders(pool(2)), batches, state_path=path, **arguments)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match="damaged"):
+        learned(Network(), loaders(pool(2)), batches, settings, state_path=path, identity="a")
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from soups.learned import LearnedSettings, learned, shuffled
+from store.weights import save_weights
+from tests.test_learned import Network, data, loaders, pool
+folder, kill_at, seen = Path(sys.argv[1]), int(sys.argv[2]), []
+ordered = shuffled(*data(), 16, 0)
+def batches(epoch):
+    for batch in ordered(epoch):
+        seen.append(epoch)
+        if len(seen) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+settings = LearnedSettings(per="layer", save_every=2)
+soup = learned(Network(), loaders(pool(3)), batches, settings, state_path=folder / "state.safetensors")
+save_weights(folder / "soup.safetensors", soup.weights)
+(folder / "seen").write_text(str(len(seen)))
+"""
+
+
+def child(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path):
+    torch.set_num_threads(1)
+    # 5 minibatches an epoch, a state every 2 steps: killed in step 10, the last of epoch 1, it goes on after step 8.
+    assert child("-c", CHILD, tmp_path, 10).wait(timeout=120) == -signal.SIGKILL
+    assert not (tmp_path / "soup.safetensors").exists()
+    assert child("-c", CHILD, tmp_path, -1).wait(timeout=120) == 0
+    assert (tmp_path / "seen").read_text() == str(15 - 8 + 3)  # the 3 before it in that epoch are passed over
+    whole = tmp_path / "whole"
+    settings = LearnedSettings(per="layer", save_every=2)
+    state = whole / "state.safetensors"
+    soup = learned(Network(), loaders(pool(3)), shuffled(*data(), 16, 0), settings, state_path=state)
+    save_weights(whole / "soup.safetensors", soup.weights)
+    for name in ("soup.safetensors", "state.safetensors"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+from soups.learned import learned
+from tests.test_learned import RANKS, Network, data, loaders, pool, shuffled
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+called = [[] for _ in range(3)]
+def noting(i, load):
+    return lambda: called[i].append(1) or load()
+models = [noting(i, load) for i, load in enumerate(loaders(pool(3)))]
+results = []
+for settings in RANKS:
+    soup = learned(Network(), models, shuffled(*data(67), 16, 0), settings, state_path=folder / f"{settings.place}.st")
+    results.append((soup.coefficients, soup.beta, soup.losses, soup.weights["blocks.0.weight"]))
+torch.save((results, [len(calls) for calls in called]), folder / f"{rank}.pt")
+dist.destroy_process_group()
+"""
+RANKS = [LearnedSettings(per="layer"), LearnedSettings(per="tensor", place="host", differences=True)]
+
+
+def test_two_processes_with_a_share_of_the_ingredients_each_learn_what_one_learns(tmp_path):
+    for rank in [child("-c", RANK, tmp_path, rank) for rank in (0, 1)]:
+        assert rank.wait(timeout=120) == 0
+    (one, calls_of_one), (other, calls_of_other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    # Each of two runs reads all three at its end, and before that its own share: 0 and 2, or 1.
+    assert (calls_of_one, calls_of_other) == ([4, 2, 4], [2, 4, 2])
+    for settings, mine, theirs in zip(RANKS, one, other, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[3], theirs[3])
+        alone = learned(Network(), loaders(pool(3)), shuffled(*data(67), 16, 0), settings)
+        torch.testing.assert_close(mine[0], alone.coefficients, rtol=1e-4, atol=1e-5)
+        assert mine[1] == theirs[1] == pytest.approx(alone.beta, rel=1e-4)
+        assert mine[2] == theirs[2] == pytest.approx(alone.losses, rel=1e-4)
+
+
+def test_files_are_read_tensor_by_tensor_and_tied_names_with_them(tmp_path):
+    weights = pool(2, tied=False)
+    for i, w in enumerate(weights):
+        save_weights(tmp_path / f"{i}.safetensors", w)
+    files = [FileWeights(tmp_path / f"{i}.safetensors") for i in range(2)]
+    assert files[0].keys() == weights[0].keys()
+    assert all(torch.equal(files[1][name], tensor) for name, tensor in weights[1].items())
+    batches, settings = shuffled(*data(), 32, 0), LearnedSettings(per="tensor")
+    streamed = learned(Network(False), [lambda f=f: f for f in files], batches, settings)
+    held = learned(Network(False), loaders(weights), batches, settings)
+    assert all(torch.equal(streamed.weights[name], held.weights[name]) for name in weights[0])
+    torch.save({"a": weights[0]["embed.weight"], "b": weights[0]["embed.weight"]}, tmp_path / "tied.pt")
+    tied = FileWeights(tmp_path / "tied.pt")
+    assert sorted(tied) == ["a", "b"]
+    assert torch.equal(tied["a"], tied["b"])
+
+
+MEMORY = """
+import re, sys, threading, time
+from pathlib import Path
+import torch
+from torch import nn
+torch.set_num_threads(1)
+from soups.learned import LearnedSettings, learned
+from soups.residents import FileWeights
+network = nn.Sequential(*[nn.Linear(800, 800) for _ in range(12)])
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+batch = torch.randn(8, 800), torch.randint(800, (8,))
+small = nn.Linear(800, 800)  # what torch itself loads at the first step is no memory of ours
+learned(small, [small.state_dict] * 2, lambda epoch: [batch], LearnedSettings(epochs=1))
+before, peak, done = anonymous(), [0.0], []
+def watch():
+    while not done:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+models = [lambda i=i: FileWeights(Path(sys.argv[1]) / f"{i % 2}.safetensors") for i in range(int(sys.argv[2]))]
+learned(network, models, lambda epoch: [batch], LearnedSettings(per="layer", epochs=1))
+done.append(1)
+thread.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of anonymous memory")
+def test_streaming_needs_less_than_four_models_of_memory_whatever_their_number(tmp_path):
+    network = nn.Sequential(*[nn.Linear(800, 800) for _ in range(12)])
+    size = sum(parameter.numel() for parameter in network.parameters()) * 4 / 2**20  # MiB
+    for i in range(2):
+        save_weights(tmp_path / f"{i}.safetensors", {name: t + i for name, t in network.state_dict().items()})
+    beside_the_network = float(child("-c", MEMORY, tmp_path, 16).communicate(timeout=120)[0])
+    assert 0.5 * size < beside_the_network < 3 * size

@@ -1,0 +1,232 @@
+"""Shortcuts for greedy: every decision is that of the plain loop, for less."""
+
+import os
+import subprocess
+import sys
+from math import comb
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soups.recipes import greedy
+from soups.shortcuts import greedy_counted, greedy_speculative, hard_images_first, on_all_ranks
+from soups.significance import Paired, paired
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def model(value):
+    return lambda: {"w": torch.tensor([value])}
+
+
+class Problem:
+    """Models of one weight; image n is right when the weight is in its interval, so averages help and hurt."""
+
+    def __init__(self, seed, models=8, images=40):
+        generator = torch.Generator().manual_seed(seed)
+        self.values = torch.rand(models, generator=generator)
+        self.low = torch.rand(images, generator=generator) * 0.7
+        self.high = self.low + 0.1 + torch.rand(images, generator=generator) * 0.6
+        self.models = [model(value) for value in self.values.tolist()]
+        self.correct = torch.stack([self.right(load()) for load in self.models])
+        self.held_out = [row.sum().item() / images for row in self.correct]
+        self.looked_at = 0
+
+    def right(self, weights):
+        return (weights["w"] >= self.low) & (weights["w"] < self.high)
+
+    def images_correct(self, weights, images):
+        self.looked_at += len(images)
+        return self.right(weights)[images]
+
+    def accuracy(self, weights):
+        return self.right(weights).sum().item() / len(self.low)
+
+    def plain(self, ties):
+        return greedy(self.models, self.held_out, self.accuracy, ties=ties)
+
+
+def decisions(soup):
+    return [(trial.candidate, trial.accepted) for trial in soup.trials]
+
+
+TIES = st.sampled_from(["keep", "drop"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), TIES, st.integers(1, 50), st.booleans())
+def test_early_rejection_takes_every_decision_of_the_plain_loop(seed, ties, chunk, hard_first):
+    problem = Problem(seed)
+    plain = problem.plain(ties)
+    soup, spent = greedy_counted(
+        problem.models, problem.correct, problem.images_correct, ties=ties, chunk=chunk, hard_first=hard_first
+    )
+    assert decisions(soup) == decisions(plain)
+    assert torch.equal(soup.weights["w"], plain.weights["w"])
+    assert spent.image_forwards == problem.looked_at <= 7 * 40
+    for quick, slow in zip(soup.trials, plain.trials, strict=True):
+        assert quick.score == slow.score if quick.exact else quick.score > slow.score - 1e-12
+        assert quick.exact or not quick.accepted
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), TIES, st.integers(1, 10))
+def test_speculation_takes_every_decision_of_the_plain_loop(seed, ties, ahead):
+    problem = Problem(seed)
+    plain = problem.plain(ties)
+    evaluate = on_all_ranks(problem.accuracy)
+    soup, spent = greedy_speculative(problem.models, problem.held_out, evaluate, ahead=ahead, ties=ties)
+    assert soup.trials == plain.trials
+    assert torch.equal(soup.weights["w"], plain.weights["w"])
+    assert spent.rounds <= 7 <= spent.evaluations
+    if ahead == 1:
+        assert spent.rounds == spent.evaluations == 7
+
+
+def test_an_early_stop_looks_at_little_more_than_as_many_images_as_the_soup_gets_wrong():
+    # A fifth of 2000 images nobody gets right; the others the first model does, and candidates not all.
+    problem = Problem(0, models=20, images=2000)
+    problem.models = [model(0.5)] + [model(0.6 + i / 50) for i in range(19)]
+    problem.low, problem.high = torch.zeros(2000), torch.linspace(0.52, 0.7, 2000)
+    problem.high[::5] = 0.0
+    problem.correct = torch.stack([problem.right(load()) for load in problem.models])
+    arguments = (problem.models, problem.correct, problem.images_correct)
+    full, in_full = greedy_counted(*arguments, hard_first=False)
+    quick, spent = greedy_counted(*arguments, chunk=50)
+    assert decisions(quick) == decisions(full)
+    assert in_full.image_forwards == 19 * 2000
+    assert 19 * 400 < spent.image_forwards < 19 * 600
+    assert [trial.exact for trial in quick.trials] == [True] + [False] * 19
+
+
+def test_hard_images_are_those_that_few_get_right_and_neither_the_soup_nor_the_candidate():
+    # Three models on five images, right 3, 0, 2, 1 and 0 times.
+    correct = torch.tensor([[1, 0, 1, 1, 0], [1, 0, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    nobody, everybody = torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)
+    assert hard_images_first(correct, nobody, everybody).tolist() == [1, 4, 3, 2, 0]
+    incumbent = torch.tensor([0, 1, 1, 1, 1], dtype=torch.bool)
+    assert hard_images_first(correct, incumbent, correct[2]).tolist() == [1, 4, 3, 2, 0]
+    assert hard_images_first(correct, incumbent, everybody).tolist() == [0, 1, 4, 3, 2]
+    assert hard_images_first(correct, everybody, incumbent).tolist() == [0, 1, 4, 3, 2]
+
+
+def test_a_candidate_is_dropped_at_the_first_chunk_from_which_it_cannot_reach_the_soup():
+    # The first model gets 6 of 8 right. The candidate is wrong on images 0, 1 and 2, the hardest: after the second
+    # chunk of two it can reach 5 at most.
+    correct = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    asked = []
+
+    def images_correct(weights, images):
+        asked.append(images.tolist())
+        return correct[1][images]
+
+    soup, spent = greedy_counted([model(0.0), model(1.0)], correct, images_correct, chunk=2)
+    assert asked == [[0, 1], [2, 3]]
+    assert spent.image_forwards == 4
+    assert (soup.trials[1].score, soup.trials[1].exact, soup.trials[1].accepted) == (5 / 8, False, False)
+
+
+def test_a_tie_is_seen_to_the_end_when_kept_and_not_when_dropped():
+    correct = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
+    kept, spent = greedy_counted([model(0.0)] * 2, correct, lambda w, images: correct[1][images], chunk=1)
+    assert (kept.ingredients, spent.image_forwards) == ((0, 1), 4)
+    arguments = ([model(0.0)] * 2, correct, lambda w, images: correct[1][images])
+    dropped, spent = greedy_counted(*arguments, chunk=1, ties="drop")
+    assert (dropped.ingredients, spent.image_forwards) == ((0,), 1)
+
+
+def test_an_accept_reports_gains_losses_z_and_p_against_the_soup_it_replaced():
+    # Against the first model the candidate gains images 0 to 3 and loses image 4.
+    correct = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
+    candidate = torch.tensor([1, 1, 1, 1, 0, 1], dtype=torch.bool)
+    arguments = ([model(0.0), model(1.0)], correct, lambda w, images: candidate[images])
+    soup, _ = greedy_counted(*arguments, significance=True)
+    assert soup.trials[1].versus == Paired(gained=4, lost=1)
+    assert soup.trials[1].versus.z == pytest.approx(3 / 5**0.5)
+    assert soup.trials[0].versus is None
+    assert greedy_counted(*arguments)[0].trials[1].versus is None
+
+
+def test_a_minimum_of_sigma_refuses_accepts_that_luck_explains():
+    correct = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
+    candidate = torch.tensor([1, 1, 1, 1, 0, 1], dtype=torch.bool)
+    arguments = ([model(0.0), model(1.0)], correct, lambda w, images: candidate[images])  # z is 1.34
+    assert greedy_counted(*arguments, min_sigma=1.3)[0].ingredients == (0, 1)
+    assert greedy_counted(*arguments, min_sigma=1.4)[0].ingredients == (0,)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(4, 1), (1, 4), (3, 3), (0, 1), (10, 2), (0, 0)])
+def test_mcnemar_is_the_two_sided_binomial_test_worked_out_by_hand(gained, lost):
+    changed, most = gained + lost, max(gained, lost)
+    tail = sum(comb(changed, k) for k in range(most, changed + 1)) / 2**changed
+    assert Paired(gained, lost).p == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_only_images_on_which_two_models_differ_are_compared():
+    ours = torch.tensor([1, 1, 0, 0, 1], dtype=torch.bool)
+    theirs = torch.tensor([1, 0, 1, 0, 0], dtype=torch.bool)
+    assert paired(ours, theirs) == Paired(gained=2, lost=1)
+    with pytest.raises(ValueError, match="the same images"):
+        paired(ours, theirs[:3])
+
+
+def test_speculation_throws_away_what_came_after_an_accept_and_tries_it_again():
+    # 0.9 first; 1.2 and 0.7 at once: 1.2 is accepted, so what 0.7 would have done to 0.9 alone is no answer.
+    rounds = []
+
+    def accuracies(candidates):
+        values = [load()["w"].item() for load in candidates]
+        rounds.append([pytest.approx(value) for value in values])
+        return [1 - abs(value - 1) for value in values]
+
+    soup, spent = greedy_speculative([model(0.9), model(1.2), model(0.7)], [0.9, 0.8, 0.7], accuracies, ahead=2)
+    assert rounds == [[1.05, 0.8], [2.8 / 3]]
+    assert soup.ingredients == (0, 1)
+    assert (spent.evaluations, spent.rounds) == (3, 2)
+
+
+def test_shortcuts_refuse_what_does_not_belong_together():
+    with pytest.raises(ValueError, match="asked for 1 accuracies and got 0"):
+        greedy_speculative([model(0.0)] * 2, [0.5, 0.4], lambda candidates: [], ahead=1)
+    with pytest.raises(ValueError, match="at least one candidate ahead"):
+        greedy_speculative([model(0.0)] * 2, [0.5, 0.4], lambda candidates: [], ahead=0)
+    for correct in (torch.zeros(1, 4, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="of 2 models on N > 0 images"):
+            greedy_counted([model(0.0)] * 2, correct, lambda w, images: images > 0)
+
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+from soups.shortcuts import greedy_speculative, on_all_ranks
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+calls = []
+def accuracy(weights):
+    calls.append(1)
+    return 1 - abs(weights["w"].item() - 1)
+models = [lambda v=v: {"w": torch.tensor([v])} for v in (0.9, 1.2, 0.7, 1.3, 0.8)]
+held_out = [0.9, 0.8, 0.7, 0.7, 0.8]
+soup, spent = greedy_speculative(models, held_out, on_all_ranks(accuracy), ahead=2)
+print([(t.candidate, t.score, t.accepted) for t in soup.trials], spent.evaluations, len(calls))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_candidates_and_take_the_same_decisions(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANK, str(tmp_path / "rendezvous")]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=120)[0].strip().rsplit(" ", 2) for rank in ranks]
+    values, held_out = (0.9, 1.2, 0.7, 1.3, 0.8), [0.9, 0.8, 0.7, 0.7, 0.8]
+    plain = greedy([model(v) for v in values], held_out, lambda weights: 1 - abs(weights["w"].item() - 1))
+    expected = str([(trial.candidate, trial.score, trial.accepted) for trial in plain.trials])
+    assert [trials for trials, _, _ in said] == [expected, expected]
+    evaluations = int(said[0][1])
+    assert evaluations == sum(int(calls) for _, _, calls in said)
+    assert all(int(calls) < evaluations for _, _, calls in said)
