@@ -41,7 +41,7 @@ def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str) -> Figure:
         task: name of the benchmark, for the axes.
     """
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(3.6, 3.2))
+        figure = Figure(figsize=(3.8, 3.2))
         axes = figure.subplots()
         best = points[points["kind"] == "best"].iloc[0]
         for kind, (label, colour, marker, size) in STYLE.items():
@@ -60,7 +60,8 @@ def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str) -> Figure:
             axes.plot([100 * point["test"]] * 2, ends, color=colour, lw=0.8, alpha=0.7, zorder=2)
         axes.set_xlabel(f"{task} test accuracy, top-1 (%)")
         axes.set_ylabel("Mean accuracy on the five shifts (%)")
-        axes.legend(fontsize=6.5, loc="best", framealpha=0.9)
+        # Below the axes, where it can hide no model.
+        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=3, frameon=False)
         return figure
 
 

@@ -96,10 +96,12 @@ class Optim:
 class Augment:
     """configs/augment/*.yaml"""
 
-    kind: Literal["minimal", "rand"]  # rand adds timm's RandAugment to the crop
+    kind: Literal["minimal", "rand"]  # rand adds a flip and timm's RandAugment to the crop
     crop: Annotated[float, Field(gt=0, le=1)]  # smallest share of the image that a random crop keeps
     magnitude: Annotated[int, Field(ge=0, le=30)]  # RandAugment's M
     layers: Annotated[int, Field(ge=0, le=8)]  # RandAugment's N
+    increasing: bool  # timm's inc1: every operation is stronger at a larger M; without, some are strongest at 0
+    flip: Probability  # horizontal, of rand
 
 
 @closed

@@ -28,9 +28,9 @@ def augmentation(augment: Augment, size: int) -> Callable[[Image.Image], object]
         case "minimal":
             steps = [crop]
         case "rand":
-            policy = f"rand-m{augment.magnitude}-n{augment.layers}"
+            policy = f"rand-m{augment.magnitude}-n{augment.layers}{'-inc1' if augment.increasing else ''}"
             settings = {"img_mean": WHITE, "translate_const": int(0.45 * size)}
-            steps = [crop, RandomHorizontalFlip(), rand_augment_transform(policy, settings)]
+            steps = [crop, RandomHorizontalFlip(augment.flip), rand_augment_transform(policy, settings)]
     return Compose([*steps, ToNumpy()])
 
 

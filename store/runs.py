@@ -66,6 +66,8 @@ class RunFolder:
 def sole_writer(folder: Path) -> Iterator[None]:
     """Hold a folder for one process; the lock goes with the process, however it dies.
 
+    What a killed writer left half-written under a temporary name is deleted.
+
     Raises:
         UserError: another process holds it.
     """
@@ -80,6 +82,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
+        for half_written in folder.glob(".*.tmp*"):
+            half_written.unlink()
         yield
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -59,6 +60,13 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+@lru_cache(maxsize=1)
+def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
+    """Started once and used by all stages of a command, since each process imports torch for seconds."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads))
+
+
 def spread(
     title: str,
     calls: Sequence[Callable[[], T]],
@@ -87,11 +95,8 @@ def spread(
     """
     if not calls:
         return []
-    context = multiprocessing.get_context("spawn")
-    with (
-        progress_bar(console) as bar,
-        ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads)) as pool,
-    ):
+    pool = _pool(workers, threads)
+    with progress_bar(console) as bar:
         task = bar.add_task(title, total=units, completed=done_units())
         futures = [pool.submit(call) for call in calls]
         pending = set(futures)
@@ -101,12 +106,13 @@ def spread(
                 for future in finished:
                     bar.console.print(report(future.result()))
                 bar.update(task, completed=done_units())
-        except BrokenProcessPool:
-            raise UserError(
-                f"{title}: a worker process was killed, perhaps for memory; fewer cluster.workers need less. "
-                "Run the same command again to continue"
-            ) from None
-        except BaseException:
+        except BaseException as error:
+            _pool.cache_clear()
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    f"{title}: a worker process was killed, perhaps for memory; fewer cluster.workers need less. "
+                    "Run the same command again to continue"
+                ) from None
             raise
-        return [future.result() for future in futures]
+    return [future.result() for future in futures]

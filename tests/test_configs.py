@@ -66,9 +66,14 @@ def test_a_replicate_differs_in_its_seed_and_its_folder_only():
     assert one.optim == config.optim
 
 
-@pytest.mark.parametrize("stage", [["-m", "finetune"], ["-m", "soups"], ["reproduce.py"]])
-def test_an_entry_point_answers_a_wrong_setting_in_one_line(stage, tmp_path):
-    command = [sys.executable, *stage, "experiment=demo_tiny", "task.held_out=test", f"paths.runs={tmp_path}/runs"]
+def test_an_entry_point_answers_a_wrong_setting_in_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "reproduce.py",
+        "experiment=demo_tiny",
+        "task.held_out=test",
+        f"paths.runs={tmp_path}/runs",
+    ]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: bad config: task: Value error, each split has one role")

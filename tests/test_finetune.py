@@ -17,8 +17,8 @@ from models.classifier import Classifier, pretrained, zero_shot_head
 from models.probe import linear_probe
 from tasks.load import class_names, load_split
 
-MINIMAL = Augment(kind="minimal", crop=0.9, magnitude=0, layers=0)
-STRONG = Augment(kind="rand", crop=0.5, magnitude=9, layers=2)
+MINIMAL = Augment(kind="minimal", crop=0.9, magnitude=0, layers=0, increasing=True, flip=0.5)
+STRONG = Augment(kind="rand", crop=0.5, magnitude=9, layers=2, increasing=True, flip=0.5)
 
 
 @pytest.fixture(scope="module")

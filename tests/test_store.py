@@ -162,6 +162,15 @@ def test_a_folder_has_one_writer_and_is_free_when_that_one_was_killed(tmp_path):
         pass
 
 
+def test_the_next_writer_deletes_what_a_killed_one_left_half_written(tmp_path):
+    half = tmp_path / ".weights.123.abcd.tmp.safetensors"
+    half.write_bytes(b"half")
+    (tmp_path / "weights.safetensors").write_bytes(b"whole")
+    with sole_writer(tmp_path):
+        assert not half.exists()
+    assert (tmp_path / "weights.safetensors").read_bytes() == b"whole"
+
+
 def test_finished_work_with_other_settings_is_refused_and_not_overwritten(tmp_path):
     assert finished(tmp_path, "a") is None
     write_json(tmp_path / "done.json", {"identity": "a", "row": 1})

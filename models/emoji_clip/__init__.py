@@ -1,0 +1,1 @@
+"""A small open_clip CLIP with pretrained weights: see README.md in this folder."""

@@ -1,0 +1,140 @@
+"""The embedded CLIP: an EfficientNet-Lite0 that looks at 64 px icons, a two-layer text tower, one 256-wide space.
+
+It stands where CLIP ViT-B/32 stands in the paper; in kind it is a small ALIGN (a convolutional image tower,
+trained contrastively on noisy names). README.md beside this file says what it was trained on and what it can do.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from configs.errors import UserError
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights.safetensors"
+VOCABULARY = HERE / "vocabulary.json"
+IMAGE_SIZE = 64  # pixels, square
+CONTEXT = 16  # tokens, with start and end
+EMBED_DIM = 256
+# what the ImageNet weights of the image tower expect of RGB in [0, 1]; timm says the same of tf_efficientnet_lite0
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+# the prompts whose average is a class's zero-shot weight; pretraining wraps icon names in the same ones
+TEMPLATES = (
+    "{}",
+    "a picture of {}",
+    "an icon of {}",
+    "an emoji of {}",
+    "a drawing of {}",
+    "the {} symbol",
+)
+
+
+class WeightsError(UserError):
+    """The committed weights are missing, cut short, or of another model."""
+
+
+def build(vocabulary_size: int | None = None) -> CLIP:
+    """The model with random weights; call `torch.manual_seed` first.
+
+    Args:
+        vocabulary_size: rows of the token embedding; None takes the committed vocabulary's.
+    """
+    if vocabulary_size is None:
+        vocabulary_size = num_ids(read_vocabulary())
+    vision = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": "linear"}
+    text = {"context_length": CONTEXT, "vocab_size": vocabulary_size, "width": 128, "heads": 4, "layers": 2}
+    return CLIP(EMBED_DIM, {**vision, "image_size": IMAGE_SIZE}, text)
+
+
+def load(path: Path = WEIGHTS) -> CLIP:
+    """The pretrained model in float32 and eval mode, from weights kept in float16.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or its tensors are not this model's.
+    """
+    remedy = "restore it with `git checkout -- models/emoji_clip` or `python -m models.emoji_clip.pretrain`"
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing; {remedy}")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); {remedy}") from error
+    clip = build()
+    own = {name: tuple(value.shape) for name, value in clip.state_dict().items()}
+    wrong = [
+        f"{name}: {tuple(state[name].shape) if name in state else 'missing'}, not {own.get(name, 'there')}"
+        for name in sorted(own.keys() | state.keys())
+        if name not in state or name not in own or tuple(state[name].shape) != own[name]
+    ]
+    if wrong:
+        raise WeightsError(f"{path} is not of this model ({len(wrong)} tensors differ, first {wrong[0]}); {remedy}")
+    clip.load_state_dict(state)  # copies into float32
+    return clip.eval()
+
+
+def tokenize(texts: Sequence[str], vocabulary: Sequence[int] | None = None) -> Tensor:
+    """Token ids of texts: open_clip's byte-pair encoding, cut to the ids that occurred in pretraining.
+
+    Ids are 0 for padding, 1 to V for the vocabulary's entries in order, V + 1 for the start, V + 2 for the end of
+    a text. Pieces of words that did not occur in pretraining are dropped, as there is nothing known of them. A long
+    text loses its tail.
+
+    Args:
+        texts: N strings.
+        vocabulary: V open_clip ids, ascending; None takes the committed ones.
+
+    Returns:
+        (N, 16) int64.
+    """
+    vocabulary = read_vocabulary() if vocabulary is None else vocabulary
+    cut = {old: new for new, old in enumerate(vocabulary, start=1)}
+    start = len(vocabulary) + 1
+    ids = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
+    for row, text in enumerate(texts):
+        known = [cut[i] for i in encode(text) if i in cut][: CONTEXT - 2]
+        # open_clip reads a text's feature at the largest id, which is why the end has it
+        ids[row, : len(known) + 2] = torch.tensor([start, *known, start + 1])
+    return ids
+
+
+@torch.no_grad()
+def text_features(clip: CLIP, texts: Sequence[str]) -> Tensor:
+    """(N, 256) features of N texts, each of unit length, on the model's device."""
+    return clip.encode_text(tokenize(texts).to(clip.logit_scale.device), normalize=True)
+
+
+def encode(text: str) -> list[int]:
+    """open_clip's ids of a text, without start and end."""
+    return _bpe().encode(text)
+
+
+def num_ids(vocabulary: Sequence[int]) -> int:
+    """Rows of the token embedding: the vocabulary, padding, start and end."""
+    return len(vocabulary) + 3
+
+
+@lru_cache
+def read_vocabulary(path: Path = VOCABULARY) -> tuple[int, ...]:
+    """The open_clip ids that the text tower knows, ascending.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
+    try:
+        return tuple(json.loads(path.read_text("utf-8"))["open_clip_ids"])
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); `git checkout -- models/emoji_clip`") from error
+
+
+@lru_cache
+def _bpe() -> SimpleTokenizer:
+    return SimpleTokenizer()  # its merges are a file of the open_clip package; nothing is downloaded

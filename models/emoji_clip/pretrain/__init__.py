@@ -1,0 +1,1 @@
+"""Pretraining as a command: see __main__.py."""
