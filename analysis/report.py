@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures import figure1, save
+from analysis.figures import coefficients_map, figure1, save
 from analysis.results import SHIFT_MEAN, measure, scatter_points, tidy
 from analysis.tables import table3, write_table
 from configs.schema import Experiment
@@ -70,6 +70,9 @@ def analyse(config: Experiment) -> Report:
     record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.rows, **provenance()}
     write_json(folder / "provenance.json", record)
     files += [folder / "figure1.csv", folder / "provenance.json"]
+    for recipe in set(config.recipes) & {"learned_by_layer", "learned_by_tensor"}:
+        shares = pd.read_csv(RunFolder.of(config).soup(recipe) / "coefficients.csv")
+        files += save(coefficients_map(shares), folder / f"coefficients_{recipe}")
     if config.paths.results is not None:
         files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
     return Report(table, scores, tuple(files))

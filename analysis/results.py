@@ -1,6 +1,9 @@
 """From cached logits to a tidy table: one row a model and split, with what was selected on what."""
 
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -12,7 +15,8 @@ from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.metrics import correct
 from eval.significance import Difference, paired_bootstrap
-from soups.cook import logits_of, usable_pool
+from soups.cook import dishes, logits_of
+from soups.pool import usable_pool
 from store.atomic import read_json
 from store.runs import RunFolder
 
@@ -25,12 +29,20 @@ class Method:
 
     name: str
     models: int  # forward passes at inference
-    hits: dict[str, Tensor]  # split -> (N,) bool
+    hits: dict[str, Tensor]  # split -> (N,) bool; of several random orders the (N,) share of them that is right
     held_out: float
+    orders: tuple["Method", ...] = ()  # of greedy in random order
 
     def accuracy(self, split: str) -> float:
         """Top-1 in [0, 1] on a split."""
         return self.hits[split].double().mean().item()
+
+
+def over_orders(name: str, orders: list[Method]) -> Method:
+    """The mean of several soups of one recipe, which keeps them to tell their spread."""
+    hits = {split: torch.stack([each.hits[split].double() for each in orders]).mean(dim=0) for split in orders[0].hits}
+    held_out = sum(each.held_out for each in orders) / len(orders)
+    return Method(name, orders[0].models, hits, held_out, tuple(orders))
 
 
 def refuse_leak(config: Experiment, cooked: dict[str, Any]) -> None:
@@ -55,14 +67,14 @@ def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], lis
     """
     run, task = RunFolder.of(config), config.task
 
-    def hits(logits_on: Any) -> dict[str, Tensor]:
+    def hits(logits_on: Callable[[str], Tensor]) -> dict[str, Tensor]:
         return {split: correct(logits_on(split), evaluator.split(split).labels) for split in task.reported}
 
     pool = [
         Method(
             f"row {i.row}" if i.row else "initialisation",
             1,
-            hits(lambda split, i=i: evaluator.logits(i.digest, i.load, split)),
+            hits(partial(evaluator.logits, i.digest, i.load)),
             i.held_out_top1,
         )
         for i in usable_pool(config)
@@ -80,21 +92,26 @@ def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], lis
         pool[0],
     ]
     for recipe in config.recipes:
-        path = run.soup(recipe) / "soup.json"
-        if not path.exists():
-            raise UserError(f"{path} is missing: run python -m soups experiment=... recipe={recipe} first")
-        cooked = read_json(path)
-        refuse_leak(config, cooked)
-        score, members = cooked["held_out"], len(cooked["ingredients"])
-        methods.append(
-            Method(
-                recipe,
-                1 if cooked["digest"] else members,
-                hits(lambda split, cooked=cooked: logits_of(config, cooked, split, evaluator)),
-                score["correct"] / score["n"],
-            )
-        )
+        soups = [_soup(config, name, evaluator, hits) for name in dishes(config, recipe)]
+        methods.append(soups[0] if len(soups) == 1 else over_orders(recipe, soups))
     return pool, methods
+
+
+def _soup(
+    config: Experiment, name: str, evaluator: Evaluator, hits: Callable[[Callable[[str], Tensor]], dict[str, Tensor]]
+) -> Method:
+    path = RunFolder.of(config).soup(name) / "soup.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run python -m soups recipe={name.partition('/')[0]} first")
+    cooked = read_json(path)
+    refuse_leak(config, cooked)
+    score, members = cooked["held_out"], len(cooked["ingredients"])
+    return Method(
+        name,
+        1 if cooked["digest"] else members,
+        hits(lambda split: logits_of(cooked, split, evaluator)),
+        score["correct"] / score["n"],
+    )
 
 
 def bootstrap_groups(config: Experiment, evaluator: Evaluator, splits: tuple[str, ...]) -> list[Tensor]:
@@ -129,10 +146,23 @@ def shift_mean(config: Experiment, method: Method) -> float:
     return sum(method.accuracy(split) for split in config.task.shifts) / len(config.task.shifts)
 
 
+def accuracy_in(config: Experiment, method: Method, column: str) -> float:
+    """Accuracy in [0, 1] on a split or on the mean of the shifts."""
+    return shift_mean(config, method) if column == SHIFT_MEAN else method.accuracy(column)
+
+
+def spread_in(config: Experiment, method: Method, column: str) -> float | None:
+    """Standard deviation of the accuracies of several random orders, as Table 3 gives it in brackets."""
+    if len(method.orders) < 2:
+        return None
+    return statistics.stdev(accuracy_in(config, each, column) for each in method.orders)
+
+
 def tidy(config: Experiment, methods: list[Method], evaluator: Evaluator) -> pd.DataFrame:
     """One row per method and column: accuracy, n, difference to the best individual model and its interval.
 
-    Columns: method, models, held_out, column, n, accuracy, difference, low, high; fractions throughout.
+    Columns: method, models, held_out, column, n, accuracy, spread (standard deviation over random orders, where there
+    are some), difference, low, high; fractions throughout.
     """
     baseline = next(method for method in methods if method.name == "best")
     rows = []
@@ -148,7 +178,8 @@ def tidy(config: Experiment, methods: list[Method], evaluator: Evaluator) -> pd.
                     "held_out": method.held_out,
                     "column": column,
                     "n": n,
-                    "accuracy": method.accuracy(column) if single else shift_mean(config, method),
+                    "accuracy": accuracy_in(config, method, column),
+                    "spread": spread_in(config, method, column),
                     "difference": difference.mean,
                     "low": difference.low,
                     "high": difference.high,

@@ -11,10 +11,21 @@ NAMES = {
     "zero-shot": "Zero-shot",
     "initialisation": "Initialisation (linear probe)",
     "best": "Best individual model",
+    "second_best": "Second best model",
     "uniform": "Uniform soup",
+    "subset": "Uniform soup of chosen models",
     "greedy": "Greedy soup",
+    "greedy_random_order": "Greedy soup (random order)",
+    "greedy_with_replacement": "Greedy soup (with replacement)",
+    "learned": "Learned soup",
+    "learned_by_layer": "Learned soup (by layer)",
+    "learned_by_tensor": "Learned soup (by tensor)",
+    "model_stock": "Model Stock",
+    "wise_ft": "WiSE-FT",
     "ensemble": "Ensemble",
+    "calibrated_ensemble": "Ensemble (calibrated first)",
     "greedy_ensemble": "Greedy ensemble",
+    "ensemble_with_replacement": "Greedy ensemble (with replacement)",
 }
 SPLITS = {"test": "Test", "v2": "V2", "r": "R", "sketch": "Sketch", "objectnet": "ObjectNet-like", "a": "A-like"}
 
@@ -37,6 +48,12 @@ def points(difference: float, low: float, high: float) -> str:
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def _accuracy(cell: pd.Series) -> str:
+    """Per cent, with the standard deviation over random orders where there is one."""
+    spread = "" if pd.isna(cell["spread"]) else f" ({percent(cell['spread'])})"
+    return percent(cell["accuracy"]) + spread
+
+
 def table3(tidy: pd.DataFrame) -> pd.DataFrame:
     """One row per method, all cells text: accuracies in per cent, differences to the best individual in points.
 
@@ -50,8 +67,8 @@ def table3(tidy: pd.DataFrame) -> pd.DataFrame:
         row = {"Method": NAMES.get(str(method), str(method)), "Models at inference": str(cells["models"].iloc[0])}
         row["Held-out"] = percent(cells["held_out"].iloc[0])
         for column in (test, *shifts):
-            row[SPLITS.get(column, column)] = percent(cells.loc[column, "accuracy"])
-        row["Mean of shifts"] = percent(cells.loc[SHIFT_MEAN, "accuracy"])
+            row[SPLITS.get(column, column)] = _accuracy(cells.loc[column])
+        row["Mean of shifts"] = _accuracy(cells.loc[SHIFT_MEAN])
         for column, title in ((test, "Test − best"), (SHIFT_MEAN, "Shifts − best")):
             cell = cells.loc[column]
             row[title] = "" if method == "best" else points(cell["difference"], cell["low"], cell["high"])

@@ -25,7 +25,24 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
-Recipe = Literal["best", "uniform", "greedy", "ensemble", "greedy_ensemble"]
+Recipe = Literal[
+    "best",
+    "second_best",
+    "uniform",
+    "subset",
+    "greedy",
+    "greedy_random_order",
+    "greedy_with_replacement",
+    "learned",
+    "learned_by_layer",
+    "learned_by_tensor",
+    "model_stock",
+    "wise_ft",
+    "ensemble",
+    "calibrated_ensemble",
+    "greedy_ensemble",
+    "ensemble_with_replacement",
+]
 
 
 @closed
@@ -159,6 +176,44 @@ class Sweep:
 
 
 @closed
+class Learning:
+    """How the coefficients of learned soups are found (Appendix I)."""
+
+    lr: Positive  # AdamW, constant
+    epochs: Count  # over the held-out split
+    batch_size: Count  # images
+    weight_decay: NonNegative
+    place: Literal["stream", "host"]  # where ingredients are between steps: in their files, or in memory
+
+
+@closed
+class Cooking:
+    """configs/cooking/*.yaml: what the recipes leave open."""
+
+    ties: Literal[
+        "keep", "drop"
+    ]  # of greedy: Recipe 1 keeps a model that changes nothing, the authors' script drops it
+    shortcut: Literal["none", "hard_first", "speculative"]  # of greedy: fewer forward passes, the same decisions
+    ahead: Count  # candidates tried at once by speculative
+    chunk: Count  # images between two looks of hard_first
+    significance: bool  # of hard_first: report paired z and McNemar p of each accepted model
+    min_sigma: NonNegative  # of hard_first: accept only above this z; 0 is the paper's rule
+    orders: Count  # of greedy_random_order
+    rounds: Count  # of greedy_with_replacement and ensemble_with_replacement, at most
+    rows: tuple[int, ...]  # of subset
+    of: Recipe  # of wise_ft: the soup that is interpolated with the initialisation
+    alpha: Probability  # of wise_ft: 0 is the initialisation, 1 the soup
+    learned: Learning
+
+    @model_validator(mode="after")
+    def settings_have_an_effect(self) -> "Cooking":
+        """Paired statistics need the results of single images, which only hard_first asks for."""
+        if (self.significance or self.min_sigma > 0) and self.shortcut != "hard_first":
+            raise ValueError("significance and min_sigma compare single images: they need shortcut=hard_first")
+        return self
+
+
+@closed
 class Analysis:
     """How tables state their uncertainty."""
 
@@ -187,6 +242,7 @@ class Experiment:
     sweep: Sweep
     recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
     recipe: Recipe | None = None  # cook this one only
+    cooking: Cooking
     analysis: Analysis
     cluster: Cluster
     paths: Paths

@@ -71,10 +71,17 @@ class Evaluator:
             self._splits[name] = load_split(self.config.task, name)
         return self._splits[name]
 
-    def fresh_logits(self, weights: Weights, split: str) -> Tensor:
-        """(N, C) float32 logits by a forward pass, not kept; for candidates that are tried once."""
+    def fresh_logits(self, weights: Weights, split: str, rows: Tensor | None = None) -> Tensor:
+        """(N, C) float32 logits by a forward pass, not kept; for candidates that are tried once.
+
+        Args:
+            weights: of the model.
+            split: of the experiment's task.
+            rows: (N,) which of its images; all where None.
+        """
         self.model.load_state_dict(dict(weights), strict=True)
-        return forward(self.model, self.split(split).images)
+        images = self.split(split).images
+        return forward(self.model, images if rows is None else images[rows])
 
     def logits(self, digest: str, load: Callable[[], Weights], split: str) -> Tensor:
         """(N, C) float32 logits from the cache, or by a forward pass that fills it.

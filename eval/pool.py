@@ -34,7 +34,8 @@ def evaluate(config: Experiment, folder: Path) -> str:
     ]
     write_jsonl(folder / "scores.jsonl", rows)
     shifts = sum(counts[split].top1 for split in task.shifts) / len(task.shifts)
-    return f"{folder.name}: {task.test} {100 * counts[task.test].top1:.1f} %, mean of shifts {100 * shifts:.1f} %"
+    name = folder.relative_to(RunFolder.of(config).root)
+    return f"{name}: {task.test} {100 * counts[task.test].top1:.1f} %, mean of shifts {100 * shifts:.1f} %"
 
 
 def recorded_digest(folder: Path) -> str | None:
@@ -53,7 +54,7 @@ def model_folders(config: Experiment) -> list[Path]:
     """Folders of all finished models with weights: rows, the zero-shot model, soups."""
     run = RunFolder.of(config)
     rows = [run.ingredient(row) for row in range(config.sweep.rows + 1)]
-    soups = [run.soup(recipe) for recipe in config.recipes]
+    soups = sorted(path.parent for path in (run.root / "soups").rglob("soup.json"))
     return [folder for folder in [run.zero_shot, *rows, *soups] if recorded_digest(folder)]
 
 

@@ -16,14 +16,13 @@ from configs.schema import Experiment
 def run(config: Experiment) -> None:
     """One recipe with recipe=..., else all that the experiment lists."""
     # Imported here, since averaging files of one's own needs none of it, and torch alone takes seconds.
-    from eval.forward import Evaluator  # noqa: PLC0415
-    from soups.cook import cook, describe  # noqa: PLC0415
+    from soups.cook import cook_all, summary  # noqa: PLC0415
     from store.workers import use_threads  # noqa: PLC0415
 
     use_threads(config.cluster.threads)
-    evaluator = Evaluator(config)
-    for recipe in [config.recipe] if config.recipe else config.recipes:
-        print(describe(cook(config, recipe, evaluator)))
+    recipes = (config.recipe,) if config.recipe else config.recipes
+    cook_all(config, recipes)
+    print(summary(config, recipes))
 
 
 def main() -> None:

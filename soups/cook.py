@@ -1,145 +1,159 @@
 """From a finished sweep to soups and ensembles on disk."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from pydantic import TypeAdapter
+from rich.console import Console
 
 from configs.errors import UserError
-from configs.schema import Experiment, Recipe
+from configs.schema import Cooking, Experiment
 from eval.forward import Evaluator
-from soups.recipes import Soup, best, greedy, mean_of, uniform
-from store.atomic import read_json, read_jsonl, write_json, write_jsonl
+from soups.pool import Mixed, member_logits, mix, usable_pool
+from store.atomic import read_json, replacing, write_json
 from store.provenance import provenance
-from store.runs import Ingredient, RunFolder, digest_of, read_pool, sole_writer
-from store.weights import Weights, digest, save_weights
+from store.runs import Ingredient, RunFolder, digest_of, sole_writer
+from store.weights import save_weights
+from store.workers import spread
 
-ENSEMBLES = ("ensemble", "greedy_ensemble")  # kept as lists of members; their logits are means of cached ones
-
-
-class Journal:
-    """Scores of candidates already tried, on disk as they come, so that a killed greedy run pays for none twice."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows: list[dict[str, Any]] = read_jsonl(path) if path.exists() else []
-
-    def remembered(self, score: Callable[[Weights], float]) -> Callable[[Weights], float]:
-        """`score`, but looked up where the same weights were scored before."""
-
-        def lookup(weights: Weights) -> float:
-            name = digest(weights)
-            known = {row["weights"]: float(row["score"]) for row in self.rows}
-            if name not in known:
-                known[name] = score(weights)
-                self.rows.append({"weights": name, "score": known[name]})
-                write_jsonl(self.path, self.rows)
-            return known[name]
-
-        return lookup
+# Kept as lists of members; their logits are means of cached ones.
+ENSEMBLES = ("ensemble", "calibrated_ensemble", "greedy_ensemble", "ensemble_with_replacement")
+GREEDY = ("ties", "shortcut", "ahead", "chunk", "significance", "min_sigma")
+SETTINGS = {  # what of `cooking` each recipe depends on
+    "subset": ("rows",),
+    "greedy": GREEDY,
+    "greedy_random_order": ("ties",),
+    "greedy_with_replacement": ("rounds",),
+    "greedy_ensemble": ("ties",),
+    "ensemble_with_replacement": ("rounds",),
+    "learned": ("learned",),
+    "learned_by_layer": ("learned",),
+    "learned_by_tensor": ("learned",),
+    "wise_ft": ("of", "alpha"),
+}
 
 
-def usable_pool(config: Experiment) -> list[Ingredient]:
-    """The pool without diverged rows.
-
-    Raises:
-        UserError: rows are missing, or all of them diverged.
-    """
-    pool = [ingredient for ingredient in read_pool(RunFolder.of(config), config.sweep.rows) if ingredient.usable]
-    if not pool:
-        raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
-    return pool
+def dishes(config: Experiment, recipe: str) -> list[str]:
+    """What a recipe makes: itself, or one soup for each random order."""
+    if recipe == "greedy_random_order":
+        return [f"{recipe}/{order}" for order in range(config.cooking.orders)]
+    return [recipe]
 
 
-def mix(recipe: Recipe, pool: list[Ingredient], evaluator: Evaluator, journal: Journal) -> Soup:
-    """Run one recipe over a pool; the only split it sees is held-out."""
-    split = evaluator.config.task.held_out
-    held_out = [ingredient.held_out_top1 for ingredient in pool]
-    files = [ingredient.load for ingredient in pool]
-    logits = [partial(_logits, evaluator, ingredient, split) for ingredient in pool]
-
-    def soup_accuracy(weights: Weights) -> float:
-        return evaluator.count(evaluator.fresh_logits(weights, split), split).top1
-
-    def ensemble_accuracy(mean: Weights) -> float:
-        return evaluator.count(mean["logits"], split).top1
-
-    match recipe:
-        case "best":
-            return best(files, held_out)
-        case "uniform":
-            return uniform(files, held_out)
-        case "greedy":
-            return greedy(files, held_out, journal.remembered(soup_accuracy))
-        case "ensemble":
-            return uniform(logits, held_out)
-        case "greedy_ensemble":
-            return greedy(logits, held_out, ensemble_accuracy)
+def identity_of(config: Experiment, name: str, pool: list[Ingredient], held_out: str) -> str:
+    """32 hex digits over the recipe, the settings it depends on, the pool and the held-out split's digest."""
+    recipe = name.partition("/")[0]
+    cooking = TypeAdapter(Cooking).dump_python(config.cooking, mode="json")
+    parts: dict[str, Any] = {"recipe": name, "held_out": held_out, "pool": [(i.row, i.digest) for i in pool]}
+    parts["settings"] = {field: cooking[field] for field in SETTINGS.get(recipe, ())}
+    if recipe == "wise_ft":
+        soup = RunFolder.of(config).soup(config.cooking.of) / "soup.json"
+        parts["end"] = read_json(soup)["digest"] if soup.exists() else None
+    if recipe == "greedy_random_order":
+        parts["seed"] = config.sweep.seed
+    return digest_of(parts)
 
 
-def _logits(evaluator: Evaluator, ingredient: Ingredient, split: str) -> Weights:
-    return {"logits": evaluator.logits(ingredient.digest, ingredient.load, split)}
+def cook(name: str, evaluator: Evaluator) -> dict[str, Any]:
+    """Cook one dish, or find it cooked from the same pool with the same settings; returns its soup.json.
 
-
-def cook(config: Experiment, recipe: Recipe, evaluator: Evaluator) -> dict[str, Any]:
-    """Cook one recipe, or find it cooked from the same pool; returns its soup.json.
+    Args:
+        name: one of `dishes`.
+        evaluator: of the experiment.
 
     Raises:
         UserError: a pool that is not finished, damaged files, or models that do not fit together.
     """
+    config = evaluator.config
     run, split = RunFolder.of(config), config.task.held_out
     pool = usable_pool(config)
-    folder = run.soup(recipe)
-    identity = digest_of(
-        {"recipe": recipe, "held_out": evaluator.split(split).digest, "pool": [(i.row, i.digest) for i in pool]}
-    )
+    folder = run.soup(name)
+    identity = identity_of(config, name, pool, evaluator.split(split).digest)
     with sole_writer(folder):
         if (folder / "soup.json").exists():
             cooked = read_json(folder / "soup.json")
             if cooked["identity"] == identity:
                 return cooked
+            _clear(folder)
         try:
-            soup = mix(recipe, pool, evaluator, Journal(folder / "journal.jsonl"))
+            mixed = mix(name, pool, evaluator, folder, identity)
         except ValueError as error:
-            raise UserError(f"recipe {recipe} on {run.root}: {error}") from None
-        if recipe in ENSEMBLES:
-            logits, name = soup.weights["logits"], None
-        else:
-            name = save_weights(folder / "weights.safetensors", soup.weights)
-            logits = evaluator.logits(name, lambda: soup.weights, split)
-        count = evaluator.count(logits, split)
-        cooked = {
-            "identity": identity,
-            "recipe": recipe,
-            "digest": name,
-            "ingredients": [{"row": pool[i].row, "digest": pool[i].digest} for i in soup.ingredients],
-            "mixing_weight": 1 / len(soup.ingredients),
-            "trials": [{"row": pool[t.candidate].row, "score": t.score, "accepted": t.accepted} for t in soup.trials],
-            "selected_on": {"split": split, "digest": evaluator.split(split).digest},
-            "held_out": {"split": split, "correct": count.correct, "n": count.n},
-            "provenance": provenance(),
-        }
+            raise UserError(f"recipe {name} on {run.root}: {error}") from None
+        cooked = _record(name, mixed, pool, evaluator, folder) | {"identity": identity}
         write_json(folder / "soup.json", cooked)
+        (folder / "state.safetensors").unlink(missing_ok=True)
         return cooked
 
 
-def logits_of(config: Experiment, cooked: dict[str, Any], split: str, evaluator: Evaluator) -> torch.Tensor:
+def _clear(folder: Path) -> None:
+    """Forget what was cooked from another pool or with other settings, its record first."""
+    for name in ("soup.json", "journal.jsonl", "state.safetensors", "scores.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _record(name: str, mixed: Mixed, pool: list[Ingredient], evaluator: Evaluator, folder: Path) -> dict[str, Any]:
+    """Write the weights and coefficients, score the result on held-out, and return soup.json without its identity."""
+    soup, split = mixed.soup, evaluator.config.task.held_out
+    if name in ENSEMBLES:
+        logits, digest = soup.weights["logits"], None
+    else:
+        digest = save_weights(folder / "weights.safetensors", soup.weights)
+        logits = evaluator.logits(digest, lambda: soup.weights, split)
+    if mixed.coefficients is not None:
+        groups, shares = mixed.coefficients
+        table = pd.DataFrame(shares.numpy(), columns=[f"row {i.row}" for i in pool])
+        table.insert(0, "group", list(groups))
+        with replacing(folder / "coefficients.csv") as temporary:
+            table.to_csv(temporary, index=False)
+    count = evaluator.count(logits, split)
+    return mixed.notes | {
+        "recipe": name,
+        "digest": digest,
+        "ingredients": [
+            {"row": pool[i].row, "digest": pool[i].digest, "weight": weight}
+            for i, weight in zip(soup.ingredients, soup.mixing, strict=True)
+        ],
+        "trials": [
+            {
+                "row": pool[t.candidate].row,
+                "score": t.score,
+                "correct": round(t.score * count.n),
+                "accepted": t.accepted,
+                "exact": t.exact,
+                "versus": vars(t.versus) if t.versus else None,
+            }
+            for t in soup.trials
+        ],
+        "selected_on": {"split": split, "digest": evaluator.split(split).digest},
+        "held_out": {"split": split, "correct": count.correct, "n": count.n},
+        "provenance": provenance(),
+    }
+
+
+def logits_of(cooked: dict[str, Any], split: str, evaluator: Evaluator) -> torch.Tensor:
     """(N, C) logits of what a recipe made: its own forward pass, or for an ensemble the mean of its members'.
 
     Args:
-        config: the experiment.
         cooked: a soup.json.
         split: any split of the task.
         evaluator: of the experiment.
     """
     if cooked["digest"] is not None:
-        from_file = RunFolder.of(config).soup(cooked["recipe"]) / "weights.safetensors"
+        from_file = evaluator.run.soup(cooked["recipe"]) / "weights.safetensors"
         return evaluator.logits_of_file(cooked["digest"], from_file, split)
-    pool = {ingredient.row: ingredient for ingredient in usable_pool(config)}
-    members = [pool[member["row"]] for member in cooked["ingredients"]]
-    return mean_of(partial(_logits, evaluator, member, split) for member in members)["logits"]
+    pool = {ingredient.row: ingredient for ingredient in usable_pool(evaluator.config)}
+    members = cooked["ingredients"]
+    betas = cooked.get("betas", [1.0] * len(members))
+    total: torch.Tensor | None = None
+    for member, beta in zip(members, betas, strict=True):
+        # One member at a time, so that 72 sets of logits never stand in memory together.
+        term = member["weight"] * beta * member_logits(evaluator, pool[member["row"]], split)["logits"].double()
+        total = term if total is None else total + term
+    assert total is not None  # every recipe has an ingredient
+    return total.float()
 
 
 def describe(cooked: dict[str, Any]) -> str:
@@ -147,3 +161,48 @@ def describe(cooked: dict[str, Any]) -> str:
     score, rows = cooked["held_out"], [member["row"] for member in cooked["ingredients"]]
     what = f"rows {', '.join(map(str, rows))}" if len(rows) < 9 else f"{len(rows)} models"
     return f"{cooked['recipe']}: held-out {100 * score['correct'] / score['n']:.1f} % (n = {score['n']}), {what}"
+
+
+def summary(config: Experiment, recipes: tuple[str, ...]) -> str:
+    """One line about each of some recipes that are cooked."""
+    names = [name for recipe in recipes for name in dishes(config, recipe)]
+    return "\n".join(describe(read_json(RunFolder.of(config).soup(name) / "soup.json")) for name in names)
+
+
+def cook_here(config: Experiment, name: str) -> str:
+    """`cook` in a worker process; returns one line."""
+    return describe(cook(name, Evaluator(config)))
+
+
+def is_cooked(config: Experiment, name: str) -> bool:
+    """Whether a dish is there, from this pool and with these settings."""
+    path = RunFolder.of(config).soup(name) / "soup.json"
+    if not path.exists():
+        return False
+    digest = Evaluator(config).split(config.task.held_out).digest
+    return read_json(path)["identity"] == identity_of(config, name, usable_pool(config), digest)
+
+
+def cook_all(config: Experiment, recipes: tuple[str, ...], console: Console | None = None) -> None:
+    """Cook what is not cooked yet, over the cluster's worker processes; interpolations come after their soups."""
+    names = [name for recipe in recipes for name in dishes(config, recipe)]
+    later = [name for name in names if name == "wise_ft"]
+    for batch in ([name for name in names if name not in later], later):
+        missing = [name for name in batch if not is_cooked(config, name)]
+        # The longest first, so that no worker is left alone with one at the end.
+        slow = ("greedy_with_replacement", "learned", "greedy")
+        missing.sort(key=lambda name: next((i for i, part in enumerate(slow) if name.startswith(part)), len(slow)))
+        spread(
+            f"cooking {len(missing)} soups and ensembles",
+            [partial(cook_here, config, name) for name in missing],
+            workers=config.cluster.workers,
+            threads=config.cluster.threads,
+            units=len(missing),
+            done_units=partial(_records, config, missing),
+            report=str,
+            console=console or Console(),
+        )
+
+
+def _records(config: Experiment, names: list[str]) -> int:
+    return sum((RunFolder.of(config).soup(name) / "soup.json").exists() for name in names)

@@ -212,6 +212,24 @@ def step(module: nn.Module, layout: Layout, residents: Residents, state: State, 
     state.losses.append(total)
 
 
+def _descend(
+    run: tuple[nn.Module, Layout, Residents, State], batches: Batches, settings: LearnedSettings, path: Path | None
+) -> None:
+    """All steps that are left, with a state on disk every few."""
+    module, layout, residents, state = run
+    path = path if this_rank()[0] == 0 else None  # one writer
+    with _learning(module):
+        while state.epoch < settings.epochs:
+            for batch in islice(batches(state.epoch), state.taken, None):
+                step(module, layout, residents, state, batch)
+                state.taken += 1
+                if path is not None and len(state.losses) % settings.save_every == 0:
+                    state.save(path)
+            state.epoch, state.taken = state.epoch + 1, 0
+    if path is not None:
+        state.save(path)
+
+
 def learned(
     module: nn.Module,
     models: Sequence[Loader],
@@ -262,16 +280,7 @@ def learned(
     run = hashlib.blake2b(f"{identity}/{len(models)}/{layout.groups}/{same}".encode(), digest_size=16).hexdigest()
     state = State.fresh(run, len(layout.groups), len(models), settings)
     state.resume(state_path)
-    with _learning(module):
-        while state.epoch < settings.epochs:
-            for batch in islice(batches(state.epoch), state.taken, None):
-                step(module, layout, residents, state, batch)
-                state.taken += 1
-                if state_path is not None and this_rank()[0] == 0 and len(state.losses) % settings.save_every == 0:
-                    state.save(state_path)
-            state.epoch, state.taken = state.epoch + 1, 0
-    if state_path is not None and this_rank()[0] == 0:
-        state.save(state_path)
+    _descend((module, layout, residents, state), batches, settings, state_path)
     shares = state.logits.detach().softmax(dim=1)
     numbers = shares.tolist()
     weights = mixture([load() for load in models], lambda name: numbers[layout.row[layout.owner[name]]])

@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from analysis.figures import STYLE, figure1, save
+from analysis.figures import STYLE, coefficients_map, figure1, save
+from analysis.report import DRAWN_WITH_BARS
 from analysis.results import SHIFT_MEAN
 from analysis.seeds import seeds_table
 from analysis.tables import NAMES, table3, write_table
@@ -25,6 +26,7 @@ def tidy_of(accuracies):
                     "column": column,
                     "n": 620,
                     "accuracy": value,
+                    "spread": 0.004 if method == "greedy_random_order" else float("nan"),
                     "difference": gain,
                     "low": gain - 0.03,
                     "high": gain + 0.03,
@@ -41,10 +43,24 @@ def test_a_row_shows_percent_and_the_difference_to_the_best_with_its_interval():
     assert table.loc["Best individual model", "Test − best"] == ""
 
 
-def test_every_recipe_has_a_name_and_a_marker():
+def test_every_recipe_has_a_name_and_every_drawn_one_a_marker():
     for recipe in load("demo").recipes:
         assert recipe in NAMES
-        assert recipe in STYLE
+    assert set(DRAWN_WITH_BARS) | {"best", "initialisation", "individual"} == set(STYLE)
+
+
+def test_random_orders_show_their_standard_deviation():
+    table = table3(tidy_of(METHODS | {"greedy_random_order": 0.57})).set_index("Method")
+    assert table.loc["Greedy soup (random order)", "Test"] == "57.0 (0.4)"
+    assert table.loc["Greedy soup", "Test"] == "58.6"
+
+
+def test_the_map_of_coefficients_has_a_row_for_each_group_and_a_column_for_each_model():
+    shares = pd.DataFrame({"group": ["stem", "blocks.0", "head"], "row 0": [0.2, 0.5, 0.1], "row 1": [0.8, 0.5, 0.9]})
+    axes = coefficients_map(shares).axes[0]
+    assert axes.images[0].get_array().shape == (3, 2)
+    assert axes.images[0].get_array()[2, 1] == pytest.approx(90)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["stem", "blocks.0", "head"]
 
 
 def test_a_table_is_written_as_markdown_latex_and_csv_with_n_and_proxies(tmp_path):

@@ -1,6 +1,8 @@
 """From a pool on disk to soups: only the held-out split chooses, and a stop in between costs nothing."""
 
+import shutil
 from dataclasses import replace
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -8,10 +10,12 @@ import torch
 
 from analysis.results import measure, refuse_leak
 from configs.errors import UserError
-from configs.schema import load
+from configs.schema import Recipe, load
 from eval.forward import Evaluator
 from finetune.train import initialise
-from soups.cook import ENSEMBLES, Journal, cook, logits_of, usable_pool
+from soups.cook import ENSEMBLES, cook, dishes, logits_of
+from soups.journal import Journal
+from soups.pool import RECIPES, usable_pool
 from store.atomic import read_json, write_json
 from store.runs import RunFolder
 from store.weights import load_weights, save_weights
@@ -57,32 +61,40 @@ class Watched(Evaluator):
 @pytest.fixture
 def config(pool_config):
     """The pool, with no soup cooked yet."""
-    run = RunFolder.of(pool_config)
-    for recipe in pool_config.recipes:
-        for file in run.soup(recipe).glob("*"):
-            file.unlink()
+    shutil.rmtree(RunFolder.of(pool_config).root / "soups", ignore_errors=True)
     return pool_config
 
 
+def all_dishes(config):
+    return [name for recipe in config.recipes for name in dishes(config, recipe)]
+
+
 def test_no_recipe_looks_at_any_split_but_held_out(config):
-    for recipe in config.recipes:
+    config = replace(config, cooking=replace(config.cooking, rows=(1, 3)))
+    names = [*all_dishes(config), *(set(RECIPES) - set(config.recipes))]
+    assert "wise_ft" in names
+    for name in names:
         evaluator = Watched(config)
-        cook(config, recipe, evaluator)
-        assert evaluator.asked == {"held_out"}, recipe
+        cook(name, evaluator)
+        assert evaluator.asked == {"held_out"}, name
+
+
+def test_every_recipe_of_the_schema_can_be_cooked():
+    assert set(RECIPES) == set(get_args(Recipe))
 
 
 def test_the_best_individual_is_the_best_on_held_out(config):
     evaluator = Evaluator(config)
-    cooked = cook(config, "best", evaluator)
+    cooked = cook("best", evaluator)
     assert [member["row"] for member in cooked["ingredients"]] == [ORDER[0]]
     pool = {ingredient.row: ingredient for ingredient in usable_pool(config)}
     expected = evaluator.logits(pool[2].digest, pool[2].load, "test")
-    assert torch.equal(logits_of(config, cooked, "test", evaluator), expected)
+    assert torch.equal(logits_of(cooked, "test", evaluator), expected)
 
 
 def test_greedy_tries_the_pool_best_first_and_keeps_what_does_not_lower_held_out(config):
     evaluator = Evaluator(config)
-    cooked = cook(config, "greedy", evaluator)
+    cooked = cook("greedy", evaluator)
     assert [trial["row"] for trial in cooked["trials"]] == ORDER
     best = cooked["trials"][0]["score"]
     for trial in cooked["trials"][1:]:
@@ -93,7 +105,7 @@ def test_greedy_tries_the_pool_best_first_and_keeps_what_does_not_lower_held_out
 
 
 def test_the_uniform_soup_on_disk_is_the_mean_of_all_models(config):
-    cook(config, "uniform", Evaluator(config))
+    cook("uniform", Evaluator(config))
     soup = load_weights(RunFolder.of(config).soup("uniform") / "weights.safetensors")
     heads = torch.stack([ingredient.load()["head.weight"].double() for ingredient in usable_pool(config)])
     torch.testing.assert_close(soup["head.weight"], heads.mean(dim=0).float(), rtol=0, atol=1e-6)
@@ -101,47 +113,48 @@ def test_the_uniform_soup_on_disk_is_the_mean_of_all_models(config):
 
 def test_an_ensemble_has_the_mean_of_its_members_logits_on_every_split(config):
     evaluator = Evaluator(config)
-    for recipe in ENSEMBLES:
-        cooked = cook(config, recipe, evaluator)
+    for recipe in ("ensemble", "greedy_ensemble"):
+        assert recipe in ENSEMBLES
+        cooked = cook(recipe, evaluator)
         rows = {member["row"] for member in cooked["ingredients"]}
         members = [ingredient for ingredient in usable_pool(config) if ingredient.row in rows]
         logits = [evaluator.logits(i.digest, i.load, "v2").double() for i in members]
         torch.testing.assert_close(
-            logits_of(config, cooked, "v2", evaluator), torch.stack(logits).mean(dim=0).float(), rtol=1e-6, atol=1e-6
+            logits_of(cooked, "v2", evaluator), torch.stack(logits).mean(dim=0).float(), rtol=1e-6, atol=1e-6
         )
 
 
 def test_a_recipe_cooked_before_is_not_cooked_again_until_the_pool_changes(config):
     evaluator = Evaluator(config)
-    first = cook(config, "greedy", evaluator)
+    first = cook("greedy", evaluator)
     file = RunFolder.of(config).soup("greedy") / "weights.safetensors"
     stamp = file.stat().st_mtime_ns
-    assert cook(config, "greedy", evaluator) == first
+    assert cook("greedy", evaluator) == first
     assert file.stat().st_mtime_ns == stamp
     fewer = replace(config, sweep=replace(config.sweep, rows=ROWS - 1))
-    assert [trial["row"] for trial in cook(fewer, "greedy", evaluator)["trials"]] == [2, 0, 1, 3]
+    assert [trial["row"] for trial in cook("greedy", Evaluator(fewer))["trials"]] == [2, 0, 1, 3]
 
 
 def test_a_killed_greedy_run_pays_for_no_candidate_twice(config):
     counted = []
 
     class Counting(Evaluator):
-        def fresh_logits(self, weights, split):
+        def fresh_logits(self, weights, split, rows=None):
             counted.append(split)
             if len(counted) == 3:
                 raise KeyboardInterrupt
-            return super().fresh_logits(weights, split)
+            return super().fresh_logits(weights, split, rows)
 
     evaluator = Counting(config)
     with pytest.raises(KeyboardInterrupt):
-        cook(config, "greedy", evaluator)
+        cook("greedy", evaluator)
     assert len(Journal(RunFolder.of(config).soup("greedy") / "journal.jsonl").rows) == 2
-    resumed = cook(config, "greedy", evaluator)
+    resumed = cook("greedy", evaluator)
     # 4 candidates: 2 before the stop, the one it fell in, and then 2 more and the finished soup's own logits.
     assert len(counted) in (5, 6)
     RunFolder.of(config).soup("greedy").joinpath("soup.json").unlink()
     RunFolder.of(config).soup("greedy").joinpath("journal.jsonl").unlink()
-    undisturbed = cook(config, "greedy", Evaluator(config))
+    undisturbed = cook("greedy", Evaluator(config))
     assert resumed == undisturbed
 
 
@@ -158,7 +171,7 @@ def test_a_diverged_row_is_left_out(config):
 def test_an_unfinished_pool_is_refused_with_its_missing_rows(config):
     more = replace(config, sweep=replace(config.sweep, rows=ROWS + 2))
     with pytest.raises(UserError, match=r"rows \[5, 6\] of .* are not finished: run python -m finetune"):
-        cook(more, "uniform", Evaluator(more))
+        cook("uniform", Evaluator(more))
 
 
 def test_a_damaged_ingredient_is_named(config):
@@ -167,7 +180,7 @@ def test_a_damaged_ingredient_is_named(config):
     path.write_bytes(whole[: len(whole) // 2])
     try:
         with pytest.raises(UserError, match=r"ingredients/001/weights.safetensors.*damaged.*delete its folder"):
-            cook(config, "uniform", Evaluator(config))
+            cook("uniform", Evaluator(config))
     finally:
         path.write_bytes(whole)
     assert not (RunFolder.of(config).soup("uniform") / "soup.json").exists()
@@ -175,8 +188,8 @@ def test_a_damaged_ingredient_is_named(config):
 
 def test_a_table_refuses_a_recipe_that_selected_on_a_reporting_split(config):
     evaluator = Evaluator(config)
-    for recipe in config.recipes:
-        cook(config, recipe, evaluator)
+    for name in all_dishes(config):
+        cook(name, evaluator)
     measure(config, evaluator)
     path = RunFolder.of(config).soup("best") / "soup.json"
     write_json(path, read_json(path) | {"selected_on": {"split": "test", "digest": "0"}})
@@ -187,13 +200,109 @@ def test_a_table_refuses_a_recipe_that_selected_on_a_reporting_split(config):
 
 def test_a_second_look_does_no_forward_pass(config):
     evaluator = Evaluator(config)
-    for recipe in config.recipes:
-        cook(config, recipe, evaluator)
+    for name in all_dishes(config):
+        cook(name, evaluator)
     first, _ = measure(config, evaluator)
 
     class Refusing(Evaluator):
-        def fresh_logits(self, weights, split):
+        def fresh_logits(self, weights, split, rows=None):
             raise AssertionError(f"a forward pass on {split}")
 
     second, _ = measure(config, Refusing(config))
     assert pd.Series([m.accuracy("test") for m in first]).equals(pd.Series([m.accuracy("test") for m in second]))
+
+
+def with_cooking(config, **changes):
+    return replace(config, cooking=replace(config.cooking, **changes))
+
+
+@pytest.fixture
+def honest(config):
+    """The same pool with the held-out scores that its models really have."""
+    evaluator, run = Evaluator(config), RunFolder.of(config)
+    planted = {row: read_json(run.ingredient(row) / "done.json") for row in range(ROWS + 1)}
+    for ingredient in usable_pool(config):
+        count = evaluator.count(evaluator.logits(ingredient.digest, ingredient.load, "held_out"), "held_out")
+        score = {"split": "held_out", "correct": count.correct, "n": count.n}
+        write_json(ingredient.folder / "done.json", planted[ingredient.row] | {"held_out": score})
+    yield config
+    for row, record in planted.items():
+        write_json(run.ingredient(row) / "done.json", record)
+
+
+@pytest.mark.parametrize("shortcut", ["hard_first", "speculative"])
+def test_a_shortcut_takes_the_decisions_of_plain_greedy_on_real_forward_passes(honest, shortcut):
+    config = honest
+    plain = cook("greedy", Evaluator(config))
+    short = with_cooking(config, shortcut=shortcut, ahead=2, chunk=8)
+    cooked = cook("greedy", Evaluator(short))
+    decisions = [(trial["row"], trial["accepted"]) for trial in plain["trials"]]
+    assert [(trial["row"], trial["accepted"]) for trial in cooked["trials"]] == decisions
+    assert cooked["digest"] == plain["digest"]
+    assert cooked["spent"]["evaluations"] >= ROWS
+    for ours, theirs in zip(cooked["trials"], plain["trials"], strict=True):
+        assert ours["score"] >= theirs["score"] - 1e-9
+        assert not ours["exact"] or ours["correct"] == theirs["correct"]
+
+
+def test_the_random_orders_of_greedy_are_soups_of_their_own(config):
+    names = dishes(config, "greedy_random_order")
+    assert len(names) == 3
+    orders = [[trial["row"] for trial in cook(name, Evaluator(config))["trials"]] for name in names]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_a_learned_soup_lowers_held_out_loss_and_records_coefficients_that_sum_to_one(config):
+    config = with_cooking(config, learned=replace(config.cooking.learned, epochs=4))
+    cooked = cook("learned_by_layer", Evaluator(config))
+    assert cooked["last_loss"] < cooked["first_loss"]
+    assert sum(member["weight"] for member in cooked["ingredients"]) == pytest.approx(1)
+    shares = pd.read_csv(RunFolder.of(config).soup("learned_by_layer") / "coefficients.csv").set_index("group")
+    assert shares.shape[1] == ROWS + 1
+    assert len(shares) > 5
+    assert shares.sum(axis=1).to_numpy() == pytest.approx(1)
+
+
+def test_wise_ft_lies_between_the_initialisation_and_the_soup(config):
+    evaluator = Evaluator(config)
+    with pytest.raises(UserError, match=r"greedy/weights.safetensors is missing: run python -m soups recipe=greedy"):
+        cook("wise_ft", evaluator)
+    cook("greedy", evaluator)
+    half = with_cooking(config, alpha=0.25)
+    cook("wise_ft", Evaluator(half))
+    run = RunFolder.of(config)
+    start, end, between = (
+        load_weights(folder / "weights.safetensors")["head.weight"].double()
+        for folder in (run.ingredient(0), run.soup("greedy"), run.soup("wise_ft"))
+    )
+    torch.testing.assert_close(between, 0.75 * start + 0.25 * end, rtol=1e-6, atol=1e-6)
+
+
+def test_a_subset_names_its_rows(config):
+    with pytest.raises(UserError, match=r"needs cooking.rows=\[...\] of rows \[0, 1, 2, 3, 4\]; got \[7\]"):
+        cook("subset", Evaluator(with_cooking(config, rows=(7,))))
+    chosen = with_cooking(config, rows=(3, 1))
+    cooked = cook("subset", Evaluator(chosen))
+    assert [member["row"] for member in cooked["ingredients"]] == [1, 3]
+
+
+def test_a_changed_setting_of_a_recipe_cooks_it_again_and_only_it(config):
+    evaluator = Evaluator(config)
+    before = {name: cook(name, evaluator)["identity"] for name in ("greedy", "uniform")}
+    changed = with_cooking(config, ties="drop")
+    after = {name: cook(name, Evaluator(changed))["identity"] for name in ("greedy", "uniform")}
+    assert after["greedy"] != before["greedy"]
+    assert after["uniform"] == before["uniform"]
+
+
+def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config):
+    evaluator = Evaluator(config)
+    cooked = cook("calibrated_ensemble", evaluator)
+    pool = {ingredient.row: ingredient for ingredient in usable_pool(config)}
+    expected = sum(
+        beta * evaluator.logits(pool[m["row"]].digest, pool[m["row"]].load, "test").double() / (ROWS + 1)
+        for m, beta in zip(cooked["ingredients"], cooked["betas"], strict=True)
+    )
+    torch.testing.assert_close(logits_of(cooked, "test", evaluator), expected.float(), rtol=1e-5, atol=1e-5)
+    assert len(set(cooked["betas"])) > 1

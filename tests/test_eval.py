@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.calibration import fit_beta
 from eval.metrics import correct, top1
 from eval.significance import paired_bootstrap
 
@@ -94,3 +95,16 @@ def test_results_of_different_lengths_are_refused():
         paired_bootstrap([hits(1, 0)], [hits(1)], [torch.arange(2)], resamples=10, seed=0)
     with pytest.raises(ValueError, match="as many splits"):
         paired_bootstrap([], [], [], resamples=10, seed=0)
+
+
+def test_temperature_scaling_finds_the_temperature_that_labels_were_drawn_with():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 5, generator=generator)
+    labels = torch.multinomial((0.4 * logits).softmax(dim=1), 1, generator=generator).flatten()
+    assert fit_beta(logits, labels) == pytest.approx(0.4, rel=0.05)
+    assert fit_beta(10 * logits, labels) == pytest.approx(0.04, rel=0.05)
+
+
+def test_temperature_scaling_needs_examples():
+    with pytest.raises(ValueError, match="N > 0"):
+        fit_beta(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))

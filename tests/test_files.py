@@ -19,7 +19,7 @@ from soups import files as files_module
 from soups.average import Average
 from soups.files import average_files
 from store import checkpoints
-from store.checkpoints import INDEX, opened
+from store.checkpoints import INDEX, digest_file, opened
 from store.dtypes import round_once
 from tests.saved import save
 
@@ -210,6 +210,8 @@ def test_tied_tensors_are_counted_once_and_stay_tied(tmp_path):
     dropped = save(tmp_path, "dropped", {"head": torch.full((4, 3), 5.0), "t": torch.zeros(3, 4), "b": torch.zeros(2)})
     mixed = average_files([tmp_path / "soup.safetensors", dropped], tmp_path / "mixed.safetensors")
     assert mixed.layout.ties == {"embedding": "head"}
+    with opened([tmp_path / "soup.safetensors", dropped]) as found:
+        assert {i.digest for i in mixed.ingredients} == {digest_file(checkpoint) for checkpoint in found}
     assert load_file(tmp_path / "mixed.safetensors")["head"].unique().tolist() == [3.0]
 
 

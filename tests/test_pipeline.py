@@ -113,19 +113,26 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(undisturbed, tmp_path
     def greedy_half_way():
         return (run / "soups/greedy/journal.jsonl").exists()
 
+    def learning():
+        return (run / "soups/learned/state.safetensors").exists()
+
     kill_when(tmp_path, epoch_done)
     assert not (run / "manifest.csv").exists()
     wait_until_free(run / "ingredients/001")
     kill_when(tmp_path, evaluating)
-    assert not list(run.glob("soups/*/soup.json"))
+    assert not list(run.rglob("soup.json"))
+    kill_when(tmp_path, learning)
+    assert not (run / "soups/learned/soup.json").exists()
+    wait_until_free(run / "soups/learned")
     kill_when(tmp_path, greedy_half_way)
-    assert not (run / "soups/greedy_ensemble").exists()
+    assert not (run / "soups/greedy/soup.json").exists()
+    wait_until_free(run / "soups/greedy")
     finish(tmp_path, "cluster.workers=1")
 
     for name in RESULTS:
         assert (run / "analysis" / name).read_bytes() == (expected / "analysis" / name).read_bytes(), name
     weights = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
-    assert len(weights) == 4 + 1 + 3
+    assert len(weights) == 4 + 1 + 11  # rows, zero-shot, soups
     for path in weights:
         assert (run / path).read_bytes() == (expected / path).read_bytes(), path
     assert not list((run / "ingredients").rglob(".*.tmp*"))
