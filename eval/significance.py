@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +16,13 @@ class Difference:
     mean: float
     low: float
     high: float
+
+
+@lru_cache(maxsize=16)
+def _times_drawn(groups: int, resamples: int, seed: int) -> Tensor:
+    """(resamples, groups) int16: how often each group is drawn; kept, since a table compares many models on it."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return torch.from_numpy(generator.multinomial(groups, np.full(groups, 1 / groups), resamples).astype(np.int16))
 
 
 def paired_bootstrap(
@@ -52,14 +60,12 @@ def paired_bootstrap(
     if any(not len(m) == len(b) == len(g) for m, b, g in zip(model, baseline, groups, strict=True)):
         raise ValueError("results and groups of a split differ in length")
     size = 1 + max(int(group.max()) for group in groups)
-    generator = np.random.Generator(np.random.PCG64(seed))
     present = torch.zeros(size, dtype=torch.bool)
     for group in groups:
         present[group] = True
     # (resamples, G) how often each group that occurs is drawn
     drawn = torch.zeros(resamples, size, dtype=torch.float64)
-    total = int(present.sum())
-    drawn[:, present] = torch.from_numpy(generator.multinomial(total, np.full(total, 1 / total), resamples)).double()
+    drawn[:, present] = _times_drawn(int(present.sum()), resamples, seed).double()
 
     mean, draws = 0.0, torch.zeros(resamples, dtype=torch.float64)
     for ours, theirs, group in zip(model, baseline, groups, strict=True):
