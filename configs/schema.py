@@ -259,6 +259,23 @@ class Experiment:
 
 
 @closed
+class ImageFolder:
+    """configs/task/image_folder.yaml: labelled images of one's own, which select and report nothing."""
+
+    kind: Literal["image_folder"]
+    root: Path  # root/<class>/<image>; classes are numbered in the order of their names, as torchvision does
+
+
+@closed
+class TimmModel:
+    """configs/model/timm.yaml: the network that one's own checkpoints are weights of."""
+
+    kind: Literal["timm"]
+    name: str  # as timm.create_model takes it
+    batch_size: Count  # images a forward pass
+
+
+@closed
 class OwnPool:
     """configs/own.yaml: averaging files of one's own, without an experiment."""
 
@@ -271,12 +288,18 @@ class OwnPool:
     dtype: Literal["keep", "F64", "F32", "F16", "BF16"] = "keep"  # of floating-point tensors in the soup
     batch_norm: Literal["average", "keep"] = "average"  # running means and variances; keep: those of init
     threads: Annotated[int, Field(ge=1, le=64)] = 2  # that read and add; the result does not depend on them
+    task: ImageFolder | None = None  # of recipe=greedy: the held-out images
+    model: TimmModel | None = None  # of recipe=greedy: what the weights belong to
+    ties: Literal["keep", "drop"] = "keep"  # of recipe=greedy
 
     @model_validator(mode="after")
     def recipe_has_what_it_needs(self) -> "OwnPool":
         """Every setting that is given is used, and every one that is needed is given."""
-        if self.recipe == "greedy":
-            raise ValueError("greedy needs held-out accuracies: it is cooked from an experiment, see --help")
+        if (self.recipe == "greedy") != (self.task is not None and self.model is not None):
+            raise ValueError(
+                "recipe=greedy needs held-out images and a network, and no other recipe does: "
+                "task=image_folder task.root=DIR model=timm model.name=NAME"
+            )
         if (self.recipe == "weighted") != (self.weights is not None):
             raise ValueError("weights=[...] and recipe=weighted belong together")
         if self.init is None and (self.recipe == "wise_ft" or self.batch_norm == "keep"):

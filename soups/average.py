@@ -32,6 +32,9 @@ class Average:
         Raises:
             ValueError: a tensor holds NaN or infinity, or is complex or float8.
         """
+        # All at once: of a mapping that reads when asked, a tensor may lie where the one before it was freed, and
+        # would pass for tied to it.
+        weights = dict(weights)
         ties = tied_names(weights)
         sums = {name: _term(name, tensor) for name, tensor in weights.items() if name not in ties}
         dtypes = {name: tensor.dtype for name, tensor in weights.items()}
@@ -48,6 +51,7 @@ class Average:
         Raises:
             ValueError: keys, shapes, dtypes, ties or integer buffers differ, or a tensor holds NaN or infinity.
         """
+        weights = dict(weights)
         only = sorted(self.sums.keys() ^ weights.keys())
         if only:
             raise ValueError(f"models with different parameters cannot be averaged; {only[0]!r} is not in all of them")

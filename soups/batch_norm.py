@@ -17,7 +17,7 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.
     Every batch weighs the same, as in `torch.optim.swa_utils.update_bn`. Under torch.distributed each rank brings its
     own batches, as many as it has: the ranks' averages, times their numbers of batches, are summed in float64 over all
     ranks (all-reduce), so that every rank ends with what one process would get from all batches. The bare module is
-    run, since DistributedDataParallel would overwrite buffers with rank 0's before each batch.
+    run, since DistributedDataParallel sends rank 0's buffers at the first batch, and a rank without one would not come.
 
     Args:
         model: the soup; its mode is restored. Dropout is on during the pass, as it was in training.

@@ -151,9 +151,7 @@ def _of_geometry(names: Sequence[str], found: Geometry, against: str, *, has_ini
     lines = []
     count = len(names)
     kin = found.reference_cosines if has_init else _medians_of_others(found.weight_cosines)
-    strangers = (
-        kin < ANOTHER_ORIGIN if has_init or count > 2 else np.full(count, count == 2 and kin[0] < ANOTHER_ORIGIN)
-    )
+    strangers = kin < ANOTHER_ORIGIN
     whom = f"with {against}" if has_init else "with the other models (median)"
     for name, cosine, strange in zip(names, kin, strangers, strict=True):
         if strange:

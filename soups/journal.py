@@ -18,8 +18,9 @@ class Journal:
     A recipe is deterministic: a restart asks for the same candidates in the same order, and finds them here.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, prefix: str = ""):
+        """Args: where it is kept; and what results depend on beside the weights, where the path does not say it."""
+        self.path, self.prefix = path, prefix
         self.rows: list[dict[str, Any]] = read_jsonl(path) if path.exists() else []
         self._known = {row["key"]: row["result"] for row in self.rows}
 
@@ -32,7 +33,7 @@ class Journal:
 
     def remembered(self, score: Callable[[Weights], float]) -> Callable[[Weights], float]:
         """`score`, but looked up where the same weights were scored before."""
-        return lambda weights: self._lookup(digest(weights), lambda: score(weights))
+        return lambda weights: self._lookup(self.prefix + digest(weights), lambda: score(weights))
 
     def remembered_images(
         self, images_correct: Callable[[Weights, Tensor], Tensor]

@@ -80,4 +80,10 @@ def describe(soup: FileSoup) -> str:
 
 def run(pool: OwnPool) -> None:
     """The command."""
-    print(describe(cook_files(pool)))
+    if pool.recipe == "greedy":
+        # Imported here, since no other recipe needs torch and timm, which take seconds.
+        from soups.own_greedy import cook_greedy  # noqa: PLC0415
+
+        print(describe(cook_greedy(pool, expand(pool.ingredients))))
+    else:
+        print(describe(cook_files(pool)))

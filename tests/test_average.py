@@ -1,5 +1,6 @@
 """The running average in memory keeps to the policy of soups.files."""
 
+from collections.abc import Mapping
 from itertools import permutations
 
 import pytest
@@ -45,3 +46,25 @@ def test_sixteen_bits_are_rounded_to_once():
     assert rounded(values, torch.bfloat16).tolist() == [1 + 2**-7, 1.0]
     assert rounded(values[0], torch.bfloat16).shape == ()
     assert rounded(torch.tensor(1 + 2**-11 + 2**-40, dtype=torch.float64), torch.float16).item() == 1 + 2**-10
+
+
+class ReadWhenAsked(Mapping):
+    """Weights whose tensors are made at each access, as `FileWeights` reads them."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __getitem__(self, name):
+        return torch.full((64,), self.numbers[name])
+
+    def __iter__(self):
+        return iter(self.numbers)
+
+    def __len__(self):
+        return len(self.numbers)
+
+
+def test_tensors_that_are_read_when_asked_for_are_not_taken_for_tied():
+    one, other = ({f"w{i}": float(i + shift) for i in range(20)} for shift in (0, 2))
+    mean = Average.of(ReadWhenAsked(one)).plus(ReadWhenAsked(other)).weights()
+    assert [mean[f"w{i}"][0].item() for i in range(20)] == [i + 1.0 for i in range(20)]

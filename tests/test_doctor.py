@@ -132,8 +132,8 @@ def test_what_is_planted_is_found_and_nothing_else(pool, kind, words, with_init)
 
 def test_two_models_of_different_origin_are_both_named(tmp_path):
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    for seed, path in enumerate(paths):
-        save_file(state(seed), path)
+    save_file(state(0), paths[0])
+    save_file({k: v + (0.3 * state(0)[k]).to(v.dtype) for k, v in state(1).items()}, paths[1])  # a cosine of 0.3
     assert ["started elsewhere" in line for line in examine(paths).findings] == [True, True]
 
 
@@ -182,12 +182,13 @@ def test_a_pool_without_a_sound_model_is_shown(pool):
 
 
 def test_a_barrier_is_how_far_the_middle_is_below_the_mean_of_the_ends():
-    # Accuracy is the distance to 0 up to 1: the ends -1 and 1 score 1, their middle 0 scores 0; 1 and 2 are flat.
+    # Accuracy is the distance to 0, up to 1: the middle 0 of -1 and 1 scores 0, the middle 0.75 of 0.5 and 1 lies on
+    # the line between their scores, and the middle -0.25 of -1 and 0.5 scores 0.25.
     def accuracy(weights):
         return min(1.0, abs(weights["w"].item()))
 
-    models = [lambda v=v: {"w": torch.tensor([v])} for v in (1.0, 2.0, -1.0)]
+    models = [lambda v=v: {"w": torch.tensor([v])} for v in (1.0, 0.5, -1.0)]
     barriers = midpoint_barriers(models, accuracy)
     assert [(b.first, b.second, b.height) for b in barriers] == [(0, 2, 1.0), (1, 2, 0.5), (0, 1, 0.0)]
-    assert barriers[1].ends == (1.0, 1.0)
-    assert barriers[1].midpoint == 0.5
+    assert barriers[1].ends == (0.5, 1.0)
+    assert barriers[1].midpoint == 0.25

@@ -187,6 +187,14 @@ def test_every_flipped_byte_of_a_soup_is_noticed(pool):
         assert "\n" not in problem
 
 
+def test_a_record_that_names_other_files_is_noticed(pool):
+    cook_files(own(pool))
+    path = pool / "soup.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"m0.safetensors", b"n0.safetensors"))
+    with pytest.raises(UserError, match="no whole record of how it was cooked"):
+        verify(path)
+
+
 @pytest.mark.parametrize("how", ["missing", "not a soup", "flipped"])
 def test_verify_answers_what_it_cannot_cook_in_one_line_and_status_1(pool, how):
     cook_files(own(pool))
@@ -211,7 +219,8 @@ def test_a_full_disk_is_one_line_before_any_work(pool):
     try:
         if mounted != 0:
             pytest.skip("mounting a small file system needs root")
-        save_file({"w": torch.zeros(100_000)}, pool / "big.safetensors")
+        bad = torch.full((100_000,), float("nan"))  # is found out in the first block, so the disk was asked before
+        save_file({"w": bad}, pool / "big.safetensors")
         answer = command("soups", "ingredients=[big.safetensors]", f"out={small}/soup.safetensors", cwd=pool)
         assert answer.returncode == 2
         assert answer.stderr.startswith("error: no space left on the disk for ")
