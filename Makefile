@@ -41,7 +41,7 @@ bench: setup  ## time of a training step beside its floor
 	@$(RUN) -m benchmarks.training
 
 bench-soups: setup  ## time and memory of averaging files beside other tools; MERGEKIT=python of an environment with it
-	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT))
+	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.learned
 
 results: seeds  ## renew the committed numbers in results/measured
 	@$(RUN) -m analysis experiment=demo_seeds paths.results=results/measured

@@ -5,6 +5,7 @@ is skipped, so a second call takes seconds and a killed one continues. The stage
 python -m finetune, python -m eval, python -m soups, python -m analysis, each with the same experiment=...
 """
 
+import sys
 import time
 
 import pandas as pd
@@ -42,13 +43,12 @@ def show(table: pd.DataFrame, console: Console) -> None:
         grid.add_column(column, justify="left" if column == "Method" else "right", no_wrap=True)
     for row in table.itertuples(index=False):
         grid.add_row(*row)
-    # Where nobody watches, a line may be as long as it is.
-    console.print(grid, width=None if console.is_terminal else 100)
+    console.print(grid)
 
 
 def run(config: Experiment) -> None:
     """All stages, of every replicate where the experiment has some; then what was written and what to run next."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a log may be wider than the usual terminal
     started = time.monotonic()
     use_threads(config.cluster.threads)
     if config.replicates:

@@ -1,4 +1,5 @@
 """What is wrong with a pool of models:  python -m soups.doctor run/*.safetensors [--init FILE] [--scores scores.json]
+Or with an experiment's:                python -m soups.doctor --experiment demo [--barriers]
 
 Duplicates, NaNs, models that do not fit together, distances to the initialisation, angles between task vectors, models
 of another origin, and why their soup may be worse than the best of them. Reads each file twice and writes nothing.
@@ -61,6 +62,11 @@ class Report:
         return [model for model in self.models if model.sound]
 
 
+def named(path: Path) -> str:
+    """What a file is called here: its own name, or its folder's where an experiment calls all files the same."""
+    return path.parent.name if path.name == "weights.safetensors" else path.name
+
+
 def _read(checkpoint: Checkpoint) -> tuple[str, str]:
     """Digest, and the first tensor with NaN or infinity."""
     buffer, tensors, infinite = np.empty(8 * BLOCK, np.uint8), {}, ""
@@ -98,7 +104,7 @@ def examine(paths: Sequence[Path], init: Path | None = None, scores: Mapping[str
     """
     if not paths:
         raise UserError("no models to examine")
-    unknown = sorted((scores or {}).keys() - {path.name for path in paths})
+    unknown = sorted((scores or {}).keys() - {named(path) for path in paths})
     if unknown:
         raise UserError(f"scores: there is no model {unknown[0]!r} in the pool")
     with ExitStack() as stack:
@@ -132,14 +138,14 @@ def _findings(
     models: Sequence[Model], found: Geometry | None, against: str, scores: Mapping[str, float], *, has_init: bool
 ) -> list[str]:
     """One line for each thing that makes a soup worse than its best ingredient."""
-    lines = [f"{m.path.name}: {m.problem}" for m in models if m.problem]
-    lines += [f"{m.path.name}: tensor {m.infinite!r} holds NaN or infinity" for m in models if m.infinite]
+    lines = [f"{named(m.path)}: {m.problem}" for m in models if m.problem]
+    lines += [f"{named(m.path)}: tensor {m.infinite!r} holds NaN or infinity" for m in models if m.infinite]
     first: dict[str, str] = {}
     for model in models:
-        same = first.setdefault(model.digest, model.path.name) if model.digest else model.path.name
-        if same != model.path.name:
-            lines.append(f"{model.path.name} and {same} are the same model, and count twice")
-    sound = [model.path.name for model in models if model.sound]
+        same = first.setdefault(model.digest, named(model.path)) if model.digest else named(model.path)
+        if same != named(model.path):
+            lines.append(f"{named(model.path)} and {same} are the same model, and count twice")
+    sound = [named(model.path) for model in models if model.sound]
     if found is not None:
         lines += _of_geometry(sound, found, against, has_init=has_init)
     if scores:
@@ -201,8 +207,8 @@ def show(report: Report, console: Console) -> None:
             others = np.delete(found.task_cosines[i], i)
             values = [f"{found.distances[i]:.4g}", f"{found.relative[i]:.4f}"]
             values.append(f"{others.min():.2f} to {others.max():.2f}" if len(others) else "")
-        score = report.scores.get(model.path.name)
-        table.add_row(model.path.name, model.digest[:8], *values, "" if score is None else f"{100 * score:.2f} %")
+        score = report.scores.get(named(model.path))
+        table.add_row(named(model.path), model.digest[:8], *values, "" if score is None else f"{100 * score:.2f} %")
     console.print(table)
     console.print("why a soup of them may be worse than the best:" if report.findings else "nothing wrong was found")
     for finding in report.findings:
@@ -226,15 +232,57 @@ def read_scores(path: Path) -> dict[str, float]:
     raise UserError(f'{path}: need accuracies in [0, 1] by file name, as in {{"a.safetensors": 0.81}}')
 
 
+def examine_experiment(experiment: str, runs: Path, *, barriers: bool, console: Console) -> None:
+    """The pool of a finished sweep: files, initialisation and held-out accuracies are known, and the network too.
+
+    Raises:
+        UserError: rows are missing.
+    """
+    # Imported here, since a pool of files needs no torch, which takes seconds.
+    from configs.schema import load  # noqa: PLC0415
+    from eval.forward import Evaluator  # noqa: PLC0415
+    from soups.barriers import midpoint_barriers  # noqa: PLC0415
+    from soups.pool import usable_pool  # noqa: PLC0415
+
+    config = load(experiment, f"paths.runs={runs}")
+    start, *tuned = usable_pool(config)
+    scores = {i.folder.name: i.held_out_top1 for i in tuned}
+    files = [i.folder / "weights.safetensors" for i in tuned]
+    show(examine(files, start.folder / "weights.safetensors", scores), console)
+    if not barriers:
+        return
+    evaluator, split = Evaluator(config), config.task.held_out
+    count = len(tuned) * (len(tuned) + 1) // 2
+    console.print(f"midpoints of all pairs, {count} evaluations on {split} ...")
+    for barrier in midpoint_barriers(
+        [i.load for i in tuned], lambda weights: evaluator.count(evaluator.fresh_logits(weights, split), split).top1
+    )[:10]:
+        pair = f"rows {tuned[barrier.first].row} and {tuned[barrier.second].row}"
+        height = 100 * barrier.height
+        console.print(
+            f"- {pair}: the midpoint is {abs(height):.1f} points {'below' if height > 0 else 'above'} their mean"
+        )
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", type=Path, nargs="+", help="weight files, folders or indices of shards")
+    parser.add_argument("paths", type=Path, nargs="*", help="weight files, folders or indices of shards")
     parser.add_argument("--init", type=Path, help="the weights that the models were fine-tuned from")
     parser.add_argument("--scores", type=Path, help="JSON of held-out accuracies by file name")
+    parser.add_argument("--experiment", help="examine the rows of a finished sweep instead")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are")
+    parser.add_argument("--barriers", action="store_true", help="of an experiment: accuracy half way between all pairs")
     arguments = parser.parse_args()
 
     def work() -> None:
+        if arguments.experiment and (arguments.paths or arguments.init or arguments.scores):
+            raise UserError("--experiment brings its own files, initialisation and scores: name it alone")
+        if arguments.barriers and not arguments.experiment:
+            raise UserError("--barriers needs a network and held-out images, which --experiment NAME has")
+        if arguments.experiment:
+            examine_experiment(arguments.experiment, arguments.runs, barriers=arguments.barriers, console=Console())
+            return
         scores = read_scores(arguments.scores) if arguments.scores else {}
         show(examine(arguments.paths, arguments.init, scores), Console())
 

@@ -7,6 +7,7 @@ from typing import get_args
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 from analysis.results import measure, refuse_leak
 from configs.errors import UserError
@@ -14,6 +15,7 @@ from configs.schema import Recipe, load
 from eval.forward import Evaluator
 from finetune.train import initialise
 from soups.cook import ENSEMBLES, cook, dishes, logits_of
+from soups.doctor import examine_experiment
 from soups.journal import Journal
 from soups.pool import RECIPES, usable_pool
 from store.atomic import read_json, write_json
@@ -306,3 +308,13 @@ def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config)
     )
     torch.testing.assert_close(logits_of(cooked, "test", evaluator), expected.float(), rtol=1e-5, atol=1e-5)
     assert len(set(cooked["betas"])) > 1
+
+
+def test_the_doctor_examines_an_experiment_and_its_midpoints(config, capsys):
+    console = Console(width=200)
+    examine_experiment("demo_tiny", config.paths.runs, barriers=True, console=console)
+    output = capsys.readouterr().out
+    assert "distances and angles to weights.safetensors" in output
+    assert all(f"{row:03d}" in output for row in (1, 2, 3))
+    assert "6 evaluations on held_out" in output
+    assert output.count("the midpoint is") == 3
