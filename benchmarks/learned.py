@@ -1,7 +1,7 @@
 """A step of a learned soup of 72 ViT-B/32-sized models:  python -m benchmarks.learned [--models 72] [--steps 2]
 
 Ingredients are links to a few files (88 M float32 parameters each), mixed into timm's ViT-B/32 with 1000 classes; a
-minibatch has 16 images of noise. `stream` re-reads every file twice a step; `host` keeps bfloat16 differences to the
+minibatch has 4 images of noise, so that what is seen is the recipe's memory and not that of the activations. `stream` re-reads every file twice a step; `host` keeps bfloat16 differences to the
 mean; `autograd` is the obvious way, a differentiable mix of all models in memory, with as many as fit (`--autograd`).
 Each is a process of its own. Seconds a step leave out the first, which follows the loading; peak anonymous memory is
 given in sizes of one model.
@@ -30,10 +30,9 @@ from soups.learned import LearnedSettings, learned
 from soups.residents import FileWeights
 from store.atomic import replacing, write_json
 from store.provenance import provenance
-from store.workers import use_threads
 
 NETWORK = "vit_base_patch32_clip_224"
-FILES, BATCH = 4, 16
+FILES, BATCH = 4, 4
 
 
 def make_pool(folder: Path, models: int) -> list[Path]:
@@ -73,7 +72,7 @@ def autograd(paths: list[Path], steps: int, times: list[float]) -> None:
 
 def child(kind: str, paths: list[Path], steps: int, out: Path) -> None:
     """One contender; writes the times at which minibatches were asked for."""
-    use_threads(2)
+    torch.set_num_threads(2)
     times: list[float] = []
     if kind == "autograd":
         autograd(paths, steps, times)
