@@ -1,10 +1,10 @@
 """A step of a learned soup of 72 ViT-B/32-sized models:  python -m benchmarks.learned [--models 72] [--steps 2]
 
-Ingredients are links to a few files (88 M float32 parameters each), mixed into timm's ViT-B/32 with 1000 classes; a
-minibatch has 4 images of noise, so that what is seen is the recipe's memory and not that of the activations. `stream` re-reads every file twice a step; `host` keeps bfloat16 differences to the
-mean; `autograd` is the obvious way, a differentiable mix of all models in memory, with as many as fit (`--autograd`).
-Each is a process of its own. Seconds a step leave out the first, which follows the loading; peak anonymous memory is
-given in sizes of one model.
+Ingredients are links to a few files (88 M float32 parameters each), mixed into timm's ViT-B/32 with 1000 classes. A
+minibatch has 4 images of noise, so that what is seen is the recipe's memory and not that of the activations. `stream`
+re-reads every file twice a step; `host` keeps bfloat16 differences to the mean; `autograd` is the obvious way, a
+differentiable mix of all models in memory, of as many as fit (`--autograd`). Each is a process of its own. Seconds a
+step leave out the first, which follows the loading; peak anonymous memory is given in sizes of one model.
 
 Writes results/measured/bench_learned.csv, or the file named by --out.
 """
@@ -30,6 +30,7 @@ from soups.learned import LearnedSettings, learned
 from soups.residents import FileWeights
 from store.atomic import replacing, write_json
 from store.provenance import provenance
+from store.workers import little_memory
 
 NETWORK = "vit_base_patch32_clip_224"
 FILES, BATCH = 4, 4
@@ -81,7 +82,8 @@ def child(kind: str, paths: list[Path], steps: int, out: Path) -> None:
         settings = LearnedSettings(place=place, differences=kind == "host", epochs=1, batch_size=BATCH)
         module = timm.create_model(NETWORK, num_classes=1000)
         files = [lambda path=path: FileWeights(path) for path in paths]
-        learned(module, files, lambda epoch: batches(steps, times), settings)  # type: ignore[arg-type]
+        with little_memory():
+            learned(module, files, lambda epoch: batches(steps, times), settings)  # type: ignore[arg-type]
     write_json(out, times)
 
 

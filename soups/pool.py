@@ -34,6 +34,7 @@ from soups.shortcuts import greedy_counted, greedy_speculative
 from soups.stock import model_stock
 from store.runs import Ingredient, RunFolder, read_pool
 from store.weights import Weights, load_weights
+from store.workers import little_memory
 
 
 @dataclass(frozen=True)
@@ -170,21 +171,23 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
     """Appendix I; the coefficients of all groups are kept, and their mean is what soup.json lists."""
     split, settings = kitchen.evaluator.split(kitchen.split), kitchen.cooking.learned
     files: list[Loader] = [partial(FileWeights, i.folder / "weights.safetensors") for i in kitchen.pool]
-    learnt = learned(
-        kitchen.evaluator.model,
-        files,
-        shuffled(split.images, split.labels, settings.batch_size, kitchen.identity),
-        LearnedSettings(
-            per=per,
-            lr=settings.lr,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            weight_decay=settings.weight_decay,
-            place=settings.place,
-        ),
-        state_path=kitchen.folder / "state.safetensors",
-        identity=kitchen.identity,
+    descent = LearnedSettings(
+        per=per,
+        lr=settings.lr,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        weight_decay=settings.weight_decay,
+        place=settings.place,
     )
+    with little_memory():
+        learnt = learned(
+            kitchen.evaluator.model,
+            files,
+            shuffled(split.images, split.labels, settings.batch_size, kitchen.identity),
+            descent,
+            state_path=kitchen.folder / "state.safetensors",
+            identity=kitchen.identity,
+        )
     shares = tuple(learnt.coefficients.mean(dim=0).tolist())
     notes = {"beta": learnt.beta, "first_loss": learnt.losses[0], "last_loss": learnt.losses[-1]}
     return Mixed(Soup(learnt.weights, tuple(range(len(shares))), shares), notes, (learnt.groups, learnt.coefficients))

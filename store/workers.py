@@ -6,9 +6,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -19,7 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from configs.errors import UserError
 
 T = TypeVar("T")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names of glibc's malloc.h
+KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+RETURN = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**17}
 
 
 def _leave_with(parent: int) -> None:
@@ -29,17 +32,31 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
+def _tell_allocator(settings: dict[int, int]) -> None:
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # absent from musl
+            for name, value in settings.items():
+                libc.mallopt(name, value)
+
+
 def use_threads(threads: int) -> None:
     """Compute with `threads` torch threads, and let glibc keep freed blocks instead of returning them to the system.
 
     A training step frees and asks for the same large blocks again; giving each back costs half of the time.
     """
     torch.set_num_threads(threads)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # absent from musl
-            libc.mallopt(M_MMAP_MAX, 0)
-            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    _tell_allocator(KEEP)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Give freed blocks of 1 MiB and more back to the system at once, where memory is scarcer than time."""
+    _tell_allocator(RETURN)
+    try:
+        yield
+    finally:
+        _tell_allocator(KEEP)
 
 
 def _start(parent: int, threads: int) -> None:
