@@ -37,7 +37,7 @@ def test_every_experiment_file_is_global_and_carries_its_command(name):
         ("task.train=held_out", "each split has one role"),
         ("sweep.index=99", "past the last row"),
         ("recipes=[greedy]", "must contain best"),
-        ("recipe=learned", "recipe: Input should be 'best'"),
+        ("recipe=stew", "recipe: Input should be 'best'"),
         ("name='../elsewhere'", "name: String should match"),
         ("optim.lr=0.001", "optim.lr is drawn by the sweep"),
     ],

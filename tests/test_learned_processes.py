@@ -108,6 +108,7 @@ from torch import nn
 torch.set_num_threads(1)
 from soups.learned import LearnedSettings, learned
 from soups.residents import FileWeights
+from store.workers import little_memory
 network = nn.Sequential(*[nn.Linear(800, 800) for _ in range(12)])
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
@@ -122,7 +123,8 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 models = [lambda i=i: FileWeights(Path(sys.argv[1]) / f"{i % 2}.safetensors") for i in range(int(sys.argv[2]))]
-learned(network, models, lambda epoch: [batch], LearnedSettings(per="layer", epochs=1))
+with little_memory():
+    learned(network, models, lambda epoch: [batch], LearnedSettings(per="layer", epochs=1))
 done.append(1)
 thread.join()
 print(peak[0] - before)

@@ -103,7 +103,7 @@ def test_the_command_takes_patterns_cooks_and_says_what_it_did(pool):
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["recipe=greedy"], "recipe_has_what_it_needs|greedy needs held-out accuracies"),
+        (["recipe=greedy"], "recipe_has_what_it_needs|recipe=greedy needs held-out images and a network"),
         (["recipe=learned"], "recipe: Input should be 'uniform'"),
         (["recipe=weighted"], "weights=[...] and recipe=weighted belong together"),
         (["recipe=wise_ft"], "need the initialisation, init=FILE"),
@@ -136,7 +136,7 @@ def test_the_command_answers_a_wrong_setting_without_a_traceback(pool):
     answer = command("soups", "recipe=greedy", "ingredients=[m*.safetensors]", "out=soup.safetensors", cwd=pool)
     assert answer.returncode == 2
     assert len(answer.stderr.splitlines()) == 1
-    assert "greedy needs held-out accuracies: it is cooked from an experiment" in answer.stderr
+    assert "recipe=greedy needs held-out images and a network" in answer.stderr
     answer = command("soups", "ingredients=[m*.safetensors]", cwd=pool)
     assert (answer.returncode, len(answer.stderr.splitlines())) == (2, 1)
     assert "Missing mandatory value: out" in answer.stderr
