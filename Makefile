@@ -28,7 +28,7 @@ seeds: setup  ## the demo with three sweep seeds
 test: setup lint  ## lint, types and all tests
 	@$(RUN) -m pytest
 
-quick: setup  ## the tests that take seconds
+quick: setup  ## all tests but those of the whole pipeline
 	@$(RUN) -m pytest -m "not slow"
 
 lint: setup  ## ruff and mypy

@@ -19,6 +19,7 @@ from store.runs import RunFolder, sole_writer
 from store.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow  # the whole story, several times over
 RESULTS = ("table3.md", "table3.tex", "table3.csv", "figure1.pdf", "figure1.png", "figure1.csv")
 
 
