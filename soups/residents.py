@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from soups.mixture import Loader
@@ -20,7 +21,8 @@ from store.weights import Weights
 
 Place = Literal["stream", "host", "device"]
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-BLOCK = 1 << 20  # elements whose products are summed in float32 before they go to a float64 sum
+BLOCK = 1 << 20  # elements that are read at once, and whose products are summed in float32 before a float64 sum
+Buffer = NDArray[np.uint8]
 
 
 class FileWeights(Mapping[str, Tensor]):
@@ -38,6 +40,19 @@ class FileWeights(Mapping[str, Tensor]):
         self._checkpoint.read(name, 0, stored)
         return torch.from_numpy(stored).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self._checkpoint.entries[self._checkpoint.own(name)].shape
+
+    def blocks(self, name: str, buffer: Buffer) -> Iterator[Tensor]:
+        """The elements of a tensor in order, `BLOCK` at a time; each block is a view of `buffer`, good until the next.
+
+        A buffer used again costs neither the memory nor the page faults of a fresh tensor for every reading.
+        """
+        dtype = DTYPES[self._checkpoint.entries[self._checkpoint.own(name)].dtype]
+        for stored in self._checkpoint.blocks(name, buffer[: BLOCK * dtype.itemsize]):
+            yield torch.from_numpy(stored).view(dtype)
+
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would read the tensor
 
@@ -46,6 +61,21 @@ class FileWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def blocks_of(weights: Weights, name: str, buffer: Buffer) -> Iterator[Tensor]:
+    """The elements of a tensor in order, `BLOCK` at a time, read into `buffer` where the weights are a file."""
+    if isinstance(weights, FileWeights):
+        yield from weights.blocks(name, buffer)
+    else:
+        yield from weights[name].reshape(-1).split(BLOCK)
+
+
+def _as(block: Tensor, like: Tensor, scratch: Tensor) -> Tensor:
+    """The block as numbers like those of another tensor, where that is; converted in `scratch`, whose pages exist."""
+    if block.device != like.device:
+        return block.to(like.device, like.dtype)
+    return block if block.dtype == like.dtype else scratch.view(like.dtype)[: len(block)].copy_(block)
 
 
 def this_rank() -> tuple[int, int]:
@@ -68,11 +98,13 @@ class Residents:
     own: tuple[int, ...]  # which of the K are here
     held: tuple[Weights, ...]  # one for each of `own`
     mean: Weights | None  # what the differences are to; None where ingredients are held as they are
+    buffer: Buffer  # what blocks of files are read into
+    scratch: Tensor  # what blocks of another kind of number are converted in
 
-    def of(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Each ingredient's number in [0, K) and its tensor of this name."""
+    def blocks(self, name: str) -> Iterator[tuple[int, Iterator[Tensor]]]:
+        """Each ingredient's number in [0, K) and the blocks of its tensor of this name, to be used in turn."""
         for i, weights in zip(self.own, self.held, strict=True):
-            yield i, weights[name]
+            yield i, blocks_of(weights, name, self.buffer)
 
 
 def settle(
@@ -105,38 +137,48 @@ def settle(
         raise ValueError("a recipe needs at least one model")
     rank, world = this_rank()
     own = tuple(range(rank, len(models), world))
-    sources = [models[i]() for i in own]
+    sources, buffer = [models[i]() for i in own], np.empty(8 * BLOCK, np.uint8)
+    scratch = torch.empty(BLOCK, dtype=torch.float64)
     for i, source in zip(own, sources, strict=True):
         only = sorted(set(names) ^ source.keys())
         if only:
             raise ValueError(f"ingredient {i} and the network have different tensors; {only[0]!r} is not in both")
-        for name, target in targets.items():
-            _check(f"ingredient {i}, parameter {name!r}", source[name], target)
+        _check(f"ingredient {i}", source, targets, buffer)
     if place == "stream":
-        return Residents(len(models), own, tuple(sources), None)
+        return Residents(len(models), own, tuple(sources), None, buffer, scratch)
     where = torch.device("cpu") if place == "host" else device
     held: list[dict[str, Tensor]] = [{} for _ in own]
     mean: dict[str, Tensor] = {}
     for name, target in targets.items():
-        centre = torch.zeros(target.shape, dtype=torch.float64)
+        centre = torch.zeros(target.numel(), dtype=torch.float64)
         if differences:
             for source in sources:
-                centre += source[name]
+                for part, block in zip(centre.split(BLOCK), blocks_of(source, name, buffer), strict=True):
+                    part.add_(_as(block, part, scratch))
             centre = sum_over_ranks(centre) / len(models)
-            mean[name] = centre.to(where, _wide(target.dtype))
+            mean[name] = centre.to(where, _wide(target.dtype)).reshape(target.shape)
         for kept, source in zip(held, sources, strict=True):
-            tensor = source[name]
-            kept[name] = (
-                (tensor.double() - centre).to(where, torch.bfloat16) if differences else tensor.to(where, copy=True)
-            )
-    return Residents(len(models), own, tuple(held), mean if differences else None)
+            if differences:
+                kept[name] = torch.empty(target.shape, dtype=torch.bfloat16, device=where)
+                _subtract(blocks_of(source, name, buffer), centre, kept[name], scratch)
+            else:
+                kept[name] = source[name].to(where, copy=True)
+    return Residents(len(models), own, tuple(held), mean if differences else None, buffer, scratch)
 
 
-def _check(what: str, tensor: Tensor, target: Tensor) -> None:
-    if tensor.shape != target.shape:
-        raise ValueError(f"{what}: {tuple(tensor.shape)} and {tuple(target.shape)} in the network")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{what} holds NaN or infinity")
+def _subtract(blocks: Iterator[Tensor], centre: Tensor, into: Tensor, scratch: Tensor) -> None:
+    """Write a tensor that comes in blocks, less the flat float64 `centre`, into another."""
+    for part, block, middle in zip(into.view(-1).split(BLOCK), blocks, centre.split(BLOCK), strict=True):
+        part.copy_(torch.sub(_as(block, middle, scratch), middle, out=scratch[: len(block)]))
+
+
+def _check(what: str, source: Weights, targets: Mapping[str, Tensor], buffer: Buffer) -> None:
+    for name, target in targets.items():
+        shape = tuple(source.shape(name) if isinstance(source, FileWeights) else source[name].shape)
+        if shape != target.shape:
+            raise ValueError(f"{what}, parameter {name!r}: {shape} and {tuple(target.shape)} in the network")
+        if not all(torch.isfinite(block).all() for block in blocks_of(source, name, buffer)):
+            raise ValueError(f"{what}, parameter {name!r} holds NaN or infinity")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -153,12 +195,13 @@ def mix_into(targets: Mapping[str, Tensor], residents: Residents, shares: Callab
         shares: the K numbers, summing to 1, of a tensor of this name.
     """
     for name, target in targets.items():
-        total = torch.zeros_like(target, dtype=_wide(target.dtype))
+        total = torch.zeros(target.shape, dtype=_wide(target.dtype), device=target.device)
         if residents.mean is not None and this_rank()[0] == 0:  # once, whatever the number of ranks
             total += residents.mean[name].to(total.device)
         numbers = shares(name)
-        for i, tensor in residents.of(name):
-            total.add_(tensor.to(total.device), alpha=numbers[i])
+        for i, blocks in residents.blocks(name):
+            for part, block in zip(total.view(-1).split(BLOCK), blocks, strict=True):
+                part.add_(_as(block, part, residents.scratch), alpha=numbers[i])
         target.copy_(sum_over_ranks(total))
 
 
@@ -171,7 +214,7 @@ def inner_products(gradients: Mapping[str, Tensor], residents: Residents) -> Ten
     products = torch.zeros(len(gradients), residents.number, dtype=torch.float64)
     for row, (name, gradient) in enumerate(gradients.items()):
         flat = gradient.reshape(-1).to(_wide(gradient.dtype))
-        for i, tensor in residents.of(name):
-            blocks = zip(flat.split(BLOCK), tensor.reshape(-1).split(BLOCK), strict=True)
-            products[row, i] = sum(torch.dot(g, t.to(g.device, g.dtype)).double() for g, t in blocks)
+        for i, blocks in residents.blocks(name):
+            pairs = zip(flat.split(BLOCK), blocks, strict=True)
+            products[row, i] = sum(torch.dot(g, _as(t, g, residents.scratch)).double() for g, t in pairs)
     return sum_over_ranks(products)

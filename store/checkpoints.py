@@ -25,7 +25,7 @@ from store.dtypes import STORED
 
 INDEX = "model.safetensors.index.json"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-BLOCK = 1 << 17  # elements read at once: the buffers of a block stay in the processor's cache
+BLOCK = 1 << 18  # elements read at once: the buffers of a block stay in the processor's cache
 SAMPLE = 4096  # bytes of each tensor that `sample` looks at
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
 
