@@ -25,7 +25,7 @@ from store.workers import use_threads
 
 def run_one(config: Experiment, console: Console) -> Report:
     """All stages of one sweep."""
-    console.rule(f"{config.name}: {config.sweep.rows} fine-tuned models and the initialisation")
+    console.rule(f"{config.name}: {config.sweep.size} fine-tuned models and the initialisation")
     train_sweep(config, console)
     evaluate_all(config, model_folders(config), console)
     cook_all(config, config.recipes, console)

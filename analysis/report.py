@@ -32,7 +32,7 @@ def note(config: Experiment) -> str:
     return (
         f"Benchmark {config.task.kind}, a proxy for ImageNet; "
         f"model {config.model.kind}, a proxy for {config.model.proxy_for}; "
-        f"{config.sweep.rows} fine-tuned models and the initialisation, sweep seed {config.sweep.seed}."
+        f"{config.sweep.size} fine-tuned models and the initialisation, sweep seed {config.sweep.seed}."
     )
 
 
@@ -67,7 +67,7 @@ def analyse(config: Experiment) -> Report:
     files += save(figure1(points, _errors(scores, config.task.test), config.task.kind.capitalize()), folder / "figure1")
     with replacing(folder / "figure1.csv") as temporary:
         points.to_csv(temporary, index=False, float_format="%.8f")
-    record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.rows, **provenance()}
+    record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}
     write_json(folder / "provenance.json", record)
     files += [folder / "figure1.csv", folder / "provenance.json"]
     for recipe in set(config.recipes) & {"learned_by_layer", "learned_by_tensor"}:

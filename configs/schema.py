@@ -11,19 +11,25 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from configs.errors import UserError
+from configs.training import (
+    Augment,
+    Compute,
+    Count,
+    Model,
+    NonNegative,
+    Optim,
+    Positive,
+    Probability,
+    Regularizer,
+    Sweep,
+    Tracking,
+    closed,
+)
 
 CONFIGS = Path(__file__).resolve().parent
-
-closed = dataclass(config=ConfigDict(extra="forbid", frozen=True), kw_only=True)
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 
 Recipe = Literal[
     "best",
@@ -57,14 +63,18 @@ class Paths:
 class Task:
     """configs/task/*.yaml: what is learned, what selects and what reports."""
 
-    kind: Literal["emoji"]
-    folder: Path  # the data
+    kind: Literal["emoji", "image_folders"]
+    folder: Path  # the data; of image_folders, <folder>/<split>/<class>/<image>
     train: str
     held_out: str  # selects: greedy order, best individual, regularisation
     test: str  # reports
     shifts: tuple[str, ...]  # report; their unweighted mean is the "shift mean" (Section 3.1)
     bootstrap_unit: Literal["class", "image"] = "image"  # what intervals resample; class where images share concepts
     classes: Annotated[int | None, Field(ge=2)] = None  # only the first n classes; for tests
+    num_classes: Annotated[int | None, Field(ge=2)] = None  # of image_folders: how many there must be
+    names: Literal["folders", "imagenet"] = (
+        "folders"  # of image_folders: class names, from folders or CLIP's for ImageNet
+    )
 
     @model_validator(mode="after")
     def selects_and_reports_apart(self) -> "Task":
@@ -79,100 +89,6 @@ class Task:
     def reported(self) -> tuple[str, ...]:
         """The test split and the shifts, in the order of a table's columns."""
         return (self.test, *self.shifts)
-
-
-@closed
-class Model:
-    """configs/model/*.yaml"""
-
-    kind: Literal["emoji_clip"]
-    weights: Path  # the pretrained model
-    proxy_for: str  # the paper's model in whose place it stands
-    image_size: Count  # pixels, square
-    head: Literal["linear_probe", "zero_shot"]  # the initialisation of the classifier (Section 3.1)
-    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # stem and this many stages get no gradient; 0: end to end
-    probe_c: tuple[Positive, ...]  # inverse regularisation of the linear probe; the best on held-out is taken
-
-
-@closed
-class Optim:
-    """configs/optim/*.yaml"""
-
-    kind: Literal["adamw"] = "adamw"
-    lr: Positive  # peak, per optimizer step
-    weight_decay: NonNegative  # decoupled; biases and norms are exempt
-    epochs: Count
-    batch_size: Annotated[int, Field(ge=2, multiple_of=2)]  # images per step; even, since mixup pairs them
-    warmup_steps: Annotated[int, Field(ge=0)]  # linear from 0, then cosine to 0
-    clip_norm: Positive  # of the whole gradient
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    mixup: NonNegative  # alpha of the Beta distribution; 0 is off
-
-
-@closed
-class Augment:
-    """configs/augment/*.yaml"""
-
-    kind: Literal["minimal", "rand"]  # rand adds a flip and timm's RandAugment to the crop
-    crop: Annotated[float, Field(gt=0, le=1)]  # smallest share of the image that a random crop keeps
-    magnitude: Annotated[int, Field(ge=0, le=30)]  # RandAugment's M
-    layers: Annotated[int, Field(ge=0, le=8)]  # RandAugment's N
-    increasing: bool  # timm's inc1: every operation is stronger at a larger M; without, some are strongest at 0
-    flip: Probability  # horizontal, of rand
-
-
-@closed
-class LogUniform:
-    """10 to the power of a uniform exponent in [low, high)."""
-
-    kind: Literal["log10_uniform"]
-    low: float
-    high: float
-
-
-@closed
-class ZeroOrUniform:
-    """0 with probability `zero`, else uniform in [low, high)."""
-
-    kind: Literal["zero_or_uniform"]
-    zero: Probability
-    low: float
-    high: float
-
-
-@closed
-class Integers:
-    """Uniform over low, low + 1, ..., high."""
-
-    kind: Literal["integers"]
-    low: int
-    high: int
-
-
-@closed
-class Choice:
-    """Uniform over a list; a value that stands there twice is twice as likely."""
-
-    kind: Literal["choice"]
-    values: Annotated[tuple[int | float | str, ...], Field(min_length=1)]
-
-
-Distribution = Annotated[LogUniform | ZeroOrUniform | Integers | Choice, Field(discriminator="kind")]
-
-
-@closed
-class Sweep:
-    """configs/sweep/*.yaml: row 0 is the initialisation, rows 1 to `rows` are fine-tuned with drawn settings."""
-
-    rows: Count
-    seed: int
-    draw: dict[Literal["model", "optim", "augment"], dict[str, Distribution]]  # group -> field -> its distribution
-    index: Annotated[int | None, Field(ge=0)] = None  # train this row only, as an array job does
-
-    @property
-    def drawn(self) -> dict[str, Distribution]:
-        """The distributions by dotted field name, as in `optim.lr`."""
-        return {f"{group}.{field}": law for group, fields in self.draw.items() for field, law in fields.items()}
 
 
 @closed
@@ -239,6 +155,9 @@ class Experiment:
     model: Model
     optim: Optim
     augment: Augment
+    regularizer: Regularizer
+    compute: Compute
+    tracking: Tracking
     sweep: Sweep
     recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
     recipe: Recipe | None = None  # cook this one only
@@ -251,8 +170,8 @@ class Experiment:
     @model_validator(mode="after")
     def index_is_a_row(self) -> "Experiment":
         """`sweep.index` names a row that exists, and the soups' baseline is there."""
-        if self.sweep.index is not None and self.sweep.index > self.sweep.rows:
-            raise ValueError(f"sweep.index={self.sweep.index} is past the last row, {self.sweep.rows}")
+        if self.sweep.index is not None and self.sweep.index > self.sweep.size:
+            raise ValueError(f"sweep.index={self.sweep.index} is past the last row, {self.sweep.size}")
         if "best" not in self.recipes:
             raise ValueError("recipes must contain best: every interval is against the best individual model")
         return self
@@ -364,8 +283,9 @@ def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
     """
     config = parse_values(_plain(cfg, "an experiment sets it, e.g. experiment=demo"))
     for field in (override.split("=")[0].lstrip("+~") for override in typed):
-        if field in config.sweep.drawn:
-            raise UserError(f"{field} is drawn by the sweep; to fix it in every row, type '~sweep.draw.{field}' too")
+        if field in config.sweep.varied:
+            way = next(way for way in ("draw", "grid", "listed") if getattr(config.sweep, way))
+            raise UserError(f"{field} is varied by the sweep; to fix it in every row, type '~sweep.{way}.{field}' too")
     return config
 
 

@@ -53,7 +53,7 @@ def is_scored(folder: Path) -> bool:
 def model_folders(config: Experiment) -> list[Path]:
     """Folders of all finished models with weights: rows, the zero-shot model, soups."""
     run = RunFolder.of(config)
-    rows = [run.ingredient(row) for row in range(config.sweep.rows + 1)]
+    rows = [run.ingredient(row) for row in range(config.sweep.size + 1)]
     soups = sorted(path.parent for path in (run.root / "soups").rglob("soup.json"))
     return [folder for folder in [run.zero_shot, *rows, *soups] if recorded_digest(folder)]
 

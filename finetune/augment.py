@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from configs.chance import seed_globals
-from configs.schema import Augment
+from configs.training import Augment
 
 WHITE = (255, 255, 255)  # what RandAugment's geometric operations fill with
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.chance import seed, seed_globals
 from configs.errors import UserError
-from configs.schema import Augment, Optim
+from configs.training import Augment, Optim
 from finetune.augment import augmentation, augmented_batch
 from models.classifier import Classifier
 from store.atomic import replacing, write_jsonl
@@ -133,7 +133,7 @@ def fine_tune(
             loss = F.cross_entropy(model(images), targets)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm)
+            torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm or math.inf)
             optimizer.step()
             total += loss.detach()
             if not math.isfinite(loss.item()):

@@ -1,12 +1,16 @@
 """The rows of a sweep: row i is a pure function of (sweep seed, i, field name)."""
 
 import math
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from configs.chance import uniform
 from configs.errors import UserError
-from configs.schema import Choice, Distribution, Experiment, Integers, LogUniform, ZeroOrUniform, dump, parse_values
+from configs.schema import Experiment, dump, parse_values
+from configs.training import Choice, Distribution, Integers, LogUniform, Sweep, ZeroOrUniform
 from store.runs import digest_of
+from store.tables import read_table
 
 
 def inverse(distribution: Distribution, u: float) -> float | int | str:
@@ -31,26 +35,53 @@ def inverse(distribution: Distribution, u: float) -> float | int | str:
             return distribution.values[math.floor(u * len(distribution.values))]
 
 
-def draw(config: Experiment, row: int) -> dict[str, float | int | str]:
-    """The drawn values of a row, by dotted field name; row 0, the initialisation, draws nothing."""
+def _listed(sweep: Sweep) -> Sequence[dict[Any, dict[str, Any]]]:
+    """The nested values of each line of the sweep's file, or its own list."""
+    if sweep.file is None:
+        return sweep.listed or ({},)
+    table = read_table(sweep.file)
+    if len(table) != sweep.rows:
+        raise UserError(f"{sweep.file} has {len(table)} rows, but sweep.rows={sweep.rows}")
+    return table
+
+
+def draw(config: Experiment, row: int) -> dict[str, Any]:
+    """What is a row's own, by dotted field name; row 0, the initialisation, has nothing of its own.
+
+    Of a random sweep these are draws. Of a list times a grid, row 1 + i x G + j is the i-th of the list with the j-th
+    of the grid's G combinations, whose last field changes fastest.
+
+    Raises:
+        UserError: the sweep's file is missing, damaged, or has another number of rows than the sweep.
+    """
     if row == 0:
         return {}
     sweep = config.sweep
-    return {field: inverse(law, uniform(sweep.seed, row, field)) for field, law in sweep.drawn.items()}
+    laws = {f"{group}.{field}": law for group, fields in sweep.draw.items() for field, law in fields.items()}
+    if laws:
+        return {field: inverse(law, uniform(sweep.seed, row, field)) for field, law in laws.items()}
+    axes = {f"{group}.{field}": values for group, fields in sweep.grid.items() for field, values in fields.items()}
+    listed = _listed(sweep)
+    combinations = list(product(*axes.values()))
+    if sweep.file is None and not sweep.listed and not axes:
+        return {}
+    i, j = divmod(row - 1, len(combinations))
+    own = {f"{group}.{field}": value for group, fields in listed[i].items() for field, value in fields.items()}
+    return own | dict(zip(axes, combinations[j], strict=True))
 
 
 def row_config(config: Experiment, row: int) -> Experiment:
-    """The experiment with a row's drawn values in place.
+    """The experiment with a row's own values in place.
 
     Raises:
-        UserError: a drawn field does not exist, or a drawn value is outside its limits.
+        UserError: a varied field does not exist, or a value is outside its limits.
     """
     values = dump(config)
     values["sweep"]["index"] = row
     for field, value in draw(config, row).items():
         group, name = field.split(".")
         if name not in values[group]:
-            raise UserError(f"sweep.draw names {field}, which is not a setting; configs/schema.py lists them")
+            raise UserError(f"the sweep varies {field}, which is not a setting; configs/training.py lists them")
         values[group][name] = value
     return parse_values(values)
 
@@ -64,5 +95,6 @@ def identity(config: Experiment, row: int) -> str:
     values = dump(row_config(config, row))
     parts: dict[str, Any] = {name: values[name] for name in ("task", "model")}
     if row > 0:
-        parts |= {name: values[name] for name in ("optim", "augment")} | {"seed": config.sweep.seed, "row": row}
+        parts |= {name: values[name] for name in ("optim", "augment", "regularizer")}
+        parts |= {"precision": values["compute"]["precision"], "seed": config.sweep.seed, "row": row}
     return digest_of(parts)

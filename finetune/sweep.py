@@ -32,7 +32,7 @@ def train_sweep(config: Experiment, console: Console | None = None) -> None:
     console = console or Console()
     run = RunFolder.of(config)
     use_threads(config.cluster.threads)
-    rows = [row for row in range(1, config.sweep.rows + 1) if not finished(run.ingredient(row), identity(config, row))]
+    rows = [row for row in range(1, config.sweep.size + 1) if not finished(run.ingredient(row), identity(config, row))]
     if finished(run.ingredient(0), identity(config, 0)) is None:
         console.print("fitting the initialisation ...")
     console.print(describe(initialise(config)))
@@ -49,4 +49,4 @@ def train_sweep(config: Experiment, console: Console | None = None) -> None:
         report=describe,
         console=console,
     )
-    write_manifest(run, read_pool(run, config.sweep.rows))
+    write_manifest(run, read_pool(run, config.sweep.size))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
-from configs.schema import Model
+from configs.training import Model
 from models.emoji_clip.model import MEAN, STD, TEMPLATES, text_features
 from models.emoji_clip.model import load as load_emoji_clip
 

@@ -52,7 +52,7 @@ def usable_pool(config: Experiment) -> list[Ingredient]:
     Raises:
         UserError: rows are missing, or all of them diverged.
     """
-    pool = [ingredient for ingredient in read_pool(RunFolder.of(config), config.sweep.rows) if ingredient.usable]
+    pool = [ingredient for ingredient in read_pool(RunFolder.of(config), config.sweep.size) if ingredient.usable]
     if not pool:
         raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
     return pool

@@ -10,7 +10,8 @@ from PIL import Image
 
 from configs.chance import seed_globals
 from configs.errors import UserError
-from configs.schema import Augment, load
+from configs.schema import load
+from configs.training import Augment
 from finetune.augment import augmentation, augmented_batch
 from finetune.loop import epoch_order, fine_tune, learning_rate
 from models.classifier import Classifier, pretrained, zero_shot_head

@@ -7,7 +7,8 @@ import pytest
 
 from configs.chance import seed, uniform
 from configs.errors import UserError
-from configs.schema import Choice, Integers, LogUniform, ZeroOrUniform, load
+from configs.schema import load
+from configs.training import Choice, Integers, LogUniform, ZeroOrUniform
 from finetune.rows import draw, identity, inverse, row_config
 
 

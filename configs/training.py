@@ -1,0 +1,254 @@
+"""Settings of what a row trains: network, optimiser, augmentation, regularisation, and the sweep that varies them."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+closed = dataclass(config=ConfigDict(extra="forbid", frozen=True), kw_only=True)
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+Group = Literal["model", "optim", "augment", "regularizer"]  # what a sweep may vary
+
+
+@closed
+class Model:
+    """configs/model/*.yaml"""
+
+    kind: Literal["emoji_clip", "open_clip", "timm", "hugging_face"]
+    name: str | None = None  # as the library takes it; the embedded model has none
+    pretrained: str | None = None  # of open_clip: the tag of the weights; of hugging_face: a revision
+    weights: Path | None = None  # a local file of the pretrained weights, for machines without internet
+    proxy_for: str  # the paper's model in whose place it stands; empty where it is that model
+    image_size: Count  # pixels, square, in training
+    eval_size: Count | None = None  # pixels, square, in evaluation; as in training where null
+    head: Literal["linear_probe", "zero_shot", "random"]  # the initialisation of the classifier (Section 3.1)
+    templates: Literal["own", "openai"] = "own"  # prompts of the zero-shot head; openai: CLIP's 80 for ImageNet
+    train_head: bool = True  # false: the head stays as it was initialised (Appendix E)
+    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # of the embedded model: stem and stages without gradient
+    batch_norm: Literal["frozen", "trained"] = "frozen"  # whether running statistics stay the pretrained ones
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    probe_c: tuple[Positive, ...]  # inverse regularisation of the linear probe; the best on held-out is taken
+
+    @model_validator(mode="after")
+    def has_a_name(self) -> "Model":
+        """Every library needs to know which network; the embedded one needs its weights."""
+        if self.kind == "emoji_clip" and self.weights is None:
+            raise ValueError("model.kind=emoji_clip needs model.weights")
+        if self.kind != "emoji_clip" and not self.name:
+            raise ValueError(f"model.kind={self.kind} needs model.name")
+        if self.frozen_stages and self.kind != "emoji_clip":
+            raise ValueError("model.frozen_stages is known of the embedded model only")
+        return self
+
+
+@closed
+class Optim:
+    """configs/optim/*.yaml"""
+
+    kind: Literal["adamw", "adam", "rmsprop", "sgd", "adafactor"] = "adamw"
+    lr: Positive  # peak, per optimizer step
+    weight_decay: NonNegative  # biases and norms are exempt; decoupled in adamw and adafactor
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd and rmsprop
+    schedule: Literal["cosine", "constant", "linear", "cosine_restarts"] = "cosine"  # after the warm-up
+    cycles: Count = 1  # of cosine_restarts
+    epochs: Count
+    steps: Count | None = None  # how long it trains, in place of epochs
+    batch_size: Annotated[int, Field(ge=2, multiple_of=2)]  # images per step over all GPUs; even, for mixup's pairs
+    warmup_steps: Natural  # linear from lr / warmup_steps
+    clip_norm: Positive | None  # of the whole gradient; null: not clipped
+    loss: Literal["softmax", "bce"] = "softmax"  # cross-entropy, or a binary one for each class
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    mixup: NonNegative  # alpha of the Beta distribution; 0 is off
+    cutmix: NonNegative = 0.0  # alpha; 0 is off; with both on, each batch takes one of them by a fair coin
+    seed: Natural | None = None  # names data order and augmentation; null: each row has its own
+    evaluate_every: Natural = 0  # steps between looks at held-out during training; 0: never
+    keep: Literal["last", "best"] = "last"  # which weights a row ends with: the last, or the best looked at
+
+    @model_validator(mode="after")
+    def best_is_looked_for(self) -> "Optim":
+        """A best checkpoint needs evaluations to be the best of."""
+        if self.keep == "best" and self.evaluate_every == 0:
+            raise ValueError("optim.keep=best needs optim.evaluate_every")
+        if self.cycles > 1 and self.schedule != "cosine_restarts":
+            raise ValueError("optim.cycles is of schedule=cosine_restarts")
+        return self
+
+
+@closed
+class Augment:
+    """configs/augment/*.yaml"""
+
+    kind: Literal["minimal", "medium", "rand", "auto", "stochastic"]
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.9  # smallest share of the image that a random crop keeps
+    aspect: Annotated[float, Field(gt=0, le=1)] = 0.75  # narrowest crop, width to height; the widest is its inverse
+    flip: Probability = 0.5  # horizontal; of all kinds but minimal
+    color_jitter: NonNegative = 0.0  # of medium: brightness, contrast and saturation change by up to this share
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 0  # of rand: RandAugment's M
+    layers: Annotated[int, Field(ge=0, le=8)] = 0  # of rand: RandAugment's N
+    increasing: bool = True  # of rand: timm's inc1, where every operation is stronger at a larger M
+    last_epochs_minimal: Natural = 0  # fix-aug (Table L.2): the last epochs see crops of 90 % and more, nothing else
+    among: tuple["Augment", ...] = ()  # of stochastic: each sample gets one of these, all equally likely (Table L.1)
+
+    @model_validator(mode="after")
+    def stochastic_has_a_choice(self) -> "Augment":
+        """Only stochastic chooses, and it has something to choose from."""
+        if (self.kind == "stochastic") != bool(self.among):
+            raise ValueError("augment.among and augment.kind=stochastic belong together")
+        return self
+
+
+@closed
+class Swa:
+    """Stochastic weight averaging (Izmailov et al. 2018; Appendix L.3)."""
+
+    start: Annotated[float, Field(ge=0, lt=1)]  # share of the training after which it averages
+    every: Count  # steps between two models of the average
+
+
+@closed
+class Sam:
+    """Sharpness-aware minimisation (Foret et al. 2021; Appendix L.2)."""
+
+    rho: Positive  # length of the perturbation, over all parameters
+    synchronised: bool  # one perturbation of the mean gradient over all processes, or each process its own
+
+
+@closed
+class Distill:
+    """Distillation from an ensemble (Table L.1)."""
+
+    rows: Annotated[tuple[Count, ...], Field(min_length=1)]  # of this sweep, trained before: the teachers
+    temperature: Positive = 1.0  # of teachers and student
+    weight: Probability = 1.0  # of the teachers; the labels have the rest
+
+
+@closed
+class Regularizer:
+    """configs/regularizer/*.yaml: Appendix L, and the ViT-G protocol's EMAs."""
+
+    ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()  # decays per step, each of them kept
+    swa: Swa | None = None
+    sam: Sam | None = None
+    distill: Distill | None = None
+    ingredient: str = "raw"  # which weights the recipes get: raw, swa, or ema_<decay> as in ema_0.999
+
+    @model_validator(mode="after")
+    def ingredient_is_made(self) -> "Regularizer":
+        """The recipes get weights that exist."""
+        made = ("raw", *(["swa"] if self.swa else []), *(f"ema_{decay}" for decay in self.ema))
+        if self.ingredient not in made:
+            raise ValueError(f"regularizer.ingredient={self.ingredient} is not made; there are {', '.join(made)}")
+        return self
+
+
+@closed
+class Compute:
+    """configs/compute/*.yaml: how a row is computed; only `precision` is meant to change its weights."""
+
+    precision: Literal["fp32", "bf16", "fp16"]  # of forward passes; weights and optimiser are float32
+    micro_batch: Count | None  # images a forward pass on one process; null: all of the process's share at once
+    strategy: Literal["ddp", "fsdp"]  # with several processes: whole copies, or sharded parameters (FSDP2)
+    compile: bool  # torch.compile
+    channels_last: bool  # memory format of images and convolutions
+    loader_workers: Natural  # processes that decode and augment, for each training process; 0: in the process itself
+    decoded_cache: bool  # keep decoded images of folders as one uint8 file, for transforms without randomness
+    save_every: Natural  # steps between two states on disk; 0: at the end of each epoch only
+
+
+@closed
+class Tracking:
+    """configs/tracking/*.yaml; metrics.jsonl is always written."""
+
+    kind: Literal["none", "wandb"]
+    project: str = "model-soups"
+    mode: Literal["online", "offline"] = "online"
+
+
+@closed
+class LogUniform:
+    """10 to the power of a uniform exponent in [low, high)."""
+
+    kind: Literal["log10_uniform"]
+    low: float
+    high: float
+
+
+@closed
+class ZeroOrUniform:
+    """0 with probability `zero`, else uniform in [low, high)."""
+
+    kind: Literal["zero_or_uniform"]
+    zero: Probability
+    low: float
+    high: float
+
+
+@closed
+class Integers:
+    """Uniform over low, low + 1, ..., high."""
+
+    kind: Literal["integers"]
+    low: int
+    high: int
+
+
+@closed
+class Choice:
+    """Uniform over a list; a value that stands there twice is twice as likely."""
+
+    kind: Literal["choice"]
+    values: Annotated[tuple[int | float | str, ...], Field(min_length=1)]
+
+
+Distribution = Annotated[LogUniform | ZeroOrUniform | Integers | Choice, Field(discriminator="kind")]
+
+
+@closed
+class Sweep:
+    """configs/sweep/*.yaml: row 0 is the initialisation, the others are fine-tuned.
+
+    Rows differ by what is listed, in a file or here, times a grid, or by draws, or by their random stream alone.
+    """
+
+    rows: Count | None = None  # how many are drawn; of lists and grids, how many there are is theirs
+    seed: int
+    draw: dict[Group, dict[str, Distribution]] = Field(default_factory=dict)  # group -> field -> its distribution
+    listed: tuple[dict[Group, dict[str, Any]], ...] = ()  # for each row, group -> field -> value
+    grid: dict[Group, dict[str, tuple[Any, ...]]] = Field(default_factory=dict)  # all combinations, the last fastest
+    file: Path | None = None  # a csv in place of `listed`: a row a line, columns named as in optim.lr
+    index: Natural | None = None  # train this row only, as an array job does
+
+    @model_validator(mode="after")
+    def rows_come_from_one_place(self) -> "Sweep":
+        """Draws and lists do not mix, and something says how many rows there are."""
+        if (self.listed or self.grid or self.file) and self.draw:
+            raise ValueError("a sweep draws its rows or lists them (listed, grid, file), not both")
+        if self.listed and self.file:
+            raise ValueError("sweep.listed and sweep.file exclude each other")
+        if (self.rows is None) != bool(self.listed or self.grid):
+            raise ValueError("sweep.rows says how many rows are drawn or in the file; of listed and grid it is null")
+        return self
+
+    @property
+    def size(self) -> int:
+        """How many fine-tuned rows there are."""
+        if self.rows is not None:
+            return self.rows
+        combinations = 1
+        for fields in self.grid.values():
+            for values in fields.values():
+                combinations *= len(values)
+        return max(1, len(self.listed)) * combinations
+
+    @property
+    def varied(self) -> set[str]:
+        """Dotted names of the fields that differ from row to row, as in optim.lr; those of a file are not known."""
+        groups = [*self.listed, self.grid, self.draw]
+        return {f"{group}.{field}" for fields_of in groups for group, fields in fields_of.items() for field in fields}
