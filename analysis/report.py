@@ -8,6 +8,7 @@ import pandas as pd
 
 from analysis.figures import coefficients_map, figure1, save
 from analysis.results import SHIFT_MEAN, measure, scatter_points, tidy
+from analysis.sets import report_sets
 from analysis.tables import table3, write_table
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -73,6 +74,8 @@ def analyse(config: Experiment) -> Report:
     for recipe in set(config.recipes) & {"learned_by_layer", "learned_by_tensor"}:
         shares = pd.read_csv(RunFolder.of(config).soup(recipe) / "coefficients.csv")
         files += save(coefficients_map(shares), folder / f"coefficients_{recipe}")
+    if config.analysis.labels:
+        files += report_sets(config, evaluator, folder, note(config))
     if config.paths.results is not None:
         files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
     return Report(table, scores, tuple(files))

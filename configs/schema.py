@@ -135,6 +135,8 @@ class Analysis:
 
     resamples: Count  # of the paired bootstrap
     seed: int
+    labels: tuple[str, ...] = ()  # what the rows 1, 2, ... are called in a table of rows; the first is its baseline
+    sets: dict[str, tuple[Count, ...]] = Field(default_factory=dict)  # rows whose soup and ensemble join that table
 
 
 @closed
@@ -172,6 +174,11 @@ class Experiment:
         """`sweep.index` names a row that exists, and the soups' baseline is there."""
         if self.sweep.index is not None and self.sweep.index > self.sweep.size:
             raise ValueError(f"sweep.index={self.sweep.index} is past the last row, {self.sweep.size}")
+        named = set().union(*self.analysis.sets.values()) if self.analysis.sets else set()
+        if self.analysis.labels and len(self.analysis.labels) != self.sweep.size:
+            raise ValueError(f"analysis.labels has {len(self.analysis.labels)} names for {self.sweep.size} rows")
+        if named and (not self.analysis.labels or max(named) > self.sweep.size):
+            raise ValueError(f"analysis.sets needs analysis.labels and rows up to {self.sweep.size}")
         if "best" not in self.recipes:
             raise ValueError("recipes must contain best: every interval is against the best individual model")
         return self

@@ -1,0 +1,186 @@
+"""Rows by name beside the soups and ensembles of chosen ones: the shape of Tables L.1 to L.3 and Figures L.1, L.2."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from analysis.figures import save
+from analysis.results import SHIFT_MEAN, Method, accuracy_in, compare
+from analysis.tables import percent, points, write_table
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from eval.metrics import correct
+from soups.average import Average
+from store.atomic import read_json
+from store.runs import RunFolder
+from store.weights import digest, load_weights
+
+RAW = "raw"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model that a row left: its last weights, or an average over its training."""
+
+    row: int
+    kind: str  # raw, swa, or ema_<decay>
+    path: Path
+    digest: str
+    held_out: float
+
+    def load(self) -> dict[str, Tensor]:
+        """The weights, checked against their digest."""
+        return load_weights(self.path, self.digest)
+
+
+def variants(config: Experiment) -> list[Variant]:
+    """Every model of every row that did not diverge, row by row."""
+    found = []
+    for row in range(1, config.sweep.size + 1):
+        folder = RunFolder.of(config).ingredient(row)
+        done = read_json(folder / "done.json")
+        if done["status"] != "done":
+            continue
+        kinds = {config.regularizer.ingredient if not done.get("variants") else done["ingredient"]: done}
+        kinds |= done.get("variants", {})
+        for kind, made in kinds.items():
+            file = folder / ("weights.safetensors" if made is done else f"{kind}.safetensors")
+            score = made["held_out"]
+            found.append(Variant(row, kind, file, made["digest"], score["correct"] / score["n"]))
+    return found
+
+
+def _hits(config: Experiment, evaluator: Evaluator, logits_on: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    return {split: correct(logits_on(split), evaluator.split(split).labels) for split in config.task.reported}
+
+
+def _single(config: Experiment, evaluator: Evaluator, variant: Variant, name: str) -> Method:
+    logits = partial(evaluator.logits, variant.digest, variant.load)
+    return Method(name, 1, _hits(config, evaluator, logits), variant.held_out)
+
+
+def _soup(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], name: str) -> Method:
+    total = Average.of(members[0].load())
+    for member in members[1:]:
+        total = total.plus(member.load())
+    weights = total.weights()
+    logits = partial(evaluator.logits, digest(weights), lambda: weights)
+    held_out = evaluator.count(logits(config.task.held_out), config.task.held_out).top1
+    return Method(name, 1, _hits(config, evaluator, logits), held_out)
+
+
+def _ensemble(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], name: str) -> Method:
+    def logits(split: str) -> Tensor:
+        return torch.stack([evaluator.logits(each.digest, each.load, split).double() for each in members]).mean(dim=0)
+
+    held_out = evaluator.count(logits(config.task.held_out), config.task.held_out).top1
+    return Method(name, len(members), _hits(config, evaluator, logits), held_out)
+
+
+def _suffix(kind: str, kinds: Sequence[str]) -> str:
+    return "" if len(kinds) == 1 else f" ({kind.replace('_', ' ').upper() if kind != RAW else 'last weights'})"
+
+
+def measure_sets(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], pd.DataFrame]:
+    """The rows, then soup and ensemble of each set, for every kind of weights that the rows left.
+
+    Returns:
+        The methods, the first of which is the table's baseline; and for each its kind of weights and what it is
+        (individual, soup or ensemble).
+    """
+    pool = variants(config)
+    kinds = list(dict.fromkeys(variant.kind for variant in pool))
+    methods: list[Method] = []
+    notes: list[dict[str, str]] = []
+    for kind in kinds:
+        own = {variant.row: variant for variant in pool if variant.kind == kind}
+        suffix = _suffix(kind, kinds)
+        for row, variant in own.items():
+            methods.append(_single(config, evaluator, variant, config.analysis.labels[row - 1] + suffix))
+            notes.append({"kind": kind, "what": "individual"})
+        for name, rows in config.analysis.sets.items():
+            members = [own[row] for row in rows if row in own]
+            if len(members) == len(rows):
+                methods.append(_soup(config, evaluator, members, f"Soup of {name}{suffix}"))
+                methods.append(_ensemble(config, evaluator, members, f"Ensemble of {name}{suffix}"))
+                notes += [{"kind": kind, "what": "soup"}, {"kind": kind, "what": "ensemble"}]
+    return methods, pd.DataFrame(notes)
+
+
+def tidy_sets(config: Experiment, methods: Sequence[Method], notes: pd.DataFrame, evaluator: Evaluator) -> pd.DataFrame:
+    """One row per method and column: accuracy, n, difference to the first method and its interval; fractions."""
+    rows = []
+    for method, note in zip(methods, notes.to_dict("records"), strict=True):
+        for column, difference in compare(config, method, methods[0], evaluator).items():
+            splits = config.task.shifts if column == SHIFT_MEAN else (column,)
+            rows.append(
+                {
+                    "method": method.name,
+                    **note,
+                    "models": method.models,
+                    "held_out": method.held_out,
+                    "column": column,
+                    "n": sum(len(method.hits[split]) for split in splits),
+                    "accuracy": accuracy_in(config, method, column),
+                    "difference": difference.mean,
+                    "low": difference.low,
+                    "high": difference.high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def sets_table(tidy: pd.DataFrame, test: str) -> pd.DataFrame:
+    """One row per method, all cells text: per cent, and differences to the first row in points."""
+    rows = []
+    for i, (method, group) in enumerate(tidy.groupby("method", sort=False)):
+        cells = group.set_index("column")
+        row = {"Method": str(method), "Models at inference": str(cells["models"].iloc[0])}
+        row["Held-out"] = percent(cells["held_out"].iloc[0])
+        for column, title in ((test, "Test"), (SHIFT_MEAN, "Mean of shifts")):
+            cell = cells.loc[column]
+            row[title] = percent(cell["accuracy"])
+            row[f"{title} − first"] = "" if i == 0 else points(cell["difference"], cell["low"], cell["high"])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def sets_figure(tidy: pd.DataFrame, test: str, title: str) -> Figure:
+    """Test accuracy against the mean of shifts: one colour a kind of weights, one marker for what a point is."""
+    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
+    axes = figure.subplots()
+    wide = tidy.pivot_table(index=["method", "kind", "what"], columns="column", values="accuracy", sort=False)
+    kinds = list(dict.fromkeys(tidy["kind"]))
+    markers = {"individual": "o", "soup": "*", "ensemble": "s"}
+    for (kind, what), group in wide.groupby(level=["kind", "what"], sort=False):
+        axes.scatter(
+            100 * group[test],
+            100 * group[SHIFT_MEAN],
+            color=f"C{kinds.index(str(kind))}",
+            marker=markers[str(what)],
+            s=140 if what == "soup" else 40,
+            alpha=0.9,
+            edgecolor="white",
+            linewidth=0.5,
+            label=f"{'last weights' if kind == RAW else str(kind).replace('_', ' ').upper()}, {what}",
+        )
+    axes.set_xlabel(f"{title} test top-1 accuracy (%)")
+    axes.set_ylabel("mean top-1 accuracy on the shifts (%)")
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def report_sets(config: Experiment, evaluator: Evaluator, folder: Path, note: str) -> list[Path]:
+    """Write rows.{md,tex,csv} and rows.{pdf,png} for an experiment with `analysis.labels`."""
+    methods, notes = measure_sets(config, evaluator)
+    tidy = tidy_sets(config, methods, notes, evaluator)
+    test = config.task.test
+    files = write_table(sets_table(tidy, test), tidy, folder / "rows", note, baseline="the first row")
+    return files + save(sets_figure(tidy, test, config.task.kind.capitalize()), folder / "rows")
