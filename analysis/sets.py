@@ -47,9 +47,7 @@ def variants(config: Experiment) -> list[Variant]:
         done = read_json(folder / "done.json")
         if done["status"] != "done":
             continue
-        kinds = {config.regularizer.ingredient if not done.get("variants") else done["ingredient"]: done}
-        kinds |= done.get("variants", {})
-        for kind, made in kinds.items():
+        for kind, made in ({done["ingredient"]: done} | done["variants"]).items():
             file = folder / ("weights.safetensors" if made is done else f"{kind}.safetensors")
             score = made["held_out"]
             found.append(Variant(row, kind, file, made["digest"], score["correct"] / score["n"]))

@@ -8,17 +8,23 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from configs.errors import UserError
+from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import CONFIGS, Experiment, OwnPool, parse, parse_own
 
 
 def one_line_errors(work: Callable[[], None]) -> None:
-    """Run `work`; a `UserError` or a full disk becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run `work`; a `UserError` or a full disk becomes one line on stderr and exit status 2, Ctrl-C status 130.
+
+    A stage that a signal asked to end, and that has saved its state, ends with status 128 + the signal's number.
+    """
     try:
         work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except InterruptedBySignalError as error:
+        print("interrupted by a signal, and saved: run the same command again to continue", file=sys.stderr)
+        sys.exit(128 + error.signum)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

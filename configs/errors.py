@@ -6,3 +6,15 @@ class UserError(RuntimeError):
 
     Entry points print it without a traceback and exit with status 2; anything else is a bug and keeps its traceback.
     """
+
+
+class InterruptedBySignalError(Exception):
+    """A signal asked for an end; what was done is on disk, and the same command continues.
+
+    Args:
+        signum: of the signal; the process ends with status 128 + signum, as shells expect.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum

@@ -1,48 +1,44 @@
-"""The training loop, and all that a restart needs."""
+"""The training loop."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data.mixup import Mixup
-from timm.optim import param_groups_weight_decay
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.chance import seed, seed_globals
 from configs.errors import UserError
-from configs.training import Augment, Optim
-from finetune.augment import augmentation, augmented_batch
+from configs.schema import Experiment
+from configs.training import Distill, Optim
+from finetune.augment import augment_of_epoch, augmentation
+from finetune.averages import Averages
+from finetune.batches import training_batches
+from finetune.losses import classification_loss, distillation_loss
+from finetune.optimisers import build, learning_rate
+from finetune.parallel import DTYPES, Processes, any_of, model_state, prepare, share, sum_over, synchronised, whole
+from finetune.sharpness import perturbed
+from finetune.state import Checkpoint, Interruption, State
 from models.classifier import Classifier
-from store.atomic import replacing, write_jsonl
-from tasks.split import Split
+from store.atomic import write_jsonl
+from tasks.split import Images
+
+RAW = "raw"  # the weights as the optimiser leaves them, beside their averages
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+Weights = Mapping[str, Tensor]
 
 
-@dataclass
-class Progress:
-    """What a restart needs beside weights and optimiser: chance is keyed, so there is no generator state."""
+@dataclass(frozen=True)
+class Trained:
+    """What a training ended with."""
 
-    epoch: int = 0  # epochs finished
-    metrics: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch
-
-
-def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Linear warm-up from lr / warmup_steps, then a cosine to 0 at the last step.
-
-    Source: the authors' `cosine_lr`; Appendix J.2.1 gives the cosine.
-
-    >>> o = Optim(lr=1.0, weight_decay=0, epochs=1, batch_size=2, warmup_steps=2, clip_norm=1, label_smoothing=0,
-    ...           mixup=0)
-    >>> [round(learning_rate(o, step, 6), 3) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
-    """
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    share = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    return optim.lr * (1 + math.cos(math.pi * share)) / 2
+    finite: bool  # False: the loss stopped being a number, which ended it at once
+    weights: dict[str, dict[str, Tensor]]  # by kind: raw, ema_<decay>, swa; none where it diverged
+    best: dict[str, dict[str, int]]  # by kind, where the best was kept: step, correct, n
 
 
 def epoch_order(n: int, run_seed: int, epoch: int) -> Tensor:
@@ -50,97 +46,210 @@ def epoch_order(n: int, run_seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed(run_seed, "order", epoch)))
 
 
-def save_state(path: Path, model: Classifier, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write all that a restart needs, whole or not at all."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(progress)}
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-
-
-def load_state(path: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> Progress:
-    """Continue from a saved state, or from the beginning where there is none.
+def lengths(optim: Optim, n: int) -> tuple[int, int]:
+    """Steps of an epoch, whose last incomplete batch is dropped, and of the whole training.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: a batch larger than the training set.
     """
-    if not path.exists():
-        return Progress()
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises anything from EOFError to UnpicklingError for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"training state {path} is damaged ({reason}): delete the file to start this row anew"
-        ) from None
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return Progress(**state["progress"])
+    steps_per_epoch = n // optim.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(f"optim.batch_size={optim.batch_size} is more than the {n} training images")
+    return steps_per_epoch, optim.steps or optim.epochs * steps_per_epoch
+
+
+def mixing(optim: Optim, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """timm's mixup and CutMix of a batch, which also smooth the labels; one coefficient a batch."""
+    return Mixup(
+        optim.mixup,
+        optim.cutmix,
+        prob=float(optim.mixup > 0 or optim.cutmix > 0),
+        label_smoothing=optim.label_smoothing,
+        num_classes=classes,
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a batch, and its gradient in the parameters' `.grad`."""
+
+    network: nn.Module
+    optim: Optim
+    micro_batch: int | None
+    autocast: torch.dtype | None
+    scaler: torch.amp.GradScaler
+    distill: Distill | None
+    teacher: Callable[[Tensor], Tensor] | None
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean over some images."""
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = self.network(images).float()
+        labels = classification_loss(self.optim, logits, targets)
+        if self.distill is None or self.teacher is None:
+            return labels
+        taught = distillation_loss(logits, self.teacher(images), self.distill.temperature)
+        return self.distill.weight * taught + (1 - self.distill.weight) * labels
+
+    def gradient(self, images: Tensor, targets: Tensor, processes: Processes, *, shared: bool = True) -> Tensor:
+        """This process's part of the mean loss over the batch of all processes; gradients in place of earlier ones.
+
+        Args:
+            images: (b, 3, H, W), this process's share.
+            targets: (b, C).
+            processes: gradients are averaged over them, hence the factor W.
+            shared: whether they are; without, each process has the gradient of its own share.
+        """
+        self.network.zero_grad()
+        total = torch.zeros((), device=images.device)
+        size = self.micro_batch or len(images)
+        parts = list(zip(images.split(size), targets.split(size), strict=True))
+        for i, (some, some_targets) in enumerate(parts):
+            with synchronised(self.network, shared and i == len(parts) - 1):
+                loss = self.loss(some, some_targets)
+                part = loss * (len(some) * processes.world / self.optim.batch_size)
+                self.scaler.scale(part).backward()
+            total += part.detach() / processes.world
+        return total
 
 
 def fine_tune(
     model: Classifier,
-    train: Split,
-    optim: Optim,
-    augment: Augment,
+    train: Images,
+    config: Experiment,
     *,
-    size: int,
     run_seed: int,
     folder: Path,
-    after_epoch: Callable[[int], None] = lambda epoch: None,
-) -> bool:
+    processes: Processes = ALONE,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    held_out: Callable[[Weights], tuple[int, int]] | None = None,
+    log: Callable[[dict[str, Any]], None] = lambda row: None,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> Trained:
     """Train `model` in place, from folder/state.pt where there is one.
 
     Args:
         model: with its initial weights; parameters without gradient stay as they are.
         train: the training images; the last incomplete batch of an epoch is dropped.
-        optim: optimiser, schedule, loss.
-        augment: of the training images.
-        size: side of the augmented images, pixels.
+        config: of the row: optimiser, schedule, loss, augmentation, regularisation, how it is computed.
         run_seed: of the data order, augmentation and mixup.
-        folder: state.pt and metrics.jsonl are written there after every epoch, whole or not at all.
-        after_epoch: called when an epoch is safely on disk.
-
-    Returns:
-        False if the loss stopped being a finite number, which ends training at once.
+        folder: state.pt is written there at the end of every epoch and every `compute.save_every` steps, and
+            metrics.jsonl, a row for every epoch and every look at held-out.
+        processes: this one among those that train the row together.
+        teacher: (b, 3, H, W) images to the (b, C) logits of the ensemble that is distilled.
+        held_out: weights to how many held-out images they get right, of how many; for `optim.evaluate_every`.
+        log: gets each row of metrics as it is made.
+        after_step: called with the number of steps taken, after what belongs to them is on disk.
 
     Raises:
         UserError: damaged state, full disk, or a batch larger than the training set.
+        InterruptedBySignalError: SIGTERM or SIGUSR1 came, and the state is saved.
     """
-    steps_per_epoch = len(train.labels) // optim.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(f"optim.batch_size={optim.batch_size} is more than the {len(train.labels)} training images")
+    optim, compute, sam = config.optim, config.compute, config.regularizer.sam
+    steps_per_epoch, steps = lengths(optim, len(train))
+    network = prepare(model, compute, processes)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, optim.weight_decay), lr=optim.lr)
-    progress = load_state(folder / "state.pt", model, optimizer)
-    transform = augmentation(augment, size)
-    classes = model.head.out_features
-    mixup = Mixup(  # with alpha 0 it only smooths the labels
-        optim.mixup, prob=float(optim.mixup > 0), label_smoothing=optim.label_smoothing, num_classes=classes
-    )
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=compute.precision == "fp16")
+    averages = Averages.of(model.state_dict(), config.regularizer, steps)
+    state = State(model, build(optim, model), averages, scaler)
+    state.load(folder / "state.pt")
+    progress = state.progress
+    autocast = None if compute.precision == "fp32" or compute.strategy == "fsdp" else DTYPES[compute.precision]
+    objective = Objective(network, optim, compute.micro_batch, autocast, scaler, config.regularizer.distill, teacher)
+    mixed = mixing(optim, model.head.out_features)
+    epochs = math.ceil(steps / steps_per_epoch)
 
     model.train()
-    for epoch in range(progress.epoch, optim.epochs):
-        order = epoch_order(len(train.labels), run_seed, epoch)
-        total = torch.zeros((), dtype=torch.float64)
-        for i, indices in enumerate(order.split(optim.batch_size)[:steps_per_epoch]):
-            step = epoch * steps_per_epoch + i
-            lr = learning_rate(optim, step, optim.epochs * steps_per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images = augmented_batch(train.images, indices, transform, run_seed, "image", epoch).float()
-            seed_globals(run_seed, "mixup", step)
-            images, targets = mixup(images, train.labels[indices])
-            loss = F.cross_entropy(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm or math.inf)
-            optimizer.step()
-            total += loss.detach()
-            if not math.isfinite(loss.item()):
-                return False
-        progress.epoch = epoch + 1
-        progress.metrics.append({"epoch": epoch + 1, "loss": total.item() / steps_per_epoch, "lr": lr})
-        save_state(folder / "state.pt", model, optimizer, progress)
-        write_jsonl(folder / "metrics.jsonl", progress.metrics)
-        after_epoch(epoch + 1)
-    return True
+    with Interruption().listening() as interruption:
+        for epoch in range(progress.step // steps_per_epoch, epochs):
+            start = epoch * steps_per_epoch
+            order = epoch_order(len(train), run_seed, epoch).split(optim.batch_size)
+            last = min(steps_per_epoch, steps - start)
+            own = [share(indices, processes) for indices in order[progress.step - start : last]]
+            transform = augmentation(augment_of_epoch(config.augment, epoch, epochs), config.model.image_size)
+            batches = training_batches(train, own, transform, (run_seed, "image", epoch), compute.loader_workers)
+            for indices, pixels in zip(own, batches, strict=True):
+                step = progress.step
+                lr = learning_rate(optim, step, steps)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = lr
+                seed_globals(run_seed, "mixup", step)
+                images, targets = mixed(pixels.float(), train.labels[indices])
+                batch = images.to(processes.device), targets.to(processes.device)
+                loss = objective.gradient(*batch, processes, shared=sam is None or sam.synchronised)
+                if sam is not None:
+                    with perturbed(trainable, sam.rho):
+                        objective.gradient(*batch, processes)
+                scaler.unscale_(state.optimizer)
+                torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm or math.inf)
+                scaler.step(state.optimizer)
+                scaler.update()
+                averages.update(model.state_dict(), step)
+                value = sum_over(loss).item()
+                if not math.isfinite(value):
+                    return Trained(False, {}, {})
+                progress.step += 1
+                progress.epoch_loss += value
+                for row in due_metrics(state, held_out, optim, (steps, steps_per_epoch), lr=lr):
+                    progress.metrics.append(row)
+                    log(row)
+                stop = any_of(interruption.signum is not None, processes)
+                if stop or _is_due(progress.step, steps, steps_per_epoch, compute.save_every):
+                    _keep(state, folder, processes)
+                if stop:
+                    interruption.end()
+                after_step(progress.step)
+    return _trained(state, optim)
+
+
+def _is_due(step: int, steps: int, steps_per_epoch: int, save_every: int) -> bool:
+    """Whether the state after this many steps is kept."""
+    return step == steps or step % steps_per_epoch == 0 or (save_every > 0 and step % save_every == 0)
+
+
+def _keep(state: State, folder: Path, processes: Processes) -> None:
+    """Write what a restart needs and what a reader may look at."""
+    state.save(folder / "state.pt", writes=processes.writes)
+    if processes.writes:
+        write_jsonl(folder / "metrics.jsonl", state.progress.metrics)
+
+
+def kinds_of_weights(state: State) -> dict[str, dict[str, Tensor]]:
+    """Whole weights on the CPU by kind: raw, then the averages; all processes must call it."""
+    averages = {
+        name: {key: whole(tensor) for key, tensor in tensors.items()}
+        for name, tensors in state.averages.weights().items()
+    }
+    return {RAW: {name: tensor.detach().cpu() for name, tensor in model_state(state.model).items()}} | averages
+
+
+def due_metrics(
+    state: State,
+    held_out: Callable[[Weights], tuple[int, int]] | None,
+    optim: Optim,
+    length: tuple[int, int],
+    *,
+    lr: float,
+) -> Iterator[dict[str, Any]]:
+    """The metrics that fall due after a step: of an epoch that ended, and of a look at held-out."""
+    progress, (steps, steps_per_epoch) = state.progress, length
+    if progress.step % steps_per_epoch == 0:
+        epoch = progress.step // steps_per_epoch
+        yield {"epoch": epoch, "loss": progress.epoch_loss / steps_per_epoch, "lr": lr}
+        progress.epoch_loss = 0.0
+    every = optim.evaluate_every
+    if held_out is None or not every or (progress.step % every and progress.step != steps):
+        return
+    for kind, weights in kinds_of_weights(state).items():
+        correct, n = held_out(weights)
+        yield {"step": progress.step, "weights": kind, "held_out_correct": correct, "held_out_n": n}
+        if optim.keep == "best" and (kind not in state.best or correct > state.best[kind].correct):
+            copy = {name: tensor.clone() for name, tensor in weights.items()}
+            state.best[kind] = Checkpoint(progress.step, correct, n, copy)
+
+
+def _trained(state: State, optim: Optim) -> Trained:
+    if optim.keep == "best":
+        best = {k: {"step": c.step, "correct": c.correct, "n": c.n} for k, c in state.best.items()}
+        return Trained(True, {kind: checkpoint.weights for kind, checkpoint in state.best.items()}, best)
+    return Trained(True, {k: {n: t.clone() for n, t in w.items()} for k, w in kinds_of_weights(state).items()}, {})

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from configs.schema import Experiment
 from finetune.rows import identity, row_config
-from finetune.train import initialise, train_row
+from finetune.train import initialise, teachers, train_row
 from store.atomic import read_jsonl
 from store.runs import RunFolder, finished, read_pool, write_manifest
 from store.workers import spread, use_threads
@@ -24,7 +24,7 @@ def describe(done: dict[str, Any]) -> str:
 
 def _epochs_done(run: RunFolder, rows: list[int]) -> int:
     logs = (run.ingredient(row) / "metrics.jsonl" for row in rows)
-    return sum(len(read_jsonl(log)) for log in logs if log.exists())
+    return sum("epoch" in line for log in logs if log.exists() for line in read_jsonl(log))
 
 
 def train_sweep(config: Experiment, console: Console | None = None) -> None:
@@ -37,16 +37,18 @@ def train_sweep(config: Experiment, console: Console | None = None) -> None:
         console.print("fitting the initialisation ...")
     console.print(describe(initialise(config)))
     epochs = {row: row_config(config, row).optim.epochs for row in rows}
-    # The longest first, so that no worker is left alone with one at the end.
+    # The longest first, so that no worker is left alone with one at the end; those that are distilled after the others.
     order = sorted(rows, key=lambda row: (-epochs[row], row))
-    spread(
-        f"fine-tuning {len(rows)} models, epochs",
-        [partial(train_row, config, row) for row in order],
-        workers=config.cluster.workers,
-        threads=config.cluster.threads,
-        units=sum(epochs.values()),
-        done_units=lambda: _epochs_done(run, rows),
-        report=describe,
-        console=console,
-    )
+    first = [row for row in order if not teachers(config, row)]
+    for title, some in (("fine-tuning", first), ("distilling", [row for row in order if row not in first])):
+        spread(
+            f"{title} {len(some)} models, epochs",
+            [partial(train_row, config, row) for row in some],
+            workers=config.cluster.workers,
+            threads=config.cluster.threads,
+            units=sum(epochs[row] for row in some),
+            done_units=partial(_epochs_done, run, some),
+            report=describe,
+            console=console,
+        )
     write_manifest(run, read_pool(run, config.sweep.size))

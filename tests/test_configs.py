@@ -39,7 +39,7 @@ def test_every_experiment_file_is_global_and_carries_its_command(name):
         ("recipes=[greedy]", "must contain best"),
         ("recipe=stew", "recipe: Input should be 'best'"),
         ("name='../elsewhere'", "name: String should match"),
-        ("optim.lr=0.001", "optim.lr is drawn by the sweep"),
+        ("optim.lr=0.001", "optim.lr is varied by the sweep"),
     ],
 )
 def test_a_wrong_setting_is_named(override, words):
@@ -51,7 +51,7 @@ def test_a_wrong_setting_is_named(override, words):
 def test_a_drawn_field_can_be_fixed_by_taking_it_out_of_the_draw():
     config = load("demo", "optim.lr=0.001", "~sweep.draw.optim.lr")
     assert config.optim.lr == 0.001
-    assert "optim.lr" not in config.sweep.drawn
+    assert "optim.lr" not in config.sweep.varied
 
 
 def test_a_config_cannot_be_changed_after_it_was_parsed():

@@ -12,8 +12,10 @@ from configs.chance import seed_globals
 from configs.errors import UserError
 from configs.schema import load
 from configs.training import Augment
-from finetune.augment import augmentation, augmented_batch
-from finetune.loop import epoch_order, fine_tune, learning_rate
+from finetune.augment import augmentation
+from finetune.batches import training_batches
+from finetune.loop import epoch_order, fine_tune
+from finetune.optimisers import learning_rate
 from models.classifier import Classifier, pretrained, zero_shot_head
 from models.probe import linear_probe
 from tasks.load import class_names, load_split
@@ -39,25 +41,32 @@ def model(config):
 
 
 def run(model, train, config, folder, **changes):
-    optim = replace(config.optim, **{"epochs": 2} | {k: v for k, v in changes.items() if k != "after_epoch"})
-    after = {"after_epoch": changes["after_epoch"]} if "after_epoch" in changes else {}
-    return fine_tune(model, train, optim, MINIMAL, size=64, run_seed=1, folder=folder, **after)
+    """Train with changed settings of the optimiser, or of other groups and calls where they are named so."""
+    calls = {k: changes.pop(k) for k in ("after_step", "teacher", "held_out", "processes", "log") if k in changes}
+    groups = {k: changes.pop(k) for k in ("augment", "regularizer", "compute") if k in changes}
+    optim = replace(config.optim, **{"epochs": 2} | changes)
+    settings = replace(config, **{"optim": optim, "augment": MINIMAL} | groups)
+    return fine_tune(model, train, settings, run_seed=1, folder=folder, **calls)
+
+
+def batch_of(train, indices, transform, *key):
+    return next(training_batches(train, [torch.tensor(list(indices))], transform, key, 0))
 
 
 @pytest.mark.parametrize("augment", [MINIMAL, STRONG], ids=["minimal", "rand"])
 def test_a_sample_looks_the_same_whatever_was_made_before_it(train, augment):
     transform = augmentation(augment, 64)
-    together = augmented_batch(train.images, torch.tensor([3, 7, 11]), transform, "run", 0)
-    alone = augmented_batch(train.images, torch.tensor([11]), transform, "run", 0)
+    together = batch_of(train, [3, 7, 11], transform, "run", 0)
+    alone = batch_of(train, [11], transform, "run", 0)
     assert together.dtype == torch.uint8
     assert together.shape == (3, 3, 64, 64)
     assert torch.equal(together[2], alone[0])
 
 
 def test_a_sample_looks_different_in_another_epoch_and_under_a_stronger_augmentation(train):
-    first, second = (augmented_batch(train.images, torch.arange(8), augmentation(STRONG, 64), "run", e) for e in (0, 1))
+    first, second = (batch_of(train, range(8), augmentation(STRONG, 64), "run", e) for e in (0, 1))
     assert not torch.equal(first, second)
-    weak = augmented_batch(train.images, torch.arange(8), augmentation(MINIMAL, 64), "run", 0)
+    weak = batch_of(train, range(8), augmentation(MINIMAL, 64), "run", 0)
     original = train.images[:8].float()
     assert (weak.float() - original).abs().mean() < (first.float() - original).abs().mean()
 
@@ -90,10 +99,7 @@ def test_training_lowers_the_loss_and_moves_only_what_has_a_gradient(model, trai
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses = []
 
-    def note(epoch):
-        losses.append(torch.load(tmp_path / "state.pt", weights_only=True)["progress"]["metrics"][-1]["loss"])
-
-    assert run(model, train, config, tmp_path, epochs=3, after_epoch=note)
+    assert run(model, train, config, tmp_path, epochs=3, log=lambda row: losses.append(row["loss"])).finite
     assert losses[-1] < losses[0]
     after = model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -108,18 +114,19 @@ def test_an_interrupted_run_ends_with_the_same_bits(config, train, tmp_path):
     class KilledError(Exception):
         pass
 
-    def die(epoch):
-        raise KilledError
+    def die(step):
+        if step == 5:
+            raise KilledError
 
-    names = class_names(config.task)
+    names, often = class_names(config.task), replace(config.compute, save_every=2)
     whole = pretrained(config.model, names)
     run(whole, train, config, tmp_path / "whole", mixup=0.3)
     with pytest.raises(KilledError):
-        run(pretrained(config.model, names), train, config, tmp_path / "cut", mixup=0.3, after_epoch=die)
+        run(pretrained(config.model, names), train, config, tmp_path / "cut", mixup=0.3, compute=often, after_step=die)
     resumed = pretrained(config.model, names)
-    epochs = []
-    run(resumed, train, config, tmp_path / "cut", mixup=0.3, after_epoch=epochs.append)
-    assert epochs == [2]
+    steps = []
+    run(resumed, train, config, tmp_path / "cut", mixup=0.3, compute=often, after_step=steps.append)
+    assert steps[0] == 5  # the state after step 4 was kept
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
@@ -138,7 +145,7 @@ def test_every_setting_of_the_sweep_changes_the_weights(config, train, tmp_path,
 def test_a_loss_that_is_not_finite_ends_training_and_says_so(model, train, config, tmp_path):
     with torch.no_grad():
         model.head.bias[0] = math.inf
-    assert run(model, train, config, tmp_path) is False
+    assert not run(model, train, config, tmp_path).finite
 
 
 def test_a_damaged_state_is_named(model, train, config, tmp_path):

@@ -56,7 +56,7 @@ def test_drawn_values_land_in_the_row_and_within_the_sweeps_bounds():
     config = load("demo", "sweep.rows=40")
     for row in range(1, 41):
         optim = row_config(config, row).optim
-        law = config.sweep.drawn["optim.lr"]
+        law = config.sweep.draw["optim"]["lr"]
         assert 10**law.low <= optim.lr < 10**law.high
         assert optim.lr == draw(config, row)["optim.lr"]
 
@@ -73,7 +73,7 @@ def test_a_row_is_identified_by_what_changes_its_weights_and_by_nothing_else():
 def test_a_sweep_over_a_field_that_does_not_exist_is_refused():
     config = load("demo")
     sweep = replace(config.sweep, draw={"optim": {"learning_rate": Integers(kind="integers", low=1, high=2)}})
-    with pytest.raises(UserError, match=r"sweep.draw names optim.learning_rate"):
+    with pytest.raises(UserError, match=r"the sweep varies optim.learning_rate"):
         row_config(replace(config, sweep=sweep), 1)
 
 

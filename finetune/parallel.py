@@ -1,0 +1,164 @@
+"""One process or several: who takes which images, how gradients meet, and states that do not depend on how many."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from configs.errors import UserError
+from configs.training import Compute
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train one row."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the one that writes files."""
+        return self.rank == 0
+
+
+def start_processes() -> Processes:
+    """Join the processes that torchrun started, or be alone; each takes the GPU of its local rank where there are some.
+
+    Source: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
+    """
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(int(os.environ.get("RANK", "0")), world, device)
+
+
+def share(indices: Tensor, processes: Processes) -> Tensor:
+    """The part of a batch that is this process's: every W-th image of the first half, and their partners.
+
+    Mixup pairs image i of a batch of B with image B - 1 - i. Each process gets whole pairs, in an order in which its
+    part pairs them in the same way, so that all processes together see the very batch that one alone would see.
+
+    Args:
+        indices: (B,), B even.
+        processes: this one among W.
+
+    >>> share(torch.arange(6), Processes(1, 2, torch.device("cpu")))
+    tensor([1, 4])
+    """
+    first = torch.arange(processes.rank, len(indices) // 2, processes.world)
+    return indices[torch.cat([first, len(indices) - 1 - first.flip(0)])]
+
+
+def prepare(model: nn.Module, compute: Compute, processes: Processes) -> nn.Module:
+    """The network whose forward pass trains `model`: on its device, copied or sharded over processes, compiled.
+
+    Raises:
+        UserError: sharding without several processes.
+    """
+    model.to(processes.device)
+    network: nn.Module = model
+    if compute.strategy == "fsdp":
+        if not dist.is_initialized():
+            raise UserError("compute.strategy=fsdp shards over several processes: start with torchrun, or choose ddp")
+        kind = DTYPES[compute.precision]
+        policy = MixedPrecisionPolicy(kind, torch.float32) if compute.precision != "fp32" else MixedPrecisionPolicy()
+        for block in blocks(model):
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    if compute.compile:
+        network = torch.compile(network)  # type: ignore[assignment]  # torch types it as a callable
+    if compute.strategy == "ddp" and processes.world > 1:
+        network = DistributedDataParallel(network)
+    return network
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network, which are gathered one at a time: the members of its longest lists."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    longest = max((len(module) for module in lists), default=0)
+    return [block for module in lists if len(module) == longest and longest > 2 for block in module.children()]
+
+
+@contextmanager
+def synchronised(network: nn.Module, on: bool) -> Iterator[None]:
+    """Whether backward passes inside sum gradients over processes; the last one of a step does."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(on)
+        yield
+        return
+    with nullcontext() if on or not isinstance(network, DistributedDataParallel) else network.no_sync():
+        yield
+
+
+def sum_over(value: Tensor) -> Tensor:
+    """The sum over processes of a number that each has a part of."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def any_of(flag: bool, processes: Processes) -> bool:
+    """Whether it is so on some process; all must ask."""
+    if processes.world == 1:
+        return flag
+    return bool(sum_over(torch.tensor(float(flag), device=processes.device)).item())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, gathered where it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def spread_like(tensor: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor as another is: on its device, sharded where that is."""
+    if isinstance(target, DTensor):
+        return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+    return tensor.to(target.device)
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights by name, whatever the number of processes."""
+    if not dist.is_initialized():
+        return model.state_dict()
+    return {name: torch.as_tensor(tensor) for name, tensor in get_model_state_dict(model, options=WHOLE).items()}
+
+
+def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """The inverse of `model_state`."""
+    if dist.is_initialized():
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(state)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Whole moments by the names of the parameters."""
+    return get_optimizer_state_dict(model, optimizer, options=WHOLE)
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of `optimizer_state`."""
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
