@@ -76,8 +76,6 @@ class Optim:
         """A best checkpoint needs evaluations to be the best of."""
         if self.keep == "best" and self.evaluate_every == 0:
             raise ValueError("optim.keep=best needs optim.evaluate_every")
-        if self.cycles > 1 and self.schedule != "cosine_restarts":
-            raise ValueError("optim.cycles is of schedule=cosine_restarts")
         return self
 
 
