@@ -1,0 +1,320 @@
+"""Every optimiser, schedule, loss, augmentation and regulariser does what its name says, and not nothing."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from configs.chance import seed_globals
+from configs.errors import UserError
+from configs.schema import load
+from configs.training import Augment, Distill, Optim, Regularizer, Sam, Swa
+from finetune.augment import augment_of_epoch, augmentation
+from finetune.averages import Averages
+from finetune.loop import fine_tune
+from finetune.losses import classification_loss, distillation_loss
+from finetune.optimisers import build, learning_rate
+from finetune.parallel import Processes, share
+from finetune.sharpness import perturbed
+from models.classifier import pretrained
+from tasks.load import class_names, load_split
+
+OPTIM = Optim(
+    lr=0.1, weight_decay=0.0, epochs=1, batch_size=2, warmup_steps=0, clip_norm=None, label_smoothing=0.0, mixup=0.0
+)
+SOME = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -2.0]])
+
+
+@pytest.fixture(scope="module")
+def config():
+    torch.set_num_threads(1)
+    return load("demo_tiny")
+
+
+@pytest.fixture(scope="module")
+def train(config):
+    return load_split(config.task, "train")
+
+
+def train_some(config, train, folder, *, optim=None, groups=None, **calls):
+    model = pretrained(config.model, class_names(config.task))
+    settings = replace(config, optim=replace(config.optim, **{"steps": 3} | (optim or {})), **(groups or {}))
+    return fine_tune(model, train, settings, run_seed=1, folder=folder, **calls)
+
+
+def distance(one, two):
+    return max((one[name].double() - two[name].double()).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def plain(config, train, tmp_path_factory):
+    return train_some(config, train, tmp_path_factory.mktemp("plain")).weights["raw"]
+
+
+# One step on w = 1 with gradient 2 and lr 0.1, worked out by hand from each method's definition.
+@pytest.mark.parametrize(
+    ("kind", "after"),
+    [
+        ("sgd", 1 - 0.1 * 2),
+        ("adam", 1 - 0.1),  # bias-corrected moments cancel: the sign of the gradient
+        ("adamw", 1 - 0.1),
+        ("rmsprop", 1 - 0.1 * 2 / math.sqrt(0.01 * 4)),
+        ("adafactor", 1 - 0.1),  # the update has root mean square 1, the step is lr x max(1e-3, |w|)
+    ],
+)
+def test_each_optimiser_takes_the_step_of_its_definition(kind, after):
+    layer = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    optimizer = build(replace(OPTIM, kind=kind), layer)
+    layer.weight.grad = torch.tensor([[2.0]])
+    optimizer.step()
+    assert layer.weight.item() == pytest.approx(after, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "rmsprop", "adafactor"])
+def test_every_optimiser_decays_matrices_and_spares_biases(kind):
+    moved = []
+    for decay in (0.0, 0.5):
+        layer = torch.nn.Linear(2, 2)
+        with torch.no_grad():
+            layer.weight.fill_(1.0)
+            layer.bias.fill_(1.0)
+        optimizer = build(replace(OPTIM, kind=kind, weight_decay=decay), layer)
+        layer.weight.grad, layer.bias.grad = torch.full((2, 2), 0.1), torch.full((2,), 0.1)
+        optimizer.step()
+        optimizer.step()
+        moved.append((layer.weight.detach().clone(), layer.bias.detach().clone()))
+    assert not torch.allclose(moved[0][0], moved[1][0])
+    assert torch.equal(moved[0][1], moved[1][1])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop", "adafactor"])
+def test_the_optimiser_of_the_config_is_the_one_that_trains(kind, config, train, plain, tmp_path):
+    other = train_some(config, train, tmp_path, optim={"kind": kind}).weights["raw"]
+    assert distance(plain, other) > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [1.0] * 8),
+        ("linear", [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("cosine", [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]),
+        ("cosine_restarts", 2 * [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
+    ],
+)
+def test_schedules_are_their_closed_forms_after_the_warm_up(schedule, rates):
+    optim = replace(OPTIM, lr=1.0, schedule=schedule, cycles=2, warmup_steps=2)
+    assert [learning_rate(optim, step, 10) for step in range(10)] == pytest.approx([0.5, 1.0, *rates])
+
+
+def test_binary_cross_entropy_asks_of_every_class_on_its_own():
+    targets = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.7, 0.3]])
+    by_hand = -(targets * SOME.sigmoid().log() + (1 - targets) * (1 - SOME.sigmoid()).log()).sum() / 2
+    assert classification_loss(replace(OPTIM, loss="bce"), SOME, targets).item() == pytest.approx(by_hand.item())
+    softmax = -(targets * SOME.log_softmax(dim=1)).sum() / 2
+    assert classification_loss(OPTIM, SOME, targets).item() == pytest.approx(softmax.item())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_at_equal_logits_is_the_entropy_of_the_teacher(temperature):
+    shares = (SOME / temperature).softmax(dim=1)
+    entropy = -(shares * shares.log()).sum(dim=1).mean()
+    found = distillation_loss(SOME, SOME, temperature)
+    assert found.item() == pytest.approx(temperature**2 * entropy.item())
+    assert distillation_loss(SOME + torch.tensor([1.0, 0, 0]), SOME, temperature) > found
+
+
+def test_distillation_follows_its_teacher_and_its_weight(config, train, plain, tmp_path):
+    classes = len(class_names(config.task))
+    teacher = lambda images: 20 * F.one_hot(torch.zeros(len(images), dtype=torch.long), classes).float()  # noqa: E731
+    taught = {
+        weight: train_some(
+            config,
+            train,
+            tmp_path / str(weight),
+            groups={"regularizer": Regularizer(distill=Distill(rows=(1,), weight=weight))},
+            teacher=teacher,
+        ).weights["raw"]
+        for weight in (0.0, 1.0)
+    }
+    assert distance(plain, taught[0.0]) == 0
+    assert taught[1.0]["head.bias"].argmax() == 0
+
+
+def test_an_ema_is_its_closed_form_at_several_decays_at_once():
+    values = [1.0, 3.0, -2.0, 5.0]
+    averages = Averages.of({"w": torch.tensor([values[0]])}, Regularizer(ema=(0.9, 0.5)), steps=3)
+    for step, value in enumerate(values[1:]):
+        averages.update({"w": torch.tensor([value])}, step)
+    for decay in (0.9, 0.5):
+        closed = decay**3 * values[0] + sum((1 - decay) * decay ** (3 - i) * values[i] for i in (1, 2, 3))
+        assert averages.weights()[f"ema_{decay}"]["w"].item() == pytest.approx(closed)
+
+
+def test_swa_is_the_plain_mean_of_the_models_from_its_start_on():
+    averages = Averages.of({"w": torch.zeros(1)}, Regularizer(swa=Swa(start=0.5, every=2)), steps=8)
+    for step in range(8):
+        averages.update({"w": torch.tensor([float(10**step)])}, step)
+    assert averages.weights()["swa"]["w"].item() == pytest.approx((10**4 + 10**6) / 2)
+
+
+def test_averages_of_a_training_are_kept_beside_its_last_weights(config, train, plain, tmp_path):
+    regularizer = Regularizer(ema=(0.5,), swa=Swa(start=0.0, every=1))
+    found = train_some(config, train, tmp_path, groups={"regularizer": regularizer}).weights
+    assert list(found) == ["raw", "ema_0.5", "swa"]
+    assert distance(plain, found["raw"]) == 0
+    assert distance(found["raw"], found["ema_0.5"]) > 0
+    assert distance(found["swa"], found["ema_0.5"]) > 0
+
+
+def test_sam_takes_its_gradient_at_the_perturbed_point_and_puts_the_weights_back():
+    one, two = (torch.nn.Parameter(torch.tensor([value])) for value in (3.0, 4.0))
+    (one**2 + two**2).backward()  # gradient (6, 8), length 10
+    with perturbed([one, two], rho=0.5):
+        assert (one.item(), two.item()) == pytest.approx((3.3, 4.4))
+        one.grad = two.grad = None
+        (one**2 + two**2).backward()
+    assert (one.item(), two.item()) == (3.0, 4.0)
+    assert (one.grad.item(), two.grad.item()) == pytest.approx((6.6, 8.8))
+
+
+def test_sam_puts_the_weights_back_after_an_error_and_stands_still_without_a_gradient():
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    weight.grad = torch.zeros(1)
+    with pytest.raises(KeyError), perturbed([weight], rho=1.0):
+        assert weight.item() == 3.0
+        weight.data.fill_(7.0)
+        raise KeyError
+    assert weight.item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("optim", "groups"),
+    [
+        ({"loss": "bce"}, {}),
+        ({"cutmix": 1.0}, {}),
+        ({"clip_norm": 0.01}, {}),
+        ({"momentum": 0.5, "kind": "sgd"}, {}),
+        ({}, {"regularizer": Regularizer(sam=Sam(rho=0.5, synchronised=True))}),
+        ({}, {"augment": Augment(kind="medium", crop=0.5, color_jitter=0.4)}),
+        ({}, {"augment": Augment(kind="auto", crop=0.9)}),
+    ],
+    ids=["bce", "cutmix", "clip", "momentum", "sam", "medium", "auto"],
+)
+def test_every_switch_changes_the_training(optim, groups, plain, tmp_path):
+    config = load("demo_tiny")
+    found = train_some(config, load_split(config.task, "train"), tmp_path, optim=optim, groups=groups)
+    assert distance(plain, found.weights["raw"]) > 0
+
+
+def test_lower_precision_trains_nearly_the_same(config, train, plain, tmp_path):
+    compute = replace(config.compute, precision="bf16")
+    found = train_some(config, train, tmp_path, groups={"compute": compute}).weights["raw"]
+    assert 0 < distance(plain, found) < 0.2
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(mixup, config, train, tmp_path):
+    found = [
+        train_some(
+            config,
+            train,
+            tmp_path / str(size),
+            optim={"mixup": mixup, "kind": "sgd"},
+            groups={"compute": replace(config.compute, micro_batch=size)},
+        ).weights["raw"]
+        for size in (None, 5)
+    ]
+    assert 0 < distance(*found) < 1e-5
+
+
+def test_the_best_look_at_held_out_is_kept_for_each_kind_of_weights(config, train, tmp_path):
+    scores = iter([3, 5, 9, 1, 4, 2, 5, 5])  # raw, ema; raw, ema; ... after steps 1, 2, 3, 4
+    rows = []
+    trained = train_some(
+        config,
+        train,
+        tmp_path,
+        optim={"evaluate_every": 1, "keep": "best", "steps": 4},
+        groups={"regularizer": Regularizer(ema=(0.5,))},
+        held_out=lambda weights: (next(scores), 10),
+        log=rows.append,
+    )
+    assert trained.best == {
+        "raw": {"step": 2, "correct": 9, "n": 10},
+        "ema_0.5": {"step": 1, "correct": 5, "n": 10},
+    }
+    looked = [row for row in rows if "weights" in row]
+    assert [row["step"] for row in looked] == [1, 1, 2, 2, 3, 3, 4, 4]
+    later = iter([9, 1])
+    two_steps = train_some(config, train, tmp_path / "two", optim={"steps": 2, "schedule": "constant"})
+    four = train_some(
+        config,
+        train,
+        tmp_path / "four",
+        optim={"evaluate_every": 2, "keep": "best", "steps": 4, "schedule": "constant"},
+        held_out=lambda weights: (next(later), 10),
+    )
+    assert distance(two_steps.weights["raw"], four.weights["raw"]) == 0
+
+
+def test_fix_aug_switches_at_the_last_epoch_and_only_then():
+    strong = Augment(kind="rand", crop=0.5, layers=2, magnitude=9, last_epochs_minimal=1)
+    kinds = [augment_of_epoch(strong, epoch, 5) for epoch in range(5)]
+    assert kinds[:4] == [strong] * 4
+    assert (kinds[4].kind, kinds[4].crop) == ("minimal", 0.9)
+
+
+def test_fix_aug_leaves_all_but_the_last_epoch_as_it_was(config, train, tmp_path):
+    augment = Augment(kind="rand", crop=0.5, layers=2, magnitude=9)
+    losses = {}
+    for last in (0, 1):
+        rows = []
+        groups = {"augment": replace(augment, last_epochs_minimal=last)}
+        optim = {"steps": None, "epochs": 2}
+        train_some(config, train, tmp_path / str(last), optim=optim, groups=groups, log=rows.append)
+        losses[last] = [row["loss"] for row in rows]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
+
+
+def test_stochastic_augmentation_takes_each_of_its_kinds_about_equally_often():
+    small = [Augment(kind="minimal", crop=crop) for crop in (1.0, 0.02)]
+    transform = augmentation(Augment(kind="stochastic", among=small), 16)
+    image = Image.fromarray(np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8))
+    widths = []
+    for sample in range(200):
+        seed_globals(sample)
+        widths.append(int(np.ptp(np.asarray(transform(image)).astype(int))) > 200)
+    assert 70 < sum(widths) < 160
+
+
+def test_a_share_of_a_batch_keeps_mixups_pairs_and_shares_make_up_the_batch():
+    batch = torch.arange(100, 114)
+    for world in (1, 2, 3):
+        parts = [share(batch, Processes(rank, world, torch.device("cpu"))) for rank in range(world)]
+        assert sorted(itertools.chain(*(part.tolist() for part in parts))) == batch.tolist()
+        for part in parts:
+            assert ((part + part.flip(0)) == 213).all()  # image i with image B - 1 - i
+    assert torch.equal(share(batch, Processes(0, 1, torch.device("cpu"))), batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["optim.keep=best"], "optim.keep=best needs optim.evaluate_every"),
+        (["regularizer.ingredient=swa"], "regularizer.ingredient=swa is not made"),
+        (["augment.kind=stochastic", "~sweep.draw.augment"], "augment.among"),
+        (["model.kind=timm"], "model.kind=timm needs model.name"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        load("demo_tiny", *changes)
