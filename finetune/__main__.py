@@ -8,6 +8,7 @@ Row 0 is the initialisation. Without sweep.index all rows that are not done are 
 
 from configs.cli import entry_point
 from configs.schema import Experiment
+from finetune.parallel import end_processes, start_processes
 from finetune.sweep import describe, train_sweep
 from finetune.train import train_row
 from store.workers import use_threads
@@ -19,7 +20,10 @@ def run(config: Experiment) -> None:
     if config.sweep.index is None:
         train_sweep(config)
     else:
-        print(describe(train_row(config, config.sweep.index)))
+        done = train_row(config, config.sweep.index)
+        if start_processes().writes:
+            print(describe(done))
+        end_processes()
 
 
 if __name__ == "__main__":

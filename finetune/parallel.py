@@ -55,6 +55,13 @@ def start_processes() -> Processes:
     return Processes(int(os.environ.get("RANK", "0")), world, device)
 
 
+def end_processes() -> None:
+    """Wait for the others, which may still read or write, and part."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def share(indices: Tensor, processes: Processes) -> Tensor:
     """The part of a batch that is this process's: every W-th image of the first half, and their partners.
 
@@ -84,6 +91,7 @@ def prepare(model: nn.Module, compute: Compute, processes: Processes) -> nn.Modu
         if not dist.is_initialized():
             raise UserError("compute.strategy=fsdp shards over several processes: start with torchrun, or choose ddp")
         kind = DTYPES[compute.precision]
+        model.to(memory_format=torch.contiguous_format)  # no other can be sharded
         policy = MixedPrecisionPolicy(kind, torch.float32) if compute.precision != "fp32" else MixedPrecisionPolicy()
         for block in blocks(model):
             fully_shard(block, mp_policy=policy)
