@@ -25,7 +25,6 @@ from configs.training import (
     Probability,
     Regularizer,
     Sweep,
-    Tracking,
     closed,
 )
 
@@ -63,18 +62,14 @@ class Paths:
 class Task:
     """configs/task/*.yaml: what is learned, what selects and what reports."""
 
-    kind: Literal["emoji", "image_folders"]
-    folder: Path  # the data; of image_folders, <folder>/<split>/<class>/<image>
+    kind: Literal["emoji"]
+    folder: Path  # the data
     train: str
     held_out: str  # selects: greedy order, best individual, regularisation
     test: str  # reports
     shifts: tuple[str, ...]  # report; their unweighted mean is the "shift mean" (Section 3.1)
     bootstrap_unit: Literal["class", "image"] = "image"  # what intervals resample; class where images share concepts
     classes: Annotated[int | None, Field(ge=2)] = None  # only the first n classes; for tests
-    num_classes: Annotated[int | None, Field(ge=2)] = None  # of image_folders: how many there must be
-    names: Literal["folders", "imagenet"] = (
-        "folders"  # of image_folders: class names, from folders or CLIP's for ImageNet
-    )
 
     @model_validator(mode="after")
     def selects_and_reports_apart(self) -> "Task":
@@ -159,7 +154,6 @@ class Experiment:
     augment: Augment
     regularizer: Regularizer
     compute: Compute
-    tracking: Tracking
     sweep: Sweep
     recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
     recipe: Recipe | None = None  # cook this one only

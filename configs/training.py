@@ -21,31 +21,14 @@ Group = Literal["model", "optim", "augment", "regularizer"]  # what a sweep may 
 class Model:
     """configs/model/*.yaml"""
 
-    kind: Literal["emoji_clip", "open_clip", "timm", "hugging_face"]
-    name: str | None = None  # as the library takes it; the embedded model has none
-    pretrained: str | None = None  # of open_clip: the tag of the weights; of hugging_face: a revision
-    weights: Path | None = None  # a local file of the pretrained weights, for machines without internet
-    proxy_for: str  # the paper's model in whose place it stands; empty where it is that model
-    image_size: Count  # pixels, square, in training
-    eval_size: Count | None = None  # pixels, square, in evaluation; as in training where null
-    head: Literal["linear_probe", "zero_shot", "random"]  # the initialisation of the classifier (Section 3.1)
-    templates: Literal["own", "openai"] = "own"  # prompts of the zero-shot head; openai: CLIP's 80 for ImageNet
+    kind: Literal["emoji_clip"]
+    weights: Path  # the pretrained model
+    proxy_for: str  # the paper's model in whose place it stands
+    image_size: Count  # pixels, square
+    head: Literal["linear_probe", "zero_shot"]  # the initialisation of the classifier (Section 3.1)
     train_head: bool = True  # false: the head stays as it was initialised (Appendix E)
-    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # of the embedded model: stem and stages without gradient
-    batch_norm: Literal["frozen", "trained"] = "frozen"  # whether running statistics stay the pretrained ones
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # stem and this many stages get no gradient; 0: end to end
     probe_c: tuple[Positive, ...]  # inverse regularisation of the linear probe; the best on held-out is taken
-
-    @model_validator(mode="after")
-    def has_a_name(self) -> "Model":
-        """Every library needs to know which network; the embedded one needs its weights."""
-        if self.kind == "emoji_clip" and self.weights is None:
-            raise ValueError("model.kind=emoji_clip needs model.weights")
-        if self.kind != "emoji_clip" and not self.name:
-            raise ValueError(f"model.kind={self.kind} needs model.name")
-        if self.frozen_stages and self.kind != "emoji_clip":
-            raise ValueError("model.frozen_stages is known of the embedded model only")
-        return self
 
 
 @closed
@@ -154,19 +137,8 @@ class Compute:
     micro_batch: Count | None  # images a forward pass on one process; null: all of the process's share at once
     strategy: Literal["ddp", "fsdp"]  # with several processes: whole copies, or sharded parameters (FSDP2)
     compile: bool  # torch.compile
-    channels_last: bool  # memory format of images and convolutions
     loader_workers: Natural  # processes that decode and augment, for each training process; 0: in the process itself
-    decoded_cache: bool  # keep decoded images of folders as one uint8 file, for transforms without randomness
     save_every: Natural  # steps between two states on disk; 0: at the end of each epoch only
-
-
-@closed
-class Tracking:
-    """configs/tracking/*.yaml; metrics.jsonl is always written."""
-
-    kind: Literal["none", "wandb"]
-    project: str = "model-soups"
-    mode: Literal["online", "offline"] = "online"
 
 
 @closed

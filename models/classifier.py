@@ -84,6 +84,7 @@ def pretrained(model: Model, class_names: tuple[str, ...]) -> Classifier:
     classifier = Classifier(tower, weight.shape[1], len(class_names), torch.tensor(MEAN), torch.tensor(STD))
     set_head(classifier, weight, bias)
     freeze_stages(classifier, model.frozen_stages)
+    classifier.head.requires_grad_(model.train_head)
     return classifier.to(memory_format=torch.channels_last)
 
 

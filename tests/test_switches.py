@@ -214,6 +214,14 @@ def test_every_switch_changes_the_training(optim, groups, plain, tmp_path):
     assert distance(plain, found.weights["raw"]) > 0
 
 
+def test_a_frozen_head_stays_as_it_was_initialised(train, tmp_path):
+    config = load("demo_tiny", "model.train_head=false")
+    start = pretrained(config.model, class_names(config.task)).state_dict()
+    found = train_some(config, train, tmp_path).weights["raw"]
+    assert torch.equal(found["head.weight"], start["head.weight"])
+    assert distance(start, found) > 0
+
+
 def test_lower_precision_trains_nearly_the_same(config, train, plain, tmp_path):
     compute = replace(config.compute, precision="bf16")
     found = train_some(config, train, tmp_path, groups={"compute": compute}).weights["raw"]
@@ -312,7 +320,6 @@ def test_a_share_of_a_batch_keeps_mixups_pairs_and_shares_make_up_the_batch():
         (["optim.keep=best"], "optim.keep=best needs optim.evaluate_every"),
         (["regularizer.ingredient=swa"], "regularizer.ingredient=swa is not made"),
         (["augment.kind=stochastic", "~sweep.draw.augment"], "augment.among"),
-        (["model.kind=timm"], "model.kind=timm needs model.name"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(changes, words):
