@@ -40,8 +40,8 @@ format: setup  ## mend what ruff can
 bench: setup  ## time of a training step beside its floor
 	@$(RUN) -m benchmarks.training
 
-bench-soups: setup  ## time and memory of averaging files beside other tools; MERGEKIT=python of an environment with it
-	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.learned
+bench-soups: setup  ## time and memory of averaging, learned soups and ensembles beside others; MERGEKIT=python of an environment with it
+	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.learned && $(RUN) -m benchmarks.ensembles
 
 results: seeds  ## renew the committed numbers in results/measured
 	@$(RUN) -m analysis experiment=demo_seeds paths.results=results/measured
