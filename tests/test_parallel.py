@@ -16,7 +16,7 @@ ROOT = CONFIGS.parent
 SETTINGS = ["experiment=demo_tiny", "sweep.rows=1", "~sweep.draw.optim.epochs", "optim.epochs=3"]
 SETTINGS += ["regularizer.ema=[0.9]", "~sweep.draw.optim.mixup", "optim.mixup=0.4", "~sweep.draw.optim.lr"]
 # The first steps of Adam go by the sign of a gradient, which noise decides where it is almost zero.
-SETTINGS += ["optim.kind=sgd", "optim.lr=0.002", "optim.clip_norm=null", "model.frozen_stages=0"]
+SETTINGS += ["optim.kind=sgd", "optim.lr=1e-4", "optim.clip_norm=null", "model.frozen_stages=0"]
 
 
 def finetune(runs, *settings, processes=1, row=1):
