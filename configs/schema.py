@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,6 +20,7 @@ from configs.training import (
     Compute,
     Count,
     Model,
+    Natural,
     NonNegative,
     Optim,
     Positive,
@@ -62,14 +64,22 @@ class Paths:
 class Task:
     """configs/task/*.yaml: what is learned, what selects and what reports."""
 
-    kind: Literal["emoji"]
-    folder: Path  # the data
+    kind: Literal["emoji", "image_folder"]
+    folder: Path  # the data; of image_folder: <folder>/<split>/<class>/<image>
+    folders: dict[str, str] = field(default_factory=dict, hash=False)  # of image_folder: split -> its folder, where not its name
+    num_classes: Annotated[int, Field(ge=2)]  # the data must have so many
+    names: str = "folder"  # of image_folder: class names; folder, imagenet (open_clip's), or a file with one a line
+    held_out_per_class: Count | None = None  # of image_folder: held-out is so many images of each class of train
+    held_out_index: Path | None = None  # of image_folder: the authors' npy, over train in the order of ImageFolder
     train: str
     held_out: str  # selects: greedy order, best individual, regularisation
     test: str  # reports
     shifts: tuple[str, ...]  # report; their unweighted mean is the "shift mean" (Section 3.1)
+    proxy_for: str | None = None  # the paper's data set in whose place it stands; named wherever its numbers are
     bootstrap_unit: Literal["class", "image"] = "image"  # what intervals resample; class where images share concepts
     classes: Annotated[int | None, Field(ge=2)] = None  # only the first n classes; for tests
+    parts: Annotated[int, Field(ge=1)] = 1  # of emoji: classes are dealt out to so many tasks (Appendix E in small),
+    part: Natural = 0  # and this is the one with every parts-th class from this one on
 
     @model_validator(mode="after")
     def selects_and_reports_apart(self) -> "Task":
@@ -78,7 +88,15 @@ class Task:
         twice = sorted({s for s in splits if splits.count(s) > 1})
         if twice:
             raise ValueError(f"each split has one role (train, held_out, test or shift), but {twice} has two")
+        if self.part >= self.parts:
+            raise ValueError(f"task.part={self.part} is not one of task.parts={self.parts}, counted from 0")
         return self
+
+    @property
+    def size(self) -> int:
+        """How many classes there are."""
+        ids = range(self.part, self.num_classes, self.parts)
+        return min(len(ids), self.classes or len(ids))
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -125,6 +143,24 @@ class Cooking:
 
 
 @closed
+class Tracking:
+    """configs/tracking/*.yaml: where metrics go beside metrics.jsonl."""
+
+    kind: Literal["none", "wandb"]
+    every: Count  # steps between two points of the loss curve
+    project: str | None = None  # of wandb
+    entity: str | None = None  # of wandb: user or team
+    mode: Literal["online", "offline"] = "online"  # of wandb; offline: `wandb sync` sends it later
+
+    @model_validator(mode="after")
+    def wandb_has_a_project(self) -> "Tracking":
+        """W&B sorts runs by project."""
+        if (self.kind == "wandb") != (self.project is not None):
+            raise ValueError("tracking.kind=wandb and tracking.project belong together")
+        return self
+
+
+@closed
 class Analysis:
     """How tables state their uncertainty."""
 
@@ -154,6 +190,7 @@ class Experiment:
     augment: Augment
     regularizer: Regularizer
     compute: Compute
+    tracking: Tracking
     sweep: Sweep
     recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
     recipe: Recipe | None = None  # cook this one only

@@ -14,21 +14,47 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
-Group = Literal["model", "optim", "augment", "regularizer"]  # what a sweep may vary
+EMBEDDED = ("emoji_clip", "imagenet_lite0")  # models of icons, from files of the project or of a package
+
+Group = Literal["task", "model", "optim", "augment", "regularizer"]  # what a sweep may vary
 
 
 @closed
 class Model:
-    """configs/model/*.yaml"""
+    """configs/model/*.yaml: a pretrained image tower, and the head that is put on it."""
 
-    kind: Literal["emoji_clip"]
-    weights: Path  # the pretrained model
-    proxy_for: str  # the paper's model in whose place it stands
-    image_size: Count  # pixels, square
-    head: Literal["linear_probe", "zero_shot"]  # the initialisation of the classifier (Section 3.1)
+    kind: Literal["emoji_clip", "imagenet_lite0", "open_clip", "timm", "transformers"]
+    name: str | None = None  # as the library of that name calls it; null for the two embedded kinds
+    pretrained: str | None = None  # of open_clip: which of the weights that it knows for `name`
+    weights: Path | None = None  # a local file or folder, in place of the library's download
+    proxy_for: str | None = None  # the paper's model in whose place it stands; named wherever its numbers are
+    image_size: Count  # pixels, square, of training crops
+    eval_size: Count | None = None  # pixels, square, at evaluation; null: image_size
+    eval_resize: Count | None = None  # to which an image is resized before the centre crop; null: eval_size
+    squash: bool = False  # at evaluation: resize both sides, not the shorter one
+    normalize: bool  # features have unit norm before the head, as the authors' wrapper around CLIP has it
+    head: Literal["linear_probe", "zero_shot", "random"]  # the initialisation of the classifier (Section 3.1)
+    templates: Literal["openai", "emoji", "name"]  # prompts of the zero-shot head: CLIP's 80, icons', the name alone
     train_head: bool = True  # false: the head stays as it was initialised (Appendix E)
-    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # stem and this many stages get no gradient; 0: end to end
+    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # of emoji_clip: stem and this many stages get no gradient
+    frozen_batch_norm: bool = True  # batch norms keep the pretrained statistics, in every ingredient the same
     probe_c: tuple[Positive, ...]  # inverse regularisation of the linear probe; the best on held-out is taken
+
+    @model_validator(mode="after")
+    def names_what_its_library_needs(self) -> "Model":
+        """A library's model has a name; the embedded ones have none; only dual encoders have a zero-shot head."""
+        if (self.name is None) != (self.kind in EMBEDDED):
+            raise ValueError(f"model.kind={self.kind} {'has no name' if self.name else 'needs model.name'}")
+        if self.frozen_stages and self.kind != "emoji_clip":
+            raise ValueError("model.frozen_stages is for the embedded model")
+        if self.pretrained is not None and self.kind != "open_clip":
+            raise ValueError("model.pretrained is for open_clip, whose names do not say which weights")
+        return self
+
+    @property
+    def evaluated_at(self) -> int:
+        """Pixels, square, of what the network sees at evaluation."""
+        return self.eval_size or self.image_size
 
 
 @closed
@@ -67,12 +93,14 @@ class Augment:
     """configs/augment/*.yaml"""
 
     kind: Literal["minimal", "medium", "rand", "auto", "stochastic"]
-    crop: Annotated[float, Field(gt=0, le=1)] = 0.9  # smallest share of the image that a random crop keeps
+    crop: Annotated[float, Field(gt=0, le=1)] | None = None  # smallest share of the image that a random crop keeps;
+    # null: 0.9 of minimal (Appendix J.2.1), 0.08 of the others, timm's
     aspect: Annotated[float, Field(gt=0, le=1)] = 0.75  # narrowest crop, width to height; the widest is its inverse
     flip: Probability = 0.5  # horizontal; of all kinds but minimal
     color_jitter: NonNegative = 0.0  # of medium: brightness, contrast and saturation change by up to this share
     magnitude: Annotated[int, Field(ge=0, le=30)] = 0  # of rand: RandAugment's M
     layers: Annotated[int, Field(ge=0, le=8)] = 0  # of rand: RandAugment's N
+    magnitude_max: Annotated[int, Field(ge=1, le=30)] = 10  # of rand: M acts up to this; 10 is timm's own limit
     increasing: bool = True  # of rand: timm's inc1, where every operation is stronger at a larger M
     last_epochs_minimal: Natural = 0  # fix-aug (Table L.2): the last epochs see crops of 90 % and more, nothing else
     among: tuple["Augment", ...] = ()  # of stochastic: each sample gets one of these, all equally likely (Table L.1)
@@ -115,6 +143,7 @@ class Regularizer:
     """configs/regularizer/*.yaml: Appendix L, and the ViT-G protocol's EMAs."""
 
     ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()  # decays per step, each of them kept
+    ema_ramp: bool = False  # decays start low: after t steps at most (1 + t) / (10 + t), TensorFlow's num_updates
     swa: Swa | None = None
     sam: Sam | None = None
     distill: Distill | None = None
@@ -137,6 +166,10 @@ class Compute:
     micro_batch: Count | None  # images a forward pass on one process; null: all of the process's share at once
     strategy: Literal["ddp", "fsdp"]  # with several processes: whole copies, or sharded parameters (FSDP2)
     compile: bool  # torch.compile
+    channels_last: bool  # memory format of images and convolutions
+    gradient_checkpointing: bool  # forward passes of blocks are done again in the backward pass, to save memory
+    eval_batch: Count  # images a forward pass at evaluation
+    decoded: Path | None  # a folder for uint8 copies of decoded images under fixed transforms; null: decode each time
     loader_workers: Natural  # processes that decode and augment, for each training process; 0: in the process itself
     save_every: Natural  # steps between two states on disk; 0: at the end of each epoch only
 

@@ -12,6 +12,7 @@ from configs.training import Augment
 
 WHITE = (255, 255, 255)  # what geometric operations fill with
 MINIMAL_CROP = 0.9  # Appendix J.2.1: crops of 90 % and more of the image
+TIMM_CROP = 0.08  # timm's default for ImageNet, which all stronger kinds start from
 
 Transform = Callable[[Image.Image], object]
 
@@ -32,8 +33,8 @@ def augmentation(augment: Augment, size: int) -> Transform:
     """PIL image to a (3, size, size) uint8 array.
 
     All kinds crop at random. `minimal` does nothing else; `medium` adds a flip and colour jitter, timm's default for
-    ImageNet; `rand` a flip and RandAugment as timm reads "rand-m{M}-n{N}" (magnitudes act up to 10, each operation
-    fires with probability 0.5); `auto` a flip and AutoAugment's policy for ImageNet; `stochastic` chooses one of
+    ImageNet; `rand` a flip and RandAugment as timm reads "rand-m{M}-n{N}" (magnitudes act up to `magnitude_max`, each
+    operation fires with probability 0.5); `auto` a flip and AutoAugment's policy for ImageNet; `stochastic` chooses one of
     several anew for each sample.
 
     Source: Appendices J.2 and L; the released hyperparameters name timm's strings. Cubuk et al. 2019, 2020.
@@ -42,7 +43,8 @@ def augmentation(augment: Augment, size: int) -> Transform:
         return _OneOf([augmentation(each, size) for each in augment.among])
     ratio = (augment.aspect, 1 / augment.aspect)
     interpolation = "random" if augment.kind == "medium" else "bicubic"
-    steps = [RandomResizedCropAndInterpolation(size, (augment.crop, 1.0), ratio, interpolation)]
+    crop = augment.crop or (MINIMAL_CROP if augment.kind == "minimal" else TIMM_CROP)
+    steps = [RandomResizedCropAndInterpolation(size, (crop, 1.0), ratio, interpolation)]
     if augment.kind != "minimal":
         steps.append(RandomHorizontalFlip(augment.flip))
     settings = {"img_mean": WHITE, "translate_const": int(0.45 * size)}
@@ -50,7 +52,8 @@ def augmentation(augment: Augment, size: int) -> Transform:
         case "medium":
             steps.append(ColorJitter(*3 * (augment.color_jitter,)))
         case "rand":
-            policy = f"rand-m{augment.magnitude}-n{augment.layers}{'-inc1' if augment.increasing else ''}"
+            policy = f"rand-m{augment.magnitude}-mmax{augment.magnitude_max}-n{augment.layers}"
+            policy += "-inc1" if augment.increasing else ""
             steps.append(rand_augment_transform(policy, settings))
         case "auto":
             steps.append(auto_augment_transform("original", settings))

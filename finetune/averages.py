@@ -9,14 +9,20 @@ from torch import Tensor
 from configs.training import Regularizer, Swa
 
 SWA = "swa"
+FINEST_FLOAT32 = 1e-5  # a share of the weights below this drowns in float32's rounding of the average
 
 
 @dataclass
 class Averages:
-    """Copies of a model's float32 weights, one for each decay, and their float64 sum for SWA."""
+    """Copies of a model's weights, one for each decay, and their float64 sum for SWA.
+
+    A copy is float32, or float64 where a step's share of it would be lost in float32: 1e-7 x (weights - average) is less
+    than half of a last place, and the average would never move.
+    """
 
     swa: Swa | None
     decays: dict[str, float]  # by the name of the weights they lead to, as in ema_0.999
+    ramp: bool  # decays start low
     steps: int  # of the whole training
     ema: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     total: dict[str, Tensor] = field(default_factory=dict)
@@ -32,25 +38,30 @@ class Averages:
             steps: of the whole training.
         """
         decays = {f"ema_{decay}": decay for decay in regularizer.ema}
-        ema = {name: {key: tensor.detach().clone() for key, tensor in tensors.items()} for name in decays}
+        ema = {
+            name: {key: _copy(tensor, wide=1 - decay < FINEST_FLOAT32) for key, tensor in tensors.items()}
+            for name, decay in decays.items()
+        }
         total = {}
         if regularizer.swa is not None:
             total = {
                 key: torch.zeros_like(tensor, dtype=torch.float64) if tensor.is_floating_point() else tensor.clone()
                 for key, tensor in tensors.items()
             }
-        return cls(regularizer.swa, decays, steps, ema, total)
+        return cls(regularizer.swa, decays, regularizer.ema_ramp, steps, ema, total)
 
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Take in the weights after a step, counted from 0. Integer tensors are the latest.
 
-        EMA: average <- decay x average + (1 - decay) x weights. SWA: every `every` steps from `start` on.
+        EMA: average <- decay x average + (1 - decay) x weights, where a ramp holds the decay of step t = 1, 2, ...
+        below (1 + t) / (10 + t). SWA: every `every` steps from `start` on.
         """
-        for name, decay in self.decays.items():
+        for name, full in self.decays.items():
+            decay = min(full, (step + 2) / (step + 11)) if self.ramp else full
             for key, average in self.ema[name].items():
                 if average.is_floating_point():
-                    average.lerp_(tensors[key].detach(), 1 - decay)
+                    average.lerp_(tensors[key].detach().to(average.dtype), 1 - decay)
                 else:
                     average.copy_(tensors[key])
         if self.swa is not None:
@@ -65,7 +76,10 @@ class Averages:
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Each average as a state dict, by name; SWA from its first model on."""
-        found = {name: dict(tensors) for name, tensors in self.ema.items()}
+        found = {
+            name: {key: tensor.float() if tensor.dtype == torch.float64 else tensor for key, tensor in tensors.items()}
+            for name, tensors in self.ema.items()
+        }
         if self.taken:
             found[SWA] = {
                 key: (total / self.taken).float() if total.is_floating_point() else total.clone()
@@ -76,3 +90,8 @@ class Averages:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that changes, but for `taken`; what a restart needs."""
         return self.ema | ({SWA: self.total} if self.swa is not None else {})
+
+
+def _copy(tensor: Tensor, *, wide: bool) -> Tensor:
+    """Of its own, in float64 where asked and where it is a floating-point tensor."""
+    return tensor.detach().clone() if not (wide and tensor.is_floating_point()) else tensor.detach().double()
