@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks.soups import ROOT, Run, measure
 from eval.metrics import correct
 from soups.recipes import greedy, uniform
+from store.arrays import cached_array
 from store.atomic import replacing
-from store.logits import cached_logits
 from store.provenance import provenance
 
 CLASSES = 1000
@@ -50,7 +50,7 @@ def make_pool(folder: Path, models: int, images: int) -> list[Path]:
 
 
 def _load(path: Path, images: int) -> dict[str, Tensor]:
-    return {"logits": cached_logits(path, (images, CLASSES), lambda: torch.empty(0))}
+    return {"logits": cached_array(path, (images, CLASSES), lambda: torch.empty(0))}
 
 
 def child(kind: str, paths: list[Path], images: int) -> None:

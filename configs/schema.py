@@ -3,8 +3,8 @@
 `parse` is the only way from Hydra's answer to an `Experiment`; unknown names and values out of range die there.
 """
 
+import dataclasses
 from collections.abc import Iterable
-from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -66,7 +66,8 @@ class Task:
 
     kind: Literal["emoji", "image_folder"]
     folder: Path  # the data; of image_folder: <folder>/<split>/<class>/<image>
-    folders: dict[str, str] = field(default_factory=dict, hash=False)  # of image_folder: split -> its folder, where not its name
+    # of image_folder: split -> its folder, where that is not its name
+    folders: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     num_classes: Annotated[int, Field(ge=2)]  # the data must have so many
     names: str = "folder"  # of image_folder: class names; folder, imagenet (open_clip's), or a file with one a line
     held_out_per_class: Count | None = None  # of image_folder: held-out is so many images of each class of train
@@ -210,6 +211,11 @@ class Experiment:
             raise ValueError(f"analysis.labels has {len(self.analysis.labels)} names for {self.sweep.size} rows")
         if named and (not self.analysis.labels or max(named) > self.sweep.size):
             raise ValueError(f"analysis.sets needs analysis.labels and rows up to {self.sweep.size}")
+        sam = self.regularizer.sam
+        if sam is not None and not sam.synchronised and self.compute.strategy == "fsdp":
+            raise ValueError(
+                "regularizer.sam.synchronised=false needs compute.strategy=ddp: shards have no own gradient"
+            )
         if "best" not in self.recipes:
             raise ValueError("recipes must contain best: every interval is against the best individual model")
         return self

@@ -34,7 +34,8 @@ class Model:
     squash: bool = False  # at evaluation: resize both sides, not the shorter one
     normalize: bool  # features have unit norm before the head, as the authors' wrapper around CLIP has it
     head: Literal["linear_probe", "zero_shot", "random"]  # the initialisation of the classifier (Section 3.1)
-    templates: Literal["openai", "emoji", "name"]  # prompts of the zero-shot head: CLIP's 80, icons', the name alone
+    templates: Literal["openai", "emoji", "name"] | None = None  # prompts of the zero-shot model: CLIP's 80, icons',
+    # the class name alone; null: there is none, as of towers without text
     train_head: bool = True  # false: the head stays as it was initialised (Appendix E)
     frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # of emoji_clip: stem and this many stages get no gradient
     frozen_batch_norm: bool = True  # batch norms keep the pretrained statistics, in every ingredient the same
@@ -47,6 +48,8 @@ class Model:
             raise ValueError(f"model.kind={self.kind} {'has no name' if self.name else 'needs model.name'}")
         if self.frozen_stages and self.kind != "emoji_clip":
             raise ValueError("model.frozen_stages is for the embedded model")
+        if self.head == "zero_shot" and self.templates is None:
+            raise ValueError("model.head=zero_shot needs prompts: model.templates=openai, emoji or name")
         if self.pretrained is not None and self.kind != "open_clip":
             raise ValueError("model.pretrained is for open_clip, whose names do not say which weights")
         return self

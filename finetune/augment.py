@@ -33,9 +33,9 @@ def augmentation(augment: Augment, size: int) -> Transform:
     """PIL image to a (3, size, size) uint8 array.
 
     All kinds crop at random. `minimal` does nothing else; `medium` adds a flip and colour jitter, timm's default for
-    ImageNet; `rand` a flip and RandAugment as timm reads "rand-m{M}-n{N}" (magnitudes act up to `magnitude_max`, each
-    operation fires with probability 0.5); `auto` a flip and AutoAugment's policy for ImageNet; `stochastic` chooses one of
-    several anew for each sample.
+    ImageNet; `rand` a flip and RandAugment as timm reads "rand-m{M}-n{N}" (each operation fires with probability 0.5,
+    and M acts up to `magnitude_max`); `auto` a flip and AutoAugment's policy for ImageNet; `stochastic` chooses one
+    of several anew for each sample.
 
     Source: Appendices J.2 and L; the released hyperparameters name timm's strings. Cubuk et al. 2019, 2020.
     """

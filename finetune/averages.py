@@ -1,10 +1,11 @@
 """Averages of a model over its own training: exponential ones at several decays at once, and SWA."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.training import Regularizer, Swa
 
@@ -16,8 +17,8 @@ FINEST_FLOAT32 = 1e-5  # a share of the weights below this drowns in float32's r
 class Averages:
     """Copies of a model's weights, one for each decay, and their float64 sum for SWA.
 
-    A copy is float32, or float64 where a step's share of it would be lost in float32: 1e-7 x (weights - average) is less
-    than half of a last place, and the average would never move.
+    A copy is float32, or float64 where a step's share of it would be lost in float32: 1e-7 x (weights - average) is
+    less than half of a last place, and the average would never move.
     """
 
     swa: Swa | None
@@ -95,3 +96,19 @@ class Averages:
 def _copy(tensor: Tensor, *, wide: bool) -> Tensor:
     """Of its own, in float64 where asked and where it is a floating-point tensor."""
     return tensor.detach().clone() if not (wide and tensor.is_floating_point()) else tensor.detach().double()
+
+
+@contextmanager
+def holding(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a model have other weights while the block lasts; sharded ones where it is sharded."""
+    own = model.state_dict()
+    kept = {name: own[name].clone() for name in weights}
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in kept.items():
+                own[name].copy_(tensor)

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,26 +10,23 @@ import torch
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
-from configs.chance import seed, seed_globals
-from configs.errors import UserError
+from configs.chance import seed_globals
 from configs.schema import Experiment
 from configs.training import Distill, Optim
-from finetune.augment import augment_of_epoch, augmentation
-from finetune.averages import Averages
-from finetune.batches import training_batches
+from finetune.averages import Averages, holding
+from finetune.batches import Length, TrainingBatches
 from finetune.losses import classification_loss, distillation_loss
 from finetune.optimisers import build, learning_rate
-from finetune.parallel import DTYPES, Processes, any_of, model_state, prepare, share, sum_over, synchronised, whole
+from finetune.parallel import DTYPES, Processes, any_of, gathered, prepare, sum_over, synchronised
 from finetune.sharpness import perturbed
 from finetune.state import Checkpoint, Interruption, State
 from models.classifier import Classifier
 from store.atomic import write_jsonl
+from tasks.ahead import made_ahead
 from tasks.split import Images
 
 RAW = "raw"  # the weights as the optimiser leaves them, beside their averages
 ALONE = Processes(0, 1, torch.device("cpu"))
-
-Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,23 +36,6 @@ class Trained:
     finite: bool  # False: the loss stopped being a number, which ended it at once
     weights: dict[str, dict[str, Tensor]]  # by kind: raw, ema_<decay>, swa; none where it diverged
     best: dict[str, dict[str, int]]  # by kind, where the best was kept: step, correct, n
-
-
-def epoch_order(n: int, run_seed: int, epoch: int) -> Tensor:
-    """(n,) the order of the training images in an epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed(run_seed, "order", epoch)))
-
-
-def lengths(optim: Optim, n: int) -> tuple[int, int]:
-    """Steps of an epoch, whose last incomplete batch is dropped, and of the whole training.
-
-    Raises:
-        UserError: a batch larger than the training set.
-    """
-    steps_per_epoch = n // optim.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(f"optim.batch_size={optim.batch_size} is more than the {n} training images")
-    return steps_per_epoch, optim.steps or optim.epochs * steps_per_epoch
 
 
 def mixing(optim: Optim, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -122,7 +102,7 @@ def fine_tune(
     folder: Path,
     processes: Processes = ALONE,
     teacher: Callable[[Tensor], Tensor] | None = None,
-    held_out: Callable[[Weights], tuple[int, int]] | None = None,
+    held_out: Callable[[Classifier], tuple[int, int]] | None = None,
     log: Callable[[dict[str, Any]], None] = lambda row: None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
@@ -134,122 +114,118 @@ def fine_tune(
         config: of the row: optimiser, schedule, loss, augmentation, regularisation, how it is computed.
         run_seed: of the data order, augmentation and mixup.
         folder: state.pt is written there at the end of every epoch and every `compute.save_every` steps, and
-            metrics.jsonl, a row for every epoch and every look at held-out.
+            metrics.jsonl, a row for every epoch, every `tracking.every` steps and every look at held-out.
         processes: this one among those that train the row together.
         teacher: (b, 3, H, W) images to the (b, C) logits of the ensemble that is distilled.
-        held_out: weights to how many held-out images they get right, of how many; for `optim.evaluate_every`.
+        held_out: the model to how many held-out images it gets right, of how many; for `optim.evaluate_every`. All
+            processes call it together.
         log: gets each row of metrics as it is made.
         after_step: called with the number of steps taken, after what belongs to them is on disk.
 
     Raises:
-        UserError: damaged state, full disk, or a batch larger than the training set.
+        UserError: damaged state, full disk, a batch larger than the training set, or settings this network has not.
         InterruptedBySignalError: SIGTERM or SIGUSR1 came, and the state is saved.
     """
     optim, compute, sam = config.optim, config.compute, config.regularizer.sam
-    steps_per_epoch, steps = lengths(optim, len(train))
+    length = Length.of(optim, len(train))
     network = prepare(model, compute, processes)
     trainable = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(processes.device.type, enabled=compute.precision == "fp16")
-    averages = Averages.of(model.state_dict(), config.regularizer, steps)
-    state = State(model, build(optim, model), averages, scaler)
+    averages = Averages.of(model.state_dict(), config.regularizer, length.steps)
+    state = State(model, build(optim, model), averages, scaler, processes.writes)
     state.load(folder / "state.pt")
     progress = state.progress
     autocast = None if compute.precision == "fp32" or compute.strategy == "fsdp" else DTYPES[compute.precision]
     objective = Objective(network, optim, compute.micro_batch, autocast, scaler, config.regularizer.distill, teacher)
     mixed = mixing(optim, model.head.out_features)
-    epochs = math.ceil(steps / steps_per_epoch)
+    size, first = config.model.image_size, progress.step
+    batches = TrainingBatches(train, config.augment, size, length, run_seed, processes, first)
 
     model.train()
     with Interruption().listening() as interruption:
-        for epoch in range(progress.step // steps_per_epoch, epochs):
-            start = epoch * steps_per_epoch
-            order = epoch_order(len(train), run_seed, epoch).split(optim.batch_size)
-            last = min(steps_per_epoch, steps - start)
-            own = [share(indices, processes) for indices in order[progress.step - start : last]]
-            transform = augmentation(augment_of_epoch(config.augment, epoch, epochs), config.model.image_size)
-            batches = training_batches(train, own, transform, (run_seed, "image", epoch), compute.loader_workers)
-            for indices, pixels in zip(own, batches, strict=True):
-                step = progress.step
-                lr = learning_rate(optim, step, steps)
-                for group in state.optimizer.param_groups:
-                    group["lr"] = lr
-                seed_globals(run_seed, "mixup", step)
-                images, targets = mixed(pixels.float(), train.labels[indices])
-                batch = images.to(processes.device), targets.to(processes.device)
-                loss = objective.gradient(*batch, processes, shared=sam is None or sam.synchronised)
-                if sam is not None:
-                    with perturbed(trainable, sam.rho):
-                        objective.gradient(*batch, processes)
-                scaler.unscale_(state.optimizer)
-                torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm or math.inf)
-                scaler.step(state.optimizer)
-                scaler.update()
-                averages.update(model.state_dict(), step)
-                value = sum_over(loss).item()
-                if not math.isfinite(value):
-                    return Trained(False, {}, {})
-                progress.step += 1
-                progress.epoch_loss += value
-                for row in due_metrics(state, held_out, optim, (steps, steps_per_epoch), lr=lr):
-                    progress.metrics.append(row)
-                    log(row)
-                stop = any_of(interruption.signum is not None, processes)
-                if stop or _is_due(progress.step, steps, steps_per_epoch, compute.save_every):
-                    _keep(state, folder, processes)
-                if stop:
-                    interruption.end()
-                after_step(progress.step)
+        for step, pixels in enumerate(made_ahead(batches, compute.loader_workers), start=first):
+            lr = learning_rate(optim, step, length.steps)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            seed_globals(run_seed, "mixup", step)
+            images = pixels.to(processes.device, non_blocking=True).float()
+            batch = mixed(images, train.labels[batches.indices(step)].to(processes.device))
+            loss = objective.gradient(*batch, processes, shared=sam is None or sam.synchronised)
+            if sam is not None:
+                with perturbed(trainable, sam.rho):
+                    objective.gradient(*batch, processes)
+            scaler.unscale_(state.optimizer)
+            torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm or math.inf)
+            scaler.step(state.optimizer)
+            scaler.update()
+            averages.update(model.state_dict(), step)
+            value = sum_over(loss).item()
+            if not math.isfinite(value):
+                return Trained(False, {}, {})
+            progress.step += 1
+            progress.epoch_loss += value
+            for row in due_metrics(state, held_out, config, length, loss=value, lr=lr):
+                progress.metrics.append(row)
+                log(row)
+            stop = any_of(interruption.signum is not None, processes)
+            if stop or _is_due(progress.step, length, compute.save_every):
+                _keep(state, folder)
+            if stop:
+                interruption.end()
+            after_step(progress.step)
     return _trained(state, optim)
 
 
-def _is_due(step: int, steps: int, steps_per_epoch: int, save_every: int) -> bool:
+def _is_due(step: int, length: Length, save_every: int) -> bool:
     """Whether the state after this many steps is kept."""
-    return step == steps or step % steps_per_epoch == 0 or (save_every > 0 and step % save_every == 0)
+    return step == length.steps or step % length.steps_per_epoch == 0 or (save_every > 0 and step % save_every == 0)
 
 
-def _keep(state: State, folder: Path, processes: Processes) -> None:
+def _keep(state: State, folder: Path) -> None:
     """Write what a restart needs and what a reader may look at."""
-    state.save(folder / "state.pt", writes=processes.writes)
-    if processes.writes:
+    state.save(folder / "state.pt")
+    if state.writes:
         write_jsonl(folder / "metrics.jsonl", state.progress.metrics)
-
-
-def kinds_of_weights(state: State) -> dict[str, dict[str, Tensor]]:
-    """Whole weights on the CPU by kind: raw, then the averages; all processes must call it."""
-    averages = {
-        name: {key: whole(tensor) for key, tensor in tensors.items()}
-        for name, tensors in state.averages.weights().items()
-    }
-    return {RAW: {name: tensor.detach().cpu() for name, tensor in model_state(state.model).items()}} | averages
 
 
 def due_metrics(
     state: State,
-    held_out: Callable[[Weights], tuple[int, int]] | None,
-    optim: Optim,
-    length: tuple[int, int],
+    held_out: Callable[[Classifier], tuple[int, int]] | None,
+    config: Experiment,
+    length: Length,
     *,
+    loss: float,
     lr: float,
 ) -> Iterator[dict[str, Any]]:
-    """The metrics that fall due after a step: of an epoch that ended, and of a look at held-out."""
-    progress, (steps, steps_per_epoch) = state.progress, length
-    if progress.step % steps_per_epoch == 0:
-        epoch = progress.step // steps_per_epoch
-        yield {"epoch": epoch, "loss": progress.epoch_loss / steps_per_epoch, "lr": lr}
+    """The metrics that fall due after a step: a point of the loss curve, an epoch's end, a look at held-out."""
+    progress, optim = state.progress, config.optim
+    if progress.step % config.tracking.every == 0:
+        yield {"step": progress.step, "loss": loss, "lr": lr}
+    if progress.step % length.steps_per_epoch == 0:
+        epoch = progress.step // length.steps_per_epoch
+        yield {"epoch": epoch, "step": progress.step, "loss": progress.epoch_loss / length.steps_per_epoch, "lr": lr}
         progress.epoch_loss = 0.0
     every = optim.evaluate_every
-    if held_out is None or not every or (progress.step % every and progress.step != steps):
+    if held_out is None or not every or (progress.step % every and progress.step != length.steps):
         return
-    for kind, weights in kinds_of_weights(state).items():
-        correct, n = held_out(weights)
+    for kind, weights in {RAW: state.model.state_dict(), **state.averages.weights()}.items():
+        with holding(state.model, weights if kind != RAW else {}):
+            correct, n = held_out(state.model)
         yield {"step": progress.step, "weights": kind, "held_out_correct": correct, "held_out_n": n}
         if optim.keep == "best" and (kind not in state.best or correct > state.best[kind].correct):
-            copy = {name: tensor.clone() for name, tensor in weights.items()}
+            copy = {name: tensor.clone() for name, tensor in gathered(weights, keep=state.writes).items()}
             state.best[kind] = Checkpoint(progress.step, correct, n, copy)
+    state.model.train()
+
+
+def kinds_of_weights(state: State) -> dict[str, dict[str, Tensor]]:
+    """Whole weights on the CPU by kind: raw, then the averages. All processes must ask; the writing one gets them."""
+    kinds = {RAW: state.model.state_dict(), **state.averages.weights()}
+    return {kind: gathered(weights, keep=state.writes) for kind, weights in kinds.items()}
 
 
 def _trained(state: State, optim: Optim) -> Trained:
     if optim.keep == "best":
         best = {k: {"step": c.step, "correct": c.correct, "n": c.n} for k, c in state.best.items()}
         return Trained(True, {kind: checkpoint.weights for kind, checkpoint in state.best.items()}, best)
-    return Trained(True, {k: {n: t.clone() for n, t in w.items()} for k, w in kinds_of_weights(state).items()}, {})
+    return Trained(True, kinds_of_weights(state), {})

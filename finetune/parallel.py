@@ -1,13 +1,14 @@
 """One process or several: who takes which images, how gradients meet, and states that do not depend on how many."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,9 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import UserError
 from configs.training import Compute
+from eval.forward import DTYPES, device_of_this_process
+from models.backbones import checkpoint_activations
+from models.classifier import Classifier, batch_norms
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ def start_processes() -> Processes:
 
     Source: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    world, device = int(os.environ.get("WORLD_SIZE", "1")), device_of_this_process()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -79,13 +81,19 @@ def share(indices: Tensor, processes: Processes) -> Tensor:
     return indices[torch.cat([first, len(indices) - 1 - first.flip(0)])]
 
 
-def prepare(model: nn.Module, compute: Compute, processes: Processes) -> nn.Module:
+def prepare(model: Classifier, compute: Compute, processes: Processes) -> nn.Module:
     """The network whose forward pass trains `model`: on its device, copied or sharded over processes, compiled.
 
     Raises:
-        UserError: sharding without several processes.
+        UserError: sharding without several processes, or settings that this network or device has not.
     """
-    model.to(processes.device)
+    model.channels_last(compute.channels_last).to(processes.device)
+    if compute.gradient_checkpointing:
+        checkpoint_activations(model.tower)
+    if processes.world > 1 and not model.frozen_batch_norm and batch_norms(model):
+        if processes.device.type == "cpu":
+            raise UserError("model.frozen_batch_norm=false on several processes needs GPUs, which alone can share it")
+        model.tower = convert_sync_batchnorm(model.tower)
     network: nn.Module = model
     if compute.strategy == "fsdp":
         if not dist.is_initialized():
@@ -135,9 +143,14 @@ def any_of(flag: bool, processes: Processes) -> bool:
     return bool(sum_over(torch.tensor(float(flag), device=processes.device)).item())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered where it is sharded."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """On the CPU, whole where they are sharded; all processes must ask, and those that do not keep get none."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = full.detach().cpu()
+    return found
 
 
 def spread_like(tensor: Tensor, target: Tensor) -> Tensor:

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import InterruptedBySignalError, UserError
 from finetune.averages import Averages
 from finetune.parallel import (
+    gathered,
     load_model_state,
     load_optimizer_state,
     model_state,
     optimizer_state,
     spread_like,
-    whole,
 )
+from models.classifier import Classifier
 from store.atomic import replacing
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a job away, and what it can be told to
@@ -49,10 +50,11 @@ class Checkpoint:
 class State:
     """A training between two steps."""
 
-    model: nn.Module
+    model: Classifier
     optimizer: torch.optim.Optimizer
     averages: Averages
     scaler: torch.amp.GradScaler
+    writes: bool  # whether this process is the one that keeps whole weights and writes them
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Checkpoint] = field(default_factory=dict)  # by kind of weights
 
@@ -62,17 +64,17 @@ class State:
         return {
             "model": model_state(self.model),
             "optimizer": optimizer_state(self.model, self.optimizer),
-            "averages": {name: {key: whole(t) for key, t in tensors.items()} for name, tensors in averages.items()},
+            "averages": {name: gathered(tensors, keep=self.writes) for name, tensors in averages.items()},
             "averaged": self.averages.taken,
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
             "best": {kind: vars(checkpoint) for kind, checkpoint in self.best.items()},
         }
 
-    def save(self, path: Path, *, writes: bool) -> None:
+    def save(self, path: Path) -> None:
         """Write everything; all processes must call it, one writes."""
         state = self.collect()
-        if writes:
+        if self.writes:
             with replacing(path) as temporary:
                 torch.save(state, temporary)
 

@@ -1,7 +1,7 @@
 """A row of a sweep from its settings to done.json, by way of files that survive any interruption."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,24 +13,26 @@ from torch import Tensor
 from configs.chance import seed
 from configs.errors import UserError
 from configs.schema import Experiment, dump
-from eval.forward import Evaluator, extract_features
+from eval.forward import Evaluator, forward
+from eval.metrics import correct
 from finetune.loop import RAW, fine_tune
-from finetune.parallel import start_processes
+from finetune.parallel import Processes, start_processes, sum_over
 from finetune.rows import draw, identity, row_config
-from models.classifier import set_head
+from models.classifier import Classifier, pretrained, set_head
 from models.probe import linear_probe
 from store.atomic import write_json
 from store.provenance import provenance
 from store.runs import RunFolder, finished, record_config, sole_writer
-from store.weights import load_weights, save_weights
+from store.weights import Weights, digest, load_weights, save_weights
+from tasks.load import class_names
 
 
 def _scored(evaluator: Evaluator, file: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Save weights and score them on held-out."""
     split = evaluator.config.task.held_out
-    digest = save_weights(file, weights)
-    count = evaluator.count(evaluator.logits(digest, lambda: weights, split), split)
-    return {"digest": digest, "held_out": {"split": split, "correct": count.correct, "n": count.n}}
+    saved = save_weights(file, weights)
+    count = evaluator.count(evaluator.logits(saved, lambda: weights, split), split)
+    return {"digest": saved, "held_out": {"split": split, "correct": count.correct, "n": count.n}}
 
 
 def _finish(
@@ -66,7 +68,7 @@ def _finish(
 
 
 def initialise(config: Experiment) -> dict[str, Any]:
-    """Row 0: the pretrained tower with the head that all other rows start from; the zero-shot model beside it.
+    """Row 0: the pretrained tower with the head that all other rows start from; the zero-shot model beside it, if any.
 
     Skipped where it is done. Returns row 0's done.json.
 
@@ -77,42 +79,33 @@ def initialise(config: Experiment) -> dict[str, Any]:
     name = identity(config, 0)
     folder = run.ingredient(0)
     with sole_writer(folder):
+        has_zero_shot = config.model.templates is not None
         zero_shot_done, done = finished(run.zero_shot, name), finished(folder, name)
-        if done is not None and zero_shot_done is not None:
+        if done is not None and (zero_shot_done is not None or not has_zero_shot):
             return done
         evaluator = Evaluator(config)
         base = {"identity": name, "status": "done", "drawn": {}}
         started = time.monotonic()
-        if zero_shot_done is None:
+        start = pretrained(config.model, class_names(config.task)).state_dict()
+        if has_zero_shot and zero_shot_done is None:
             record_config(run.zero_shot, dump(config))
-            zero_shot_done = _finish(
-                evaluator, run.zero_shot, base | {"row": None, "head": "zero_shot"}, started, _raw(evaluator)
-            )
+            _finish(evaluator, run.zero_shot, base | {"row": None, "head": "zero_shot"}, started, {RAW: start})
         started = time.monotonic()
-        zero_shot = load_weights(run.zero_shot / "weights.safetensors", zero_shot_done["digest"])
-        evaluator.model.load_state_dict(zero_shot)
+        evaluator.model.load_state_dict(start)
         record_config(folder, dump(row_config(config, 0)))
-        extra: dict[str, Any] = {}
-        if config.model.head == "linear_probe":
-            extra["probe"] = _fit_probe(evaluator)
-        return _finish(
-            evaluator, folder, base | {"row": 0, "head": config.model.head} | extra, started, _raw(evaluator)
-        )
-
-
-def _raw(evaluator: Evaluator) -> dict[str, dict[str, Tensor]]:
-    """The weights of the evaluator's model."""
-    return {RAW: {name: tensor.clone() for name, tensor in evaluator.model.state_dict().items()}}
+        extra = {"probe": _fit_probe(evaluator)} if config.model.head == "linear_probe" else {}
+        weights = {name: tensor.cpu().clone() for name, tensor in evaluator.model.state_dict().items()}
+        return _finish(evaluator, folder, base | {"row": 0, "head": config.model.head} | extra, started, {RAW: weights})
 
 
 def _fit_probe(evaluator: Evaluator) -> dict[str, Any]:
     """Put a linear probe in the place of the evaluator's head."""
     config = evaluator.config
-    train, held_out = (evaluator.split(name) for name in (config.task.train, config.task.held_out))
+    train, held_out = config.task.train, config.task.held_out
     probe = linear_probe(
-        (extract_features(evaluator.model, train.images), train.labels),
-        (extract_features(evaluator.model, held_out.images), held_out.labels),
-        evaluator.model.head.out_features,
+        (evaluator.features(train), evaluator.split(train).labels),
+        (evaluator.features(held_out), evaluator.split(held_out).labels),
+        config.task.size,
         config.model.probe_c,
     )
     set_head(evaluator.model, probe.weight, probe.bias)
@@ -170,26 +163,24 @@ def train_row(config: Experiment, row: int) -> dict[str, Any]:
         done = finished(folder, name)
         if done is not None:
             return done
-        start = finished(run.ingredient(0), identity(config, 0))
-        if start is None:
-            raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
         settings = row_config(config, row)
+        start, start_digest = _start(config, settings, row)
         if processes.writes:
             record_config(folder, dump(settings))
         evaluator = Evaluator(settings)
-        evaluator.model.load_state_dict(load_weights(run.ingredient(0) / "weights.safetensors", start["digest"]))
+        evaluator.model.load_state_dict(start)
         own = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
         run_seed = seed(config.sweep.seed, own, "run")
         started = time.monotonic()
         trained = fine_tune(
             evaluator.model,
-            evaluator.split(config.task.train),
+            evaluator.split(settings.task.train),
             settings,
             run_seed=run_seed,
             folder=folder,
             processes=processes,
             teacher=_teacher(config, row, processes.device),
-            held_out=partial(_held_out, Evaluator(settings)),
+            held_out=partial(_held_out, evaluator, processes),
         )
         done = {
             "identity": name,
@@ -197,15 +188,34 @@ def train_row(config: Experiment, row: int) -> dict[str, Any]:
             "row": row,
             "drawn": draw(config, row),
             "seed": run_seed,
-            "start": start["digest"],
+            "start": start_digest,
             "best": trained.best,
         }
         # A model of its own: the trained one may be sharded.
         return _finish(Evaluator(settings), folder, done, started, trained.weights) if processes.writes else done
 
 
-def _held_out(evaluator: Evaluator, weights: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many held-out images weights get right, of how many."""
+def _start(config: Experiment, settings: Experiment, row: int) -> tuple[Weights, str]:
+    """Row 0's weights and their digest; a row with a task of its own has the zero-shot head of that task instead."""
+    if settings.task != config.task:
+        if config.model.head != "zero_shot":
+            raise UserError(f"row {row} has a task of its own, so its head must be zero_shot, not {config.model.head}")
+        weights = pretrained(settings.model, class_names(settings.task)).state_dict()
+        return weights, digest(weights)
+    folder = RunFolder.of(config).ingredient(0)
+    start = finished(folder, identity(config, 0))
+    if start is None:
+        raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
+    return load_weights(folder / "weights.safetensors", start["digest"]), start["digest"]
+
+
+def _held_out(evaluator: Evaluator, processes: Processes, model: Classifier) -> tuple[int, int]:
+    """How many held-out images a model gets right, of how many; each process looks at its share of them."""
     split = evaluator.config.task.held_out
-    count = evaluator.count(evaluator.fresh_logits(weights, split), split)
-    return count.correct, count.n
+    labels = evaluator.split(split).labels
+    own = torch.arange(processes.rank, len(labels), processes.world)
+    # All look at as many images, since sharded models are gathered by all at once; an extra one is not counted.
+    rows = torch.cat([own, own.new_zeros(-(-len(labels) // processes.world) - len(own))])
+    logits = forward(model, evaluator.batches(split, rows), evaluator.config.compute.precision)
+    right = correct(logits, labels[rows])[: len(own)].sum()
+    return int(sum_over(right.to(processes.device)).item()), len(labels)

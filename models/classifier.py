@@ -1,23 +1,22 @@
 """A pretrained image tower with a linear head: what is fine-tuned, souped and evaluated."""
 
-import copy
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
+from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from configs.chance import seed
+from configs.errors import UserError
 from configs.training import Model
-from models.emoji_clip.model import MEAN, STD, TEMPLATES, text_features
-from models.emoji_clip.model import load as load_emoji_clip
-
-ROOT = Path(__file__).resolve().parents[1]
+from models.backbones import Backbone, pretrained_backbone, skeleton
+from models.emoji_clip.model import TEMPLATES
 
 
 class Classifier(nn.Module):
-    """Logits = head(unit-norm features of the tower), the authors' wrapper around CLIP.
+    """Logits = head(features of the tower), whose norm is 1 in the authors' wrapper around CLIP.
 
     Images are (N, 3, H, W) in 0..255, uint8 or float; they are normalised here, so that no caller can forget to.
     """
@@ -25,30 +24,54 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, tower: nn.Module, width: int, classes: int, mean: Tensor, std: Tensor):
+    def __init__(
+        self,
+        tower: nn.Module,
+        width: int,
+        classes: int,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        normalize: bool = True,
+        frozen_batch_norm: bool = True,
+    ):
         super().__init__()
         self.tower = tower
         self.head = nn.Linear(width, classes)
+        self.normalize = normalize
+        self.frozen_batch_norm = frozen_batch_norm
+        self.memory_format = torch.contiguous_format
         # Not part of the weights: averaging models must not average constants.
         self.register_buffer("mean", 255 * mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * std.view(1, 3, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in 0..255 to (N, width) of unit norm."""
+        """(N, 3, H, W) in 0..255 to (N, width), of unit norm where the model has it so."""
         normalised = (images.float() - self.mean) / self.std
-        return F.normalize(self.tower(normalised.contiguous(memory_format=torch.channels_last)), dim=-1)
+        features = self.tower(normalised.contiguous(memory_format=self.memory_format))
+        return F.normalize(features, dim=-1) if self.normalize else features
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in 0..255 to (N, classes) logits."""
         return self.head(self.features(images))
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Training mode, except that batch norms keep the pretrained statistics, in every ingredient the same."""
+        """Training mode, except that frozen batch norms keep the pretrained statistics."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+        if self.frozen_batch_norm:
+            for module in batch_norms(self):
                 module.eval()
         return self
+
+    def channels_last(self, on: bool) -> "Classifier":
+        """Keep convolutions and images in this memory format, which changes speed and the last bits."""
+        self.memory_format = torch.channels_last if on else torch.contiguous_format
+        return self.to(memory_format=self.memory_format)
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Its layers that keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def zero_shot_head(class_embeddings: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -64,28 +87,65 @@ def zero_shot_head(class_embeddings: Tensor, scale: float) -> tuple[Tensor, Tens
     return weight, torch.zeros(len(weight))
 
 
-@lru_cache(maxsize=1)
-def _load_with_zero_shot_head(weights: Path, class_names: tuple[str, ...]) -> tuple[CLIP, Tensor, Tensor]:
-    """The pretrained model and its (C, width) head and (C,) bias for these classes; read once in a process."""
-    clip = load_emoji_clip(ROOT / weights)
-    texts = [template.format(name) for name in class_names for template in TEMPLATES]
-    embeddings = text_features(clip, texts).view(len(class_names), len(TEMPLATES), -1)
-    return clip, *zero_shot_head(embeddings, clip.logit_scale.exp().item())
+PROMPTS: dict[str, Sequence[Callable[[str], str]]] = {
+    "openai": OPENAI_IMAGENET_TEMPLATES,
+    "emoji": [template.format for template in TEMPLATES],
+    "name": [str],
+}
+
+
+def architecture(model: Model, num_classes: int) -> Classifier:
+    """The classifier that weights are loaded into; its own are random, or none under torch.device("meta").
+
+    Raises:
+        UserError: the library does not know the model.
+    """
+    return _classifier(model, skeleton(model), num_classes)
 
 
 def pretrained(model: Model, class_names: tuple[str, ...]) -> Classifier:
-    """The pretrained tower with its zero-shot head for these classes; the start of every fine-tuned model.
+    """The pretrained tower with its zero-shot head for these classes, or a random head without `model.templates`.
+
+    Every fine-tuned model starts from this tower.
 
     Raises:
-        WeightsError: the pretrained weights are missing or damaged.
+        UserError: the pretrained weights are missing or damaged; templates for a network without a text tower.
     """
-    clip, weight, bias = _load_with_zero_shot_head(model.weights, class_names)
-    tower = copy.deepcopy(clip.visual)  # the caller will train it
-    classifier = Classifier(tower, weight.shape[1], len(class_names), torch.tensor(MEAN), torch.tensor(STD))
-    set_head(classifier, weight, bias)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone, text = pretrained_backbone(model, device)
+    classifier = _classifier(model, backbone, len(class_names))
+    if model.templates is not None:
+        if text is None:
+            raise UserError(f"{model.kind} model {model.name} has no text tower: set model.templates=null")
+        prompts = PROMPTS[model.templates]
+        texts = [prompt(name) for name in class_names for prompt in prompts]
+        embeddings = text.embed(texts).cpu().view(len(class_names), len(prompts), -1)
+        set_head(classifier, *zero_shot_head(embeddings, text.scale))
+    else:
+        set_head(classifier, *random_head(len(class_names), backbone.width))
+    return classifier
+
+
+def _classifier(model: Model, backbone: Backbone, num_classes: int) -> Classifier:
+    mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
+    classifier = Classifier(
+        backbone.tower,
+        backbone.width,
+        num_classes,
+        mean,
+        std,
+        normalize=model.normalize,
+        frozen_batch_norm=model.frozen_batch_norm,
+    )
     freeze_stages(classifier, model.frozen_stages)
     classifier.head.requires_grad_(model.train_head)
-    return classifier.to(memory_format=torch.channels_last)
+    return classifier
+
+
+def random_head(classes: int, width: int) -> tuple[Tensor, Tensor]:
+    """Weight (C, width), normal with standard deviation 0.02, and bias (C,) = 0; the same for the same sizes."""
+    generator = torch.Generator().manual_seed(seed("head", classes, width))
+    return 0.02 * torch.randn(classes, width, generator=generator), torch.zeros(classes)
 
 
 def set_head(classifier: Classifier, weight: Tensor, bias: Tensor) -> None:

@@ -50,8 +50,10 @@ def usable_pool(config: Experiment) -> list[Ingredient]:
     """The pool without diverged rows.
 
     Raises:
-        UserError: rows are missing, or all of them diverged.
+        UserError: rows are missing, all of them diverged, or they learn different tasks and so have different heads.
     """
+    if any(field.startswith("task.") for field in config.sweep.varied) and config.sweep.size > 1:
+        raise UserError(f"the rows of {config.name} learn different tasks: only their towers can be averaged")
     pool = [ingredient for ingredient in read_pool(RunFolder.of(config), config.sweep.size) if ingredient.usable]
     if not pool:
         raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
@@ -146,7 +148,7 @@ def _greedy(kitchen: Kitchen) -> Mixed:
             known = torch.stack([correct(load()["logits"], split.labels) for load in kitchen.logits])
 
             def images_correct(weights: Weights, images: Tensor) -> Tensor:
-                return correct(evaluator.fresh_logits(weights, split.name, images), split.labels[images])
+                return correct(evaluator.fresh_logits(weights, kitchen.split, images), split.labels[images])
 
             soup, spent = greedy_counted(
                 kitchen.models,
@@ -171,6 +173,7 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
     """Appendix I; the coefficients of all groups are kept, and their mean is what soup.json lists."""
     split, settings = kitchen.evaluator.split(kitchen.split), kitchen.cooking.learned
     files: list[Loader] = [partial(FileWeights, i.folder / "weights.safetensors") for i in kitchen.pool]
+    images = torch.cat(list(kitchen.evaluator.batches(kitchen.split)))
     descent = LearnedSettings(
         per=per,
         lr=settings.lr,
@@ -183,7 +186,7 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
         learnt = learned(
             kitchen.evaluator.model,
             files,
-            shuffled(split.images, split.labels, settings.batch_size, kitchen.identity),
+            shuffled(images, split.labels, settings.batch_size, kitchen.identity),
             descent,
             state_path=kitchen.folder / "state.safetensors",
             identity=kitchen.identity,

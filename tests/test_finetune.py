@@ -13,11 +13,13 @@ from configs.errors import UserError
 from configs.schema import load
 from configs.training import Augment
 from finetune.augment import augmentation
-from finetune.batches import training_batches
-from finetune.loop import epoch_order, fine_tune
+from finetune.batches import Length, TrainingBatches, epoch_order
+from finetune.loop import ALONE, fine_tune
 from finetune.optimisers import learning_rate
+from finetune.parallel import Processes
 from models.classifier import Classifier, pretrained, zero_shot_head
 from models.probe import linear_probe
+from tasks.ahead import made_ahead
 from tasks.load import class_names, load_split
 
 MINIMAL = Augment(kind="minimal", crop=0.9, magnitude=0, layers=0, increasing=True, flip=0.5)
@@ -49,26 +51,46 @@ def run(model, train, config, folder, **changes):
     return fine_tune(model, train, settings, run_seed=1, folder=folder, **calls)
 
 
-def batch_of(train, indices, transform, *key):
-    return next(training_batches(train, [torch.tensor(list(indices))], transform, key, 0))
+def batch_of(train, augment, step):
+    """The uint8 images of one step of eight images, 64 pixels wide, and which they are."""
+    length = Length(images=len(train), batch_size=8, steps_per_epoch=len(train) // 8, steps=500)
+    batches = TrainingBatches(train, augment, 64, length, run_seed=1, processes=ALONE)
+    return batches[step], batches.indices(step)
 
 
 @pytest.mark.parametrize("augment", [MINIMAL, STRONG], ids=["minimal", "rand"])
 def test_a_sample_looks_the_same_whatever_was_made_before_it(train, augment):
-    transform = augmentation(augment, 64)
-    together = batch_of(train, [3, 7, 11], transform, "run", 0)
-    alone = batch_of(train, [11], transform, "run", 0)
-    assert together.dtype == torch.uint8
-    assert together.shape == (3, 3, 64, 64)
-    assert torch.equal(together[2], alone[0])
+    later, _ = batch_of(train, augment, 3)
+    batch_of(train, STRONG, 7)
+    torch.rand(5)
+    again, _ = batch_of(train, augment, 3)
+    assert later.dtype == torch.uint8
+    assert later.shape == (8, 3, 64, 64)
+    assert torch.equal(later, again)
+
+
+def test_a_sample_looks_the_same_whichever_process_makes_it(train):
+    length = Length(images=len(train), batch_size=8, steps_per_epoch=len(train) // 8, steps=4)
+    whole = TrainingBatches(train, STRONG, 64, length, run_seed=1, processes=ALONE)
+    shares = [replace(whole, processes=Processes(rank, 2, torch.device("cpu"))) for rank in range(2)]
+    together = torch.cat([share[2] for share in shares])
+    order = torch.cat([share.indices(2) for share in shares])
+    assert torch.equal(whole[2][whole.indices(2).argsort()], together[order.argsort()])
+    ahead = list(made_ahead(replace(whole, first=2), workers=1))
+    assert len(ahead) == 2
+    assert torch.equal(ahead[0], whole[2])
 
 
 def test_a_sample_looks_different_in_another_epoch_and_under_a_stronger_augmentation(train):
-    first, second = (batch_of(train, range(8), augmentation(STRONG, 64), "run", e) for e in (0, 1))
-    assert not torch.equal(first, second)
-    weak = batch_of(train, range(8), augmentation(MINIMAL, 64), "run", 0)
-    original = train.images[:8].float()
+    epoch = len(train) // 8
+    first, which = batch_of(train, STRONG, 0)
+    weak, _ = batch_of(train, MINIMAL, 0)
+    original = train.images[which].float()
     assert (weak.float() - original).abs().mean() < (first.float() - original).abs().mean()
+    place = epoch_order(len(train), 1, 1).tolist().index(which[0].item())
+    later, found = batch_of(train, STRONG, epoch + place // 8)
+    assert found[place % 8] == which[0]
+    assert not torch.equal(first[0], later[place % 8])
 
 
 def test_the_crop_keeps_the_share_that_it_says():

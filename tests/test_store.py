@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from store.arrays import cached_array
 from store.atomic import read_json, read_jsonl, replacing, write_json, write_jsonl, write_text
-from store.logits import cached_logits
 from store.provenance import provenance
 from store.runs import finished, sole_writer
 from store.weights import digest, load_weights, save_weights
@@ -120,22 +120,22 @@ def test_logits_are_computed_once(tmp_path):
         calls.append(1)
         return torch.arange(6.0).view(2, 3)
 
-    first, second = (cached_logits(path, (2, 3), compute) for _ in range(2))
+    first, second = (cached_array(path, (2, 3), compute) for _ in range(2))
     assert torch.equal(first, second)
     assert len(calls) == 1
 
 
 def test_damaged_or_foreign_logits_are_named(tmp_path):
     path = tmp_path / "abc.npy"
-    cached_logits(path, (2, 3), lambda: torch.zeros(2, 3))
+    cached_array(path, (2, 3), lambda: torch.zeros(2, 3))
     with pytest.raises(UserError, match=r"abc.npy: float32 \(2, 3\), not float32 \(4, 3\)"):
-        cached_logits(path, (4, 3), lambda: torch.zeros(4, 3))
+        cached_array(path, (4, 3), lambda: torch.zeros(4, 3))
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"abc.npy are damaged"):
-        cached_logits(path, (2, 3), lambda: torch.zeros(2, 3))
+    with pytest.raises(UserError, match=r"abc.npy is damaged"):
+        cached_array(path, (2, 3), lambda: torch.zeros(2, 3))
     np.save(path, np.array([{"a": 1}]), allow_pickle=True)
-    with pytest.raises(UserError, match=r"abc.npy are damaged"):
-        cached_logits(path, (1, 1), lambda: torch.zeros(1, 1))
+    with pytest.raises(UserError, match=r"abc.npy is damaged"):
+        cached_array(path, (1, 1), lambda: torch.zeros(1, 1))
 
 
 HOLD = """

@@ -252,7 +252,7 @@ def test_the_best_look_at_held_out_is_kept_for_each_kind_of_weights(config, trai
         tmp_path,
         optim={"evaluate_every": 1, "keep": "best", "steps": 4},
         groups={"regularizer": Regularizer(ema=(0.5,))},
-        held_out=lambda weights: (next(scores), 10),
+        held_out=lambda model: (next(scores), 10),
         log=rows.append,
     )
     assert trained.best == {
@@ -268,7 +268,7 @@ def test_the_best_look_at_held_out_is_kept_for_each_kind_of_weights(config, trai
         train,
         tmp_path / "four",
         optim={"evaluate_every": 2, "keep": "best", "steps": 4, "schedule": "constant"},
-        held_out=lambda weights: (next(later), 10),
+        held_out=lambda model: (next(later), 10),
     )
     assert distance(two_steps.weights["raw"], four.weights["raw"]) == 0
 

@@ -1,0 +1,203 @@
+"""Pretrained image towers of three libraries and two embedded ones, and the text towers that come with some.
+
+Weights come from the library's own download, or from `model.weights` on machines without internet: of open_clip and
+timm a file, of transformers a folder as `hf download` makes it.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.training import Model
+from models import hub
+from models.emoji_clip import imagenet
+from models.emoji_clip import model as embedded
+from models.local import ROOT, in_parts, local_path, not_whole, unavailable
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An image tower and what its images must look like."""
+
+    tower: nn.Module  # (N, 3, H, W) normalised images to (N, width) features
+    width: int
+    mean: Sequence[float]  # of RGB in [0, 1]
+    std: Sequence[float]
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """The other half of a dual encoder."""
+
+    embed: Callable[[Sequence[str]], Tensor]  # N texts to (N, width) of unit norm, on the CPU
+    scale: float  # by which it multiplies similarities: CLIP's exp(logit_scale)
+
+
+def skeleton(model: Model) -> Backbone:
+    """The tower with random weights (none under torch.device("meta")); of transformers its config must be at hand.
+
+    Raises:
+        UserError: the library does not know the name; of transformers, the config cannot be downloaded.
+    """
+    match model.kind:
+        case "emoji_clip":
+            return Backbone(embedded.build().visual, embedded.EMBED_DIM, embedded.MEAN, embedded.STD)
+        case "imagenet_lite0":
+            tower: Any = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+            return Backbone(tower, tower.num_features, embedded.MEAN, embedded.STD)
+        case "open_clip":
+            return _of_open_clip(model, _open_clip(model, None))
+        case "timm":
+            return _of_timm(model, {})
+        case "transformers":
+            return _of_transformers(model, hub.load_network(model, weights=False))
+
+
+def pretrained_backbone(model: Model, device: torch.device) -> tuple[Backbone, TextTower | None]:
+    """The tower with its pretrained weights, for the caller to train, and its text tower where it has one.
+
+    Args:
+        model: which.
+        device: where texts are embedded.
+
+    Raises:
+        UserError: weights that are neither here nor can be downloaded, damaged ones, or an unknown name.
+    """
+    match model.kind:
+        case "emoji_clip":
+            clip = _load_emoji_clip(ROOT / (model.weights or embedded.WEIGHTS))
+            backbone = Backbone(copy.deepcopy(clip.visual), embedded.EMBED_DIM, embedded.MEAN, embedded.STD)
+            return backbone, TextTower(partial(embedded.text_features, clip), clip.logit_scale.exp().item())
+        case "imagenet_lite0":
+            backbone = skeleton(model)
+            try:
+                imagenet.load_imagenet(backbone.tower)
+            except (ModuleNotFoundError, ValueError) as error:
+                raise UserError(f"model.kind=imagenet_lite0: {error}") from None
+            return backbone, None
+        case "open_clip":
+            clip = _open_clip(model, _open_clip_file(model))
+            return _of_open_clip(model, clip), _open_clip_text(model, clip, device)
+        case "timm":
+            path = local_path(model)
+            local = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
+            return _of_timm(model, {"pretrained": True} | local), None
+        case "transformers":
+            network = hub.load_network(model, weights=True)
+            text = hub.text_of(model, network, device)
+            return _of_transformers(model, copy.deepcopy(network)), TextTower(*text) if text else None
+
+
+@lru_cache(maxsize=1)
+def _load_emoji_clip(weights: Path) -> Any:
+    """Read once in a process, since every worker needs it for many rows."""
+    return embedded.load(weights)
+
+
+def _recorded(model: Model) -> dict[str, Any]:
+    """What open_clip knows of the weights: where they are, mean and standard deviation."""
+    if model.name not in open_clip.list_models():
+        raise UserError(f"open_clip knows no model.name={model.name}; open_clip.list_models() has the names")
+    return open_clip.get_pretrained_cfg(str(model.name), model.pretrained or "") or {}
+
+
+def _open_clip_file(model: Model) -> Path:
+    """The weights file, downloaded where it is not local."""
+    path = local_path(model)
+    if path is not None:
+        return path
+    recorded = _recorded(model)
+    if not recorded:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(str(model.name))) or "none"
+        raise UserError(f"open_clip knows no model.pretrained={model.pretrained} of {model.name}, only: {known}")
+    try:
+        return Path(open_clip.download_pretrained(recorded))
+    except Exception as error:  # hub, HTTP and socket libraries each raise types of their own without internet
+        repository = recorded.get("hf_hub", "").rstrip("/") or recorded["url"]
+        raise unavailable(model, repository, "open_clip_model.safetensors", error) from None
+
+
+def _open_clip(model: Model, weights: Path | None) -> Any:
+    """The dual encoder, from a file or with random weights."""
+    _recorded(model)
+    source = None if weights is None else str(weights)
+    if weights is None:
+        logging.disable(logging.WARNING)  # open_clip warns of random weights, which are wanted here
+    try:
+        return open_clip.create_model(
+            model.name,
+            source,
+            device=torch.get_default_device(),
+            force_image_size=model.image_size,
+            pretrained_image=False,
+            pretrained_text=False,
+        ).eval()
+    except Exception as error:  # torch raises anything from EOFError to UnpicklingError for a damaged file
+        if weights is None:
+            raise
+        raise not_whole(model, error) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _of_open_clip(model: Model, clip: Any) -> Backbone:
+    recorded = _recorded(model)
+    width = open_clip.get_model_config(str(model.name))["embed_dim"]
+    mean, std = recorded.get("mean", OPENAI_DATASET_MEAN), recorded.get("std", OPENAI_DATASET_STD)
+    return Backbone(clip.visual, width, mean, std)
+
+
+def _open_clip_text(model: Model, clip: Any, device: torch.device) -> TextTower:
+    tokenizer = open_clip.get_tokenizer(str(model.name))
+
+    def embed(texts: list[str]) -> Tensor:
+        return clip.to(device).encode_text(tokenizer(texts).to(device))
+
+    return TextTower(partial(in_parts, embed), clip.logit_scale.exp().item())
+
+
+def _of_timm(model: Model, weights: dict[str, Any]) -> Backbone:
+    name = str(model.name)
+    if not timm.is_model(name):
+        raise UserError(f"timm knows no model.name={name}; timm.list_models() has the names")
+    recorded = timm.get_pretrained_cfg(name)
+    assert recorded is not None  # of every model that timm knows
+    size: dict[str, Any] = {"img_size": model.image_size} if recorded.fixed_input_size else {}
+    try:
+        tower: Any = timm.create_model(name, num_classes=0, **size, **weights)
+    except Exception as error:  # as in _open_clip_file and _open_clip
+        if not weights:
+            raise
+        if model.weights is not None:
+            raise not_whole(model, error) from None
+        raise unavailable(model, recorded.hf_hub_id or name, "model.safetensors", error) from None
+    return Backbone(tower, tower.num_features, recorded.mean, recorded.std)
+
+
+def _of_transformers(model: Model, network: Any) -> Backbone:
+    width = hub.width_of(network, model.image_size)
+    return Backbone(hub.HubTower(network), width, *hub.statistics(model))
+
+
+def checkpoint_activations(tower: nn.Module) -> None:
+    """Let a tower's blocks compute their activations again in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: this network has no such switch.
+    """
+    if not hasattr(tower, "set_grad_checkpointing"):
+        raise UserError(
+            f"{type(tower).__name__} cannot recompute activations: set compute.gradient_checkpointing=false"
+        )
+    tower.set_grad_checkpointing()  # type: ignore[operator]  # mypy takes it for a tensor

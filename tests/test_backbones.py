@@ -1,0 +1,278 @@
+"""Towers and heads of three libraries give the features and zero-shot heads of the libraries' own, from local files."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import open_clip
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AlignConfig,
+    AlignModel,
+    CLIPConfig,
+    CLIPModel,
+    EfficientNetImageProcessor,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from configs.errors import UserError
+from configs.schema import CONFIGS
+from configs.training import Model
+from models.classifier import architecture, pretrained, random_head
+
+NAMES = ("red fox", "tea pot", "grand piano")
+WORDS = [
+    "[PAD]",
+    "[EOS]",
+    *["a", "photo", "of", "red", "fox", "tea", "pot", "grand", "piano", "the", ".", "one", "bad"],
+]
+ANY = Model(kind="timm", name="test_vit.r160_in1k", image_size=160, normalize=False, head="random", probe_c=(1,))
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    torch.manual_seed(0)
+    clip = open_clip.create_model("ViT-S-32-alt", force_image_size=64)
+    path = tmp_path_factory.mktemp("clip") / "open_clip_model.safetensors"
+    save_file(clip.state_dict(), path)
+    return clip.eval(), path
+
+
+def clip_model(path, **changes):
+    values = {"kind": "open_clip", "name": "ViT-S-32-alt", "weights": path, "image_size": 64, "normalize": True}
+    return Model(**(values | {"head": "zero_shot", "templates": "name", "probe_c": (1,)} | changes))
+
+
+def test_an_open_clip_file_gives_open_clips_own_features_and_zero_shot_logits(clip_file, images):
+    clip, path = clip_file
+    classifier = pretrained(clip_model(path, templates="openai"), NAMES).eval()
+    seen = (images.float() / 255 - classifier.mean / 255) / (classifier.std / 255)
+    with torch.no_grad():
+        features = clip.encode_image(seen, normalize=True)
+        torch.testing.assert_close(classifier.features(images), features, atol=1e-5, rtol=1e-4)
+        head = open_clip.build_zero_shot_classifier(
+            clip, open_clip.get_tokenizer("ViT-S-32-alt"), NAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
+        )
+        expected = clip.logit_scale.exp() * features @ head
+        torch.testing.assert_close(classifier(images), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_the_name_alone_is_another_prompt_than_the_templates_of_icons(clip_file):
+    _, path = clip_file
+    heads = [pretrained(clip_model(path, templates=kind), NAMES).head.weight for kind in ("emoji", "name")]
+    assert not torch.allclose(*heads)
+
+
+def test_images_are_normalised_as_clip_was_trained_and_features_may_keep_their_norm(clip_file, images):
+    _, path = clip_file
+    classifier = pretrained(clip_model(path, normalize=False), NAMES).eval()
+    assert classifier.mean.flatten().tolist() == pytest.approx([255 * m for m in (0.48145466, 0.4578275, 0.40821073)])
+    with torch.no_grad():
+        long = classifier.features(images)
+        unit = pretrained(clip_model(path), NAMES).eval().features(images)
+    torch.testing.assert_close(F.normalize(long, dim=-1), unit)
+    assert not torch.allclose(long.norm(dim=-1), torch.ones(2))
+
+
+@pytest.mark.parametrize(("name", "activation"), [("ViT-B-32-quickgelu", "QuickGELU"), ("ViT-B-32", "GELU")])
+def test_openai_weights_meet_the_activation_that_they_were_trained_with(name, activation):
+    with torch.device("meta"):
+        found = architecture(clip_model(None, name=name, pretrained="openai", image_size=224), 1000)
+    assert {type(module).__name__ for module in found.modules() if "GELU" in type(module).__name__} == {activation}
+    assert sum(parameter.numel() for parameter in found.tower.parameters()) == 87_849_216  # the visual half
+
+
+@pytest.fixture(scope="module")
+def timm_file(tmp_path_factory):
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit.r160_in1k", pretrained=False)
+    path = tmp_path_factory.mktemp("timm") / "model.safetensors"
+    save_file(network.state_dict(), path)
+    return network.eval(), path
+
+
+def test_a_timm_file_gives_timms_own_pooled_features_under_its_own_mean(timm_file):
+    network, path = timm_file
+    classifier = pretrained(replace(ANY, weights=path), NAMES).eval()
+    images = torch.randint(0, 256, (2, 3, 160, 160), generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        seen = (images / 255 - mean) / std
+        expected = network.forward_head(network.forward_features(seen), pre_logits=True)
+        torch.testing.assert_close(classifier.features(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_random_head_is_small_and_the_same_for_the_same_sizes(timm_file):
+    _, path = timm_file
+    heads = [pretrained(replace(ANY, weights=path), NAMES).head for _ in range(2)]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert 0.015 < heads[0].weight.std() < 0.025
+    assert heads[0].bias.abs().max() == 0
+    assert not torch.equal(random_head(4, 8)[0][:3], random_head(3, 8)[0])
+
+
+def saved(folder, network, processor, *, text):
+    network.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if text:
+        words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="."))
+        words.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[EOS]").save_pretrained(folder)
+    return folder
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def hub_clip(folder):
+    vision = SMALL | {"image_size": 64, "patch_size": 16}
+    text = SMALL | {"vocab_size": len(WORDS), "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 0}
+    network = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+    processor = ViTImageProcessor(do_normalize=True, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
+    return network.eval(), saved(folder, network, processor, text=True)
+
+
+def hub_align(folder):
+    vision = {"image_size": 64, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 320, "initializer_range": 0.5}
+    text = SMALL | {"vocab_size": len(WORDS), "pad_token_id": 0}
+    network = AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=32))
+    processor = EfficientNetImageProcessor(do_normalize=False, rescale_offset=True)
+    return network.eval(), saved(folder, network, processor, text=True)
+
+
+def hub_vit(folder):
+    network = ViTModel(ViTConfig(**SMALL, image_size=64, patch_size=16))
+    return network.eval(), saved(folder, network, ViTImageProcessor(), text=False)
+
+
+def hub_model(folder, **changes):
+    values = {"kind": "transformers", "name": "owner/name", "weights": folder, "image_size": 64, "normalize": True}
+    return Model(**(values | {"head": "zero_shot", "templates": "name", "probe_c": (1,)} | changes))
+
+
+@pytest.mark.parametrize("make", [hub_clip, hub_align])
+def test_a_dual_encoder_of_the_hub_gives_its_own_similarities_and_leaves_its_text_tower_behind(make, tmp_path, images):
+    torch.manual_seed(0)
+    network, folder = make(tmp_path)
+    classifier = pretrained(hub_model(folder), NAMES).eval()
+    assert not [name for name in classifier.state_dict() if "text" in name or "scale" in name or "temperature" in name]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokens = tokenizer(list(NAMES), padding="max_length", max_length=64, return_tensors="pt")
+    seen = (images.float() - classifier.mean) / classifier.std
+    with torch.no_grad():
+        expected = network(**tokens, pixel_values=seen).logits_per_image
+        torch.testing.assert_close(classifier(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_hubs_own_preprocessing_says_how_images_are_normalised(tmp_path):
+    _, folder = hub_clip(tmp_path / "clip")
+    found = pretrained(hub_model(folder), NAMES)
+    assert (found.mean.flatten() / 255).tolist() == pytest.approx([0.1, 0.2, 0.3])
+    _, folder = hub_align(tmp_path / "align")
+    found = pretrained(hub_model(folder), NAMES)
+    assert (found.std.flatten() / 255).tolist() == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_a_vision_network_of_the_hub_gives_its_pooled_output(tmp_path, images):
+    network, folder = hub_vit(tmp_path)
+    classifier = pretrained(hub_model(folder, head="random", templates=None, normalize=False), NAMES).eval()
+    with torch.no_grad():
+        expected = network(pixel_values=(images.float() - classifier.mean) / classifier.std).pooler_output
+        torch.testing.assert_close(classifier.features(images), expected)
+
+
+def test_a_network_without_text_has_no_zero_shot_head(tmp_path):
+    _, folder = hub_vit(tmp_path)
+    with pytest.raises(UserError, match=r"owner/name has no text tower: set model.templates=null"):
+        pretrained(hub_model(folder), NAMES)
+
+
+def test_an_architecture_has_the_tensors_of_the_pretrained_model(clip_file, timm_file, tmp_path):
+    _, folder = hub_clip(tmp_path)
+    for model in (clip_model(clip_file[1]), replace(ANY, weights=timm_file[1]), hub_model(folder)):
+        blank, full = architecture(model, len(NAMES)).state_dict(), pretrained(model, NAMES).state_dict()
+        assert {name: tensor.shape for name, tensor in blank.items()} == {n: t.shape for n, t in full.items()}
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "timm", "transformers"])
+def test_recomputed_activations_give_the_same_gradients(kind, clip_file, timm_file, tmp_path):
+    model = {"open_clip": clip_model(clip_file[1]), "timm": replace(ANY, weights=timm_file[1])}.get(kind)
+    model = model or hub_model(hub_clip(tmp_path)[1])
+    images = torch.randint(0, 256, (2, 3, model.image_size, model.image_size))
+    gradients, calls = [], []
+    for recompute in (False, True):
+        classifier = pretrained(model, NAMES).train()
+        if recompute:
+            classifier.tower.set_grad_checkpointing()
+        norm = next(module for module in classifier.tower.modules() if type(module).__name__ == "LayerNorm")
+        last = [module for module in classifier.tower.modules() if isinstance(module, type(norm))][2]
+        count = [0]
+        last.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        classifier(images).logsumexp(dim=1).sum().backward()
+        gradients.append({n: p.grad for n, p in classifier.named_parameters() if p.grad is not None})
+        calls.append(count[0])
+    assert calls == [1, 2]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "open_clip", "name": "ViT-Z-99"}, "open_clip knows no model.name=ViT-Z-99"),
+        ({"kind": "timm", "name": "vit_zzz"}, "timm knows no model.name=vit_zzz"),
+        ({"weights": "nowhere.safetensors"}, "model.weights=nowhere.safetensors: no such file or folder"),
+        ({"kind": "open_clip", "name": "ViT-B-32", "pretrained": "mine"}, "no model.pretrained=mine of ViT-B-32, only"),
+    ],
+)
+def test_wrong_names_and_files_are_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        pretrained(replace(ANY, **changes), NAMES)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "timm"])
+def test_a_truncated_or_foreign_file_is_named(kind, clip_file, timm_file, tmp_path):
+    right, wrong = (clip_file[1], timm_file[1]) if kind == "open_clip" else (timm_file[1], clip_file[1])
+    model = clip_model(None) if kind == "open_clip" else ANY
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(right.read_bytes()[:5000])
+    for path in (cut, wrong):
+        with pytest.raises(UserError, match=rf"model.weights=.*{path.name} is not a whole file of {kind} model"):
+            pretrained(replace(model, weights=path), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "command"),
+    [
+        ("kind='open_clip', name='ViT-B-32-quickgelu', pretrained='openai'", "timm/vit_base_patch32_clip_224.openai"),
+        ("kind='timm', name='vit_base_patch32_224.augreg_in21k'", "timm/vit_base_patch32_224.augreg_in21k"),
+        ("kind='transformers', name='kakaobrain/align-base'", "kakaobrain/align-base config.json"),
+    ],
+)
+def test_without_internet_the_error_says_what_to_download_and_where_to_name_it(settings, command, tmp_path):
+    code = (
+        "from configs.training import Model\nfrom models.classifier import pretrained\n"
+        f"pretrained(Model({settings}, image_size=224, normalize=True, head='random', probe_c=(1,)), ('a', 'b'))"
+    )
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(CONFIGS.parent)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=offline)
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith("configs.errors.UserError"), ended.stderr[-2000:]
+    assert f"`hf download {command}" in said
+    assert "then set model.weights=FOLDER" in said
