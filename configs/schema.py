@@ -93,6 +93,16 @@ class Task:
             raise ValueError(f"task.part={self.part} is not one of task.parts={self.parts}, counted from 0")
         return self
 
+    @model_validator(mode="after")
+    def held_out_comes_from_one_place(self) -> "Task":
+        """Held-out is a folder of its own, drawn from train, or listed."""
+        rules = [self.held_out_per_class, self.held_out_index, self.folders.get(self.held_out)]
+        if sum(rule is not None for rule in rules) > 1:
+            raise ValueError(
+                "held_out_per_class, held_out_index and a folder for held-out in task.folders exclude each other"
+            )
+        return self
+
     @property
     def size(self) -> int:
         """How many classes there are."""

@@ -1,0 +1,218 @@
+"""Fixed transforms are CLIP's, and images that were decoded once are the images."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import image_transform
+from pictures import rgb, save_kinds, save_tree, task
+
+from configs.errors import UserError
+from configs.schema import load
+from store.decoded import SHARD, Shards
+from tasks.ahead import made_ahead
+from tasks.fixed import FixedTransform, fixed_batches, of_model
+from tasks.image_folder import load_split
+from tasks.split import Split
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = FixedTransform(size=16, resize=18, squash=False)
+SIZES = [(16, 16), (37, 23), (23, 37), (101, 20), (7, 5), (18, 500), (17, 33)]
+
+
+def plain(size, mode):
+    """open_clip's own preprocessing, its normalisation made to do nothing."""
+    return image_transform(size, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=mode)
+
+
+@pytest.mark.parametrize("size", [16, 19])
+@pytest.mark.parametrize(("squash", "mode"), [(False, "shortest"), (True, "squash")])
+def test_images_are_those_of_open_clip_before_its_normalisation(size, squash, mode):
+    ours, theirs = FixedTransform(size, size, squash), plain(size, mode)
+    for seed, (width, height) in enumerate(SIZES):
+        image = rgb(width, height, seed)
+        assert ours(image).dtype == torch.uint8
+        assert torch.equal(ours(image) / 255, theirs(image)), (width, height)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_a_larger_resize_is_cropped_in_its_middle(squash):
+    image = rgb(90, 60)
+    sides = (20, 20) if squash else (30, 20)
+    resized = np.asarray(image.resize(sides, 3)).transpose(2, 0, 1)  # 3 is bicubic
+    left = (sides[0] - 16) // 2
+    expected = resized[:, 2:18, left : left + 16]
+    assert np.array_equal(FixedTransform(16, 20, squash)(image).numpy(), expected)
+
+
+def test_a_model_says_what_it_sees():
+    model = load("demo").model
+    assert of_model(model) == FixedTransform(64, 64, False)
+    other = load("demo", "+model.eval_size=48", "+model.eval_resize=56", "+model.squash=true").model
+    assert of_model(other) == FixedTransform(48, 56, True)
+    assert len({of_model(m).key for m in (model, other)} | {FixedTransform(48, 56, False).key}) == 3
+    with pytest.raises(UserError, match=r"model\.eval_resize=30 is smaller than the 64 pixels"):
+        of_model(load("demo", "+model.eval_resize=30").model)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = save_tree(tmp_path_factory.mktemp("images"), per_class=5)
+    save_kinds(root / "train/a b")
+    return load_split(task(root), "train")
+
+
+@pytest.fixture(scope="module")
+def one_by_one(folder):
+    return torch.stack([SMALL(folder.pil(i)) for i in range(len(folder))])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("way", [{"batch": 1}, {"batch": 7}, {"batch": 100}, {"batch": 7, "workers": 2}], ids=str)
+def test_batches_depend_on_nothing_but_the_images(folder, one_by_one, tmp_path, cached, way):
+    way = way | {"decoded": tmp_path if cached else None}
+    for _ in range(1 + cached):
+        batches = list(fixed_batches(folder, SMALL, **way))
+        assert torch.equal(torch.cat(batches), one_by_one)
+        assert [len(b) for b in batches] == [len(part) for part in one_by_one.split(way["batch"])]
+    rows = torch.tensor([20, 3, 3, 0, 28])
+    assert torch.equal(torch.cat(list(fixed_batches(folder, SMALL, rows=rows, **way))), one_by_one[rows])
+    assert list(fixed_batches(folder, SMALL, rows=rows[:0], **way)) == []
+
+
+def in_memory(n, height, width):
+    images = torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(0))
+    return Split("test", images.to(torch.uint8), torch.zeros(n, dtype=torch.int64), f"{n} x {height} x {width}")
+
+
+def test_images_in_memory_of_the_right_size_are_given_as_they_are(tmp_path):
+    split = in_memory(9, 16, 16)
+    same = FixedTransform(16, 16, False)
+    given = torch.cat(list(fixed_batches(split, same, batch=4, decoded=tmp_path)))
+    assert torch.equal(given, split.images)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(given, torch.stack([same(split.pil(i)) for i in range(9)]))
+    resized = torch.cat(list(fixed_batches(split, SMALL, batch=4)))
+    assert torch.equal(resized, torch.stack([SMALL(split.pil(i)) for i in range(9)]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_clear_line_whoever_decodes_it(tmp_path, workers):
+    root = save_tree(tmp_path / "data")
+    path = root / "train/Öl/1.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    split = load_split(task(root), "train")
+    for decoded in (None, tmp_path / "decoded"):
+        with pytest.raises(UserError, match=r"Öl/1.jpg cannot be decoded") as error:
+            list(fixed_batches(split, SMALL, batch=4, workers=workers, decoded=decoded))
+        assert "\n" not in str(error.value)
+    assert not list((tmp_path / "decoded").rglob("*.npy"))
+
+
+def test_decoding_elsewhere_leaves_the_callers_chance_alone(folder):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    list(made_ahead(folder.labels, workers=1))  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_only_needed_shards_are_made_and_each_only_once(tmp_path):
+    split = in_memory(2 * SHARD + 5, 3, 4)
+    rows = torch.tensor([2 * SHARD + 4, 1])
+    tiny = FixedTransform(4, 4, False)
+    given = torch.cat(list(fixed_batches(split, tiny, batch=2, rows=rows, decoded=tmp_path)))
+    assert torch.equal(given, torch.stack([tiny(split.pil(i)) for i in rows.tolist()]))
+    made = {path.name: path.stat() for path in tmp_path.rglob("*.npy")}
+    assert sorted(made) == ["00000000.npy", f"{2 * SHARD:08d}.npy"]
+    every = torch.cat(list(fixed_batches(split, tiny, batch=999, decoded=tmp_path)))
+    assert torch.equal(every, torch.cat(list(fixed_batches(split, tiny, batch=999))))
+    now = {path.name: path.stat() for path in tmp_path.rglob("*.npy")}
+    assert len(now) == 3
+    assert all(now[name].st_ino == made[name].st_ino for name in made)
+
+
+def test_other_images_and_other_transforms_have_other_shards(tmp_path):
+    for split in (in_memory(3, 5, 5), in_memory(3, 5, 6)):
+        for transform in (FixedTransform(4, 4, False), FixedTransform(4, 5, False), FixedTransform(4, 5, True)):
+            given = torch.cat(list(fixed_batches(split, transform, batch=3, decoded=tmp_path)))
+            assert torch.equal(given, torch.stack([transform(split.pil(i)) for i in range(3)]))
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("keep", [0, 50, 200])
+def test_a_damaged_shard_is_named_with_the_remedy(tmp_path, keep):
+    split = in_memory(9, 3, 4)
+    list(fixed_batches(split, SMALL, batch=4, decoded=tmp_path))
+    (path,) = tmp_path.rglob("*.npy")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(
+        UserError, match=r"decoded images .*/00000000.npy are damaged .*: delete the file and run again"
+    ):
+        list(fixed_batches(split, SMALL, batch=4, decoded=tmp_path))
+    np.save(path, np.zeros((8, 3, 16, 16), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"uint8 \(8, 3, 16, 16\), not uint8 \(9, 3, 16, 16\); delete the file"):
+        list(fixed_batches(split, SMALL, batch=4, decoded=tmp_path))
+    path.unlink()
+    assert len(list(fixed_batches(split, SMALL, batch=4, decoded=tmp_path))) == 3
+
+
+def test_a_half_written_shard_of_a_dead_process_goes_and_that_of_a_living_one_stays(tmp_path):
+    shards = Shards(tmp_path, n=1, shape=(2,))
+    fresh, old = tmp_path / ".00000000.1.ab.tmp.npy", tmp_path / ".00000000.2.cd.tmp.npy"
+    for path in (fresh, old):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    shards.write(0, [np.zeros(2, dtype=np.uint8)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, "00000000.npy"])
+
+
+SHARDS = 10
+BUILD = """
+import sys
+from pathlib import Path
+from test_fixed import SHARD, SHARDS, SMALL, in_memory
+from tasks.fixed import fixed_batches
+list(fixed_batches(in_memory(SHARDS * SHARD, 5, 4), SMALL, batch=64, decoded=Path(sys.argv[1])))
+"""
+
+
+def build(folder):
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.Popen([sys.executable, "-c", BUILD, str(folder)], env=os.environ | paths)
+
+
+def whole_shards(folder):
+    return {path.name: path.stat().st_ino for path in folder.glob("*/[0-9]*.npy")}
+
+
+def assert_the_cache_gives_the_images(folder):
+    split = in_memory(SHARDS * SHARD, 5, 4)
+    given = torch.cat(list(fixed_batches(split, SMALL, batch=1000, decoded=folder)))
+    assert torch.equal(given, torch.cat(list(fixed_batches(split, SMALL, batch=1000))))
+
+
+def test_a_killed_build_is_continued_with_what_is_missing(tmp_path):
+    process = build(tmp_path)
+    while process.poll() is None and not whole_shards(tmp_path):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = whole_shards(tmp_path)
+    assert 0 < len(before) < SHARDS
+    assert_the_cache_gives_the_images(tmp_path)
+    after = whole_shards(tmp_path)
+    assert len(after) == SHARDS
+    assert before.items() <= after.items()
+
+
+def test_two_builds_at_once_do_no_harm(tmp_path):
+    processes = [build(tmp_path) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert_the_cache_gives_the_images(tmp_path)
+    assert len(list(tmp_path.glob("*/*"))) == SHARDS

@@ -1,0 +1,272 @@
+"""Folders of images are read as torchvision reads them, and say what is wrong with them."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip import IMAGENET_CLASSNAMES
+from pictures import CLASSES, rgb, save_kinds, save_tree, task
+from pydantic import ValidationError
+from torchvision.datasets import ImageFolder
+
+from configs.errors import UserError
+from configs.schema import load
+from tasks.image_folder import FolderSplit, Names, class_names, load_split
+from tasks.load import class_names as task_class_names
+from tasks.load import load_split as load_task_split
+
+
+def files(split):
+    return [str(split.path(i).relative_to(split.root)) for i in range(len(split))]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return save_tree(tmp_path / "data")
+
+
+def test_images_of_every_kind_are_those_of_torchvision_in_its_order(tree):
+    save_kinds(tree / "train/a b")
+    save_kinds(tree / "train/a b/deep")
+    save_kinds(tree / "train/a b/deep-er")
+    save_kinds(tree / "train/a b/deep/est")
+    (tree / "linked").mkdir()
+    rgb(9, 8).save(tree / "linked/x.jpg")
+    (tree / "train/Öl/link").symlink_to(tree / "linked")
+    (tree / "train/Öl/alone.jpg").symlink_to(tree / "linked/x.jpg")
+    (tree / "train/readme.txt").write_text("no class")
+    split, theirs = load_split(task(tree), "train"), ImageFolder(str(tree / "train"))
+    assert [(str(split.path(i)), label) for i, label in enumerate(split.labels.tolist())] == theirs.samples
+    assert len(split) == len(theirs) == 12 + 4 * 9 + 2
+    for i in range(len(theirs)):
+        assert split.pil(i).mode == "RGB"
+        assert np.array_equal(np.asarray(split.pil(i)), np.asarray(theirs[i][0])), split.path(i)
+
+
+def test_labels_follow_the_training_folder_whatever_a_split_is_called(tree):
+    (tree / "test").rename(tree / "val")
+    split = load_split(task(tree, folders={"test": "val"}), "test")
+    assert split.labels.dtype == torch.int64
+    assert split.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert split.classes == ("a b", "n-o_t", "Öl", "ß")
+
+
+@pytest.mark.parametrize("keep", ["half", "head", "nothing", "garbage"])
+def test_a_file_that_cannot_be_decoded_is_named(tree, keep):
+    for name in ("broken.jpg", "broken.png"):
+        path = tree / "train/a b" / name
+        rgb(200, 200).save(path)
+        whole = path.read_bytes()
+        path.write_bytes({"half": whole[: len(whole) // 2], "head": whole[:40], "nothing": b""}.get(keep, b"garbage"))
+    split = load_split(task(tree), "train")
+    for i, name in enumerate(files(split)):
+        if "broken" in name:
+            with pytest.raises(UserError, match=rf"{name} cannot be decoded \("):
+                split.pil(i)
+
+
+def spoil_none(tree):
+    pass
+
+
+def spoil_train(tree):
+    shutil.rmtree(tree / "train")
+
+
+def spoil_test(tree):
+    shutil.rmtree(tree / "test")
+
+
+def spoil_missing(tree):
+    shutil.rmtree(tree / "test/Öl")
+
+
+def spoil_unknown(tree):
+    (tree / "test/zebra").mkdir()
+
+
+def spoil_empty(tree):
+    for path in (tree / "test/n-o_t").iterdir():
+        path.rename(path.with_suffix(".txt"))
+
+
+def spoil_link(tree):
+    (tree / "test/Öl/gone.jpg").symlink_to(tree / "nowhere.jpg")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "words"),
+    [
+        (spoil_none, {"num_classes": 5}, "task.num_classes=5, but .*train has 4 class folders"),
+        (spoil_train, {}, "train: No such file.*the classes of every split are those of the training folder"),
+        (spoil_test, {}, "test: No such file or directory; set task.folder"),
+        (spoil_missing, {}, "test: class folder 'Öl' is missing"),
+        (spoil_unknown, {}, "test: class folder 'zebra' is unknown"),
+        (spoil_empty, {}, "test: class 'n-o_t' has no image"),
+        (spoil_link, {}, "Öl: .*gone.jpg: No such file"),
+    ],
+)
+def test_folders_that_do_not_fit_are_named(tree, spoil, settings, words):
+    spoil(tree)
+    with pytest.raises(UserError, match=words):
+        load_split(task(tree, **settings), "test")
+
+
+def test_a_file_name_that_is_not_utf_8_is_named(tree):
+    shutil.copy(os.fsencode(tree / "train/a b/0.jpg"), os.fsencode(tree / "train/a b") + b"/\xff.jpg")
+    with pytest.raises(UserError, match=r"file name '\\udcff.jpg' is not UTF-8"):
+        load_split(task(tree), "train")
+
+
+def held_out_files(root, n):
+    settings = task(root, held_out_per_class=n)
+    train, held_out = (set(files(load_split(settings, name))) for name in ("train", "held_out"))
+    assert train.isdisjoint(held_out)
+    return train, held_out
+
+
+def test_held_out_is_so_many_of_each_class_and_train_the_rest(tmp_path):
+    tree = save_tree(tmp_path, per_class=9)
+    train, held_out = held_out_files(tree, 4)
+    assert train | held_out == set(files(load_split(task(tree), "train")))
+    assert [sum(name.startswith(c.split("/")[0]) for name in held_out) for c in CLASSES] == [4, 4, 4, 4]
+    assert held_out_files(tree, 3)[1] < held_out
+    numbers = {Path(name).stem for name in held_out}
+    assert len(numbers) > 4, "the draw of a class must not be that of every other"
+
+
+def test_a_file_more_moves_no_other_class_and_at_most_one_of_its_own(tmp_path):
+    before = held_out_files(save_tree(tmp_path / "one", per_class=9), 4)[1]
+    other = save_tree(tmp_path / "other", per_class=9)
+    for number in range(20):
+        rgb(5, 5).save(other / f"train/Öl/{number + 100}.png")
+    after = held_out_files(other, 4)[1]
+    assert {name for name in before if not name.startswith("Öl")} == {n for n in after if not n.startswith("Öl")}
+    stayed = {name for name in after if name.endswith("jpg")}
+    assert stayed < before, "a class that grew may give places to new files, never to old ones"
+
+
+def test_held_out_leaves_something_to_train_on(tree):
+    with pytest.raises(UserError, match=r"task\.held_out_per_class=3 leaves none of the 3 images of class 'a b'"):
+        load_split(task(tree, held_out_per_class=3), "held_out")
+
+
+def test_the_authors_file_says_what_is_held_out(tree):
+    index = tree / "index.npy"
+    marks = np.tile([0.0, 1.0, 0.0], 4)
+    np.save(index, marks)
+    settings = task(tree, held_out_index=index)
+    assert [Path(name).name for name in files(load_split(settings, "held_out"))] == ["1.jpg"] * 4
+    assert [Path(name).name for name in files(load_split(settings, "train"))] == ["0.jpg", "2.jpg"] * 4
+    assert len(load_split(settings, "test")) == 12
+
+
+@pytest.mark.parametrize(
+    ("marks", "words"),
+    [
+        (np.zeros(11), r"has shape \(11,\), but .*train has 12 images"),
+        (np.full(12, 0.5), "other values than 0"),
+        (np.repeat([0.0, 1.0, 0.0, 0.0], 3), "leaves no image of class 'n-o_t' to train"),
+        (np.array([{"code": 1}] * 12), "cannot be read: Object arrays cannot be loaded"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(tree, marks, words):
+    np.save(tree / "index.npy", marks)
+    with pytest.raises(UserError, match=words):
+        load_split(task(tree, held_out_index=tree / "index.npy"), "train")
+
+
+def test_held_out_has_one_rule():
+    with pytest.raises(ValidationError, match="exclude each other"):
+        task(Path("x"), held_out_per_class=1, held_out_index=Path("a.npy"))
+    with pytest.raises(ValidationError, match="exclude each other"):
+        task(Path("x"), held_out_per_class=1, folders={"held_out": "other"})
+
+
+def test_a_digest_names_the_files_and_not_the_machine(tmp_path):
+    one, two = save_tree(tmp_path / "one"), save_tree(tmp_path / "elsewhere")
+    digests = {load_split(task(root), split).digest for root in (one, two) for split in ("train", "test")}
+    assert len(digests) == 1
+    settings = task(one, held_out_per_class=1)
+    digests |= {load_split(settings, name).digest for name in ("train", "held_out")}
+    assert len(digests) == 3
+    (two / "test/a b/1.jpg").rename(two / "test/a b/1b.jpg")
+    (two / "train/a b/1.jpg").write_bytes(b"another size")
+    three = shutil.copytree(two, tmp_path / "three")
+    assert digests.isdisjoint({load_split(task(three), "test").digest, load_split(task(three), "train").digest})
+
+
+def test_class_names_are_those_of_folders_of_a_file_or_of_imagenet(tree):
+    assert class_names(task(tree)) == ("a b", "n o t", "Öl", "ß")
+    (tree / "names.txt").write_text("one\ntwo words\nthree\nfour\n")
+    assert class_names(task(tree, names=str(tree / "names.txt"))) == ("one", "two words", "three", "four")
+    for i in range(1000):
+        (tree / f"wnids/n{i:08d}").mkdir(parents=True)
+    imagenet = task(tree, names="imagenet", num_classes=1000, folders={"train": "wnids"})
+    assert class_names(imagenet) == tuple(IMAGENET_CLASSNAMES)
+    (tree / "wnids/n00000003").rename(tree / "wnids/three")
+    with pytest.raises(UserError, match="needs 1,000 class folders such as n01440764, but there is 'three'"):
+        class_names(imagenet)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("one\ntwo\n", "has 2 names for 4 classes"), ("one\n\ntwo\nthree\n", "has 3 names for 4 classes")],
+)
+def test_a_file_of_names_has_one_for_each_class(tree, text, words):
+    (tree / "names.txt").write_text(text)
+    with pytest.raises(UserError, match=words):
+        class_names(task(tree, names=str(tree / "names.txt")))
+    with pytest.raises(UserError, match="neither folder, imagenet, nor a readable file"):
+        class_names(task(tree, names="folders"))
+
+
+def test_some_classes_of_a_folder_keep_their_files_and_names(tree):
+    whole = load_task_split(task(tree), "train")
+    odd = task(tree, parts=2, part=1)
+    split = load_task_split(odd, "train")
+    assert task_class_names(odd) == ("n o t", "ß")
+    assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert files(split) == [f"n-o_t/{i}.jpg" for i in range(3)] + [f"ß/inner/{i}.jpg" for i in range(3)]
+    assert np.array_equal(np.asarray(split.pil(4)), np.asarray(whole.pil(10)))
+    first = load_task_split(task(tree, classes=2), "train")
+    assert len({whole.digest, split.digest, first.digest, load_task_split(task(tree, parts=2), "train").digest}) == 4
+
+
+def test_the_parts_of_a_task_in_memory_deal_out_its_classes():
+    whole = load("demo").task
+    names, test = task_class_names(whole), load_task_split(whole, "test")
+    parts = [load("demo", "task.parts=3", f"task.part={part}").task for part in range(3)]
+    splits = [load_task_split(part, "test") for part in parts]
+    assert sum(map(len, splits)) == len(test)
+    assert len({split.digest for split in [*splits, test]}) == 4
+    for i, (part, split) in enumerate(zip(parts, splits, strict=True)):
+        assert task_class_names(part) == names[i::3]
+        assert len(task_class_names(part)) == part.size
+        rows = (test.labels % 3 == i).nonzero().flatten()
+        assert torch.equal(split.labels, test.labels[rows] // 3)
+        assert torch.equal(split.images, test.images[rows])
+    few = load("demo", "task.parts=3", "task.part=1", "task.classes=5").task
+    assert task_class_names(few) == names[1:16:3]
+    assert load_task_split(few, "test").labels.max() == 4
+
+
+def test_the_embedded_data_must_have_as_many_classes_as_the_settings_say():
+    with pytest.raises(UserError, match=r"task.num_classes=619, but .* has 620 classes"):
+        task_class_names(load("demo", "task.num_classes=619").task)
+
+
+def test_a_big_split_is_cheap_to_send_to_another_process():
+    n = 200_000
+    names = Names.of([f"n{i % 1000:08d}_{i}.JPEG" for i in range(n)])
+    classes = tuple(f"n{i:08d}" for i in range(1000))
+    split = FolderSplit("train", Path("/data/train"), classes, torch.arange(n) // 200, names, "0" * 32)
+    sent = pickle.dumps(split)
+    assert len(sent) < 20e6
+    arrived = pickle.loads(sent)
+    assert arrived.path(n - 1) == Path(f"/data/train/n00000999/n00000999_{n - 1}.JPEG")
+    assert arrived.path(0) == Path("/data/train/n00000000/n00000000_0.JPEG")
