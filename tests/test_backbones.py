@@ -149,7 +149,13 @@ def hub_clip(folder):
 
 
 def hub_align(folder):
-    vision = {"image_size": 64, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 320, "initializer_range": 0.5}
+    vision = {
+        "image_size": 64,
+        "width_coefficient": 0.1,
+        "depth_coefficient": 0.1,
+        "hidden_dim": 320,
+        "initializer_range": 0.5,
+    }
     text = SMALL | {"vocab_size": len(WORDS), "pad_token_id": 0}
     network = AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=32))
     processor = EfficientNetImageProcessor(do_normalize=False, rescale_offset=True)
