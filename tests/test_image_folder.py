@@ -135,7 +135,7 @@ def test_held_out_is_so_many_of_each_class_and_train_the_rest(tmp_path):
     assert train | held_out == set(files(load_split(task(tree), "train")))
     assert [sum(name.startswith(c.split("/")[0]) for name in held_out) for c in CLASSES] == [4, 4, 4, 4]
     assert held_out_files(tree, 3)[1] < held_out
-    numbers = {Path(name).stem for name in held_out}
+    numbers = {Path(name).stem for name in held_out if not name.startswith("ß")}
     assert len(numbers) > 4, "the draw of a class must not be that of every other"
 
 
