@@ -17,7 +17,7 @@ from finetune.averages import Averages, holding
 from finetune.batches import Length, TrainingBatches
 from finetune.losses import classification_loss, distillation_loss
 from finetune.optimisers import build, learning_rate
-from finetune.parallel import DTYPES, Processes, any_of, gathered, prepare, sum_over, synchronised
+from finetune.parallel import DTYPES, Processes, any_of, gathered, prepare, reshard, sum_over, synchronised
 from finetune.sharpness import perturbed
 from finetune.state import Checkpoint, Interruption, State
 from models.classifier import Classifier
@@ -211,6 +211,7 @@ def due_metrics(
     for kind, weights in {RAW: state.model.state_dict(), **state.averages.weights()}.items():
         with holding(state.model, weights if kind != RAW else {}):
             correct, n = held_out(state.model)
+        reshard(state.model)
         yield {"step": progress.step, "weights": kind, "held_out_correct": correct, "held_out_n": n}
         if optim.keep == "best" and (kind not in state.best or correct > state.best[kind].correct):
             copy = {name: tensor.clone() for name, tensor in gathered(weights, keep=state.writes).items()}

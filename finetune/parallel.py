@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.errors import UserError
 from configs.training import Compute
 from eval.forward import DTYPES, device_of_this_process
-from models.backbones import checkpoint_activations
 from models.classifier import Classifier, batch_norms
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -89,7 +89,8 @@ def prepare(model: Classifier, compute: Compute, processes: Processes) -> nn.Mod
     """
     model.channels_last(compute.channels_last).to(processes.device)
     if compute.gradient_checkpointing:
-        checkpoint_activations(model.tower)
+        for block in blocks(model):
+            checkpoint(block)
     if processes.world > 1 and not model.frozen_batch_norm and batch_norms(model):
         if processes.device.type == "cpu":
             raise UserError("model.frozen_batch_norm=false on several processes needs GPUs, which alone can share it")
@@ -112,7 +113,7 @@ def prepare(model: Classifier, compute: Compute, processes: Processes) -> nn.Mod
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network, which are gathered one at a time: the members of its longest lists."""
+    """The repeated parts of a network, gathered or computed again one at a time: the members of its longest lists."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     longest = max((len(module) for module in lists), default=0)
     return [block for module in lists if len(module) == longest and longest > 2 for block in module.children()]
@@ -127,6 +128,15 @@ def synchronised(network: nn.Module, on: bool) -> Iterator[None]:
         return
     with nullcontext() if on or not isinstance(network, DistributedDataParallel) else network.no_sync():
         yield
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up gathered parameters. FSDP keeps those of the root after a forward pass and would use them in the next,
+    although the shards were changed in between.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def sum_over(value: Tensor) -> Tensor:

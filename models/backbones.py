@@ -188,16 +188,3 @@ def _of_timm(model: Model, weights: dict[str, Any]) -> Backbone:
 def _of_transformers(model: Model, network: Any) -> Backbone:
     width = hub.width_of(network, model.image_size)
     return Backbone(hub.HubTower(network), width, *hub.statistics(model))
-
-
-def checkpoint_activations(tower: nn.Module) -> None:
-    """Let a tower's blocks compute their activations again in the backward pass instead of keeping them.
-
-    Raises:
-        UserError: this network has no such switch.
-    """
-    if not hasattr(tower, "set_grad_checkpointing"):
-        raise UserError(
-            f"{type(tower).__name__} cannot recompute activations: set compute.gradient_checkpointing=false"
-        )
-    tower.set_grad_checkpointing()  # type: ignore[operator]  # mypy takes it for a tensor

@@ -38,10 +38,6 @@ class HubTower(nn.Module):
         pooled = getattr(output, "pooler_output", None)
         return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
 
-    def set_grad_checkpointing(self) -> None:
-        """Named as open_clip's and timm's towers name it."""
-        self.network.gradient_checkpointing_enable()
-
 
 def source(model: Model) -> str:
     """The folder or name that transformers gets."""

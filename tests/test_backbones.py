@@ -27,8 +27,10 @@ from transformers import (
 )
 
 from configs.errors import UserError
-from configs.schema import CONFIGS
+from configs.schema import CONFIGS, load
 from configs.training import Model
+from finetune.loop import ALONE
+from finetune.parallel import blocks, prepare
 from models.classifier import architecture, pretrained, random_head
 
 NAMES = ("red fox", "tea pot", "grand piano")
@@ -137,7 +139,7 @@ def saved(folder, network, processor, *, text):
     return folder
 
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 def hub_clip(folder):
@@ -216,21 +218,21 @@ def test_an_architecture_has_the_tensors_of_the_pretrained_model(clip_file, timm
         assert {name: tensor.shape for name, tensor in blank.items()} == {n: t.shape for n, t in full.items()}
 
 
-@pytest.mark.parametrize("kind", ["open_clip", "timm", "transformers"])
-def test_recomputed_activations_give_the_same_gradients(kind, clip_file, timm_file, tmp_path):
+@pytest.mark.parametrize(("kind", "depth"), [("open_clip", 12), ("timm", 6), ("transformers", 3)])
+def test_recomputed_activations_give_the_same_gradients_block_by_block(kind, depth, clip_file, timm_file, tmp_path):
     model = {"open_clip": clip_model(clip_file[1]), "timm": replace(ANY, weights=timm_file[1])}.get(kind)
     model = model or hub_model(hub_clip(tmp_path)[1])
     images = torch.randint(0, 256, (2, 3, model.image_size, model.image_size))
-    gradients, calls = [], []
+    compute, gradients, calls = load("demo_tiny").compute, [], []
     for recompute in (False, True):
-        classifier = pretrained(model, NAMES).train()
-        if recompute:
-            classifier.tower.set_grad_checkpointing()
-        norm = next(module for module in classifier.tower.modules() if type(module).__name__ == "LayerNorm")
-        last = [module for module in classifier.tower.modules() if isinstance(module, type(norm))][2]
+        classifier = pretrained(model, NAMES)
+        network = prepare(classifier, replace(compute, gradient_checkpointing=recompute), ALONE).train()
+        parts = blocks(classifier)
+        assert len(parts) == depth
         count = [0]
-        last.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        classifier(images).logsumexp(dim=1).sum().backward()
+        inner = next(module for module in parts[1].modules() if isinstance(module, torch.nn.LayerNorm))
+        inner.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        network(images).logsumexp(dim=1).sum().backward()
         gradients.append({n: p.grad for n, p in classifier.named_parameters() if p.grad is not None})
         calls.append(count[0])
     assert calls == [1, 2]
