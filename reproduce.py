@@ -21,11 +21,14 @@ from finetune.sweep import train_sweep
 from soups.cook import cook_all, summary
 from store.runs import RunFolder
 from store.workers import use_threads
+from tasks.load import load_split
 
 
 def run_one(config: Experiment, console: Console) -> Report:
     """All stages of one sweep."""
     console.rule(f"{config.name}: {config.sweep.size} fine-tuned models and the initialisation")
+    for split in (config.task.train, config.task.held_out, *config.task.reported):
+        load_split(config.task, split)  # what is wrong with any of them is said before hours of training
     train_sweep(config, console)
     evaluate_all(config, model_folders(config), console)
     cook_all(config, config.recipes, console)

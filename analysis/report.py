@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.figures import coefficients_map, figure1, save
-from analysis.results import SHIFT_MEAN, measure, scatter_points, tidy
+from analysis.results import SHIFT_MEAN, benchmark_name, measure, scatter_points, tidy
 from analysis.sets import report_sets
 from analysis.tables import table3, write_table
 from configs.schema import Experiment
@@ -30,11 +30,16 @@ class Report:
 
 def note(config: Experiment) -> str:
     """Names the proxies wherever the numbers stand."""
+    model, task = config.model, config.task
     return (
-        f"Benchmark {config.task.kind}, a proxy for ImageNet; "
-        f"model {config.model.kind}, a proxy for {config.model.proxy_for}; "
+        f"Benchmark {benchmark_name(config)}{_proxy(task.proxy_for)}; "
+        f"model {model.name or model.kind}{_proxy(model.proxy_for)}; "
         f"{config.sweep.size} fine-tuned models and the initialisation, sweep seed {config.sweep.seed}."
     )
+
+
+def _proxy(stands_for: str | None) -> str:
+    return "" if stands_for is None else f", a proxy for {stands_for}"
 
 
 def _errors(scores: pd.DataFrame, test: str) -> pd.DataFrame:
@@ -65,7 +70,9 @@ def analyse(config: Experiment) -> Report:
     folder = RunFolder.of(config).analysis
     table = table3(scores)
     files = write_table(table, scores, folder / "table3", note(config))
-    files += save(figure1(points, _errors(scores, config.task.test), config.task.kind.capitalize()), folder / "figure1")
+    files += save(
+        figure1(points, _errors(scores, config.task.test), benchmark_name(config).capitalize()), folder / "figure1"
+    )
     with replacing(folder / "figure1.csv") as temporary:
         points.to_csv(temporary, index=False, float_format="%.8f")
     record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}

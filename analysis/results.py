@@ -38,6 +38,11 @@ class Method:
         return self.hits[split].double().mean().item()
 
 
+def benchmark_name(config: Experiment) -> str:
+    """What the task is called in tables and figures."""
+    return config.task.kind if config.task.kind == "emoji" else config.task.folder.name
+
+
 def over_orders(name: str, orders: list[Method]) -> Method:
     """The mean of several soups of one recipe, which keeps them to tell their spread."""
     hits = {split: torch.stack([each.hits[split].double() for each in orders]).mean(dim=0) for split in orders[0].hits}
@@ -79,18 +84,12 @@ def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], lis
         )
         for i in usable_pool(config)
     ]
-    zero_shot = read_json(run.zero_shot / "done.json")
-    file = run.zero_shot / "weights.safetensors"
-    score = zero_shot["held_out"]
-    methods = [
-        Method(
-            "zero-shot",
-            1,
-            hits(lambda split: evaluator.logits_of_file(zero_shot["digest"], file, split)),
-            score["correct"] / score["n"],
-        ),
-        pool[0],
-    ]
+    methods = [pool[0]]
+    if config.model.templates is not None:
+        done = read_json(run.zero_shot / "done.json")
+        file, score = run.zero_shot / "weights.safetensors", done["held_out"]
+        found = hits(lambda split: evaluator.logits_of_file(done["digest"], file, split))
+        methods.insert(0, Method("zero-shot", 1, found, score["correct"] / score["n"]))
     for recipe in config.recipes:
         soups = [_soup(config, name, evaluator, hits) for name in dishes(config, recipe)]
         methods.append(soups[0] if len(soups) == 1 else over_orders(recipe, soups))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.figures import save
-from analysis.results import SHIFT_MEAN, Method, accuracy_in, compare
+from analysis.results import SHIFT_MEAN, Method, accuracy_in, benchmark_name, compare
 from analysis.tables import percent, points, write_table
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -181,4 +181,4 @@ def report_sets(config: Experiment, evaluator: Evaluator, folder: Path, note: st
     tidy = tidy_sets(config, methods, notes, evaluator)
     test = config.task.test
     files = write_table(sets_table(tidy, test), tidy, folder / "rows", note, baseline="the first row")
-    return files + save(sets_figure(tidy, test, config.task.kind.capitalize()), folder / "rows")
+    return files + save(sets_figure(tidy, test, benchmark_name(config).capitalize()), folder / "rows")

@@ -221,11 +221,6 @@ class Experiment:
             raise ValueError(f"analysis.labels has {len(self.analysis.labels)} names for {self.sweep.size} rows")
         if named and (not self.analysis.labels or max(named) > self.sweep.size):
             raise ValueError(f"analysis.sets needs analysis.labels and rows up to {self.sweep.size}")
-        sam = self.regularizer.sam
-        if sam is not None and not sam.synchronised and self.compute.strategy == "fsdp":
-            raise ValueError(
-                "regularizer.sam.synchronised=false needs compute.strategy=ddp: shards have no own gradient"
-            )
         if "best" not in self.recipes:
             raise ValueError("recipes must contain best: every interval is against the best individual model")
         return self

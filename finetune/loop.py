@@ -11,6 +11,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
 from configs.chance import seed_globals
+from configs.errors import UserError
 from configs.schema import Experiment
 from configs.training import Distill, Optim
 from finetune.averages import Averages, holding
@@ -129,6 +130,8 @@ def fine_tune(
     optim, compute, sam = config.optim, config.compute, config.regularizer.sam
     length = Length.of(optim, len(train))
     network = prepare(model, compute, processes)
+    if sam is not None and not sam.synchronised and compute.strategy == "fsdp":
+        raise UserError("regularizer.sam.synchronised=false needs whole gradients: set compute.strategy=ddp")
     trainable = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(processes.device.type, enabled=compute.precision == "fp16")
     averages = Averages.of(model.state_dict(), config.regularizer, length.steps)

@@ -84,6 +84,8 @@ def initialise(config: Experiment) -> dict[str, Any]:
         if done is not None and (zero_shot_done is not None or not has_zero_shot):
             return done
         evaluator = Evaluator(config)
+        for split in (config.task.train, config.task.held_out):
+            evaluator.split(split)  # what is wrong with them is said before anything is made
         base = {"identity": name, "status": "done", "drawn": {}}
         started = time.monotonic()
         start = pretrained(config.model, class_names(config.task)).state_dict()

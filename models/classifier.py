@@ -47,7 +47,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in 0..255 to (N, width), of unit norm where the model has it so."""
-        normalised = (images.float() - self.mean) / self.std
+        normalised = (images.to(self.mean.device).float() - self.mean) / self.std
         features = self.tower(normalised.contiguous(memory_format=self.memory_format))
         return F.normalize(features, dim=-1) if self.normalize else features
 

@@ -174,6 +174,7 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
     split, settings = kitchen.evaluator.split(kitchen.split), kitchen.cooking.learned
     files: list[Loader] = [partial(FileWeights, i.folder / "weights.safetensors") for i in kitchen.pool]
     images = torch.cat(list(kitchen.evaluator.batches(kitchen.split)))
+    labels = split.labels.to(kitchen.evaluator.model.head.weight.device)
     descent = LearnedSettings(
         per=per,
         lr=settings.lr,
@@ -186,7 +187,7 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
         learnt = learned(
             kitchen.evaluator.model,
             files,
-            shuffled(images, split.labels, settings.batch_size, kitchen.identity),
+            shuffled(images, labels, settings.batch_size, kitchen.identity),
             descent,
             state_path=kitchen.folder / "state.safetensors",
             identity=kitchen.identity,
