@@ -66,7 +66,9 @@ class Task:
 
     kind: Literal["emoji", "image_folder"]
     folder: Path  # the data; of image_folder: <folder>/<split>/<class>/<image>
-    folders: dict[str, str] = field(default_factory=dict, hash=False)  # of image_folder: split -> its folder, where not its name
+    folders: dict[str, str] = field(
+        default_factory=dict, hash=False
+    )  # of image_folder: split -> its folder, where not its name
     num_classes: Annotated[int, Field(ge=2)]  # the data must have so many
     names: str = "folder"  # of image_folder: class names; folder, imagenet (open_clip's), or a file with one a line
     held_out_per_class: Count | None = None  # of image_folder: held-out is so many images of each class of train
