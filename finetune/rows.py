@@ -1,4 +1,7 @@
-"""The rows of a sweep: row i is a pure function of (sweep seed, i, field name)."""
+"""The rows of a sweep: row i is a pure function of (sweep seed, i, field name).
+
+python -m finetune.rows experiment=demo    lists them, with what differs from row to row; nothing is trained
+"""
 
 import math
 from collections.abc import Sequence
@@ -98,3 +101,13 @@ def identity(config: Experiment, row: int) -> str:
         parts |= {name: values[name] for name in ("optim", "augment", "regularizer")}
         parts |= {"precision": values["compute"]["precision"], "seed": config.sweep.seed, "row": row}
     return digest_of(parts)
+
+
+if __name__ == "__main__":
+    import shlex
+    import sys
+
+    from configs.cli import entry_point
+    from finetune.listing import print_rows
+
+    entry_point(lambda config: print_rows(config, shlex.join(sys.argv[1:])))()

@@ -1,14 +1,20 @@
 """Rows of a sweep are keyed: the same for ever, whatever is added beside them."""
 
+import io
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from configs.chance import seed, uniform
 from configs.errors import UserError
 from configs.schema import load
 from configs.training import Choice, Integers, LogUniform, ZeroOrUniform
+from finetune.listing import differing, print_rows
 from finetune.rows import draw, identity, inverse, row_config
 
 
@@ -82,3 +88,36 @@ def test_a_draw_outside_a_fields_limits_is_refused():
     sweep = replace(config.sweep, draw={"optim": {"lr": Integers(kind="integers", low=-1, high=-1)}})
     with pytest.raises(UserError, match=r"optim.lr: Input should be greater than 0"):
         row_config(replace(config, sweep=sweep), 1)
+
+
+def test_the_list_of_rows_has_the_settings_that_differ_and_no_others():
+    names, values = differing(load("demo_sam"))
+    assert names == ["optim.seed", "regularizer.sam"]
+    sam = {"rho": 0.05, "synchronised": True}
+    assert values == [[0, None], [1, None], [0, sam], [1, sam]]
+
+
+def test_the_list_of_rows_is_not_cut_in_a_log_and_starts_with_the_initialisation():
+    log = io.StringIO()
+    print_rows(load("demo"), "experiment=demo", Console(file=log, width=40))
+    lines = [line.split() for line in log.getvalue().splitlines()]
+    head, *rows = [words for words in lines if words and (words[0] == "row" or words[0].isdigit())]
+    assert head[1:] == differing(load("demo"))[0]
+    assert rows[0] == ["0", "initialisation"]
+    assert [row[0] for row in rows] == [str(number) for number in range(13)]
+    assert rows[3][1] == f"{draw(load('demo'), 3)['optim.lr']:.4g}"
+
+
+def test_rows_of_each_replicate_are_listed():
+    log = io.StringIO()
+    print_rows(load("demo_seeds"), "experiment=demo_seeds", Console(file=log))
+    for number in range(3):
+        assert f"demo_seeds/seed{number}" in log.getvalue()
+
+
+def test_the_command_lists_rows_and_says_what_to_run_next():
+    command = [sys.executable, "-m", "finetune.rows", "experiment=demo", "optim.clip_norm=2"]
+    root = Path(__file__).resolve().parents[1]
+    answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "python -m finetune experiment=demo optim.clip_norm=2 sweep.index=1" in answer.stdout
+    assert max(map(len, answer.stdout.splitlines())) > 80

@@ -1,0 +1,91 @@
+"""The rows of a sweep as a table, to look at before anything is trained."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from configs.schema import Experiment, dump, replicate
+from finetune.rows import row_config
+
+GROUPS = ("task", "model", "optim", "augment", "regularizer")
+UNCUT = 10_000  # columns of a log: as wide as the widest table
+NOTE = """Row 0 is the initialisation; all others start from it. Nothing was trained.
+One row:    python -m finetune {typed} sweep.index=1      (row 0 first; an array job sets the index)
+All rows:   python -m finetune {typed}
+All stages: python reproduce.py {typed}"""
+
+
+def differing(config: Experiment) -> tuple[list[str], list[list[Any]]]:
+    """Which settings differ among the fine-tuned rows, as in optim.lr, and their values, a list for each row from 1 on.
+
+    Raises:
+        UserError: as `row_config`.
+    """
+    rows = [dump(row_config(config, row)) for row in range(1, config.sweep.size + 1)]
+    names = [(group, name) for group in GROUPS for name in rows[0][group]]
+    varied = [(group, name) for group, name in names if any(row[group][name] != rows[0][group][name] for row in rows)]
+    return [f"{group}.{name}" for group, name in varied], [[row[group][name] for group, name in varied] for row in rows]
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value is False  # 0 is a setting
+
+
+def cell(value: Any) -> str:
+    """A setting in short: four digits of a number, the kinds of a choice.
+
+    >>> cell(1.2309748931412387e-05), cell(None), cell([{"kind": "minimal", "crop": None}, {"kind": "rand"}])
+    ('1.231e-05', '', 'minimal, rand')
+    >>> cell({"rho": 0.05, "synchronised": True})
+    'rho 0.05, synchronised'
+    """
+    match value:
+        case _ if _absent(value):
+            return ""
+        case True:
+            return "yes"
+        case float():
+            return f"{value:.4g}"
+        case {"kind": kind}:
+            return str(kind)
+        case Mapping():
+            return ", ".join(
+                key if each is True else f"{key} {cell(each)}" for key, each in value.items() if not _absent(each)
+            )
+        case str():
+            return value
+        case Sequence():
+            return ", ".join(map(cell, value))
+    return str(value)
+
+
+def table_of(config: Experiment) -> Table:
+    """Row 0 first; a column for each setting that differs."""
+    names, rows = differing(config)
+    table = Table(title=config.name, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("row", justify="right")
+    for name in names or ("",):
+        table.add_column(name, overflow="fold")
+    table.add_row("0", "initialisation", *[""] * (len(names) - 1))
+    for number, values in enumerate(rows, start=1):
+        table.add_row(str(number), *(map(cell, values) if names else ("differs by its random stream alone",)))
+    return table
+
+
+def print_rows(config: Experiment, typed: str, console: Console | None = None) -> None:
+    """Print the rows of an experiment, of each of its replicates, and what to run next.
+
+    Args:
+        config: the experiment.
+        typed: the settings that were typed, which the next commands take too.
+        console: a terminal, or a file or pipe, which gets plain text as wide as it needs.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=UNCUT, color_system=None)
+    for one in [replicate(config, seed) for seed in config.replicates] or [config]:
+        console.print(table_of(one))
+    console.print(NOTE.format(typed=typed), highlight=False, soft_wrap=True)
