@@ -1,6 +1,6 @@
 """The rows of a sweep as a table, to look at before anything is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -42,24 +42,24 @@ def cell(value: Any) -> str:
     >>> cell({"rho": 0.05, "synchronised": True})
     'rho 0.05, synchronised'
     """
+    if _absent(value):
+        return ""
+    if isinstance(value, Mapping) and "kind" not in value:
+        return ", ".join(
+            key if each is True else f"{key} {cell(each)}" for key, each in value.items() if not _absent(each)
+        )
     match value:
-        case _ if _absent(value):
-            return ""
         case True:
-            return "yes"
+            text = "yes"
         case float():
-            return f"{value:.4g}"
+            text = f"{value:.4g}"
         case {"kind": kind}:
-            return str(kind)
-        case Mapping():
-            return ", ".join(
-                key if each is True else f"{key} {cell(each)}" for key, each in value.items() if not _absent(each)
-            )
-        case str():
-            return value
-        case Sequence():
-            return ", ".join(map(cell, value))
-    return str(value)
+            text = str(kind)
+        case list() | tuple():
+            text = ", ".join(map(cell, value))
+        case _:
+            text = str(value)
+    return text
 
 
 def table_of(config: Experiment) -> Table:
