@@ -68,7 +68,7 @@ def analyse(config: Experiment) -> Report:
     scores = tidy(config, methods, evaluator)
     points = scatter_points(config, pool, methods)
     folder = RunFolder.of(config).analysis
-    table = table3(scores)
+    table = table3(scores, config.model.head)
     files = write_table(table, scores, folder / "table3", note(config))
     files += save(
         figure1(points, _errors(scores, config.task.test), benchmark_name(config).capitalize()), folder / "figure1"

@@ -85,7 +85,7 @@ def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], lis
         for i in usable_pool(config)
     ]
     methods = [pool[0]]
-    if config.model.templates is not None:
+    if config.model.templates is not None and config.model.head != "zero_shot":
         done = read_json(run.zero_shot / "done.json")
         file, score = run.zero_shot / "weights.safetensors", done["held_out"]
         found = hits(lambda split: evaluator.logits_of_file(done["digest"], file, split))

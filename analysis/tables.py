@@ -27,6 +27,7 @@ NAMES = {
     "greedy_ensemble": "Greedy ensemble",
     "ensemble_with_replacement": "Greedy ensemble (with replacement)",
 }
+HEADS = {"linear_probe": "linear probe", "zero_shot": "zero-shot", "random": "random head"}
 SPLITS = {"test": "Test", "v2": "V2", "r": "R", "sketch": "Sketch", "objectnet": "ObjectNet-like", "a": "A-like"}
 
 
@@ -54,17 +55,19 @@ def _accuracy(cell: pd.Series) -> str:
     return percent(cell["accuracy"]) + spread
 
 
-def table3(tidy: pd.DataFrame) -> pd.DataFrame:
+def table3(tidy: pd.DataFrame, head: str = "linear_probe") -> pd.DataFrame:
     """One row per method, all cells text: accuracies in per cent, differences to the best individual in points.
 
     Args:
         tidy: from `analysis.results.tidy`.
+        head: how the initialisation's was made, as in `model.head`.
     """
+    names = NAMES | {"initialisation": f"Initialisation ({HEADS[head]})"}
     test, *shifts = [column for column in tidy["column"].unique() if column != SHIFT_MEAN]
     rows = []
     for method, group in tidy.groupby("method", sort=False):
         cells = group.set_index("column")
-        row = {"Method": NAMES.get(str(method), str(method)), "Models at inference": str(cells["models"].iloc[0])}
+        row = {"Method": names.get(str(method), str(method)), "Models at inference": str(cells["models"].iloc[0])}
         row["Held-out"] = percent(cells["held_out"].iloc[0])
         for column in (test, *shifts):
             row[SPLITS.get(column, column)] = _accuracy(cells.loc[column])

@@ -1,14 +1,13 @@
 """Every model of an experiment on every split, into the logits cache."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from configs.errors import UserError
-from configs.schema import Experiment, parse_values
+from configs.schema import Experiment
 from eval.forward import Count, Evaluator
 from store.atomic import read_json, read_jsonl, write_jsonl
 from store.runs import RunFolder
@@ -21,7 +20,6 @@ def evaluate(config: Experiment, folder: Path) -> str:
     Raises:
         UserError: missing or damaged weights, logits or data.
     """
-    config = _with_own_task(config, folder)
     evaluator, task = Evaluator(config), config.task
     digest = recorded_digest(folder)
     if digest is None:
@@ -38,14 +36,6 @@ def evaluate(config: Experiment, folder: Path) -> str:
     shifts = sum(counts[split].top1 for split in task.shifts) / len(task.shifts)
     name = folder.relative_to(RunFolder.of(config).root)
     return f"{name}: {task.test} {100 * counts[task.test].top1:.1f} %, mean of shifts {100 * shifts:.1f} %"
-
-
-def _with_own_task(config: Experiment, folder: Path) -> Experiment:
-    """The experiment with the task of the row in this folder, where the sweep varies it."""
-    if not any(field.startswith("task.") for field in config.sweep.varied) or not (folder / "config.json").exists():
-        return config
-    task = parse_values(read_json(folder / "config.json")).task
-    return replace(config, task=task)  # type: ignore[type-var]  # a pydantic dataclass, which mypy does not know
 
 
 def recorded_digest(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from models.probe import linear_probe
 from store.atomic import write_json
 from store.provenance import provenance
 from store.runs import RunFolder, finished, record_config, sole_writer
-from store.weights import Weights, digest, load_weights, save_weights
+from store.weights import load_weights, save_weights
 from tasks.load import class_names
+
+HEAD = ("head.weight", "head.bias")
 
 
 def _scored(evaluator: Evaluator, file: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -166,11 +169,14 @@ def train_row(config: Experiment, row: int) -> dict[str, Any]:
         if done is not None:
             return done
         settings = row_config(config, row)
-        start, start_digest = _start(config, settings, row)
+        start = finished(run.ingredient(0), identity(config, 0))
+        if start is None:
+            raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
+        first = load_weights(run.ingredient(0) / "weights.safetensors", start["digest"])
         if processes.writes:
             record_config(folder, dump(settings))
         evaluator = Evaluator(settings)
-        evaluator.model.load_state_dict(start)
+        evaluator.model.load_state_dict(first | _own_head(config, settings, row))
         own = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
         run_seed = seed(config.sweep.seed, own, "run")
         started = time.monotonic()
@@ -190,25 +196,32 @@ def train_row(config: Experiment, row: int) -> dict[str, Any]:
             "row": row,
             "drawn": draw(config, row),
             "seed": run_seed,
-            "start": start_digest,
+            "start": start["digest"],
             "best": trained.best,
         }
-        # A model of its own: the trained one may be sharded.
-        return _finish(Evaluator(settings), folder, done, started, trained.weights) if processes.writes else done
+        if not processes.writes:
+            return done
+        for weights in trained.weights.values() if settings.task != config.task else ():
+            weights.update({name: first[name] for name in HEAD})
+        # A model of its own: the trained one may be sharded, or have the head of another task.
+        reported = replace(settings, task=config.task)  # type: ignore[type-var]  # mypy does not know pydantic's
+        return _finish(Evaluator(reported), folder, done, started, trained.weights)
 
 
-def _start(config: Experiment, settings: Experiment, row: int) -> tuple[Weights, str]:
-    """Row 0's weights and their digest; a row with a task of its own has the zero-shot head of that task instead."""
-    if settings.task != config.task:
-        if config.model.head != "zero_shot":
-            raise UserError(f"row {row} has a task of its own, so its head must be zero_shot, not {config.model.head}")
-        weights = pretrained(settings.model, class_names(settings.task)).state_dict()
-        return weights, digest(weights)
-    folder = RunFolder.of(config).ingredient(0)
-    start = finished(folder, identity(config, 0))
-    if start is None:
-        raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
-    return load_weights(folder / "weights.safetensors", start["digest"]), start["digest"]
+def _own_head(config: Experiment, settings: Experiment, row: int) -> dict[str, Tensor]:
+    """The zero-shot head of a row that learns a task of its own; nothing where it learns the experiment's.
+
+    Such a row is saved with the head of the experiment's task, from which it saw no image (Appendix E).
+
+    Raises:
+        UserError: heads that are trained or have no class names to be made from.
+    """
+    if settings.task == config.task:
+        return {}
+    if config.model.head != "zero_shot" or config.model.train_head:
+        raise UserError(f"row {row} learns a task of its own: set model.head=zero_shot model.train_head=false")
+    weights = pretrained(settings.model, class_names(settings.task)).state_dict()
+    return {name: weights[name] for name in HEAD}
 
 
 def _held_out(evaluator: Evaluator, processes: Processes, model: Classifier) -> tuple[int, int]:

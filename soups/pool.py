@@ -50,10 +50,8 @@ def usable_pool(config: Experiment) -> list[Ingredient]:
     """The pool without diverged rows.
 
     Raises:
-        UserError: rows are missing, all of them diverged, or they learn different tasks and so have different heads.
+        UserError: rows are missing, or all of them diverged.
     """
-    if any(field.startswith("task.") for field in config.sweep.varied) and config.sweep.size > 1:
-        raise UserError(f"the rows of {config.name} learn different tasks: only their towers can be averaged")
     pool = [ingredient for ingredient in read_pool(RunFolder.of(config), config.sweep.size) if ingredient.usable]
     if not pool:
         raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
