@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -158,6 +159,26 @@ def test_an_ema_is_its_closed_form_at_several_decays_at_once():
         assert averages.weights()[f"ema_{decay}"]["w"].item() == pytest.approx(closed)
 
 
+def test_a_ramp_starts_with_low_decays_and_ends_with_the_full_one():
+    values = [1.0, 3.0, -2.0, 5.0]
+    averages = Averages.of({"w": torch.tensor([values[0]])}, Regularizer(ema=(0.22,), ema_ramp=True), steps=3)
+    expected = values[0]
+    for step, (value, decay) in enumerate(zip(values[1:], (2 / 11, 0.22, 0.22), strict=True)):
+        averages.update({"w": torch.tensor([value])}, step)
+        expected = decay * expected + (1 - decay) * value
+    assert averages.weights()["ema_0.22"]["w"].item() == pytest.approx(expected)
+
+
+def test_an_ema_of_almost_no_forgetting_still_moves():
+    averages = Averages.of({"w": torch.tensor([1.0])}, Regularizer(ema=(0.9999999,)), steps=1000)
+    for step in range(1000):
+        averages.update({"w": torch.tensor([1.5])}, step)
+    found = averages.weights()["ema_0.9999999"]["w"]
+    assert found.item() == pytest.approx(1 + 0.5 * (1 - 0.9999999**1000), abs=1e-7)
+    assert found.item() > 1
+    assert found.dtype == torch.float32
+
+
 def test_swa_is_the_plain_mean_of_the_models_from_its_start_on():
     averages = Averages.of({"w": torch.zeros(1)}, Regularizer(swa=Swa(start=0.5, every=2)), steps=8)
     for step in range(8):
@@ -222,8 +243,42 @@ def test_a_frozen_head_stays_as_it_was_initialised(train, tmp_path):
     assert distance(start, found) > 0
 
 
-def test_lower_precision_trains_nearly_the_same(config, train, plain, tmp_path):
-    compute = replace(config.compute, precision="bf16")
+def test_batch_norm_statistics_move_only_where_they_are_not_frozen(train, plain, tmp_path):
+    config = load("demo_tiny", "model.frozen_batch_norm=false")
+    start = pretrained(config.model, class_names(config.task)).state_dict()
+    found = train_some(config, train, tmp_path).weights["raw"]
+    statistics = [name for name in start if "running_mean" in name]
+    assert statistics
+    assert all(torch.equal(plain[name], start[name]) for name in statistics)
+    assert not any(torch.equal(found[name], start[name]) for name in statistics)
+
+
+def test_the_memory_format_is_the_one_of_the_config_and_changes_last_bits_only(config, train, plain, tmp_path):
+    found = {}
+    for on in (True, False):
+        model = pretrained(config.model, class_names(config.task))
+        settings = replace(
+            config, optim=replace(config.optim, steps=3), compute=replace(config.compute, channels_last=on)
+        )
+        found[on] = fine_tune(model, train, settings, run_seed=1, folder=tmp_path / str(on)).weights["raw"]
+        convolution = model.tower.get_submodule("trunk.conv_stem").weight
+        assert convolution.is_contiguous(memory_format=torch.channels_last) == on
+    assert distance(plain, found[True]) == 0
+    assert distance(plain, found[False]) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_network_trains_nearly_the_same(config, train, plain, tmp_path):
+    compute = replace(config.compute, compile=True)
+    found = train_some(config, train, tmp_path, groups={"compute": compute}).weights["raw"]
+    assert found.keys() == plain.keys()
+    assert distance(plain, found) < 0.02
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_nearly_the_same(precision, config, train, plain, tmp_path):
+    compute = replace(config.compute, precision=precision)
     found = train_some(config, train, tmp_path, groups={"compute": compute}).weights["raw"]
     assert 0 < distance(plain, found) < 0.2
 
@@ -302,6 +357,26 @@ def test_stochastic_augmentation_takes_each_of_its_kinds_about_equally_often():
         seed_globals(sample)
         widths.append(int(np.ptp(np.asarray(transform(image)).astype(int))) > 200)
     assert 70 < sum(widths) < 160
+
+
+def test_a_magnitude_acts_up_to_its_limit_and_no_further():
+    image = Image.fromarray((np.indices((64, 64)).sum(0)[..., None] * [1, 1.5, 2]).astype(np.uint8))
+    looks = {}
+    for magnitude, limit in ((10, 10), (20, 10), (20, 20)):
+        transform = augmentation(Augment(kind="rand", crop=1.0, layers=2, magnitude=magnitude, magnitude_max=limit), 64)
+        made = []
+        for sample in range(20):
+            seed_globals(sample)
+            made.append(np.asarray(transform(image)))
+        looks[magnitude, limit] = np.stack(made)
+    assert np.array_equal(looks[10, 10], looks[20, 10])
+    assert not np.array_equal(looks[20, 10], looks[20, 20])
+
+
+@pytest.mark.parametrize(("kind", "smallest"), [("minimal", 0.9), ("medium", 0.08), ("rand", 0.08), ("auto", 0.08)])
+def test_a_crop_that_is_not_set_is_the_one_of_its_kind(kind, smallest):
+    assert f"scale=({smallest}, 1.0)" in repr(augmentation(Augment(kind=kind), 64))
+    assert "scale=(0.3, 1.0)" in repr(augmentation(Augment(kind=kind, crop=0.3), 64))
 
 
 def test_a_share_of_a_batch_keeps_mixups_pairs_and_shares_make_up_the_batch():
