@@ -171,7 +171,7 @@ class Compute:
     compile: bool  # torch.compile
     channels_last: bool  # memory format of images and convolutions
     gradient_checkpointing: bool  # forward passes of blocks are done again in the backward pass, to save memory
-    eval_batch: Count  # images a forward pass at evaluation
+    eval_batch: Count | None  # images a forward pass at evaluation; null: as many as fit into the GPU's memory
     decoded: Path | None  # a folder for uint8 copies of decoded images under fixed transforms; null: decode each time
     loader_workers: Natural  # processes that decode and augment, for each training process; 0: in the process itself
     save_every: Natural  # steps between two states on disk; 0: at the end of each epoch only

@@ -2,22 +2,32 @@
 
 Reads   runs/<name>/{ingredients,zero_shot,soups}, the held-out, test and shift splits
 Writes  runs/<name>/logits/<split>/<key>.npy, scores.jsonl beside each model; what is there is not computed again
+On several GPUs: torchrun --nproc-per-node 8 -m eval experiment=..., where each looks at its share of the images.
 """
 
 from configs.cli import entry_point
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.pool import evaluate_all, model_folders
+from eval.pool import evaluate_all, evaluate_together, model_folders
+from store.processes import end_processes, start_processes
 from store.runs import RunFolder
+from store.workers import use_threads
 
 
 def run(config: Experiment) -> None:
     """All models that are finished by now."""
+    use_threads(config.cluster.threads)
+    processes = start_processes()
     folders = model_folders(config)
     if not folders:
         raise UserError(f"no finished model in {RunFolder.of(config).root}: run python -m finetune first")
-    evaluate_all(config, folders)
-    print(f"{len(folders)} models evaluated; next: python -m soups, then python -m analysis")
+    if processes.world > 1:
+        evaluate_together(config, folders, processes)
+        end_processes()
+    else:
+        evaluate_all(config, folders)
+    if processes.writes:
+        print(f"{len(folders)} models evaluated; next: python -m soups, then python -m analysis")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Forward passes, once for each model and image."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from configs.schema import Experiment
+from eval.batch_size import found_batch_size
 from eval.metrics import correct
 from models.classifier import Classifier, architecture
 from store.arrays import cached_array
+from store.processes import Processes, alone, least_of_all, wait_for_all
 from store.runs import RunFolder, digest_of
 from store.weights import Weights, digest, load_weights
 from tasks.fixed import fixed_batches, of_model
@@ -20,13 +21,6 @@ from tasks.load import load_split
 from tasks.split import Images
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def device_of_this_process() -> torch.device:
-    """The GPU of its local rank under torchrun, the first one alone, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP cannot reuse
@@ -45,12 +39,14 @@ def _apply(
     model: Classifier, function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: str
 ) -> Tensor:
     model.eval()
-    device, kind = model.head.weight.device, DTYPES[precision]
-    found = []
-    for batch in batches:
-        with torch.autocast(device.type, kind, enabled=precision != "fp32"):
-            found.append(function(batch.to(device, non_blocking=True)).float().cpu())
+    found = [_look(model, function, batch, precision).cpu() for batch in batches]
     return torch.cat(found) if found else torch.empty(0, model.head.out_features)
+
+
+def _look(model: Classifier, function: Callable[[Tensor], Tensor], batch: Tensor, precision: str) -> Tensor:
+    device = model.head.weight.device
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        return function(batch.to(device, non_blocking=True)).float()
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,16 @@ class Count:
 
 
 class Evaluator:
-    """Logits of any weights of one experiment on any of its splits; images and the module are loaded once."""
+    """Logits of any weights of one experiment on any of its splits; images and the module are loaded once.
 
-    def __init__(self, config: Experiment):
+    Args:
+        config: of the experiment.
+        processes: that fill the cache together; all of them must ask for the same logits in the same order.
+    """
+
+    def __init__(self, config: Experiment, processes: Processes | None = None):
         self.config = config
+        self.processes = processes or alone()
         self.run = RunFolder.of(config)
         self._splits: dict[str, Images] = {}
 
@@ -78,7 +80,7 @@ class Evaluator:
     def model(self) -> Classifier:
         """The module that weights are loaded into, with random ones, on this process's device."""
         model = architecture(self.config.model, self.config.task.size)
-        return model.channels_last(self.config.compute.channels_last).to(device_of_this_process())
+        return model.channels_last(self.config.compute.channels_last).to(self.processes.device)
 
     def split(self, name: str) -> Images:
         """The images and labels of a split."""
@@ -97,11 +99,22 @@ class Evaluator:
         return fixed_batches(
             self.split(split),
             of_model(self.config.model),
-            batch=compute.eval_batch,
+            batch=self.batch_size,
             rows=rows,
             workers=compute.loader_workers,
-            decoded=compute.decoded,
+            # The training split is looked at once, for the linear probe, and is too large to keep.
+            decoded=compute.decoded if split != self.config.task.train else None,
         )
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Images a forward pass, of all processes alike: as the config says, or as many as fit on the GPU."""
+        compute, model = self.config.compute, self.model
+        if compute.eval_batch is not None:
+            return compute.eval_batch
+        with torch.no_grad():
+            look = partial(_look, model.eval(), model, precision=compute.precision)
+            return least_of_all(found_batch_size(model, look, self.config.model.evaluated_at), self.processes)
 
     def features(self, split: str) -> Tensor:
         """(N, width) float32 features of a split by the model's tower as it is, from the cache or to fill it."""
@@ -139,7 +152,28 @@ class Evaluator:
             split: of the experiment's task.
         """
         shape = (len(self.split(split)), self.config.task.size)
-        return cached_array(self._cache("logits", split, name), shape, lambda: self.fresh_logits(load(), split))
+        path = self._cache("logits", split, name)
+        if self.processes.world > 1 and not path.exists():
+            self._fill_together(path, shape, load, split)
+        return cached_array(path, shape, lambda: self.fresh_logits(load(), split))
+
+    def _fill_together(self, path: Path, shape: tuple[int, int], load: Callable[[], Weights], split: str) -> None:
+        """Each of W processes looks at every W-th batch: the batches, and so the bits, are those of one alone."""
+        batches, world = torch.arange(shape[0]).split(self.batch_size), self.processes.world
+        rows = [torch.cat([torch.arange(0), *batches[rank::world]]) for rank in range(world)]
+        parts = [path.with_suffix(f".{rank}of{world}.npy") for rank in range(world)]
+        rank = self.processes.rank
+        own = (len(rows[rank]), shape[1])
+        cached_array(parts[rank], own, lambda: self.fresh_logits(load(), split, rows[rank]))
+        wait_for_all(self.processes)
+        if self.processes.writes:
+            whole = torch.empty(shape)
+            for some, part in zip(rows, parts, strict=True):
+                whole[some] = cached_array(part, (len(some), shape[1]), lambda: torch.empty(0))
+            cached_array(path, shape, lambda: whole)
+            for part in path.parent.glob(f"{path.stem}.*of*.npy"):
+                part.unlink()
+        wait_for_all(self.processes)
 
     def logits_of_file(self, name: str, path: Path, split: str) -> Tensor:
         """As `logits`, of a weights file whose recorded digest is known."""

@@ -10,17 +10,23 @@ from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Count, Evaluator
 from store.atomic import read_json, read_jsonl, write_jsonl
+from store.processes import Processes, wait_for_all
 from store.runs import RunFolder
 from store.workers import spread
 
 
-def evaluate(config: Experiment, folder: Path) -> str:
+def evaluate(config: Experiment, folder: Path, processes: Processes | None = None) -> str:
     """Logits of one model on the held-out, test and shift splits, and scores.jsonl beside it; returns one line.
+
+    Args:
+        config: of the experiment.
+        folder: of the model.
+        processes: that do it together; one of them writes the scores.
 
     Raises:
         UserError: missing or damaged weights, logits or data.
     """
-    evaluator, task = Evaluator(config), config.task
+    evaluator, task = Evaluator(config, processes), config.task
     digest = recorded_digest(folder)
     if digest is None:
         raise UserError(f"{folder} holds no finished model: run python -m finetune or python -m soups first")
@@ -32,7 +38,8 @@ def evaluate(config: Experiment, folder: Path) -> str:
         {"weights": digest, "split": split, "correct": count.correct, "n": count.n, "top1": count.top1}
         for split, count in counts.items()
     ]
-    write_jsonl(folder / "scores.jsonl", rows)
+    if evaluator.processes.writes:
+        write_jsonl(folder / "scores.jsonl", rows)
     shifts = sum(counts[split].top1 for split in task.shifts) / len(task.shifts)
     name = folder.relative_to(RunFolder.of(config).root)
     return f"{name}: {task.test} {100 * counts[task.test].top1:.1f} %, mean of shifts {100 * shifts:.1f} %"
@@ -71,3 +78,13 @@ def evaluate_all(config: Experiment, folders: Sequence[Path], console: Console |
         report=str,
         console=console or Console(),
     )
+
+
+def evaluate_together(config: Experiment, folders: Sequence[Path], processes: Processes) -> None:
+    """Evaluate the models without scores yet, one after the other, each by all processes that torchrun started."""
+    missing = [folder for folder in folders if not is_scored(folder)]
+    wait_for_all(processes)  # so that all have the same list before scores are written
+    for folder in missing:
+        line = evaluate(config, folder, processes)
+        if processes.writes:
+            print(line, flush=True)

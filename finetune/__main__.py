@@ -8,9 +8,9 @@ Row 0 is the initialisation. Without sweep.index all rows that are not done are 
 
 from configs.cli import entry_point
 from configs.schema import Experiment
-from finetune.parallel import end_processes, start_processes
 from finetune.sweep import describe, train_sweep
 from finetune.train import train_row
+from store.processes import end_processes, start_processes
 from store.workers import use_threads
 
 

@@ -11,7 +11,8 @@ from configs.chance import seed, seed_globals
 from configs.errors import UserError
 from configs.training import Augment, Optim
 from finetune.augment import augment_of_epoch, augmentation
-from finetune.parallel import Processes, share
+from finetune.parallel import share
+from store.processes import Processes
 from tasks.split import Images
 
 

@@ -18,11 +18,12 @@ from finetune.averages import Averages, holding
 from finetune.batches import Length, TrainingBatches
 from finetune.losses import classification_loss, distillation_loss
 from finetune.optimisers import build, learning_rate
-from finetune.parallel import DTYPES, Processes, any_of, gathered, prepare, reshard, sum_over, synchronised
+from finetune.parallel import DTYPES, gathered, prepare, reshard, synchronised
 from finetune.sharpness import perturbed
 from finetune.state import Checkpoint, Interruption, State
 from models.classifier import Classifier
 from store.atomic import write_jsonl
+from store.processes import Processes, any_of, sum_over
 from tasks.ahead import made_ahead
 from tasks.split import Images
 

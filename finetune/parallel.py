@@ -1,9 +1,7 @@
 """One process or several: who takes which images, how gradients meet, and states that do not depend on how many."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,44 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import UserError
 from configs.training import Compute
-from eval.forward import DTYPES, device_of_this_process
+from eval.forward import DTYPES
 from models.classifier import Classifier, batch_norms
+from store.processes import Processes
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that train one row."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def writes(self) -> bool:
-        """Whether this is the one that writes files."""
-        return self.rank == 0
-
-
-def start_processes() -> Processes:
-    """Join the processes that torchrun started, or be alone; each takes the GPU of its local rank where there are some.
-
-    Source: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
-    """
-    world, device = int(os.environ.get("WORLD_SIZE", "1")), device_of_this_process()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(int(os.environ.get("RANK", "0")), world, device)
-
-
-def end_processes() -> None:
-    """Wait for the others, which may still read or write, and part."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def share(indices: Tensor, processes: Processes) -> Tensor:
@@ -137,20 +102,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def sum_over(value: Tensor) -> Tensor:
-    """The sum over processes of a number that each has a part of."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def any_of(flag: bool, processes: Processes) -> bool:
-    """Whether it is so on some process; all must ask."""
-    if processes.world == 1:
-        return flag
-    return bool(sum_over(torch.tensor(float(flag), device=processes.device)).item())
 
 
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:

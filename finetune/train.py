@@ -17,11 +17,11 @@ from configs.schema import Experiment, dump
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
 from finetune.loop import RAW, fine_tune
-from finetune.parallel import Processes, start_processes, sum_over
 from finetune.rows import draw, identity, row_config
 from models.classifier import Classifier, pretrained, set_head
 from models.probe import linear_probe
 from store.atomic import write_json
+from store.processes import Processes, start_processes, sum_over
 from store.provenance import provenance
 from store.runs import RunFolder, finished, record_config, sole_writer
 from store.weights import load_weights, save_weights

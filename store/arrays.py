@@ -28,7 +28,7 @@ def cached_array(path: Path, shape: tuple[int, int], compute: Callable[[], Tenso
             np.save(file, found.numpy())
         return found
     try:
-        stored = np.load(path, allow_pickle=False)
+        stored = np.load(path, mmap_mode="c", allow_pickle=False)  # pages are read when they are looked at
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"cached array {path} is damaged ({error}): delete the file and run again") from None
     if stored.shape != shape or stored.dtype != np.float32:

@@ -16,9 +16,9 @@ from finetune.augment import augmentation
 from finetune.batches import Length, TrainingBatches, epoch_order
 from finetune.loop import ALONE, fine_tune
 from finetune.optimisers import learning_rate
-from finetune.parallel import Processes
 from models.classifier import Classifier, pretrained, zero_shot_head
 from models.probe import linear_probe
+from store.processes import Processes
 from tasks.ahead import made_ahead
 from tasks.load import class_names, load_split
 

@@ -20,9 +20,10 @@ from finetune.averages import Averages
 from finetune.loop import fine_tune
 from finetune.losses import classification_loss, distillation_loss
 from finetune.optimisers import build, learning_rate
-from finetune.parallel import Processes, share
+from finetune.parallel import share
 from finetune.sharpness import perturbed
 from models.classifier import pretrained
+from store.processes import Processes
 from tasks.load import class_names, load_split
 
 OPTIM = Optim(
