@@ -13,7 +13,6 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from eval.metrics import correct
 from eval.significance import Difference, paired_bootstrap
 from soups.cook import dishes, logits_of
 from soups.pool import usable_pool
@@ -73,7 +72,7 @@ def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], lis
     run, task = RunFolder.of(config), config.task
 
     def hits(logits_on: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        return {split: correct(logits_on(split), evaluator.split(split).labels) for split in task.reported}
+        return {split: evaluator.hits(logits_on(split), split) for split in task.reported}
 
     pool = [
         Method(

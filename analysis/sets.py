@@ -15,7 +15,6 @@ from analysis.results import SHIFT_MEAN, Method, accuracy_in, benchmark_name, co
 from analysis.tables import percent, points, write_table
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from eval.metrics import correct
 from soups.average import Average
 from store.atomic import read_json
 from store.runs import RunFolder
@@ -55,7 +54,7 @@ def variants(config: Experiment) -> list[Variant]:
 
 
 def _hits(config: Experiment, evaluator: Evaluator, logits_on: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    return {split: correct(logits_on(split), evaluator.split(split).labels) for split in config.task.reported}
+    return {split: evaluator.hits(logits_on(split), split) for split in config.task.reported}
 
 
 def _single(config: Experiment, evaluator: Evaluator, variant: Variant, name: str) -> Method:

@@ -209,6 +209,7 @@ class Experiment:
     analysis: Analysis
     cluster: Cluster
     paths: Paths
+    towers: tuple[Path, ...] = ()  # of python -m soups.backbones: folders of rows, in the order in which they are added
     replicates: tuple[int, ...] = ()  # repeat the whole experiment with these sweep seeds, under name/seed<n>
 
     @model_validator(mode="after")

@@ -179,6 +179,10 @@ class Evaluator:
         """As `logits`, of a weights file whose recorded digest is known."""
         return self.logits(name, lambda: load_weights(path, name), split)
 
+    def hits(self, logits: Tensor, split: str) -> Tensor:
+        """(N,) bool: whether each image of a split is classified correctly."""
+        return correct(logits, self.split(split).labels)
+
     def count(self, logits: Tensor, split: str) -> Count:
         """How many of a split's images these logits get right."""
-        return Count(int(correct(logits, self.split(split).labels).sum()), len(logits))
+        return Count(int(self.hits(logits, split).sum()), len(logits))
