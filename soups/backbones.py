@@ -8,7 +8,7 @@ Writes  runs/<name>/backbones.csv: of the pretrained model and of each average o
         (and of each tower alone) the accuracies with the same zero-shot head, for every split that reports
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def measure(config: Experiment) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     baseline: dict[str, Tensor] = {}
     for name, models, weights in pools(start, config.towers):
-        read = partial(dict, weights)
+        read: Callable[[], Weights] = partial(dict, weights)
         logits = {split: evaluator.logits(digest(weights), read, split) for split in config.task.reported}
         for split, found in logits.items():
             hits = evaluator.hits(found, split)
