@@ -53,11 +53,11 @@ def test_a_larger_resize_is_cropped_in_its_middle(squash):
 def test_a_model_says_what_it_sees():
     model = load("demo").model
     assert of_model(model) == FixedTransform(64, 64, False)
-    other = load("demo", "+model.eval_size=48", "+model.eval_resize=56", "+model.squash=true").model
+    other = load("demo", "model.eval_size=48", "model.eval_resize=56", "model.squash=true").model
     assert of_model(other) == FixedTransform(48, 56, True)
     assert len({of_model(m).key for m in (model, other)} | {FixedTransform(48, 56, False).key}) == 3
     with pytest.raises(UserError, match=r"model\.eval_resize=30 is smaller than the 64 pixels"):
-        of_model(load("demo", "+model.eval_resize=30").model)
+        of_model(load("demo", "model.eval_resize=30").model)
 
 
 @pytest.fixture(scope="module")
