@@ -32,6 +32,8 @@ from configs.training import (
 
 CONFIGS = Path(__file__).resolve().parent
 
+Metric = Literal["top1", "macro_f1", "worst_group"]  # eval/scores.py says what they are
+
 Recipe = Literal[
     "best",
     "second_best",
@@ -76,6 +78,8 @@ class Task:
     held_out: str  # selects: greedy order, best individual, regularisation
     test: str  # reports
     shifts: tuple[str, ...]  # report; their unweighted mean is the "shift mean" (Section 3.1)
+    # how splits are scored, where not by top-1
+    metrics: dict[str, Metric] = dataclasses.field(default_factory=dict, hash=False)
     proxy_for: str | None = None  # the paper's data set in whose place it stands; named wherever its numbers are
     bootstrap_unit: Literal["class", "image"] = "image"  # what intervals resample; class where images share concepts
     classes: Annotated[int | None, Field(ge=2)] = None  # only the first n classes; for tests

@@ -19,7 +19,7 @@ class Difference:
 
 
 @lru_cache(maxsize=16)
-def _times_drawn(groups: int, resamples: int, seed: int) -> Tensor:
+def times_drawn(groups: int, resamples: int, seed: int) -> Tensor:
     """(resamples, groups) int16: how often each group is drawn; kept, since a table compares many models on it."""
     generator = np.random.Generator(np.random.PCG64(seed))
     return torch.from_numpy(generator.multinomial(groups, np.full(groups, 1 / groups), resamples).astype(np.int16))
@@ -65,7 +65,7 @@ def paired_bootstrap(
         present[group] = True
     # (resamples, G) how often each group that occurs is drawn
     drawn = torch.zeros(resamples, size, dtype=torch.float64)
-    drawn[:, present] = _times_drawn(int(present.sum()), resamples, seed).double()
+    drawn[:, present] = times_drawn(int(present.sum()), resamples, seed).double()
 
     mean, draws = 0.0, torch.zeros(resamples, dtype=torch.float64)
     for ours, theirs, group in zip(model, baseline, groups, strict=True):

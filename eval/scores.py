@@ -1,0 +1,98 @@
+"""What a split is scored by, and intervals of differences that hold for any of these scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.schema import Metric
+from eval.significance import Difference, times_drawn
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What models said to the images of one split, beside what is right."""
+
+    metric: Metric
+    model: tuple[Tensor, ...]  # (N,) class ids each; of several soups of one recipe, one for each
+    baseline: Tensor  # (N,)
+    labels: Tensor  # (N,)
+    units: Tensor  # (N,) what is drawn together: classes, or every image by itself
+    groups: Tensor | None = None  # (N,) of worst_group, such as regions; negative: in no group
+
+
+def score(
+    metric: Metric, predicted: Tensor, labels: Tensor, groups: Tensor | None = None, weights: Tensor | None = None
+) -> float:
+    """A number in [0, 1].
+
+    Args:
+        metric: `top1`; `macro_f1`, the mean F1 over the classes that occur among the labels, as WILDS scores iWildCam;
+            or `worst_group`, the smallest accuracy of a group that has images, as WILDS scores FMoW by region.
+        predicted: (N,) class ids.
+        labels: (N,) class ids.
+        groups: (N,) of worst_group; images with a negative one are left out.
+        weights: (N,) how often each image counts, as a bootstrap draws it; once each where None.
+
+    Raises:
+        ValueError: no images, lengths that differ, or worst_group without groups.
+
+    Source: Koh et al. 2021, Section 4 (FMoW, iWildCam); Appendix G.1 of the paper.
+
+    >>> score("macro_f1", torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
+    0.6666666666666666
+    """
+    if not len(labels) or predicted.shape != labels.shape or labels.ndim != 1:
+        raise ValueError(
+            f"need (N,) predictions and labels, N > 0; got {tuple(predicted.shape)}, {tuple(labels.shape)}"
+        )
+    once = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights.double()
+    hits = once * (predicted == labels)
+    match metric:
+        case "top1":
+            return (hits.sum() / once.sum()).item()
+        case "macro_f1":
+            size = int(max(predicted.max(), labels.max())) + 1
+            right = torch.bincount(labels, hits, size)
+            actual, said = torch.bincount(labels, once, size), torch.bincount(predicted, once, size)
+            occurs = actual > 0
+            return (2 * right[occurs] / (actual + said)[occurs]).mean().item()
+        case "worst_group":
+            if groups is None or not (groups >= 0).any():
+                raise ValueError("worst_group needs the group of each image")
+            known = groups >= 0
+            total = torch.bincount(groups[known], once[known])
+            right = torch.bincount(groups[known], hits[known])
+            return (right / total)[total > 0].min().item()
+
+
+def bootstrap_scores(splits: Sequence[Answers], *, resamples: int, seed: int, level: float = 0.95) -> Difference:
+    """The mean over splits of a model's score minus the baseline's, with a percentile bootstrap interval.
+
+    As `eval.significance.paired_bootstrap`, for scores that are no mean over images: each draw computes them anew.
+    Several soups of one recipe count with the mean of their scores.
+
+    Raises:
+        ValueError: no splits, or as `score` raises it.
+    """
+    if not splits:
+        raise ValueError("need the answers on at least one split")
+    present = torch.cat([split.units for split in splits]).unique()
+    drawn = times_drawn(len(present), resamples, seed)  # (resamples, units)
+    place = torch.full((int(present.max()) + 1,), -1)
+    place[present] = torch.arange(len(present))
+
+    def difference(split: Answers, weights: Tensor | None) -> float:
+        ours = [score(split.metric, model, split.labels, split.groups, weights) for model in split.model]
+        return sum(ours) / len(ours) - score(split.metric, split.baseline, split.labels, split.groups, weights)
+
+    mean = sum(difference(split, None) for split in splits) / len(splits)
+    draws = torch.zeros(resamples, dtype=torch.float64)
+    for i in range(resamples):
+        for split in splits:
+            weights = drawn[i][place[split.units]]
+            if weights.any():
+                draws[i] += difference(split, weights) / len(splits)
+    low, high = torch.quantile(draws, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return Difference(mean, low, high)
