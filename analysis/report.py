@@ -70,9 +70,9 @@ def analyse(config: Experiment) -> Report:
     folder = RunFolder.of(config).analysis
     table = table3(scores, config.model.head)
     files = write_table(table, scores, folder / "table3", note(config))
-    files += save(
-        figure1(points, _errors(scores, config.task.test), benchmark_name(config).capitalize()), folder / "figure1"
-    )
+    if config.task.shifts:
+        title = benchmark_name(config).capitalize()
+        files += save(figure1(points, _errors(scores, config.task.test), title), folder / "figure1")
     with replacing(folder / "figure1.csv") as temporary:
         points.to_csv(temporary, index=False, float_format="%.8f")
     record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
+from eval.scores import Answers, bootstrap_scores
 from eval.significance import Difference, paired_bootstrap
 from soups.cook import dishes, logits_of
 from soups.pool import usable_pool
@@ -31,10 +32,25 @@ class Method:
     hits: dict[str, Tensor]  # split -> (N,) bool; of several random orders the (N,) share of them that is right
     held_out: float
     orders: tuple["Method", ...] = ()  # of greedy in random order
+    predicted: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # split that top-1 does not score -> answers
+    scores: dict[str, float] = field(default_factory=dict)  # the same splits -> score
 
     def accuracy(self, split: str) -> float:
-        """Top-1 in [0, 1] on a split."""
-        return self.hits[split].double().mean().item()
+        """In [0, 1]: top-1 on a split, or what the task scores it by."""
+        return self.scores[split] if split in self.scores else self.hits[split].double().mean().item()
+
+
+def method_of(
+    name: str, models: int, logits_on: Callable[[str], Tensor], held_out: float, evaluator: Evaluator
+) -> Method:
+    """A method from its logits on each split that reports."""
+    task = evaluator.config.task
+    logits = {split: logits_on(split) for split in task.reported}
+    hits = {split: evaluator.hits(found, split) for split, found in logits.items()}
+    other = [split for split in task.reported if task.metrics.get(split, "top1") != "top1"]
+    predicted: dict[str, tuple[Tensor, ...]] = {s: (evaluator.predicted(logits[s], s),) for s in other}
+    scores = {split: evaluator.score(logits[split], split) for split in other}
+    return Method(name, models, hits, held_out, predicted=predicted, scores=scores)
 
 
 def benchmark_name(config: Experiment) -> str:
@@ -44,9 +60,14 @@ def benchmark_name(config: Experiment) -> str:
 
 def over_orders(name: str, orders: list[Method]) -> Method:
     """The mean of several soups of one recipe, which keeps them to tell their spread."""
-    hits = {split: torch.stack([each.hits[split].double() for each in orders]).mean(dim=0) for split in orders[0].hits}
-    held_out = sum(each.held_out for each in orders) / len(orders)
-    return Method(name, orders[0].models, hits, held_out, tuple(orders))
+    first, k = orders[0], len(orders)
+    hits = {split: torch.stack([each.hits[split].double() for each in orders]).mean(dim=0) for split in first.hits}
+    held_out = sum(each.held_out for each in orders) / k
+    predicted = {
+        split: tuple(answers for each in orders for answers in each.predicted[split]) for split in first.scores
+    }
+    scores = {split: sum(each.scores[split] for each in orders) / k for split in first.scores}
+    return Method(name, first.models, hits, held_out, tuple(orders), predicted, scores)
 
 
 def refuse_leak(config: Experiment, cooked: dict[str, Any]) -> None:
@@ -69,46 +90,41 @@ def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], lis
     Raises:
         UserError: a soup is missing, or was selected on a split that reports.
     """
-    run, task = RunFolder.of(config), config.task
-
-    def hits(logits_on: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        return {split: evaluator.hits(logits_on(split), split) for split in task.reported}
-
+    run = RunFolder.of(config)
     pool = [
-        Method(
+        method_of(
             f"row {i.row}" if i.row else "initialisation",
             1,
-            hits(partial(evaluator.logits, i.digest, i.load)),
+            partial(evaluator.logits, i.digest, i.load),
             i.held_out_top1,
+            evaluator,
         )
         for i in usable_pool(config)
     ]
     methods = [pool[0]]
     if config.model.templates is not None and config.model.head != "zero_shot":
-        done = read_json(run.zero_shot / "done.json")
-        file, score = run.zero_shot / "weights.safetensors", done["held_out"]
-        found = hits(lambda split: evaluator.logits_of_file(done["digest"], file, split))
-        methods.insert(0, Method("zero-shot", 1, found, score["correct"] / score["n"]))
+        done, file = read_json(run.zero_shot / "done.json"), run.zero_shot / "weights.safetensors"
+        logits, score = partial(evaluator.logits_of_file, done["digest"], file), done["held_out"]
+        methods.insert(0, method_of("zero-shot", 1, logits, score["correct"] / score["n"], evaluator))
     for recipe in config.recipes:
-        soups = [_soup(config, name, evaluator, hits) for name in dishes(config, recipe)]
+        soups = [_soup(config, name, evaluator) for name in dishes(config, recipe)]
         methods.append(soups[0] if len(soups) == 1 else over_orders(recipe, soups))
     return pool, methods
 
 
-def _soup(
-    config: Experiment, name: str, evaluator: Evaluator, hits: Callable[[Callable[[str], Tensor]], dict[str, Tensor]]
-) -> Method:
+def _soup(config: Experiment, name: str, evaluator: Evaluator) -> Method:
     path = RunFolder.of(config).soup(name) / "soup.json"
     if not path.exists():
         raise UserError(f"{path} is missing: run python -m soups recipe={name.partition('/')[0]} first")
     cooked = read_json(path)
     refuse_leak(config, cooked)
     score, members = cooked["held_out"], len(cooked["ingredients"])
-    return Method(
+    return method_of(
         name,
         1 if cooked["digest"] else members,
-        hits(lambda split: logits_of(cooked, split, evaluator)),
+        lambda split: logits_of(cooked, split, evaluator),
         score["correct"] / score["n"],
+        evaluator,
     )
 
 
@@ -124,19 +140,38 @@ def bootstrap_groups(config: Experiment, evaluator: Evaluator, splits: tuple[str
     return groups
 
 
+def columns_of(config: Experiment) -> dict[str, tuple[str, ...]]:
+    """The columns of a table and the splits that each is over: every split, and the mean of the shifts where there are
+    some.
+    """
+    shifts = config.task.shifts
+    return {split: (split,) for split in config.task.reported} | ({SHIFT_MEAN: shifts} if shifts else {})
+
+
 def compare(config: Experiment, method: Method, baseline: Method, evaluator: Evaluator) -> dict[str, Difference]:
-    """Paired bootstrap of `method` minus `baseline` on every reported split and on the mean of the shifts."""
-    columns = {split: (split,) for split in config.task.reported} | {SHIFT_MEAN: config.task.shifts}
-    return {
-        column: paired_bootstrap(
-            [method.hits[split] for split in splits],
-            [baseline.hits[split] for split in splits],
-            bootstrap_groups(config, evaluator, splits),
-            resamples=config.analysis.resamples,
-            seed=config.analysis.seed,
-        )
-        for column, splits in columns.items()
-    }
+    """Paired bootstrap of `method` minus `baseline` in every column."""
+    resampling = {"resamples": config.analysis.resamples, "seed": config.analysis.seed}
+    found = {}
+    for column, splits in columns_of(config).items():
+        units = bootstrap_groups(config, evaluator, splits)
+        if not any(split in method.scores for split in splits):
+            ours, theirs = ([each.hits[split] for split in splits] for each in (method, baseline))
+            found[column] = paired_bootstrap(ours, theirs, units, **resampling)
+        else:
+            answers = [_answers(config, method, baseline, evaluator, split) for split in splits]
+            with_units = [replace(each, units=unit) for each, unit in zip(answers, units, strict=True)]
+            found[column] = bootstrap_scores(with_units, **resampling)
+    return found
+
+
+def _answers(config: Experiment, method: Method, baseline: Method, evaluator: Evaluator, split: str) -> Answers:
+    images = evaluator.split(split)
+    if split in method.scores:
+        ours, theirs, labels = method.predicted[split], baseline.predicted[split][0], images.labels
+    else:  # of accuracies, what is right is all that counts
+        labels = torch.ones(len(images), dtype=torch.long)
+        ours, theirs = (method.hits[split].long(),), baseline.hits[split].long()
+    return Answers(config.task.metrics.get(split, "top1"), ours, theirs, labels, labels, images.groups)
 
 
 def shift_mean(config: Experiment, method: Method) -> float:
@@ -167,8 +202,7 @@ def tidy(config: Experiment, methods: list[Method], evaluator: Evaluator) -> pd.
     for method in methods:
         differences = compare(config, method, baseline, evaluator)
         for column, difference in differences.items():
-            single = column != SHIFT_MEAN
-            n = len(method.hits[column]) if single else sum(len(method.hits[s]) for s in config.task.shifts)
+            n = sum(len(method.hits[split]) for split in columns_of(config)[column])
             rows.append(
                 {
                     "method": method.name,
@@ -195,7 +229,7 @@ def scatter_points(config: Experiment, pool: list[Method], methods: list[Method]
             "kind": kind,
             "held_out": method.held_out,
             "test": method.accuracy(config.task.test),
-            "shift_mean": shift_mean(config, method),
+            "shift_mean": shift_mean(config, method) if config.task.shifts else float("nan"),
         }
         for kind, method in points
     )

@@ -1,6 +1,6 @@
 """Rows by name beside the soups and ensembles of chosen ones: the shape of Tables L.1 to L.3 and Figures L.1, L.2."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.figures import save
-from analysis.results import SHIFT_MEAN, Method, accuracy_in, benchmark_name, compare
+from analysis.results import SHIFT_MEAN, Method, accuracy_in, benchmark_name, columns_of, compare, method_of
 from analysis.tables import percent, points, write_table
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -53,13 +53,9 @@ def variants(config: Experiment) -> list[Variant]:
     return found
 
 
-def _hits(config: Experiment, evaluator: Evaluator, logits_on: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    return {split: evaluator.hits(logits_on(split), split) for split in config.task.reported}
-
-
 def _single(config: Experiment, evaluator: Evaluator, variant: Variant, name: str) -> Method:
     logits = partial(evaluator.logits, variant.digest, variant.load)
-    return Method(name, 1, _hits(config, evaluator, logits), variant.held_out)
+    return method_of(name, 1, logits, variant.held_out, evaluator)
 
 
 def _soup(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], name: str) -> Method:
@@ -69,7 +65,7 @@ def _soup(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], 
     weights = total.weights()
     logits = partial(evaluator.logits, digest(weights), lambda: weights)
     held_out = evaluator.count(logits(config.task.held_out), config.task.held_out).top1
-    return Method(name, 1, _hits(config, evaluator, logits), held_out)
+    return method_of(name, 1, logits, held_out, evaluator)
 
 
 def _ensemble(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], name: str) -> Method:
@@ -77,7 +73,7 @@ def _ensemble(config: Experiment, evaluator: Evaluator, members: Sequence[Varian
         return torch.stack([evaluator.logits(each.digest, each.load, split).double() for each in members]).mean(dim=0)
 
     held_out = evaluator.count(logits(config.task.held_out), config.task.held_out).top1
-    return Method(name, len(members), _hits(config, evaluator, logits), held_out)
+    return method_of(name, len(members), logits, held_out, evaluator)
 
 
 def _suffix(kind: str, kinds: Sequence[str]) -> str:
@@ -115,7 +111,7 @@ def tidy_sets(config: Experiment, methods: Sequence[Method], notes: pd.DataFrame
     rows = []
     for method, note in zip(methods, notes.to_dict("records"), strict=True):
         for column, difference in compare(config, method, methods[0], evaluator).items():
-            splits = config.task.shifts if column == SHIFT_MEAN else (column,)
+            splits = columns_of(config)[column]
             rows.append(
                 {
                     "method": method.name,
@@ -141,6 +137,8 @@ def sets_table(tidy: pd.DataFrame, test: str) -> pd.DataFrame:
         row = {"Method": str(method), "Models at inference": str(cells["models"].iloc[0])}
         row["Held-out"] = percent(cells["held_out"].iloc[0])
         for column, title in ((test, "Test"), (SHIFT_MEAN, "Mean of shifts")):
+            if column not in cells.index:
+                continue
             cell = cells.loc[column]
             row[title] = percent(cell["accuracy"])
             row[f"{title} − first"] = "" if i == 0 else points(cell["difference"], cell["low"], cell["high"])
@@ -180,4 +178,6 @@ def report_sets(config: Experiment, evaluator: Evaluator, folder: Path, note: st
     tidy = tidy_sets(config, methods, notes, evaluator)
     test = config.task.test
     files = write_table(sets_table(tidy, test), tidy, folder / "rows", note, baseline="the first row")
+    if not config.task.shifts:
+        return files
     return files + save(sets_figure(tidy, test, benchmark_name(config).capitalize()), folder / "rows")

@@ -71,8 +71,9 @@ def table3(tidy: pd.DataFrame, head: str = "linear_probe") -> pd.DataFrame:
         row["Held-out"] = percent(cells["held_out"].iloc[0])
         for column in (test, *shifts):
             row[SPLITS.get(column, column)] = _accuracy(cells.loc[column])
-        row["Mean of shifts"] = _accuracy(cells.loc[SHIFT_MEAN])
-        for column, title in ((test, "Test − best"), (SHIFT_MEAN, "Shifts − best")):
+        if shifts:
+            row["Mean of shifts"] = _accuracy(cells.loc[SHIFT_MEAN])
+        for column, title in ((test, "Test − best"), (SHIFT_MEAN, "Shifts − best"))[: 2 if shifts else 1]:
             cell = cells.loc[column]
             row[title] = "" if method == "best" else points(cell["difference"], cell["low"], cell["high"])
         rows.append(row)

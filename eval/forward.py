@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.schema import Experiment
 from eval.batch_size import found_batch_size
 from eval.metrics import correct
+from eval.scores import score
 from models.classifier import Classifier, architecture
 from store.arrays import cached_array
 from store.processes import Processes, alone, least_of_all, wait_for_all
@@ -179,9 +180,23 @@ class Evaluator:
         """As `logits`, of a weights file whose recorded digest is known."""
         return self.logits(name, lambda: load_weights(path, name), split)
 
+    def projected(self, logits: Tensor, split: str) -> Tensor:
+        """(N, C') logits in the label space of a split, from raw ones."""
+        space = self.split(split).space
+        return logits if space is None else space.project(logits)
+
     def hits(self, logits: Tensor, split: str) -> Tensor:
-        """(N,) bool: whether each image of a split is classified correctly."""
-        return correct(logits, self.split(split).labels)
+        """(N,) bool: whether each image of a split is classified correctly in its label space."""
+        return correct(self.projected(logits, split), self.split(split).labels)
+
+    def predicted(self, logits: Tensor, split: str) -> Tensor:
+        """(N,) class ids in the label space of a split."""
+        return self.projected(logits, split).argmax(dim=1)
+
+    def score(self, logits: Tensor, split: str) -> float:
+        """In [0, 1]: what the task scores a split by."""
+        images, metric = self.split(split), self.config.task.metrics.get(split, "top1")
+        return score(metric, self.predicted(logits, split), images.labels, images.groups)
 
     def count(self, logits: Tensor, split: str) -> Count:
         """How many of a split's images these logits get right."""

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.forward import Count, Evaluator
+from eval.forward import Evaluator
 from store.atomic import read_json, read_jsonl, write_jsonl
 from store.processes import Processes, wait_for_all
 from store.runs import RunFolder
@@ -30,19 +30,18 @@ def evaluate(config: Experiment, folder: Path, processes: Processes | None = Non
     digest = recorded_digest(folder)
     if digest is None:
         raise UserError(f"{folder} holds no finished model: run python -m finetune or python -m soups first")
-    counts: dict[str, Count] = {}
+    rows, scores = [], {}
     for split in (task.held_out, *task.reported):
         logits = evaluator.logits_of_file(digest, folder / "weights.safetensors", split)
-        counts[split] = evaluator.count(logits, split)
-    rows = [
-        {"weights": digest, "split": split, "correct": count.correct, "n": count.n, "top1": count.top1}
-        for split, count in counts.items()
-    ]
+        count, scores[split] = evaluator.count(logits, split), evaluator.score(logits, split)
+        row = {"weights": digest, "split": split, "correct": count.correct, "n": count.n, "top1": count.top1}
+        rows.append(row | {"metric": task.metrics.get(split, "top1"), "score": scores[split]})
     if evaluator.processes.writes:
         write_jsonl(folder / "scores.jsonl", rows)
-    shifts = sum(counts[split].top1 for split in task.shifts) / len(task.shifts)
-    name = folder.relative_to(RunFolder.of(config).root)
-    return f"{name}: {task.test} {100 * counts[task.test].top1:.1f} %, mean of shifts {100 * shifts:.1f} %"
+    line = f"{folder.relative_to(RunFolder.of(config).root)}: {task.test} {100 * scores[task.test]:.1f} %"
+    if task.shifts:
+        line += f", mean of shifts {100 * sum(scores[split] for split in task.shifts) / len(task.shifts):.1f} %"
+    return line
 
 
 def recorded_digest(folder: Path) -> str | None:

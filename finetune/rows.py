@@ -15,6 +15,8 @@ from configs.training import Choice, Distribution, Integers, LogUniform, Sweep, 
 from store.runs import digest_of
 from store.tables import read_table
 
+REPORTING = ("test", "shifts", "metrics", "proxy_for", "bootstrap_unit", "counts")  # what training does not depend on
+
 
 def inverse(distribution: Distribution, u: float) -> float | int | str:
     """The value below which a share `u` in [0, 1) of the distribution lies.
@@ -92,11 +94,15 @@ def row_config(config: Experiment, row: int) -> Experiment:
 def identity(config: Experiment, row: int) -> str:
     """32 hex digits that name what training this row means.
 
-    Settings that cannot change its weights on one machine (where it runs, how many rows there are, recipes,
-    tables) are left out, so that a sweep can grow and move.
+    Settings that cannot change its weights on one machine (where it runs, how many rows there are, which splits
+    report, recipes, tables) are left out, so that a sweep can grow and move.
     """
     values = dump(row_config(config, row))
-    parts: dict[str, Any] = {name: values[name] for name in ("task", "model")}
+    task = {name: value for name, value in values["task"].items() if name not in REPORTING}
+    task["folders"] = {
+        split: folder for split, folder in task["folders"].items() if split in (task["train"], task["held_out"])
+    }
+    parts: dict[str, Any] = {"task": task, "model": values["model"]}
     if row > 0:
         parts |= {name: values[name] for name in ("optim", "augment", "regularizer")}
         parts |= {"precision": values["compute"]["precision"], "seed": config.sweep.seed, "row": row}

@@ -18,6 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from configs.chance import uniform
 from configs.errors import UserError
 from configs.schema import Task
+from tasks.label_space import LabelSpace
 from tasks.split import renumbered
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,8 @@ class FolderSplit:
     labels: Tensor  # (N,) int64 class ids
     files: Names  # N, each within the folder of its class
     digest: str  # of relative names and file sizes
+    space: LabelSpace | None = None
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tasks.label_space import LabelSpace
+
 
 class Images(Protocol):
     """Images and labels that are used together."""
@@ -19,6 +21,14 @@ class Images(Protocol):
     @property
     def digest(self) -> str:
         """Names the images and labels."""
+
+    @property
+    def space(self) -> LabelSpace | None:
+        """What the labels number, where it is not the classes that the task is learned with."""
+
+    @property
+    def groups(self) -> Tensor | None:
+        """(N,) int64: what each image belongs to, as a region; negative: to none."""
 
     def __len__(self) -> int:
         """N."""
@@ -35,6 +45,8 @@ class Split:
     images: Tensor  # (N, 3, H, W) uint8
     labels: Tensor  # (N,) int64 class ids
     digest: str  # sha256 of the file, hexadecimal
+    space: LabelSpace | None = None
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -65,6 +65,16 @@ def test_folders_of_images_go_through_every_stage(settings):
     assert not (folder / "runs/own_images/zero_shot").exists()
     assert list((folder / "decoded").rglob("*.npy"))
 
+    by_f1 = [*arguments, "+task.metrics.test=macro_f1", "task.shifts=[]", "recipes=[best,uniform,greedy]"]
+    ended = run("-m", "analysis", *by_f1)
+    assert ended.returncode == 0, ended.stderr
+    assert "figure1.pdf" not in ended.stdout
+    other = pd.read_csv(folder / "runs/own_images/analysis/table3.csv").set_index(["method", "column"])
+    assert set(other.index.get_level_values("column")) == {"test"}
+    accuracy = table.set_index(["method", "column"]).loc[other.index, "accuracy"]
+    assert (other["accuracy"] != accuracy).any()
+    assert other["accuracy"].between(0, 1).all()
+
 
 @pytest.mark.parametrize(
     ("change", "words"),

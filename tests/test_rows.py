@@ -74,6 +74,8 @@ def test_a_row_is_identified_by_what_changes_its_weights_and_by_nothing_else():
     assert identity(config, 3) != identity(load("demo", "optim.clip_norm=2"), 3)
     assert identity(config, 0) == identity(load("demo", "optim.clip_norm=2"), 0)
     assert identity(config, 3) != identity(load("demo", "sweep.seed=5"), 3)
+    assert identity(config, 3) == identity(load("demo", "task.shifts=[v2]", "+task.metrics.test=macro_f1"), 3)
+    assert identity(config, 3) != identity(load("demo", "task.held_out=v2", "task.shifts=[r]"), 3)
 
 
 def test_a_sweep_over_a_field_that_does_not_exist_is_refused():
