@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "scikit-learn", "safetensors", "datasets")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "transformers",
+    "numpy",
+    "scikit-learn",
+    "safetensors",
+    "datasets",
+    "wandb",
+)
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -1,0 +1,181 @@
+"""Rates, remaining time and FLOPs, each worked out by hand under a clock of our own."""
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from finetune.meter import Meter, peak_flops, progress, training_flops
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def take(meter, clock, steps, seconds, images=8):
+    for _ in range(steps):
+        clock.now += seconds
+        meter.step(images)
+
+
+def lines_of(meter, clock, steps, seconds, width=200, **console):
+    """What is printed while a training takes its steps."""
+    out = io.StringIO()
+    with progress(meter, "row 3", Console(file=out, width=width, **console)) as tell:
+        for step in range(meter.first + 1, meter.first + steps + 1):
+            take(meter, clock, 1, seconds)
+            tell(step, 1 / step)
+    return out.getvalue().splitlines()
+
+
+def test_images_per_second_leave_out_the_first_step_and_what_was_no_training(clock):
+    meter = Meter(total=10, clock=clock)
+    take(meter, clock, 1, seconds=60)  # compilation
+    assert meter.images_per_second is meter.seconds_left is None
+    take(meter, clock, 1, seconds=1)
+    clock.now += 500  # a look at held-out
+    meter.resume()
+    take(meter, clock, 1, seconds=3)
+    assert meter.images_per_second == 16 / 4
+
+
+def test_images_per_second_are_those_of_the_last_hundred_steps(clock):
+    meter = Meter(total=1000, clock=clock)
+    take(meter, clock, 100, seconds=1)
+    take(meter, clock, 100, seconds=0.5)
+    assert meter.images_per_second == 16
+
+
+def test_the_time_left_has_pauses_as_often_as_they_were(clock):
+    meter = Meter(total=100, clock=clock)
+    take(meter, clock, 10, seconds=2)
+    clock.now += 30
+    meter.resume()  # 3 seconds for each of the 10 steps
+    assert meter.seconds_left == pytest.approx(90 * (2 + 3))
+
+
+def test_a_resumed_training_counts_only_its_own_steps_and_what_is_left(clock):
+    meter = Meter(total=100, first=60, clock=clock)
+    take(meter, clock, 4, seconds=2)
+    assert meter.seconds_left == pytest.approx(36 * 2)
+    clock.now += 8
+    meter.resume()
+    assert meter.seconds_left == pytest.approx(36 * (2 + 8 / 4))
+
+
+def test_utilisation_is_the_share_of_the_peak_and_unknown_without_it(clock):
+    meter = Meter(total=10, flops=3e9, peak=120e9, clock=clock)
+    take(meter, clock, 3, seconds=1, images=10)
+    assert meter.mfu == pytest.approx(10 * 3e9 / 120e9)
+    assert meter.rates() == {"images_per_second": 10, "mfu": meter.mfu}
+    for unknown in (Meter(total=10, flops=3e9, clock=clock), Meter(total=10, peak=1e9, clock=clock)):
+        take(unknown, clock, 3, seconds=1)
+        assert unknown.mfu is None
+        assert unknown.rates() == {"images_per_second": 8}
+
+
+def test_the_flops_of_a_linear_layer_and_a_convolution_are_those_worked_out_by_hand():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10))
+    assert training_flops(linear, 4) == 3 * (2 * 48 * 10)
+    convolution = nn.Conv2d(3, 5, kernel_size=3, padding=1)  # 64 places, 5 channels, 27 products each
+    assert training_flops(convolution, 8) == 3 * (2 * 64 * 5 * 27)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(embed_dim=6, num_heads=2, batch_first=True)
+
+    def forward(self, images):
+        tokens = images.flatten(2).repeat(1, 2, 1).transpose(1, 2)  # (N, 16, 6)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_flops_of_attention_count_its_products_of_queries_and_keys(training):
+    projections = 4 * (2 * 16 * 6 * 6)
+    scores_and_values = 2 * (2 * 16 * 16 * 6)
+    assert training_flops(Attention().train(training), 4) == 3 * (projections + scores_and_values)
+
+
+def test_counting_flops_neither_computes_nor_changes_the_network():
+    network = nn.Sequential(nn.Conv2d(3, 4, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert training_flops(network, 4) == 3 * (2 * 4 * 48 + 2 * 4 * 2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    enormous = nn.Sequential(nn.Flatten(), nn.Linear(3 * 10_000**2, 10**6, device="meta"))  # 10^14 products
+    assert training_flops(enormous, 10_000) == 3 * 2 * 3 * 10**14
+
+
+class ByValue(nn.Module):
+    def forward(self, images):
+        return images * 2 if images.sum().item() > 0 else images
+
+
+def test_a_network_that_looks_at_values_has_no_known_flops():
+    assert training_flops(ByValue(), 4) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tera"),
+    [
+        ("Tesla V100-SXM2-16GB", "fp16", 125),
+        ("Tesla V100-PCIE-32GB", "fp16", 112),
+        ("Tesla V100-SXM2-16GB", "bf16", None),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA A10", "bf16", 125),
+        ("NVIDIA A10G", "bf16", 70),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA RTX A4000", "bf16", None),
+        ("cpu", "fp32", None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_card_or_unknown(name, precision, tera):
+    peak = peak_flops(name, precision)
+    assert peak == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+def test_a_log_has_a_line_every_30_seconds_and_one_at_the_end(clock):
+    lines = lines_of(Meter(total=100, flops=1e9, peak=16e9, clock=clock), clock, steps=100, seconds=1)
+    assert [line.split(" of ")[0] for line in lines] == [f"row 3: step {n}" for n in (30, 60, 90, 100)]
+    assert lines[1] == "row 3: step 60 of 100 after 0:01:00, loss 0.01667, 8 images/s, MFU 50.0 %, 0:00:40 left"
+
+
+def test_a_log_of_a_resumed_training_goes_on_from_its_step(clock):
+    (line,) = lines_of(Meter(total=100, first=60, clock=clock), clock, steps=10, seconds=2)
+    assert line == "row 3: step 70 of 100 after 0:00:20, loss 0.01429, 4 images/s, 0:01:00 left"
+
+
+def test_a_training_that_fails_says_where_it_was(clock):
+    out, meter = io.StringIO(), Meter(total=100, clock=clock)
+    with pytest.raises(ValueError, match="broken"), progress(meter, "row 3", Console(file=out, width=200)) as tell:
+        take(meter, clock, 1, seconds=1)
+        tell(1, 0.5)
+        raise ValueError("broken")
+    assert out.getvalue() == "row 3: step 1 of 100 after 0:00:01, loss 0.5\n"
+
+
+def test_a_terminal_has_a_bar_and_the_same_numbers_even_where_it_is_narrow(clock):
+    meter = Meter(total=7185, first=60, flops=1e9, peak=16e9, clock=clock)
+    shown = lines_of(meter, clock, steps=10, seconds=2, width=80, force_terminal=True, no_color=True)
+    bar = re.sub(r"\x1b\[[\d?]*\w", "", shown[-2])
+    assert " ".join(bar.split()) == "row 3 70/7185 0:00:20, loss 0.01429, 4 images/s, MFU 25.0 %, 3:57:10 left"
