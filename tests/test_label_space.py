@@ -36,7 +36,7 @@ def test_negative_logits_do_not_meet_a_padding_of_zeros():
 
 @pytest.mark.parametrize(("ids", "size"), [((), 3), (((0,), ()), 3), (((3,),), 3), (((-1,),), 3)])
 def test_ids_that_the_network_does_not_have_are_refused(ids, size):
-    with pytest.raises(ValueError, match="each reported class needs|ids must be in"):
+    with pytest.raises(ValueError, match=r"each reported class needs|ids must be in"):
         LabelSpace(ids, size)
 
 
