@@ -208,7 +208,7 @@ def test_a_mapping_that_does_not_fit_is_named(tmp_path, spoil, words):
 
 
 def test_objectnet_is_for_networks_over_imagenet(tmp_path):
-    with pytest.raises(UserError, match="onto ImageNet's 1,000 classes, but task.num_classes=620"):
+    with pytest.raises(UserError, match=r"onto ImageNet's 1,000 classes, but task.num_classes=620"):
         overlap(tmp_path, 620)
 
 
