@@ -1,7 +1,11 @@
 """Data sets are read from the files in which they are distributed, and say what is wrong with them."""
 
+import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import miniatures
@@ -15,6 +19,7 @@ from configs.errors import UserError
 from tasks.check import check
 from tasks.load import class_names, load_split
 
+ROOT = Path(__file__).resolve().parents[1]
 SAVED = {
     name: getattr(miniatures, f"save_{name}")
     for name in (
@@ -335,3 +340,31 @@ def test_columns_of_parquet_that_are_not_images_and_labels_are_named(tmp_path):
     folder = SAVED["parquet"](tmp_path / "data").folder
     with pytest.raises(UserError, match=r"has the columns img, fine: .*task.label=label"):
         load_split(miniatures.settings("parquet", folder, 2), "train")
+
+
+def run_check(*typed):
+    command = [sys.executable, "-m", "tasks.check", *typed]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_check_needs_no_experiment_and_ends_with_ok_or_one_line(tmp_path):
+    SAVED["dtd"](tmp_path / "data")
+    small = ("task=dtd", f"task.folder={tmp_path / 'data'}", "task.num_classes=2")
+    good = run_check(*small, "task.counts=null")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout.splitlines()[-1] == "OK: 3 splits"
+    bad = run_check(*small)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ")
+    assert len(bad.stderr.splitlines()) == 1
+    assert "labels/train1.txt has 2 images, but split 'train' has 1,880" in bad.stderr
+
+
+def test_the_readme_says_where_every_data_set_is_from_and_how_many_images_it_has():
+    text = (ROOT / "tasks/README.md").read_text()
+    for path in sorted((ROOT / "configs/task").glob("*.yaml")):
+        if path.stem not in ("base", "image_folder"):
+            assert f"task={path.stem}" in text, path
+        for count in re.findall(r"^counts: \{(.*)\}", path.read_text(), re.M):
+            for number in re.findall(r": (\d+)", count):
+                assert f"{int(number):,}" in text, (path, number)
