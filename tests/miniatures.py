@@ -115,6 +115,7 @@ test,h,XKX,zoo,2017-01-01T00:00:00Z
 test,i,JPN,zoo,2016-07-01T00:00:00.5Z
 train,j,FRA,airport_hangar,2008-01-01T00:00:00Z
 test,k,FRA,airport_hangar,2014-01-01T00:00:00Z
+val,l,FRA,zoo,2016-02-01T00:00:00Z
 """
 WILDS = {"folders": {"held_out": "id_val", "test": "id_test", "ood": "test"}, "shifts": ("ood",)}
 
@@ -123,7 +124,7 @@ def save_fmow(root):
     write(root / "rgb_metadata.csv", FMOW)
     write(root / "country_code_mapping.csv", "name,alpha-3,region\nJapan,JPN,Asia\nFrance,FRA,Europe\nIce,ATA,\n")
     (root / "images").mkdir()
-    for i in range(11):
+    for i in range(12):
         rgb(10 + i, 10, i).save(root / f"images/rgb_img_{i}.png")
     return settings("fmow", root, 2, **WILDS)
 

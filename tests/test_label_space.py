@@ -50,6 +50,9 @@ def test_a_network_of_some_classes_reports_what_is_left_of_each():
     space = LabelSpace(((1, 2), (0,), (3,)), 4)
     left, kept = space.of_classes([3, 1])
     assert (left, kept) == (LabelSpace(((1,), (0,)), 2), (0, 2))
+    # of classes 2, 1 and 0 the first keeps both of its ids, in its own order
+    assert space.of_classes([2, 1, 0]) == (LabelSpace(((1, 0), (2,)), 3), (0, 1))
+    assert space.of_classes([2])[0].ids == ((0,),)
     with pytest.raises(UserError, match="leave a split without any class"):
         LabelSpace.subset([0], 4).of_classes([1, 2])
 

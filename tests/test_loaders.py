@@ -1,5 +1,6 @@
 """Data sets are read from the files in which they are distributed, and say what is wrong with them."""
 
+import pickle
 import re
 import shutil
 import subprocess
@@ -133,6 +134,28 @@ def test_satellite_images_are_split_by_year_and_grouped_by_region(tmp_path):
     assert ood.groups.tolist() == [1, -1, 0], "a country without a region is in no group"
 
 
+def test_satellite_images_of_the_years_between_are_a_split_that_selects_nothing(tmp_path):
+    folder = SAVED["fmow"](tmp_path / "data").folder
+    between = miniatures.settings("fmow", folder, 2, **(miniatures.WILDS | {"shifts": ("val",)}))
+    assert splits(between)["val"] == {"rgb_img_4.png": 1}
+    with pytest.raises(UserError, match="FMoW has the splits train, id_val, id_test, val, test, not 'summer'"):
+        load_split(miniatures.settings("fmow", folder, 2, shifts=("summer",)), "summer")
+
+
+def test_a_digest_names_files_labels_and_sizes_and_not_the_machine(tmp_path):
+    def digest(folder):
+        return load_split(miniatures.settings("food101", folder, 2), "test").digest
+
+    one, two, three, four = (SAVED["food101"](tmp_path / name).folder for name in "abcd")
+    assert digest(one) == digest(two)
+    cut(two / "images/apple_pie/20.jpg")
+    (three / "images/apple_pie/20.jpg").rename(three / "images/apple_pie/21.jpg")
+    replace(three / "meta/test.txt", "apple_pie/20", "apple_pie/21")
+    (four / "meta/classes.txt").write_text("beef_tartare\napple_pie\n")
+    load_split.cache_clear()
+    assert len({digest(folder) for folder in (one, two, three, four)}) == 4
+
+
 def test_camera_traps_have_their_own_splits_and_labels(tmp_path):
     task = SAVED["iwildcam"](tmp_path / "data")
     assert class_names(task) == ("empty", "tayassu pecari")
@@ -153,6 +176,8 @@ def test_images_in_parquet_are_decoded_when_they_are_asked_for(tmp_path):
     assert sorted([*train.rows, *held_out.rows]) == [0, 1, 2, 3]
     (tmp_path / "own.jpg").write_bytes(miniatures.encoded(int(held_out.rows[1])))
     assert np.array_equal(np.asarray(held_out.pil(1)), np.asarray(Image.open(tmp_path / "own.jpg")))
+    sent = pickle.loads(pickle.dumps(held_out))  # to a process that decodes
+    assert np.array_equal(np.asarray(sent.pil(1)), np.asarray(held_out.pil(1)))
     assert len({split.digest for split in (test, train, held_out)}) == 3
 
 
@@ -167,14 +192,19 @@ def test_a_check_of_every_data_set_ends_with_ok(tmp_path, name, capsys):
 
 def test_a_check_goes_on_after_a_split_that_cannot_be_used_and_says_each_problem_once(tmp_path, capsys):
     task = SAVED["dtd"](tmp_path / "data")
-    (tmp_path / "data/labels/val1.txt").unlink()
-    with pytest.raises(UserError, match=r"val1.txt cannot be read") as caught:
+    for split in ("val1", "test1"):
+        replace(tmp_path / f"data/labels/{split}.txt", "banded/", "bumpy/")
+    with pytest.raises(UserError, match=r"val1.txt: 'bumpy' is none .*; .*test1.txt: 'bumpy' is none"):
+        check(task)
+    out = capsys.readouterr().out
+    assert "train: 2 images" in out
+    assert "held_out: cannot be used" in out
+    assert "OK" not in out
+    (tmp_path / "data/labels/train1.txt").unlink()
+    load_split.cache_clear()
+    with pytest.raises(UserError, match=r"train1.txt cannot be read") as caught:
         check(task)
     assert str(caught.value).count("cannot be read") == 1
-    out = capsys.readouterr().out
-    assert "held_out: cannot be used" in out
-    assert "test: 2 images" in out
-    assert "OK" not in out
 
 
 def cut(path, keep=0.5):
@@ -261,7 +291,7 @@ SPOILED = {
     "fmow cut": (
         "fmow",
         lambda d: cut(d / "rgb_metadata.csv", 0.97),
-        "row 11 has no timestamp|timestamp cannot be read",
+        "row 12 has no timestamp|timestamp cannot be read",
     ),
     "fmow column": (
         "fmow",
