@@ -290,8 +290,8 @@ SPOILED = {
     "fmow missing": ("fmow", lambda d: (d / "country_code_mapping.csv").unlink(), "country_code_mapping.csv cannot"),
     "fmow cut": (
         "fmow",
-        lambda d: cut(d / "rgb_metadata.csv", 0.97),
-        "row 12 has no timestamp|timestamp cannot be read",
+        lambda d: replace(d / "rgb_metadata.csv", ",2016-02-01T00:00:00Z\n", ""),
+        "row 12 has no timestamp",
     ),
     "fmow column": (
         "fmow",
