@@ -3,7 +3,6 @@
 `parse` is the only way from Hydra's answer to an `Experiment`; unknown names and values out of range die there.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from configs.data import Task
 from configs.errors import UserError
 from configs.training import (
     Augment,
     Compute,
     Count,
     Model,
-    Natural,
     NonNegative,
     Optim,
     Positive,
@@ -31,8 +30,6 @@ from configs.training import (
 )
 
 CONFIGS = Path(__file__).resolve().parent
-
-Metric = Literal["top1", "macro_f1", "worst_group"]  # eval/scores.py says what they are
 
 Recipe = Literal[
     "best",
@@ -60,63 +57,6 @@ class Paths:
 
     runs: Path  # run folders: runs/<name>/...
     results: Path | None = None  # also copy tables and scores here (results/measured holds the committed ones)
-
-
-@closed
-class Task:
-    """configs/task/*.yaml: what is learned, what selects and what reports."""
-
-    kind: Literal["emoji", "image_folder"]
-    folder: Path  # the data; of image_folder: <folder>/<split>/<class>/<image>
-    # of image_folder: split -> its folder, where that is not its name
-    folders: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
-    num_classes: Annotated[int, Field(ge=2)]  # the data must have so many
-    names: str = "folder"  # of image_folder: class names; folder, imagenet (open_clip's), or a file with one a line
-    held_out_per_class: Count | None = None  # of image_folder: held-out is so many images of each class of train
-    held_out_index: Path | None = None  # of image_folder: the authors' npy, over train in the order of ImageFolder
-    train: str
-    held_out: str  # selects: greedy order, best individual, regularisation
-    test: str  # reports
-    shifts: tuple[str, ...]  # report; their unweighted mean is the "shift mean" (Section 3.1)
-    # how splits are scored, where not by top-1
-    metrics: dict[str, Metric] = dataclasses.field(default_factory=dict, hash=False)
-    proxy_for: str | None = None  # the paper's data set in whose place it stands; named wherever its numbers are
-    bootstrap_unit: Literal["class", "image"] = "image"  # what intervals resample; class where images share concepts
-    classes: Annotated[int | None, Field(ge=2)] = None  # only the first n classes; for tests
-    parts: Annotated[int, Field(ge=1)] = 1  # of emoji: classes are dealt out to so many tasks (Appendix E in small),
-    part: Natural = 0  # and this is the one with every parts-th class from this one on
-
-    @model_validator(mode="after")
-    def selects_and_reports_apart(self) -> "Task":
-        """The held-out split never reports and the reporting splits never select or train."""
-        splits = [self.train, self.held_out, self.test, *self.shifts]
-        twice = sorted({s for s in splits if splits.count(s) > 1})
-        if twice:
-            raise ValueError(f"each split has one role (train, held_out, test or shift), but {twice} has two")
-        if self.part >= self.parts:
-            raise ValueError(f"task.part={self.part} is not one of task.parts={self.parts}, counted from 0")
-        return self
-
-    @model_validator(mode="after")
-    def held_out_comes_from_one_place(self) -> "Task":
-        """Held-out is a folder of its own, drawn from train, or listed."""
-        rules = [self.held_out_per_class, self.held_out_index, self.folders.get(self.held_out)]
-        if sum(rule is not None for rule in rules) > 1:
-            raise ValueError(
-                "held_out_per_class, held_out_index and a folder for held-out in task.folders exclude each other"
-            )
-        return self
-
-    @property
-    def size(self) -> int:
-        """How many classes there are."""
-        ids = range(self.part, self.num_classes, self.parts)
-        return min(len(ids), self.classes or len(ids))
-
-    @property
-    def reported(self) -> tuple[str, ...]:
-        """The test split and the shifts, in the order of a table's columns."""
-        return (self.test, *self.shifts)
 
 
 @closed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.schema import Metric
+from configs.data import Metric
 from eval.significance import Difference, times_drawn
 
 

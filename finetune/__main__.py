@@ -6,6 +6,8 @@ Writes  runs/<name>/ingredients/<iii>/{config.json,metrics.jsonl,weights.safeten
 Row 0 is the initialisation. Without sweep.index all rows that are not done are trained, here. Killed, it continues.
 """
 
+from rich.console import Console
+
 from configs.cli import entry_point
 from configs.schema import Experiment
 from finetune.sweep import describe, train_sweep
@@ -20,7 +22,7 @@ def run(config: Experiment) -> None:
     if config.sweep.index is None:
         train_sweep(config)
     else:
-        done = train_row(config, config.sweep.index)
+        done = train_row(config, config.sweep.index, Console())
         if start_processes().writes:
             print(describe(done))
         end_processes()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from configs.training import Distill, Optim
 from finetune.averages import Averages, holding
 from finetune.batches import Length, TrainingBatches
 from finetune.losses import classification_loss, distillation_loss
+from finetune.meter import Meter, peak_flops, training_flops
 from finetune.optimisers import build, learning_rate
 from finetune.parallel import DTYPES, gathered, prepare, reshard, synchronised
 from finetune.sharpness import perturbed
@@ -95,6 +97,20 @@ class Objective:
         return total
 
 
+def nothing_shown(meter: Meter) -> AbstractContextManager[Callable[[int, float], None]]:
+    """For trainings that nobody watches."""
+    return nullcontext(lambda step, loss: None)
+
+
+def meter_of(model: Classifier, config: Experiment, length: Length, processes: Processes) -> Meter:
+    """A meter of the training, with what is needed for MFU where the devices' peak is known."""
+    if processes.device.type != "cuda":
+        return Meter(length.steps)
+    peak = peak_flops(torch.cuda.get_device_name(processes.device), config.compute.precision)
+    flops = training_flops(model, config.model.image_size) if peak else None
+    return Meter(length.steps, flops=flops, peak=peak * processes.world if peak else None)
+
+
 def fine_tune(
     model: Classifier,
     train: Images,
@@ -106,6 +122,7 @@ def fine_tune(
     teacher: Callable[[Tensor], Tensor] | None = None,
     held_out: Callable[[Classifier], tuple[int, int]] | None = None,
     log: Callable[[dict[str, Any]], None] = lambda row: None,
+    show: Callable[[Meter], AbstractContextManager[Callable[[int, float], None]]] = nothing_shown,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train `model` in place, from folder/state.pt where there is one.
@@ -121,7 +138,8 @@ def fine_tune(
         teacher: (b, 3, H, W) images to the (b, C) logits of the ensemble that is distilled.
         held_out: the model to how many held-out images it gets right, of how many; for `optim.evaluate_every`. All
             processes call it together.
-        log: gets each row of metrics as it is made.
+        log: gets each row of metrics as it is made, with images a second and MFU where they are known.
+        show: shows what a meter knows while the training lasts, told steps and loss after each step.
         after_step: called with the number of steps taken, after what belongs to them is on disk.
 
     Raises:
@@ -130,6 +148,7 @@ def fine_tune(
     """
     optim, compute, sam = config.optim, config.compute, config.regularizer.sam
     length = Length.of(optim, len(train))
+    meter = meter_of(model, config, length, processes)
     network = prepare(model, compute, processes)
     if sam is not None and not sam.synchronised and compute.strategy == "fsdp":
         raise UserError("regularizer.sam.synchronised=false needs whole gradients: set compute.strategy=ddp")
@@ -146,7 +165,8 @@ def fine_tune(
     batches = TrainingBatches(train, config.augment, size, length, run_seed, processes, first)
 
     model.train()
-    with Interruption().listening() as interruption:
+    meter.first = first
+    with Interruption().listening() as interruption, show(meter) as tell:
         for step, pixels in enumerate(made_ahead(batches, compute.loader_workers), start=first):
             lr = learning_rate(optim, step, length.steps)
             for group in state.optimizer.param_groups:
@@ -166,17 +186,20 @@ def fine_tune(
             value = sum_over(loss).item()
             if not math.isfinite(value):
                 return Trained(False, {}, {})
+            meter.step(optim.batch_size)
             progress.step += 1
             progress.epoch_loss += value
             for row in due_metrics(state, held_out, config, length, loss=value, lr=lr):
                 progress.metrics.append(row)
-                log(row)
+                log(row | meter.rates() if "lr" in row else row)
+            tell(progress.step, value)
             stop = any_of(interruption.signum is not None, processes)
             if stop or _is_due(progress.step, length, compute.save_every):
                 _keep(state, folder)
             if stop:
                 interruption.end()
             after_step(progress.step)
+            meter.resume()
     return _trained(state, optim)
 
 

@@ -15,7 +15,19 @@ from configs.training import Choice, Distribution, Integers, LogUniform, Sweep, 
 from store.runs import digest_of
 from store.tables import read_table
 
-REPORTING = ("test", "shifts", "metrics", "proxy_for", "bootstrap_unit", "counts")  # what training does not depend on
+REPORTING = {  # of a task, what training does not depend on
+    "test",
+    "shifts",
+    "counts",
+    "metrics",
+    "annotations",
+    "subsets",
+    "numbered",
+    "objectnet",
+    "objectnet_border",
+    "bootstrap_unit",
+    "proxy_for",
+}
 
 
 def inverse(distribution: Distribution, u: float) -> float | int | str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from configs.chance import seed
@@ -16,8 +17,10 @@ from configs.errors import UserError
 from configs.schema import Experiment, dump
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
-from finetune.loop import RAW, fine_tune
+from finetune.loop import RAW, fine_tune, nothing_shown
+from finetune.meter import progress
 from finetune.rows import draw, identity, row_config
+from finetune.tracking import Log, tracked
 from models.classifier import Classifier, pretrained, set_head
 from models.probe import linear_probe
 from store.atomic import write_json
@@ -148,10 +151,15 @@ def _teacher(config: Experiment, row: int, device: torch.device) -> Callable[[Te
     return mean_logits
 
 
-def train_row(config: Experiment, row: int) -> dict[str, Any]:
+def train_row(config: Experiment, row: int, console: Console | None = None) -> dict[str, Any]:
     """Fine-tune one row from row 0's weights, or continue where it stopped; skipped where it is done.
 
     Started by torchrun, all processes train the row together and the first one writes.
+
+    Args:
+        config: of the experiment.
+        row: which; 0 makes the initialisation.
+        console: where progress is shown, if anywhere.
 
     Returns the row's done.json.
 
@@ -168,44 +176,56 @@ def train_row(config: Experiment, row: int) -> dict[str, Any]:
         done = finished(folder, name)
         if done is not None:
             return done
-        settings = row_config(config, row)
         start = finished(run.ingredient(0), identity(config, 0))
         if start is None:
             raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
-        first = load_weights(run.ingredient(0) / "weights.safetensors", start["digest"])
-        if processes.writes:
-            record_config(folder, dump(settings))
-        evaluator = Evaluator(settings)
-        evaluator.model.load_state_dict(first | _own_head(config, settings, row))
-        own = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
-        run_seed = seed(config.sweep.seed, own, "run")
-        started = time.monotonic()
-        trained = fine_tune(
-            evaluator.model,
-            evaluator.split(settings.task.train),
-            settings,
-            run_seed=run_seed,
-            folder=folder,
-            processes=processes,
-            teacher=_teacher(config, row, processes.device),
-            held_out=partial(_held_out, evaluator, processes),
-        )
-        done = {
-            "identity": name,
-            "status": "done" if trained.finite else "diverged",
-            "row": row,
-            "drawn": draw(config, row),
-            "seed": run_seed,
-            "start": start["digest"],
-            "best": trained.best,
-        }
         if not processes.writes:
-            return done
-        for weights in trained.weights.values() if settings.task != config.task else ():
-            weights.update({name: first[name] for name in HEAD})
-        # A model of its own: the trained one may be sharded, or have the head of another task.
-        reported = replace(settings, task=config.task)  # type: ignore[type-var]  # mypy does not know pydantic's
-        return _finish(Evaluator(reported), folder, done, started, trained.weights)
+            return _train(config, row, start["digest"], processes=processes, console=None, log=lambda metrics: None)
+        record_config(folder, dump(row_config(config, row)))
+        with tracked(config, row, draw(config, row), folder) as log:
+            return _train(config, row, start["digest"], processes=processes, console=console, log=log)
+
+
+def _train(
+    config: Experiment, row: int, start: str, *, processes: Processes, console: Console | None, log: Log
+) -> dict[str, Any]:
+    """Train a row that is not done from row 0's weights, whose digest is `start`."""
+    settings, run = row_config(config, row), RunFolder.of(config)
+    folder, began = run.ingredient(row), time.monotonic()
+    first = load_weights(run.ingredient(0) / "weights.safetensors", start)
+    evaluator = Evaluator(settings)
+    evaluator.model.load_state_dict(first | _own_head(config, settings, row))
+    own = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
+    run_seed = seed(config.sweep.seed, own, "run")
+    show = nothing_shown if console is None else partial(progress, title=f"row {row}", console=console)
+    trained = fine_tune(
+        evaluator.model,
+        evaluator.split(settings.task.train),
+        settings,
+        run_seed=run_seed,
+        folder=folder,
+        processes=processes,
+        teacher=_teacher(config, row, processes.device),
+        held_out=partial(_held_out, evaluator, processes),
+        log=log,
+        show=show,
+    )
+    done = {
+        "identity": identity(config, row),
+        "status": "done" if trained.finite else "diverged",
+        "row": row,
+        "drawn": draw(config, row),
+        "seed": run_seed,
+        "start": start,
+        "best": trained.best,
+    }
+    if not processes.writes:
+        return done
+    for weights in trained.weights.values() if settings.task != config.task else ():
+        weights.update({name: first[name] for name in HEAD})
+    # A model of its own: the trained one may be sharded, or have the head of another task.
+    reported = replace(settings, task=config.task)  # type: ignore[type-var]  # mypy does not know pydantic's
+    return _finish(Evaluator(reported), folder, done, began, trained.weights)
 
 
 def _own_head(config: Experiment, settings: Experiment, row: int) -> dict[str, Tensor]:

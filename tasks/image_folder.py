@@ -15,35 +15,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from configs.chance import uniform
 from configs.errors import UserError
 from configs.schema import Task
+from tasks import objectnet
+from tasks.files import ROOT, Names, decoded
 from tasks.label_space import LabelSpace
-from tasks.split import renumbered
+from tasks.parts import check_count, own_name, parted, rows_of, source
+from tasks.split import narrowed
 
-ROOT = Path(__file__).resolve().parents[1]
 WNID = re.compile(r"n\d{8}")  # ImageNet's name of a class
-
-
-@dataclass(frozen=True, eq=False)
-class Names:
-    """Many short strings in one, since a million Python strings are slow to send to the processes that load images."""
-
-    joined: bytes  # UTF-8
-    ends: NDArray[np.int64]  # (N,) where each one ends
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> "Names":
-        """Pack them."""
-        encoded = [name.encode() for name in names]
-        return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        start = self.ends[index - 1] if index else 0
-        return self.joined[start : self.ends[index]].decode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +32,14 @@ class FolderSplit:
 
     name: str
     root: Path  # of the split
-    classes: tuple[str, ...]  # the folder of each class id
-    labels: Tensor  # (N,) int64 class ids
+    classes: tuple[str, ...]  # the folder of each reported class
+    labels: Tensor  # (N,) int64 ids of the reported classes
     files: Names  # N, each within the folder of its class
-    digest: str  # of relative names and file sizes
+    digest: str  # of relative names, file sizes and `border`
     space: LabelSpace | None = None
+    border: int = 0  # pixels that are cut off each edge
     groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,23 +49,32 @@ class FolderSplit:
         return self.root / self.classes[int(self.labels[index])] / self.files[index]
 
     def pil(self, index: int) -> Image.Image:
-        """One image, converted to RGB as torchvision's loader does it; an orientation in its EXIF is ignored.
+        """One image, RGB, without its border.
 
         Raises:
             UserError: the file is missing, or cannot be decoded to its end.
         """
-        path = self.path(index)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-            raise UserError(f"image {path} cannot be decoded ({error}): restore the file from its source") from error
+        image, border = decoded(self.path(index)), self.border
+        if border == 0:
+            return image
+        if min(image.size) <= 2 * border:
+            raise UserError(f"image {self.path(index)} of {image.width} x {image.height} pixels is all border")
+        return image.crop((border, border, image.width - border, image.height - border))
 
     def of_classes(self, ids: Sequence[int], digest: str) -> "FolderSplit":
-        """The images of these classes alone, which are numbered 0, 1, ... in the order of `ids`."""
-        rows, labels = renumbered(self.labels, ids)
-        files = Names.of([self.files[row] for row in rows.tolist()])
-        return FolderSplit(self.name, self.root, tuple(self.classes[i] for i in ids), labels, files, digest)
+        """The images of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
+        part = narrowed(self, ids)
+        files, classes = Names.of([self.files[row] for row in part.rows.tolist()]), (self.classes[i] for i in part.kept)
+        return FolderSplit(self.name, self.root, tuple(classes), part.labels, files, digest, part.space, self.border)
+
+
+@dataclass(frozen=True)
+class _Folders:
+    """The class folders of a split, and what they are to the network."""
+
+    names: tuple[str, ...]  # in the order of the reported classes
+    space: LabelSpace | None = None
+    border: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,17 +87,21 @@ class _Listing:
     files: Names
     sizes: NDArray[np.int64]  # bytes
 
-    def split(self, name: str, rows: NDArray[np.int64]) -> FolderSplit:
+    def split(self, name: str, rows: NDArray[np.int64], folders: _Folders) -> FolderSplit:
         """The images `rows`, which are sorted."""
         content, names = hashlib.blake2b(digest_size=16), [self.files[row] for row in rows]
         for row, file in zip(rows, names, strict=True):
             content.update(f"{self.classes[self.labels[row]]}/{file}\0{self.sizes[row]}\n".encode())
-        labels = torch.from_numpy(self.labels[rows])
-        return FolderSplit(name, self.root, self.classes, labels, Names.of(names), content.hexdigest())
+        if folders.border:
+            content.update(f"border {folders.border}".encode())
+        labels, packed = torch.from_numpy(self.labels[rows]), Names.of(names)
+        return FolderSplit(
+            name, self.root, self.classes, labels, packed, content.hexdigest(), folders.space, folders.border
+        )
 
 
 def _root(task: Task, name: str) -> Path:
-    return ROOT / task.folder / task.folders.get(name, name)
+    return ROOT / task.folder / own_name(task, name)
 
 
 def _class_folders(root: Path, remedy: str) -> tuple[str, ...]:
@@ -127,6 +122,48 @@ def _classes(task: Task) -> tuple[str, ...]:
     return classes
 
 
+def _refuse_unlike(own: Sequence[str], expected: Sequence[str], root: Path, owner: str) -> None:
+    """Refuse a class folder that is missing or unknown to its owner."""
+    unlike = sorted(set(own) ^ set(expected))
+    if not unlike:
+        return
+    if unlike[0] not in expected:
+        raise UserError(f"image folder {root}: class folder {unlike[0]!r} is unknown; {owner} does not have it")
+    hint = "; of a split with fewer classes, task.subsets says how many" if len(own) < len(expected) else ""
+    raise UserError(f"image folder {root}: class folder {unlike[0]!r} is missing; {owner} has it{hint}")
+
+
+def _folders(task: Task, name: str, classes: tuple[str, ...]) -> _Folders:
+    """The class folders that a split has and reports, which must be what the task says of it.
+
+    Raises:
+        UserError: a folder that is missing or unknown, or another number of them than `task.subsets` says.
+    """
+    root = _root(task, name)
+    own = _class_folders(root, "set task.folder, or task.folders for a split whose folder has another name")
+    if name == task.objectnet:
+        ids = objectnet.overlap(root.parent / "mappings", task.num_classes)
+        others = objectnet.all_folders(root.parent / "mappings") - set(ids)
+        _refuse_unlike([folder for folder in own if folder not in others], tuple(ids), root, "its mapping")
+        border = objectnet.BORDER if task.objectnet_border else 0
+        folders = _Folders(tuple(ids), LabelSpace(tuple(ids.values()), len(classes)), border)
+    elif name in task.numbered:
+        folders = _Folders(tuple(str(i) for i in range(len(classes))))
+        _refuse_unlike(own, folders.names, root, f"a numbering of {len(classes)} classes from 0")
+    elif name in task.subsets and own:
+        place = {folder: i for i, folder in enumerate(classes)}
+        strange = [folder for folder in own if folder not in place]
+        _refuse_unlike(strange, (), root, "training")
+        folders = _Folders(own, LabelSpace.subset([place[folder] for folder in own], len(classes)))
+    else:
+        folders = _Folders(classes)
+        _refuse_unlike(own, classes, root, "training")
+    expected = task.subsets.get(name, len(folders.names))
+    if len(folders.names) != expected:
+        raise UserError(f"image folder {root} is of {len(folders.names)} classes, but task.subsets.{name}={expected}")
+    return folders
+
+
 def _files(folder: Path) -> list[tuple[str, int]]:
     """Names within a class's folder and sizes in bytes of its images, those of inner folders too."""
     found: list[tuple[str, str, int]] = []
@@ -145,16 +182,11 @@ def _files(folder: Path) -> list[tuple[str, int]]:
 
 @lru_cache(maxsize=2)  # train and held-out may be of one folder with a million files
 def _listing(root: Path, classes: tuple[str, ...]) -> _Listing:
-    """All images of a split, whose class folders must be exactly `classes`.
+    """All images in the class folders of a split.
 
     Raises:
-        UserError: a class that is missing, unknown or empty, or a file that cannot be looked at.
+        UserError: a class that is empty, or a file that cannot be looked at.
     """
-    own = _class_folders(root, "set task.folder, or task.folders for a split whose folder has another name")
-    unlike = sorted(set(own) ^ set(classes))
-    if unlike:
-        problem = "is missing; training has it" if unlike[0] in classes else "is unknown; training does not have it"
-        raise UserError(f"image folder {root}: class folder {unlike[0]!r} {problem}")
     labels, names, sizes = [], [], []
     for label, folder in enumerate(classes):
         try:
@@ -171,23 +203,6 @@ def _listing(root: Path, classes: tuple[str, ...]) -> _Listing:
     except UnicodeEncodeError as error:
         raise UserError(f"image folder {root}: the file name {error.object!r} is not UTF-8: rename it") from None
     return _Listing(root, classes, np.array(labels), packed, np.array(sizes))
-
-
-def _chosen(listing: _Listing, per_class: int) -> NDArray[np.bool_]:
-    """(N,) the images of each class whose keyed draws are the lowest, wherever and beside whatever they stand."""
-    held_out = np.zeros(len(listing.labels), dtype=np.bool_)
-    for label, folder in enumerate(listing.classes):
-        first, last = np.searchsorted(listing.labels, [label, label + 1])
-        if last - first <= per_class:
-            raise UserError(
-                f"task.held_out_per_class={per_class} leaves none of the {last - first} images of class {folder!r} "
-                f"in {listing.root} to train on"
-            )
-        draws = [
-            (uniform("held_out", folder, listing.files[row]), listing.files[row], row) for row in range(first, last)
-        ]
-        held_out[[row for _, _, row in sorted(draws)[:per_class]]] = True
-    return held_out
 
 
 def _listed(listing: _Listing, path: Path) -> NDArray[np.bool_]:
@@ -210,6 +225,9 @@ def _listed(listing: _Listing, path: Path) -> NDArray[np.bool_]:
 def load_split(task: Task, name: str) -> FolderSplit:
     """The images and labels of one split.
 
+    Its class folders are those of train; or some of them, where `task.subsets` says so; or numbers from 0, of
+    `task.numbered`; or ObjectNet's, of `task.objectnet`, in the order of their names.
+
     Held-out is a folder of its own, or a part of train's, of which train is then the rest. Of n images per class, they
     are those of the lowest keyed draws over class and file name: a file more in one class moves no other class.
 
@@ -221,44 +239,33 @@ def load_split(task: Task, name: str) -> FolderSplit:
         name: one of the task's splits.
 
     Raises:
-        UserError: no such folder; class folders that are not those of train, or not `task.num_classes`; an empty
-            class; a held-out rule that does not fit the images.
+        UserError: no such folder; class folders that are not those that the task says, or not `task.num_classes` of
+            train; an empty class; not as many images as `task.counts`; a held-out rule that does not fit the images.
     """
-    classes = _classes(task)
-    parted = task.held_out_per_class is not None or task.held_out_index is not None
-    if not parted or name not in (task.train, task.held_out):
-        listing = _listing(_root(task, name), classes)
-        return listing.split(name, np.arange(len(listing.labels)))
-    listing = _listing(_root(task, task.train), classes)
-    if task.held_out_index is not None:
-        held_out = _listed(listing, task.held_out_index)
+    own = source(task, name)
+    folders = _folders(task, own, _classes(task))
+    listing = _listing(_root(task, own), folders.names)
+    if parted(task, name) and task.held_out_index is not None:
+        check_count(task, own, listing.root, len(listing.labels))
+        rows = np.flatnonzero(_listed(listing, task.held_out_index) == (name == task.held_out))
     else:
-        held_out = _chosen(listing, task.held_out_per_class or 0)
-    return listing.split(name, np.flatnonzero(held_out == (name == task.held_out)))
+        rows = rows_of(task, name, listing.labels, listing.classes, key=listing.files.__getitem__, where=listing.root)
+    return listing.split(name, rows, folders)
 
 
 def class_names(task: Task) -> tuple[str, ...]:
-    """Names of the classes, as `task.names` says: of their folders, CLIP's of ImageNet, or the lines of a file.
+    """Names of the classes: those of their folders, or with `task.names=imagenet` CLIP's of ImageNet.
 
     Raises:
-        UserError: another number of names than classes, folders that are not ImageNet's, or an unreadable file.
+        UserError: another number of folders than `task.num_classes`, or folders that are not ImageNet's.
     """
     classes = _classes(task)
-    if task.names == "folder":
+    if task.names != "imagenet":
         return tuple(re.sub("[_-]", " ", folder) for folder in classes)
-    if task.names == "imagenet":
-        from open_clip import IMAGENET_CLASSNAMES  # noqa: PLC0415  # a loader process need not wait for it
+    from open_clip import IMAGENET_CLASSNAMES  # noqa: PLC0415  # a loader process need not wait for it
 
-        strange = [folder for folder in classes if not WNID.fullmatch(folder)]
-        if strange or len(classes) != len(IMAGENET_CLASSNAMES):
-            found = f"{strange[0]!r}" if strange else f"{len(classes)} of them"
-            raise UserError(f"task.names=imagenet needs 1,000 class folders such as n01440764, but there is {found}")
-        return tuple(IMAGENET_CLASSNAMES)
-    try:
-        lines = (ROOT / task.names).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"task.names={task.names}: neither folder, imagenet, nor a readable file ({error})") from None
-    names = tuple(line.strip() for line in lines)
-    if len(names) != len(classes) or not all(names):
-        raise UserError(f"task.names={task.names} has {sum(map(bool, names))} names for {len(classes)} classes")
-    return names
+    strange = [folder for folder in classes if not WNID.fullmatch(folder)]
+    if strange or len(classes) != len(IMAGENET_CLASSNAMES):
+        found = f"{strange[0]!r}" if strange else f"{len(classes)} of them"
+        raise UserError(f"task.names=imagenet needs 1,000 class folders such as n01440764, but there is {found}")
+    return tuple(IMAGENET_CLASSNAMES)

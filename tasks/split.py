@@ -1,4 +1,4 @@
-"""One split of an image benchmark, and what training asks of any."""
+"""One split of an image benchmark, and what training and evaluation ask of any."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +16,23 @@ class Images(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64 class ids."""
+        """(N,) int64 class ids, of the reported classes where there is a space."""
+
+    @property
+    def space(self) -> LabelSpace | None:
+        """From the task's classes to the reported ones; None where they are the same."""
+
+    @property
+    def groups(self) -> Tensor | None:
+        """(N,) int64 ids of the groups of which the worst is reported, -1 for an image in none; None without them."""
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """What the groups are called, in the order of their ids."""
 
     @property
     def digest(self) -> str:
         """Names the images and labels."""
-
-    @property
-    def space(self) -> LabelSpace | None:
-        """What the labels number, where it is not the classes that the task is learned with."""
-
-    @property
-    def groups(self) -> Tensor | None:
-        """(N,) int64: what each image belongs to, as a region; negative: to none."""
 
     def __len__(self) -> int:
         """N."""
@@ -44,9 +48,10 @@ class Split:
     name: str
     images: Tensor  # (N, 3, H, W) uint8
     labels: Tensor  # (N,) int64 class ids
-    digest: str  # sha256 of the file, hexadecimal
+    digest: str  # of the content, hexadecimal
     space: LabelSpace | None = None
     groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,9 +61,32 @@ class Split:
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
 
     def of_classes(self, ids: Sequence[int], digest: str) -> "Split":
-        """The images of these classes alone, which are numbered 0, 1, ... in the order of `ids`."""
-        rows, labels = renumbered(self.labels, ids)
-        return Split(self.name, self.images[rows], labels, digest)
+        """The images of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
+        part = narrowed(self, ids)
+        images = self.images[part.rows]
+        return Split(self.name, images, part.labels, digest, part.space, part.groups, self.group_names)
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """What a split of some classes has of the whole."""
+
+    rows: Tensor  # (n,) int64, which examples
+    labels: Tensor  # (n,) int64, renumbered
+    space: LabelSpace | None
+    kept: tuple[int, ...]  # the reported classes that are left, as they were numbered
+    groups: Tensor | None
+
+
+def narrowed(images: Images, ids: Sequence[int]) -> Narrowed:
+    """The part of a split that is about the task's classes `ids`.
+
+    Raises:
+        UserError: the split reports none of them.
+    """
+    space, kept = (None, tuple(ids)) if images.space is None else images.space.of_classes(ids)
+    rows, labels = renumbered(images.labels, kept)
+    return Narrowed(rows, labels, space, kept, None if images.groups is None else images.groups[rows])
 
 
 def renumbered(labels: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from torchvision.datasets import ImageFolder
 
 from configs.errors import UserError
 from configs.schema import load
-from tasks.image_folder import FolderSplit, Names, class_names, load_split
-from tasks.load import class_names as task_class_names
+from tasks.files import Names
+from tasks.image_folder import FolderSplit, load_split
+from tasks.load import class_names
 from tasks.load import load_split as load_task_split
 
 
@@ -229,7 +230,7 @@ def test_some_classes_of_a_folder_keep_their_files_and_names(tree):
     whole = load_task_split(task(tree), "train")
     odd = task(tree, parts=2, part=1)
     split = load_task_split(odd, "train")
-    assert task_class_names(odd) == ("n o t", "ß")
+    assert class_names(odd) == ("n o t", "ß")
     assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert files(split) == [f"n-o_t/{i}.jpg" for i in range(3)] + [f"ß/inner/{i}.jpg" for i in range(3)]
     assert np.array_equal(np.asarray(split.pil(4)), np.asarray(whole.pil(10)))
@@ -239,25 +240,25 @@ def test_some_classes_of_a_folder_keep_their_files_and_names(tree):
 
 def test_the_parts_of_a_task_in_memory_deal_out_its_classes():
     whole = load("demo").task
-    names, test = task_class_names(whole), load_task_split(whole, "test")
+    names, test = class_names(whole), load_task_split(whole, "test")
     parts = [load("demo", "task.parts=3", f"task.part={part}").task for part in range(3)]
     splits = [load_task_split(part, "test") for part in parts]
     assert sum(map(len, splits)) == len(test)
     assert len({split.digest for split in [*splits, test]}) == 4
     for i, (part, split) in enumerate(zip(parts, splits, strict=True)):
-        assert task_class_names(part) == names[i::3]
-        assert len(task_class_names(part)) == part.size
+        assert class_names(part) == names[i::3]
+        assert len(class_names(part)) == part.size
         rows = (test.labels % 3 == i).nonzero().flatten()
         assert torch.equal(split.labels, test.labels[rows] // 3)
         assert torch.equal(split.images, test.images[rows])
     few = load("demo", "task.parts=3", "task.part=1", "task.classes=5").task
-    assert task_class_names(few) == names[1:16:3]
+    assert class_names(few) == names[1:16:3]
     assert load_task_split(few, "test").labels.max() == 4
 
 
 def test_the_embedded_data_must_have_as_many_classes_as_the_settings_say():
     with pytest.raises(UserError, match=r"task.num_classes=619, but .* has 620 classes"):
-        task_class_names(load("demo", "task.num_classes=619").task)
+        class_names(load("demo", "task.num_classes=619").task)
 
 
 def test_a_big_split_is_cheap_to_send_to_another_process():

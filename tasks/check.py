@@ -1,0 +1,81 @@
+"""Look at every split of a task before anything is trained on it:  python -m tasks.check task=imagenet
+
+Prints for each split how many images and classes it has, where they are and a digest, and decodes a few of them. Ends
+with OK, or with what is wrong and exit status 2.
+"""
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from configs.cli import one_line_errors
+from configs.errors import UserError
+from configs.schema import CONFIGS, Task, parse
+from tasks.load import class_names, load_annotations, load_split
+from tasks.split import Images
+
+
+def _classes(task: Task, images: Images) -> str:
+    """What a split reports, e.g. 113 over 125 of 1,000."""
+    if images.space is None:
+        return f"{task.size:,}"
+    network = len({i for several in images.space.ids for i in several})
+    over = "" if network == len(images.space) else f" over {network:,}"
+    return f"{len(images.space):,}{over} of {task.size:,}"
+
+
+def describe(task: Task, name: str) -> str:
+    """One line about a split, of which the first, the middle and the last image have been decoded.
+
+    Raises:
+        UserError: as `load_split`; an image that cannot be decoded, or no image.
+    """
+    images = load_split(task, name)
+    if len(images) == 0:
+        raise UserError(f"split {name!r} has no image")
+    sizes = set()
+    for row in sorted({0, len(images) // 2, len(images) - 1}):
+        sizes.add("{}x{}".format(*images.pil(row).size))
+    groups = f", {len(images.group_names)} groups" if images.groups is not None else ""
+    where = getattr(images, "root", task.folder)
+    return (
+        f"{name}: {len(images):,} images, classes {_classes(task, images)}{groups}, e.g. {' '.join(sorted(sizes))} "
+        f"pixels, {where}, digest {images.digest[:12]}"
+    )
+
+
+def check(task: Task) -> None:
+    """Print a line about each split, the class names and the annotations; all problems come at the end.
+
+    Raises:
+        UserError: one or more splits cannot be used.
+    """
+    problems = []
+    splits = [task.train, task.held_out, *task.reported]
+    for name in splits:
+        try:
+            print(describe(task, name), flush=True)
+        except UserError as error:
+            print(f"{name}: cannot be used", flush=True)
+            problems.append(str(error))
+    try:
+        names = class_names(task)
+        print(f"class names: {names[0]}, {names[1]}, ..., {names[-1]}")
+        for name, right in load_annotations(task).items():
+            print(f"annotations {name}: {int(right.any(dim=1).sum()):,} images, {int(right.sum()):,} answers")
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    print(f"OK: {len(splits)} splits")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+def main(cfg: DictConfig) -> None:
+    """As `check`, of the task that the command line composes."""
+    if OmegaConf.is_missing(cfg, "name"):
+        cfg.name = "check"  # no experiment is needed
+    one_line_errors(lambda: check(parse(cfg).task))
+
+
+if __name__ == "__main__":
+    main()
