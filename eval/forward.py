@@ -18,7 +18,7 @@ from store.processes import Processes, alone, least_of_all, wait_for_all
 from store.runs import RunFolder, digest_of
 from store.weights import Weights, digest, load_weights
 from tasks.fixed import fixed_batches, of_model
-from tasks.load import load_split
+from tasks.load import load_annotations, load_split
 from tasks.split import Images
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -197,6 +197,19 @@ class Evaluator:
         """In [0, 1]: what the task scores a split by."""
         images, metric = self.split(split), self.config.task.metrics.get(split, "top1")
         return score(metric, self.predicted(logits, split), images.labels, images.groups)
+
+    def annotated(self, logits: Tensor) -> dict[str, Count]:
+        """Of each annotation (ReaL, multilabel) of the test split, how many predictions are among the answers
+        that count as right, of how many images with such answers.
+
+        Source: Beyer et al. 2020, Section 3; Shankar et al. 2020, Section 2.
+        """
+        counts = {}
+        for name, answers in load_annotations(self.config.task).items():
+            labelled = answers.any(dim=1)
+            said = self.predicted(logits, self.config.task.test)[labelled]
+            counts[name] = Count(int(answers[labelled].gather(1, said[:, None]).sum()), int(labelled.sum()))
+        return counts
 
     def count(self, logits: Tensor, split: str) -> Count:
         """How many of a split's images these logits get right."""

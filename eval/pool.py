@@ -8,7 +8,7 @@ from rich.console import Console
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.forward import Evaluator
+from eval.forward import Count, Evaluator
 from store.atomic import read_json, read_jsonl, write_jsonl
 from store.processes import Processes, wait_for_all
 from store.runs import RunFolder
@@ -31,11 +31,17 @@ def evaluate(config: Experiment, folder: Path, processes: Processes | None = Non
     if digest is None:
         raise UserError(f"{folder} holds no finished model: run python -m finetune or python -m soups first")
     rows, scores = [], {}
+    annotated: dict[str, Count] = {}
     for split in (task.held_out, *task.reported):
         logits = evaluator.logits_of_file(digest, folder / "weights.safetensors", split)
         count, scores[split] = evaluator.count(logits, split), evaluator.score(logits, split)
         row = {"weights": digest, "split": split, "correct": count.correct, "n": count.n, "top1": count.top1}
+        if split == task.test:
+            annotated = evaluator.annotated(logits)
         rows.append(row | {"metric": task.metrics.get(split, "top1"), "score": scores[split]})
+    for name, count in annotated.items():
+        row = {"weights": digest, "split": task.test, "correct": count.correct, "n": count.n, "top1": count.top1}
+        rows.append(row | {"metric": name, "score": count.top1})
     if evaluator.processes.writes:
         write_jsonl(folder / "scores.jsonl", rows)
     line = f"{folder.relative_to(RunFolder.of(config).root)}: {task.test} {100 * scores[task.test]:.1f} %"
