@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo seeds test quick lint format bench bench-soups results data pretrain clean help
+.PHONY: setup demo seeds test quick lint format bench bench-data bench-soups results data pretrain clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -37,8 +37,11 @@ lint: setup  ## ruff and mypy
 format: setup  ## mend what ruff can
 	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
 
-bench: setup  ## time of a training step beside its floor
+bench: setup  ## time of a training step beside a bare loop's
 	@$(RUN) -m benchmarks.training
+
+bench-data: setup  ## images a second from JPEG files beside torchvision and timm, one core each
+	@$(RUN) -m benchmarks.data
 
 bench-soups: setup  ## time and memory of averaging, learned soups and ensembles beside others; MERGEKIT=python of an environment with it
 	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.learned && $(RUN) -m benchmarks.ensembles

@@ -1,66 +1,176 @@
-"""Our fine-tuning loop beside a bare one:  python -m benchmarks.training [--epochs 3] [--threads 2]
+"""Our fine-tuning loop beside a bare one:  python -m benchmarks.training [--experiment demo] [--rounds 3] [--steps 16]
 
-The floor is forward, backward and AdamW on batches already in memory, with the same model and the same images: what
-remains is our augmentation, schedule and bookkeeping. Both are timed in turns, in one process; medians are compared.
+The bare loop is what one would type: forward, cross-entropy, backward, clipping, the optimiser's step. It has the same
+model, optimiser, learning rate, batch size and the very same augmented batches, made by the same code; mixup is off.
+So what ours takes longer is its schedule, soft labels, averages, checks, metrics and signals. The two take turns step
+by step in one process on the CPU: after each of our steps the bare loop does the same one with a model of its own.
+
+overhead_percent is the median over pairs of steps of (ours - bare) / (bare without its batch): the making of a batch
+is on both sides of the difference and not in what it is divided by. The first step of a round, in which memory is
+asked for, is not counted, nor is the last, after which ours writes its state: keep_seconds is what that takes, once an
+epoch. Batches are made in the process itself, as with compute.loader_workers=0.
+
+Writes results/measured/bench_training.csv, or the file named by --out.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from configs.schema import Experiment, load
-from finetune.loop import fine_tune
+from finetune.batches import Length, TrainingBatches
+from finetune.loop import ALONE, fine_tune
+from finetune.optimisers import build
 from finetune.rows import row_config
 from models.classifier import pretrained
+from store.atomic import replacing
+from store.provenance import provenance
 from store.workers import use_threads
 from tasks.load import class_names, load_split
-from tasks.split import Split
+from tasks.split import Images
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED = 0  # of order and augmentation
 
 
-def ours(config: Experiment, train: Split) -> float:
-    """Seconds of one epoch of `finetune.loop.fine_tune`, state and metrics written as ever."""
-    model = pretrained(config.model, class_names(config.task))
-    optim = replace(config.optim, epochs=1)  # type: ignore[type-var]  # a pydantic dataclass, which mypy does not know
-    with tempfile.TemporaryDirectory() as folder:
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one training step of both loops."""
+
+    ours: float  # its batch included
+    bare: float  # without the batch
+    batch: float  # to make it, measured in the bare loop
+
+    @property
+    def overhead(self) -> float:
+        """How much longer ours takes, as a share of the bare step without its batch."""
+        return (self.ours - self.bare - self.batch) / self.bare
+
+
+@dataclass(frozen=True)
+class Round:
+    """A training by both loops."""
+
+    steps: list[Step]  # without the first and the last
+    keep: float  # seconds in which ours writes its state
+    models: tuple[nn.Module, nn.Module]  # ours and the bare loop's, trained
+
+
+def settings(experiment: str, steps: int) -> Experiment:
+    """Row 1 of an experiment, at a constant rate, without mixing, for so many steps."""
+    config = row_config(load(experiment), 1)
+    fixed = {"mixup": 0.0, "cutmix": 0.0, "schedule": "constant", "warmup_steps": 0, "steps": steps}
+    optim = replace(config.optim, **fixed)  # type: ignore[type-var]  # a pydantic dataclass, which mypy does not know
+    return replace(config, optim=optim)  # type: ignore[type-var]
+
+
+def bare_steps(model: nn.Module, train: Images, config: Experiment) -> Callable[[int], tuple[float, float]]:
+    """A bare loop over the batches that ours sees; each call is one step, and returns its seconds and its batch's."""
+    optim = config.optim
+    batches = TrainingBatches(train, config.augment, config.model.image_size, Length.of(optim, len(train)), SEED, ALONE)
+    optimizer = build(optim, model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+
+    def step(number: int) -> tuple[float, float]:
         started = time.perf_counter()
-        size = config.model.image_size
-        fine_tune(model, train, optim, config.augment, size=size, run_seed=0, folder=Path(folder))
-        return time.perf_counter() - started
-
-
-def bare(config: Experiment, train: Split) -> float:
-    """Seconds of the same number of steps of a loop that does nothing but learn."""
-    model = pretrained(config.model, class_names(config.task)).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    batches = torch.arange(len(train.labels)).split(config.optim.batch_size)[:-1]
-    started = time.perf_counter()
-    for indices in batches:
-        loss = F.cross_entropy(model(train.images[indices]), train.labels[indices])
+        images = batches[number]
+        made = time.perf_counter()
+        labels = train.labels[batches.indices(number)]
+        loss = F.cross_entropy(model(images), labels, label_smoothing=optim.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
+        if optim.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm)
         optimizer.step()
-    return time.perf_counter() - started
+        return time.perf_counter() - made, made - started
+
+    return step
+
+
+def one_round(config: Experiment, train: Images) -> Round:
+    """Train twice from the same weights, ours and the bare loop in turns."""
+    names, compute = class_names(config.task), config.compute
+    ours, bare = (pretrained(config.model, names).channels_last(compute.channels_last) for _ in range(2))
+    bare_step = bare_steps(bare, train, config)
+    found: list[Step] = []
+    started = 0.0
+
+    def after_ours(steps: int) -> None:
+        nonlocal started
+        seconds = time.perf_counter() - started
+        found.append(Step(seconds, *bare_step(steps - 1)))
+        started = time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        fine_tune(ours, train, config, run_seed=SEED, folder=Path(folder), after_step=after_ours)
+    *counted, last = found[1:]
+    return Round(counted, last.ours - statistics.median(step.ours for step in counted), (ours, bare))
+
+
+def table(rounds: list[Round], config: Experiment, train: Images, threads: int) -> pd.DataFrame:
+    """One row: medians over all steps, and the quartiles of the overhead."""
+    origin, steps = provenance(), [step for each in rounds for step in each.steps]
+    overheads = [100 * step.overhead for step in steps]
+    low, middle, high = statistics.quantiles(overheads, n=4)
+    model = rounds[0].models[0]
+    row = {
+        "model": " ".join(filter(None, (config.model.kind, config.model.name))),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "classes": config.task.size,
+        "image_size": config.model.image_size,
+        "batch_size": config.optim.batch_size,
+        "optimizer": config.optim.kind,
+        "augment": config.augment.kind,
+        "threads": threads,
+        "rounds": len(rounds),
+        "steps": len(steps),
+        "ours_seconds": round(statistics.median(step.ours for step in steps), 4),
+        "bare_seconds": round(statistics.median(step.bare + step.batch for step in steps), 4),
+        "batch_seconds": round(statistics.median(step.batch for step in steps), 4),
+        "overhead_percent": round(middle, 2),
+        "overhead_percent_lower_quartile": round(low, 2),
+        "overhead_percent_upper_quartile": round(high, 2),
+        "keep_seconds": round(statistics.median(each.keep for each in rounds), 3),
+        "steps_per_epoch": len(train) // config.optim.batch_size,
+        "commit": origin["commit"],
+        "modified": origin["modified"],
+        "processor": origin["machine"]["processor"],
+        "cores": origin["machine"]["cores"],
+        "python": origin["python"],
+        **{name: origin["versions"][name] for name in ("torch", "torchvision", "timm")},
+    }
+    return pd.DataFrame([row])
 
 
 def main() -> None:
-    """Print the medians and their ratio."""
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--experiment", default="demo")
+    parser.add_argument("--rounds", type=int, default=3, help="trainings from the start")
+    parser.add_argument("--steps", type=int, default=16, help="of each, at least 4")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_training.csv")
     arguments = parser.parse_args()
     use_threads(arguments.threads)
-    config = row_config(load("demo"), 1)
+    config = settings(arguments.experiment, arguments.steps)
     train = load_split(config.task, config.task.train)
-    pairs = [(ours(config, train), bare(config, train)) for _ in range(arguments.epochs)]
-    mine, floor = (statistics.median(times) for times in zip(*pairs, strict=True))
-    print(f"{len(train.labels)} images, {arguments.threads} threads, median of {arguments.epochs} epochs")
-    print(f"ours {mine:.2f} s, bare loop {floor:.2f} s, ratio {mine / floor:.2f}")
+    rounds = [one_round(config, train) for _ in range(arguments.rounds)]
+    found = table(rounds, config, train, arguments.threads)
+    with replacing(arguments.out) as temporary:
+        found.to_csv(temporary, index=False)
+    print(found.loc[0, "model":"steps_per_epoch"].to_string())
+    print(arguments.out)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,16 @@ class Averages:
             }
         return cls(regularizer.swa, decays, regularizer.ema_ramp, steps, ema, total)
 
+    def due(self, step: int) -> bool:
+        """Whether the weights after a step, counted from 0, belong in some average."""
+        return bool(self.decays) or self._swa_is_due(step)
+
+    def _swa_is_due(self, step: int) -> bool:
+        if self.swa is None:
+            return False
+        first = int(self.swa.start * self.steps)
+        return step >= first and (step - first) % self.swa.every == 0
+
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Take in the weights after a step, counted from 0. Integer tensors are the latest.
@@ -65,15 +75,13 @@ class Averages:
                     average.lerp_(tensors[key].detach().to(average.dtype), 1 - decay)
                 else:
                     average.copy_(tensors[key])
-        if self.swa is not None:
-            first = int(self.swa.start * self.steps)
-            if step >= first and (step - first) % self.swa.every == 0:
-                self.taken += 1
-                for key, total in self.total.items():
-                    if total.is_floating_point():
-                        total.add_(tensors[key].detach())
-                    else:
-                        total.copy_(tensors[key])
+        if self._swa_is_due(step):
+            self.taken += 1
+            for key, total in self.total.items():
+                if total.is_floating_point():
+                    total.add_(tensors[key].detach())
+                else:
+                    total.copy_(tensors[key])
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Each average as a state dict, by name; SWA from its first model on."""

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from configs.chance import seed, seed_globals
 from configs.errors import UserError
@@ -80,4 +80,4 @@ class TrainingBatches(Dataset[Tensor]):
         for index in self.indices(step).tolist():
             seed_globals(self.run_seed, "image", epoch, index)
             samples.append(torch.as_tensor(transform(self.images.pil(index))))
-        return torch.stack(samples)
+        return default_collate(samples)  # stacks them, a worker at once where the other process will read them

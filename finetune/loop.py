@@ -182,7 +182,8 @@ def fine_tune(
             torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm or math.inf)
             scaler.step(state.optimizer)
             scaler.update()
-            averages.update(model.state_dict(), step)
+            if averages.due(step):  # a state dict has a cost, of sharded models a large one
+                averages.update(model.state_dict(), step)
             value = sum_over(loss).item()
             if not math.isfinite(value):
                 return Trained(False, {}, {})

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
+from store.workers import use_threads
 
 T = TypeVar("T")
 
@@ -26,6 +27,11 @@ class _Told(Dataset[T | UserError], Generic[T]):
 
     def __len__(self) -> int:
         return len(self.things)  # type: ignore[arg-type]
+
+
+def _settle(worker: int) -> None:
+    """Images are freed and asked for again all the time, in a worker too."""
+    use_threads(1)
 
 
 def made_ahead(things: Dataset[T], workers: int) -> Iterator[T]:
@@ -52,6 +58,7 @@ def made_ahead(things: Dataset[T], workers: int) -> Iterator[T]:
         multiprocessing_context="spawn",
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_settle,
     )
     for thing in loader:
         if isinstance(thing, UserError):

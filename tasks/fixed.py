@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
@@ -73,7 +73,8 @@ class _Batches(Dataset[Tensor]):
         return len(self.parts)
 
     def __getitem__(self, part: int) -> Tensor:
-        return torch.stack([self.transform(self.images.pil(row)) for row in self.parts[part].tolist()])
+        # Stacked; by a worker at once where the other process will read them.
+        return default_collate([self.transform(self.images.pil(row)) for row in self.parts[part].tolist()])
 
 
 @dataclass(frozen=True)

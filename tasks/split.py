@@ -58,7 +58,8 @@ class Split:
 
     def pil(self, index: int) -> Image.Image:
         """One image."""
-        return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
+        # Contiguous before Pillow sees it, which copies a strided array element by element.
+        return Image.fromarray(self.images[index].permute(1, 2, 0).contiguous().numpy())
 
     def of_classes(self, ids: Sequence[int], digest: str) -> "Split":
         """The images of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
