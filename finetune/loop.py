@@ -182,8 +182,7 @@ def fine_tune(
             torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm or math.inf)
             scaler.step(state.optimizer)
             scaler.update()
-            if averages.due(step):  # a state dict has a cost, of sharded models a large one
-                averages.update(model.state_dict(), step)
+            _take_in(model, averages, step)
             value = sum_over(loss).item()
             if not math.isfinite(value):
                 return Trained(False, {}, {})
@@ -202,6 +201,12 @@ def fine_tune(
             after_step(progress.step)
             meter.resume()
     return _trained(state, optim)
+
+
+def _take_in(model: Classifier, averages: Averages, step: int) -> None:
+    """Averages ask for a state dict only when one is due: it has a cost, of sharded models a large one."""
+    if averages.due(step):
+        averages.update(model.state_dict(), step)
 
 
 def _is_due(step: int, length: Length, save_every: int) -> bool:

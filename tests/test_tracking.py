@@ -36,6 +36,16 @@ def experiment(tmp_path, *settings):
 
 
 def records(file: Path):
+    """All of a run's records, once its service, which is another process, has written the last one."""
+    for _ in range(300):
+        found = records_so_far(file)
+        if any(record.HasField("exit") for record in found):
+            break
+        time.sleep(0.1)
+    return found
+
+
+def records_so_far(file: Path):
     """W&B's protocol buffers: after 7 bytes a log of LevelDB, 32 KiB blocks of pieces with (checksum, length, kind)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
