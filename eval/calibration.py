@@ -1,8 +1,16 @@
-"""Temperature scaling: one number that makes confidence match accuracy."""
+"""Does confidence match accuracy, and the one number that makes it (temperature scaling)."""
 
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+
+from eval.metrics import check, correct, log_probabilities
+
+Binning = Literal["mass", "width"]
 
 
 def fit_beta(logits: Tensor, labels: Tensor) -> float:
@@ -16,12 +24,11 @@ def fit_beta(logits: Tensor, labels: Tensor) -> float:
         beta in [1e-3, 1e3]; above 1 sharpens, below 1 softens. Accuracy does not depend on it.
 
     Raises:
-        ValueError: N is 0, or the shapes do not agree.
+        ValueError: as `eval.metrics.check`.
 
     Source: Guo et al. 2017, Section 4.2, whose T is 1 / beta.
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(f"need (N, C) logits, (N,) labels, N > 0; got {tuple(logits.shape)}, {tuple(labels.shape)}")
+    check(logits, labels)
     wide = logits.double()
 
     def loss(log_beta: float) -> float:
@@ -29,3 +36,88 @@ def fit_beta(logits: Tensor, labels: Tensor) -> float:
 
     # The loss is convex in beta, hence has one valley in its logarithm too.
     return float(10 ** minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6}).x)
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Examples sorted by confidence into B bins: what a reliability diagram draws."""
+
+    count: Tensor  # (B,) int64, examples
+    confidence: Tensor  # (B,) float64, their mean confidence; NaN where there are none
+    accuracy: Tensor  # (B,) float64, the share of them that is right; NaN where there are none
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error in [0, 1]: |confidence - accuracy|, averaged over examples; 0 is calibrated."""
+        gaps = (self.confidence - self.accuracy).abs().nan_to_num(0.0)
+        return ((self.count * gaps).sum() / self.count.sum()).item()
+
+
+def reliability_bins(logits: Tensor, labels: Tensor, *, bins: int = 15, binning: Binning = "mass") -> Bins:
+    """Sort examples into bins by confidence, the largest probability of the softmax.
+
+    Args:
+        logits: (N, C), any float dtype; the softmax is taken in float64.
+        labels: (N,) class ids in [0, C).
+        bins: B > 0. How many the paper used for Figure B.2 is not known; 15 is Guo's.
+        binning: "width" divides (0, 1] evenly, and a bin has its upper border but not its lower one. "mass" gives
+            each bin as many examples, up to one. Examples of equal confidence are never told apart: all are in the
+            bin that the first of them falls in, so the order of examples does not matter, and with many ties bins
+            are uneven or empty.
+
+    Raises:
+        ValueError: as `eval.metrics.check` and `log_probabilities`, or bins is less than 1.
+
+    Source: Guo et al. 2017, eq. 3 ("width"); Roelofs et al. 2022, Section 3 ("mass").
+    """
+    if bins < 1:
+        raise ValueError(f"need at least one bin, got {bins}")
+    right = correct(logits, labels).double().cpu()
+    confidence = log_probabilities(logits).max(dim=1).values.exp().cpu()  # (N,)
+    if binning == "width":
+        which = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
+    else:
+        less_confident = torch.searchsorted(confidence.sort().values, confidence)  # (N,) how many examples are
+        which = less_confident * bins // len(confidence)
+    count = torch.bincount(which, minlength=bins)
+    sums = [torch.bincount(which, weights=values, minlength=bins) for values in (confidence, right)]
+    return Bins(count, sums[0] / count, sums[1] / count)
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15, binning: Binning = "mass") -> float:
+    """How far confidence is from accuracy, in [0, 1]; arguments and errors as `reliability_bins`."""
+    return reliability_bins(logits, labels, bins=bins, binning=binning).ece
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One model before and after temperature scaling."""
+
+    beta: float  # inverse temperature
+    before: Bins
+    after: Bins
+
+
+def calibrate(
+    held_out: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    bins: int = 15,
+    binning: Binning = "mass",
+) -> Calibration:
+    """Fit the temperature on held-out logits and labels, and bin the test's before and after.
+
+    Args:
+        held_out: (N, C) logits and (N,) labels of the split that selects.
+        test: (M, C) logits and (M,) labels of a split that reports.
+        bins: as in `reliability_bins`.
+        binning: as in `reliability_bins`.
+
+    Raises:
+        ValueError: as `fit_beta` and `reliability_bins`.
+    """
+    beta = fit_beta(*held_out)
+    logits, labels = test
+    before = reliability_bins(logits, labels, bins=bins, binning=binning)
+    after = reliability_bins(beta * logits.double(), labels, bins=bins, binning=binning)
+    return Calibration(beta, before, after)

@@ -1,11 +1,14 @@
 """Is the difference between two models more than the luck of the test images?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from math import prod, sqrt
 
 import numpy as np
 import torch
+from scipy.stats import binom, binomtest
 from torch import Tensor
 
 
@@ -16,6 +19,17 @@ class Difference:
     mean: float
     low: float
     high: float
+
+
+def _check_splits(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequence[Tensor]) -> None:
+    if not model or not (len(model) == len(baseline) == len(groups)):
+        raise ValueError(f"need as many splits of each; got {len(model)}, {len(baseline)}, {len(groups)}")
+    if any(not len(m) == len(b) == len(g) for m, b, g in zip(model, baseline, groups, strict=True)):
+        raise ValueError("results and groups of a split differ in length")
+    if any(not len(m) for m in model):
+        raise ValueError("a split has no images (N > 0 is needed)")
+    if any(torch.isnan(scores.double()).any() for scores in (*model, *baseline)):
+        raise ValueError("a result is NaN, which has no difference to another")
 
 
 @lru_cache(maxsize=16)
@@ -55,10 +69,7 @@ def paired_bootstrap(
 
     Source: Efron and Tibshirani 1993, chapter 13; cluster resampling as in Field and Welsh 2007.
     """
-    if not model or not (len(model) == len(baseline) == len(groups)):
-        raise ValueError(f"need as many splits of each; got {len(model)}, {len(baseline)}, {len(groups)}")
-    if any(not len(m) == len(b) == len(g) for m, b, g in zip(model, baseline, groups, strict=True)):
-        raise ValueError("results and groups of a split differ in length")
+    _check_splits(model, baseline, groups)
     size = 1 + max(int(group.max()) for group in groups)
     present = torch.zeros(size, dtype=torch.bool)
     for group in groups:
@@ -76,3 +87,151 @@ def paired_bootstrap(
         draws += (drawn @ gains) / (drawn @ counts).clamp(min=1) / len(model)
     low, high = torch.quantile(draws, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return Difference(mean, low, high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same images; only images that one of them gets wrong and the other right tell them apart."""
+
+    gained: int  # images that the candidate gets right and the incumbent wrong
+    lost: int  # the other way round
+
+    @property
+    def z(self) -> float:
+        """(gained - lost) / sqrt(gained + lost), in standard deviations of luck; 0 when nothing changed.
+
+        >>> Paired(gained=12, lost=4).z
+        2.0
+        """
+        changed = self.gained + self.lost
+        return (self.gained - self.lost) / sqrt(changed) if changed else 0.0
+
+    @property
+    def p(self) -> float:
+        """Two-sided p-value of the exact McNemar test, in (0, 1]; 1 when nothing changed.
+
+        Source: McNemar 1947; under the null each change is a gain with probability 1/2.
+
+        >>> Paired(gained=5, lost=0).p
+        0.0625
+        """
+        changed = self.gained + self.lost
+        return float(binomtest(self.gained, changed).pvalue) if changed else 1.0
+
+    @property
+    def mid_p(self) -> float:
+        """The same where outcomes exactly as extreme as this one count half, which is less cautious; 1 as `p`.
+
+        Source: Fagerland et al. 2013, Section 2.
+
+        >>> Paired(gained=5, lost=0).mid_p
+        0.03125
+        """
+        changed = self.gained + self.lost
+        if not changed:
+            return 1.0
+        sides = 1 if self.gained == self.lost else 2
+        return self.p - sides * float(binom.pmf(self.gained, changed, 0.5)) / 2
+
+
+def paired(candidate: Tensor, incumbent: Tensor) -> Paired:
+    """Compare two (N,) bool tensors of which images were classified correctly: McNemar's test is its `p`.
+
+    Raises:
+        ValueError: they are of different lengths.
+    """
+    if candidate.shape != incumbent.shape:
+        raise ValueError(f"need the same images; got {tuple(candidate.shape)} and {tuple(incumbent.shape)}")
+    return Paired(int((candidate & ~incumbent).sum()), int((~candidate & incumbent).sum()))
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """A paired permutation test."""
+
+    mean: float  # the difference, averaged over splits
+    p: float  # two-sided, in (0, 1]
+    permutations: int  # how many the p-value is made of: 2 to the number of pairs that differ, where exact
+    exact: bool  # all of them, not a sample
+
+
+def paired_permutation(
+    model: Sequence[Tensor],
+    baseline: Sequence[Tensor],
+    groups: Sequence[Tensor] | None = None,
+    *,
+    permutations: int = 100_000,
+    seed: int = 0,
+) -> Permuted:
+    """Could the difference of two models be luck? How often one as large comes up when each pair is swapped by a coin.
+
+    For any score of an image: hits, shares of several orders, log-likelihoods. The statistic is the mean over splits
+    of each split's mean difference, as in `paired_bootstrap`. A metric that averages over classes, such as
+    multi-label accuracy, is tested with one split for each class.
+
+    Args:
+        model: one (N_s,) tensor of per-image scores per split, bool or float.
+        baseline: the same for the model compared with.
+        groups: one (N_s,) integer tensor per split, in [0, G): images that are swapped together, across splits. Each
+            image by itself where None.
+        permutations: how many are drawn. Where no more outcomes than that can come up, all are gone through, with
+            their probabilities, and the test is exact; pairs that differ by as much are counted, not listed, so for
+            hits on one split it is McNemar's test at any size.
+        seed: of the draws.
+
+    Returns:
+        The difference and its p-value, which of drawn permutations is at least 1 / (permutations + 1).
+
+    Raises:
+        ValueError: no splits or images, tensors of a split differ in length, a score is NaN, or permutations < 1.
+
+    Source: Good 2005, chapter 3; the count of the observed one among those drawn is Phipson and Smyth 2010, eq. 2.
+    """
+    if permutations < 1:
+        raise ValueError(f"need at least one permutation, got {permutations}")
+    if groups is None:
+        offsets = np.cumsum([0, *(len(scores) for scores in model)])
+        groups = [torch.arange(offset, offset + len(scores)) for offset, scores in zip(offsets, model, strict=False)]
+    _check_splits(model, baseline, groups)
+    effects = _effects(model, baseline, groups)
+    mean = float(effects.sum())
+    sizes_of_effects, counts = np.unique(np.abs(effects[effects != 0]), return_counts=True)
+    total = float(sizes_of_effects @ counts)
+    # Sums that are equal on paper differ in the last digits; they count as equally extreme.
+    to_reach = abs(mean) - 1e-9 * total
+    if prod(int(count) + 1 for count in counts) <= permutations:
+        p = sum(chance for outcome, chance in _outcomes(sizes_of_effects, counts) if abs(outcome) >= to_reach)
+        return Permuted(mean, min(1.0, float(p)), 2 ** int(counts.sum()), exact=True)
+    reached = _drawn_as_extreme(sizes_of_effects, counts, to_reach, permutations, seed)
+    return Permuted(mean, (1 + reached) / (1 + permutations), permutations, exact=False)
+
+
+def _effects(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequence[Tensor]) -> np.ndarray:
+    """(G,) what the images of each group add to the mean over splits of mean differences."""
+    found = torch.zeros(1 + max(int(group.max()) for group in groups), dtype=torch.float64)
+    for ours, theirs, group in zip(model, baseline, groups, strict=True):
+        gains = torch.zeros_like(found).index_add_(0, group.cpu(), ours.cpu().double() - theirs.cpu().double())
+        found += gains / (len(ours) * len(model))  # after the sum, so that equal gains of hits stay equal numbers
+    return found.numpy()
+
+
+def _outcomes(sizes: np.ndarray, counts: np.ndarray) -> Iterator[tuple[float, float]]:
+    """Every sum of sizes with random signs, counts[v] of sizes[v], and its probability."""
+    ups = [range(count + 1) for count in counts]
+    chances = [binom.pmf(up, count, 0.5) for up, count in zip(ups, counts, strict=True)]
+    for plus in product(*ups):
+        value = sum(size * (2 * k - count) for size, k, count in zip(sizes, plus, counts, strict=True))
+        yield value, prod(chance[k] for chance, k in zip(chances, plus, strict=True))
+
+
+def _drawn_as_extreme(sizes: np.ndarray, counts: np.ndarray, to_reach: float, draws: int, seed: int) -> int:
+    """How many of so many random sums are at least as far from 0; in blocks, so that memory does not grow."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    block = max(1, 2**20 // len(counts))
+    reached, total, repeated = 0, float(counts @ sizes), counts.max() > 1
+    for start in range(0, draws, block):
+        shape = (min(block, draws - start), len(counts))
+        # Of scores that never repeat each sign is a coin, which is drawn faster than a binomial.
+        plus = generator.binomial(counts, 0.5, shape) if repeated else generator.integers(2, size=shape, dtype=np.int8)
+        reached += int((np.abs(2 * (plus.astype(np.float64) @ sizes) - total) >= to_reach).sum())
+    return reached

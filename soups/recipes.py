@@ -12,9 +12,9 @@ from typing import Literal
 from torch import Tensor
 
 from configs.chance import uniform as chance
+from eval.significance import Paired
 from soups.average import Average
 from soups.mixture import Loader, mixture
-from soups.significance import Paired
 from store.weights import Weights
 
 Ties = Literal["keep", "drop"]

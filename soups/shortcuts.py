@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eval.significance import paired
 from soups.average import Average
 from soups.mixture import Loader
 from soups.recipes import Soup, Ties, Trial, accepts, best_first, checked_order, equal
-from soups.significance import paired
 from store.weights import Weights
 
 ImagesCorrect = Callable[[Weights, Tensor], Tensor]  # weights and (n,) image indices to (n,) bool

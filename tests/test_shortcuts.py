@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from math import comb
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.significance import Paired
 from soups.recipes import greedy
 from soups.shortcuts import greedy_counted, greedy_speculative, hard_images_first, on_all_ranks
-from soups.significance import Paired, paired
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -156,21 +155,6 @@ def test_a_minimum_of_sigma_refuses_accepts_that_luck_explains():
     arguments = ([model(0.0), model(1.0)], correct, lambda w, images: candidate[images])  # z is 1.34
     assert greedy_counted(*arguments, min_sigma=1.3)[0].ingredients == (0, 1)
     assert greedy_counted(*arguments, min_sigma=1.4)[0].ingredients == (0,)
-
-
-@pytest.mark.parametrize(("gained", "lost"), [(4, 1), (1, 4), (3, 3), (0, 1), (10, 2), (0, 0)])
-def test_mcnemar_is_the_two_sided_binomial_test_worked_out_by_hand(gained, lost):
-    changed, most = gained + lost, max(gained, lost)
-    tail = sum(comb(changed, k) for k in range(most, changed + 1)) / 2**changed
-    assert Paired(gained, lost).p == pytest.approx(min(1.0, 2 * tail))
-
-
-def test_only_images_on_which_two_models_differ_are_compared():
-    ours = torch.tensor([1, 1, 0, 0, 1], dtype=torch.bool)
-    theirs = torch.tensor([1, 0, 1, 0, 0], dtype=torch.bool)
-    assert paired(ours, theirs) == Paired(gained=2, lost=1)
-    with pytest.raises(ValueError, match="the same images"):
-        paired(ours, theirs[:3])
 
 
 def test_speculation_throws_away_what_came_after_an_accept_and_tries_it_again():

@@ -1,0 +1,204 @@
+"""Intervals and tests against hand-worked cases, the slow way, SciPy and simulation."""
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from eval.significance import Paired, paired, paired_bootstrap, paired_permutation
+
+
+def hits(*values):
+    return torch.tensor(values, dtype=torch.bool)
+
+
+def test_a_paired_difference_is_the_mean_over_splits_of_differences():
+    # Split 1: 2/4 against 1/4; split 2: 2/2 against 1/2. Differences 0.25 and 0.5, unweighted mean 0.375.
+    ours = [hits(1, 1, 0, 0), hits(1, 1)]
+    theirs = [hits(1, 0, 0, 0), hits(1, 0)]
+    groups = [torch.arange(4), torch.arange(4, 6)]
+    result = paired_bootstrap(ours, theirs, groups, resamples=100, seed=0)
+    assert result.mean == pytest.approx(0.375)
+    assert result.low <= result.mean <= result.high
+
+
+def test_equal_models_have_an_interval_of_no_width():
+    same = hits(1, 0, 1, 1)
+    result = paired_bootstrap([same], [same], [torch.arange(4)], resamples=50, seed=0)
+    assert (result.mean, result.low, result.high) == (0, 0, 0)
+
+
+def test_the_interval_is_that_of_the_slow_loop():
+    generator = np.random.default_rng(0)
+    ours, theirs = (torch.from_numpy(generator.random(300) < p) for p in (0.6, 0.5))
+    result = paired_bootstrap([ours], [theirs], [torch.arange(300)], resamples=4000, seed=1)
+    gain = ours.double().numpy() - theirs.double().numpy()
+    slow = [gain[generator.integers(0, 300, 300)].mean() for _ in range(4000)]
+    assert result.low == pytest.approx(np.quantile(slow, 0.025), abs=0.006)
+    assert result.high == pytest.approx(np.quantile(slow, 0.975), abs=0.006)
+
+
+def test_images_of_one_group_are_drawn_together_and_widen_the_interval():
+    # Each class has 10 images with the same outcome: 1,000 images, but only 100 independent ones.
+    generator = np.random.default_rng(0)
+    gain = torch.from_numpy(generator.random(100) < 0.5).repeat_interleave(10)
+    nothing = torch.zeros(1000, dtype=torch.bool)
+    classes = torch.arange(100).repeat_interleave(10)
+    by_class = paired_bootstrap([gain], [nothing], [classes], resamples=2000, seed=0)
+    by_image = paired_bootstrap([gain], [nothing], [torch.arange(1000)], resamples=2000, seed=0)
+    ratio = (by_class.high - by_class.low) / (by_image.high - by_image.low)
+    assert ratio == pytest.approx(10**0.5, rel=0.1)
+
+
+def test_a_class_in_two_shifts_is_drawn_in_both_at_once():
+    # The gain in one split is the loss in the other, class by class: the mean over both never moves.
+    generator = np.random.default_rng(0)
+    up = torch.from_numpy(generator.random(100) < 0.5)
+    nothing, classes = torch.zeros(100, dtype=torch.bool), torch.arange(100)
+    result = paired_bootstrap([up, nothing], [nothing, up], [classes, classes], resamples=200, seed=0)
+    assert result.low == pytest.approx(0)
+    assert result.high == pytest.approx(0)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    # Of 300 images both models get right 0.5, only ours 0.15, only theirs 0.07: the true difference is 0.08.
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        outcome = torch.from_numpy(generator.choice(4, 300, p=[0.5, 0.15, 0.07, 0.28]))
+        result = paired_bootstrap(
+            [outcome <= 1], [(outcome == 0) | (outcome == 2)], [torch.arange(300)], resamples=1000, seed=0
+        )
+        covered += result.low <= 0.08 <= result.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_results_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="differ in length"):
+        paired_bootstrap([hits(1, 0)], [hits(1)], [torch.arange(2)], resamples=10, seed=0)
+    with pytest.raises(ValueError, match="as many splits"):
+        paired_bootstrap([], [], [], resamples=10, seed=0)
+
+
+def test_scores_without_a_difference_are_refused():
+    none = torch.zeros(0, dtype=torch.bool)
+    for compare in (lambda *x: paired_bootstrap(*x, resamples=10, seed=0), paired_permutation):
+        with pytest.raises(ValueError, match="N > 0"):
+            compare([none], [none], [torch.arange(0)])
+        with pytest.raises(ValueError, match="NaN"):
+            compare([torch.tensor([float("nan")])], [torch.tensor([1.0])], [torch.arange(1)])
+        with pytest.raises(ValueError, match="differ in length"):
+            compare([hits(1, 0)], [hits(1)], [torch.arange(2)])
+        with pytest.raises(ValueError, match="as many splits"):
+            compare([], [], [])
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(4, 1), (1, 4), (3, 3), (0, 1), (10, 2), (0, 0)])
+def test_mcnemar_is_the_two_sided_binomial_test_worked_out_by_hand(gained, lost):
+    changed, most = gained + lost, max(gained, lost)
+    tail = sum(comb(changed, k) for k in range(most, changed + 1)) / 2**changed
+    assert Paired(gained, lost).p == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_only_images_on_which_two_models_differ_are_compared():
+    ours = torch.tensor([1, 1, 0, 0, 1], dtype=torch.bool)
+    theirs = torch.tensor([1, 0, 1, 0, 0], dtype=torch.bool)
+    assert paired(ours, theirs) == Paired(gained=2, lost=1)
+    with pytest.raises(ValueError, match="the same images"):
+        paired(ours, theirs[:3])
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(4, 1), (1, 4), (3, 3), (0, 1), (10, 2)])
+def test_mid_p_counts_outcomes_as_extreme_as_this_one_half(gained, lost):
+    changed = gained + lost
+    extremes = [(abs(2 * k - changed), comb(changed, k) / 2**changed) for k in range(changed + 1)]
+    observed = abs(gained - lost)
+    by_hand = sum(chance * (1 if extreme > observed else 0.5) for extreme, chance in extremes if extreme >= observed)
+    assert Paired(gained, lost).mid_p == pytest.approx(by_hand)
+
+
+def test_nothing_changed_is_no_evidence():
+    assert (Paired(0, 0).p, Paired(0, 0).mid_p, Paired(0, 0).z) == (1, 1, 0)
+    result = paired_permutation([hits(1, 0)], [hits(1, 0)])
+    assert (result.mean, result.p, result.permutations, result.exact) == (0, 1, 1, True)
+
+
+def test_three_gains_and_no_loss_come_up_twice_in_eight_permutations():
+    result = paired_permutation([hits(1, 1, 1, 0)], [hits(0, 0, 0, 0)])
+    assert (result.mean, result.p, result.permutations, result.exact) == (0.75, 0.25, 8, True)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(4, 1), (3, 3), (0, 1), (60, 31), (700, 600)])
+def test_for_hits_on_one_split_the_permutation_test_is_mcnemars(gained, lost):
+    ours, theirs = hits(*[1] * gained, *[0] * lost, 1, 0), hits(*[0] * gained, *[1] * lost, 1, 0)
+    result = paired_permutation([ours], [theirs])
+    assert result.exact
+    assert result.permutations == 2 ** (gained + lost)
+    assert result.p == pytest.approx(paired(ours, theirs).p)
+
+
+def test_for_scores_that_are_no_hits_it_is_scipys():
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(0.4, 1, 11), generator.normal(0, 1, 11)
+    scipys = stats.permutation_test(
+        (ours, theirs), lambda a, b: (a - b).mean(), permutation_type="samples", n_resamples=np.inf
+    )
+    result = paired_permutation([torch.from_numpy(ours)], [torch.from_numpy(theirs)])
+    assert result.p == pytest.approx(scipys.pvalue)
+    assert result.permutations == 2**11
+
+
+def test_splits_count_equally_however_many_images_they_have():
+    # Differences over 4, 2 and 3 images, against all signs of all pairs.
+    gains = [[1, 1, -1, 0], [1, 0], [1, 1, 1]]
+    ours = [torch.tensor(gain) > 0 for gain in gains]
+    theirs = [torch.tensor(gain) < 0 for gain in gains]
+    weighted = [g / len(gain) / 3 for gain in gains for g in gain if g]
+    totals = [abs(sum(s * w for s, w in zip(signs, weighted, strict=True))) for signs in product((-1, 1), repeat=7)]
+    slow = sum(total >= sum(weighted) - 1e-9 for total in totals) / 2**7
+    result = paired_permutation(ours, theirs)
+    assert result.mean == pytest.approx(sum(weighted))
+    assert (result.p, result.permutations) == (pytest.approx(slow), 2**7)
+
+
+def test_images_of_a_group_are_swapped_together():
+    # Ten gains of one class are one coin, not ten; three classes can come up alike in 2 of 8 ways.
+    classes = torch.arange(3).repeat_interleave(10)
+    result = paired_permutation([hits(*[1] * 30)], [hits(*[0] * 30)], [classes])
+    assert (result.p, result.permutations) == (0.25, 8)
+
+
+SCORES = torch.linspace(-0.7, 1.3, 12, dtype=torch.float64)  # no two differ from 0 by as much
+HITS = [hits(*[1] * 32, *[0] * 8), hits(*[1] * 8, *[0] * 4), hits(*[1] * 24, *[0] * 30)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [([SCORES], [torch.zeros(12)]), (HITS, [~right for right in HITS])], ids=["scores", "hits"]
+)
+def test_drawn_permutations_come_close_to_all_of_them_and_are_the_seeds(ours, theirs):
+    exact = paired_permutation(ours, theirs)
+    drawn = paired_permutation(ours, theirs, permutations=4000, seed=1)
+    assert (exact.exact, drawn.exact, drawn.permutations) == (True, False, 4000)
+    assert 0.001 < exact.p < 0.4
+    assert drawn.p == pytest.approx(exact.p, abs=4 * (exact.p * (1 - exact.p) / 4000) ** 0.5 + 1 / 4000)
+    assert drawn == paired_permutation(ours, theirs, permutations=4000, seed=1)
+    assert drawn != paired_permutation(ours, theirs, permutations=4000, seed=2)
+
+
+def test_a_drawn_p_value_is_never_zero():
+    gains = torch.linspace(1, 2, 40)
+    assert paired_permutation([gains], [torch.zeros(40)], permutations=999).p == pytest.approx(1 / 1000)
+    with pytest.raises(ValueError, match="at least one permutation"):
+        paired_permutation([gains], [torch.zeros(40)], permutations=0)
+
+
+def test_models_that_are_equally_good_are_called_different_no_more_often_than_alpha():
+    generator = np.random.default_rng(0)
+    found = 0
+    for trial in range(400):
+        ours, theirs = (torch.from_numpy(generator.normal(size=30)) for _ in range(2))
+        found += paired_permutation([ours], [theirs], permutations=199, seed=trial).p <= 0.05
+    assert 0.02 <= found / 400 <= 0.08
