@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from configs.schema import CONFIGS
 
 ROOT = CONFIGS.parent
-COLOURS = {"blue sky": (120, 122, 128), "grass": (120, 126, 120), "red-brick": (127, 120, 120)}  # hard to tell apart
+COLOURS = {"blue sky": (60, 90, 220), "grass": (50, 180, 60), "red-brick": (200, 60, 40)}
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,11 @@ def settings(tmp_path_factory):
         for name, colour in COLOURS.items():
             shade = 0.5 if split == "night" else 1.0
             for i in range(count):
+                wrong = split == "val" and name == "grass" and i < 3  # what nobody gets right, so that scores differ
+                shown = shade * np.array(COLOURS["blue sky"] if wrong else colour)
                 path = folder / "data" / split / name / f"{i}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                noise = np.random.default_rng(i).normal(shade * np.array(colour), 60, (200, 180 + 7 * i, 3))
+                noise = np.random.default_rng(i).normal(shown, 25, (200, 180 + 7 * i, 3))
                 Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(path)
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit.r160_in1k").state_dict(), folder / "model.safetensors")
