@@ -8,7 +8,9 @@ from rich.console import Console
 
 from configs.errors import UserError
 from configs.schema import Experiment
+from eval.calibration import expected_calibration_error
 from eval.forward import Count, Evaluator
+from eval.metrics import nll, topk
 from store.atomic import read_json, read_jsonl, write_jsonl
 from store.processes import Processes, wait_for_all
 from store.runs import RunFolder
@@ -35,9 +37,12 @@ def evaluate(config: Experiment, folder: Path, processes: Processes | None = Non
     for split in (task.held_out, *task.reported):
         logits = evaluator.logits_of_file(digest, folder / "weights.safetensors", split)
         count, scores[split] = evaluator.count(logits, split), evaluator.score(logits, split)
+        seen, labels = evaluator.projected(logits, split), evaluator.split(split).labels
         row = {"weights": digest, "split": split, "correct": count.correct, "n": count.n, "top1": count.top1}
         if split == task.test:
             annotated = evaluator.annotated(logits)
+        row |= {"top5": topk(seen, labels, min(5, seen.shape[1])), "nll": nll(seen, labels)}
+        row |= {"ece": expected_calibration_error(seen, labels)}
         rows.append(row | {"metric": task.metrics.get(split, "top1"), "score": scores[split]})
     for name, count in annotated.items():
         row = {"weights": digest, "split": task.test, "correct": count.correct, "n": count.n, "top1": count.top1}
