@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo seeds test quick lint format bench bench-data bench-soups results data pretrain clean help
+.PHONY: setup demo seeds test quick lint format bench bench-eval bench-data bench-soups results data pretrain clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +42,9 @@ bench: setup  ## time of a training step beside a bare loop's
 
 bench-data: setup  ## images a second from JPEG files beside torchvision and timm, one core each
 	@$(RUN) -m benchmarks.data
+
+bench-eval: setup  ## several models on one split, each image decoded once
+	@$(RUN) -m benchmarks.evaluation
 
 bench-soups: setup  ## time and memory of averaging, learned soups and ensembles beside others; MERGEKIT=python of an environment with it
 	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.learned && $(RUN) -m benchmarks.ensembles
