@@ -120,6 +120,7 @@ class Analysis:
     """How tables state their uncertainty."""
 
     resamples: Count  # of the paired bootstrap
+    oracle: bool = False  # a row with the best individual model on each test set, labelled so, as in Table 4
     seed: int
     labels: tuple[str, ...] = ()  # what the rows 1, 2, ... are called in a table of rows; the first is its baseline
     sets: dict[str, tuple[Count, ...]] = Field(default_factory=dict)  # rows whose soup and ensemble join that table

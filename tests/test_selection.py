@@ -1,8 +1,14 @@
 """Held-out selects, an oracle is labelled, and the two never meet."""
 
-import pytest
+import math
 
+import pytest
+import torch
+
+from analysis.results import Method, accuracy_in, oracle_of
+from analysis.tables import NAMES
 from configs.errors import UserError
+from configs.schema import load
 from eval.selection import Choice, chosen_on_held_out, oracle, refuse_oracle
 
 REPORTED = ("test", "v2", "sketch")
@@ -43,3 +49,22 @@ def test_no_scores_and_nan_have_no_best(scores):
         oracle(scores, "test")
     with pytest.raises(ValueError, match="one number per model"):
         chosen_on_held_out(scores, "held_out", REPORTED)
+
+
+def test_the_oracle_of_a_table_is_the_best_of_each_column_and_of_the_mean_another_one():
+    config = load("demo", "task.shifts=[v2,r]")
+
+    def model(name, **accuracies):
+        hits = {split: torch.arange(10) < 10 * accuracy for split, accuracy in accuracies.items()}
+        return Method(name, 1, hits, 0.5)
+
+    pool = [
+        model("a", test=0.9, v2=0.1, r=0.1),
+        model("b", test=0.2, v2=0.9, r=0.2),
+        model("c", test=0.3, v2=0.6, r=0.6),
+    ]
+    found = oracle_of(config, pool)
+    assert {split: found.accuracy(split) for split in found.hits} == {"test": 0.9, "v2": 0.9, "r": 0.6}
+    assert accuracy_in(config, found, "shift_mean") == pytest.approx(0.6)  # of c, not the mean of 0.9 and 0.6
+    assert "(oracle)" in NAMES[found.name]
+    assert math.isnan(found.held_out)  # it was not chosen there
