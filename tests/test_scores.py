@@ -4,6 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
+from eval.metrics import macro_f1, top1, worst_group
 from eval.scores import Answers, bootstrap_scores, score
 from eval.significance import paired_bootstrap
 
@@ -22,6 +23,14 @@ def test_scores_agree_with_scikit_learn(seed):
     assert score("top1", predicted, labels) == pytest.approx(accuracy_score(labels, predicted))
     macro = f1_score(labels, predicted, average="macro", labels=labels.unique())
     assert score("macro_f1", predicted, labels) == pytest.approx(macro, abs=1e-9)
+
+
+def test_scores_of_answers_are_the_metrics_of_their_logits():
+    predicted, labels = random_answers()
+    logits, groups = torch.nn.functional.one_hot(predicted, 7).float(), torch.arange(400) % 5
+    assert score("top1", predicted, labels) == pytest.approx(top1(logits, labels))
+    assert score("macro_f1", predicted, labels) == pytest.approx(macro_f1(logits, labels))
+    assert score("worst_group", predicted, labels, groups) == worst_group(logits, labels, groups).accuracy
 
 
 def test_weights_count_an_image_as_often_as_it_is_drawn():
