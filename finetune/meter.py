@@ -19,8 +19,8 @@ WINDOW = 100  # steps that "now" means
 LOG_SECONDS = 30.0  # between two lines where there is no terminal
 BACKWARD_TOO = 3  # the backward pass costs two forward passes: gradients of inputs and of weights
 
-# FLOP/s without sparsity, by words of the device's name; the first that fits. fp32 means without TF32. Sources:
-# NVIDIA's data sheets of each card; for GeForce cards the whitepapers of GA102 and AD102, with float32 accumulation.
+# FLOP/s without sparsity, by words of the device's name; the first that fits. fp32 means without TF32. From memory of
+# the vendors' data sheets, which were not opened for this table: check a figure there before publishing an MFU.
 PEAKS: dict[tuple[str, ...], dict[str, float]] = {
     ("V100", "PCIE"): {"fp32": 14.0e12, "fp16": 112e12},
     ("V100",): {"fp32": 15.7e12, "fp16": 125e12},
