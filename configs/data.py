@@ -55,7 +55,7 @@ class Task:
     proxy_for: str | None = None  # the paper's data set in whose place it stands; named wherever its numbers are
     bootstrap_unit: Literal["class", "image"] = "image"  # what intervals resample; class where images share concepts
     classes: Annotated[int | None, Field(ge=2)] = None  # only the first n classes; for tests
-    parts: Annotated[int, Field(ge=1)] = 1  # of emoji: classes are dealt out to so many tasks (Appendix E in small),
+    parts: Annotated[int, Field(ge=1)] = 1  # classes are dealt out to so many tasks (Appendix E in small),
     part: Natural = 0  # and this is the one with every parts-th class from this one on
 
     @model_validator(mode="after")

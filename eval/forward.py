@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.schema import Experiment
 from eval.batch_size import found_batch_size
-from eval.metrics import correct
+from eval.metrics import correct, correct_in_sets
 from eval.scores import score
 from models.classifier import Classifier, architecture
 from store.arrays import cached_array
@@ -18,6 +18,7 @@ from store.processes import Processes, alone, least_of_all, wait_for_all
 from store.runs import RunFolder, digest_of
 from store.weights import Weights, digest, load_weights
 from tasks.fixed import fixed_batches, of_model
+from tasks.label_space import project
 from tasks.load import load_annotations, load_split
 from tasks.split import Images
 
@@ -182,8 +183,7 @@ class Evaluator:
 
     def projected(self, logits: Tensor, split: str) -> Tensor:
         """(N, C') logits in the label space of a split, from raw ones."""
-        space = self.split(split).space
-        return logits if space is None else space.project(logits)
+        return project(self.split(split).space, logits)
 
     def hits(self, logits: Tensor, split: str) -> Tensor:
         """(N,) bool: whether each image of a split is classified correctly in its label space."""
@@ -206,9 +206,8 @@ class Evaluator:
         """
         counts = {}
         for name, answers in load_annotations(self.config.task).items():
-            labelled = answers.any(dim=1)
-            said = self.predicted(logits, self.config.task.test)[labelled]
-            counts[name] = Count(int(answers[labelled].gather(1, said[:, None]).sum()), int(labelled.sum()))
+            right = correct_in_sets(self.projected(logits, self.config.task.test), answers)
+            counts[name] = Count(int(right.sum()), len(right))
         return counts
 
     def count(self, logits: Tensor, split: str) -> Count:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eval.scores import score
+
 
 def check(logits: Tensor, labels: Tensor) -> None:
     """Refuse logits and labels that have no metric.
@@ -274,7 +276,8 @@ def macro_f1(logits: Tensor, labels: Tensor) -> float:
 
     Source: Koh et al. 2021 (WILDS), iWildCam; scikit-learn's f1_score(average="macro", labels=unique(y_true)).
     """
-    return _f1(confusion(logits, labels))[labels.long().unique()].mean().item()
+    check(logits, labels)
+    return score("macro_f1", logits.argmax(dim=1), labels.long())
 
 
 def matthews(logits: Tensor, labels: Tensor) -> float:

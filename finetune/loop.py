@@ -148,10 +148,10 @@ def fine_tune(
     """
     optim, compute, sam = config.optim, config.compute, config.regularizer.sam
     length = Length.of(optim, len(train))
-    meter = meter_of(model, config, length, processes)
-    network = prepare(model, compute, processes)
     if sam is not None and not sam.synchronised and compute.strategy == "fsdp":
         raise UserError("regularizer.sam.synchronised=false needs whole gradients: set compute.strategy=ddp")
+    meter = meter_of(model, config, length, processes)
+    network = prepare(model, compute, processes)
     trainable = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(processes.device.type, enabled=compute.precision == "fp16")
     averages = Averages.of(model.state_dict(), config.regularizer, length.steps)

@@ -1,6 +1,7 @@
 """Evaluation of a miniature in ImageNet's layout: label spaces, annotations, and one forward pass for each image."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,3 +98,11 @@ def test_what_was_looked_at_is_not_looked_at_again(config, folder, monkeypatch):
         cached.unlink()
     evaluate(config, folder)
     assert len(seen) == 1  # twelve images are one batch
+
+
+def test_decoded_copies_are_kept_of_all_splits_but_the_training_one(config, tmp_path):
+    compute = replace(config.compute, decoded=tmp_path)
+    evaluator = Evaluator(replace(config, compute=compute))
+    for split in ("train", "held_out", "test", "r"):
+        list(evaluator.batches(split))
+    assert len(list(tmp_path.iterdir())) == 3

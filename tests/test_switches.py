@@ -15,16 +15,20 @@ from configs.chance import seed_globals
 from configs.errors import UserError
 from configs.schema import load
 from configs.training import Augment, Distill, Optim, Regularizer, Sam, Swa
+from eval.forward import Evaluator
 from finetune.augment import augment_of_epoch, augmentation
 from finetune.averages import Averages
 from finetune.loop import fine_tune
 from finetune.losses import classification_loss, distillation_loss
 from finetune.optimisers import build, learning_rate
-from finetune.parallel import share
+from finetune.parallel import prepare, share
 from finetune.sharpness import perturbed
+from finetune.train import _held_out
 from models.classifier import pretrained
+from store.atomic import read_jsonl
 from store.processes import Processes
 from tasks.load import class_names, load_split
+from tasks.split import Split
 
 OPTIM = Optim(
     lr=0.1, weight_decay=0.0, epochs=1, batch_size=2, warmup_steps=0, clip_norm=None, label_smoothing=0.0, mixup=0.0
@@ -378,6 +382,50 @@ def test_a_magnitude_acts_up_to_its_limit_and_no_further():
 def test_a_crop_that_is_not_set_is_the_one_of_its_kind(kind, smallest):
     assert f"scale=({smallest}, 1.0)" in repr(augmentation(Augment(kind=kind), 64))
     assert "scale=(0.3, 1.0)" in repr(augmentation(Augment(kind=kind, crop=0.3), 64))
+
+
+def test_points_of_the_loss_curve_come_as_often_as_tracking_says(config, train, tmp_path):
+    rows = []
+    tracking = replace(config.tracking, every=2)
+    train_some(config, train, tmp_path, optim={"steps": 5}, groups={"tracking": tracking}, log=rows.append)
+    points = [row for row in rows if "epoch" not in row]
+    assert [row["step"] for row in points] == [2, 4]
+    kept = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["loss"] for row in points] == [row["loss"] for row in kept if "epoch" not in row]
+
+
+def test_perturbations_of_each_process_are_refused_where_parameters_are_shards(config, train, tmp_path):
+    groups = {
+        "compute": replace(config.compute, strategy="fsdp"),
+        "regularizer": Regularizer(sam=Sam(rho=0.1, synchronised=False)),
+    }
+    with pytest.raises(UserError, match=r"sam.synchronised=false needs whole gradients: set compute.strategy=ddp"):
+        train_some(config, train, tmp_path, groups=groups)
+
+
+def test_batch_norms_that_move_are_refused_on_several_processes_without_gpus(config):
+    model = pretrained(replace(config.model, frozen_batch_norm=False), class_names(config.task))
+    with pytest.raises(UserError, match=r"frozen_batch_norm=false on several processes needs GPUs"):
+        prepare(model, config.compute, Processes(0, 2, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_process_counts_its_own_held_out_images_and_no_extra_one(world, config):
+    evaluator = Evaluator(config)
+    with torch.no_grad():  # every image is right, so that an extra one would show
+        evaluator.model.head.weight.zero_()
+        evaluator.model.head.bias.zero_()
+    labels = evaluator.split("held_out").labels
+    right = int((labels == 0).sum())
+    whole = Split("held_out", evaluator.split("held_out").images, torch.zeros_like(labels), "all of class 0")
+    counts = {}
+    for name, split in (("some", evaluator.split("held_out")), ("all", whole)):
+        evaluator._splits["held_out"] = split
+        parts = [_held_out(evaluator, Processes(r, world, torch.device("cpu")), evaluator.model) for r in range(world)]
+        assert {n for _, n in parts} == {len(labels)}
+        counts[name] = sum(correct for correct, _ in parts)
+    assert counts == {"some": right, "all": len(labels)}
+    assert len(labels) % world
 
 
 def test_a_share_of_a_batch_keeps_mixups_pairs_and_shares_make_up_the_batch():
