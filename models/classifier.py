@@ -123,7 +123,7 @@ def pretrained(model: Model, class_names: tuple[str, ...]) -> Classifier:
         set_head(classifier, *zero_shot_head(embeddings, text.scale))
     else:
         set_head(classifier, *random_head(len(class_names), backbone.width))
-    return classifier
+    return classifier.cpu()  # open_clip's towers embed texts, and so move, together
 
 
 def _classifier(model: Model, backbone: Backbone, num_classes: int) -> Classifier:
