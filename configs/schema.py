@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from configs.data import Task
@@ -248,6 +248,9 @@ def _plain(cfg: DictConfig, remedy: str) -> Any:
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
+        field = error.full_key
+        if isinstance(error, MissingMandatoryValue) and field and "." in field:
+            remedy = f"this experiment leaves it to you: type {field}=..."
         raise UserError(f"bad config: {str(error).splitlines()[0]}; {remedy}") from None
 
 

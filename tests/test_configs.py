@@ -306,3 +306,8 @@ def test_a_stage_without_an_experiment_says_how_to_name_one():
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: bad config: Missing mandatory value: name; an experiment sets it")
     assert len(answer.stderr.splitlines()) == 1
+
+
+def test_what_an_experiment_leaves_to_its_user_is_named_whole():
+    with pytest.raises(UserError, match=r"this experiment leaves it to you: type task\.folder=\.\.\."):
+        load("own_images")
