@@ -51,6 +51,16 @@ def _look(model: Classifier, function: Callable[[Tensor], Tensor], batch: Tensor
         return function(batch.to(device, non_blocking=True)).float()
 
 
+def shares_of_batches(images: int, batch: int, world: int) -> list[Tensor]:
+    """For each of W processes, which images are in its batches: every W-th one.
+
+    >>> shares_of_batches(images=5, batch=2, world=2)
+    [tensor([0, 1, 4]), tensor([2, 3])]
+    """
+    batches = torch.arange(images).split(batch)
+    return [torch.cat([torch.arange(0), *batches[rank::world]]) for rank in range(world)]
+
+
 @dataclass(frozen=True)
 class Count:
     """A result on a split as two integers, from which any accuracy follows exactly."""
@@ -161,8 +171,8 @@ class Evaluator:
 
     def _fill_together(self, path: Path, shape: tuple[int, int], load: Callable[[], Weights], split: str) -> None:
         """Each of W processes looks at every W-th batch: the batches, and so the bits, are those of one alone."""
-        batches, world = torch.arange(shape[0]).split(self.batch_size), self.processes.world
-        rows = [torch.cat([torch.arange(0), *batches[rank::world]]) for rank in range(world)]
+        world = self.processes.world
+        rows = shares_of_batches(shape[0], self.batch_size, world)
         parts = [path.with_suffix(f".{rank}of{world}.npy") for rank in range(world)]
         rank = self.processes.rank
         own = (len(rows[rank]), shape[1])

@@ -12,6 +12,7 @@ import torch
 from configs.errors import UserError
 from configs.schema import CONFIGS
 from eval.batch_size import largest_that_fits
+from eval.forward import shares_of_batches
 
 ROOT = CONFIGS.parent
 
@@ -58,3 +59,10 @@ def test_a_model_that_is_too_large_for_any_batch_says_so():
 
     with pytest.raises(UserError, match="not even 4 images fit"):
         largest_that_fits(attempt)
+
+
+@pytest.mark.parametrize(("images", "batch", "world"), [(31, 7, 3), (8, 4, 2), (3, 7, 4)])
+def test_each_image_is_looked_at_by_one_process(images, batch, world):
+    shares = shares_of_batches(images, batch, world)
+    assert len(shares) == world
+    assert sorted(torch.cat(shares).tolist()) == list(range(images))

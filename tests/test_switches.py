@@ -333,6 +333,28 @@ def test_the_best_look_at_held_out_is_kept_for_each_kind_of_weights(config, trai
     assert distance(two_steps.weights["raw"], four.weights["raw"]) == 0
 
 
+def test_a_look_at_an_average_sees_its_weights_and_leaves_the_model_its_own(config, train, plain, tmp_path):
+    seen = []
+
+    def held_out(model):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return 1, 10
+
+    found = train_some(
+        config,
+        train,
+        tmp_path,
+        optim={"evaluate_every": 1},
+        groups={"regularizer": Regularizer(ema=(0.5,))},
+        held_out=held_out,
+    ).weights
+    assert len(seen) == 6  # raw and average, after each of three steps
+    assert distance(seen[-2], found["raw"]) == 0
+    assert distance(seen[-1], found["ema_0.5"]) == 0
+    assert distance(seen[-2], seen[-1]) > 0
+    assert distance(found["raw"], plain) == 0
+
+
 def test_fix_aug_switches_at_the_last_epoch_and_only_then():
     strong = Augment(kind="rand", crop=0.5, layers=2, magnitude=9, last_epochs_minimal=1)
     kinds = [augment_of_epoch(strong, epoch, 5) for epoch in range(5)]
