@@ -31,7 +31,7 @@ SETTINGS = {
 }
 
 
-def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str) -> Figure:
+def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str, shifts: int = 5) -> Figure:
     """Test accuracy against the mean of the shifts, one marker per model, soup and ensemble.
 
     Args:
@@ -39,6 +39,7 @@ def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str) -> Figure:
         errors: method, test_low, test_high, shift_low, shift_high: differences to the best individual (fractions);
             drawn as bars around the soups.
         task: name of the benchmark, for the axes.
+        shifts: how many there are.
     """
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(3.8, 3.2))
@@ -59,7 +60,8 @@ def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str) -> Figure:
             ends = 100 * (y0 + row["shift_low"]), 100 * (y0 + row["shift_high"])
             axes.plot([100 * point["test"]] * 2, ends, color=colour, lw=0.8, alpha=0.7, zorder=2)
         axes.set_xlabel(f"{task} test accuracy, top-1 (%)")
-        axes.set_ylabel("Mean accuracy on the five shifts (%)")
+        counted = {1: "Accuracy on the shift", 5: "Mean accuracy on the five shifts"}
+        axes.set_ylabel(counted.get(shifts, f"Mean accuracy on the {shifts} shifts") + " (%)")
         # Below the axes, where it can hide no model.
         axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=3, frameon=False)
         return figure

@@ -72,7 +72,9 @@ def analyse(config: Experiment) -> Report:
     files = write_table(table, scores, folder / "table3", note(config))
     if config.task.shifts:
         title = benchmark_name(config).capitalize()
-        files += save(figure1(points, _errors(scores, config.task.test), title), folder / "figure1")
+        files += save(
+            figure1(points, _errors(scores, config.task.test), title, len(config.task.shifts)), folder / "figure1"
+        )
     with replacing(folder / "figure1.csv") as temporary:
         points.to_csv(temporary, index=False, float_format="%.8f")
     record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}

@@ -1,5 +1,7 @@
 """Tables and figures say what the numbers say."""
 
+from functools import partial
+
 import pandas as pd
 import pytest
 
@@ -85,8 +87,8 @@ def test_seeds_are_summarised_by_mean_spread_and_how_often_the_interval_excludes
     assert row["Test: interval above 0"] == "1 of 2"
 
 
-@pytest.fixture
-def drawing():
+@pytest.fixture(scope="module")
+def draw():
     points = pd.DataFrame(
         [
             {"name": "row 1", "kind": "individual", "test": 0.5, "shift_mean": 0.4},
@@ -97,7 +99,17 @@ def drawing():
     errors = pd.DataFrame(
         [{"method": "greedy", "test_low": 0.02, "test_high": 0.08, "shift_low": 0.01, "shift_high": 0.03}]
     )
-    return figure1(points, errors, "Emoji")
+    return partial(figure1, points, errors, "Emoji")
+
+
+@pytest.fixture(scope="module")
+def drawing(draw):
+    return draw()
+
+
+@pytest.mark.parametrize(("shifts", "said"), [(1, "Accuracy on the shift ("), (5, "five shifts"), (3, "the 3 shifts")])
+def test_figure_1_says_how_many_shifts_there_are(draw, shifts, said):
+    assert said in draw(shifts).axes[0].get_ylabel()
 
 
 def test_figure_1_plots_test_against_shifts_in_percent_with_intervals(drawing):

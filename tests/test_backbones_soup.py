@@ -6,21 +6,24 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis import results
+from analysis.tables import table3
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
 from finetune.train import train_row
 from soups.backbones import measure, run
+from soups.cook import cook
 from store.weights import load_weights
 
-SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "analysis.resamples=100", "cluster.workers=1"]
+SMALL = ["recipes=[best]", "optim.epochs=1", "optim.warmup_steps=2", "analysis.resamples=100", "cluster.workers=1"]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     torch.set_num_threads(1)
     config = load("demo_cross_dataset", *SMALL, f"paths.runs={tmp_path_factory.mktemp('runs')}")
-    for row in range(3):
+    for row in range(6):
         train_row(config, row)
     return config
 
@@ -68,3 +71,12 @@ def test_what_is_no_row_or_no_tower_of_this_network_is_named(config, tmp_path):
         measure(towers(config, [9]))
     with pytest.raises(UserError, match="name rows in towers"):
         measure(config)
+
+
+def test_a_zero_shot_initialisation_stands_in_a_table_once_and_under_its_name(config):
+    evaluator = Evaluator(config)
+    cook("best", evaluator)
+    _, methods = results.measure(config, evaluator)
+    assert [method.name for method in methods] == ["initialisation", "best"]
+    table = table3(results.tidy(config, methods, evaluator), config.model.head)
+    assert list(table["Method"]) == ["Initialisation (zero-shot)", "Best individual model"]
