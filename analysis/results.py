@@ -19,7 +19,7 @@ from eval.significance import Difference, paired_bootstrap
 from soups.cook import dishes, logits_of
 from soups.pool import usable_pool
 from store.atomic import read_json
-from store.runs import RunFolder
+from store.runs import RunFolder, score_of
 
 SHIFT_MEAN = "shift_mean"
 
@@ -113,7 +113,7 @@ def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], lis
             f"row {i.row}" if i.row else "initialisation",
             1,
             partial(evaluator.logits, i.digest, i.load),
-            i.held_out_top1,
+            i.held_out_score,
             evaluator,
         )
         for i in usable_pool(config)
@@ -122,7 +122,7 @@ def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], lis
     if config.model.templates is not None and config.model.head != "zero_shot":
         done, file = read_json(run.zero_shot / "done.json"), run.zero_shot / "weights.safetensors"
         logits, score = partial(evaluator.logits_of_file, done["digest"], file), done["held_out"]
-        methods.insert(0, method_of("zero-shot", 1, logits, score["correct"] / score["n"], evaluator))
+        methods.insert(0, method_of("zero-shot", 1, logits, score_of(score), evaluator))
     for recipe in config.recipes:
         soups = [_soup(config, name, evaluator) for name in dishes(config, recipe)]
         methods.append(soups[0] if len(soups) == 1 else over_orders(recipe, soups))
@@ -142,7 +142,7 @@ def _soup(config: Experiment, name: str, evaluator: Evaluator) -> Method:
         name,
         1 if cooked["digest"] else members,
         lambda split: logits_of(cooked, split, evaluator),
-        score["correct"] / score["n"],
+        score_of(score),
         evaluator,
     )
 

@@ -17,7 +17,7 @@ from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.average import Average
 from store.atomic import read_json
-from store.runs import RunFolder
+from store.runs import RunFolder, score_of
 from store.weights import digest, load_weights
 
 RAW = "raw"
@@ -48,8 +48,7 @@ def variants(config: Experiment) -> list[Variant]:
             continue
         for kind, made in ({done["ingredient"]: done} | done["variants"]).items():
             file = folder / ("weights.safetensors" if made is done else f"{kind}.safetensors")
-            score = made["held_out"]
-            found.append(Variant(row, kind, file, made["digest"], score["correct"] / score["n"]))
+            found.append(Variant(row, kind, file, made["digest"], score_of(made["held_out"])))
     return found
 
 
@@ -64,7 +63,7 @@ def _soup(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], 
         total = total.plus(member.load())
     weights = total.weights()
     logits = partial(evaluator.logits, digest(weights), lambda: weights)
-    held_out = evaluator.count(logits(config.task.held_out), config.task.held_out).top1
+    held_out = evaluator.score(logits(config.task.held_out), config.task.held_out)
     return method_of(name, 1, logits, held_out, evaluator)
 
 
@@ -72,7 +71,7 @@ def _ensemble(config: Experiment, evaluator: Evaluator, members: Sequence[Varian
     def logits(split: str) -> Tensor:
         return torch.stack([evaluator.logits(each.digest, each.load, split).double() for each in members]).mean(dim=0)
 
-    held_out = evaluator.count(logits(config.task.held_out), config.task.held_out).top1
+    held_out = evaluator.score(logits(config.task.held_out), config.task.held_out)
     return method_of(name, len(members), logits, held_out, evaluator)
 
 

@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from configs.training import Count, Natural, closed
 
-Metric = Literal["top1", "macro_f1", "worst_group"]  # eval/scores.py says what they are
+Metric = Literal["top1", "macro_f1", "worst_group", "matthews", "accuracy_and_f1"]  # eval/scores.py says what they are
+
+TEXTS = ("glue", "sentences", "sentiment")  # kinds of tasks whose examples are texts
 
 
 @closed
@@ -27,9 +29,12 @@ class Task:
         "fmow",
         "iwildcam",
         "parquet",
+        "glue",
+        "sentences",
+        "sentiment",
     ]
     folder: Path  # the data as they are distributed; of image_folder: <folder>/<split>/<class>/<image>;
-    # of parquet: a folder with parquet files, or a name on Hugging Face's hub
+    # of parquet and glue: a folder, or a name on Hugging Face's hub; of sentences: <folder>/<split>.tsv
     # split -> its folder of image_folder, or what the data call it, where that is not its name
     folders: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     num_classes: Annotated[int, Field(ge=2)]  # the data must have so many
@@ -37,7 +42,11 @@ class Task:
     # must have, train's before held-out is taken from it; null: not checked
     names: str = "folder"  # class names: the data's own, of image_folder those of the class folders; imagenet
     # (open_clip's); or a file with one a line
-    label: str = "label"  # of parquet: the column of class ids
+    label: str = "label"  # of parquet and sentences: the column of class ids; of sentences also of names of `options`
+    subset: Literal["mrpc", "rte", "cola", "sst2"] | None = None  # of glue: which of its tasks
+    template: str | None = None  # of texts: what a network reads, with columns in braces, as in "sentence: {sentence}"
+    options: tuple[str, ...] = ()  # of texts: what the classes are called, in the order of their ids
+    take: dict[str, Count] = dataclasses.field(default_factory=dict, hash=False)  # of texts: split -> only so many
     # of image_folder: split -> how many of train's classes it has; such a split is reported over these classes alone
     subsets: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
     numbered: tuple[str, ...] = ()  # of image_folder: splits whose class folders are called 0, 1, ...
@@ -46,6 +55,7 @@ class Task:
     # what -> file: more answers that count as right in the test split (ReaL, multilabel)
     annotations: dict[str, Path] = dataclasses.field(default_factory=dict, hash=False)
     held_out_per_class: Count | None = None  # held-out is so many images of each class of train
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None  # held-out is this share of each class of train
     held_out_index: Path | None = None  # of image_folder: the authors' npy, over train in the order of ImageFolder
     train: str
     held_out: str  # selects: greedy order, best individual, regularisation
@@ -72,10 +82,11 @@ class Task:
     @model_validator(mode="after")
     def held_out_comes_from_one_place(self) -> "Task":
         """Held-out is a folder of its own, drawn from train, or listed."""
-        rules = [self.held_out_per_class, self.held_out_index, self.folders.get(self.held_out)]
+        rules = [self.held_out_per_class, self.held_out_share, self.held_out_index, self.folders.get(self.held_out)]
         if sum(rule is not None for rule in rules) > 1:
             raise ValueError(
-                "held_out_per_class, held_out_index and a folder for held-out in task.folders exclude each other"
+                "held_out_per_class, held_out_share, held_out_index and a folder for held-out in task.folders exclude "
+                "each other"
             )
         return self
 
@@ -92,6 +103,28 @@ class Task:
         if useless and self.kind != "image_folder":
             raise ValueError(f"task.{useless[0]} is for task.kind=image_folder, and would be ignored")
         return self
+
+    @model_validator(mode="after")
+    def texts_have_words(self) -> "Task":
+        """What a text is made of and what its classes are called, of texts and of nothing else."""
+        words = {"subset": self.subset, "template": self.template, "options": self.options, "take": self.take}
+        if self.kind not in TEXTS:
+            useless = [name for name, value in words.items() if value]
+            if useless:
+                raise ValueError(f"task.{useless[0]} is for texts ({', '.join(TEXTS)}), and would be ignored")
+            return self
+        if (self.kind == "glue") != (self.subset is not None):
+            raise ValueError("task.kind=glue and task.subset (mrpc, rte, cola, sst2) belong together")
+        if not self.template or len(self.options) != self.num_classes:
+            raise ValueError(
+                f"texts need task.template and task.num_classes={self.num_classes} task.options, got {self.options}"
+            )
+        return self
+
+    @property
+    def is_text(self) -> bool:
+        """Whether examples are texts, not images."""
+        return self.kind in TEXTS
 
     @property
     def size(self) -> int:

@@ -84,6 +84,7 @@ class Cooking:
     min_sigma: NonNegative  # of hard_first: accept only above this z; 0 is the paper's rule
     orders: Count  # of greedy_random_order
     rounds: Count  # of greedy_with_replacement and ensemble_with_replacement, at most
+    initialisation: bool  # whether row 0 is one of the models that recipes may choose
     rows: tuple[int, ...]  # of subset
     of: Recipe  # of wise_ft: the soup that is interpolated with the initialisation
     alpha: Probability  # of wise_ft: 0 is the initialisation, 1 the soup
@@ -169,6 +170,22 @@ class Experiment:
             raise ValueError(f"analysis.sets needs analysis.labels and rows up to {self.sweep.size}")
         if "best" not in self.recipes:
             raise ValueError("recipes must contain best: every interval is against the best individual model")
+        return self
+
+    @model_validator(mode="after")
+    def texts_and_images_do_not_mix(self) -> "Experiment":
+        """Texts meet a model that reads, and none of what is done to images."""
+        if self.task.is_text != self.model.is_reader:
+            raise ValueError(
+                f"task.kind={self.task.kind} is of {'texts' if self.task.is_text else 'images'}, which "
+                f"model.kind={self.model.kind} does not take"
+            )
+        if self.task.is_text != (self.augment.kind == "none"):
+            raise ValueError(f"augment=none is for texts and nothing else, got augment.kind={self.augment.kind}")
+        if self.task.is_text and (self.optim.mixup or self.optim.cutmix):
+            raise ValueError("mixup and CutMix mix pixels: of texts both are 0")
+        if (self.optim.loss == "likelihood") != (self.model.head == "prompt"):
+            raise ValueError("optim.loss=likelihood is of answers to prompts, model.head=prompt, and belongs to it")
         return self
 
 

@@ -14,28 +14,44 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
-EMBEDDED = ("emoji_clip", "imagenet_lite0")  # models of icons, from files of the project or of a package
+EMBEDDED = ("emoji_clip", "imagenet_lite0", "minilm")  # from files of the project or of a package
+PROMPTED = ("masked_lm", "seq2seq_lm")  # language models that answer a prompt, by transformers
+READERS = ("minilm", "text_encoder", *PROMPTED)  # kinds of models that read texts
 
 Group = Literal["task", "model", "optim", "augment", "regularizer"]  # what a sweep may vary
 
 
 @closed
 class Model:
-    """configs/model/*.yaml: a pretrained image tower, and the head that is put on it."""
+    """configs/model/*.yaml: a pretrained image tower or encoder of texts with the head that is put on it, or a
+    language model that answers prompts.
+    """
 
-    kind: Literal["emoji_clip", "imagenet_lite0", "open_clip", "timm", "transformers"]
-    name: str | None = None  # as the library of that name calls it; null for the two embedded kinds
+    kind: Literal[
+        "emoji_clip",
+        "imagenet_lite0",
+        "minilm",
+        "open_clip",
+        "timm",
+        "transformers",
+        "text_encoder",
+        "masked_lm",
+        "seq2seq_lm",
+    ]
+    name: str | None = None  # as the library calls it, transformers for the last four; null for the embedded kinds
     pretrained: str | None = None  # of open_clip: which of the weights that it knows for `name`
     weights: Path | None = None  # a local file or folder, in place of the library's download
     proxy_for: str | None = None  # the paper's model in whose place it stands; named wherever its numbers are
     image_size: Count  # pixels, square, of training crops
+    max_length: Annotated[int, Field(ge=16)] = 128  # tokens of a text, of which the longest field is shortened
     eval_size: Count | None = None  # pixels, square, at evaluation; null: image_size
     eval_resize: Count | None = None  # to which an image is resized before the centre crop; null: eval_size
     squash: bool = False  # at evaluation: resize both sides, not the shorter one
     normalize: bool  # features have unit norm before the head, as the authors' wrapper around CLIP has it
-    head: Literal["linear_probe", "zero_shot", "random"]  # the initialisation of the classifier (Section 3.1)
-    templates: Literal["openai", "emoji", "name"] | None = None  # prompts of the zero-shot model: CLIP's 80, icons',
-    # the class name alone; null: there is none, as of towers without text
+    # the initialisation of the classifier (Section 3.1); prompt: there is none, a language model answers (Appendix J.5)
+    head: Literal["linear_probe", "zero_shot", "random", "prompt"]
+    templates: Literal["openai", "emoji", "sentiment", "name"] | None = None  # prompts of the zero-shot model: CLIP's
+    # 80, icons', of opinions, the class name alone; null: there is none, as of towers without text
     train_head: bool = True  # false: the head stays as it was initialised (Appendix E)
     frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # of emoji_clip: stem and this many stages get no gradient
     frozen_batch_norm: bool = True  # batch norms keep the pretrained statistics, in every ingredient the same
@@ -49,10 +65,17 @@ class Model:
         if self.frozen_stages and self.kind != "emoji_clip":
             raise ValueError("model.frozen_stages is for the embedded model")
         if self.head == "zero_shot" and self.templates is None:
-            raise ValueError("model.head=zero_shot needs prompts: model.templates=openai, emoji or name")
+            raise ValueError("model.head=zero_shot needs prompts: model.templates=openai, emoji, sentiment or name")
+        if (self.head == "prompt") != (self.kind in PROMPTED) or (self.head == "prompt" and self.templates):
+            raise ValueError(f"model.head=prompt and templates=null are for model.kind={' and '.join(PROMPTED)}")
         if self.pretrained is not None and self.kind != "open_clip":
             raise ValueError("model.pretrained is for open_clip, whose names do not say which weights")
         return self
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether it reads texts, not images."""
+        return self.kind in READERS
 
     @property
     def evaluated_at(self) -> int:
@@ -75,7 +98,8 @@ class Optim:
     batch_size: Annotated[int, Field(ge=2, multiple_of=2)]  # images per step over all GPUs; even, for mixup's pairs
     warmup_steps: Natural  # linear from lr / warmup_steps
     clip_norm: Positive | None  # of the whole gradient; null: not clipped
-    loss: Literal["softmax", "bce"] = "softmax"  # cross-entropy, or a binary one for each class
+    loss: Literal["softmax", "bce", "likelihood"] = "softmax"  # cross-entropy, a binary one for each class, or that of
+    # the answer's tokens over the whole vocabulary, of prompts
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     mixup: NonNegative  # alpha of the Beta distribution; 0 is off
     cutmix: NonNegative = 0.0  # alpha; 0 is off; with both on, each batch takes one of them by a fair coin
@@ -95,7 +119,7 @@ class Optim:
 class Augment:
     """configs/augment/*.yaml"""
 
-    kind: Literal["minimal", "medium", "rand", "auto", "stochastic"]
+    kind: Literal["minimal", "medium", "rand", "auto", "stochastic", "none"]  # none: of texts
     crop: Annotated[float, Field(gt=0, le=1)] | None = None  # smallest share of the image that a random crop keeps;
     # null: 0.9 of minimal (Appendix J.2.1), 0.08 of the others, timm's
     aspect: Annotated[float, Field(gt=0, le=1)] = 0.75  # narrowest crop, width to height; the widest is its inverse

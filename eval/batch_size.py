@@ -1,4 +1,4 @@
-"""How many images fit into a GPU's memory at once."""
+"""How many examples fit into a GPU's memory at once."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from models.classifier import Classifier
+from configs.training import Model
 
-SMALLEST, LARGEST = 4, 1024  # images; beyond the largest, a pass is no faster
+SMALLEST, LARGEST = 4, 1024  # examples; beyond the largest, a pass is no faster
 ON_CPU = 128  # memory is no question there
 
 
@@ -18,10 +18,10 @@ def largest_that_fits(attempt: Callable[[int], None]) -> int:
     The half leaves room for what fragments and other processes may need on top.
 
     Args:
-        attempt: raises torch.OutOfMemoryError where so many images are too many.
+        attempt: raises torch.OutOfMemoryError where so many examples are too many.
 
     Raises:
-        UserError: not even 4 images fit.
+        UserError: not even 4 fit.
     """
     size = SMALLEST
     while True:
@@ -30,7 +30,7 @@ def largest_that_fits(attempt: Callable[[int], None]) -> int:
         except torch.OutOfMemoryError:
             if size == SMALLEST:
                 raise UserError(
-                    f"not even {SMALLEST} images fit into the memory: set compute.eval_batch lower"
+                    f"not even {SMALLEST} examples fit into the memory: set compute.eval_batch lower"
                 ) from None
             return max(SMALLEST, size // 4)
         if size == LARGEST:
@@ -38,21 +38,33 @@ def largest_that_fits(attempt: Callable[[int], None]) -> int:
         size *= 2
 
 
-def found_batch_size(model: Classifier, look: Callable[[Tensor], Tensor], size: int) -> int:
-    """Images a forward pass of `model`, by trying on its GPU; on the CPU a fixed number.
+def largest_input(model: Model, training: bool = False) -> Tensor:
+    """(1, 3, S, S) uint8, or (1, L) token ids: an example that no other needs more memory than.
 
     Args:
-        model: on its device.
-        look: the forward pass, in the precision of the evaluation.
-        size: pixels, square.
+        model: that looks at it.
+        training: an image as it is seen in training, which may be of another size.
     """
-    device = model.head.weight.device
+    if model.is_reader:
+        return torch.ones(1, model.max_length, dtype=torch.int64)
+    size = model.image_size if training else model.evaluated_at
+    return torch.zeros(1, 3, size, size, dtype=torch.uint8)
+
+
+def found_batch_size(look: Callable[[Tensor], Tensor], example: Tensor, device: torch.device) -> int:
+    """Examples a forward pass, by trying on the GPU; on the CPU a fixed number.
+
+    Args:
+        look: the forward pass, in the precision of the evaluation.
+        example: from `largest_input`.
+        device: of the network.
+    """
     if device.type == "cpu":
         return ON_CPU
 
-    def attempt(images: int) -> None:
+    def attempt(examples: int) -> None:
         try:
-            look(torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device))
+            look(example.to(device).repeat(examples, *[1] * (example.ndim - 1)))
         finally:
             torch.cuda.empty_cache()
 

@@ -4,15 +4,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.schema import Experiment
-from eval.batch_size import found_batch_size
+from eval.batch_size import found_batch_size, largest_input
 from eval.metrics import correct, correct_in_sets
 from eval.scores import score
-from models.classifier import Classifier, architecture
+from eval.tokens import token_batches, token_split
+from models.classifier import Classifier, Network, architecture
+from models.tokens import TokenSplit, longest_first
 from store.arrays import cached_array
 from store.processes import Processes, alone, least_of_all, wait_for_all
 from store.runs import RunFolder, digest_of
@@ -20,44 +23,41 @@ from store.weights import Weights, digest, load_weights
 from tasks.fixed import fixed_batches, of_model
 from tasks.label_space import project
 from tasks.load import load_annotations, load_split
-from tasks.split import Images
+from tasks.split import Examples, Images
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP cannot reuse
-def forward(model: Classifier, batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
-    """Batches of (b, 3, H, W) uint8 images to (N, C) float32 logits on the CPU; none, where there are no images."""
+def forward(model: Network, batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
+    """Batches of (b, 3, H, W) uint8 images or (b, L) token ids to (N, C) float32 logits on the CPU; none of none."""
     return _apply(model, model, batches, precision)
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP cannot reuse
 def extract_features(model: Classifier, batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
-    """Batches of (b, 3, H, W) uint8 images to (N, width) float32 features, as the head gets them, on the CPU."""
+    """Batches, as of `forward`, to (N, width) float32 features, as the head gets them, on the CPU."""
     return _apply(model, model.features, batches, precision)
 
 
-def _apply(
-    model: Classifier, function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: str
-) -> Tensor:
+def _apply(model: Network, function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: str) -> Tensor:
     model.eval()
     found = [_look(model, function, batch, precision).cpu() for batch in batches]
-    return torch.cat(found) if found else torch.empty(0, model.head.out_features)
+    return torch.cat(found) if found else torch.empty(0, model.num_classes)
 
 
-def _look(model: Classifier, function: Callable[[Tensor], Tensor], batch: Tensor, precision: str) -> Tensor:
-    device = model.head.weight.device
-    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-        return function(batch.to(device, non_blocking=True)).float()
+def _look(model: Network, function: Callable[[Tensor], Tensor], batch: Tensor, precision: str) -> Tensor:
+    with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        return function(batch.to(model.device, non_blocking=True)).float()
 
 
-def shares_of_batches(images: int, batch: int, world: int) -> list[Tensor]:
-    """For each of W processes, which images are in its batches: every W-th one.
+def shares_of_batches(order: Tensor, batch: int, world: int) -> list[Tensor]:
+    """For each of W processes, which examples are in its batches: every W-th one.
 
-    >>> shares_of_batches(images=5, batch=2, world=2)
+    >>> shares_of_batches(torch.arange(5), batch=2, world=2)
     [tensor([0, 1, 4]), tensor([2, 3])]
     """
-    batches = torch.arange(images).split(batch)
+    batches = order.split(batch)
     return [torch.cat([torch.arange(0), *batches[rank::world]]) for rank in range(world)]
 
 
@@ -86,30 +86,44 @@ class Evaluator:
         self.config = config
         self.processes = processes or alone()
         self.run = RunFolder.of(config)
-        self._splits: dict[str, Images] = {}
+        self._splits: dict[str, Examples] = {}
 
     @cached_property
-    def model(self) -> Classifier:
+    def model(self) -> Network:
         """The module that weights are loaded into, with random ones, on this process's device."""
-        model = architecture(self.config.model, self.config.task.size)
+        model = architecture(self.config.model, self.config.task.size, self.config.task.options)
         return model.channels_last(self.config.compute.channels_last).to(self.processes.device)
 
-    def split(self, name: str) -> Images:
-        """The images and labels of a split."""
+    def split(self, name: str) -> Examples:
+        """The examples and labels of a split."""
         if name not in self._splits:
             self._splits[name] = load_split(self.config.task, name)
         return self._splits[name]
 
+    def inputs(self, split: str) -> Images | TokenSplit:
+        """What the network is trained on and evaluated on: images, or texts as token ids."""
+        if self.config.task.is_text:
+            return token_split(self.config.model, self.config.task, split)
+        return self.split(split)  # type: ignore[return-value]  # of tasks that are no texts
+
+    def order(self, split: str) -> Tensor:
+        """(N,) the order in which all examples of a split are looked at: texts are beside texts of their length."""
+        inputs = self.inputs(split)
+        return longest_first(inputs.lengths) if isinstance(inputs, TokenSplit) else torch.arange(len(inputs))
+
     def batches(self, split: str, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """(b, 3, S, S) uint8 images of a split under the model's evaluation transform, in order.
+        """(b, 3, S, S) uint8 images of a split under the model's evaluation transform, or (b, L) token ids, in order.
 
         Args:
             split: of the experiment's task.
-            rows: (N,) which of its images; all where None.
+            rows: (N,) which of its examples; all, as in `order`, where None.
         """
-        compute = self.config.compute
+        compute, inputs = self.config.compute, self.inputs(split)
+        rows = self.order(split) if rows is None else rows
+        if isinstance(inputs, TokenSplit):
+            return token_batches(inputs, rows, self.batch_size)
         return fixed_batches(
-            self.split(split),
+            inputs,
             of_model(self.config.model),
             batch=self.batch_size,
             rows=rows,
@@ -118,29 +132,42 @@ class Evaluator:
             decoded=compute.decoded if split != self.config.task.train else None,
         )
 
+    def together(self, split: str) -> Tensor:
+        """All inputs of a small split in one tensor, in its own order: (N, 3, S, S) images, or (N, L) token ids."""
+        inputs = self.inputs(split)
+        return (
+            inputs.batch(torch.arange(len(inputs)))
+            if isinstance(inputs, TokenSplit)
+            else torch.cat(list(self.batches(split)))
+        )
+
     @cached_property
     def batch_size(self) -> int:
-        """Images a forward pass, of all processes alike: as the config says, or as many as fit on the GPU."""
+        """Examples a forward pass, of all processes alike: as the config says, or as many as fit on the GPU."""
         compute, model = self.config.compute, self.model
         if compute.eval_batch is not None:
             return compute.eval_batch
         with torch.no_grad():
             look = partial(_look, model.eval(), model, precision=compute.precision)
-            return least_of_all(found_batch_size(model, look, self.config.model.evaluated_at), self.processes)
+            return least_of_all(found_batch_size(look, largest_input(self.config.model), model.device), self.processes)
 
     def features(self, split: str) -> Tensor:
         """(N, width) float32 features of a split by the model's tower as it is, from the cache or to fill it."""
-        tower = digest({name: tensor.cpu() for name, tensor in self.model.tower.state_dict().items()})
-        shape = (len(self.split(split)), self.model.head.in_features)
+        model, order = self.model, self.order(split)
+        assert isinstance(model, Classifier)  # a prompted language model has no head to be probed
+        tower = digest({name: tensor.cpu() for name, tensor in model.tower.state_dict().items()})
+        shape = (len(self.split(split)), model.head.in_features)
 
         def compute() -> Tensor:
-            return extract_features(self.model, self.batches(split), self.config.compute.precision)
+            found = extract_features(model, self.batches(split, order), self.config.compute.precision)
+            return torch.empty_like(found).index_copy_(0, order, found)
 
         return cached_array(self._cache("features", split, tower), shape, compute)
 
     def _cache(self, what: str, split: str, weights: str) -> Path:
         """Where an array is kept, named by all that its numbers depend on."""
-        transform, precision = of_model(self.config.model).key, self.config.compute.precision
+        inputs, precision = self.inputs(split), self.config.compute.precision
+        transform = inputs.key if isinstance(inputs, TokenSplit) else of_model(self.config.model).key
         parts = {"weights": weights, "images": self.split(split).digest, "transform": transform, "precision": precision}
         return self.run.root / what / split / f"{digest_of(parts)}.npy"
 
@@ -153,7 +180,11 @@ class Evaluator:
             rows: (N,) which of its images; all where None.
         """
         self.model.load_state_dict(dict(weights), strict=True)
-        return forward(self.model, self.batches(split, rows), self.config.compute.precision)
+        if rows is not None:
+            return forward(self.model, self.batches(split, rows), self.config.compute.precision)
+        order = self.order(split)
+        found = forward(self.model, self.batches(split, order), self.config.compute.precision)
+        return torch.empty_like(found).index_copy_(0, order, found)
 
     def logits(self, name: str, load: Callable[[], Weights], split: str) -> Tensor:
         """(N, C) float32 logits from the cache, or by a forward pass that fills it.
@@ -172,7 +203,7 @@ class Evaluator:
     def _fill_together(self, path: Path, shape: tuple[int, int], load: Callable[[], Weights], split: str) -> None:
         """Each of W processes looks at every W-th batch: the batches, and so the bits, are those of one alone."""
         world = self.processes.world
-        rows = shares_of_batches(shape[0], self.batch_size, world)
+        rows = shares_of_batches(self.order(split), self.batch_size, world)
         parts = [path.with_suffix(f".{rank}of{world}.npy") for rank in range(world)]
         rank = self.processes.rank
         own = (len(rows[rank]), shape[1])
@@ -207,6 +238,14 @@ class Evaluator:
         """In [0, 1]: what the task scores a split by."""
         images, metric = self.split(split), self.config.task.metrics.get(split, "top1")
         return score(metric, self.predicted(logits, split), images.labels, images.groups)
+
+    def scored(self, logits: Tensor, split: str) -> dict[str, Any]:
+        """What a record says of logits: how many of a split's examples are right, of how many; and the score, where the
+        task scores the split by anything else.
+        """
+        count, metric = self.count(logits, split), self.config.task.metrics.get(split, "top1")
+        record: dict[str, Any] = {"split": split, "correct": count.correct, "n": count.n}
+        return record if metric == "top1" else record | {"metric": metric, "score": self.score(logits, split)}
 
     def annotated(self, logits: Tensor) -> dict[str, Count]:
         """Of each annotation (ReaL, multilabel) of the test split, how many predictions are among the answers

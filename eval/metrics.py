@@ -249,19 +249,6 @@ def worst_group(logits: Tensor, labels: Tensor, groups: Tensor, *, leave_out: Co
     return min(found, key=lambda row: (row.accuracy, row.group))
 
 
-def confusion(logits: Tensor, labels: Tensor) -> Tensor:
-    """(C, C) float64: how many examples of class i are predicted as class j; raises as `check`."""
-    check(logits, labels)
-    classes = logits.shape[1]
-    cells = classes * labels.long() + logits.argmax(dim=1)
-    return torch.bincount(cells, minlength=classes**2).reshape(classes, classes).double()
-
-
-def _f1(counts: Tensor) -> Tensor:
-    """(C,) F1 of each class of a confusion matrix; 0 for a class that neither occurs nor is predicted."""
-    return 2 * counts.diag() / (counts.sum(dim=0) + counts.sum(dim=1)).clamp(min=1)
-
-
 def macro_f1(logits: Tensor, labels: Tensor) -> float:
     """The mean F1 score, in [0, 1], of the classes that occur in the labels.
 
@@ -292,11 +279,8 @@ def matthews(logits: Tensor, labels: Tensor) -> float:
 
     Source: Matthews 1975; for more classes Gorodkin 2004, eq. 8. CoLA's metric in GLUE.
     """
-    counts = confusion(logits, labels)
-    true, predicted, n = counts.sum(dim=1), counts.sum(dim=0), counts.sum()
-    covariance = n * counts.trace() - true @ predicted
-    spread = (n**2 - true @ true) * (n**2 - predicted @ predicted)
-    return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
+    check(logits, labels)
+    return score("matthews", logits.argmax(dim=1), labels.long())
 
 
 def accuracy_and_f1(logits: Tensor, labels: Tensor) -> float:
@@ -311,7 +295,7 @@ def accuracy_and_f1(logits: Tensor, labels: Tensor) -> float:
 
     Source: MRPC's metric in GLUE (Wang et al. 2018). F1 is 0 where class 1 neither occurs nor is predicted.
     """
-    counts = confusion(logits, labels)
-    if len(counts) != 2:
-        raise ValueError(f"MRPC's metric is one of two classes, got logits of {len(counts)}")
-    return ((counts.trace() / counts.sum() + _f1(counts)[1]) / 2).item()
+    check(logits, labels)
+    if logits.shape[1] != 2:
+        raise ValueError(f"MRPC's metric is one of two classes, got logits of {logits.shape[1]}")
+    return score("accuracy_and_f1", logits.argmax(dim=1), labels.long())

@@ -15,15 +15,17 @@ from configs.chance import seed_globals
 from configs.errors import UserError
 from configs.schema import Experiment
 from configs.training import Distill, Optim
+from eval.batch_size import largest_input
 from finetune.averages import Averages, holding
-from finetune.batches import Length, TrainingBatches
+from finetune.batches import Length, training_batches
 from finetune.losses import classification_loss, distillation_loss
 from finetune.meter import Meter, peak_flops, training_flops
 from finetune.optimisers import build, learning_rate
 from finetune.parallel import DTYPES, gathered, prepare, reshard, synchronised
 from finetune.sharpness import perturbed
 from finetune.state import Checkpoint, Interruption, State
-from models.classifier import Classifier
+from models.classifier import Network
+from models.tokens import TokenSplit
 from store.atomic import write_jsonl
 from store.processes import Processes, any_of, sum_over
 from tasks.ahead import made_ahead
@@ -66,7 +68,7 @@ class Objective:
     teacher: Callable[[Tensor], Tensor] | None
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean over some images."""
+        """Mean over some examples."""
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.network(images).float()
         labels = classification_loss(self.optim, logits, targets)
@@ -79,7 +81,7 @@ class Objective:
         """This process's part of the mean loss over the batch of all processes; gradients in place of earlier ones.
 
         Args:
-            images: (b, 3, H, W), this process's share.
+            images: (b, 3, H, W), this process's share; of texts (b, L) token ids.
             targets: (b, C).
             processes: gradients are averaged over them, hence the factor W.
             shared: whether they are; without, each process has the gradient of its own share.
@@ -102,25 +104,25 @@ def nothing_shown(meter: Meter) -> AbstractContextManager[Callable[[int, float],
     return nullcontext(lambda step, loss: None)
 
 
-def meter_of(model: Classifier, config: Experiment, length: Length, processes: Processes) -> Meter:
+def meter_of(model: Network, config: Experiment, length: Length, processes: Processes) -> Meter:
     """A meter of the training, with what is needed for MFU where the devices' peak is known."""
     if processes.device.type != "cuda":
         return Meter(length.steps)
     peak = peak_flops(torch.cuda.get_device_name(processes.device), config.compute.precision)
-    flops = training_flops(model, config.model.image_size) if peak else None
+    flops = training_flops(model, largest_input(config.model, training=True)) if peak else None
     return Meter(length.steps, flops=flops, peak=peak * processes.world if peak else None)
 
 
 def fine_tune(
-    model: Classifier,
-    train: Images,
+    model: Network,
+    train: Images | TokenSplit,
     config: Experiment,
     *,
     run_seed: int,
     folder: Path,
     processes: Processes = ALONE,
     teacher: Callable[[Tensor], Tensor] | None = None,
-    held_out: Callable[[Classifier], tuple[int, int]] | None = None,
+    held_out: Callable[[Network], tuple[int, int]] | None = None,
     log: Callable[[dict[str, Any]], None] = lambda row: None,
     show: Callable[[Meter], AbstractContextManager[Callable[[int, float], None]]] = nothing_shown,
     after_step: Callable[[int], None] = lambda step: None,
@@ -129,13 +131,13 @@ def fine_tune(
 
     Args:
         model: with its initial weights; parameters without gradient stay as they are.
-        train: the training images; the last incomplete batch of an epoch is dropped.
+        train: the training images or texts; the last incomplete batch of an epoch is dropped.
         config: of the row: optimiser, schedule, loss, augmentation, regularisation, how it is computed.
         run_seed: of the data order, augmentation and mixup.
         folder: state.pt is written there at the end of every epoch and every `compute.save_every` steps, and
             metrics.jsonl, a row for every epoch, every `tracking.every` steps and every look at held-out.
         processes: this one among those that train the row together.
-        teacher: (b, 3, H, W) images to the (b, C) logits of the ensemble that is distilled.
+        teacher: (b, 3, H, W) images or (b, L) token ids to the (b, C) logits of the ensemble that is distilled.
         held_out: the model to how many held-out images it gets right, of how many; for `optim.evaluate_every`. All
             processes call it together.
         log: gets each row of metrics as it is made, with images a second and MFU where they are known.
@@ -160,20 +162,18 @@ def fine_tune(
     progress = state.progress
     autocast = None if compute.precision == "fp32" or compute.strategy == "fsdp" else DTYPES[compute.precision]
     objective = Objective(network, optim, compute.micro_batch, autocast, scaler, config.regularizer.distill, teacher)
-    mixed = mixing(optim, model.head.out_features)
-    size, first = config.model.image_size, progress.step
-    batches = TrainingBatches(train, config.augment, size, length, run_seed, processes, first)
+    mixed = mixing(optim, model.num_classes)
+    first = progress.step
+    batches = training_batches(train, config, length, run_seed=run_seed, processes=processes, first=first)
 
     model.train()
     meter.first = first
     with Interruption().listening() as interruption, show(meter) as tell:
-        for step, pixels in enumerate(made_ahead(batches, compute.loader_workers), start=first):
+        for step, made in enumerate(made_ahead(batches, batches.workers(compute)), start=first):
             lr = learning_rate(optim, step, length.steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            seed_globals(run_seed, "mixup", step)
-            images = pixels.to(processes.device, non_blocking=True).float()
-            batch = mixed(images, train.labels[batches.indices(step)].to(processes.device))
+            batch = _mixed(made, train.labels[batches.indices(step)], mixed, (run_seed, step), processes)
             loss = objective.gradient(*batch, processes, shared=sam is None or sam.synchronised)
             if sam is not None:
                 with perturbed(trainable, sam.rho):
@@ -203,7 +203,28 @@ def fine_tune(
     return _trained(state, optim)
 
 
-def _take_in(model: Classifier, averages: Averages, step: int) -> None:
+def _mixed(
+    made: Tensor,
+    labels: Tensor,
+    mixed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    key: tuple[int, int],
+    processes: Processes,
+) -> tuple[Tensor, Tensor]:
+    """A batch on its device: pixels mixed as numbers, token ids as they are; and (b, C) targets.
+
+    `key` names run and step, whose mixing is one of all processes, and whose dropout is each one's own.
+    """
+    run_seed, step = key
+    seed_globals(run_seed, "mixup", step)
+    inputs = made.to(processes.device, non_blocking=True)
+    inputs = inputs.float() if inputs.dtype == torch.uint8 else inputs
+    batch = mixed(inputs, labels.to(processes.device))
+    if processes.world > 1:
+        seed_globals(run_seed, "dropout", step, processes.rank)
+    return batch
+
+
+def _take_in(model: Network, averages: Averages, step: int) -> None:
     """Averages ask for a state dict only when one is due: it has a cost, of sharded models a large one."""
     if averages.due(step):
         averages.update(model.state_dict(), step)
@@ -223,7 +244,7 @@ def _keep(state: State, folder: Path) -> None:
 
 def due_metrics(
     state: State,
-    held_out: Callable[[Classifier], tuple[int, int]] | None,
+    held_out: Callable[[Network], tuple[int, int]] | None,
     config: Experiment,
     length: Length,
     *,

@@ -11,8 +11,9 @@ def classification_loss(optim: Optim, logits: Tensor, targets: Tensor) -> Tensor
 
     Args:
         optim: `softmax` takes the cross-entropy; `bce` the sum over classes of binary ones, each class a question of
-            its own, as ViT-G/14 was fine-tuned with (Appendix J.2.3).
-        logits: (B, C) unnormalised.
+            its own, as ViT-G/14 was fine-tuned with (Appendix J.2.3); `likelihood` is minus the log-probability of
+            the label's answer over all that a language model may say, its own loss (Appendix J.5), summed over tokens.
+        logits: (B, C) unnormalised; of `likelihood`, log-probabilities of the answers.
         targets: (B, C) in [0, 1]; smoothing and mixing are in them.
     """
     match optim.loss:
@@ -20,6 +21,8 @@ def classification_loss(optim: Optim, logits: Tensor, targets: Tensor) -> Tensor
             return F.cross_entropy(logits, targets)
         case "bce":
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1).mean()
+        case "likelihood":
+            return -(targets * logits).sum(dim=1).mean()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,15 +60,15 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return next((peaks.get(precision) for named, peaks in PEAKS.items() if words.issuperset(named)), None)
 
 
-def training_flops(model: nn.Module, size: int) -> int | None:
-    """FLOPs of training on one image: three times those of its forward pass, a multiplication and an addition being 2.
+def training_flops(model: nn.Module, example: Tensor) -> int | None:
+    """FLOPs of training on an example: three times those of its forward pass, a multiplication and an addition being 2.
 
     Nothing is computed: the network sees tensors that have a shape and no values. Matrix products, convolutions and
     attention count; what is computed again to save memory does not, nor do frozen parts count less.
 
     Args:
-        model: (N, 3, size, size) images to anything; before it is sharded or compiled. It stays as it is.
-        size: pixels, square.
+        model: before it is sharded or compiled. It stays as it is.
+        example: (1, 3, S, S) or (1, L), of which only shape and type count.
 
     Returns:
         None where the network needs values to know what to do.
@@ -77,13 +77,13 @@ def training_flops(model: nn.Module, size: int) -> int | None:
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    images = torch.empty(2, 3, size, size, device="meta")  # two, since batch norms in training refuse one
+    inputs = example.to("meta").repeat(2, *[1] * (example.ndim - 1))  # two, since batch norms in training refuse one
     try:
         with FlopCounterMode(display=False) as counter:
-            functional_call(model, shapes, (images,))
+            functional_call(model, shapes, (inputs,))
     except Exception:  # of whatever kind: this is a number to look at
         return None
-    return BACKWARD_TOO * counter.get_total_flops() // len(images)
+    return BACKWARD_TOO * counter.get_total_flops() // len(inputs)
 
 
 @dataclass

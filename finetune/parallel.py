@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.errors import UserError
 from configs.training import Compute
 from eval.forward import DTYPES
-from models.classifier import Classifier, batch_norms
+from models.classifier import Classifier, Network, batch_norms
 from store.processes import Processes
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -46,7 +46,7 @@ def share(indices: Tensor, processes: Processes) -> Tensor:
     return indices[torch.cat([first, len(indices) - 1 - first.flip(0)])]
 
 
-def prepare(model: Classifier, compute: Compute, processes: Processes) -> nn.Module:
+def prepare(model: Network, compute: Compute, processes: Processes) -> nn.Module:
     """The network whose forward pass trains `model`: on its device, copied or sharded over processes, compiled.
 
     Raises:
@@ -56,7 +56,7 @@ def prepare(model: Classifier, compute: Compute, processes: Processes) -> nn.Mod
     if compute.gradient_checkpointing:
         for block in blocks(model):
             checkpoint(block)
-    if processes.world > 1 and not model.frozen_batch_norm and batch_norms(model):
+    if processes.world > 1 and isinstance(model, Classifier) and not model.frozen_batch_norm and batch_norms(model):
         if processes.device.type == "cpu":
             raise UserError("model.frozen_batch_norm=false on several processes needs GPUs, which alone can share it")
         model.tower = convert_sync_batchnorm(model.tower)

@@ -21,7 +21,7 @@ from finetune.parallel import (
     optimizer_state,
     spread_like,
 )
-from models.classifier import Classifier
+from models.classifier import Network
 from store.atomic import replacing
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a job away, and what it can be told to
@@ -50,7 +50,7 @@ class Checkpoint:
 class State:
     """A training between two steps."""
 
-    model: Classifier
+    model: Network
     optimizer: torch.optim.Optimizer
     averages: Averages
     scaler: torch.amp.GradScaler

@@ -9,7 +9,7 @@ from configs.schema import Experiment
 from finetune.rows import identity, row_config
 from finetune.train import initialise, teachers, train_row
 from store.atomic import read_jsonl
-from store.runs import RunFolder, finished, read_pool, write_manifest
+from store.runs import RunFolder, finished, read_pool, score_of, write_manifest
 from store.workers import spread, use_threads
 
 
@@ -19,7 +19,7 @@ def describe(done: dict[str, Any]) -> str:
     name = "initialisation" if done["row"] == 0 else f"row {done['row']}"
     if done["status"] == "diverged":
         return f"{name}: diverged after {done['seconds']:.0f} s; recipes leave it out"
-    return f"{name}: held-out {100 * score['correct'] / score['n']:.1f} % (n = {score['n']}), {done['seconds']:.0f} s"
+    return f"{name}: held-out {100 * score_of(score):.1f} % (n = {score['n']}), {done['seconds']:.0f} s"
 
 
 def _epochs_done(run: RunFolder, rows: list[int]) -> int:

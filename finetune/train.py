@@ -21,7 +21,7 @@ from finetune.loop import RAW, fine_tune, nothing_shown
 from finetune.meter import progress
 from finetune.rows import draw, identity, row_config
 from finetune.tracking import Log, tracked
-from models.classifier import Classifier, pretrained, set_head
+from models.classifier import Classifier, Network, pretrained, pretrained_network, set_head
 from models.probe import linear_probe
 from store.atomic import write_json
 from store.processes import Processes, start_processes, sum_over
@@ -37,8 +37,8 @@ def _scored(evaluator: Evaluator, file: Path, weights: dict[str, Tensor]) -> dic
     """Save weights and score them on held-out."""
     split = evaluator.config.task.held_out
     saved = save_weights(file, weights)
-    count = evaluator.count(evaluator.logits(saved, lambda: weights, split), split)
-    return {"digest": saved, "held_out": {"split": split, "correct": count.correct, "n": count.n}}
+    logits = evaluator.logits(saved, lambda: weights, split)
+    return {"digest": saved, "held_out": evaluator.scored(logits, split)}
 
 
 def _finish(
@@ -74,7 +74,7 @@ def _finish(
 
 
 def initialise(config: Experiment) -> dict[str, Any]:
-    """Row 0: the pretrained tower with the head that all other rows start from; the zero-shot model beside it, if any.
+    """Row 0: the pretrained network with the head that all rows start from; the zero-shot model beside it, if any.
 
     Skipped where it is done. Returns row 0's done.json.
 
@@ -94,7 +94,7 @@ def initialise(config: Experiment) -> dict[str, Any]:
             evaluator.split(split)  # what is wrong with them is said before anything is made
         base = {"identity": name, "status": "done", "drawn": {}}
         started = time.monotonic()
-        start = pretrained(config.model, class_names(config.task)).state_dict()
+        start = pretrained_network(config.model, class_names(config.task)).state_dict()
         if has_zero_shot and zero_shot_done is None:
             record_config(run.zero_shot, dump(config))
             _finish(evaluator, run.zero_shot, base | {"row": None, "head": "zero_shot"}, started, {RAW: start})
@@ -116,6 +116,7 @@ def _fit_probe(evaluator: Evaluator) -> dict[str, Any]:
         config.task.size,
         config.model.probe_c,
     )
+    assert isinstance(evaluator.model, Classifier)  # a prompted language model has no head to be probed
     set_head(evaluator.model, probe.weight, probe.bias)
     return {"c": probe.c, "tried": [{"c": c, "held_out_top1": score} for c, score in probe.tried]}
 
@@ -200,7 +201,7 @@ def _train(
     show = nothing_shown if console is None else partial(progress, title=f"row {row}", console=console)
     trained = fine_tune(
         evaluator.model,
-        evaluator.split(settings.task.train),
+        evaluator.inputs(settings.task.train),
         settings,
         run_seed=run_seed,
         folder=folder,
@@ -244,7 +245,7 @@ def _own_head(config: Experiment, settings: Experiment, row: int) -> dict[str, T
     return {name: weights[name] for name in HEAD}
 
 
-def _held_out(evaluator: Evaluator, processes: Processes, model: Classifier) -> tuple[int, int]:
+def _held_out(evaluator: Evaluator, processes: Processes, model: Network) -> tuple[int, int]:
     """How many held-out images a model gets right, of how many; each process looks at its share of them."""
     split = evaluator.config.task.held_out
     labels = evaluator.split(split).labels

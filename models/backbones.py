@@ -1,4 +1,4 @@
-"""Pretrained image towers of three libraries and two embedded ones, and the text towers that come with some.
+"""Pretrained towers of three libraries and three embedded ones, and the text towers that come with some.
 
 Weights come from the library's own download, or from `model.weights` on machines without internet: of open_clip and
 timm a file, of transformers a folder as `hf download` makes it.
@@ -24,16 +24,17 @@ from models import hub
 from models.emoji_clip import imagenet
 from models.emoji_clip import model as embedded
 from models.local import ROOT, in_parts, local_path, not_whole, unavailable
+from models.readers import SIMILARITY_SCALE, SentenceTower, embed, sentence_tower
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """An image tower and what its images must look like."""
+    """A tower and what its images must look like."""
 
-    tower: nn.Module  # (N, 3, H, W) normalised images to (N, width) features
+    tower: nn.Module  # (N, 3, H, W) normalised images, or (N, L) token ids, to (N, width) features
     width: int
-    mean: Sequence[float]  # of RGB in [0, 1]
-    std: Sequence[float]
+    mean: Sequence[float] | None = None  # of RGB in [0, 1]; None of texts
+    std: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def skeleton(model: Model) -> Backbone:
             return _of_timm(model, {})
         case "transformers":
             return _of_transformers(model, hub.load_network(model, weights=False))
+    return _of_texts(sentence_tower(model, weights=False))
 
 
 def pretrained_backbone(model: Model, device: torch.device) -> tuple[Backbone, TextTower | None]:
@@ -97,6 +99,8 @@ def pretrained_backbone(model: Model, device: torch.device) -> tuple[Backbone, T
             network = hub.load_network(model, weights=True)
             text = hub.text_of(model, network, device)
             return _of_transformers(model, copy.deepcopy(network)), TextTower(*text) if text else None
+    tower = sentence_tower(model, weights=True)
+    return _of_texts(tower), TextTower(partial(embed, model, tower, device), SIMILARITY_SCALE)
 
 
 @lru_cache(maxsize=1)
@@ -183,6 +187,10 @@ def _of_timm(model: Model, weights: dict[str, Any]) -> Backbone:
             raise not_whole(model, error) from None
         raise unavailable(model, recorded.hf_hub_id or name, "model.safetensors", error) from None
     return Backbone(tower, tower.num_features, recorded.mean, recorded.std)
+
+
+def _of_texts(tower: SentenceTower) -> Backbone:
+    return Backbone(tower, tower.width)
 
 
 def _of_transformers(model: Model, network: Any) -> Backbone:

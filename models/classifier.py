@@ -1,4 +1,4 @@
-"""A pretrained image tower with a linear head: what is fine-tuned, souped and evaluated."""
+"""What is fine-tuned, souped and evaluated: a pretrained tower with a linear head, or a prompted language model."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,24 +13,27 @@ from configs.errors import UserError
 from configs.training import Model
 from models.backbones import Backbone, pretrained_backbone, skeleton
 from models.emoji_clip.model import TEMPLATES
+from models.prompts import Prompted
+from models.readers import prompted
 
 
 class Classifier(nn.Module):
     """Logits = head(features of the tower), whose norm is 1 in the authors' wrapper around CLIP.
 
     Images are (N, 3, H, W) in 0..255, uint8 or float; they are normalised here, so that no caller can forget to.
+    Texts are (N, L) token ids.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | None
+    std: Tensor | None
 
     def __init__(
         self,
         tower: nn.Module,
         width: int,
         classes: int,
-        mean: Tensor,
-        std: Tensor,
+        mean: Tensor | None,
+        std: Tensor | None,
         *,
         normalize: bool = True,
         frozen_batch_norm: bool = True,
@@ -42,18 +45,31 @@ class Classifier(nn.Module):
         self.frozen_batch_norm = frozen_batch_norm
         self.memory_format = torch.contiguous_format
         # Not part of the weights: averaging models must not average constants.
-        self.register_buffer("mean", 255 * mean.view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * std.view(1, 3, 1, 1), persistent=False)
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, None if value is None else 255 * value.view(1, 3, 1, 1), persistent=False)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in 0..255 to (N, width), of unit norm where the model has it so."""
-        normalised = (images.to(self.mean.device).float() - self.mean) / self.std
-        features = self.tower(normalised.contiguous(memory_format=self.memory_format))
+    @property
+    def num_classes(self) -> int:
+        """Logits of an example."""
+        return self.head.out_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.head.weight.device
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Images in 0..255 or token ids to (N, width), of unit norm where the model has it so."""
+        inputs = inputs.to(self.device)
+        if self.mean is not None and self.std is not None:
+            inputs = (inputs.float() - self.mean) / self.std
+            inputs = inputs.contiguous(memory_format=self.memory_format)
+        features = self.tower(inputs)
         return F.normalize(features, dim=-1) if self.normalize else features
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in 0..255 to (N, classes) logits."""
-        return self.head(self.features(images))
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Images in 0..255 or token ids to (N, classes) logits."""
+        return self.head(self.features(inputs))
 
     def train(self, mode: bool = True) -> "Classifier":
         """Training mode, except that frozen batch norms keep the pretrained statistics."""
@@ -67,6 +83,9 @@ class Classifier(nn.Module):
         """Keep convolutions and images in this memory format, which changes speed and the last bits."""
         self.memory_format = torch.channels_last if on else torch.contiguous_format
         return self.to(memory_format=self.memory_format)
+
+
+Network = Classifier | Prompted
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -91,22 +110,35 @@ PROMPTS: dict[str, Sequence[Callable[[str], str]]] = {
     "openai": OPENAI_IMAGENET_TEMPLATES,
     "emoji": [template.format for template in TEMPLATES],
     "name": [str],
+    "sentiment": ["This is {}.".format, "I feel {} about it.".format, "a {} review".format, "a {} comment".format],
 }
 
 
-def architecture(model: Model, num_classes: int) -> Classifier:
-    """The classifier that weights are loaded into; its own are random, or none under torch.device("meta").
+def architecture(model: Model, num_classes: int, options: tuple[str, ...] = ()) -> Network:
+    """The network that weights are loaded into; its own are random, or none under torch.device("meta").
+
+    Args:
+        model: which.
+        num_classes: logits of an example.
+        options: of a prompted language model, what the classes are called.
 
     Raises:
         UserError: the library does not know the model.
     """
+    if model.head == "prompt":
+        return prompted(model, options, weights=False)
     return _classifier(model, skeleton(model), num_classes)
+
+
+def pretrained_network(model: Model, class_names: tuple[str, ...]) -> Network:
+    """What every fine-tuned model starts from: as `pretrained`, or a language model that is asked for these classes."""
+    if model.head == "prompt":
+        return prompted(model, class_names, weights=True)
+    return pretrained(model, class_names)
 
 
 def pretrained(model: Model, class_names: tuple[str, ...]) -> Classifier:
     """The pretrained tower with its zero-shot head for these classes, or a random head without `model.templates`.
-
-    Every fine-tuned model starts from this tower.
 
     Raises:
         UserError: the pretrained weights are missing or damaged; templates for a network without a text tower.
@@ -127,7 +159,7 @@ def pretrained(model: Model, class_names: tuple[str, ...]) -> Classifier:
 
 
 def _classifier(model: Model, backbone: Backbone, num_classes: int) -> Classifier:
-    mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
+    mean, std = (None if value is None else torch.tensor(value) for value in (backbone.mean, backbone.std))
     classifier = Classifier(
         backbone.tower,
         backbone.width,

@@ -12,10 +12,10 @@ from rich.console import Console
 from configs.errors import UserError
 from configs.schema import Cooking, Experiment
 from eval.forward import Evaluator
-from soups.pool import Mixed, member_logits, mix, usable_pool
+from soups.pool import Mixed, ingredients_of, member_logits, mix, usable_pool
 from store.atomic import read_json, replacing, write_json
 from store.provenance import provenance
-from store.runs import Ingredient, RunFolder, digest_of, sole_writer
+from store.runs import Ingredient, RunFolder, digest_of, score_of, sole_writer
 from store.weights import save_weights
 from store.workers import spread
 
@@ -69,7 +69,7 @@ def cook(name: str, evaluator: Evaluator) -> dict[str, Any]:
     """
     config = evaluator.config
     run, split = RunFolder.of(config), config.task.held_out
-    pool = usable_pool(config)
+    pool = ingredients_of(config)
     folder = run.soup(name)
     identity = identity_of(config, name, pool, evaluator.split(split).digest)
     with sole_writer(folder):
@@ -108,7 +108,8 @@ def _record(name: str, mixed: Mixed, pool: list[Ingredient], evaluator: Evaluato
         table.insert(0, "group", list(groups))
         with replacing(folder / "coefficients.csv") as temporary:
             table.to_csv(temporary, index=False)
-    count = evaluator.count(logits, split)
+    scored = evaluator.scored(logits, split)
+    counted = "score" not in scored  # the score is the share of right answers
     return mixed.notes | {
         "recipe": name,
         "digest": digest,
@@ -120,7 +121,7 @@ def _record(name: str, mixed: Mixed, pool: list[Ingredient], evaluator: Evaluato
             {
                 "row": pool[t.candidate].row,
                 "score": t.score,
-                "correct": round(t.score * count.n),
+                **({"correct": round(t.score * scored["n"])} if counted else {}),
                 "accepted": t.accepted,
                 "exact": t.exact,
                 "versus": vars(t.versus) if t.versus else None,
@@ -128,7 +129,7 @@ def _record(name: str, mixed: Mixed, pool: list[Ingredient], evaluator: Evaluato
             for t in soup.trials
         ],
         "selected_on": {"split": split, "digest": evaluator.split(split).digest},
-        "held_out": {"split": split, "correct": count.correct, "n": count.n},
+        "held_out": scored,
         "provenance": provenance(),
     }
 
@@ -160,7 +161,7 @@ def describe(cooked: dict[str, Any]) -> str:
     """One line about a soup or ensemble."""
     score, rows = cooked["held_out"], [member["row"] for member in cooked["ingredients"]]
     what = f"rows {', '.join(map(str, rows))}" if len(rows) < 9 else f"{len(rows)} models"
-    return f"{cooked['recipe']}: held-out {100 * score['correct'] / score['n']:.1f} % (n = {score['n']}), {what}"
+    return f"{cooked['recipe']}: held-out {100 * score_of(score):.1f} % (n = {score['n']}), {what}"
 
 
 def summary(config: Experiment, recipes: tuple[str, ...]) -> str:
@@ -180,7 +181,7 @@ def is_cooked(config: Experiment, name: str) -> bool:
     if not path.exists():
         return False
     digest = Evaluator(config).split(config.task.held_out).digest
-    return read_json(path)["identity"] == identity_of(config, name, usable_pool(config), digest)
+    return read_json(path)["identity"] == identity_of(config, name, ingredients_of(config), digest)
 
 
 def cook_all(config: Experiment, recipes: tuple[str, ...], console: Console | None = None) -> None:

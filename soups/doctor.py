@@ -246,7 +246,7 @@ def examine_experiment(experiment: str, runs: Path, *, barriers: bool, console: 
 
     config = load(experiment, f"paths.runs={runs}")
     start, *tuned = usable_pool(config)
-    scores = {i.folder.name: i.held_out_top1 for i in tuned}
+    scores = {i.folder.name: i.held_out_score for i in tuned}
     files = [i.folder / "weights.safetensors" for i in tuned]
     show(examine(files, start.folder / "weights.safetensors", scores), console)
     if not barriers:
@@ -255,7 +255,7 @@ def examine_experiment(experiment: str, runs: Path, *, barriers: bool, console: 
     count = len(tuned) * (len(tuned) + 1) // 2
     console.print(f"midpoints of all pairs, {count} evaluations on {split} ...")
     for barrier in midpoint_barriers(
-        [i.load for i in tuned], lambda weights: evaluator.count(evaluator.fresh_logits(weights, split), split).top1
+        [i.load for i in tuned], lambda weights: evaluator.score(evaluator.fresh_logits(weights, split), split)
     )[:10]:
         pair = f"rows {tuned[barrier.first].row} and {tuned[barrier.second].row}"
         height = 100 * barrier.height

@@ -47,12 +47,24 @@ class Mixed:
 
 
 def usable_pool(config: Experiment) -> list[Ingredient]:
-    """The pool without diverged rows.
+    """The initialisation and the rows that did not diverge.
 
     Raises:
         UserError: rows are missing, or all of them diverged.
     """
     pool = [ingredient for ingredient in read_pool(RunFolder.of(config), config.sweep.size) if ingredient.usable]
+    if not pool:
+        raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
+    return pool
+
+
+def ingredients_of(config: Experiment) -> list[Ingredient]:
+    """What recipes choose from: the usable pool, without the initialisation where `cooking` leaves it out.
+
+    Raises:
+        UserError: as `usable_pool`, or nothing but the initialisation is usable and it is left out.
+    """
+    pool = [each for each in usable_pool(config) if each.row or config.cooking.initialisation]
     if not pool:
         raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
     return pool
@@ -73,6 +85,11 @@ class Kitchen:
     identity: str  # names recipe, settings, pool and held-out split
     order: int  # of greedy_random_order, which of its orders
 
+    @cached_property
+    def start(self) -> Ingredient:
+        """The initialisation, row 0, whether it is in the pool or not."""
+        return usable_pool(self.evaluator.config)[0]
+
     @property
     def cooking(self) -> Cooking:
         """The settings of all recipes."""
@@ -85,8 +102,8 @@ class Kitchen:
 
     @property
     def held_out(self) -> list[float]:
-        """(K,) accuracies that models are sorted by."""
-        return [ingredient.held_out_top1 for ingredient in self.pool]
+        """(K,) held-out scores, by the task's metric, that models are sorted by."""
+        return [ingredient.held_out_score for ingredient in self.pool]
 
     @property
     def models(self) -> list[Loader]:
@@ -105,14 +122,14 @@ class Kitchen:
 
     @property
     def accuracy(self) -> Callable[[Weights], float]:
-        """Held-out accuracy of candidate weights, by a forward pass unless the journal has it."""
+        """Held-out score of candidate weights, by a forward pass unless the journal has it."""
         return self.journal.remembered(
-            lambda weights: self.evaluator.count(self.evaluator.fresh_logits(weights, self.split), self.split).top1
+            lambda weights: self.evaluator.score(self.evaluator.fresh_logits(weights, self.split), self.split)
         )
 
     def ensemble_accuracy(self, mean: Weights) -> float:
-        """Held-out accuracy of mean logits."""
-        return self.evaluator.count(mean["logits"], self.split).top1
+        """Held-out score of mean logits."""
+        return self.evaluator.score(mean["logits"], self.split)
 
 
 def chosen_rows(cooking: Cooking, pool: list[Ingredient]) -> list[int]:
@@ -143,6 +160,9 @@ def _greedy(kitchen: Kitchen) -> Mixed:
                 ties=cooking.ties,
             )
         case "hard_first":
+            metric = evaluator.config.task.metrics.get(kitchen.split, "top1")
+            if metric != "top1":
+                raise UserError(f"cooking.shortcut=hard_first counts right answers, and {metric} is no such count")
             known = torch.stack([correct(load()["logits"], split.labels) for load in kitchen.logits])
 
             def images_correct(weights: Weights, images: Tensor) -> Tensor:
@@ -171,8 +191,7 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
     """Appendix I; the coefficients of all groups are kept, and their mean is what soup.json lists."""
     split, settings = kitchen.evaluator.split(kitchen.split), kitchen.cooking.learned
     files: list[Loader] = [partial(FileWeights, i.folder / "weights.safetensors") for i in kitchen.pool]
-    images = torch.cat(list(kitchen.evaluator.batches(kitchen.split)))
-    labels = split.labels.to(kitchen.evaluator.model.head.weight.device)
+    images, labels = kitchen.evaluator.together(kitchen.split), split.labels.to(kitchen.evaluator.model.device)
     descent = LearnedSettings(
         per=per,
         lr=settings.lr,
@@ -197,12 +216,10 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
 
 def _model_stock(kitchen: Kitchen) -> Mixed:
     """Of the fine-tuned models and the initialisation, row 0."""
-    start, *tuned = kitchen.pool
-    if start.row != 0:
-        raise UserError("recipe=model_stock starts from row 0, the initialisation, which is not in the pool")
-    stock = model_stock(start.load, [ingredient.load for ingredient in tuned])
+    tuned = [place for place, ingredient in enumerate(kitchen.pool) if ingredient.row]
+    stock = model_stock(kitchen.start.load, [kitchen.pool[place].load for place in tuned])
     moved = [ratio for name, ratio in stock.ratios.items() if stock.cosines[name] < 1]
-    soup = Soup(stock.weights, tuple(range(1, len(kitchen.pool))), equal(len(tuned)))
+    soup = Soup(stock.weights, tuple(tuned), equal(len(tuned)))
     return Mixed(soup, {"mean_ratio": sum(moved) / max(1, len(moved))})
 
 
@@ -212,7 +229,7 @@ def _wise_ft(kitchen: Kitchen) -> Mixed:
     file = RunFolder.of(kitchen.evaluator.config).soup(cooking.of) / "weights.safetensors"
     if not file.exists():
         raise UserError(f"{file} is missing: run python -m soups recipe={cooking.of} first, or choose cooking.of")
-    weights = wise_ft(kitchen.pool[0].load, lambda: load_weights(file), cooking.alpha)
+    weights = wise_ft(kitchen.start.load, lambda: load_weights(file), cooking.alpha)
     return Mixed(Soup(weights, (0,), (1.0,)), {"of": cooking.of, "alpha": cooking.alpha})
 
 

@@ -87,6 +87,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
+def score_of(held_out: dict[str, Any]) -> float:
+    """What a record of a model says of held-out: its score by the task's metric, else the share of right answers."""
+    return held_out["score"] if "score" in held_out else held_out["correct"] / held_out["n"]
+
+
 @dataclass(frozen=True)
 class Ingredient:
     """A fine-tuned model of the pool, as its done.json describes it."""
@@ -95,15 +100,14 @@ class Ingredient:
     folder: Path
     digest: str  # of the weights; empty where it diverged
     drawn: dict[str, Any]
-    held_out_correct: int
-    held_out_n: int
+    held_out: dict[str, Any]  # correct and n, and score where the task has another metric than top-1
     status: str  # "done", or "diverged"
     seconds: float
 
     @property
-    def held_out_top1(self) -> float:
-        """Held-out accuracy in [0, 1]; what recipes sort by."""
-        return self.held_out_correct / self.held_out_n
+    def held_out_score(self) -> float:
+        """By the task's metric; what recipes sort by."""
+        return score_of(self.held_out)
 
     @property
     def usable(self) -> bool:
@@ -146,15 +150,13 @@ def read_pool(run: RunFolder, rows: int) -> list[Ingredient]:
             missing.append(row)
             continue
         done = read_json(folder / "done.json")
-        score = done["held_out"]
         pool.append(
             Ingredient(
                 row=row,
                 folder=folder,
                 digest=done["digest"] or "",
                 drawn=done["drawn"],
-                held_out_correct=score["correct"],
-                held_out_n=score["n"],
+                held_out=done["held_out"],
                 status=done["status"],
                 seconds=done["seconds"],
             )
@@ -171,8 +173,9 @@ def write_manifest(run: RunFolder, pool: list[Ingredient]) -> Path:
             "row": ingredient.row,
             **ingredient.drawn,
             "digest": ingredient.digest,
-            "held_out_top1": ingredient.held_out_top1,
-            "held_out_n": ingredient.held_out_n,
+            "held_out_top1": ingredient.held_out["correct"] / ingredient.held_out["n"],
+            "held_out_n": ingredient.held_out["n"],
+            **({"held_out_score": ingredient.held_out_score} if "score" in ingredient.held_out else {}),
             "status": ingredient.status,
             "seconds": ingredient.seconds,
         }

@@ -1,20 +1,22 @@
 """Look at every split of a task before anything is trained on it:  python -m tasks.check task=imagenet
 
-Prints for each split how many images and classes it has, where they are and a digest, and decodes a few of them. Ends
-with OK, or with what is wrong and exit status 2.
+Prints for each split how many images and classes it has, where they are and a digest, and decodes a few of them; of
+texts how many there are of each class, and one of them. Ends with OK, or with what is wrong and exit status 2.
 """
 
 import hydra
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from configs.cli import one_line_errors
 from configs.errors import UserError
 from configs.schema import CONFIGS, Task, parse
 from tasks.load import class_names, load_annotations, load_split
-from tasks.split import Images
+from tasks.split import Examples, Images
+from tasks.texts import TextSplit
 
 
-def _classes(task: Task, images: Images) -> str:
+def _classes(task: Task, images: Examples) -> str:
     """What a split reports, e.g. 113 over 125 of 1,000."""
     if images.space is None:
         return f"{task.size:,}"
@@ -27,11 +29,24 @@ def describe(task: Task, name: str) -> str:
     """One line about a split, of which the first, the middle and the last image have been decoded.
 
     Raises:
-        UserError: as `load_split`; an image that cannot be decoded, or no image.
+        UserError: as `load_split`; an image that cannot be decoded, or no example.
     """
-    images = load_split(task, name)
-    if len(images) == 0:
-        raise UserError(f"split {name!r} has no image")
+    examples = load_split(task, name)
+    if len(examples) == 0:
+        raise UserError(f"split {name!r} has no example")
+    if isinstance(examples, TextSplit):
+        return _describe_texts(task, examples)
+    return _describe_images(task, name, examples)  # type: ignore[arg-type]  # of every other kind
+
+
+def _describe_texts(task: Task, texts: TextSplit) -> str:
+    counts = torch.bincount(texts.labels, minlength=task.size).tolist()
+    of_each = ", ".join(f"{n:,} {option}" for n, option in zip(counts, class_names(task), strict=True))
+    first = " | ".join(texts.fields[0])
+    return f"{texts.name}: {len(texts):,} texts ({of_each}), e.g. {first[:80]!r}, digest {texts.digest[:12]}"
+
+
+def _describe_images(task: Task, name: str, images: Images) -> str:
     sizes = set()
     for row in sorted({0, len(images) // 2, len(images) - 1}):
         sizes.add("{}x{}".format(*images.pil(row).size))
@@ -59,7 +74,7 @@ def check(task: Task) -> None:
             problems.append(str(error))
     try:
         names = class_names(task)
-        print(f"class names: {names[0]}, {names[1]}, ..., {names[-1]}")
+        print(f"class names: {', '.join(names if len(names) < 4 else (*names[:2], '...', names[-1]))}")
         for name, right in load_annotations(task).items():
             print(f"annotations {name}: {int(right.any(dim=1).sum()):,} images, {int(right.sum()):,} answers")
     except UserError as error:

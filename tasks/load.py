@@ -1,4 +1,4 @@
-"""From a task's settings to images, labels, annotations and class names, whatever the task."""
+"""From a task's settings to examples, labels, annotations and class names, whatever the task."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -7,13 +7,17 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Task
-from tasks import annotations, cars, cifar, image_folder, listings, parquet, wilds
+from tasks import annotations, cars, cifar, glue, image_folder, listings, parquet, wilds
 from tasks.emoji.load import class_names as emoji_class_names
 from tasks.emoji.load import load_split as load_emoji_split
 from tasks.files import ROOT, FileSplit, Lists, listed_split
 from tasks.image_folder import FolderSplit
 from tasks.parquet import ParquetSplit
-from tasks.split import Images, Split, narrowed
+from tasks.parts import own_name
+from tasks.sentiment import load as sentiment
+from tasks.split import Examples, Split, narrowed
+from tasks.tables import own_sentences
+from tasks.texts import TextSplit, text_split
 
 LISTS: dict[str, Lists] = {
     "dtd": listings.DTD,
@@ -61,7 +65,17 @@ def _all_class_names(task: Task) -> tuple[str, ...]:
     return _names_in(task.names, task.num_classes)
 
 
-def _whole_split(task: Task, name: str) -> Split | FolderSplit | FileSplit | ParquetSplit:
+def _text_split(task: Task, name: str) -> TextSplit:
+    match task.kind:
+        case "glue":
+            return glue.load_split(task, name)
+        case "sentiment":
+            return sentiment.load_split(task, name)
+    path = ROOT / task.folder / f"{own_name(task, name)}.tsv"
+    return text_split(task, name, own_sentences(path, task.label, task.options))
+
+
+def _image_split(task: Task, name: str) -> Split | FolderSplit | FileSplit | ParquetSplit:
     if task.kind == "image_folder":
         return image_folder.load_split(task, name)
     if task.kind == "emoji":
@@ -84,21 +98,21 @@ def class_names(task: Task) -> tuple[str, ...]:
     Raises:
         UserError: the data have another number of classes than the settings say, or a file is missing or damaged.
     """
-    names = _all_class_names(task)
+    names = task.options if task.is_text else _all_class_names(task)
     return tuple(names[i] for i in _ids(task))
 
 
 @lru_cache(maxsize=16)
-def load_split(task: Task, name: str) -> Images:
-    """The images and labels of one split; with `task.parts` or `task.classes`, those of some classes only.
+def load_split(task: Task, name: str) -> Examples:
+    """The examples and labels of one split; with `task.parts` or `task.classes`, those of some classes only.
 
-    Read once in a process: a worker trains and evaluates many models on the same images.
+    Read once in a process: a worker trains and evaluates many models on the same examples.
 
     Raises:
-        UserError: a missing or damaged file, labels that contradict the class list, or not as many images as
+        UserError: a missing or damaged file, labels that contradict the class list, or not as many examples as
             `task.counts` says.
     """
-    split = _whole_split(task, name)
+    split = _text_split(task, name) if task.is_text else _image_split(task, name)
     if task.parts == 1 and task.classes is None:
         return split
     part = "" if task.parts == 1 else f"/{task.part} of {task.parts}"
@@ -116,8 +130,8 @@ def load_annotations(task: Task) -> dict[str, Tensor]:
     """
     if not task.annotations:
         return {}
-    whole = _whole_split(task, task.test)
-    if isinstance(whole, Split | ParquetSplit):
+    whole = None if task.is_text else _image_split(task, task.test)
+    if whole is None or isinstance(whole, Split | ParquetSplit):
         raise UserError(f"task.annotations are matched by file name, which images of task.kind={task.kind} do not have")
     rows = narrowed(whole, _ids(task)).rows
     found = {}

@@ -11,8 +11,8 @@ from torch import Tensor
 from tasks.label_space import LabelSpace
 
 
-class Images(Protocol):
-    """Images and labels that are used together."""
+class Examples(Protocol):
+    """Images or texts and labels that are used together."""
 
     @property
     def labels(self) -> Tensor:
@@ -24,7 +24,7 @@ class Images(Protocol):
 
     @property
     def groups(self) -> Tensor | None:
-        """(N,) int64 ids of the groups of which the worst is reported, -1 for an image in none; None without them."""
+        """(N,) int64 ids of the groups of which the worst is reported, -1 for an example in none; None without."""
 
     @property
     def group_names(self) -> tuple[str, ...]:
@@ -32,10 +32,14 @@ class Images(Protocol):
 
     @property
     def digest(self) -> str:
-        """Names the images and labels."""
+        """Names the examples and labels."""
 
     def __len__(self) -> int:
         """N."""
+
+
+class Images(Examples, Protocol):
+    """Examples that are images."""
 
     def pil(self, index: int) -> Image.Image:
         """One image, RGB, of its own size."""
@@ -79,7 +83,7 @@ class Narrowed:
     groups: Tensor | None
 
 
-def narrowed(images: Images, ids: Sequence[int]) -> Narrowed:
+def narrowed(images: Examples, ids: Sequence[int]) -> Narrowed:
     """The part of a split that is about the task's classes `ids`.
 
     Raises:

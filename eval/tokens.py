@@ -1,0 +1,36 @@
+"""The texts of a task as a model reads them."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from torch import Tensor
+
+from configs.data import Task
+from configs.training import Model
+from models.readers import source, tokenizer_of
+from models.tokens import TokenSplit
+from store.runs import digest_of
+from tasks.load import load_split
+from tasks.texts import TextSplit, pieces_of
+
+
+@lru_cache(maxsize=16)
+def token_split(model: Model, task: Task, name: str) -> TokenSplit:
+    """One split of texts; read once in a process, as `load_split`.
+
+    Raises:
+        UserError: as `load_split`, `tokenizer_of` and `Tokenizer.encode`.
+    """
+    texts = load_split(task, name)
+    assert isinstance(texts, TextSplit)  # of a task of texts
+    words, pieces = tokenizer_of(model, task.options), pieces_of(task.template or "")
+    # The kind of model is part of the key, and where its tokenizer is from: another one may split the same text alike.
+    parts = {"pieces": pieces, "before": words.before, "after": words.after, "max_length": words.max_length}
+    key = digest_of(parts | {"kind": model.kind, "source": source(model) if model.kind != "minilm" else "minilm"})
+    return TokenSplit(words.encode(pieces, texts.columns, texts.fields), texts.labels, words.pad, key)
+
+
+def token_batches(texts: TokenSplit, rows: Tensor, batch: int) -> Iterator[Tensor]:
+    """(b, L) int64 ids of `batch` texts but for the last, in the order of `rows`, (N,); none of no texts."""
+    for part in rows.split(batch) if len(rows) else ():
+        yield texts.batch(part)

@@ -1,0 +1,110 @@
+"""From texts to token ids, and batches of them that are padded no more than they must be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from configs.errors import UserError
+
+Pieces = Sequence[tuple[str, str | None]]  # words of a template, each with the column after it, if one is there
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer, and what a network wants around every text."""
+
+    tokenizer: Any  # of transformers
+    max_length: int  # tokens, with all that is around
+    before: tuple[int, ...]  # ids
+    after: tuple[int, ...]
+
+    @property
+    def pad(self) -> int:
+        """The id that fills the shorter texts of a batch, and that no text has."""
+        return self.tokenizer.pad_token_id
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text by itself; what looks like a special token in it is read as words."""
+        if not texts:
+            return []
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def encode(self, pieces: Pieces, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Tensor, ...]:
+        """(L_i,) int64 ids of each row under a template, at most `max_length`.
+
+        Where a row is too long, the longest of its fields loses tokens at its end, again and again: words of the
+        template and shorter fields stay whole.
+
+        Raises:
+            UserError: what is around the fields alone is longer than `max_length`.
+        """
+        words = self.plain([text for text, _ in pieces])
+        fields = {column: self.plain([row[columns.index(column)] for row in rows]) for _, column in pieces if column}
+        room = self.max_length - len(self.before) - len(self.after) - sum(map(len, words))
+        if room < len(fields):
+            raise UserError(f"model.max_length={self.max_length} leaves no room beside the template and the options")
+        encoded = []
+        for i in range(len(rows)):
+            lengths = {column: len(ids[i]) for column, ids in fields.items()}
+            while sum(lengths.values()) > room:
+                longest = max(lengths, key=lambda column: lengths[column])
+                lengths[longest] -= 1
+            parts: list[Sequence[int]] = [self.before]
+            for ids, (_, column) in zip(words, pieces, strict=True):
+                parts += [ids] if column is None else [ids, fields[column][i][: lengths[column]]]
+            encoded.append(torch.tensor([*chain.from_iterable(parts), *self.after]))
+        return tuple(encoded)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSplit:
+    """A split of texts as a network reads them."""
+
+    ids: tuple[Tensor, ...]  # (N) of (L_i,) int64
+    labels: Tensor  # (N,) int64 class ids
+    pad: int
+    key: str  # names what the ids depend on beside the texts
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(N,) tokens of each."""
+        return torch.tensor([len(ids) for ids in self.ids])
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """(b, L) int64 ids of some texts, padded to the longest of them."""
+        return pad_sequence([self.ids[row] for row in rows.tolist()], batch_first=True, padding_value=self.pad)
+
+
+def longest_first(lengths: Tensor) -> Tensor:
+    """(N,) the order of texts in which neighbours are alike in length and memory is asked for most at first."""
+    return lengths.argsort(descending=True, stable=True)
+
+
+def alike_in_length(order: Tensor, lengths: Tensor, batch: int, window: int, generator: torch.Generator) -> Tensor:
+    """(n,) an order whose batches are of texts that are alike in length, by chance in all other respects.
+
+    Of each `window` batches of a random order, texts are sorted by length and cut into batches anew, which then come
+    in random order. What is left over at the end, and belongs to no whole batch, stays there.
+
+    Args:
+        order: (n,) a random order of rows.
+        lengths: (N,) tokens of each row.
+        batch: texts a step.
+        window: batches.
+        generator: of the order of batches.
+    """
+    whole = len(order) // batch * batch
+    found = []
+    for part in order[:whole].split(window * batch):
+        batches = part[longest_first(lengths[part])].split(batch)
+        found += [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return torch.cat([*found, order[whole:]])

@@ -1,0 +1,1 @@
+"""The embedded text benchmark (README.md)."""

@@ -1,0 +1,98 @@
+"""One split of a text benchmark, in memory: what each example's columns say, and its label."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.chance import uniform
+from configs.errors import UserError
+from configs.schema import Task
+from tasks.label_space import LabelSpace
+from tasks.parts import rows_of
+from tasks.split import narrowed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a file says."""
+
+    columns: tuple[str, ...]
+    fields: Sequence[tuple[str, ...]]  # N, a text for each column
+    labels: Sequence[int]  # N class ids
+    source: Path  # for messages
+
+
+@dataclass(frozen=True, eq=False)
+class TextSplit:
+    """Texts and labels that are used together; as `tasks.split.Images`, with columns in place of pixels."""
+
+    name: str
+    columns: tuple[str, ...]
+    fields: tuple[tuple[str, ...], ...]  # (N) texts, one for each column
+    labels: Tensor  # (N,) int64 class ids
+    digest: str  # of columns, texts and labels
+    space: LabelSpace | None = None
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of_classes(self, ids: Sequence[int], digest: str) -> "TextSplit":
+        """The texts of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
+        part = narrowed(self, ids)
+        fields = tuple(self.fields[row] for row in part.rows.tolist())
+        return TextSplit(self.name, self.columns, fields, part.labels, digest)
+
+
+def pieces_of(template: str) -> list[tuple[str, str | None]]:
+    """The words of a template, each with the column that comes after it, if one does.
+
+    Raises:
+        UserError: braces without a plain name in them.
+
+    >>> pieces_of("premise: {a} | {b} |")
+    [('premise: ', 'a'), (' | ', 'b'), (' |', None)]
+    """
+    try:
+        parsed = [(words, column, spec, how) for words, column, spec, how in Formatter().parse(template)]
+    except ValueError as error:
+        raise UserError(f"task.template={template!r}: {error}") from None
+    if any(column == "" or spec or how for _, column, spec, how in parsed):
+        raise UserError(f"task.template={template!r}: columns stand in braces by their plain name, as in {{sentence}}")
+    return [(words, column) for words, column, _, _ in parsed]
+
+
+def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
+    """A split from what its file says: all rows, the part of train that is or is not held out, or some of them.
+
+    Which texts are held out, and which `task.take` takes, depends on each text alone, not on those beside it.
+
+    Raises:
+        UserError: a template with a column that is not there; other counts than the task's; too few to take.
+    """
+    unknown = [column for _, column in pieces_of(task.template or "") if column and column not in rows.columns]
+    if unknown:
+        raise UserError(f"task.template has {{{unknown[0]}}}, but {rows.source} has {', '.join(rows.columns)}")
+    labels = np.array(rows.labels, dtype=np.int64)
+
+    def key(row: int) -> str:
+        return "\0".join(rows.fields[row])
+
+    chosen = rows_of(task, name, labels, task.options, key=key, where=rows.source).tolist()
+    if name in task.take:
+        if task.take[name] > len(chosen):
+            raise UserError(f"task.take.{name}={task.take[name]}, but {rows.source} has {len(chosen)} texts for it")
+        drawn = sorted(chosen, key=lambda row: (uniform("take", key(row)), row))
+        chosen = sorted(drawn[: task.take[name]])
+    content = hashlib.blake2b("\0".join(rows.columns).encode(), digest_size=16)
+    for row in chosen:
+        content.update(f"{key(row)}\0{labels[row]}\n".encode())
+    fields = tuple(rows.fields[row] for row in chosen)
+    return TextSplit(name, rows.columns, fields, torch.from_numpy(labels[chosen]), content.hexdigest())
