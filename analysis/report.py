@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.figures import coefficients_map, figure1, save
-from analysis.results import SHIFT_MEAN, benchmark_name, measure, scatter_points, tidy
+from analysis.results import SHIFT_MEAN, benchmark_name, measure, scatter_points, tidy, titled
 from analysis.sets import report_sets
 from analysis.tables import table3, write_table
 from configs.schema import Experiment
@@ -58,7 +58,7 @@ def _errors(scores: pd.DataFrame, test: str) -> pd.DataFrame:
 
 
 def analyse(config: Experiment) -> Report:
-    """Write table3.{md,tex,csv}, figure1.{pdf,png,csv} and provenance.json, from cached logits.
+    """Write table3.{md,tex,csv} (of texts table5), figure1.{pdf,png,csv} and provenance.json, from cached logits.
 
     Raises:
         UserError: a stage before this one is not finished.
@@ -69,9 +69,10 @@ def analyse(config: Experiment) -> Report:
     points = scatter_points(config, pool, methods)
     folder = RunFolder.of(config).analysis
     table = table3(scores, config.model.head)
-    files = write_table(table, scores, folder / "table3", note(config))
+    stem = folder / ("table5" if config.task.is_text else "table3")
+    files = write_table(table, scores, stem, note(config), metrics=config.task.metrics)
     if config.task.shifts:
-        title = benchmark_name(config).capitalize()
+        title = titled(benchmark_name(config))
         files += save(
             figure1(points, _errors(scores, config.task.test), title, len(config.task.shifts)), folder / "figure1"
         )

@@ -22,6 +22,7 @@ from store.atomic import read_json
 from store.runs import RunFolder, score_of
 
 SHIFT_MEAN = "shift_mean"
+GLUE_NAMES = {"mrpc": "MRPC", "rte": "RTE", "cola": "CoLA", "sst2": "SST-2"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,19 @@ def method_of(
 
 def benchmark_name(config: Experiment) -> str:
     """What the task is called in tables and figures."""
-    return config.task.kind if config.task.kind == "emoji" else config.task.folder.name
+    task = config.task
+    if task.subset is not None:
+        return GLUE_NAMES[task.subset]
+    return task.kind if task.kind in ("emoji", "sentiment") else task.folder.name
+
+
+def titled(name: str) -> str:
+    """With a capital at its beginning, and the others as they are.
+
+    >>> titled("emoji"), titled("CoLA")
+    ('Emoji', 'CoLA')
+    """
+    return name[:1].upper() + name[1:]
 
 
 def over_orders(name: str, orders: list[Method]) -> Method:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.figures import save
-from analysis.results import SHIFT_MEAN, Method, accuracy_in, benchmark_name, columns_of, compare, method_of
+from analysis.results import SHIFT_MEAN, Method, accuracy_in, benchmark_name, columns_of, compare, method_of, titled
 from analysis.tables import percent, points, write_table
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -176,7 +176,9 @@ def report_sets(config: Experiment, evaluator: Evaluator, folder: Path, note: st
     methods, notes = measure_sets(config, evaluator)
     tidy = tidy_sets(config, methods, notes, evaluator)
     test = config.task.test
-    files = write_table(sets_table(tidy, test), tidy, folder / "rows", note, baseline="the first row")
+    files = write_table(
+        sets_table(tidy, test), tidy, folder / "rows", note, baseline="the first row", metrics=config.task.metrics
+    )
     if not config.task.shifts:
         return files
-    return files + save(sets_figure(tidy, test, benchmark_name(config).capitalize()), folder / "rows")
+    return files + save(sets_figure(tidy, test, titled(benchmark_name(config))), folder / "rows")

@@ -1,5 +1,6 @@
 """Table 3's shape: methods by splits, with paired-bootstrap intervals against the best individual model."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -28,8 +29,30 @@ NAMES = {
     "greedy_ensemble": "Greedy ensemble",
     "ensemble_with_replacement": "Greedy ensemble (with replacement)",
 }
-HEADS = {"linear_probe": "linear probe", "zero_shot": "zero-shot", "random": "random head"}
-SPLITS = {"test": "Test", "v2": "V2", "r": "R", "sketch": "Sketch", "objectnet": "ObjectNet-like", "a": "A-like"}
+HEADS = {
+    "linear_probe": "linear probe",
+    "zero_shot": "zero-shot",
+    "random": "random head",
+    "prompt": "pretrained, asked",
+}
+SPLITS = {
+    "test": "Test",
+    "v2": "V2",
+    "r": "R",
+    "sketch": "Sketch",
+    "objectnet": "ObjectNet-like",
+    "a": "A-like",
+    "amazon": "Amazon",
+    "tweets": "Tweets",
+    "nyt": "NYT",
+}
+METRICS = {
+    "top1": "Top-1 accuracy",
+    "macro_f1": "Macro F1",
+    "worst_group": "Accuracy of the worst group",
+    "matthews": "Matthews correlation",
+    "accuracy_and_f1": "Mean of accuracy and F1",
+}
 
 
 def percent(fraction: float) -> str:
@@ -82,22 +105,55 @@ def table3(tidy: pd.DataFrame, head: str = "linear_probe") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def caption(tidy: pd.DataFrame, note: str, baseline: str) -> str:
+def measured(metrics: Mapping[str, str], columns: Iterable[str]) -> str:
+    """What the numbers of a table are, split by split where they differ.
+
+    >>> measured({"ood": "macro_f1"}, ["test", "ood"])
+    'Top-1 accuracy (Test), macro F1 (ood)'
+    """
+    of = {column: METRICS[metrics.get(column, "top1")] for column in columns if column != SHIFT_MEAN}
+    if len(set(of.values())) == 1:
+        return next(iter(of.values()))
+    parts = [
+        f"{metric} ({', '.join(SPLITS.get(c, c) for c in of if of[c] == metric)})"
+        for metric in dict.fromkeys(of.values())
+    ]
+    return ", ".join([parts[0], *(part[:1].lower() + part[1:] for part in parts[1:])])
+
+
+def caption(tidy: pd.DataFrame, note: str, baseline: str, metrics: Mapping[str, str]) -> str:
     """What the table shows, with n of every split."""
     sizes = tidy.drop_duplicates("column").set_index("column")["n"]
     counts = ", ".join(f"{SPLITS.get(c, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
     return (
-        f"Top-1 accuracy in %, n: {counts}. Differences in percentage points to {baseline}, with 95 % "
-        f"paired-bootstrap intervals. {note}"
+        f"{measured(metrics, sizes.index)} in %, n: {counts}. Differences in percentage points to {baseline}, with "
+        f"95 % paired-bootstrap intervals. {note}"
     )
 
 
 BEST = "the best individual model, chosen on the held-out split"
 
 
-def write_table(table: pd.DataFrame, tidy: pd.DataFrame, stem: Path, note: str, baseline: str = BEST) -> list[Path]:
-    """Write stem.md, stem.tex (booktabs) and stem.csv (the tidy numbers behind both)."""
-    text = caption(tidy, note, baseline)
+def write_table(
+    table: pd.DataFrame,
+    tidy: pd.DataFrame,
+    stem: Path,
+    note: str,
+    *,
+    baseline: str = BEST,
+    metrics: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write stem.md, stem.tex (booktabs) and stem.csv (the tidy numbers behind both).
+
+    Args:
+        table: of text cells.
+        tidy: the numbers.
+        stem: path without suffix.
+        note: names proxies.
+        baseline: what differences are to.
+        metrics: split -> how it is scored, where that is not top-1.
+    """
+    text = caption(tidy, note, baseline, metrics or {})
     markdown, latex, csv = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".tex", ".csv"))
     write_text(markdown, f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
     escaped = table.rename(columns=_escape).map(_escape)

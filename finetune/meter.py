@@ -88,7 +88,7 @@ def training_flops(model: nn.Module, example: Tensor) -> int | None:
 
 @dataclass
 class Meter:
-    """Told of each step, it knows images a second, the share of the peak, and the time that is left.
+    """Told of each step, it knows examples a second, the share of the peak, and the time that is left.
 
     The first step sets the clock: it waits for the first batch, for compilation and for the choice of kernels.
     """
@@ -103,11 +103,11 @@ class Meter:
     _paused: float = field(default=0.0, init=False)  # seconds of all pauses
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
-    def step(self, images: int) -> None:
-        """A step ended; `images` of all processes were in it."""
+    def step(self, examples: int) -> None:
+        """A step ended; `examples` of all processes were in it."""
         now = self.clock()
         if self._since is not None:
-            self._recent.append((now - self._since, images))
+            self._recent.append((now - self._since, examples))
         self._since = now
         self.taken += 1
 
@@ -119,17 +119,17 @@ class Meter:
             self._since = now
 
     @property
-    def images_per_second(self) -> float | None:
+    def examples_per_second(self) -> float | None:
         """Over the last steps, without pauses; None before there are two."""
         seconds = sum(took for took, _ in self._recent)
-        return sum(images for _, images in self._recent) / seconds if seconds > 0 else None
+        return sum(examples for _, examples in self._recent) / seconds if seconds > 0 else None
 
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation, a share of 1."""
-        if self.images_per_second is None or self.flops is None or self.peak is None:
+        if self.examples_per_second is None or self.flops is None or self.peak is None:
             return None
-        return self.images_per_second * self.flops / self.peak
+        return self.examples_per_second * self.flops / self.peak
 
     @property
     def seconds_left(self) -> float | None:
@@ -140,8 +140,8 @@ class Meter:
         return a_step * (self.total - self.first - self.taken)
 
     def rates(self) -> dict[str, float]:
-        """What is known of images_per_second and mfu, by these names."""
-        known = {"images_per_second": self.images_per_second, "mfu": self.mfu}
+        """What is known of examples_per_second and mfu, by these names."""
+        known = {"examples_per_second": self.examples_per_second, "mfu": self.mfu}
         return {name: value for name, value in known.items() if value is not None}
 
 
@@ -158,8 +158,8 @@ def progress(meter: Meter, title: str, console: Console) -> Iterator[Callable[[i
 
     def told(loss: float) -> str:
         parts = [f"loss {loss:.4g}"]
-        if meter.images_per_second is not None:
-            parts.append(f"{meter.images_per_second:,.0f} images/s")
+        if meter.examples_per_second is not None:
+            parts.append(f"{meter.examples_per_second:,.0f} examples/s")
         if meter.mfu is not None:
             parts.append(f"MFU {100 * meter.mfu:.1f} %")
         if meter.seconds_left is not None:

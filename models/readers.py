@@ -21,6 +21,7 @@ from transformers import (
     BertForMaskedLM,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from configs.errors import UserError
 from configs.training import Model
@@ -89,6 +90,7 @@ def _tokenizer(model: Model) -> Any:
 
 def _network(model: Model, *, weights: bool) -> PreTrainedModel:
     """With its weights in float32, or with random ones (none under torch.device("meta"))."""
+    logging.disable_progress_bar()  # one for the tensors of each small file says nothing
     try:
         if weights:
             return CLASSES[model.kind].from_pretrained(source(model), dtype=torch.float32, use_safetensors=True).eval()

@@ -42,22 +42,22 @@ def lines_of(meter, clock, steps, seconds, width=200, **console):
     return out.getvalue().splitlines()
 
 
-def test_images_per_second_leave_out_the_first_step_and_what_was_no_training(clock):
+def test_examples_per_second_leave_out_the_first_step_and_what_was_no_training(clock):
     meter = Meter(total=10, clock=clock)
     take(meter, clock, 1, seconds=60)  # compilation
-    assert meter.images_per_second is meter.seconds_left is None
+    assert meter.examples_per_second is meter.seconds_left is None
     take(meter, clock, 1, seconds=1)
     clock.now += 500  # a look at held-out
     meter.resume()
     take(meter, clock, 1, seconds=3)
-    assert meter.images_per_second == 16 / 4
+    assert meter.examples_per_second == 16 / 4
 
 
-def test_images_per_second_are_those_of_the_last_hundred_steps(clock):
+def test_examples_per_second_are_those_of_the_last_hundred_steps(clock):
     meter = Meter(total=1000, clock=clock)
     take(meter, clock, 100, seconds=1)
     take(meter, clock, 100, seconds=0.5)
-    assert meter.images_per_second == 16
+    assert meter.examples_per_second == 16
 
 
 def test_the_time_left_has_pauses_as_often_as_they_were(clock):
@@ -81,11 +81,11 @@ def test_utilisation_is_the_share_of_the_peak_and_unknown_without_it(clock):
     meter = Meter(total=10, flops=3e9, peak=120e9, clock=clock)
     take(meter, clock, 3, seconds=1, images=10)
     assert meter.mfu == pytest.approx(10 * 3e9 / 120e9)
-    assert meter.rates() == {"images_per_second": 10, "mfu": meter.mfu}
+    assert meter.rates() == {"examples_per_second": 10, "mfu": meter.mfu}
     for unknown in (Meter(total=10, flops=3e9, clock=clock), Meter(total=10, peak=1e9, clock=clock)):
         take(unknown, clock, 3, seconds=1)
         assert unknown.mfu is None
-        assert unknown.rates() == {"images_per_second": 8}
+        assert unknown.rates() == {"examples_per_second": 8}
 
 
 def image(size):
@@ -162,12 +162,12 @@ def test_the_peak_is_that_of_the_very_card_or_unknown(name, precision, tera):
 def test_a_log_has_a_line_every_30_seconds_and_one_at_the_end(clock):
     lines = lines_of(Meter(total=100, flops=1e9, peak=16e9, clock=clock), clock, steps=100, seconds=1)
     assert [line.split(" of ")[0] for line in lines] == [f"row 3: step {n}" for n in (30, 60, 90, 100)]
-    assert lines[1] == "row 3: step 60 of 100 after 0:01:00, loss 0.01667, 8 images/s, MFU 50.0 %, 0:00:40 left"
+    assert lines[1] == "row 3: step 60 of 100 after 0:01:00, loss 0.01667, 8 examples/s, MFU 50.0 %, 0:00:40 left"
 
 
 def test_a_log_of_a_resumed_training_goes_on_from_its_step(clock):
     (line,) = lines_of(Meter(total=100, first=60, clock=clock), clock, steps=10, seconds=2)
-    assert line == "row 3: step 70 of 100 after 0:00:20, loss 0.01429, 4 images/s, 0:01:00 left"
+    assert line == "row 3: step 70 of 100 after 0:00:20, loss 0.01429, 4 examples/s, 0:01:00 left"
 
 
 def test_a_training_that_fails_says_where_it_was(clock):
@@ -183,4 +183,4 @@ def test_a_terminal_has_a_bar_and_the_same_numbers_even_where_it_is_narrow(clock
     meter = Meter(total=7185, first=60, flops=1e9, peak=16e9, clock=clock)
     shown = lines_of(meter, clock, steps=10, seconds=2, width=80, force_terminal=True, no_color=True)
     bar = re.sub(r"\x1b\[[\d?]*\w", "", shown[-2])
-    assert " ".join(bar.split()) == "row 3 70/7185 0:00:20, loss 0.01429, 4 images/s, MFU 25.0 %, 3:57:10 left"
+    assert " ".join(bar.split()) == "row 3 70/7185 0:00:20, loss 0.01429, 4 examples/s, MFU 25.0 %, 3:57:10 left"

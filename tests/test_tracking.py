@@ -15,7 +15,7 @@ from finetune.tracking import run_id, tracked
 
 wandb = pytest.importorskip("wandb")
 ROOT = Path(__file__).resolve().parents[1]
-POINT = {"step": 2, "loss": 0.5, "lr": 0.1, "images_per_second": 64.0, "mfu": None}
+POINT = {"step": 2, "loss": 0.5, "lr": 0.1, "examples_per_second": 64.0, "mfu": None}
 LOOK = {"step": 2, "weights": "ema_0.999", "held_out_correct": 3, "held_out_n": 4}
 END = {"epoch": 1, "step": 2, "loss": 0.75, "lr": 0.1}
 
@@ -98,7 +98,7 @@ def test_an_offline_run_holds_the_group_the_settings_the_drawn_values_and_the_cu
     ]
     named = [{key: value for key, value in point.items() if not key.startswith("_")} for point in points]
     assert named == [
-        {"step": 2, "train/loss": 0.5, "train/lr": 0.1, "train/images_per_second": 64},
+        {"step": 2, "train/loss": 0.5, "train/lr": 0.1, "train/examples_per_second": 64},
         {"step": 2, "held_out/ema_0.999": 0.75},
         {"step": 2, "train/epoch": 1, "train/epoch_loss": 0.75, "train/lr": 0.1},
     ]
