@@ -10,14 +10,17 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
 # The stamp holds the requirements it was made from, so that an environment shared by clones is renewed when they differ.
-setup:  ## the environment, from requirements.txt; instant when it is there
-	@cmp -s requirements.txt $(VENV)/.requirements || { \
+# Of the text benchmark the images need nothing, so a registry that does not give it stops no one.
+setup:  ## the environment, from requirements.txt and requirements-text.txt; instant when it is there
+	@cat requirements.txt requirements-text.txt | cmp -s - $(VENV)/.requirements || { \
 	  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
 	    || { echo "error: Python 3.10 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }; \
 	  echo "setting up $(VENV), once; torch is large"; \
 	  $(PYTHON) -m venv $(VENV) \
 	  && $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt \
-	  && cp requirements.txt $(VENV)/.requirements; }
+	  && $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-text.txt \
+	  && { $(RUN) -m tasks.sentiment.fetch || true; } \
+	  && cat requirements.txt requirements-text.txt > $(VENV)/.requirements; }
 
 demo: setup  ## fine-tune a sweep, cook soups, write Table 3 and Figure 1
 	@$(RUN) reproduce.py experiment=demo

@@ -46,7 +46,7 @@ class Task:
     subset: Literal["mrpc", "rte", "cola", "sst2"] | None = None  # of glue: which of its tasks
     template: str | None = None  # of texts: what a network reads, with columns in braces, as in "sentence: {sentence}"
     options: tuple[str, ...] = ()  # of texts: what the classes are called, in the order of their ids
-    take: dict[str, Count] = dataclasses.field(default_factory=dict, hash=False)  # of texts: split -> only so many
+    take: dict[str, Count] | None = dataclasses.field(default=None, hash=False)  # of texts: split -> only so many
     # of image_folder: split -> how many of train's classes it has; such a split is reported over these classes alone
     subsets: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
     numbered: tuple[str, ...] = ()  # of image_folder: splits whose class folders are called 0, 1, ...

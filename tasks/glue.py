@@ -69,8 +69,14 @@ def read_hub(name: str, subset: str, split: str) -> Rows:
     """
     import datasets  # noqa: PLC0415  # seconds that other tasks need not wait for
 
+    # Of a local copy the files are named one by one: by its own card, `datasets` would answer with the tables of any
+    # other copy that it has seen before.
+    files = [str(path) for path in sorted((Path(name) / subset).glob(f"{split}-*.parquet"))]
     try:
-        table = datasets.load_dataset(name, subset, split=split)
+        if files:
+            table = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+        else:
+            table = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # of the network, of parquet, of its cache, or of a name
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -86,11 +86,12 @@ def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
         return "\0".join(rows.fields[row])
 
     chosen = rows_of(task, name, labels, task.options, key=key, where=rows.source).tolist()
-    if name in task.take:
-        if task.take[name] > len(chosen):
-            raise UserError(f"task.take.{name}={task.take[name]}, but {rows.source} has {len(chosen)} texts for it")
+    wanted = (task.take or {}).get(name)
+    if wanted is not None:
+        if wanted > len(chosen):
+            raise UserError(f"task.take.{name}={wanted}, but {rows.source} has {len(chosen)} texts for it")
         drawn = sorted(chosen, key=lambda row: (uniform("take", key(row)), row))
-        chosen = sorted(drawn[: task.take[name]])
+        chosen = sorted(drawn[:wanted])
     content = hashlib.blake2b("\0".join(rows.columns).encode(), digest_size=16)
     for row in chosen:
         content.update(f"{key(row)}\0{labels[row]}\n".encode())

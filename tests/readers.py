@@ -23,6 +23,7 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+OF_T5 = {"pad_token": "[PAD]", "eos_token": "</s>", "unk_token": "[UNK]"}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
@@ -54,7 +55,7 @@ def encoder_folder(folder, seed=0):
 
 def t5_folder(folder, seed=0):
     """A T5ForConditionalGeneration."""
-    words = tokenizer({"pad_token": "[PAD]", "eos_token": "</s>", "unk_token": "[UNK]"})
+    words = tokenizer(OF_T5)
     torch.manual_seed(seed)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
     config = T5Config(vocab_size=len(words), pad_token_id=0, eos_token_id=1, **sizes)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -17,16 +16,14 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.schema import CONFIGS, Task, dump, load, parse_values, replicate
-from configs.training import Augment, Compute, Model, Optim, Regularizer
+from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
 from finetune.augment import augmentation
 from finetune.averages import Averages
 from finetune.optimisers import build, learning_rate
 from finetune.rows import row_config
+from tests.experiments import EXPERIMENTS, ROOT, TYPED
 
-ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
 PAPER = [name for name in EXPERIMENTS if not name.startswith(("demo", "own"))]
-TYPED = {"own_images": ("task.folder=images", "task.num_classes=3")}  # what its user must say
 PUBLISHED = ROOT.parent / "shared/reference/released/hparam_info.json"
 
 
@@ -100,16 +97,23 @@ def test_every_setting_of_a_group_can_be_typed_whichever_file_is_chosen(group, s
             assert set(composed[group]) == names, path
 
 
+def of_group(model):
+    """Settings with a model of configs/model, on a task that it takes."""
+    if "kind: masked_lm" in (text := (CONFIGS / f"model/{model}.yaml").read_text()) or "kind: seq2seq_lm" in text:
+        return load("table5_bert_rte", f"model={model}")
+    return load("demo_text" if model == "minilm" else "demo", f"model={model}")
+
+
 def test_every_model_of_open_clip_and_timm_is_one_that_they_know():
     for path in sorted((CONFIGS / "model").glob("*.yaml")):
         if path.stem in ("base", "timm") or path.stem.startswith("any_"):
             continue
-        model = load("demo", f"model={path.stem}").model
+        model = of_group(path.stem).model
         if model.kind == "open_clip":
             assert (model.name, model.pretrained) in open_clip.list_pretrained()
         if model.kind == "timm":
             assert model.name in timm.list_pretrained()
-        assert bool(model.proxy_for) == (path.stem.endswith("proxy") or model.kind in ("emoji_clip", "imagenet_lite0"))
+        assert bool(model.proxy_for) == (path.stem.endswith("proxy") or model.kind in EMBEDDED)
 
 
 def test_pixels_divide_into_the_patches_of_the_model():
@@ -143,6 +147,27 @@ def test_pixels_divide_into_the_patches_of_the_model():
 )
 def test_a_sweep_has_as_many_rows_as_the_paper_or_its_file_says(name, count):
     assert loaded(name).sweep.size == count
+
+
+TEXT = [name for name in EXPERIMENTS if name.startswith(("table5_", "tablej1_"))]
+
+
+def test_tables_5_and_j1_have_8_and_20_experiments():
+    assert [sum(name.startswith(table) for name in TEXT) for table in ("table5_", "tablej1_")] == [8, 20]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_text_experiment_has_32_runs_as_in_appendix_j5_and_soups_of_them_alone(name):
+    config = loaded(name)
+    assert len(rows(name)) == 32
+    assert {row.optim.kind for row in rows(name)} == {"adam"}
+    assert {row.optim.schedule for row in rows(name)} == {"linear"}
+    assert (config.model.max_length, config.optim.clip_norm, config.optim.weight_decay) == (128, 1.0, 0.0)
+    assert (config.model.head, config.optim.loss, config.cooking.initialisation) == ("prompt", "likelihood", False)
+    assert {row.optim.seed for row in rows(name)} == {None}  # a stream of its own for each
+    assert config.task.metrics.get("held_out") == config.task.metrics.get("test")  # what selects is what is reported
+    assert config.task.subset == name.rsplit("_", 1)[1]
+    assert config.model.name.split("/")[1].startswith(name.split("_")[1])
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if loaded(name).sweep.listed or loaded(name).sweep.grid])

@@ -133,15 +133,6 @@ def test_held_out_is_a_share_of_each_class_and_the_rest_of_train(tmp_path):
     assert class_names(task) == ("x", "y")
 
 
-CARD = """---
-configs:
-- config_name: mrpc
-  data_files:
-  - {split: train, path: mrpc/train-*}
----
-"""
-
-
 def test_the_hub_s_tables_say_the_same_as_the_files(tmp_path):
     texts = [(f"a {i}", f"b {i}", int(i % 3 == 0)) for i in range(9)]
     first, second, labels = zip(*texts, strict=True)
@@ -152,7 +143,6 @@ def test_the_hub_s_tables_say_the_same_as_the_files(tmp_path):
     (hub / "mrpc").mkdir(parents=True)
     local.mkdir()
     Dataset.from_dict(columns, features).to_parquet(hub / "mrpc/train-00000-of-00001.parquet")
-    (hub / "README.md").write_text(CARD)
     written(local, "MRPC", MRPC + "".join(f"{label}\t0\t0\t{a}\t{b}\r\n" for a, b, label in texts))
     template = "{sentence1} | {sentence2}"
     splits = [load_split(settings("mrpc", folder, template=template), "train") for folder in (hub, local)]

@@ -1,0 +1,236 @@
+"""Texts go through the same stages as images: rows, interruptions, metrics that select, recipes, tables."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis.report import analyse
+from configs.errors import UserError
+from configs.schema import load
+from eval.calibration import fit_beta
+from eval.forward import Evaluator
+from eval.metrics import matthews
+from finetune.loop import fine_tune
+from finetune.train import initialise, train_row
+from models.classifier import pretrained, pretrained_network
+from soups.cook import cook, logits_of
+from soups.pool import ingredients_of, usable_pool
+from store.atomic import read_json
+from store.processes import Processes
+from store.runs import RunFolder, read_pool, score_of, write_manifest
+from tasks.load import class_names
+from tests.readers import bert_folder, encoder_folder, t5_folder
+
+GOOD, BAD = ("the film is good", "a good film", "good , not bad"), ("the film was bad", "not a good film", "bad")
+
+
+@pytest.fixture(scope="module")
+def cola(tmp_path_factory):
+    """CoLA's layout, with sentences of which a small network can learn something."""
+    folder = tmp_path_factory.mktemp("glue")
+    (folder / "CoLA").mkdir()
+    for file, n in (("train", 60), ("dev", 24)):
+        rows = [(GOOD if i % 3 else BAD)[i % len(GOOD)] + i % 4 * " ." for i in range(n)]
+        text = "".join(f"gj04\t{int(bool(i % 3))}\t\t{row}\n" for i, row in enumerate(rows))
+        (folder / "CoLA" / f"{file}.tsv").write_text(text)
+    return folder
+
+
+SMALL = [
+    "compute=cpu",
+    "cluster=local",
+    "cluster.workers=1",
+    "task.counts=null",
+    "task.held_out_share=0.3",
+    "model.max_length=32",
+    "sweep.rows=3",
+    "~sweep.draw.optim.epochs",
+    "~sweep.draw.optim.batch_size",
+    "optim.epochs=2",
+    "optim.batch_size=8",
+    "analysis.resamples=100",
+]
+
+
+@pytest.fixture(scope="module", params=["table5_bert_cola", "table5_t5_cola"])
+def config(request, cola, tmp_path_factory):
+    torch.set_num_threads(1)
+    network = tmp_path_factory.mktemp("network")
+    (bert_folder if "bert" in request.param else t5_folder)(network)
+    runs = tmp_path_factory.mktemp("runs")
+    return load(request.param, *SMALL, f"task.folder={cola}", f"model.weights={network}", f"paths.runs={runs}")
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """The run folder after all stages."""
+    for row in range(4):
+        train_row(config, row)
+    evaluator = Evaluator(config)
+    for recipe in config.recipes:
+        cook(recipe, evaluator)
+    analyse(config)
+    return RunFolder.of(config)
+
+
+def test_every_stage_leaves_its_files_and_table_5_names_its_metric(config, run):
+    table = pd.read_csv(run.analysis / "table5.csv")
+    assert set(table["method"]) == {"initialisation", *config.recipes}
+    text = (run.analysis / "table5.md").read_text()
+    assert "Matthews correlation in %, n: Test 24." in text
+    assert "Initialisation (pretrained, asked)" in text
+    manifest = pd.read_csv(write_manifest(run, read_pool(run, 3)))
+    assert (manifest["held_out_score"].abs() <= 1).all()
+
+
+def test_held_out_is_scored_and_sorted_by_the_metric_that_is_reported(config, run):
+    evaluator = Evaluator(config)
+    labels = evaluator.split("held_out").labels
+    for ingredient in usable_pool(config):
+        logits = evaluator.logits(ingredient.digest, ingredient.load, "held_out")
+        assert ingredient.held_out["metric"] == "matthews"
+        assert ingredient.held_out_score == pytest.approx(matthews(logits, labels))
+    best = read_json(run.soup("best") / "soup.json")
+    rows = {ingredient.row: ingredient.held_out_score for ingredient in ingredients_of(config)}
+    assert score_of(best["held_out"]) == max(rows.values())
+    assert all(
+        t["accepted"] in (True, False) and "correct" not in t
+        for t in read_json(run.soup("greedy") / "soup.json")["trials"]
+    )
+
+
+def test_soups_are_of_the_runs_alone_but_interpolations_still_start_from_the_pretrained_model(config, run):
+    assert [ingredient.row for ingredient in usable_pool(config)] == [0, 1, 2, 3]
+    assert [ingredient.row for ingredient in ingredients_of(config)] == [1, 2, 3]
+    uniform = read_json(run.soup("uniform") / "soup.json")
+    assert sorted(member["row"] for member in uniform["ingredients"]) == [1, 2, 3]
+    evaluator = Evaluator(replace(config, cooking=replace(config.cooking, of="uniform", alpha=0.0)))
+    cook("wise_ft", evaluator)
+    start = usable_pool(config)[0]
+    cooked = read_json(run.soup("wise_ft") / "soup.json")
+    assert cooked["digest"] == start.digest
+
+
+def test_the_ensemble_is_the_mean_of_its_members_log_probabilities(config, run):
+    evaluator = Evaluator(config)
+    cooked = read_json(run.soup("ensemble") / "soup.json")
+    members = [evaluator.logits(i.digest, i.load, "test") for i in ingredients_of(config)]
+    torch.testing.assert_close(logits_of(cooked, "test", evaluator), torch.stack(members).mean(dim=0))
+    assert fit_beta(members[0], evaluator.split("test").labels) > 0
+
+
+def test_a_shortcut_that_counts_right_answers_is_refused_for_another_metric(config, run):
+    changed = replace(config, cooking=replace(config.cooking, shortcut="hard_first"), name="other")
+    other = RunFolder.of(changed)
+    other.root.mkdir(exist_ok=True)
+    (other.root / "ingredients").symlink_to(run.root / "ingredients")
+    with pytest.raises(UserError, match="matthews is no such count"):
+        cook("greedy", Evaluator(changed))
+
+
+def test_logits_come_in_the_order_of_the_split_although_texts_are_looked_at_by_length(config, run):
+    evaluator = Evaluator(config)
+    order = evaluator.order("test")
+    lengths = evaluator.inputs("test").lengths[order]
+    assert (lengths.diff() <= 0).all() and lengths[0] > lengths[-1]
+    ingredient = usable_pool(config)[1]
+    found = evaluator.logits(ingredient.digest, ingredient.load, "test")
+    rows = torch.tensor([5, 17, 2])
+    torch.testing.assert_close(
+        evaluator.fresh_logits(ingredient.load(), "test", rows), found[rows], rtol=1e-4, atol=1e-5
+    )
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_training_that_was_cut_and_continued_ends_with_the_same_bits_dropout_included(config, run, tmp_path):
+    evaluator = Evaluator(config)
+    train, names = evaluator.inputs("train"), class_names(config.task)
+
+    def trained(folder, **more):
+        network = pretrained_network(config.model, names)
+        folder.mkdir(exist_ok=True)
+        return fine_tune(network, train, config, run_seed=7, folder=folder, **more).weights["raw"]
+
+    def stop(step):
+        if step == 3:
+            raise StoppedError
+
+    often = replace(config, compute=replace(config.compute, save_every=1))
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        fine_tune(pretrained_network(config.model, names), train, often, run_seed=7, folder=tmp_path, after_step=stop)
+    continued = trained(tmp_path)
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    start = pretrained_network(config.model, names).state_dict()
+    assert any(not torch.equal(whole[name], start[name]) for name in whole)
+
+
+def test_processes_share_the_texts_of_a_step(config, run):
+    from finetune.batches import Length, training_batches
+
+    train = Evaluator(config).inputs("train")
+    length = Length.of(config.optim, len(train))
+
+    def texts(rank, world):
+        processes = Processes(rank, world, torch.device("cpu"))
+        batches = training_batches(train, config, length, run_seed=1, processes=processes, first=0)
+        return sorted(batches.indices(2).tolist())
+
+    assert sorted(texts(0, 2) + texts(1, 2)) == texts(0, 1)
+    assert len(texts(0, 2)) == 4
+
+
+def test_forward_passes_in_bfloat16_give_answers_close_to_those_in_float32(config, run):
+    ingredient = usable_pool(config)[1]
+    exact = Evaluator(config).fresh_logits(ingredient.load(), "test")
+    rounded = Evaluator(replace(config, compute=replace(config.compute, precision="bf16"))).fresh_logits(
+        ingredient.load(), "test"
+    )
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.1)
+
+
+def test_an_encoder_of_one_s_own_gets_a_probe_on_texts_of_one_s_own(tmp_path):
+    for split, n in (("train", 40), ("forum", 12), ("test", 12)):
+        rows = [(GOOD if i % 2 else BAD)[i % 3] for i in range(n)]
+        lines = "".join(f"{row}\t{['no', 'yes'][i % 2]}\n" for i, row in enumerate(rows))
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + lines)
+    typed = [f"task.folder={tmp_path}", "task.num_classes=2", "task.options=[no,yes]", "task.template='{text}'"]
+    typed += ["task.held_out_share=0.2", "task.shifts=[forum]", f"paths.runs={tmp_path / 'runs'}", "model.name=small"]
+    own = load("own_text", *typed, "model=any_text_encoder", f"model.weights={encoder_folder(tmp_path / 'net')}")
+    done = initialise(own)
+    assert done["held_out"]["n"] == 8
+    assert done["held_out"]["correct"] >= 6  # the sentences are told apart by their words
+    learned = pretrained(own.model, class_names(own.task))
+    ids = Evaluator(own).inputs("test").batch(torch.tensor([0, 3]))
+    hidden = learned.tower.eval().network(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+    mean = torch.stack([row[: int(n)].mean(dim=0) for row, n in zip(hidden, (ids != 0).sum(dim=1), strict=True)])
+    torch.testing.assert_close(learned.features(ids), torch.nn.functional.normalize(mean, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["model=emoji_clip"], "of texts, which model.kind=emoji_clip does not take"),
+        (["augment=minimal"], "augment=none is for texts"),
+        (["optim.mixup=0.2"], "mixup and CutMix mix pixels"),
+        (["optim.loss=likelihood"], "belongs to it"),
+        (["task.options=[a,b,c]"], "task.num_classes=2 task.options"),
+        (["task.subset=rte"], "belong together"),
+    ],
+)
+def test_what_does_not_go_with_texts_is_refused_before_any_work(typed, said):
+    with pytest.raises(UserError, match=said):
+        load("demo_text", *typed)
+
+
+def test_what_is_of_texts_is_refused_with_images():
+    with pytest.raises(UserError, match=r"task\.template is for texts"):
+        load("demo", "task.template='{a}'")
+    with pytest.raises(UserError, match="augment=none is for texts"):
+        load("demo", "augment=none")
