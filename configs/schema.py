@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from configs.data import Task
 from configs.errors import UserError
+from configs.planning import Plan
 from configs.training import (
     Augment,
     Compute,
@@ -154,6 +155,7 @@ class Experiment:
     cooking: Cooking
     analysis: Analysis
     cluster: Cluster
+    plan: Plan
     paths: Paths
     towers: tuple[Path, ...] = ()  # of python -m soups.backbones: folders of rows, in the order in which they are added
     replicates: tuple[int, ...] = ()  # repeat the whole experiment with these sweep seeds, under name/seed<n>

@@ -7,7 +7,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # A folder may import those of a smaller number, and itself.
-LAYERS = {"configs": 0, "store": 1, "tasks": 2, "models": 3, "eval": 4, "finetune": 5, "soups": 5, "analysis": 6}
+LAYERS = {
+    "configs": 0,
+    "store": 1,
+    "tasks": 2,
+    "models": 3,
+    "eval": 4,
+    "finetune": 5,
+    "soups": 5,
+    "analysis": 6,
+    "slurm": 7,
+}
 FILES = [path for folder in LAYERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 

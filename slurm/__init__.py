@@ -1,0 +1,1 @@
+"""Many jobs: what they cost, and how they are sent and watched."""
