@@ -144,11 +144,13 @@ def hours(config: Experiment, work: Work) -> Hours:
         UserError: as in `peak`.
     """
     plan, flops = config.plan, peak(config)
-    pool = members(config) * network(config.model, config.task.size).bytes
+    pool = members(config) * network(config.model, config.task).bytes
     again = plan.reread_gigabytes if pool <= plan.cache_gigabytes * GIGA else plan.read_gigabytes
     core_seconds = (
         work.augmented / plan.augmented_per_core + work.fixed / plan.fixed_per_core + work.copied / plan.copied_per_core
     )
+    if config.task.is_text:  # nothing is decoded
+        core_seconds = 0.0
     return Hours(
         compute=(work.trained / plan.utilisation + work.inferred / plan.inference_utilisation) / flops / HOUR,
         decode=core_seconds / plan.cores_per_gpu / HOUR,
@@ -187,7 +189,7 @@ def stages_of(config: Experiment) -> tuple[Stage, ...]:
         UserError: something cannot be counted; the message names the setting.
     """
     images, task, k = images_of(config.task), config.task, members(config)
-    net = network(config.model, task.size)
+    net = network(config.model, task)
     logits, everything = task.size * FLOAT32, sum(images[split] for split in (task.held_out, *task.reported))
     has_zero_shot = config.model.templates is not None
     models = k + has_zero_shot
@@ -222,7 +224,7 @@ def stages_of(config: Experiment) -> tuple[Stage, ...]:
 def _trained(config: Experiment, name: str, rows: Sequence[Experiment], images: dict[str, int]) -> Stage:
     """Rows; averages that are no ingredient are looked at on held-out too, and nowhere else."""
     held_out = images[config.task.held_out]
-    size = network(config.model, config.task.size).bytes
+    size = network(config.model, config.task).bytes
     beside = [kinds_of(row.regularizer) - 1 for row in rows]
     works = [
         row_work(row, images) + looked(config, held_out).times(more) for row, more in zip(rows, beside, strict=True)
@@ -246,7 +248,7 @@ def _features(config: Experiment, images: dict[str, int]) -> int:
     if config.model.head != "linear_probe":
         return 0
     both = images[config.task.train] + images[config.task.held_out]
-    return both * network(config.model, config.task.size).width * FLOAT32
+    return both * network(config.model, config.task).width * FLOAT32
 
 
 def costs(config: Experiment) -> Costs:
@@ -261,7 +263,7 @@ def costs(config: Experiment) -> Costs:
     return Costs(
         name=config.name,
         rows=copies * len(rows),
-        parameters=network(config.model, config.task.size).parameters,
+        parameters=network(config.model, config.task).parameters,
         flops=copies * sum(row_work(row, images).trained for row in rows),
         stages=tuple(_repeated(part, copies) for part in once),
         state=max(state_bytes(row) for row in rows),

@@ -22,7 +22,7 @@ from store.atomic import replacing
 
 GPUS = (1, 8, 64)
 SHORT = ("gpu", "gpus", "utilisation")  # may be typed without plan.
-OWN_DATA = ("demo", "own_images")  # how names of experiments begin that are not the paper's
+OWN_DATA = ("demo", "own")  # how names of experiments begin that are not the paper's
 
 
 def gigabytes(size: float) -> str:
@@ -84,7 +84,7 @@ def assumptions(config: Experiment, found: Costs) -> list[str]:
         "longest job first, and of stages one after the other.",
         f"While a row trains, its state takes up to {gigabytes(found.state)} more. Recipes that end by themselves are "
         "counted at their longest.",
-        "Not counted: queues, starts and restarts, saving, the fit of the probe, texts, tables.",
+        "Not counted: queues, starts and restarts, saving, the fit of the probe, tables.",
     ]
 
 

@@ -28,7 +28,7 @@ def dish_work(config: Experiment, name: str, images: dict[str, int]) -> Work:
         images: how many each split has.
     """
     recipe, k, held_out = name.partition("/")[0], members(config), images[config.task.held_out]
-    size = network(config.model, config.task.size).bytes
+    size = network(config.model, config.task).bytes
     evaluation = looked(config, held_out)
     if recipe in ENSEMBLES:
         return Work(read=k * held_out * config.task.size * FLOAT32)
@@ -46,7 +46,7 @@ def dish_work(config: Experiment, name: str, images: dict[str, int]) -> Work:
 
 def _learned(config: Experiment, held_out: int, pool: int) -> Work:
     """A forward and a backward pass over held-out in each epoch; the pool is read at every step, or once."""
-    forward = network(config.model, config.task.size).inference
+    forward = network(config.model, config.task).inference
     images = looked(config, held_out)
     steps = learned_steps(config, held_out) if config.cooking.learned.place == "stream" else 0
     return Work(

@@ -78,7 +78,7 @@ def storage_table() -> str:
         lines.append(
             [
                 name,
-                gigabytes(network(config.model, task.size).bytes),
+                gigabytes(network(config.model, task).bytes),
                 gigabytes(kept["fine-tune"]),
                 gigabytes(splits * task.size * FLOAT32 * (members(config) + 1)),
                 gigabytes(splits * 3 * config.model.evaluated_at**2),
@@ -97,7 +97,7 @@ def reading_table() -> str:
     for name in POOLS:
         config = pool(name)
         images = images_of(config.task)
-        size = network(config.model, config.task.size).bytes
+        size = network(config.model, config.task).bytes
         whole, steps = size * members(config), learned_steps(config, images[config.task.held_out])
         stream = STEP_READS * steps * whole
         lines.append([name, gigabytes(whole), time(hours(config, Work(read=whole)).read)])
@@ -129,7 +129,7 @@ def greedy_table() -> str:
         candidates = members(config) - 1
         accepts = -(-candidates * sum(decisions) // len(decisions))  # as often as in the authors' run
         one = hours(config, looked(config, images[config.task.held_out])).all
-        read = hours(config, Work(read=network(config.model, config.task.size).bytes)).all
+        read = hours(config, Work(read=network(config.model, config.task).bytes)).all
         lines.append([name, f"{candidates:,}", f"{accepts:,}", f"{read * HOUR:.1f} s", f"{one * HOUR:.1f} s"])
         lines[-1].append(time(hours(config, dish_work(config, "greedy", images)).all))
         rounds = [most_rounds(candidates, accepts, workers) for workers in GPUS]

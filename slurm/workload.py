@@ -4,12 +4,13 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.data import Task
 from configs.errors import UserError
 from configs.schema import Experiment
 from configs.training import Model, Optim, Regularizer
+from eval.batch_size import largest_input
 from finetune.averages import Averages
 from finetune.batches import Length
 from finetune.meter import BACKWARD_TOO, training_flops
@@ -46,7 +47,7 @@ class Network:
     parameters: int
     trainable: int
     bytes: int  # of its weights file: parameters and buffers as they are kept
-    width: int  # of the features
+    width: int  # of the features that a head gets
     forward: float  # FLOPs of a forward pass on an image of training
     inference: float  # FLOPs of a forward pass on an image of evaluation
     matrices: int  # numbers that Adafactor keeps of all trainable tensors
@@ -69,55 +70,55 @@ def images_of(task: Task) -> dict[str, int]:
             "e.g. task.held_out_index=null task.held_out_per_class=26"
         )
     counts = dict(task.counts)
-    if task.held_out_per_class is not None:
-        counts[task.held_out] = task.held_out_per_class * task.num_classes
-        counts[task.train] = counts.get(task.train, 0) - counts[task.held_out]
+    if task.held_out_per_class is not None or task.held_out_share is not None:
+        whole = counts.get(task.train, 0)
+        share = round(whole * (task.held_out_share or 0))
+        counts[task.held_out] = task.held_out_per_class * task.num_classes if task.held_out_per_class else share
+        counts[task.train] = whole - counts[task.held_out]
     missing = [name for name in names if counts.get(name, 0) <= 0]
     if missing:
         raise UserError(f"how many images split {missing[0]!r} has is not known: type +task.counts.{missing[0]}=N")
     return {name: counts[name] * task.size // task.num_classes for name in names}
 
 
-def skeleton(model: Model, classes: int) -> nn.Module:
+def skeleton(model: Model, classes: int, options: tuple[str, ...]) -> nn.Module:
     """The network on the meta device, where tensors have shapes and no values."""
     with torch.device("meta"):
-        return architecture(model, classes).train()
+        return architecture(model, classes, options).train()
 
 
 @lru_cache(maxsize=64)
-def network(model: Model, classes: int) -> Network:
-    """Sizes and FLOPs of a network.
+def network(model: Model, task: Task) -> Network:
+    """Sizes and FLOPs of a network; texts are counted as if each had `model.max_length` tokens, the most it may have.
 
     Raises:
-        UserError: inputs that are not images, or a network that needs values to know what to do; both are not counted.
+        UserError: a network that needs values to know what to do, or whose config is not here.
     """
-    if getattr(model, "image_size", None) is None:
-        raise UserError(f"model.kind={model.kind} takes no images, and only FLOPs of images are counted so far")
-    found = described(skeleton(model, classes), model.image_size, model.evaluated_at)
+    examples = largest_input(model, training=True), largest_input(model)
+    found = described(skeleton(model, task.size, task.options), *examples)
     if found is None:
         raise UserError(f"the FLOPs of model.name={model.name} cannot be counted: it needs values, not shapes alone")
     return found
 
 
-def described(built: nn.Module, size: int, eval_size: int) -> Network | None:
-    """Sizes and FLOPs of a classifier; None where it needs values to know what to do.
+def described(built: nn.Module, seen: Tensor, evaluated: Tensor) -> Network | None:
+    """Sizes and FLOPs of a network; None where it needs values to know what to do.
 
     Args:
-        built: images to logits, its last layer `head`; on whatever device, since nothing is computed.
-        size: pixels, square, of images of training.
-        eval_size: the same of evaluation.
+        built: examples to logits, its last layer `head`, if it has one; on whatever device, since nothing is computed.
+        seen: an example of training, of which shape and type count.
+        evaluated: the same of evaluation.
     """
-    training, evaluation = training_flops(built, size), training_flops(built, eval_size)
+    training, evaluation = training_flops(built, seen), training_flops(built, evaluated)
     if training is None or evaluation is None:
         return None
     trainable = [parameter for parameter in built.parameters() if parameter.requires_grad]
-    head = built.get_submodule("head")
-    assert isinstance(head, nn.Linear)
+    head = getattr(built, "head", None)
     return Network(
         parameters=sum(parameter.numel() for parameter in built.parameters()),
         trainable=sum(parameter.numel() for parameter in trainable),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in built.state_dict().values()),
-        width=head.in_features,
+        width=head.in_features if isinstance(head, nn.Linear) else 0,
         forward=training / BACKWARD_TOO,
         inference=evaluation / BACKWARD_TOO,
         matrices=sum(_adafactor(parameter) for parameter in trainable),
@@ -151,17 +152,17 @@ def kinds_of(regularizer: Regularizer) -> int:
 
 
 @lru_cache(maxsize=256)
-def averages_bytes(model: Model, classes: int, regularizer: Regularizer) -> int:
+def averages_bytes(model: Model, task: Task, regularizer: Regularizer) -> int:
     """Bytes of the averages along a training."""
-    tensors = Averages.of(skeleton(model, classes).state_dict(), regularizer, 1).tensors()
+    tensors = Averages.of(skeleton(model, task.size, task.options).state_dict(), regularizer, 1).tensors()
     return sum(tensor.numel() * tensor.element_size() for kind in tensors.values() for tensor in kind.values())
 
 
 def state_bytes(row: Experiment) -> int:
     """Bytes of a row's state.pt, which is there while it trains."""
-    net = network(row.model, row.task.size)
+    net = network(row.model, row.task)
     best = kinds_of(row.regularizer) * net.bytes if row.optim.keep == "best" else 0
-    return net.bytes + moments(row.optim, net) + averages_bytes(row.model, row.task.size, row.regularizer) + best
+    return net.bytes + moments(row.optim, net) + averages_bytes(row.model, row.task, row.regularizer) + best
 
 
 def row_work(row: Experiment, images: dict[str, int]) -> Work:
@@ -177,7 +178,7 @@ def row_work(row: Experiment, images: dict[str, int]) -> Work:
     Raises:
         UserError: as in `network`; a batch larger than the training set.
     """
-    net, optim, regularizer = network(row.model, row.task.size), row.optim, row.regularizer
+    net, optim, regularizer = network(row.model, row.task), row.optim, row.regularizer
     length = Length.of(optim, images[row.task.train])
     seen = length.steps * length.batch_size
     passes = BACKWARD_TOO + row.compute.gradient_checkpointing
@@ -190,6 +191,6 @@ def row_work(row: Experiment, images: dict[str, int]) -> Work:
 
 def looked(config: Experiment, images: int, *, from_copies: bool = True) -> Work:
     """What a forward pass over some images of evaluation asks; they were decoded before where copies are kept."""
-    net = network(config.model, config.task.size)
+    net = network(config.model, config.task)
     copied = images if from_copies and config.compute.decoded is not None else 0
     return Work(inferred=net.inference * images, fixed=images - copied, copied=copied)

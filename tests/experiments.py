@@ -1,6 +1,11 @@
-"""The experiment files, and what must be typed to compose those that leave something to their users."""
+"""The experiment files, what must be typed to compose some of them, and what a hub would have of their networks."""
 
 from pathlib import Path
+
+from transformers import AutoConfig, EfficientNetImageProcessor
+
+from configs.schema import load
+from tests.readers import OF_T5, SPECIAL, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
@@ -8,3 +13,21 @@ TYPED = {
     "own_images": ("task.folder=images", "task.num_classes=3"),
     "own_text": ("task.folder=texts", "task.num_classes=2", "task.options=[a,b]", "task.template='{text}'"),
 }
+
+
+def hub_folders(folder):
+    """Kind of model -> a folder with the config of one, and a tokenizer of a few words: theirs are not here."""
+    folders = {kind: folder / kind for kind in ("transformers", "masked_lm", "seq2seq_lm")}
+    AutoConfig.for_model("align").save_pretrained(folders["transformers"])
+    EfficientNetImageProcessor(do_normalize=False, rescale_offset=True).save_pretrained(folders["transformers"])
+    for kind, name, special in (("masked_lm", "bert", SPECIAL), ("seq2seq_lm", "t5", OF_T5)):
+        AutoConfig.for_model(name).save_pretrained(folders[kind])
+        tokenizer(special).save_pretrained(folders[kind])
+    return folders
+
+
+def loaded_locally(name, folders):
+    """An experiment's settings, its network from a folder where it is from the hub."""
+    config = load(name, *TYPED.get(name, ()))
+    local = folders.get(config.model.kind)
+    return config if local is None else load(name, *TYPED.get(name, ()), f"model.weights={local}")

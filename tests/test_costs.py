@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoConfig, EfficientNetImageProcessor
 
 from configs.errors import UserError
 from configs.schema import load
@@ -29,6 +27,7 @@ from slurm.schedule import table as schedule_table
 from slurm.workload import Network, Work, described, images_of, moments, network, row_work, state_bytes
 from soups.shortcuts import greedy_speculative
 from store.tables import ROOT
+from tests.experiments import hub_folders, loaded_locally
 
 TRACE = ROOT.parent / "shared/reference/released/greedy_trace.json"
 B32 = 88_362_216  # parameters: the tower of CLIP ViT-B/32 and a head of 512 x 1,000 and 1,000
@@ -46,6 +45,10 @@ class Tiny(nn.Module):
         return self.head(self.body(images.flatten(1)))
 
 
+def image(size):
+    return torch.empty(1, 3, size, size, device="meta")
+
+
 @pytest.fixture
 def counted():
     """An experiment that says it has 1,000 training images."""
@@ -55,21 +58,21 @@ def counted():
 
 
 def test_flops_of_a_network_of_two_matrices_are_two_for_each_of_their_numbers():
-    found = described(Tiny(), 4, 4)
+    found = described(Tiny(), image(4), image(4))
     assert found.forward == found.inference == 2 * (48 * 5 + 5 * 2)
     assert found.parameters == 48 * 5 + 5 + 5 * 2 + 2
     assert found.bytes == 4 * found.parameters
-    assert described(Tiny(), 5, 5) is None  # a network that such images do not fit
+    assert described(Tiny(), image(5), image(5)) is None  # a network that such images do not fit
 
 
 def test_a_row_trains_on_whole_batches_three_forward_passes_each(counted):
-    forward = network(counted.model, counted.task.size).forward
+    forward = network(counted.model, counted.task).forward
     work = row_work(counted, images_of(counted.task))
     assert work == Work(trained=3 * forward * 2 * 31 * 32, augmented=2 * 31 * 32)
 
 
 def test_sam_distillation_and_checkpointing_add_their_passes(counted):
-    images, once = images_of(counted.task), network(counted.model, counted.task.size).forward * 2 * 31 * 32
+    images, once = images_of(counted.task), network(counted.model, counted.task).forward * 2 * 31 * 32
 
     def passes(regularizer, checkpointing=False):
         compute = replace(counted.compute, gradient_checkpointing=checkpointing)
@@ -86,7 +89,7 @@ def test_sam_distillation_and_checkpointing_add_their_passes(counted):
 def test_steps_replace_epochs_and_looks_are_of_every_kind_of_weights(counted):
     optim = replace(counted.optim, steps=10, evaluate_every=4)
     row = replace(counted, optim=optim, regularizer=Regularizer(ema=(0.9,), swa=Swa(start=0.5, every=1)))
-    forward = network(counted.model, counted.task.size).forward
+    forward = network(counted.model, counted.task).forward
     # After steps 4, 8 and 10: raw, EMA and SWA on 30 images.
     assert row_work(row, images_of(counted.task)) == Work(
         trained=3 * forward * 320, augmented=320, inferred=forward * 30 * 9, fixed=30 * 9
@@ -156,7 +159,7 @@ def test_every_row_and_model_and_dish_is_a_job():
 
 def test_greedy_looks_at_held_out_for_every_candidate_but_the_first():
     config = load("table3_clip_b32")
-    images, net = images_of(config.task), network(config.model, 1000)
+    images, net = images_of(config.task), network(config.model, config.task)
     work = dish_work(config, "greedy", images)
     assert work == Work(inferred=71 * 26_000 * net.inference, copied=71 * 26_000, read=72 * 4 * B32)
     learned = dish_work(config, "learned", images)
@@ -255,19 +258,13 @@ def test_the_committed_tables_are_those_of_the_code():
 
 
 @pytest.fixture(scope="module")
-def align(tmp_path_factory):
-    """A folder with the configs of a network of ALIGN's kind, as a download would have them; they are transformers'."""
-    folder: Path = tmp_path_factory.mktemp("align")
-    AutoConfig.for_model("align").save_pretrained(folder)
-    EfficientNetImageProcessor(do_normalize=False, rescale_offset=True).save_pretrained(folder)
-    return folder
+def folders(tmp_path_factory):
+    return hub_folders(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.mark.parametrize("name", paper_experiments())
-def test_every_experiment_of_the_paper_has_a_plan(name, align):
-    config = load(name)
-    if config.model.kind == "transformers":  # whose config is at the hub: the one reason for which a plan may fail
-        config = load(name, f"model.weights={align}")
+def test_every_experiment_of_the_paper_has_a_plan(name, folders):
+    config = loaded_locally(name, folders)  # the one reason for which a plan may fail: a config at the hub
     found = costs(config)
     assert found.rows == config.sweep.size
     assert 0 < found.wall_hours(64) <= found.wall_hours(8) < found.gpu_hours + 1e-9
