@@ -1,0 +1,1 @@
+"""The project on a SLURM cluster: scripts to send by hand."""
