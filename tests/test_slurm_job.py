@@ -1,4 +1,4 @@
-"""A process in a SLURM job: signals that ask for its end, and waiting for other tasks; tests/cluster has the real ones."""
+"""A process in a SLURM job: signals that ask for its end, and shares of the work; tests/cluster has real jobs."""
 
 import os
 import signal
@@ -9,7 +9,9 @@ import pytest
 from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import load
 from configs.slurm import requeueing, wait_in_array
+from eval.pool import model_folders
 from soups.cook import own_recipes
+from store.atomic import write_json
 
 
 @pytest.fixture
@@ -59,6 +61,14 @@ def test_tasks_share_the_recipes_and_an_interpolation_goes_with_its_soup():
     shares = [own_recipes(load("demo_tiny", *words, f"share.index={index}")) for index in range(3)]
     assert shares == [("best",), ("greedy", "wise_ft"), ("learned",)]
     assert own_recipes(load("demo_tiny", *words, "recipe=uniform")) == ("uniform",)
+
+
+def test_tasks_share_the_models_so_that_a_missing_one_moves_no_other(tmp_path):
+    for row in (0, 1, 3):  # row 2 is not trained
+        write_json(tmp_path / f"demo_tiny/ingredients/{row:03d}/done.json", {"digest": str(row)})
+    words = [f"paths.runs={tmp_path}", "sweep.rows=3", "share.of=2"]
+    shares = [model_folders(load("demo_tiny", *words, f"share.index={index}")) for index in range(2)]
+    assert [[folder.name for folder in share] for share in shares] == [["000"], ["001", "003"]]
 
 
 def test_a_share_past_the_last_is_refused():

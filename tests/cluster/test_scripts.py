@@ -205,7 +205,7 @@ def test_disturbed_soups_are_continued_and_end_as_undisturbed_ones(fault, cluste
 def test_rows_do_not_wait_for_an_initialisation_that_failed(cluster, tmp_path):
     row(tmp_path, 0).parent.mkdir(parents=True)
     row(tmp_path, 0).write_text("a file where a folder should be")
-    sent = send(cluster, "finetune", tmp_path, options=["--array=0-1"])
+    sent = send(cluster, "finetune", tmp_path, options=["--array=0-1%1"])
     sent.wait("FAILED")
     assert f"row 0 is not there, and task {sent.job}_0 has ended (FAILED)" in sent.said
 
