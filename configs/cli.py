@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import CONFIGS, Experiment, OwnPool, parse, parse_own
+from configs.slurm import requeueing
 
 
 def one_line_errors(work: Callable[[], None]) -> None:
@@ -36,12 +37,19 @@ def one_line_errors(work: Callable[[], None]) -> None:
 
 
 def entry_point(stage: Callable[[Experiment], None]) -> Callable[[], None]:
-    """The `main` of a stage: compose configs/config.yaml with the command line, freeze it and run `stage`."""
+    """The `main` of a stage: compose configs/config.yaml with the command line, freeze it and run `stage`.
+
+    In a SLURM job, SIGUSR1 makes the stage save and requeue itself, SIGTERM makes it save and end.
+    """
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def main(cfg: DictConfig) -> None:
-        typed = HydraConfig.get().overrides.task
-        one_line_errors(lambda: stage(parse(cfg, typed)))
+        def work() -> None:
+            config = parse(cfg, HydraConfig.get().overrides.task)
+            with requeueing(config.cluster.restarts):
+                stage(config)
+
+        one_line_errors(work)
 
     return main
 

@@ -8,8 +8,10 @@ class UserError(RuntimeError):
     """
 
 
-class InterruptedBySignalError(Exception):
+class InterruptedBySignalError(BaseException):
     """A signal asked for an end; what was done is on disk, and the same command continues.
+
+    Like KeyboardInterrupt it is no `Exception`, which libraries catch and take for a failure of their own.
 
     Args:
         signum: of the signal; the process ends with status 128 + signum, as shells expect.

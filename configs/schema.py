@@ -21,6 +21,7 @@ from configs.training import (
     Compute,
     Count,
     Model,
+    Natural,
     NonNegative,
     Optim,
     Positive,
@@ -135,6 +136,27 @@ class Cluster:
     kind: Literal["local"]
     workers: Count  # processes, one row each
     threads: Count  # torch threads of each; recorded with results, since it can change the last bits
+    restarts: Natural = 20  # of a SLURM job: how often it may be requeued before it no longer requeues itself
+
+
+@closed
+class Share:
+    """Which models `python -m eval` looks at, and which recipes `python -m soups` cooks, where several jobs share them.
+
+    Every `of`-th, from the one with number `index` on: a task of a job array has share.index=$SLURM_ARRAY_TASK_ID.
+    """
+
+    index: Natural = 0
+    of: Count = 1
+
+    @model_validator(mode="after")
+    def index_is_a_share(self) -> "Share":
+        """Shares are counted from 0."""
+        if self.index >= self.of:
+            raise ValueError(
+                f"index={self.index} is past the last of {self.of} shares; share.of=N says how many there are"
+            )
+        return self
 
 
 @closed
@@ -152,6 +174,7 @@ class Experiment:
     sweep: Sweep
     recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
     recipe: Recipe | None = None  # cook this one only
+    share: Share = Field(default_factory=Share)
     cooking: Cooking
     analysis: Analysis
     cluster: Cluster

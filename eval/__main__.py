@@ -2,6 +2,7 @@
 
 Reads   runs/<name>/{ingredients,zero_shot,soups}, the held-out, test and shift splits
 Writes  runs/<name>/logits/<split>/<key>.npy, scores.jsonl beside each model; what is there is not computed again
+Several jobs share the models by share.of=N and share.index=0, ..., N - 1.
 On several GPUs: torchrun --nproc-per-node 8 -m eval experiment=..., where each looks at its share of the images.
 """
 
@@ -19,7 +20,7 @@ def run(config: Experiment) -> None:
     use_threads(config.cluster.threads)
     processes = start_processes()
     folders = model_folders(config)
-    if not folders:
+    if not folders and config.share.of == 1:
         raise UserError(f"no finished model in {RunFolder.of(config).root}: run python -m finetune first")
     if processes.world > 1:
         evaluate_together(config, folders, processes)

@@ -68,11 +68,14 @@ def is_scored(folder: Path) -> bool:
 
 
 def model_folders(config: Experiment) -> list[Path]:
-    """Folders of all finished models with weights: rows, the zero-shot model, soups."""
-    run = RunFolder.of(config)
+    """Folders of all finished models with weights: rows, the zero-shot model, soups; of a share, those that are in it.
+
+    A row has its place among them whether or not it is finished, so that jobs that share them agree on who has which.
+    """
+    run, share = RunFolder.of(config), config.share
     rows = [run.ingredient(row) for row in range(config.sweep.size + 1)]
     soups = sorted(path.parent for path in (run.root / "soups").rglob("soup.json"))
-    return [folder for folder in [run.zero_shot, *rows, *soups] if recorded_digest(folder)]
+    return [folder for folder in [*rows, run.zero_shot, *soups][share.index :: share.of] if recorded_digest(folder)]
 
 
 def evaluate_all(config: Experiment, folders: Sequence[Path], console: Console | None = None) -> None:

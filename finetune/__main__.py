@@ -11,7 +11,7 @@ from rich.console import Console
 from configs.cli import entry_point
 from configs.schema import Experiment
 from finetune.sweep import describe, train_sweep
-from finetune.train import train_row
+from finetune.train import train_row, wait_for_starts
 from store.processes import end_processes, start_processes
 from store.workers import use_threads
 
@@ -22,6 +22,7 @@ def run(config: Experiment) -> None:
     if config.sweep.index is None:
         train_sweep(config)
     else:
+        wait_for_starts(config, config.sweep.index)
         done = train_row(config, config.sweep.index, Console())
         if start_processes().writes:
             print(describe(done))

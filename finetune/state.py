@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import InterruptedBySignalError, UserError
+from configs.slurm import SIGNALS
 from finetune.averages import Averages
 from finetune.parallel import (
     gathered,
@@ -23,8 +24,6 @@ from finetune.parallel import (
 )
 from models.classifier import Network
 from store.atomic import replacing
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a job away, and what it can be told to
 
 
 @dataclass

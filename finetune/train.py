@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from configs.chance import seed
 from configs.errors import UserError
 from configs.schema import Experiment, dump
+from configs.slurm import this_job, wait_in_array
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
 from finetune.loop import RAW, fine_tune, nothing_shown
@@ -68,6 +69,8 @@ def _finish(
         "threads": torch.get_num_threads(),
         "provenance": provenance(),
     }
+    job = this_job()
+    done |= {"slurm": asdict(job)} if job else {}
     write_json(folder / "done.json", done)
     (folder / "state.pt").unlink(missing_ok=True)
     return done
@@ -125,6 +128,20 @@ def teachers(config: Experiment, row: int) -> tuple[int, ...]:
     """The rows that must be trained before this one, since it is distilled from them."""
     distill = row_config(config, row).regularizer.distill if row else None
     return distill.rows if distill is not None else ()
+
+
+def _is_done(config: Experiment, row: int) -> bool:
+    return finished(RunFolder.of(config).ingredient(row), identity(config, row)) is not None
+
+
+def wait_for_starts(config: Experiment, row: int) -> None:
+    """As a task of a job array, wait for the rows that this one starts from, which other tasks train.
+
+    Raises:
+        UserError: such a row was made with other settings, or its task ended without it.
+    """
+    for needed in (0, *teachers(config, row)) if row else ():
+        wait_in_array(partial(_is_done, config, needed), needed, f"row {needed}")
 
 
 def _teacher(config: Experiment, row: int, device: torch.device) -> Callable[[Tensor], Tensor] | None:

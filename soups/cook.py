@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from configs.errors import UserError
-from configs.schema import Cooking, Experiment
+from configs.schema import Cooking, Experiment, Recipe
 from eval.forward import Evaluator
 from soups.pool import Mixed, ingredients_of, member_logits, mix, usable_pool
 from store.atomic import read_json, replacing, write_json
@@ -41,6 +41,19 @@ def dishes(config: Experiment, recipe: str) -> list[str]:
     if recipe == "greedy_random_order":
         return [f"{recipe}/{order}" for order in range(config.cooking.orders)]
     return [recipe]
+
+
+def own_recipes(config: Experiment) -> tuple[Recipe, ...]:
+    """The recipes that this job cooks: the one that is named, else its share of the experiment's list.
+
+    An interpolation is cooked by whoever cooks its soup.
+    """
+    if config.recipe:
+        return (config.recipe,)
+    places = {recipe: place for place, recipe in enumerate(config.recipes)}
+    if "wise_ft" in places:
+        places["wise_ft"] = places.get(config.cooking.of, places["wise_ft"])
+    return tuple(recipe for recipe in config.recipes if places[recipe] % config.share.of == config.share.index)
 
 
 def identity_of(config: Experiment, name: str, pool: list[Ingredient], held_out: str) -> str:

@@ -1,6 +1,8 @@
 """Things made ahead of their use by other processes."""
 
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -8,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
+from configs.slurm import SIGNALS
 from store.workers import use_threads
 
 T = TypeVar("T")
@@ -29,9 +32,30 @@ class _Told(Dataset[T | UserError], Generic[T]):
         return len(self.things)  # type: ignore[arg-type]
 
 
+def _once(signum: int, frame: object) -> None:
+    signal.signal(signum, signal.SIG_DFL)
+
+
 def _settle(worker: int) -> None:
-    """Images are freed and asked for again all the time, in a worker too."""
+    """Images are freed and asked for again all the time, in a worker too.
+
+    A signal that asks the training for an end may be sent to all of its processes; it still needs its workers for the
+    step that it is in. A second SIGTERM is DataLoader's, which wants the worker gone.
+    """
     use_threads(1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals come when the block is over; processes that are started in it have them wait until `_settle`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def made_ahead(things: Dataset[T], workers: int) -> Iterator[T]:
@@ -60,7 +84,9 @@ def made_ahead(things: Dataset[T], workers: int) -> Iterator[T]:
         generator=torch.Generator(),
         worker_init_fn=_settle,
     )
-    for thing in loader:
+    with _signals_wait():
+        things_made = iter(loader)
+    for thing in things_made:
         if isinstance(thing, UserError):
             raise thing
         yield thing

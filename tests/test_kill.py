@@ -1,6 +1,8 @@
 """Real processes, killed at any moment or asked to end, lead to the files of an undisturbed run, to the byte."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +21,11 @@ SETTINGS += ["compute.save_every=1", "regularizer.ema=[0.9]", "augment=emoji_med
 FILES = ("weights.safetensors", "ema_0.9.safetensors", "metrics.jsonl")
 
 
-def start(runs, row):
-    call = [sys.executable, "-m", "finetune", *SETTINGS, f"paths.runs={runs}", f"sweep.index={row}"]
-    return subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(runs, row, *settings):
+    """In a session of its own, so that a signal can be sent to all of its processes."""
+    call = [sys.executable, "-m", "finetune", *SETTINGS, *settings, f"paths.runs={runs}", f"sweep.index={row}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(call, cwd=ROOT, start_new_session=True, **pipes)
 
 
 def finish(runs, row):
@@ -89,3 +93,15 @@ def test_a_signal_ends_a_run_with_its_state_saved_and_the_next_one_goes_on(numbe
     assert len(read_jsonl(folder(tmp_path) / "metrics.jsonl")) < 12
     finish(tmp_path, 1)
     assert contents(tmp_path) == contents(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
+def test_a_signal_to_all_processes_of_a_run_leaves_it_its_loaders_until_it_has_saved(number, undisturbed, tmp_path):
+    shutil.copytree(folder(undisturbed, 0), folder(tmp_path, 0))
+    process = start(tmp_path, 1, "compute.loader_workers=2")
+    wait_for_state(tmp_path, process)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, said
+    assert said.count("interrupted by a signal, and saved") == 1
