@@ -3,6 +3,9 @@
 Fine-tunes the sweep, evaluates it, cooks soups and ensembles, evaluates those, writes tables and figures. What is done
 is skipped, so a second call takes seconds and a killed one continues. The stages are also commands of their own:
 python -m finetune, python -m eval, python -m soups, python -m analysis, each with the same experiment=...
+
+On a SLURM cluster:  python reproduce.py experiment=table3_clip_b32 cluster=slurm_1gpu
+Prints the jobs that are left and their sbatch lines; with submit=true it sends them. slurm/README.md tells more.
 """
 
 import sys
@@ -18,6 +21,7 @@ from configs.cli import entry_point
 from configs.schema import Experiment, replicate
 from eval.pool import evaluate_all, model_folders
 from finetune.sweep import train_sweep
+from slurm.reproduce import reproduce
 from soups.cook import cook_all, summary
 from store.runs import RunFolder
 from store.workers import use_threads
@@ -51,6 +55,9 @@ def show(table: pd.DataFrame, console: Console) -> None:
 
 def run(config: Experiment) -> None:
     """All stages, of every replicate where the experiment has some; then what was written and what to run next."""
+    if config.cluster.kind == "slurm":
+        reproduce(config, sys.argv[1:])
+        return
     console = Console(width=None if sys.stdout.isatty() else 110)  # a log may be wider than the usual terminal
     started = time.monotonic()
     use_threads(config.cluster.threads)

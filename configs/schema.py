@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from configs.clusters import Cluster, Share
 from configs.data import Task
 from configs.errors import UserError
 from configs.planning import Plan
@@ -21,7 +22,6 @@ from configs.training import (
     Compute,
     Count,
     Model,
-    Natural,
     NonNegative,
     Optim,
     Positive,
@@ -130,36 +130,6 @@ class Analysis:
 
 
 @closed
-class Cluster:
-    """configs/cluster/*.yaml: where rows run."""
-
-    kind: Literal["local"]
-    workers: Count  # processes, one row each
-    threads: Count  # torch threads of each; recorded with results, since it can change the last bits
-    restarts: Natural = 20  # of a SLURM job: how often it may be requeued before it no longer requeues itself
-
-
-@closed
-class Share:
-    """Which models `python -m eval` looks at, and which recipes `python -m soups` cooks, where several jobs share them.
-
-    Every `of`-th, from the one with number `index` on: a task of a job array has share.index=$SLURM_ARRAY_TASK_ID.
-    """
-
-    index: Natural = 0
-    of: Count = 1
-
-    @model_validator(mode="after")
-    def index_is_a_share(self) -> "Share":
-        """Shares are counted from 0."""
-        if self.index >= self.of:
-            raise ValueError(
-                f"index={self.index} is past the last of {self.of} shares; share.of=N says how many there are"
-            )
-        return self
-
-
-@closed
 class Experiment:
     """Everything that drives every stage; one experiment is one sweep on one task with one model."""
 
@@ -180,6 +150,7 @@ class Experiment:
     cluster: Cluster
     plan: Plan
     paths: Paths
+    submit: bool = False  # of reproduce.py with cluster.kind=slurm: send the jobs, not only print them
     towers: tuple[Path, ...] = ()  # of python -m soups.backbones: folders of rows, in the order in which they are added
     replicates: tuple[int, ...] = ()  # repeat the whole experiment with these sweep seeds, under name/seed<n>
 

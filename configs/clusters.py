@@ -1,0 +1,71 @@
+"""Settings of where an experiment runs: on this machine, or as jobs of SLURM."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from configs.training import Count, Natural, closed
+
+Time = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]  # days-hours:minutes:seconds
+
+
+@closed
+class Slurm:
+    """What jobs ask of SLURM; null leaves it to the cluster."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    gpus: Natural  # of a row's job; the other stages take one GPU where this is not 0
+    gpu_type: str | None  # as in gres: a100, h100; null: any
+    nodes: Count  # of a row's job, with so many GPUs each; more than one, or several GPUs, start torchrun
+    cpus: Count  # of a task; where several GPUs train a row, of all of them
+    memory: str | None  # of each CPU, e.g. 5G
+    time: Time  # limit of a row, after which it saves and requeues itself
+    stage_time: Time  # limit of a job of any other stage
+    max_parallel: Count | None  # rows at the same time; null: as many as fit
+    evaluate_jobs: Count  # jobs that share the models to be evaluated
+    setup: Path | None  # a shell file with modules, an environment or a container's line; null: slurm/setup.sh
+    environment: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)  # variables of every job
+    options: tuple[str, ...] = ()  # more options of sbatch, as in --exclude=node7
+
+
+@closed
+class Cluster:
+    """configs/cluster/*.yaml: where rows run."""
+
+    kind: Literal["local", "slurm"]
+    workers: Count  # processes, one row each; of slurm, within a job
+    threads: Count  # torch threads of each; recorded with results, since it can change the last bits
+    restarts: Natural = 20  # of a SLURM job: how often it may be requeued before it no longer requeues itself
+    slurm: Slurm | None = None
+
+    @model_validator(mode="after")
+    def slurm_has_its_settings(self) -> "Cluster":
+        """Jobs say what they ask for, and only jobs do."""
+        if (self.kind == "slurm") != (self.slurm is not None):
+            raise ValueError("cluster.kind=slurm and cluster.slurm belong together")
+        return self
+
+
+@closed
+class Share:
+    """Which models `python -m eval` looks at, and which recipes `python -m soups` cooks, where several jobs share them.
+
+    Every `of`-th, from the one with number `index` on: a task of a job array has share.index=$SLURM_ARRAY_TASK_ID.
+    """
+
+    index: Natural = 0
+    of: Count = 1
+
+    @model_validator(mode="after")
+    def index_is_a_share(self) -> "Share":
+        """Shares are counted from 0."""
+        if self.index >= self.of:
+            raise ValueError(
+                f"index={self.index} is past the last of {self.of} shares; share.of=N says how many there are"
+            )
+        return self
