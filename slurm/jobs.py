@@ -186,11 +186,27 @@ def _recipes(config: Experiment, settings: tuple[str, ...], *, rows_left: bool) 
     )
     number, before = len(config.recipes), (*ROWS, "evaluate")
     jobs = _shared(config, "recipes", "soups", places, of=number, after=before, settings=settings)
-    soups = [name for recipe in config.recipes for name in dishes(config, recipe) if name not in ENSEMBLES]
+    soups = _soups(config)
     of = min(slurm_of(config).evaluate_jobs, len(soups))
     run = RunFolder.of(config)
     left = tuple(range(of)) if places or any(_is_unscored(run.soup(name)) for name in soups) else ()
     return jobs + _shared(config, "evaluate soups", "evaluate", left, of=of, after=("recipes",), settings=settings)
+
+
+def totals(config: Experiment) -> dict[str, int]:
+    """How many jobs each stage of one sweep has in all, with those that are done."""
+    size, slurm = config.sweep.size, slurm_of(config)
+    distilled = sum(bool(teachers(config, row)) for row in range(1, size + 1))
+    models = size + 1 + (config.model.templates is not None)
+    found = {"initialise": 1, "fine-tune": size - distilled, "distil": distilled}
+    found |= {"evaluate": min(slurm.evaluate_jobs, models), "recipes": len(config.recipes)}
+    found |= {"evaluate soups": min(slurm.evaluate_jobs, len(_soups(config))), "analysis": 1}
+    return {stage: number for stage, number in found.items() if number}
+
+
+def _soups(config: Experiment) -> list[str]:
+    """What recipes make that has weights of its own."""
+    return [name for recipe in config.recipes for name in dishes(config, recipe) if name not in ENSEMBLES]
 
 
 def jobs_of(config: Experiment, typed: Sequence[str]) -> list[Job]:
@@ -251,10 +267,11 @@ def sbatch_words(config: Experiment, job: Job, after: Sequence[str]) -> list[str
 def environment_of(config: Experiment) -> dict[str, str]:
     """The variables that the jobs get, this process's own and the cluster file's.
 
-    What SLURM set for this process is left out: sbatch would take it for options.
+    What SLURM set for this process is left out, but for where its settings are: sbatch would take it for options.
     """
     slurm = slurm_of(config)
-    found = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+    foreign = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]
+    found = {name: value for name, value in os.environ.items() if name not in foreign}
     if slurm.setup is not None:
         found["MODEL_SOUPS_SETUP"] = str(slurm.setup)
     return found | slurm.environment

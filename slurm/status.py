@@ -14,7 +14,7 @@ from rich.table import Table
 from configs.cli import entry_point
 from configs.errors import UserError
 from configs.schema import Experiment, replicate
-from slurm.jobs import Job, jobs_of, left_rows, slurm_of
+from slurm.jobs import Job, jobs_of, left_rows, slurm_of, totals
 from slurm.queue import Sent, State, active, sent_jobs, states_of
 from slurm.reproduce import logs_of
 from store.atomic import read_json, read_jsonl
@@ -94,6 +94,8 @@ def steps_of(config: Experiment, row: int) -> str:
 
 
 def _clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
@@ -124,17 +126,15 @@ def show(config: Experiment, typed: Sequence[str]) -> None:
     grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("experiment", "stage", "done", "running", "waiting", "failed", "not sent"):
         grid.add_column(column, justify="left" if column in ("experiment", "stage") else "right")
-    for job in left:
-        keys = [(job.name, job.stage, task) for task in job.tasks or (None,)]
-        running = sum(states[queued[key]].is_running for key in keys if key in queued)
-        waiting = sum(states[queued[key]].is_waiting for key in keys if key in queued)
-        broken = sum((each.name, each.stage) == (job.name, job.stage) for each in failed)
-        done, rest = job.of - len(keys), len(keys) - running - waiting - broken
-        grid.add_row(job.name, job.stage, *map(str, (done, running, waiting, broken, rest)))
-    if left:
-        console.print(grid)
-    else:
-        console.print(f"{config.name}: everything is done", highlight=False)
+    keys = {(job.name, job.stage): [(job.name, job.stage, task) for task in job.tasks or (None,)] for job in left}
+    for name, stage, number in _every_stage(config):
+        own = keys.get((name, stage), [])
+        running = sum(states[queued[key]].is_running for key in own if key in queued)
+        waiting = sum(states[queued[key]].is_waiting for key in own if key in queued)
+        broken = sum((each.name, each.stage) == (name, stage) for each in failed)
+        rest = len(own) - running - waiting - broken
+        grid.add_row(name, stage, *map(str, (number - len(own), running, waiting, broken, rest)))
+    console.print(grid)
     for name, stage, task in queued:
         if stage in ("fine-tune", "distil") and task is not None and states[queued[name, stage, task]].is_running:
             once = next(each for each in _sweeps(config) if each.name == name)
@@ -146,6 +146,12 @@ def show(config: Experiment, typed: Sequence[str]) -> None:
         console.print(each.told, highlight=False, markup=False, soft_wrap=True)
     if failed:
         console.print("Next: python -m slurm.retry with the same settings sends the failed rows again", highlight=False)
+
+
+def _every_stage(config: Experiment) -> list[tuple[str, str, int]]:
+    """Experiment, stage, and how many jobs it has in all; the analysis of several sweeps is one of the whole."""
+    stages = [(once.name, stage, number) for once in _sweeps(config) for stage, number in totals(once).items()]
+    return [each for each in stages if each[1] != "analysis"] + [(config.name, "analysis", 1)]
 
 
 def _sweeps(config: Experiment) -> list[Experiment]:
