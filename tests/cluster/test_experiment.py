@@ -1,0 +1,233 @@
+"""A whole experiment as jobs of a real Slurm: the tables of one machine, whatever goes wrong on the way."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from real_slurm import start_node, stop_node, until
+from safetensors.torch import load_file
+
+from configs.schema import CONFIGS
+from store.atomic import read_json, read_jsonl
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+ROOT = CONFIGS.parent
+TINY = ["experiment=demo_tiny", "recipes=[best,uniform,greedy,ensemble]", "analysis.resamples=100"]
+TABLES = ("table3.md", "table3.csv", "table3.tex", "figure1.csv", "figure1.png")
+ROWS = 6
+
+
+def command(cluster, module, runs, *settings):
+    """A command of the project on the login node; what it printed."""
+    words = [sys.executable, *module.split(), *settings, f"paths.runs={runs}"]
+    own = cluster.environment | {"PYTHON": sys.executable, "COLUMNS": "200"}
+    ended = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def submitted(cluster, runs, *settings):
+    """Send what is left; ids by stage."""
+    said = command(cluster, "reproduce.py", runs, *settings, "cluster=slurm_test", "submit=true")
+    lines = [line for line in said.splitlines() if line.startswith("job ")]
+    return {line.split(", ")[1]: line.split(":")[0].removeprefix("job ") for line in lines}
+
+
+def status(cluster, runs, *settings):
+    """What is printed, and the counts of each stage: done, running, waiting, failed, not sent."""
+    said = command(cluster, "-m slurm.status", runs, *settings, "cluster=slurm_test")
+    counts = {}
+    for line in said.splitlines():
+        words = line.split()
+        if len(words) >= 7 and words[0] == "demo_tiny" and all(word.isdigit() for word in words[-5:]):
+            counts[" ".join(words[1:-5])] = [int(word) for word in words[-5:]]
+    return said, counts
+
+
+def all_over(cluster, runs):
+    ids = {row["job"] for row in read_jsonl(runs / "demo_tiny/slurm/sent.jsonl")}
+    over = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}
+    return all(cluster.states(job) <= over for job in ids)
+
+
+def ingredient(runs, row):
+    return runs / f"demo_tiny/ingredients/{row:03d}"
+
+
+def test_an_experiment_sent_as_jobs_makes_the_tables_of_one_machine_byte_for_byte(cluster, tmp_path):
+    here, there = tmp_path / "local", tmp_path / "slurm"
+    ids = submitted(cluster, there, *TINY)
+    assert list(ids) == ["initialise", "fine-tune", "evaluate", "recipes", "evaluate soups", "analysis"]
+    assert submitted(cluster, there, *TINY) == {}  # all of it is in the queue
+    command(cluster, "reproduce.py", here, *TINY, "cluster=local", "cluster.workers=1")
+    until(lambda: all_over(cluster, there), 240, "the end of all jobs")
+    assert cluster.states(ids["analysis"]) == {"COMPLETED"}
+    for name in TABLES:
+        assert (there / "demo_tiny/analysis" / name).read_bytes() == (here / "demo_tiny/analysis" / name).read_bytes()
+    made = [{str(file.relative_to(runs)) for file in runs.rglob("*") if file.is_file()} for runs in (here, there)]
+    assert made[0] - made[1] <= {"demo_tiny/manifest.csv"}  # which no single row writes
+    assert status(cluster, there, *TINY)[1]["fine-tune"] == [3, 0, 0, 0, 0]
+    assert "nothing is left to do" in command(cluster, "reproduce.py", there, *TINY, "cluster=slurm_test")
+
+
+LONG = [*TINY, f"sweep.rows={ROWS}", "~sweep.draw.optim.epochs", "optim.epochs=14", "compute.save_every=1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    """All rows, trained on this machine one after the other."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    command(cluster, "-m finetune", runs, *LONG, "cluster=local", "cluster.workers=2")
+    return runs
+
+
+class Faults:
+    """What goes wrong on a cluster, each done to a running row; names of those that were done are kept."""
+
+    def __init__(self, cluster, runs):
+        self.cluster, self.runs, self.done = cluster, runs, Counter()
+
+    def training(self):
+        """(id, row, node) of the rows that are past their first step and not at their end."""
+        lines = self.cluster.run("squeue", "--noheader", "--array", "--states=R", "--format=%i|%K|%N|%j").splitlines()
+        found = []
+        for line in lines:
+            name, row, node, job = line.split("|")
+            if "fine-tune" in job and (ingredient(self.runs, int(row)) / "state.pt").exists():
+                found.append((name, int(row), node))
+        return found
+
+    def signalled(self, name, row, node):
+        self.cluster.run("scancel", "--signal=USR1", "--batch", name)
+
+    def requeued(self, name, row, node):
+        self.cluster.run("scontrol", "requeue", name)
+
+    def cancelled(self, name, row, node):
+        self.cluster.run("scancel", name)
+
+    def killed(self, name, row, node):
+        mark = f"sweep.index={row}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if words[1:3] == [b"-m", b"finetune"] and mark in words and str(self.runs).encode() in b" ".join(words):
+                    os.kill(int(process.name), signal.SIGKILL)
+            except OSError:
+                continue
+
+    def preempted(self, name, row, node):
+        words = ["--partition=high", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        self.cluster.sbatch(*words, cwd=self.runs)
+
+    def node_down(self, name, row, node):
+        stop_node(node)
+        self.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        for process in Path("/proc").glob("[0-9]*"):  # what ran there ends with the node, as on a machine of its own
+            try:
+                own = (process / "environ").read_bytes().split(b"\0")
+                if f"SLURMD_NODENAME={node}".encode() in own and b"SLURM_JOB_ID" in b" ".join(own):
+                    os.kill(int(process.name), signal.SIGKILL)
+            except OSError:
+                continue
+        time.sleep(2)
+        start_node(node)
+        self.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def one(self, kind):
+        """Do it to some running row, if there is one; whether it was done."""
+        rows = self.training()
+        if not rows:
+            return False
+        name, row, node = random.Random(sum(self.done.values())).choice(rows)
+        try:
+            getattr(self, kind)(name, row, node)
+        except RuntimeError:
+            return False  # it ended in the meantime
+        self.done[kind] += 1
+        return True
+
+
+@pytest.fixture(scope="module")
+def disturbed(cluster, undisturbed, tmp_path_factory):
+    """The same rows as jobs, with a dozen faults; what was cancelled or killed is sent again by the same command."""
+    runs = tmp_path_factory.mktemp("disturbed")
+    faults = Faults(cluster, runs)
+    wanted = ["requeued", "signalled", "preempted", "killed", "requeued", "signalled", "cancelled", "node_down"]
+    wanted += ["signalled", "killed", "requeued", "preempted", "signalled", "requeued"]
+    submitted(cluster, runs, *LONG)
+    deadline = time.monotonic() + 600
+    while not all((ingredient(runs, row) / "done.json").exists() for row in range(ROWS + 1)):
+        assert time.monotonic() < deadline, (faults.done, cluster.run("squeue", "--states=all"))
+        if wanted and faults.one(wanted[0]):
+            wanted.pop(0)
+        time.sleep(3)
+        queued = cluster.run("squeue", "--noheader", "--array", "--format=%j|%r").splitlines()
+        if not any("fine-tune" in line for line in queued) or any("NeverSatisfied" in line for line in queued):
+            submitted(cluster, runs, *LONG)
+    until(lambda: all_over(cluster, runs), 240, "the end of all jobs")
+    submitted(cluster, runs, *LONG)  # evaluation and tables, whose first jobs went with the rows that they waited for
+    until(lambda: all_over(cluster, runs), 240, "the end of all jobs")
+    return runs, faults.done
+
+
+def test_at_least_twelve_faults_of_every_kind_were_done(disturbed):
+    done = disturbed[1]
+    assert sum(done.values()) >= 12, done
+    assert set(done) == {"requeued", "signalled", "preempted", "killed", "cancelled", "node_down"}
+
+
+def test_after_all_faults_every_row_is_done_with_the_bytes_of_an_undisturbed_run(disturbed, undisturbed):
+    for row in range(ROWS + 1):
+        ours, theirs = ingredient(disturbed[0], row), ingredient(undisturbed, row)
+        assert (ours / "weights.safetensors").read_bytes() == (theirs / "weights.safetensors").read_bytes(), row
+        assert read_json(ours / "done.json")["digest"] == read_json(theirs / "done.json")["digest"]
+
+
+def test_no_row_ran_twice_to_its_end(disturbed):
+    logs = [log.read_text(errors="replace") for log in (disturbed[0] / "demo_tiny/slurm/logs").glob("*fine-tune*.out")]
+    lines = [line for log in logs for line in log.splitlines() if line.startswith("row ") and "held-out" in line]
+    ends = Counter(line.split(":")[0] for line in lines)
+    assert ends == {f"row {row}": 1 for row in range(1, ROWS + 1)}
+
+
+def test_no_file_is_torn_or_left_half_written(disturbed):
+    runs = disturbed[0]
+    assert not [path for path in runs.rglob("*") if ".tmp" in path.name]
+    for path in runs.rglob("*.json"):
+        json.loads(path.read_text())
+    for path in runs.rglob("*.safetensors"):
+        load_file(path)
+    assert not list(runs.rglob("state.pt"))
+
+
+def test_the_stages_after_the_faults_ended_too(cluster, disturbed):
+    counts = status(cluster, disturbed[0], *LONG)[1]
+    assert all(done and not any(rest) for done, *rest in counts.values()), counts
+
+
+def test_a_failing_row_leaves_the_others_alone_is_told_and_sent_again_alone(cluster, tmp_path):
+    broken = ingredient(tmp_path, 2)
+    broken.mkdir(parents=True)
+    (broken / "state.pt").write_bytes(b"no state of a training")
+    submitted(cluster, tmp_path, *TINY)
+    until(lambda: all_over(cluster, tmp_path), 240, "the end of all jobs")
+    said, counts = status(cluster, tmp_path, *TINY)
+    assert counts["fine-tune"] == [2, 0, 0, 1, 0]
+    (line,) = [line for line in said.splitlines() if "fine-tune 2" in line]
+    assert "FAILED" in line and "state.pt is damaged" in line and "delete the file to start this row anew" in line
+    (broken / "state.pt").unlink()
+    said = command(cluster, "-m slurm.retry", tmp_path, *TINY, "cluster=slurm_test")
+    assert said.count("job ") == 1 and "fine-tune, tasks 2" in said
+    ids = submitted(cluster, tmp_path, *TINY)
+    assert list(ids) == ["evaluate", "recipes", "evaluate soups", "analysis"]  # the row is in the queue
+    until(lambda: all_over(cluster, tmp_path), 240, "the end of all jobs")
+    assert status(cluster, tmp_path, *TINY)[1]["analysis"] == [1, 0, 0, 0, 0]
+    assert "no row has failed" in command(cluster, "-m slurm.retry", tmp_path, *TINY, "cluster=slurm_test")
