@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing.queues import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -59,7 +60,26 @@ def little_memory() -> Iterator[None]:
         _tell_allocator(KEEP)
 
 
-def _start(parent: int, threads: int) -> None:
+def gpus_of_workers(workers: int, gpus: int, visible: str | None) -> list[str]:
+    """What each worker may see of several GPUs, one of them each, in turn; nothing where there is one or none.
+
+    Args:
+        workers: how many.
+        gpus: how many this process sees.
+        visible: CUDA_VISIBLE_DEVICES of this process.
+
+    >>> gpus_of_workers(3, 2, "4,6"), gpus_of_workers(2, 1, None)
+    (['4', '6', '4'], [])
+    """
+    if gpus < 2:
+        return []
+    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+    return [names[i % gpus] for i in range(workers)]
+
+
+def _start(parent: int, threads: int, gpus: "SimpleQueue[str] | None") -> None:
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()  # read when CUDA is first used, which is later
     use_threads(threads)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
@@ -79,9 +99,17 @@ def progress_bar(console: Console) -> Progress:
 
 @lru_cache(maxsize=1)
 def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
-    """Started once and used by all stages of a command, since each process imports torch for seconds."""
+    """Started once and used by all stages of a command, since each process imports torch for seconds.
+
+    Where there are several GPUs, each worker has one of them.
+    """
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads))
+    names = gpus_of_workers(workers, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    gpus: SimpleQueue[str] | None = context.SimpleQueue() if names else None
+    for name in names:
+        assert gpus is not None
+        gpus.put(name)
+    return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads, gpus))
 
 
 def spread(
