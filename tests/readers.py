@@ -53,12 +53,12 @@ def encoder_folder(folder, seed=0):
     return folder
 
 
-def t5_folder(folder, seed=0):
+def t5_folder(folder, seed=0, **changes):
     """A T5ForConditionalGeneration."""
     words = tokenizer(OF_T5)
     torch.manual_seed(seed)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-    config = T5Config(vocab_size=len(words), pad_token_id=0, eos_token_id=1, **sizes)
+    config = T5Config(vocab_size=len(words), pad_token_id=0, eos_token_id=1, **(sizes | changes))
     T5ForConditionalGeneration(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -1,6 +1,10 @@
 """Texts go through the same stages as images: rows, interruptions, metrics that select, recipes, tables."""
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,12 +21,14 @@ from finetune.train import initialise, train_row
 from models.classifier import pretrained, pretrained_network
 from soups.cook import cook, logits_of
 from soups.pool import ingredients_of, usable_pool
-from store.atomic import read_json
+from store.atomic import read_json, read_jsonl
 from store.processes import Processes
 from store.runs import RunFolder, read_pool, score_of, write_manifest
+from store.weights import load_weights
 from tasks.load import class_names
 from tests.readers import bert_folder, encoder_folder, t5_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 GOOD, BAD = ("the film is good", "a good film", "good , not bad"), ("the film was bad", "not a good film", "bad")
 
 
@@ -234,3 +240,27 @@ def test_what_is_of_texts_is_refused_with_images():
         load("demo", "task.template='{a}'")
     with pytest.raises(UserError, match="augment=none is for texts"):
         load("demo", "augment=none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_tied_weights_as_one_does(strategy, cola, tmp_path):
+    network = t5_folder(tmp_path / "net", dropout_rate=0.0)
+    words = ["experiment=table5_t5_cola", *SMALL, f"task.folder={cola}", f"model.weights={network}"]
+    words += ["sweep.index=1", "~sweep.draw.optim.lr", "optim.lr=1e-4", "tracking.every=1"]
+    initialise(load(words[0].split("=")[1], *words[1:], f"paths.runs={tmp_path / 'one'}"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for runs, call in (("one", [sys.executable]), ("two", torchrun)):
+        own = [f"paths.runs={tmp_path / runs}", *([f"compute.strategy={strategy}"] if runs == "two" else [])]
+        subprocess.run([*call, "-m", "finetune", *words, *own], cwd=ROOT, check=True, capture_output=True)
+    folders = [tmp_path / runs / "table5_t5_cola/ingredients/001" for runs in ("one", "two")]
+    losses = [[row["loss"] for row in read_jsonl(folder / "metrics.jsonl")] for folder in folders]
+    assert len(losses[0]) > 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    one, two = (load_weights(folder / "weights.safetensors") for folder in folders)
+    assert one.keys() == two.keys()  # a tied tensor once, whoever wrote it
+    start = load_weights(tmp_path / "one/table5_t5_cola/ingredients/000/weights.safetensors")
+    moved = max((one[name] - start[name]).abs().max().item() for name in one)
+    apart = max((one[name] - two[name]).abs().max().item() for name in one)
+    assert apart < moved / 20
