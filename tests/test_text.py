@@ -16,7 +16,8 @@ from configs.schema import load
 from eval.calibration import fit_beta
 from eval.forward import Evaluator
 from eval.metrics import matthews
-from finetune.loop import fine_tune
+from eval.tokens import token_split
+from finetune.loop import _mixed, fine_tune, mixing
 from finetune.train import initialise, train_row
 from models.classifier import pretrained, pretrained_network
 from soups.cook import cook, logits_of
@@ -213,10 +214,36 @@ def test_an_encoder_of_one_s_own_gets_a_probe_on_texts_of_one_s_own(tmp_path):
     assert done["held_out"]["n"] == 8
     assert done["held_out"]["correct"] >= 6  # the sentences are told apart by their words
     learned = pretrained(own.model, class_names(own.task))
-    ids = Evaluator(own).inputs("test").batch(torch.tensor([0, 3]))
+    ids = Evaluator(own).inputs("test").batch(torch.tensor([0, 1]))
+    assert (ids == 0).any()  # one of them is padded
     hidden = learned.tower.eval().network(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
     mean = torch.stack([row[: int(n)].mean(dim=0) for row, n in zip(hidden, (ids != 0).sum(dim=1), strict=True)])
     torch.testing.assert_close(learned.features(ids), torch.nn.functional.normalize(mean, dim=1))
+
+
+def test_cached_logits_are_named_by_the_prompt_that_they_answer(config):
+    task, model = config.task, config.model
+    changed = [
+        (model, task),
+        (model, replace(task, template="text: {sentence}")),
+        (model, replace(task, options=("bad", "good"))),
+        (replace(model, max_length=24), task),
+    ]
+    assert len({token_split(*each, "test").key for each in changed}) == 4
+
+
+def test_mixing_is_one_of_all_processes_and_dropout_each_one_s_own():
+    made, labels = torch.arange(4 * 3, dtype=torch.uint8).view(4, 3, 1, 1), torch.tensor([0, 1, 0, 1])
+    mixed = mixing(load("demo", "optim.mixup=0.5").optim, 2)
+
+    def of(rank):
+        batch = _mixed(made, labels, mixed, (7, 3), Processes(rank, 2, torch.device("cpu")))
+        return batch, torch.rand(4)
+
+    (first, drawn), (second, other) = of(0), of(1)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert not torch.equal(drawn, other)
+    assert torch.equal(of(1)[1], other)  # of step and rank alone
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def test_the_longest_field_is_shortened_and_the_others_are_whole():
     tokens = encoded(12, "good good good good good good", "bad film")
     assert " ".join(tokens) == "[CLS] premise : good good good | hypothesis : bad film [SEP]"
     assert len(tokens) == 12
+    tokens = encoded(12, "bad film", "good good good good good good")
+    assert " ".join(tokens) == "[CLS] premise : bad film | hypothesis : good good good [SEP]"
 
 
 def test_a_template_without_room_for_fields_is_refused():
