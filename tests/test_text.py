@@ -234,7 +234,7 @@ def test_cached_logits_are_named_by_the_prompt_that_they_answer(config):
 
 def test_mixing_is_one_of_all_processes_and_dropout_each_one_s_own():
     made, labels = torch.arange(4 * 3, dtype=torch.uint8).view(4, 3, 1, 1), torch.tensor([0, 1, 0, 1])
-    mixed = mixing(load("demo", "optim.mixup=0.5").optim, 2)
+    mixed = mixing(load("demo", "~sweep.draw.optim.mixup", "optim.mixup=0.5").optim, 2)
 
     def of(rank):
         batch = _mixed(made, labels, mixed, (7, 3), Processes(rank, 2, torch.device("cpu")))
