@@ -111,9 +111,9 @@ def identity(config: Experiment, row: int) -> str:
     """
     values = dump(row_config(config, row))
     task = {name: value for name, value in values["task"].items() if name not in REPORTING}
-    task["folders"] = {
-        split: folder for split, folder in task["folders"].items() if split in (task["train"], task["held_out"])
-    }
+    for by_split in ("folders", "take"):
+        own = task[by_split] or {}
+        task[by_split] = {split: value for split, value in own.items() if split in (task["train"], task["held_out"])}
     parts: dict[str, Any] = {"task": task, "model": values["model"]}
     if row > 0:
         parts |= {name: values[name] for name in ("optim", "augment", "regularizer")}

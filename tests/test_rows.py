@@ -76,6 +76,9 @@ def test_a_row_is_identified_by_what_changes_its_weights_and_by_nothing_else():
     assert identity(config, 3) != identity(load("demo", "sweep.seed=5"), 3)
     assert identity(config, 3) == identity(load("demo", "task.shifts=[v2]", "+task.metrics.test=macro_f1"), 3)
     assert identity(config, 3) != identity(load("demo", "task.held_out=v2", "task.shifts=[r]"), 3)
+    texts = load("demo_text")
+    assert identity(texts, 3) == identity(load("demo_text", "task.take.nyt=50", "task.take.test=90"), 3)
+    assert identity(texts, 3) != identity(load("demo_text", "task.take.train=1500"), 3)
 
 
 def test_a_sweep_over_a_field_that_does_not_exist_is_refused():
