@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,14 +77,16 @@ def training_flops(model: nn.Module, example: Tensor) -> int | None:
     Source: Chowdhery et al. 2022 (PaLM), Appendix B.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    inputs = example.to("meta").repeat(2, *[1] * (example.ndim - 1))  # two, since batch norms in training refuse one
     try:
-        with FlopCounterMode(display=False) as counter:
+        # Fake tensors: of these transformers knows that a mask has no values to look at.
+        with FakeTensorMode(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+            shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+            # Two examples, since batch norms in training refuse one.
+            inputs = torch.empty(2, *example.shape[1:], dtype=example.dtype)
             functional_call(model, shapes, (inputs,))
     except Exception:  # of whatever kind: this is a number to look at
         return None
-    return BACKWARD_TOO * counter.get_total_flops() // len(inputs)
+    return BACKWARD_TOO * counter.get_total_flops() // 2
 
 
 @dataclass

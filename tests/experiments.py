@@ -21,7 +21,8 @@ def hub_folders(folder):
     AutoConfig.for_model("align").save_pretrained(folders["transformers"])
     EfficientNetImageProcessor(do_normalize=False, rescale_offset=True).save_pretrained(folders["transformers"])
     for kind, name, special in (("masked_lm", "bert", SPECIAL), ("seq2seq_lm", "t5", OF_T5)):
-        AutoConfig.for_model(name).save_pretrained(folders[kind])
+        start = {"decoder_start_token_id": 0} if name == "t5" else {}
+        AutoConfig.for_model(name, **start).save_pretrained(folders[kind])
         tokenizer(special).save_pretrained(folders[kind])
     return folders
 

@@ -262,7 +262,8 @@ def folders(tmp_path_factory):
     return hub_folders(tmp_path_factory.mktemp("hub"))
 
 
-@pytest.mark.parametrize("name", paper_experiments())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in paper_experiments() if not name.startswith("table5")])
 def test_every_experiment_of_the_paper_has_a_plan(name, folders):
     config = loaded_locally(name, folders)  # the one reason for which a plan may fail: a config at the hub
     found = costs(config)

@@ -57,7 +57,7 @@ def test_a_model_that_is_too_large_for_any_batch_says_so():
     def attempt(images):
         raise torch.OutOfMemoryError
 
-    with pytest.raises(UserError, match="not even 4 images fit"):
+    with pytest.raises(UserError, match="not even 4 examples fit"):
         largest_that_fits(attempt)
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from torch import nn
 
 from finetune.meter import Meter, peak_flops, progress, training_flops
+from models.classifier import pretrained_network
+from tests.readers import FOLDERS, prompted_model
 
 
 class Clock:
@@ -91,6 +93,20 @@ def test_utilisation_is_the_share_of_the_peak_and_unknown_without_it(clock):
 def image(size):
     """An example of which only the shape counts."""
     return torch.empty(1, 3, size, size, device="meta")
+
+
+@pytest.mark.parametrize("kind", ["masked_lm", "seq2seq_lm"])
+def test_the_flops_of_a_language_model_are_counted_and_it_attends_as_before(kind, tmp_path):
+    network = pretrained_network(prompted_model(kind, FOLDERS[kind](tmp_path)), ("no", "yes"))
+    before = network.network.config._attn_implementation
+    length, width, inner, layers, masks = 16, 32, 64, 2, 3
+    found = training_flops(network, torch.ones(1, length, dtype=torch.int64))
+    if kind == "masked_lm":
+        of_a_layer = 2 * length * (4 * width * width + 2 * width * inner) + 2 * 2 * length * length * width
+        said = 2 * masks * (width * width + width * network.network.config.vocab_size)
+        assert found == 3 * (layers * of_a_layer + said)
+    assert found > 0
+    assert network.network.config._attn_implementation == before
 
 
 def test_the_flops_of_a_linear_layer_and_a_convolution_are_those_worked_out_by_hand():
