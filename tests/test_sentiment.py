@@ -108,5 +108,5 @@ def test_the_zero_shot_head_knows_praise_from_blame(task):
 def test_check_prints_how_many_of_each_class_and_an_example():
     command = [sys.executable, "-m", "tasks.check", "task=sentiment", "model=minilm", "augment=none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.search(r"^test: 800 texts \(\d+ negative, \d+ positive\), e\.g\. ['\"]", done.stdout, re.M)
+    assert re.search(r"^test: 1,000 texts \(\d+ negative, \d+ positive\), e\.g\. ['\"]", done.stdout, re.M)
     assert done.stdout.endswith("class names: negative, positive\nOK: 6 splits\n")
