@@ -153,7 +153,18 @@ def write_table(
         baseline: what differences are to.
         metrics: split -> how it is scored, where that is not top-1.
     """
-    text = caption(tidy, note, baseline, metrics or {})
+    return write_cells(table, tidy, stem, caption(tidy, note, baseline, metrics or {}))
+
+
+def write_cells(table: pd.DataFrame, numbers: pd.DataFrame, stem: Path, text: str) -> list[Path]:
+    """Write a table of text cells as stem.md and stem.tex (booktabs), and the numbers behind it as stem.csv.
+
+    Args:
+        table: of text cells.
+        numbers: one row a number.
+        stem: path without suffix.
+        text: the caption.
+    """
     markdown, latex, csv = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".tex", ".csv"))
     write_text(markdown, f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
     escaped = table.rename(columns=_escape).map(_escape)
@@ -162,9 +173,11 @@ def write_table(
         escaped.to_latex(index=False, caption=_escape(text), column_format="l" + "r" * (len(table.columns) - 1)),
     )
     with replacing(csv) as temporary:
-        tidy.to_csv(temporary, index=False, float_format="%.8f")
+        numbers.to_csv(temporary, index=False, float_format="%.8f")
     return [markdown, latex, csv]
 
 
 def _escape(text: str) -> str:
-    return text.replace("%", r"\%").replace("_", r"\_").replace("−", "$-$")
+    for sign, latex in {"%": r"\%", "_": r"\_", "−": "$-$", "†": r"\dag{}", "‡": r"\ddag{}"}.items():
+        text = text.replace(sign, latex)
+    return text
