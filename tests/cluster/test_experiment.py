@@ -163,7 +163,7 @@ def disturbed(cluster, undisturbed, tmp_path_factory):
     wanted = ["requeued", "signalled", "preempted", "killed", "requeued", "signalled", "cancelled", "node_down"]
     wanted += ["signalled", "killed", "requeued", "preempted", "signalled", "requeued"]
     submitted(cluster, runs, *LONG)
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 900
     while not all((ingredient(runs, row) / "done.json").exists() for row in range(ROWS + 1)):
         assert time.monotonic() < deadline, (faults.done, cluster.run("squeue", "--states=all"))
         if wanted and faults.one(wanted[0]):
