@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import analysis.jet_functions  # these two register what every operation does to derivatives
-import analysis.jet_rules  # noqa: F401
-from analysis.jets import along, check_weights
+from analysis.derivatives import along, check_weights
 from eval.calibration import fit_beta
 from eval.metrics import check, top1
 from soups.mixture import mixture
@@ -271,7 +269,7 @@ def logits_at(
 def line_at(
     network: nn.Module, segment: Segment, alpha: float, batches: Iterable[Tensor], project: Projection | None = None
 ) -> Line:
-    """Logits of the soup at alpha and their exact derivatives along the segment, on the CPU; see `analysis.jets.along`.
+    """Logits of the soup at alpha and their exact derivatives along the segment, on the CPU; see `along`.
 
     Raises:
         ValueError: models that do not fit together, or are not this network's.

@@ -25,7 +25,7 @@ from transformers import (
     ViTModel,
 )
 
-from analysis.jets import along
+from analysis.derivatives import along
 from analysis.theory import Line, curvature
 from models.classifier import Classifier
 from models.emoji_clip import model as emoji_clip
