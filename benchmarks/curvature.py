@@ -1,6 +1,6 @@
 """d^2/da^2 of the loss between two models, ours beside others:  python -m benchmarks.curvature [--rounds 5]
 
-A ViT-S/32 of timm with random weights (23 M parameters), halfway to a second one, a batch of noise. Contenders:
+A ViT-S/32 of timm with random weights (23 M parameters), a direction of all of them, a batch of noise. Contenders:
 
 forward           the loss alone, a floor
 differences       the losses a tenth of the way before and after, and a central difference: not exact
@@ -8,16 +8,18 @@ ours              exact, by carrying two derivatives through one forward pass (`
 double_backward   a Hessian-vector product as PyHessian takes it, and its inner product with the direction
 curvlinops        the product of its HessianLinearOperator, and the same inner product
 
-They take turns in every round, in one process and on the same data; seconds are medians. Peak extra memory is that of a
-process of its own: the most of RssAnon during the contender's second call, looked at every 2 ms, above what there was
-before it (network, both directions and, from its first call, the library's code). Every contender's answer stands
-beside its time. That of curvlinops is a jvp of a gradient, which torch 2.14 gets wrong in the native layer norm.
+They take turns in every round, in one process and on the same data; seconds are medians, of the clock and of the
+processor (all threads), which other work beside it disturbs less. Peak extra memory is that of a process of its own:
+the most of RssAnon during the contender's second call, looked at every 2 ms, above what there was before it (network,
+direction and, from its first call, the library's code). Every contender's answer stands beside its time. That of
+curvlinops is a jvp of a gradient, which torch 2.14 gets wrong in the native layer norm; with these weights, little so.
 
 Writes results/measured/bench_curvature.csv, or the file named by --out.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -155,13 +157,18 @@ def table(arguments: argparse.Namespace) -> pd.DataFrame:
     """A row for each contender."""
     p, origin = problem(arguments.network, arguments.batch), provenance()
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    processor: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    load = os.getloadavg()[0]
     answers: dict[str, float] = {}
     for _ in range(arguments.rounds + 1):
         for name, contender in CONTENDERS.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             answers[name] = contender(p)
             seconds[name].append(time.perf_counter() - started)
-    took = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first asks for memory
+            processor[name].append(time.process_time() - used)
+    took, worked = (  # the first call asks for memory
+        {name: statistics.median(times[1:]) for name, times in kind.items()} for kind in (seconds, processor)
+    )
     memory = {name: _extra_of_a_process(arguments, name) for name in CONTENDERS}
     rows = [
         {
@@ -171,10 +178,13 @@ def table(arguments: argparse.Namespace) -> pd.DataFrame:
             "batch_size": arguments.batch,
             "threads": arguments.threads,
             "rounds": arguments.rounds,
+            "load_before": round(load, 2),
             "seconds": round(took[name], 3),
             "fastest_seconds": round(min(seconds[name][1:]), 3),
             "slowest_seconds": round(max(seconds[name][1:]), 3),
             "times_double_backward": round(took[name] / took[EXACT], 3),
+            "processor_seconds": round(worked[name], 3),
+            "processor_of_double_backward": round(worked[name] / worked[EXACT], 3),
             "peak_extra_mib": round(memory[name], 1),
             "memory_of_double_backward": round(memory[name] / memory[EXACT], 3) if memory[EXACT] else None,
             "answer": answers[name],
@@ -216,7 +226,7 @@ def main() -> None:
     found = table(arguments)
     with replacing(arguments.out) as temporary:
         found.to_csv(temporary, index=False)
-    print(found.loc[:, ["contender", "seconds", "times_double_backward", "peak_extra_mib", "answer", "off_percent"]])
+    print(found.loc[:, "seconds":"off_percent"].set_index(found.contender).T)
     print(arguments.out)
 
 
