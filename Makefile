@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo seeds test quick lint format bench bench-eval bench-data bench-soups costs results data pretrain clean help
+.PHONY: setup demo seeds test quick lint format bench bench-eval bench-data bench-soups bench-analysis costs results data pretrain clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +51,9 @@ bench-eval: setup  ## several models on one split, each image decoded once
 
 bench-soups: setup  ## time and memory of averaging, learned soups and ensembles beside others; MERGEKIT=python of an environment with it
 	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.learned && $(RUN) -m benchmarks.ensembles
+
+bench-analysis: setup  ## time and memory of the loss's second derivative along a line beside Hessian-vector products
+	@$(RUN) -m benchmarks.curvature
 
 costs: setup  ## what the paper's experiments take, an estimate; and greedy on several workers, from the authors' decisions
 	@HF_HUB_OFFLINE=1 $(RUN) -m slurm.plan all gpu=h100 out=slurm/costs.csv

@@ -1,0 +1,43 @@
+"""The benchmark of curvatures asks all contenders the same, and runs from end to end."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.curvature import CONTENDERS, differences, double_backward, ours, problem
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_ours_and_double_backward_answer_alike_and_differences_nearly():
+    p = problem("test_vit", 2)
+    exact = double_backward(p)
+    assert ours(p) == pytest.approx(exact, rel=1e-4)
+    assert differences(p) == pytest.approx(exact, rel=0.2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_every_contender_is_measured(tmp_path):
+    options = [
+        "--network",
+        "test_resnet",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        tmp_path / "b.csv",
+    ]
+    command = [sys.executable, "-m", "benchmarks.curvature", *map(str, options)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    rows = pd.read_csv(tmp_path / "b.csv").set_index("contender")
+    assert list(rows.index) == list(CONTENDERS)
+    assert rows.times_double_backward["double_backward"] == 1
+    assert (rows.seconds > 0).all()
+    assert rows.off_percent["curvlinops"] == pytest.approx(0, abs=0.1)  # without a layer norm it is right
