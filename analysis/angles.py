@@ -198,9 +198,9 @@ def angles_figure(tidy: pd.DataFrame, shifts: int) -> Figure:
         if len(tidy) > 2:
             rank = spearmanr(tidy["angle"], tidy["advantage"]).statistic
             axes.set_title(f"rank correlation {rank:.2f}, {len(tidy)} pairs", fontsize=8)
-        axes.set_xlabel("angle between the two at the initialisation (degrees)")
+        axes.set_xlabel(r"angle $\phi$ at the initialisation (degrees)")
         over = {0: "test", 1: "test and shift"}.get(shifts, f"test and {shifts} shifts")
-        axes.set_ylabel(f"interpolation advantage,\naccuracy over {over} (points)")
+        axes.set_ylabel(f"interpolation advantage,\naccuracy over {over} (points)", linespacing=1.4)
         axes.legend(fontsize=6.5, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.17), ncol=2)
         return figure
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,9 @@ def test_between_models_weights_are_summed_in_float64_and_rounded_once():
     assert mixed(models, (2 / 3, 1 / 3))["w"][0] == 1.0
     assert mixed(models, (1 / 3, 2 / 3))["w"][0] == 1.0 + 2**-23
     assert mixed(models, (2.0, -1.0))["w"][0] == 1.0 - 2**-23
+    # What the first adds, the third takes away, and the small one in between is not lost.
+    small = [{"w": torch.tensor([value])} for value in (1.0, 2**-30, 1.0)]
+    assert mixed(small, (1.0, 1.0, -1.0))["w"][0] == 2**-30
 
 
 def test_only_what_differs_moves():
@@ -207,6 +211,16 @@ def test_a_killed_grid_continues_to_the_same_csv(measured, tmp_path):
     assert files[-1].read_bytes() == measured[2][-1].read_bytes()
     assert len(list(folder.rglob("[!.]*.npy"))) == expected
     assert all(path.stat().st_mtime_ns == written for path, written in before.items() if path.name[0] != ".")
+
+
+def test_other_weights_or_points_are_evaluated_anew(measured):
+    config, _, _ = measured
+    piece, *_ = slices(config)
+    start, one, two = piece.models
+    names = {piece.name, replace(piece, models=(start, one, replace(two, digest="0" * 32))).name}
+    names.add(slices(configured(config.paths.runs, "analysis.plane.margin=0.3"))[0].name)
+    assert len(names) == 3
+    assert slices(config)[0].name == piece.name
 
 
 def test_rows_that_make_no_plane_name_the_setting(measured, tmp_path):

@@ -37,7 +37,9 @@ def test_pairs_are_keyed_by_seed_and_rows_alone(tmp_path):
     assert drawn(tmp_path, "analysis.pairs.count=10", "analysis.seed=1") != few
     everything = drawn(tmp_path)
     assert len(everything) == 12 * 11 // 2
+    assert len({first for first, _ in few}) > 3  # of both rows, not of one
     recorded_pool(load("demo", f"paths.runs={tmp_path}"), diverged=[3])
+    assert {pair for pair in few if 3 not in pair} < set(drawn(tmp_path, "analysis.pairs.count=10"))
     assert drawn(tmp_path) == [pair for pair in everything if 3 not in pair]
 
 
