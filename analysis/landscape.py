@@ -45,6 +45,7 @@ class Slice:
     models: tuple[Ingredient, Ingredient, Ingredient]  # theta_0, theta_1, theta_2
     plane: Plane
     points: tuple[tuple[float, float], ...]  # (x, y): the three models, then the grid, x fastest
+    grid: tuple[int, float]  # size and margin, from which the points follow
 
     @property
     def shares(self) -> list[Shares]:
@@ -53,8 +54,11 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """Names all weights that are evaluated."""
-        return digest_of({"models": [each.digest for each in self.models], "points": self.shares})
+        """Names all weights that are evaluated, by what they follow from.
+
+        Not by the coordinates, whose last digits depend on the machine that summed them.
+        """
+        return digest_of({"models": [each.digest for each in self.models], "grid": self.grid})
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def _slice(config: Experiment, pool: dict[int, Ingredient], pair: tuple[int, int
         raise UserError(f"analysis.plane.rows={list(pair)}: {error}; take two other rows") from None
     xs, ys = axes_of(plane, size, margin)
     grid = [(float(x), float(y)) for y in ys for x in xs]
-    return Slice((zero, one, two), plane, (*plane.models, *grid))
+    return Slice((zero, one, two), plane, (*plane.models, *grid), (size, margin))
 
 
 @lru_cache(maxsize=4)
