@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from configs.clusters import Cluster, Share
 from configs.data import Task
 from configs.errors import UserError
+from configs.figures import Angles, Pairs, Plane
 from configs.planning import Plan
 from configs.training import (
     Augment,
@@ -120,13 +121,16 @@ class Tracking:
 
 @closed
 class Analysis:
-    """How tables state their uncertainty."""
+    """How tables state their uncertainty, and what figures measure."""
 
     resamples: Count  # of the paired bootstrap
     oracle: bool = False  # a row with the best individual model on each test set, labelled so, as in Table 4
     seed: int
     labels: tuple[str, ...] = ()  # what the rows 1, 2, ... are called in a table of rows; the first is its baseline
     sets: dict[str, tuple[Count, ...]] = Field(default_factory=dict)  # rows whose soup and ensemble join that table
+    angles: Angles
+    pairs: Pairs
+    plane: Plane
 
 
 @closed

@@ -4,6 +4,8 @@ runs/<name>/ingredients/<iii>/   config.json  metrics.jsonl  state.pt  weights.s
 runs/<name>/zero_shot/           weights.safetensors  done.json
 runs/<name>/manifest.csv         rebuilt from the done.json files, never edited
 runs/<name>/logits/<split>/      <key>.npy, written once
+runs/<name>/midpoints/<split>/   <key>.npy, what the mean of two models answers (Figures 3 and 4)
+runs/<name>/landscape/<split>/   <key>.npy, what all points of a plane answer on some examples (Figures 2 and J.1)
 runs/<name>/soups/<recipe>/      weights.safetensors  journal.jsonl  soup.json
 runs/<name>/analysis/            tables and figures
 """

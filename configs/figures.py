@@ -1,0 +1,35 @@
+"""Settings of the figures that need forward passes of their own: means of two models, and planes through three."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.training import Count, NonNegative, Positive, closed
+
+
+@closed
+class Angles:
+    """Figure 3: fine-tuned models that differ in one thing, in pairs."""
+
+    weights: Literal["repeated", "blocks", "all"]  # that angles and distances are over: matrices and convolutions of
+    # the blocks (Appendix J.1's "repeated weights"), these with gains and biases, or all parameters
+    below_lr: Positive | None  # leave out models of this learning rate and above, the paper's 1e-4; null: none
+    several: bool  # also pairs that differ in more than one thing
+
+
+@closed
+class Pairs:
+    """Figure 4: random pairs of fine-tuned models."""
+
+    count: Count  # how many at most; a larger number keeps the pairs of a smaller one
+
+
+@closed
+class Plane:
+    """Figures 2 and J.1: the error landscape in planes through the initialisation and two fine-tuned models."""
+
+    rows: Annotated[tuple[tuple[Count, Count], ...], Field(min_length=1)]  # the two models of each plane
+    size: Annotated[int, Field(ge=3)]  # points on each axis
+    margin: NonNegative  # around the three models, as a share of how far they reach on each axis
+    train_examples: Count  # on which the training loss is measured, under the transform of evaluation
+    chunk: Count  # examples that are read together for all points, between two saves

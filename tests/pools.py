@@ -1,0 +1,43 @@
+"""A finished sweep without training: an initialisation, and rows that were moved away from it."""
+
+import torch
+
+from models.classifier import pretrained_network
+from store.atomic import write_json
+from store.runs import RunFolder
+from store.weights import save_weights
+from tasks.load import class_names
+
+
+def record(config, row, digest, status="done"):
+    """Write the done.json of a row."""
+    scores = {"split": "held_out", "correct": 10 + row, "n": 40}
+    done = {"drawn": {}, "held_out": scores, "status": status, "seconds": 1.0, "digest": digest}
+    folder = RunFolder.of(config).ingredient(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "done.json", done)
+
+
+def recorded_pool(config, diverged=()):
+    """Rows that say they are done, without weights."""
+    for row in range(config.sweep.size + 1):
+        record(config, row, f"{row:032d}", "diverged" if row in diverged else "done")
+
+
+def moved_pool(config, step=0.05):
+    """Row -> weights: row 0 is the zero-shot model, and each of the others moved on its own, in matrices alone."""
+    start = pretrained_network(config.model, class_names(config.task)).state_dict()
+    weights = {}
+    for row in range(config.sweep.size + 1):
+        generator = torch.Generator().manual_seed(row)
+        moved = {
+            name: tensor + step * row * tensor.std() * torch.randn(tensor.shape, generator=generator)
+            if tensor.ndim > 1
+            else tensor
+            for name, tensor in start.items()
+        }
+        weights[row] = moved
+        folder = RunFolder.of(config).ingredient(row)
+        folder.mkdir(parents=True)
+        record(config, row, save_weights(folder / "weights.safetensors", moved))
+    return weights

@@ -1,0 +1,127 @@
+"""Figure 4: which pairs are drawn, and what their soups and ensembles answer."""
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis.midpoints import Pair, gain
+from analysis.pairs import figure4, pairs_figure, random_pairs
+from analysis.results import SHIFT_MEAN
+from configs.errors import UserError
+from configs.schema import load
+from eval.forward import Evaluator, forward
+from eval.scores import score
+from soups.pool import usable_pool
+from store.runs import RunFolder
+from tests.pools import moved_pool, recorded_pool
+
+FEW = ["cluster.workers=1", "analysis.resamples=100"]
+
+
+def rows_of(pairs):
+    return [(pair.first.row, pair.second.row) for pair in pairs]
+
+
+def drawn(runs, *settings):
+    config = load("demo", f"paths.runs={runs}", *settings)
+    return rows_of(random_pairs(config, usable_pool(config)))
+
+
+def test_pairs_are_keyed_by_seed_and_rows_alone(tmp_path):
+    recorded_pool(load("demo", f"paths.runs={tmp_path}"))
+    few, more = (drawn(tmp_path, f"analysis.pairs.count={count}") for count in (10, 30))
+    assert len(few) == 10
+    assert set(few) < set(more)
+    assert few == sorted(few)
+    assert 0 not in {row for pair in more for row in pair}
+    assert drawn(tmp_path, "analysis.pairs.count=10", "analysis.seed=1") != few
+    everything = drawn(tmp_path)
+    assert len(everything) == 12 * 11 // 2
+    assert len({first for first, _ in few}) > 3  # of both rows, not of one
+    recorded_pool(load("demo", f"paths.runs={tmp_path}"), diverged=[3])
+    assert {pair for pair in few if 3 not in pair} < set(drawn(tmp_path, "analysis.pairs.count=10"))
+    assert drawn(tmp_path) == [pair for pair in everything if 3 not in pair]
+
+
+def test_one_model_makes_no_pair(tmp_path):
+    config = load("demo", f"paths.runs={tmp_path}")
+    recorded_pool(config, diverged=range(2, 13))
+    with pytest.raises(UserError, match="two fine-tuned models"):
+        random_pairs(config, usable_pool(config))
+
+
+def test_a_pair_has_one_name_whichever_comes_first(tmp_path):
+    config = load("demo_tiny", f"paths.runs={tmp_path}")
+    recorded_pool(config)
+    one, two, three = usable_pool(config)[1:]
+    assert Pair(one, two).name == Pair(two, one).name != Pair(one, three).name
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    config = load("demo_tiny", f"paths.runs={tmp_path_factory.mktemp('runs')}", "analysis.pairs.count=2", *FEW)
+    weights = moved_pool(config)
+    return config, weights, figure4(config)
+
+
+def predicted(evaluator, weights, split):
+    evaluator.model.load_state_dict(weights)
+    return forward(evaluator.model, [evaluator.split(split).images])
+
+
+def test_soups_are_of_weights_and_ensembles_of_logits(measured):
+    config, weights, files = measured
+    assert [file.name for file in files] == ["figure4.pdf", "figure4.png", "figure4.csv"]
+    tidy = pd.read_csv(files[-1])
+    assert len(tidy) == 2 * 7  # six splits and the mean of shifts
+    evaluator = Evaluator(config)
+    for (first, second), pair in tidy.groupby(["first", "second"]):
+        one, two = weights[first], weights[second]
+        mean = {n: (one[n] + two[n]) / 2 if one[n].is_floating_point() else one[n] for n in one}
+        cells = pair.set_index("column")
+        soups, ensembles = [], []
+        for split in config.task.reported:
+            soups.append(evaluator.score(predicted(evaluator, mean, split), split))
+            logits = [predicted(evaluator, each, split).double() for each in (one, two)]
+            ensembles.append(evaluator.score((logits[0] + logits[1]) / 2, split))
+            assert cells.loc[split, "soup"] == pytest.approx(soups[-1])
+            assert cells.loc[split, "ensemble"] == pytest.approx(ensembles[-1])
+        shifts = cells.loc[SHIFT_MEAN]
+        assert shifts["soup"] == pytest.approx(sum(soups[1:]) / 5)
+        assert shifts["difference"] == pytest.approx(sum(soups[1:]) / 5 - sum(ensembles[1:]) / 5)
+        assert shifts["low"] <= shifts["difference"] <= shifts["high"]
+
+
+def test_a_second_call_evaluates_nothing_again(measured):
+    config, _, files = measured
+    before = {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")}
+    csv = files[-1].read_bytes()
+    assert figure4(config)[-1].read_bytes() == csv
+    assert {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")} == before
+
+
+def test_the_figure_has_two_panels_with_units_a_diagonal_and_the_larger_rate(measured):
+    tidy = pd.read_csv(measured[2][-1])
+    left, right, bar = pairs_figure(tidy, {"test": "Emoji test", SHIFT_MEAN: "mean of 5 shifts"}).axes
+    assert left.get_xlabel() == right.get_xlabel() == "soup accuracy (%)"
+    assert left.get_ylabel() == "ensemble accuracy (%)"
+    assert bar.get_ylabel() == "larger learning rate of the pair"
+    for axes, column in ((left, "test"), (right, SHIFT_MEAN)):
+        shown = tidy[tidy["column"] == column]
+        assert axes.collections[0].get_offsets()[:, 0].tolist() == pytest.approx((100 * shown["soup"]).tolist())
+        assert axes.collections[0].get_array().tolist() == pytest.approx(shown["larger_lr"].tolist())
+        assert list(axes.lines[0].get_xdata()) == list(axes.lines[0].get_ydata())
+
+
+@pytest.mark.parametrize("metric", ["top1", "macro_f1"])
+def test_a_gain_is_over_the_mean_of_those_compared_with_in_any_metric(tmp_path, metric):
+    config = load("demo_tiny", f"paths.runs={tmp_path}", f"+task.metrics.test={metric}", *FEW)
+    evaluator = Evaluator(config)
+    labels = evaluator.split("test").labels
+    ours, one, two = labels.clone(), labels.clone(), labels.clone()
+    ours[:4], one[:10], two[:20] = 39, 38, 37
+    found = gain(config, evaluator, {"test": ours}, [{"test": one}, {"test": two}], ("test",))
+    ours, one, two = (score(metric, answers, labels) for answers in (ours, one, two))
+    assert found.mean == pytest.approx(ours - (one + two) / 2)
+    assert 0 < found.low < found.mean < found.high
+    assert torch.unique(labels).numel() == 40
