@@ -95,3 +95,12 @@ def save(figure: Figure, stem: Path) -> list[Path]:
             figure.savefig(temporary, metadata=metadata)
         written.append(path)
     return written
+
+
+def save_with_numbers(figure: Figure, tidy: pd.DataFrame, stem: Path) -> list[Path]:
+    """Write stem.pdf, stem.png and the numbers behind them as stem.csv."""
+    files = save(figure, stem)
+    csv = stem.with_name(f"{stem.name}.csv")
+    with replacing(csv) as temporary:
+        tidy.to_csv(temporary, index=False, float_format="%.8f")
+    return [*files, csv]

@@ -162,10 +162,16 @@ class Evaluator:
             found = extract_features(model, self.batches(split, order), self.config.compute.precision)
             return torch.empty_like(found).index_copy_(0, order, found)
 
-        return cached_array(self._cache("features", split, tower), shape, compute)
+        return cached_array(self.place("features", split, tower), shape, compute)
 
-    def _cache(self, what: str, split: str, weights: str) -> Path:
-        """Where an array is kept, named by all that its numbers depend on."""
+    def place(self, what: str, split: str, weights: str) -> Path:
+        """Where an array with a number or more for each example of a split is kept, named by all that it depends on.
+
+        Args:
+            what: the array is, e.g. logits.
+            split: of the experiment's task.
+            weights: names them, and whatever else the numbers depend on beside the examples and their transform.
+        """
         inputs, precision = self.inputs(split), self.config.compute.precision
         transform = inputs.key if isinstance(inputs, TokenSplit) else of_model(self.config.model).key
         parts = {"weights": weights, "images": self.split(split).digest, "transform": transform, "precision": precision}
@@ -195,7 +201,7 @@ class Evaluator:
             split: of the experiment's task.
         """
         shape = (len(self.split(split)), self.config.task.size)
-        path = self._cache("logits", split, name)
+        path = self.place("logits", split, name)
         if self.processes.world > 1 and not path.exists():
             self._fill_together(path, shape, load, split)
         return cached_array(path, shape, lambda: self.fresh_logits(load(), split))
