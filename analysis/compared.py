@@ -33,7 +33,7 @@ MORE = {
 }
 
 
-def styles() -> dict[str, tuple[str, str, str, float]]:
+def styles() -> dict[str, tuple[str, str, str, int]]:
     """Kind of point -> label, colour, marker, size."""
     return STYLE | {kind: (NAMES[kind], *drawn) for kind, drawn in MORE.items()}
 

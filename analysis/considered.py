@@ -45,6 +45,7 @@ BEST = "best"
 LABELS = {kind: STYLE[kind][0] for kind in ("uniform", "greedy", "ensemble", "greedy_ensemble")} | {
     BEST: "Best individual so far (held-out)"
 }
+WIDTHS = {"greedy": 3.0, BEST: 1.2}  # where curves are one, all of them are seen
 Considered = tuple[str, int, Method]  # method, how many models were considered, what it answers
 
 
@@ -234,7 +235,7 @@ def _panel(axes: Axes, drawn: pd.DataFrame) -> None:
                 curve["considered"],
                 100 * curve["accuracy"],
                 color=colour,
-                lw=1.6 if is_mean else 0.6,
+                lw=WIDTHS.get(method, 1.5) if is_mean else 0.6,
                 ls="--" if method == BEST else "-",
                 alpha=1.0 if is_mean else 0.3,
                 label=label if is_mean else None,

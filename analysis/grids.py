@@ -1,6 +1,6 @@
 """Figure F.1: is the average of a one-dimensional grid's ends above the best model of the grid?"""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -28,12 +28,14 @@ from analysis.means import (
 )
 from analysis.results import accuracy_in
 from configs.errors import UserError
-from configs.schema import Experiment
+from configs.schema import Experiment, dump
 from eval.forward import Evaluator
-from finetune.rows import draw
+from finetune.rows import draw, row_config
 from soups.pool import usable_pool
 from soups.recipes import mean_of
 from store.runs import Ingredient, RunFolder
+
+CLIP = 5.0  # points at which colours end, so that one bad end leaves the others theirs
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,31 @@ def _label(config: Experiment, row: int) -> str:
     """The name that `analysis.labels` gives to a row, else what the sweep sets in it first."""
     if config.analysis.labels:
         return config.analysis.labels[row - 1]
-    value = next(iter(draw(config, row).values()), row)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return _said(next(iter(draw(config, row).values()), row))
+
+
+def _said(value: Any) -> str:
+    """A setting's value, of small numbers as in 3e-4."""
+    if not isinstance(value, float):
+        return str(value)
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if 0 < abs(value) < 0.1 else f"{value:g}"
+
+
+def _labels(config: Experiment, rows: Sequence[int], elsewhere: Collection[int]) -> tuple[str, ...]:
+    """Names of a grid's rows; one that also stands in a grid before it is named by the setting that varies here.
+
+    That is the one field in which the rows differ, or the `kind` of the one group.
+    """
+    settings = [dump(row_config(config, row)) for row in rows]
+    fields = [(group, field) for group in ("optim", "augment", "regularizer") for field in settings[0][group]]
+    differ = [(g, f) for g, f in fields if len({str(values[g][f]) for values in settings}) > 1]
+    groups = {group for group, _ in differ}
+    telling = differ[0] if len(differ) == 1 else (groups.pop(), "kind") if len(groups) == 1 else None
+    return tuple(
+        _said(values[telling[0]][telling[1]]) if row in elsewhere and telling else _label(config, row)
+        for row, values in zip(rows, settings, strict=True)
+    )
 
 
 def grids_of(config: Experiment) -> list[Grid]:
@@ -68,12 +93,13 @@ def grids_of(config: Experiment) -> list[Grid]:
     listed = dict(config.analysis.sets)
     if not listed and not config.sweep.draw:
         listed = {"grid": tuple(range(1, config.sweep.size + 1))}
-    grids = []
+    grids: list[Grid] = []
+    seen: set[int] = set()
     for name, rows in listed.items():
         there = [row for row in rows if row in pool]
-        labels = tuple(_label(config, row) for row in there)
-        grids.append(Grid(name, tuple(pool[row] for row in there), labels))
-    grids = [grid for grid in grids if len(grid.members) > 1]
+        if len(there) > 1:
+            grids.append(Grid(name, tuple(pool[row] for row in there), _labels(config, there, seen)))
+        seen |= set(rows)
     if not grids:
         raise UserError(
             f"{config.name}: no one-dimensional grid of two models; name the rows of one in analysis.sets, "
@@ -165,6 +191,7 @@ def _panel(axes: Axes, drawn: pd.DataFrame, norm: TwoSlopeNorm) -> AxesImage:
     axes.tick_params(length=0, labelsize=7)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
+    axes.set_anchor("N")
     return axes.imshow(values, cmap="PuOr_r", norm=norm)
 
 
@@ -182,7 +209,7 @@ def grids_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
         figure = Figure(figsize=(1.4 + 0.5 * sum(widths) + 0.5 * len(names), 0.6 + 2.3 * len(labels)))
         figure.set_layout_engine("constrained")
         panels = figure.subplots(len(labels), len(names), squeeze=False, width_ratios=widths)
-        largest = max(1.0, 100 * tidy["difference"].abs().quantile(0.9))  # so that one bad end leaves the others colour
+        largest = min(CLIP, max(1.0, 100 * tidy["difference"].abs().max()))
         norm, image = TwoSlopeNorm(0, -largest, largest), None
         for line, (column, label) in zip(panels, labels.items(), strict=True):
             for axes, name in zip(line, names, strict=True):

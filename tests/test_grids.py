@@ -114,3 +114,12 @@ def test_the_map_is_upper_triangular_with_signed_points_and_what_is_clear_in_bol
 def test_its_files_are_written(finished):
     names = [file.name for file in figuref1(finished[0])]
     assert names == ["figuref1.pdf", "figuref1.png", "figuref1.csv"]
+
+
+def test_a_row_that_two_grids_share_is_named_by_what_varies_in_the_second(tmp_path):
+    config, _ = finished_pool(tmp_path, experiment="demo_grids", classes=2)
+    assert {grid.name: grid.labels for grid in grids_of(config)} == {
+        "optimiser": ("SGD", "RMSProp", "Adam", "AdamW"),
+        "augmentation": ("minimal", "medium", "strong"),
+        "learning rate": ("1e-2", "3e-3", "1e-3", "3e-4", "1e-4"),
+    }
