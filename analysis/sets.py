@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import matplotlib as mpl
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analysis.figures import save
+from analysis.figures import SETTINGS, save
 from analysis.results import SHIFT_MEAN, Method, accuracy_in, benchmark_name, columns_of, compare, method_of, titled
 from analysis.tables import percent, points, write_table
 from configs.schema import Experiment
@@ -21,6 +22,7 @@ from store.runs import RunFolder, score_of
 from store.weights import digest, load_weights
 
 RAW = "raw"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito's, a kind of weights each
 
 
 @dataclass(frozen=True)
@@ -147,28 +149,29 @@ def sets_table(tidy: pd.DataFrame, test: str) -> pd.DataFrame:
 
 def sets_figure(tidy: pd.DataFrame, test: str, title: str) -> Figure:
     """Test accuracy against the mean of shifts: one colour a kind of weights, one marker for what a point is."""
-    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
-    axes = figure.subplots()
-    wide = tidy.pivot_table(index=["method", "kind", "what"], columns="column", values="accuracy", sort=False)
-    kinds = list(dict.fromkeys(tidy["kind"]))
-    markers = {"individual": "o", "soup": "*", "ensemble": "s"}
-    for (kind, what), group in wide.groupby(level=["kind", "what"], sort=False):
-        axes.scatter(
-            100 * group[test],
-            100 * group[SHIFT_MEAN],
-            color=f"C{kinds.index(str(kind))}",
-            marker=markers[str(what)],
-            s=140 if what == "soup" else 40,
-            alpha=0.9,
-            edgecolor="white",
-            linewidth=0.5,
-            label=f"{'last weights' if kind == RAW else str(kind).replace('_', ' ').upper()}, {what}",
-        )
-    axes.set_xlabel(f"{title} test top-1 accuracy (%)")
-    axes.set_ylabel("mean top-1 accuracy on the shifts (%)")
-    axes.legend(fontsize=7, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(3.8, 3.2))
+        axes = figure.subplots()
+        wide = tidy.pivot_table(index=["method", "kind", "what"], columns="column", values="accuracy", sort=False)
+        kinds = list(dict.fromkeys(tidy["kind"]))
+        markers = {"individual": "o", "soup": "*", "ensemble": "s"}
+        for (kind, what), group in wide.groupby(level=["kind", "what"], sort=False):
+            axes.scatter(
+                100 * group[test],
+                100 * group[SHIFT_MEAN],
+                color=COLOURS[kinds.index(str(kind)) % len(COLOURS)],
+                marker=markers[str(what)],
+                s={"soup": 110, "ensemble": 40}.get(str(what), 20),
+                alpha=0.9,
+                edgecolor="white",
+                linewidth=0.4,
+                zorder=2 if what == "individual" else 3,
+                label=f"{'last weights' if kind == RAW else str(kind).replace('_', ' ').upper()}, {what}",
+            )
+        axes.set_xlabel(f"{title} test top-1 accuracy (%)")
+        axes.set_ylabel("mean top-1 accuracy on the shifts (%)")
+        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=len(kinds), frameon=False)
+        return figure
 
 
 def report_sets(config: Experiment, evaluator: Evaluator, folder: Path, note: str) -> list[Path]:

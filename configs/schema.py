@@ -124,6 +124,7 @@ class Analysis:
     """How tables state their uncertainty, and what figures measure."""
 
     resamples: Count  # of the paired bootstrap
+    bins: Count = 15  # of calibration errors, with as many examples in each; how many the paper has is not known
     oracle: bool = False  # a row with the best individual model on each test set, labelled so, as in Table 4
     seed: int
     labels: tuple[str, ...] = ()  # what the rows 1, 2, ... are called in a table of rows; the first is its baseline

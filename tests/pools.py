@@ -1,10 +1,12 @@
-"""A finished sweep without training: an initialisation, and rows that were moved away from it."""
+"""Finished sweeps without training: an initialisation, and rows that were moved away from it."""
 
 import torch
 
-from models.classifier import pretrained_network
+from configs.schema import load
+from eval.forward import Evaluator
+from models.classifier import pretrained, pretrained_network
 from store.atomic import write_json
-from store.runs import RunFolder
+from store.runs import RunFolder, digest_of
 from store.weights import save_weights
 from tasks.load import class_names
 
@@ -41,3 +43,29 @@ def moved_pool(config, step=0.05):
         folder.mkdir(parents=True)
         record(config, row, save_weights(folder / "weights.safetensors", moved))
     return weights
+
+
+def moved(start, seed, scale):
+    """The weights with noise on every parameter; batch-norm statistics stay."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + scale * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim and "running" not in name
+        else tensor
+        for name, tensor in start.items()
+    }
+
+
+def finished_pool(runs, *overrides, experiment="demo_tiny", classes=10, scale=0.2):
+    """An experiment whose rows are all done, row 0 being the zero-shot model, and its evaluator."""
+    config = load(experiment, f"paths.runs={runs}", f"task.classes={classes}", "analysis.resamples=200", *overrides)
+    evaluator = Evaluator(config)
+    start = pretrained(config.model, class_names(config.task)).state_dict()
+    for row in range(config.sweep.size + 1):
+        folder = RunFolder.of(config).ingredient(row)
+        digest = save_weights(folder / "weights.safetensors", moved(start, row, scale) if row else start)
+        logits = evaluator.logits_of_file(digest, folder / "weights.safetensors", config.task.held_out)
+        done = {"status": "done", "row": row, "digest": digest, "ingredient": "raw", "variants": {}, "seconds": 0}
+        done |= {"held_out": evaluator.scored(logits, config.task.held_out), "drawn": {}, "identity": digest_of(row)}
+        write_json(folder / "done.json", done)
+    return config, evaluator

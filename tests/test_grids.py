@@ -1,0 +1,125 @@
+"""One-dimensional grids: the average of the ends against the best in between."""
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis.grids import best_in_range, figuref1, grids_figure, grids_of, grids_table
+from analysis.results import SHIFT_MEAN
+from configs.errors import UserError
+from store.atomic import read_json, write_json
+from store.runs import RunFolder
+from tests.pools import finished_pool
+
+LABELS = "analysis.labels=[high,middle,low]"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    settings = (LABELS, "+analysis.sets.rate=[1,2,3]", "+analysis.sets.two=[3,1]", "cluster.workers=1")
+    return finished_pool(tmp_path_factory.mktemp("runs"), *settings)
+
+
+@pytest.fixture(scope="module")
+def table(finished):
+    return grids_table(*finished, grids_of(finished[0]))
+
+
+def accuracy(evaluator, weights):
+    return evaluator.hits(evaluator.fresh_logits(weights, "test"), "test").double().mean().item()
+
+
+def test_grids_are_the_experiments_sets_in_their_order_with_every_pair_of_ends(finished, table):
+    assert [(grid.name, grid.labels) for grid in grids_of(finished[0])] == [
+        ("rate", ("high", "middle", "low")),
+        ("two", ("low", "high")),
+    ]
+    drawn = table[(table["grid"] == "rate") & (table["column"] == "test")]
+    assert list(zip(drawn["first"], drawn["last"], strict=True)) == [
+        ("high", "middle"),
+        ("high", "low"),
+        ("middle", "low"),
+    ]
+
+
+def test_a_cell_is_the_average_of_the_ends_minus_the_best_from_one_end_to_the_other(finished, table):
+    config, evaluator = finished
+    models = [grids_of(config)[0].members[i].load() for i in range(3)]
+    singles = [accuracy(evaluator, weights) for weights in models]
+    one, _, two = models
+    average = accuracy(evaluator, {n: ((one[n].double() + two[n].double()) / 2).to(one[n].dtype) for n in one})
+    cell = table[(table["i"] == 0) & (table["j"] == 2) & (table["column"] == "test")].iloc[0]
+    assert cell["average"] == average
+    assert cell["best_accuracy"] == max(singles)
+    assert cell["difference"] == pytest.approx(average - max(singles))
+    assert cell["low"] <= cell["difference"] <= cell["high"]
+
+
+def test_the_best_is_looked_for_between_the_ends_and_not_beyond():
+    accuracies = [0.9, 0.5, 0.6, 0.8]
+    assert [best_in_range(accuracies, i, j) for i, j in ((1, 2), (0, 2), (1, 3), (2, 2))] == [2, 0, 3, 2]
+
+
+def test_a_row_that_diverged_is_no_end_and_a_grid_of_one_is_none(finished, tmp_path):
+    config, _ = finished
+    file = RunFolder.of(config).ingredient(1) / "done.json"
+    done = read_json(file)
+    write_json(file, done | {"status": "diverged"})
+    try:
+        assert [grid.labels for grid in grids_of(config)] == [("middle", "low")]
+    finally:
+        write_json(file, done)
+
+
+def test_a_random_search_is_no_grid(tmp_path):
+    config, _ = finished_pool(tmp_path)
+    with pytest.raises(UserError, match="name the rows of one in"):
+        grids_of(config)
+
+
+def test_a_sweep_without_sets_is_one_grid_named_by_what_varies(tmp_path):
+    config, _ = finished_pool(tmp_path, "sweep.grid.optim.seed=[4,7]", experiment="demo_seeds_only")
+    assert [(grid.name, grid.labels) for grid in grids_of(config)] == [("grid", ("4", "7"))]
+
+
+def cells(values):
+    rows = []
+    for (i, j), value in values.items():
+        rows.append({"grid": "rate", "size": 3, "i": i, "j": j, "first": "abc"[i], "last": "abc"[j]})
+        clear = i == 0 and j == 2
+        rows[-1] |= {
+            "difference": value,
+            "low": value - 0.001 if clear else -1.0,
+            "high": value + 0.001 if clear else 1,
+        }
+    return pd.DataFrame([row | {"column": column} for row in rows for column in ("test", SHIFT_MEAN)])
+
+
+def test_the_map_is_upper_triangular_with_signed_points_and_what_is_clear_in_bold():
+    tidy = cells({(0, 1): 0.012, (0, 2): -0.034, (1, 2): 0.0})
+    figure = grids_figure(tidy, {"test": "Emoji test, top-1 accuracy (%)", SHIFT_MEAN: "Mean of 5 shifts, x (%)"})
+    axes = figure.axes[0]
+    drawn = {tuple(text.get_position()): text for text in axes.texts}
+    assert {place: text.get_text() for place, text in drawn.items()} == {(0, 0): "+1.2", (1, 0): "-3.4", (1, 1): "+0.0"}
+    assert [place for place, text in drawn.items() if text.get_fontweight() == "bold"] == [(1, 0)]
+    image = axes.images[0].get_array()
+    assert image[0, 1] == pytest.approx(-3.4)
+    assert image.mask[1, 0] if hasattr(image, "mask") else torch.tensor(image[1, 0]).isnan()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["b", "c"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert "points" in figure.axes[-1].get_ylabel()
+    assert axes.get_ylabel() == "Emoji test\nleft end"
+
+
+def test_its_files_are_written(finished):
+    names = [file.name for file in figuref1(finished[0])]
+    assert names == ["figuref1.pdf", "figuref1.png", "figuref1.csv"]
+
+
+def test_a_row_that_two_grids_share_is_named_by_what_varies_in_the_second(tmp_path):
+    config, _ = finished_pool(tmp_path, experiment="demo_grids", classes=2)
+    assert {grid.name: grid.labels for grid in grids_of(config)} == {
+        "optimiser": ("SGD", "RMSProp", "Adam", "AdamW"),
+        "augmentation": ("minimal", "medium", "strong"),
+        "learning rate": ("1e-2", "3e-3", "1e-3", "3e-4", "1e-4"),
+    }

@@ -1,0 +1,93 @@
+"""WiSE-FT curves begin at the initialisation, end at each model, and are the interpolation in between."""
+
+import pytest
+import torch
+
+from analysis.means import axis_labels
+from analysis.results import SHIFT_MEAN
+from analysis.wise_curves import ALPHAS, ends_of, figured1, is_augmentation_varied, wise_figure, wise_table
+from configs.errors import UserError
+from configs.schema import load
+from soups.cook import cook
+from soups.pool import usable_pool
+from tests.pools import finished_pool
+
+SOUPS = ("recipes=[best,uniform,greedy]", "sweep.rows=2", "cluster.workers=1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config, evaluator = finished_pool(tmp_path_factory.mktemp("runs"), *SOUPS)
+    with pytest.raises(UserError, match="recipe=uniform first"):
+        figured1(config)
+    for recipe in config.recipes:
+        cook(recipe, evaluator)
+    return config, evaluator
+
+
+@pytest.fixture(scope="module")
+def table(finished):
+    return wise_table(*finished)
+
+
+def accuracy(evaluator, weights, split="test"):
+    return evaluator.hits(evaluator.fresh_logits(weights, split), split).double().mean().item()
+
+
+def at(table, end, alpha, column="test"):
+    rows = table[(table["end"] == end) & (table["alpha"] == alpha) & (table["column"] == column)]
+    return rows.iloc[0]["accuracy"]
+
+
+def test_there_is_a_curve_to_every_fine_tuned_model_and_to_both_soups(finished, table):
+    assert list(table["end"].unique()) == ["row 1", "row 2", "uniform", "greedy"]
+    assert sorted(table["alpha"].unique()) == list(ALPHAS) == [i / 10 for i in range(11)]
+
+
+def test_curves_start_at_the_initialisation_end_at_the_model_and_are_weighted_means_between(finished, table):
+    config, evaluator = finished
+    start, end = (each.load() for each in usable_pool(config)[:2])
+    assert at(table, "row 1", 0.0) == at(table, "uniform", 0.0) == accuracy(evaluator, start)
+    assert at(table, "row 1", 1.0) == accuracy(evaluator, end)
+    mix = {n: (0.3 * end[n].double() + 0.7 * start[n].double()).to(end[n].dtype) for n in end}
+    assert at(table, "row 1", 0.3) == accuracy(evaluator, mix)
+    soup = ends_of(config)[2].load()
+    assert at(table, "uniform", 1.0) == accuracy(evaluator, soup)
+
+
+def test_the_difference_is_to_the_end_of_the_curve(table):
+    row = table[(table["end"] == "row 2") & (table["alpha"] == 0.5) & (table["column"] == SHIFT_MEAN)].iloc[0]
+    assert row["difference"] == pytest.approx(row["accuracy"] - at(table, "row 2", 1.0, SHIFT_MEAN))
+    assert table[table["alpha"] == 1]["difference"].eq(0).all()
+
+
+def test_models_are_coloured_by_their_augmentation_only_where_the_sweep_varies_it(finished):
+    config, _ = finished  # rows 1 and 2 draw the same kind
+    assert is_augmentation_varied(load("demo_grid_zeroshot"))
+    assert not is_augmentation_varied(load("demo_seeds_only"))
+    assert {end.group for end in ends_of(config)} == {"individual", "uniform", "greedy"}
+
+
+def test_the_figure_has_a_line_for_each_end_and_one_entry_for_each_colour(finished, table):
+    config, _ = finished
+    axes = wise_figure(table, "test", axis_labels(config)).axes[0]
+    assert len(axes.lines) == 4
+    assert axes.get_xlabel() == "Emoji test, top-1 accuracy (%)"
+    assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
+    said = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(said) == len(set(said))
+    assert {"Uniform soup", "Greedy soup", "Initialisation"} <= set(said)
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * at(table, "row 1", 0.0))
+
+
+def test_its_files_are_written_without_reading_weights_again(finished, table):
+    config, _ = finished
+    for each in usable_pool(config):
+        torch.testing.assert_close(each.load(), each.load())
+        (each.folder / "weights.safetensors").rename(each.folder / "away")
+    try:
+        files = figured1(config)
+    finally:
+        for each in usable_pool(config):
+            (each.folder / "away").rename(each.folder / "weights.safetensors")
+    assert [file.name for file in files] == ["figured1.pdf", "figured1.png", "figured1.csv"]
