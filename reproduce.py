@@ -17,7 +17,7 @@ from rich.table import Table
 
 from analysis.report import Report, analyse
 from analysis.seeds import over_seeds
-from configs.cli import entry_point
+from configs.cli import entry_point, parts_of
 from configs.schema import Experiment, replicate
 from eval.pool import evaluate_all, model_folders
 from finetune.sweep import train_sweep
@@ -53,8 +53,27 @@ def show(table: pd.DataFrame, console: Console) -> None:
     console.print(grid)
 
 
+def run_parts(parts: list[Experiment], whole: Experiment) -> None:
+    """All stages of each experiment that another is made of, one after the other."""
+    started = time.monotonic()
+    for part in parts:
+        if part.towers:
+            continue  # made of other experiments' models, and drawn by python -m analysis
+        if part.cluster.kind == "slurm":
+            others = [typed for typed in sys.argv[1:] if not typed.startswith("experiment=")]
+            reproduce(part, [f"experiment={part.name}", *others])
+        else:
+            run(part)
+    if whole.cluster.kind != "slurm":
+        print(f"{whole.name}: {len(parts)} experiments, {time.monotonic() - started:.0f} s. Next:")
+        print(f"  python -m analysis artefact=all experiment={whole.name}")
+
+
 def run(config: Experiment) -> None:
     """All stages, of every replicate where the experiment has some; then what was written and what to run next."""
+    if config.parts:
+        run_parts(parts_of(config, sys.argv[1:]), config)
+        return
     if config.cluster.kind == "slurm":
         reproduce(config, sys.argv[1:])
         return

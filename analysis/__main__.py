@@ -1,29 +1,97 @@
-"""Tables and figures of a finished experiment:  python -m analysis experiment=demo [paths.results=results/measured]
+"""Tables and figures of finished experiments:  python -m analysis experiment=demo [paths.results=results/measured]
+
+    python -m analysis list                                    the paper's tables and figures, and what is measured
+    python -m analysis artefact=figure4 experiment=demo        one of them; artefact=all: all of this experiment
 
 Reads   runs/<name>/{ingredients,soups,logits}
-Writes  runs/<name>/analysis/{table3.md,table3.tex,table3.csv,figure1.pdf,figure1.png,figure1.csv,provenance.json}
-With replicates (experiment=demo_seeds) their tables, and seeds.{md,csv} over all of them.
+Writes  runs/<name>/analysis/{table3.md,table3.tex,table3.csv,figure1.pdf,figure1.png,figure1.csv,provenance.json},
+        with artefact=NAME runs/<name>/analysis/NAME*.{md,tex,csv,pdf,png} and NAME_provenance.json
+With replicates (experiment=demo_seeds) their tables, and seeds.{md,csv} over all of them; of an experiment with parts
+(experiment=demo_full) those of all parts.
 """
 
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from analysis.artefacts import ARTEFACTS, draw, measured_files, named, paper_numbers, parts_of
 from analysis.report import analyse
 from analysis.seeds import over_seeds
-from configs.cli import entry_point
+from configs import cli
+from configs.errors import UserError
 from configs.schema import Experiment, replicate
 from store.workers import use_threads
 
 
-def run(config: Experiment) -> None:
+def tables(config: Experiment) -> tuple[Path, ...]:
     """Analyse the experiment, or its replicates and then all of them together."""
-    use_threads(config.cluster.threads)
     if not config.replicates:
-        files = analyse(config).files
+        return analyse(config).files
+    reports = {seed: analyse(replicate(config, seed)) for seed in config.replicates}
+    files = tuple(file for report in reports.values() for file in report.files)
+    return files + over_seeds(config, {seed: report.tidy for seed, report in reports.items()}).files
+
+
+def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> list[Path]:
+    """Make what `artefact` names: of `all`, each that one of the experiments belongs to.
+
+    Raises:
+        UserError: no such artefact, or one that these experiments are not made for.
+    """
+    assert config.artefact is not None
+    names, files = named(config.artefact), []
+    wanted = {name: parts_of(name, parts) for name in names}
+    if len(names) > 1:
+        wanted = {name: own for name, own in wanted.items() if own}
+    elif not wanted[names[0]] and not config.parts:
+        wanted[names[0]] = parts  # an experiment of one's own
+    for name, own in wanted.items():
+        if not own:
+            needs = ", ".join((*ARTEFACTS[name].paper, *ARTEFACTS[name].embedded))
+            raise UserError(f"artefact={name} is made of {needs}, none of which {config.name} has")
+        started = time.monotonic()
+        made = draw(config, name, own, console)
+        console.print(f"{name}: {ARTEFACTS[name].shows}, {time.monotonic() - started:.0f} s")
+        files += made
+    if not wanted:
+        raise UserError(f"{config.name} belongs to no table or figure of the paper; name one: python -m analysis list")
+    return files
+
+
+def show_list(console: Console) -> None:
+    """A line for each of the paper's tables and figures."""
+    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("artefact", "shows", "the paper's numbers", "state", "command"):
+        grid.add_column(column, overflow="fold")
+    for name, artefact in ARTEFACTS.items():
+        files = measured_files(name)
+        state = "measured: " + ", ".join(path.name for path in files) if files else "from the paper only"
+        experiment = "demo_full" if len(artefact.embedded) > 1 else artefact.embedded[0]
+        command = f"python -m analysis artefact={name} experiment={experiment}"
+        grid.add_row(name, artefact.shows, paper_numbers(name) or "none recovered", state, command)
+    console.print(grid)
+    console.print(
+        "On the paper's own data: experiment=" + ", ".join(sorted({e for a in ARTEFACTS.values() for e in a.paper}))
+    )
+
+
+def run(config: Experiment) -> None:
+    """Analyse the experiment and its parts."""
+    use_threads(config.cluster.threads)
+    parts = cli.parts_of(config, sys.argv[1:])
+    if config.artefact is not None:
+        files = artefacts(config, parts, Console(width=None if sys.stdout.isatty() else 110))
     else:
-        reports = {seed: analyse(replicate(config, seed)) for seed in config.replicates}
-        files = tuple(file for report in reports.values() for file in report.files)
-        files += over_seeds(config, {seed: report.tidy for seed, report in reports.items()}).files
+        files = [file for part in parts for file in tables(part)]
     for file in files:
         print(file)
 
 
 if __name__ == "__main__":
-    entry_point(run)()
+    if sys.argv[1:] == ["list"]:
+        cli.one_line_errors(lambda: show_list(Console(width=None if sys.stdout.isatty() else 200)))
+    else:
+        cli.entry_point(run)()

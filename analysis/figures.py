@@ -31,7 +31,16 @@ SETTINGS = {
 }
 
 
-def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str, shifts: int = 5) -> Figure:
+TOP1 = "Top-1 accuracy"
+
+
+def figure1(
+    points: pd.DataFrame,
+    errors: pd.DataFrame,
+    task: str,
+    shifts: int = 5,
+    metrics: tuple[str, str] = (TOP1, TOP1),
+) -> Figure:
     """Test accuracy against the mean of the shifts, one marker per model, soup and ensemble.
 
     Args:
@@ -40,6 +49,7 @@ def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str, shifts: int =
             drawn as bars around the soups.
         task: name of the benchmark, for the axes.
         shifts: how many there are.
+        metrics: by which test and the shifts are scored, where not by accuracy.
     """
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(3.8, 3.2))
@@ -59,9 +69,11 @@ def figure1(points: pd.DataFrame, errors: pd.DataFrame, task: str, shifts: int =
             axes.plot(ends, [100 * point["shift_mean"]] * 2, color=colour, lw=0.8, alpha=0.7, zorder=2)
             ends = 100 * (y0 + row["shift_low"]), 100 * (y0 + row["shift_high"])
             axes.plot([100 * point["test"]] * 2, ends, color=colour, lw=0.8, alpha=0.7, zorder=2)
-        axes.set_xlabel(f"{task} test accuracy, top-1 (%)")
-        counted = {1: "Accuracy on the shift", 5: "Mean accuracy on the five shifts"}
-        axes.set_ylabel(counted.get(shifts, f"Mean accuracy on the {shifts} shifts") + " (%)")
+        axes.set_xlabel(f"{task} test accuracy, top-1 (%)" if metrics[0] == TOP1 else f"{task} test, {metrics[0]} (%)")
+        score = "accuracy" if metrics[1] == TOP1 else metrics[1]
+        counted = {1: f"{score} on the shift", 5: f"Mean {score} on the five shifts"}
+        label = counted.get(shifts, f"Mean {score} on the {shifts} shifts")
+        axes.set_ylabel(f"{label[:1].upper()}{label[1:]} (%)")
         # Below the axes, where it can hide no model.
         axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=3, frameon=False)
         return figure

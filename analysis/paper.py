@@ -106,7 +106,7 @@ def beside_table(
     """One row per method, all cells text: ours, the paper's and ours minus the paper's, in per cent and points.
 
     Args:
-        compared: from `beside`.
+        compared: from `beside`; where it has a column `bold`, ours is bold where that is true.
         names: method -> its name in the table.
         titles: column -> its title.
         decimals: of every number; GLUE is printed with one.
@@ -123,7 +123,8 @@ def beside_table(
             column = cell["column"]
             title = titles.get(column, column)
             spread = cell.get("spread")  # a fraction, as in `tidy`
-            row[title] = _number(cell["ours"], float("nan") if pd.isna(spread) else 100 * spread, decimals)
+            ours = _number(cell["ours"], float("nan") if pd.isna(spread) else 100 * spread, decimals)
+            row[title] = f"**{ours}**" if cell.get("bold") and ours else ours
             if column in with_paper:
                 mark = MARKS.get(cell["confidence"], "")
                 row[f"{title}, paper"] = _number(cell["paper"], cell["paper_spread"], decimals) + mark

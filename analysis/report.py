@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
 
-from analysis.figures import coefficients_map, figure1, save
-from analysis.results import SHIFT_MEAN, benchmark_name, measure, scatter_points, tidy, titled
+from analysis.figures import coefficients_map, figure1, save, save_with_numbers
+from analysis.results import SHIFT_MEAN, Method, benchmark_name, measure, scatter_points, tidy, titled
 from analysis.sets import report_sets
-from analysis.tables import table3, write_table
+from analysis.tables import measured, table3, write_table
+from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from store.atomic import replacing, write_json
@@ -57,6 +59,30 @@ def _errors(scores: pd.DataFrame, test: str) -> pd.DataFrame:
     )
 
 
+def scatter(config: Experiment, stem: str = "figure1", console: Console | None = None) -> list[Path]:
+    """Write <stem>.{pdf,png,csv}: Figure 1's scatter of ingredients, soups and ensembles, from cached logits.
+
+    Raises:
+        UserError: a stage before this one is not finished, or a task without shifts.
+    """
+    del console  # nothing is evaluated
+    if not config.task.shifts:
+        raise UserError(f"{config.name}: this figure is test against shifts, and task.shifts is empty")
+    evaluator = Evaluator(config)
+    pool, methods = measure(config, evaluator)
+    return _scatter(config, pool, methods, tidy(config, methods, evaluator), stem)
+
+
+def _scatter(
+    config: Experiment, pool: list[Method], methods: list[Method], scores: pd.DataFrame, stem: str
+) -> list[Path]:
+    points, task = scatter_points(config, pool, methods), config.task
+    errors, title = _errors(scores, task.test), titled(benchmark_name(config))
+    metrics = [measured(task.metrics, splits) for splits in ((task.test,), task.shifts)]
+    figure = figure1(points, errors, title, len(task.shifts), metrics=(metrics[0], metrics[1]))
+    return save_with_numbers(figure, points, RunFolder.of(config).analysis / stem)
+
+
 def analyse(config: Experiment) -> Report:
     """Write table3.{md,tex,csv} (of texts table5), figure1.{pdf,png,csv} and provenance.json, from cached logits.
 
@@ -66,21 +92,19 @@ def analyse(config: Experiment) -> Report:
     evaluator = Evaluator(config)
     pool, methods = measure(config, evaluator)
     scores = tidy(config, methods, evaluator)
-    points = scatter_points(config, pool, methods)
     folder = RunFolder.of(config).analysis
     table = table3(scores, config.model.head)
     stem = folder / ("table5" if config.task.is_text else "table3")
     files = write_table(table, scores, stem, note(config), metrics=config.task.metrics)
     if config.task.shifts:
-        title = titled(benchmark_name(config))
-        files += save(
-            figure1(points, _errors(scores, config.task.test), title, len(config.task.shifts)), folder / "figure1"
-        )
-    with replacing(folder / "figure1.csv") as temporary:
-        points.to_csv(temporary, index=False, float_format="%.8f")
+        files += _scatter(config, pool, methods, scores, "figure1")
+    else:
+        with replacing(folder / "figure1.csv") as temporary:
+            scatter_points(config, pool, methods).to_csv(temporary, index=False, float_format="%.8f")
+        files.append(folder / "figure1.csv")
     record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}
     write_json(folder / "provenance.json", record)
-    files += [folder / "figure1.csv", folder / "provenance.json"]
+    files.append(folder / "provenance.json")
     for recipe in set(config.recipes) & {"learned_by_layer", "learned_by_tensor"}:
         shares = pd.read_csv(RunFolder.of(config).soup(recipe) / "coefficients.csv")
         files += save(coefficients_map(shares), folder / f"coefficients_{recipe}")

@@ -37,6 +37,7 @@ class Method:
     predicted: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # split that top-1 does not score -> answers
     scores: dict[str, float] = field(default_factory=dict)  # the same splits -> score
     for_mean: "Method | None" = None  # of an oracle: the model that is best in the mean of the shifts
+    annotated: dict[str, Tensor] = field(default_factory=dict)  # annotation of the test split -> (M,) bool
 
     def accuracy(self, split: str) -> float:
         """In [0, 1]: top-1 on a split, or what the task scores it by."""
@@ -53,7 +54,15 @@ def method_of(
     other = [split for split in task.reported if task.metrics.get(split, "top1") != "top1"]
     predicted: dict[str, tuple[Tensor, ...]] = {s: (evaluator.predicted(logits[s], s),) for s in other}
     scores = {split: evaluator.score(logits[split], split) for split in other}
-    return Method(name, models, hits, held_out, predicted=predicted, scores=scores)
+    return Method(
+        name,
+        models,
+        hits,
+        held_out,
+        predicted=predicted,
+        scores=scores,
+        annotated=evaluator.annotated_hits(logits[task.test]),
+    )
 
 
 def benchmark_name(config: Experiment) -> str:
@@ -82,7 +91,8 @@ def over_orders(name: str, orders: list[Method]) -> Method:
         split: tuple(answers for each in orders for answers in each.predicted[split]) for split in first.scores
     }
     scores = {split: sum(each.scores[split] for each in orders) / k for split in first.scores}
-    return Method(name, first.models, hits, held_out, tuple(orders), predicted, scores)
+    seen = {a: torch.stack([each.annotated[a].double() for each in orders]).mean(dim=0) for a in first.annotated}
+    return Method(name, first.models, hits, held_out, tuple(orders), predicted, scores, annotated=seen)
 
 
 def oracle_of(config: Experiment, pool: list[Method]) -> Method:
@@ -94,10 +104,11 @@ def oracle_of(config: Experiment, pool: list[Method]) -> Method:
     hits = {split: method.hits[split] for split, method in best.items()}
     predicted = {split: method.predicted[split] for split, method in best.items() if split in method.predicted}
     scores = {split: method.scores[split] for split, method in best.items() if split in method.scores}
+    seen = {a: max((m.annotated[a] for m in pool), key=lambda right: int(right.sum())) for a in pool[0].annotated}
     mean = None
     if config.task.shifts:
         mean = pool[oracle([shift_mean(config, method) for method in pool], SHIFT_MEAN).index]
-    return Method("oracle", 1, hits, float("nan"), predicted=predicted, scores=scores, for_mean=mean)
+    return Method("oracle", 1, hits, float("nan"), predicted=predicted, scores=scores, for_mean=mean, annotated=seen)
 
 
 def refuse_leak(config: Experiment, cooked: dict[str, Any]) -> None:

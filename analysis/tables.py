@@ -1,5 +1,6 @@
 """Table 3's shape: methods by splits, with paired-bootstrap intervals against the best individual model."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def caption(tidy: pd.DataFrame, note: str, baseline: str, metrics: Mapping[str, 
     )
 
 
+LATEX = {"%": r"\%", "_": r"\_", "−": "$-$", "†": r"\dag{}", "‡": r"\ddag{}", "θ": r"$\theta$", "Σ": r"$\sum$"}
 BEST = "the best individual model, chosen on the held-out split"
 
 
@@ -178,6 +180,6 @@ def write_cells(table: pd.DataFrame, numbers: pd.DataFrame, stem: Path, text: st
 
 
 def _escape(text: str) -> str:
-    for sign, latex in {"%": r"\%", "_": r"\_", "−": "$-$", "†": r"\dag{}", "‡": r"\ddag{}"}.items():
+    for sign, latex in LATEX.items():
         text = text.replace(sign, latex)
-    return text
+    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)

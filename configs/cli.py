@@ -2,14 +2,14 @@
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from configs.errors import InterruptedBySignalError, UserError
-from configs.schema import CONFIGS, Experiment, OwnPool, parse, parse_own
+from configs.schema import CONFIGS, Experiment, OwnPool, load, parse, parse_own
 from configs.slurm import requeueing
 
 
@@ -34,6 +34,18 @@ def one_line_errors(work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+
+
+def parts_of(config: Experiment, typed: Sequence[str]) -> list[Experiment]:
+    """The experiments that one is made of, each with what was typed beside `experiment` and `artefact`; or itself.
+
+    Args:
+        config: of the experiment that was named.
+        typed: overrides of the command line.
+    """
+    own = ("experiment", "artefact", "parts")
+    shared = [override for override in typed if override.split("=")[0].lstrip("+~") not in own]
+    return [load(name, *shared) for name in config.parts] or [config]
 
 
 def entry_point(stage: Callable[[Experiment], None]) -> Callable[[], None]:

@@ -33,3 +33,13 @@ class Plane:
     margin: NonNegative  # around the three models, as a share of how far they reach on each axis
     train_examples: Count  # on which the training loss is measured, under the transform of evaluation
     chunk: Count  # examples that are read together for all points, between two saves
+
+
+@closed
+class Theory:
+    """Figure K.1: approximation (1) against the truth, in the pairs of Appendix K.4."""
+
+    learning_rates: tuple[Positive, ...]  # of the rows that pairs are made of; four panels leave out the highest
+    alphas: Annotated[int, Field(ge=5)]  # equidistant, 0 and 1 among them
+    curvature: Literal["differences", "exact"]  # of the loss along a pair: from the losses at neighbouring alphas, or
+    # by second derivatives of the network, which must be smooth (no relu)

@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from configs.clusters import Cluster, Share
 from configs.data import Task
 from configs.errors import UserError
-from configs.figures import Angles, Pairs, Plane
+from configs.figures import Angles, Pairs, Plane, Theory
 from configs.planning import Plan
 from configs.training import (
     Augment,
@@ -132,6 +132,7 @@ class Analysis:
     angles: Angles
     pairs: Pairs
     plane: Plane
+    theory: Theory
 
 
 @closed
@@ -157,6 +158,8 @@ class Experiment:
     paths: Paths
     submit: bool = False  # of reproduce.py with cluster.kind=slurm: send the jobs, not only print them
     towers: tuple[Path, ...] = ()  # of python -m soups.backbones: folders of rows, in the order in which they are added
+    artefact: str | None = None  # of python -m analysis: a table or figure of the paper, or all
+    parts: tuple[str, ...] = ()  # experiments that this one is made of; it has no models of its own then
     replicates: tuple[int, ...] = ()  # repeat the whole experiment with these sweep seeds, under name/seed<n>
 
     @model_validator(mode="after")

@@ -253,17 +253,26 @@ class Evaluator:
         record: dict[str, Any] = {"split": split, "correct": count.correct, "n": count.n}
         return record if metric == "top1" else record | {"metric": metric, "score": self.score(logits, split)}
 
-    def annotated(self, logits: Tensor) -> dict[str, Count]:
-        """Of each annotation (ReaL, multilabel) of the test split, how many predictions are among the answers
-        that count as right, of how many images with such answers.
+    @cached_property
+    def annotations(self) -> dict[str, Tensor]:
+        """Annotation of the test split -> (N, C) bool, as `tasks.load.load_annotations`."""
+        return load_annotations(self.config.task)
+
+    def annotated_hits(self, logits: Tensor) -> dict[str, Tensor]:
+        """Of each annotation (ReaL, multilabel) of the test split, (M,) bool: whether the prediction is among the
+        answers that count as right, of the M images with such answers.
 
         Source: Beyer et al. 2020, Section 3; Shankar et al. 2020, Section 2.
         """
-        counts = {}
-        for name, answers in load_annotations(self.config.task).items():
-            right = correct_in_sets(self.projected(logits, self.config.task.test), answers)
-            counts[name] = Count(int(right.sum()), len(right))
-        return counts
+        if not self.annotations:
+            return {}
+        seen = self.projected(logits, self.config.task.test)
+        return {name: correct_in_sets(seen, answers) for name, answers in self.annotations.items()}
+
+    def annotated(self, logits: Tensor) -> dict[str, Count]:
+        """Of each annotation, how many are right, of how many images with answers; as `annotated_hits`."""
+        hits = self.annotated_hits(logits)
+        return {name: Count(int(right.sum()), len(right)) for name, right in hits.items()}
 
     def count(self, logits: Tensor, split: str) -> Count:
         """How many of a split's images these logits get right."""

@@ -1,0 +1,198 @@
+"""Tables with the paper's numbers beside ours, and in bold what is not significantly worse than the best."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.paper import beside, beside_table, legend, paper_table
+from analysis.results import (
+    SHIFT_MEAN,
+    Method,
+    accuracy_in,
+    benchmark_name,
+    bootstrap_groups,
+    columns_of,
+    compare,
+    measure,
+    oracle_of,
+    spread_in,
+)
+from analysis.sets import measure_sets
+from analysis.tables import BEST, HEADS, NAMES, SPLITS, measured, points, write_cells
+from configs.errors import UserError
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from eval.significance import paired_permutation
+from store.runs import RunFolder
+
+LEVEL = 0.05
+ORACLE = "oracle"
+TITLES = SPLITS | {"real": "ReaL", "multilabel": "Multilabel", SHIFT_MEAN: "Mean of shifts"}
+RATE = re.compile(r", (\d+e-\d+)$")  # at the end of a row's name in Tables L.1 and L.2
+DEMO_RATE = "3e-5"  # of the paper's two, which stands beside rows that name none
+
+
+def proxies(config: Experiment) -> str:
+    """What the numbers are of, with every proxy named."""
+
+    def named(name: str, stands_for: str | None) -> str:
+        return name if stands_for is None else f"{name}, a proxy for {stands_for}"
+
+    task, model = config.task, config.model
+    return (
+        f"Benchmark {named(benchmark_name(config), task.proxy_for)}; "
+        f"model {named(model.name or model.kind, model.proxy_for)}; "
+        f"{config.sweep.size} fine-tuned models, sweep seed {config.sweep.seed}."
+    )
+
+
+def _hits(
+    config: Experiment, method: Method, evaluator: Evaluator, column: str
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Per-image results of a column and the groups that are swapped together; None where top-1 does not score it."""
+    if column in method.annotated:
+        right = method.annotated[column]
+        return [right], [torch.arange(len(right))]
+    splits = columns_of(config)[column]
+    if any(split in method.scores for split in splits):
+        return None
+    return [method.hits[split] for split in splits], bootstrap_groups(config, evaluator, splits)
+
+
+def _is_worse(
+    config: Experiment, evaluator: Evaluator, method: Method, best: Method, column: str
+) -> tuple[bool, float]:
+    """Whether `method` is significantly worse than `best`, and the p-value where a permutation test gives one."""
+    ours, theirs = (_hits(config, each, evaluator, column) for each in (method, best))
+    if ours is None or theirs is None:  # scored by no mean over images: by the bootstrap interval of the difference
+        return compare(config, method, best, evaluator)[column].high < 0, float("nan")
+    p = paired_permutation(ours[0], theirs[0], ours[1], seed=config.analysis.seed).p
+    return p < LEVEL, p
+
+
+def tested(config: Experiment, evaluator: Evaluator, methods: Sequence[Method], baseline: Method) -> pd.DataFrame:
+    """One row per method and column: accuracy, n, difference to the baseline and its interval, and whether it is bold.
+
+    Bold is the best of a column and whatever a paired permutation test at 0.05 does not tell from it; images of a
+    `task.bootstrap_unit` are swapped together. An oracle is never bold: it was not chosen fairly.
+
+    Columns: method, models, held_out, column, n, accuracy, spread, difference, low, high, p_to_best, bold; fractions.
+    """
+    annotations = list(methods[0].annotated)
+    rows = []
+    for column in (*annotations, *columns_of(config)):
+
+        def accuracy(method: Method, column: str = column) -> float:
+            if column in method.annotated:
+                return method.annotated[column].double().mean().item()
+            return accuracy_in(config, method, column)
+
+        best = max((method for method in methods if method.name != ORACLE), key=accuracy)
+        for method in methods:
+            row = {"method": method.name, "models": method.models, "held_out": method.held_out, "column": column}
+            row |= {"accuracy": accuracy(method), "spread": None}
+            if column in method.annotated:
+                row["n"] = len(method.annotated[column])
+            else:
+                row["n"] = sum(len(method.hits[split]) for split in columns_of(config)[column])
+                row["spread"] = spread_in(config, method, column)
+            is_worse, p = _is_worse(config, evaluator, method, best, column) if method is not best else (False, 1.0)
+            rows.append(row | {"p_to_best": p, "bold": not is_worse and method.name != ORACLE})
+    tidy = pd.DataFrame(rows)
+    gains = {method.name: compare(config, method, baseline, evaluator) for method in methods}
+    for end in ("mean", "low", "high"):
+        tidy["difference" if end == "mean" else end] = [
+            getattr(gains[name][column], end) if column in gains[name] else float("nan")
+            for name, column in zip(tidy["method"], tidy["column"], strict=True)
+        ]
+    return tidy.sort_values("method", key=lambda names: names.map([m.name for m in methods].index), kind="stable")
+
+
+def _beside(tidy: pd.DataFrame, table: str, rows: Mapping[str, str], columns: Mapping[str, str]) -> pd.DataFrame:
+    """As `beside`, where names that ours or the paper's table has not are left out."""
+    paper = paper_table(table)
+    rows = {o: p for o, p in rows.items() if o in set(tidy["method"]) and p in set(paper["row"])}
+    columns = {o: p for o, p in columns.items() if o in set(tidy["column"]) and p in set(paper["column"])}
+    return beside(tidy, table, rows, columns)
+
+
+def _paper_baseline(own: pd.DataFrame, baseline: str) -> float:
+    """The paper's number of the method that differences are to, in one column; NaN where it is not known."""
+    first = own[own["method"] == "best"] if baseline == BEST else own.head(1)
+    return float(first["paper"].iloc[0]) if len(first) else float("nan")
+
+
+def _write(
+    config: Experiment, compared: pd.DataFrame, table: str, names: Mapping[str, str], baseline: str
+) -> list[Path]:
+    """Write <table>_with_paper.{md,tex,csv} into the experiment's analysis folder."""
+    cells = beside_table(compared, names=names, titles=TITLES)
+    for column in (config.task.test, SHIFT_MEAN):
+        own = compared[compared["column"] == column]
+        if own.empty:
+            continue
+        title = f"{TITLES.get(column, column)} − {baseline.split()[1]}"
+        ends = zip(own["difference"], own["low"], own["high"], strict=True)
+        cells[title] = [points(*each) if any(each) else "" for each in ends]
+        gains = own["paper"] - _paper_baseline(own, baseline)
+        if gains.notna().sum() > 1:
+            cells[f"{title}, paper"] = ["" if pd.isna(gain) or not gain else f"{gain:+.2f}" for gain in gains]
+    sizes = compared.drop_duplicates("column").set_index("column")["n"]
+    counts = ", ".join(f"{TITLES.get(c, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
+    text = (
+        f"{measured(config.task.metrics, columns_of(config))} in %, n: {counts}. Ours beside the paper's, and ours "
+        "minus the paper's in points. Bold: the best of a column, and what a paired permutation test does not tell "
+        f"from it at {LEVEL}. Last columns: points to {baseline}, with 95 % paired-bootstrap intervals, and the "
+        f"paper's. {proxies(config)} "
+        f"{legend(compared)}"
+    )
+    return write_cells(cells, compared, RunFolder.of(config).analysis / f"{table}_with_paper", text)
+
+
+def methods_with_paper(config: Experiment, table: str) -> list[Path]:
+    """Table 1, 3, 4 or C.1: the recipes of an experiment, in every column that it reports.
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    evaluator = Evaluator(config)
+    pool, methods = measure(config, evaluator)
+    if ORACLE in set(paper_table(table)["row"]) and all(method.name != ORACLE for method in methods):
+        methods.append(oracle_of(config, pool))
+    best = next(method for method in methods if method.name == "best")
+    tidy = tested(config, evaluator, methods, best)
+    if table == "table1":
+        tidy = tidy[tidy["column"].isin([config.task.test, SHIFT_MEAN])]
+    columns = {column: column for column in tidy["column"]} | {config.task.test: "test"}
+    compared = _beside(tidy, table, {name: name for name in tidy["method"]}, columns)
+    names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"}
+    return _write(config, compared, table, names, BEST)
+
+
+def rows_with_paper(config: Experiment, table: str) -> list[Path]:
+    """Table L.1, L.2 or L.3: named rows, soups and ensembles of sets of them.
+
+    Names that end in a learning rate stand beside the paper's number at that rate, others beside those at 3e-5.
+
+    Raises:
+        UserError: rows without names in `analysis.labels`, or a sweep that is not finished.
+    """
+    if not config.analysis.labels:
+        raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
+    evaluator = Evaluator(config)
+    methods, _ = measure_sets(config, evaluator)
+    tidy = tested(config, evaluator, methods, methods[0])
+    rates = tidy["method"].str.extract(RATE, expand=False).fillna(DEMO_RATE)
+    has_rates = paper_table(table)["column"].str.contains("@").any()
+    parts = []
+    for rate, own in tidy.groupby(rates, sort=False):
+        rows = {method: RATE.sub("", method) for method in own["method"]}
+        ending = f"@{rate}" if has_rates else ""
+        columns = {config.task.test: f"test{ending}", SHIFT_MEAN: f"{SHIFT_MEAN}{ending}"}
+        parts.append(_beside(own, table, rows, columns))
+    compared = pd.concat(parts)
+    return _write(config, compared, table, {}, "the first row")
