@@ -73,9 +73,7 @@ def show_list(console: Console) -> None:
         command = f"python -m analysis artefact={name} experiment={experiment}"
         grid.add_row(name, artefact.shows, paper_numbers(name) or "none recovered", state, command)
     console.print(grid)
-    console.print(
-        "On the paper's own data: experiment=" + ", ".join(sorted({e for a in ARTEFACTS.values() for e in a.paper}))
-    )
+    console.print(f"{len(ARTEFACTS)} tables and figures. On the paper's own data: experiment=paper, or any part of it.")
 
 
 def run(config: Experiment) -> None:

@@ -32,7 +32,7 @@ from store.workers import spread
 
 LEARNING_RATE, AUGMENTATION, SEED, START = "learning rate", "augmentation", "seed", "initialisation"
 WEAK, STRONG = "none", "RandAugment and mixup"  # the two levels of augmentation
-BETAS = {"calibrated": "β minimises the soup's loss", "plain": "β = 1"}
+BETAS = {"calibrated": "β calibrated", "plain": "β = 1"}
 RESAMPLES = 2000  # of pairs, for the intervals of correlations
 TRUTHS = ("loss_difference", "error_difference")
 TERMS = ("beta", "soup_loss", "ensemble_loss", "curvature", "curvature_error", "convexity_term", "variance_term")
@@ -235,7 +235,7 @@ def summary_table(tidy: pd.DataFrame, seed: int) -> pd.DataFrame:
         for _ in range(RESAMPLES):
             some = [groups[i] for i in generator.integers(len(groups), size=len(groups))]
             draws.append(_statistics(*(np.concatenate(parts) for parts in zip(*some, strict=True))))
-        low, high = np.nanpercentile(np.array(draws), [2.5, 97.5], axis=0)
+        low, high = (pd.DataFrame(draws).quantile(end).to_numpy() for end in (0.025, 0.975))
         for i, name in enumerate(("correlation", "rank correlation", "sign agreement")):
             rows.append(
                 {
@@ -307,7 +307,9 @@ def approximation_figure(tidy: pd.DataFrame, summary: pd.DataFrame, test: str, t
             axes.set_ylabel(f"{'loss' if is_loss else 'error'}, soup − ensemble ({'nats' if is_loss else 'points'})")
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncol=3, fontsize=6.5, frameon=False)
-        figure.suptitle(f"{title}: positive where the ensemble is better", fontsize=8)
+        figure.suptitle(
+            f"{title}: positive where the ensemble is better; calibrated β minimises the soup's loss", fontsize=8
+        )
         return figure
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from analysis.paper import MARKS, legend, paper_table
 from analysis.results import benchmark_name, measure
 from analysis.tables import BEST, METRICS, NAMES, points, write_cells
-from analysis.with_paper import LEVEL, proxies, tested
+from analysis.with_paper import LEVEL, proxies, with_significance
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from store.runs import RunFolder
@@ -22,7 +22,7 @@ MODELS |= {"t5_base": "T5-base", "t5_large": "T5-large"}
 def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
     """One row per experiment and recipe, on its test split, beside the paper's number where it has one.
 
-    Columns: network, task, n, metric and those of `analysis.with_paper.tested`; ours and paper (per cent),
+    Columns: network, task, n, metric and those of `analysis.with_paper.with_significance`; ours and paper (per cent),
     minus_paper (points), confidence, source.
 
     Raises:
@@ -35,7 +35,7 @@ def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
         _, methods = measure(config, evaluator)
         best = next(method for method in methods if method.name == "best")
         chosen = [method for method in methods if method.name in RECIPES[table]]
-        tidy = tested(config, evaluator, chosen, best)
+        tidy = with_significance(config, evaluator, chosen, best)
         tidy = tidy[tidy["column"] == config.task.test]
         network, task = network_of(config), config.task.subset or benchmark_name(config)
         keys = [(f"{network}/{method}", task) for method in tidy["method"]]

@@ -74,7 +74,9 @@ def _is_worse(
     return p < LEVEL, p
 
 
-def tested(config: Experiment, evaluator: Evaluator, methods: Sequence[Method], baseline: Method) -> pd.DataFrame:
+def with_significance(
+    config: Experiment, evaluator: Evaluator, methods: Sequence[Method], baseline: Method
+) -> pd.DataFrame:
     """One row per method and column: accuracy, n, difference to the baseline and its interval, and whether it is bold.
 
     Bold is the best of a column and whatever a paired permutation test at 0.05 does not tell from it; images of a
@@ -164,7 +166,7 @@ def methods_with_paper(config: Experiment, table: str) -> list[Path]:
     if ORACLE in set(paper_table(table)["row"]) and all(method.name != ORACLE for method in methods):
         methods.append(oracle_of(config, pool))
     best = next(method for method in methods if method.name == "best")
-    tidy = tested(config, evaluator, methods, best)
+    tidy = with_significance(config, evaluator, methods, best)
     if table == "table1":
         tidy = tidy[tidy["column"].isin([config.task.test, SHIFT_MEAN])]
     columns = {column: column for column in tidy["column"]} | {config.task.test: "test"}
@@ -185,7 +187,7 @@ def rows_with_paper(config: Experiment, table: str) -> list[Path]:
         raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
     evaluator = Evaluator(config)
     methods, _ = measure_sets(config, evaluator)
-    tidy = tested(config, evaluator, methods, methods[0])
+    tidy = with_significance(config, evaluator, methods, methods[0])
     rates = tidy["method"].str.extract(RATE, expand=False).fillna(DEMO_RATE)
     has_rates = paper_table(table)["column"].str.contains("@").any()
     parts = []

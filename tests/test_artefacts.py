@@ -1,0 +1,89 @@
+"""The paper's 33 artefacts are all there, and made of experiments that exist."""
+
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from analysis.artefacts import ARTEFACTS, draw, named, paper_numbers, parts_of
+from configs.cli import parts_of as parts_of_experiment
+from configs.errors import UserError
+from configs.schema import load
+from soups.cook import cook_all
+from tests.experiments import EXPERIMENTS, ROOT
+from tests.pools import finished_pool
+
+
+def test_there_are_10_tables_and_23_figures():
+    tables = [name for name in ARTEFACTS if name.startswith("table")]
+    assert (len(tables), len(ARTEFACTS) - len(tables)) == (10, 23)
+
+
+def test_every_experiment_behind_them_exists_and_belongs_to_paper_or_demo_full():
+    named_there = {each for artefact in ARTEFACTS.values() for each in (*artefact.paper, *artefact.embedded)}
+    assert named_there <= set(EXPERIMENTS) | {"released"}
+    whole = set(load("demo_full").parts) | set(load("paper").parts) | {"released"}
+    assert named_there <= whole
+
+
+def test_demo_full_has_a_part_for_each_artefact():
+    parts = parts_of_experiment(load("demo_full"), [])
+    assert {part.name for part in parts} == set(load("demo_full").parts)
+    assert all(parts_of(name, parts) for name in ARTEFACTS)
+
+
+def test_every_part_of_an_experiment_is_an_experiment():
+    for name in EXPERIMENTS:
+        if name.startswith("own"):
+            continue
+        assert set(load(name).parts) <= set(EXPERIMENTS)
+
+
+def test_what_is_typed_reaches_every_part_but_not_what_names_the_whole():
+    typed = ["experiment=demo_full", "artefact=all", "paths.runs=elsewhere", "analysis.resamples=7"]
+    parts = parts_of_experiment(load("demo_full"), typed)
+    assert {str(part.paths.runs) for part in parts} == {"elsewhere"}
+    assert {part.analysis.resamples for part in parts} == {7}
+    assert {part.artefact for part in parts} == {None}
+
+
+def test_every_number_that_is_named_is_in_the_papers_tables():
+    for name, artefact in ARTEFACTS.items():
+        assert paper_numbers(name).count(",") >= len(artefact.numbers) - 1
+
+
+def test_an_artefact_that_is_none_is_refused():
+    with pytest.raises(UserError, match="artefact=figure9"):
+        named("figure9")
+
+
+def test_an_artefact_is_drawn_recorded_and_published(tmp_path):
+    config, _ = finished_pool(
+        tmp_path / "runs", "recipes=[best]", "model.templates=null", "cluster.workers=1", f"paths.results={tmp_path}"
+    )
+    cook_all(config, config.recipes, Console(quiet=True))
+    files = draw(config, "figure1", [config], Console(quiet=True))
+    assert [file.name for file in files] == [
+        f"demo_tiny_figure1{end}" for end in (".pdf", ".png", ".csv", "_provenance.json")
+    ]
+    assert all(file.parent == tmp_path for file in files)
+
+
+def analysis(*arguments):
+    call = [sys.executable, "-m", "analysis", *arguments]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_list_has_a_line_for_each_with_state_and_command():
+    answer = analysis("list")
+    assert answer.returncode == 0, answer.stderr
+    for name in ARTEFACTS:
+        assert any(line.startswith(name) for line in answer.stdout.splitlines())
+    assert "33 tables and figures" in answer.stdout
+
+
+def test_an_artefact_of_another_experiment_says_which_it_is_made_of(tmp_path):
+    answer = analysis("artefact=tablel1", "experiment=table5", f"paths.runs={tmp_path}")
+    assert answer.returncode == 2
+    assert answer.stderr.strip().endswith("made of tablel1_distill, demo_distill, none of which table5 has")

@@ -1,0 +1,113 @@
+"""Tables with the paper's numbers: what is bold, what stands beside what, and that proxies are named."""
+
+import re
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+from analysis.inference import table2
+from analysis.paper import paper_table
+from analysis.results import measure
+from analysis.text_tables import network_of, texts_with_paper
+from analysis.with_paper import methods_with_paper, proxies, rows_with_paper, with_significance
+from configs.errors import UserError
+from configs.schema import load
+from eval.significance import paired
+from soups.cook import cook_all
+from tests.pools import finished_pool
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    settings = ("sweep.rows=3", "recipes=[best,uniform,greedy,ensemble]", "model.templates=null", "cluster.workers=1")
+    config, evaluator = finished_pool(runs, *settings, classes=20)
+    cook_all(config, config.recipes, Console(quiet=True))
+    return config, evaluator
+
+
+def test_bold_is_the_best_and_what_mcnemars_test_does_not_tell_from_it(finished):
+    config, evaluator = finished
+    _, methods = measure(config, evaluator)
+    best = next(method for method in methods if method.name == "best")
+    tidy = with_significance(config, evaluator, methods, best).query("column == 'test'").set_index("method")
+    top = tidy["accuracy"].idxmax()
+    assert tidy.loc[top, "bold"]
+    by_name = {method.name: method for method in methods}
+    for name, row in tidy.iterrows():
+        p = paired(by_name[name].hits["test"].bool(), by_name[top].hits["test"].bool()).p
+        if name != top and config.task.bootstrap_unit == "image":
+            assert row["p_to_best"] == pytest.approx(p, abs=0.01)
+        assert row["bold"] == (row["p_to_best"] >= 0.05)
+
+
+def test_an_oracle_is_never_bold_and_stands_where_the_paper_has_one(finished):
+    config, _ = finished
+    markdown, latex, csv = methods_with_paper(config, "table4")
+    numbers = pd.read_csv(csv)
+    assert not numbers.loc[numbers["method"] == "oracle", "bold"].any()
+    assert "oracle" not in set(pd.read_csv(methods_with_paper(config, "table3")[2])["method"])
+    paper = paper_table("table4").set_index(["row", "column"])["value"]
+    beside = numbers.dropna(subset=["paper"]).set_index(["method", "column"])
+    assert beside.loc[("greedy", "test"), "paper"] == paper["greedy", "test"]
+    assert beside.loc[("greedy", "shift_mean"), "minus_paper"] == pytest.approx(
+        100 * beside.loc[("greedy", "shift_mean"), "accuracy"] - paper["greedy", "shift_mean"]
+    )
+    said = markdown.read_text()
+    assert "emoji, a proxy for ImageNet" in said
+    assert "**" in said
+    assert r"\textbf{" in latex.read_text()
+    assert "**" not in latex.read_text()
+
+
+def test_the_papers_gain_is_its_row_minus_its_best(finished):
+    table = methods_with_paper(finished[0], "table3")[0].read_text().splitlines()
+    header = [cell.strip() for cell in table[0].strip("|").split("|")]
+    greedy = next(line for line in table if line.startswith("| Greedy soup "))
+    cells = dict(zip(header, [cell.strip() for cell in greedy.strip("|").split("|")], strict=True))
+    assert cells["Test − best, paper"] == "+0.65"  # 81.03 - 80.38
+    assert cells["Mean of shifts − best, paper"] == "+2.92"  # 50.75 - 47.83
+
+
+@pytest.mark.parametrize(("rate", "paper"), [("3e-5", 80.24), ("1e-5", 80.08), (None, 80.24)])
+def test_a_row_stands_beside_the_papers_number_at_its_learning_rate(finished, rate, paper):
+    config, _ = finished
+    names = [f"{name}, {rate}" if rate else name for name in ("minimal", "medium", "strong")]
+    whole = "minimal, medium, strong" + (f", {rate}" if rate else "")
+    named = replace(config.analysis, labels=tuple(names), sets={whole: (1, 2, 3)})
+    numbers = pd.read_csv(rows_with_paper(replace(config, analysis=named), "tablel1")[2])
+    soup = numbers[numbers["method"].str.startswith("Soup") & (numbers["column"] == "test")]
+    assert soup["paper"].item() == paper
+
+
+def test_rows_without_names_are_refused(finished):
+    with pytest.raises(UserError, match=r"analysis\.labels"):
+        rows_with_paper(finished[0], "tablel1")
+
+
+def test_networks_are_called_as_in_the_papers_tables():
+    names = {network: f"tablej1_{network}_rte" for network in ("bert_base", "bert_large", "t5_small", "t5_large")}
+    assert {network: network_of(load(name)) for network, name in names.items()} == {name: name for name in names}
+    assert {row.partition("/")[0] for row in paper_table("tablej1")["row"]} > set(names)
+    assert network_of(load("demo_text")) == "minilm"
+    assert "a proxy for" in proxies(load("demo_text"))
+
+
+def test_a_table_of_texts_has_ours_and_every_number_of_the_paper(finished):
+    config, _ = finished
+    text = texts_with_paper([config], "table5")[0].read_text()
+    assert re.search(r"\| BERT-base +\| rte +\|.*\| Greedy soup +\|.*\| 61.7", text)
+    assert "| emoji" in text
+
+
+def test_an_ensemble_costs_as_many_forward_passes_as_it_has_models(finished):
+    torch.set_num_threads(1)
+    numbers = pd.read_csv(table2(finished[0])[2]).set_index("method")
+    assert list(numbers.index) == ["best", "ensemble", "uniform", "greedy"]
+    assert numbers.loc["ensemble", "models"] == 4
+    assert numbers.loc["ensemble", "gflops"] == pytest.approx(4 * numbers.loc["best", "gflops"])
+    assert numbers.loc["ensemble", "times_single"] > 2
+    assert numbers.loc["uniform", "gflops"] == numbers.loc["best", "gflops"]
