@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from analysis.means import answers, key_of_mean, measure_mixtures
 from analysis.results import bootstrap_groups
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -16,9 +17,7 @@ from eval.scores import Answers, bootstrap_scores, score
 from eval.significance import Difference, paired_bootstrap
 from finetune.rows import draw, row_config
 from soups.average import Average
-from store.arrays import cached_array
-from store.runs import Ingredient, digest_of
-from store.workers import spread
+from store.runs import Ingredient
 
 Predicted = dict[str, Tensor]  # split -> (N,) class ids in its label space
 
@@ -33,7 +32,7 @@ class Pair:
     @property
     def name(self) -> str:
         """Names their mean, without reading them."""
-        return digest_of({"mean of": sorted((self.first.digest, self.second.digest))})
+        return key_of_mean((self.first, self.second))
 
     def mean(self) -> dict[str, Tensor]:
         """The weights half way between them."""
@@ -41,16 +40,8 @@ class Pair:
 
 
 def answers_of_mean(evaluator: Evaluator, pair: Pair, split: str) -> Tensor:
-    """(N,) class ids that a pair's mean predicts on a split, from disk or by a forward pass.
-
-    Of so many models not the logits are kept, which of ImageNet's splits are hundreds of megabytes each.
-    """
-
-    def compute() -> Tensor:
-        return evaluator.predicted(evaluator.fresh_logits(pair.mean(), split), split).float().unsqueeze(1)
-
-    path = evaluator.place("midpoints", split, pair.name)
-    return cached_array(path, (len(evaluator.split(split)), 1), compute).squeeze(1).long()
+    """(N,) class ids that a pair's mean predicts on a split, from disk or by a forward pass."""
+    return answers(evaluator, pair.name, pair.mean, split)
 
 
 def answers_of_model(evaluator: Evaluator, ingredient: Ingredient, split: str) -> Tensor:
@@ -72,27 +63,11 @@ def measure_midpoints(config: Experiment, pairs: Sequence[Pair], console: Consol
     Raises:
         UserError: missing or damaged weights or data, or a worker that was killed.
     """
-    console = console or Console()
     members = {each.row: each.folder for pair in pairs for each in (pair.first, pair.second)}
-    evaluate_all(config, [members[row] for row in sorted(members)], console)
-    evaluator, splits = Evaluator(config), config.task.reported
-
-    def done(pair: Pair) -> bool:
-        return all(evaluator.place("midpoints", split, pair.name).exists() for split in splits)
-
-    missing = [pair for pair in pairs if not done(pair)]
+    evaluate_all(config, [members[row] for row in sorted(members)], console or Console())
     workers = config.cluster.workers
-    shares = [missing[i::workers] for i in range(workers) if missing[i::workers]]
-    spread(
-        f"evaluating {len(missing)} means of two models",
-        [partial(_answer, config, share) for share in shares],
-        workers=workers,
-        threads=config.cluster.threads,
-        units=len(missing),
-        done_units=lambda: sum(done(pair) for pair in missing),
-        report=str,
-        console=console,
-    )
+    calls = [partial(_answer, config, pairs[i::workers]) for i in range(workers) if pairs[i::workers]]
+    measure_mixtures(config, "means of two models", [pair.name for pair in pairs], calls, console)
 
 
 def gain(
