@@ -44,7 +44,13 @@ def _proxy(stands_for: str | None) -> str:
     return "" if stands_for is None else f", a proxy for {stands_for}"
 
 
-def _errors(scores: pd.DataFrame, test: str) -> pd.DataFrame:
+def scatter_errors(scores: pd.DataFrame, test: str) -> pd.DataFrame:
+    """The intervals around soups and ensembles in Figure 1: method, test_low, test_high, shift_low, shift_high.
+
+    Args:
+        scores: from `analysis.results.tidy`.
+        test: name of the test split.
+    """
     wide = scores.pivot(index="method", columns="column", values=["low", "high"])
     return pd.DataFrame(
         {
@@ -77,7 +83,7 @@ def _scatter(
     config: Experiment, pool: list[Method], methods: list[Method], scores: pd.DataFrame, stem: str
 ) -> list[Path]:
     points, task = scatter_points(config, pool, methods), config.task
-    errors, title = _errors(scores, task.test), titled(benchmark_name(config))
+    errors, title = scatter_errors(scores, task.test), titled(benchmark_name(config))
     metrics = [measured(task.metrics, splits) for splits in ((task.test,), task.shifts)]
     figure = figure1(points, errors, title, len(task.shifts), metrics=(metrics[0], metrics[1]))
     return save_with_numbers(figure, points, RunFolder.of(config).analysis / stem)
