@@ -6,6 +6,7 @@ has every assumption, typed as plan.cores_per_gpu=16. Trains and writes nothing.
 python -m slurm.plan all gpu=h100 [out=FILE]    a line for each experiment of the paper, and a csv of them
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -101,8 +102,9 @@ def show(config: Experiment) -> None:
 
 
 def paper_experiments() -> list[str]:
-    """Names of the paper's experiments, in order."""
-    names = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+    """Names of the paper's experiments, in order; those made of others, or of others' models, train nothing."""
+    files = sorted((CONFIGS / "experiment").glob("*.yaml"))
+    names = [path.stem for path in files if not re.search(r"^(parts|towers):", path.read_text(), re.MULTILINE)]
     return [name for name in names if not name.startswith(OWN_DATA)]
 
 

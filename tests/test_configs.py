@@ -21,9 +21,10 @@ from finetune.augment import augmentation
 from finetune.averages import Averages
 from finetune.optimisers import build, learning_rate
 from finetune.rows import row_config
+from slurm.plan import paper_experiments
 from tests.experiments import EXPERIMENTS, ROOT, TYPED
 
-PAPER = [name for name in EXPERIMENTS if not name.startswith(("demo", "own"))]
+PAPER = [name for name in paper_experiments() if name != "released"]  # which trains nothing
 PUBLISHED = ROOT.parent / "shared/reference/released/hparam_info.json"
 
 
