@@ -5,6 +5,7 @@ Writes  runs/<name>/analysis/{table3.md,table3.tex,table3.csv,figure1.pdf,figure
 With replicates (experiment=demo_seeds) their tables, and seeds.{md,csv} over all of them.
 """
 
+from analysis.released import published_instead, write_instead
 from analysis.report import analyse
 from analysis.seeds import over_seeds
 from configs.cli import entry_point
@@ -15,7 +16,9 @@ from store.workers import use_threads
 def run(config: Experiment) -> None:
     """Analyse the experiment, or its replicates and then all of them together."""
     use_threads(config.cluster.threads)
-    if not config.replicates:
+    if published_instead(config):
+        files = tuple(write_instead(config))
+    elif not config.replicates:
         files = analyse(config).files
     else:
         reports = {seed: analyse(replicate(config, seed)) for seed in config.replicates}

@@ -23,6 +23,7 @@ from store.atomic import replacing
 GPUS = (1, 8, 64)
 SHORT = ("gpu", "gpus", "utilisation")  # may be typed without plan.
 OWN_DATA = ("demo", "own")  # how names of experiments begin that are not the paper's
+IMPORTED = ("released",)  # whose rows nobody trains here
 
 
 def gigabytes(size: float) -> str:
@@ -103,7 +104,7 @@ def show(config: Experiment) -> None:
 def paper_experiments() -> list[str]:
     """Names of the paper's experiments, in order."""
     names = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-    return [name for name in names if not name.startswith(OWN_DATA)]
+    return [name for name in names if not name.startswith(OWN_DATA) and name not in IMPORTED]
 
 
 def overview(names: list[str], typed: list[str]) -> pd.DataFrame:
