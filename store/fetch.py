@@ -121,9 +121,7 @@ def fetch(wanted: Download, stop: threading.Event) -> None:
             break  # nothing ever came: most likely there is no internet
         if stop.wait(min(2.0**fruitless, 30.0) / 4):
             raise _StoppedError
-    raise UserError(
-        f"{wanted.url} cannot be downloaded ({trouble}): run the same again where there is internet"
-    )
+    raise UserError(f"{wanted.url} cannot be downloaded ({trouble}): run the same again where there is internet")
 
 
 def fetch_all(

@@ -290,9 +290,10 @@ def test_imported_rows_go_through_every_stage_without_training(tmp_path, full):
     (tmp_path / "rows.csv").write_text("model,optim.lr\nmodel_1,1e-5\nmodel_2,3e-5\n")
     words = [
         "experiment=released", f"paths.runs={tmp_path}/runs", f"task.folder={tmp_path}/data", "task.counts=null",
-        f"task.held_out_index={tmp_path}/data/{SPLIT}", "task.shifts=[v2]", "task.folders={test: val, v2: val}",
-        "task.subsets={test: 5, v2: 5}", "task.numbered=[]", "task.objectnet=null", f"sweep.imported={models}",
-        f"sweep.file={tmp_path}/rows.csv", "sweep.rows=2", "compute=cpu", "cluster=local", "cluster.workers=1",
+        f"task.held_out_index={tmp_path}/data/{SPLIT}", "task.shifts=[v2]", "task.folders.v2=val",
+        "+task.subsets.test=5", "+task.subsets.v2=5", "task.numbered=[]", "task.objectnet=null",
+        f"sweep.imported={models}", f"sweep.file={tmp_path}/rows.csv", "sweep.rows=2", "compute=cpu",
+        "cluster=local", "cluster.workers=1",
         "recipes=[best,uniform,greedy,ensemble]", "analysis.resamples=100",
     ]  # fmt: skip
     answer = subprocess.run(
