@@ -33,8 +33,14 @@ from configs.cli import one_line_errors
 from store.atomic import write_json, write_text
 
 CLASSES = ("blue", "green", "red")
-SENTENCES = ("good film", "bad film", "a good day", "a bad day", "not good", "not bad")
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SENTENCES = ("good film", "bad film", "a good day", "a bad day", "not good", "not bad", "good", "day of a good film")
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.5,  # so that different inputs get different answers
+}
 DUAL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
@@ -43,14 +49,14 @@ DUAL = {
 
 
 def moved(start: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The weights with a little noise on every floating-point parameter."""
+    """The weights with noise on every matrix, a fifth of how much its numbers differ."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, tensor in start.items():
-        is_moved = tensor.is_floating_point() and "running" not in name
-        noise = 0.005 * torch.randn(tensor.shape, generator=generator) if is_moved else torch.zeros_like(tensor)
-        found[name] = (tensor + noise).contiguous()
-    return found
+    return {
+        name: tensor + 0.2 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim > 1
+        else tensor.clone()
+        for name, tensor in start.items()
+    }
 
 
 def make_images(folder: Path) -> None:
@@ -64,7 +70,7 @@ def make_images(folder: Path) -> None:
 
 
 def make_texts(file: Path) -> None:
-    """Six sentences with a label."""
+    """Some sentences with a label."""
     lines = [f"{text}\t{'yes' if ('good' in text) != ('not' in text) else 'no'}" for text in SENTENCES]
     write_text(file, "\n".join(["text\tlabel", *lines]) + "\n")
 
@@ -80,7 +86,7 @@ def make_timm(folder: Path) -> None:
 
 def make_open_clip(folder: Path) -> None:
     """Folders as open_clip's push_to_hf_hub writes them, of a dual encoder of its own size."""
-    start = open_clip.CLIP(**DUAL).state_dict()
+    start = {name: 3 * tensor for name, tensor in open_clip.CLIP(**DUAL).state_dict().items()}  # as with SMALL
     for i in range(3):
         write_json(folder / f"run{i}" / "open_clip_config.json", {"model_cfg": DUAL, "preprocess_cfg": {}})
         save_file(moved(start, i), folder / f"run{i}" / "open_clip_model.safetensors")
