@@ -112,22 +112,24 @@ def test_a_pool_of_hugging_face_text_models_is_scored_as_transformers_does(pools
 
 
 def test_classes_are_matched_by_the_names_of_config_json_and_not_by_their_order(pools, tmp_path):
-    shutil.copytree(pools / "images/checkpoint-0", tmp_path / "one")
-    config = json.loads((tmp_path / "one/config.json").read_text())
-    before = scored(settings(pools, "images", "x"), [pools / "images/checkpoint-0"])
-    weights = load_file(tmp_path / "one/model.safetensors")
-    order = [2, 0, 1]
-    for name in ("classifier.weight", "classifier.bias"):
-        weights[name] = weights[name][order].contiguous()
-    save_file(weights, tmp_path / "one/model.safetensors")
-    config["id2label"] = {str(i): CLASSES[j] for i, j in enumerate(order)}
-    config["label2id"] = {CLASSES[j]: i for i, j in enumerate(order)}
-    (tmp_path / "one/config.json").write_text(json.dumps(config))
-    assert scored(settings(pools, "images", "x"), [tmp_path / "one"]) == before
+    originals, order = sorted((pools / "images").iterdir()), [2, 0, 1]
+    paths = [tmp_path / path.name for path in originals]
+    for original, path in zip(originals, paths, strict=True):
+        shutil.copytree(original, path)
+        weights = load_file(path / "model.safetensors")
+        for name in ("classifier.weight", "classifier.bias"):
+            weights[name] = weights[name][order].contiguous()
+        save_file(weights, path / "model.safetensors")
+        config = json.loads((path / "config.json").read_text())
+        config["id2label"] = {str(i): CLASSES[j] for i, j in enumerate(order)}
+        config["label2id"] = {CLASSES[j]: i for i, j in enumerate(order)}
+        (path / "config.json").write_text(json.dumps(config))
+    pool = settings(pools, "images", "x")
+    assert scored(pool, paths) == scored(pool, originals)
     config["id2label"]["0"] = "purple"
-    (tmp_path / "one/config.json").write_text(json.dumps(config))
+    (paths[0] / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"are not the classes in the network's config\.json"):
-        scored(settings(pools, "images", "x"), [tmp_path / "one"])
+        scored(pool, paths[:1])
 
 
 def test_an_open_clip_pool_answers_by_the_class_names_in_the_templates(pools):

@@ -246,7 +246,9 @@ def test_missing_files_are_said_before_anything_is_done(tmp_path):
 
 
 def test_an_imported_row_is_not_the_row_that_would_be_trained():
-    imported, trained = load("released"), load("released", "sweep.imported=null")
+    index = "task.held_out_index=index.npy"
+    imported, trained = load("released", index), load("released", index, "sweep.imported=null")
+    assert imported.task == trained.task
     assert identity(imported, 3) != identity(trained, 3)
     assert identity(imported, 0) != identity(trained, 0)
     assert identity(imported, 3) != identity(imported, 4)
