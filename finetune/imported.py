@@ -24,7 +24,9 @@ def _file(config: Experiment, row: int) -> Path:
 
 
 def check_imports(config: Experiment) -> None:
-    """Say that a checkpoint is missing before anything is done; of rows that are trained nothing is checked.
+    """Say that a checkpoint, or the list of held-out images, is missing before anything is done.
+
+    Of rows that are trained nothing is checked.
 
     Raises:
         UserError: names the first one.
@@ -32,6 +34,9 @@ def check_imports(config: Experiment) -> None:
     if config.sweep.imported is not None:
         for row in range(config.sweep.size + 1):
             _file(config, row)
+        index = config.task.held_out_index
+        if index is not None and not (ROOT / index).exists():
+            raise UserError(f"task.held_out_index={index} is missing: python -m soups.released download brings it")
 
 
 def imported_row(config: Experiment, row: int) -> tuple[Weights, dict[str, Any]]:

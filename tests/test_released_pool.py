@@ -243,6 +243,12 @@ def test_missing_files_are_said_before_anything_is_done(tmp_path):
     config = load("released", f"sweep.imported={tmp_path}")
     with pytest.raises(UserError, match=r"model_0\.pt is missing: python -m soups\.released download --folder"):
         check_imports(config)
+    for row in range(72):
+        (tmp_path / f"model_{row}.pt").touch()
+    with pytest.raises(UserError, match=rf"held_out_index=.*{SPLIT} is missing: python -m soups\.released download"):
+        check_imports(config)
+    (tmp_path / SPLIT).touch()
+    check_imports(config)
 
 
 def test_an_imported_row_is_not_the_row_that_would_be_trained():

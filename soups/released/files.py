@@ -21,7 +21,7 @@ from store.weights import save_weights
 
 # Source: README and main.py of github.com/mlfoundations/model-soups.
 MODELS_URL = "https://github.com/mlfoundations/model-soups/releases/download/v0.0.2"
-SPLIT_URL = "https://raw.githubusercontent.com/mlfoundations/model-soups/main"
+SPLIT_URL = "https://github.com/mlfoundations/model-soups/raw/main"
 SPLIT = "imagenet_98_idxs.npy"  # which images of ImageNet's train set the authors held out, and did not train on
 MODELS = 72  # model_0 is the initialisation
 FOLDER = Path(os.environ.get("RELEASED_MODELS", "data/released"))  # as configs/experiment/released.yaml
