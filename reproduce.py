@@ -15,11 +15,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from analysis.released import published_instead, write_instead
 from analysis.report import Report, analyse
 from analysis.seeds import over_seeds
 from configs.cli import entry_point, parts_of
 from configs.schema import Experiment, replicate
 from eval.pool import evaluate_all, model_folders
+from finetune.imported import check_imports
 from finetune.sweep import train_sweep
 from slurm.reproduce import reproduce
 from soups.cook import cook_all, summary
@@ -31,6 +33,7 @@ from tasks.load import load_split
 def run_one(config: Experiment, console: Console) -> Report:
     """All stages of one sweep."""
     console.rule(f"{config.name}: {config.sweep.size} fine-tuned models and the initialisation")
+    check_imports(config)
     for split in (config.task.train, config.task.held_out, *config.task.reported):
         load_split(config.task, split)  # what is wrong with any of them is said before hours of training
     train_sweep(config, console)
@@ -76,6 +79,9 @@ def run(config: Experiment) -> None:
         return
     if config.cluster.kind == "slurm":
         reproduce(config, sys.argv[1:])
+        return
+    if published_instead(config):
+        print(*write_instead(config), sep="\n")
         return
     console = Console(width=None if sys.stdout.isatty() else 110)  # a log may be wider than the usual terminal
     started = time.monotonic()

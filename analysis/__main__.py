@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.artefacts import ARTEFACTS, draw, measured_files, named, paper_numbers, parts_of
+from analysis.released import published_instead, write_instead
 from analysis.report import analyse
 from analysis.seeds import over_seeds
 from configs import cli
@@ -28,6 +29,8 @@ from store.workers import use_threads
 
 def tables(config: Experiment) -> tuple[Path, ...]:
     """Analyse the experiment, or its replicates and then all of them together."""
+    if published_instead(config):
+        return tuple(write_instead(config))
     if not config.replicates:
         return analyse(config).files
     reports = {seed: analyse(replicate(config, seed)) for seed in config.replicates}
@@ -48,6 +51,8 @@ def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> 
         wanted = {name: own for name, own in wanted.items() if own}
     elif not wanted[names[0]] and not config.parts:
         wanted[names[0]] = parts  # an experiment of one's own
+    if published_instead(config):
+        return write_instead(config)
     for name, own in wanted.items():
         if not own:
             needs = ", ".join((*ARTEFACTS[name].paper, *ARTEFACTS[name].embedded))

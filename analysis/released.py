@@ -2,7 +2,8 @@
 
 Reads   results/released/{individual,soups}.csv and results/paper/table3.csv
 Writes  DIR/{table3_released.md,.tex,.csv, figure1_released.pdf,.png,.csv}
-Nothing is downloaded or evaluated: neither ImageNet nor the models are needed.
+Nothing is downloaded or evaluated: neither ImageNet nor the models are needed. `python reproduce.py
+experiment=released` evaluates the models themselves where ImageNet is, and writes these where it is not.
 """
 
 import argparse
@@ -12,14 +13,18 @@ import pandas as pd
 
 from analysis.figures import STYLE, figure1, save
 from analysis.paper import beside, beside_table, legend
+from analysis.report import publish
 from analysis.results import SHIFT_MEAN
 from analysis.tables import NAMES, write_cells
 from configs.cli import one_line_errors
 from configs.errors import UserError
+from configs.schema import Experiment
 from eval.selection import chosen_on_held_out
 from store.atomic import replacing
+from store.runs import RunFolder
 
-RELEASED = Path(__file__).resolve().parents[1] / "results/released"
+PROJECT = Path(__file__).resolve().parents[1]
+RELEASED = PROJECT / "results/released"
 OUT = Path("runs/released/analysis")
 INITIALISATION = "model_0"
 SHIFTS = ("v2", "r", "sketch", "objectnet", "a")
@@ -140,6 +145,23 @@ def write_released(out: Path) -> list[Path]:
     with replacing(csv) as temporary:
         points.to_csv(temporary, index=False, float_format="%.8f")
     return [*files, csv]
+
+
+def published_instead(config: Experiment) -> bool:
+    """Whether an experiment of released models has to do with the published numbers, for want of its images."""
+    return config.sweep.imported is not None and not (PROJECT / config.task.folder).exists()
+
+
+def write_instead(config: Experiment) -> list[Path]:
+    """The released table and figure in the experiment's folder, and where it has one beside other results; says so."""
+    print(
+        f"no images in {config.task.folder}: Table 3 and Figure 1 from the accuracies that the authors published. "
+        "With ImageNet (IMAGENET=DIR), the models themselves: python -m soups.released download, then the same again"
+    )
+    files = write_released(RunFolder.of(config).analysis)
+    if config.paths.results is not None:
+        files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
+    return files
 
 
 def run(out: Path) -> None:

@@ -17,6 +17,7 @@ from configs.clusters import Cluster, Share
 from configs.data import Task
 from configs.errors import UserError
 from configs.figures import Angles, Pairs, Plane, Theory
+from configs.own_pool import OwnPool
 from configs.planning import Plan
 from configs.training import (
     Augment,
@@ -190,57 +191,6 @@ class Experiment:
             raise ValueError("mixup and CutMix mix pixels: of texts both are 0")
         if (self.optim.loss == "likelihood") != (self.model.head == "prompt"):
             raise ValueError("optim.loss=likelihood is of answers to prompts, model.head=prompt, and belongs to it")
-        return self
-
-
-@closed
-class ImageFolder:
-    """configs/task/image_folder.yaml: labelled images of one's own, which select and report nothing."""
-
-    kind: Literal["image_folder"]
-    root: Path  # root/<class>/<image>; classes are numbered in the order of their names, as torchvision does
-
-
-@closed
-class TimmModel:
-    """configs/model/timm.yaml: the network that one's own checkpoints are weights of."""
-
-    kind: Literal["timm"]
-    name: str  # as timm.create_model takes it
-    batch_size: Count  # images a forward pass
-
-
-@closed
-class OwnPool:
-    """configs/own.yaml: averaging files of one's own, without an experiment."""
-
-    recipe: Literal["uniform", "weighted", "wise_ft", "greedy"]
-    ingredients: Annotated[tuple[str, ...], Field(min_length=1)]  # files, folders of shards, or patterns such as a/*.pt
-    out: Path  # the soup, .safetensors
-    weights: tuple[NonNegative, ...] | None = None  # of recipe=weighted, one per ingredient, in any scale
-    init: Path | None = None  # the initialisation: of recipe=wise_ft, and of batch_norm=keep
-    alpha: Probability = 0.5  # of recipe=wise_ft: (1 - alpha) init + alpha mean of ingredients
-    dtype: Literal["keep", "F64", "F32", "F16", "BF16"] = "keep"  # of floating-point tensors in the soup
-    batch_norm: Literal["average", "keep"] = "average"  # running means and variances; keep: those of init
-    threads: Annotated[int, Field(ge=1, le=64)] = 2  # that read and add; the result does not depend on them
-    task: ImageFolder | None = None  # of recipe=greedy: the held-out images
-    model: TimmModel | None = None  # of recipe=greedy: what the weights belong to
-    ties: Literal["keep", "drop"] = "keep"  # of recipe=greedy
-
-    @model_validator(mode="after")
-    def recipe_has_what_it_needs(self) -> "OwnPool":
-        """Every setting that is given is used, and every one that is needed is given."""
-        if (self.recipe == "greedy") != (self.task is not None and self.model is not None):
-            raise ValueError(
-                "recipe=greedy needs held-out images and a network, and no other recipe does: "
-                "task=image_folder task.root=DIR model=timm model.name=NAME"
-            )
-        if (self.recipe == "weighted") != (self.weights is not None):
-            raise ValueError("weights=[...] and recipe=weighted belong together")
-        if self.init is None and (self.recipe == "wise_ft" or self.batch_norm == "keep"):
-            raise ValueError("recipe=wise_ft and batch_norm=keep need the initialisation, init=FILE")
-        if self.init is not None and self.recipe != "wise_ft" and self.batch_norm != "keep":
-            raise ValueError("init=FILE is for recipe=wise_ft or batch_norm=keep, and would be ignored")
         return self
 
 

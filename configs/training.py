@@ -254,6 +254,9 @@ class Sweep:
     grid: dict[Group, dict[str, tuple[Any, ...]]] = Field(default_factory=dict)  # all combinations, the last fastest
     file: Path | None = None  # a csv in place of `listed`: a row a line, columns named as in optim.lr
     index: Natural | None = None  # train this row only, as an array job does
+    imported: Path | None = (
+        None  # a folder with model_<row>.pt: rows are not trained but are the authors' released ones
+    )
 
     @model_validator(mode="after")
     def rows_come_from_one_place(self) -> "Sweep":

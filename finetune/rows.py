@@ -118,6 +118,8 @@ def identity(config: Experiment, row: int) -> str:
     if row > 0:
         parts |= {name: values[name] for name in ("optim", "augment", "regularizer")}
         parts |= {"precision": values["compute"]["precision"], "seed": config.sweep.seed, "row": row}
+    if config.sweep.imported is not None:
+        parts |= {"imported": True, "row": row}
     return digest_of(parts)
 
 

@@ -27,15 +27,37 @@ def _epochs_done(run: RunFolder, rows: list[int]) -> int:
     return sum("epoch" in line for log in logs if log.exists() for line in read_jsonl(log))
 
 
+def _rows_done(run: RunFolder, rows: list[int]) -> int:
+    return sum((run.ingredient(row) / "done.json").exists() for row in rows)
+
+
+def import_sweep(config: Experiment, rows: list[int], console: Console) -> None:
+    """Make finished rows of the checkpoints in `sweep.imported`, over the cluster's worker processes."""
+    spread(
+        f"importing {len(rows)} models",
+        [partial(train_row, config, row) for row in rows],
+        workers=config.cluster.workers,
+        threads=config.cluster.threads,
+        units=len(rows),
+        done_units=partial(_rows_done, RunFolder.of(config), rows),
+        report=describe,
+        console=console,
+    )
+
+
 def train_sweep(config: Experiment, console: Console | None = None) -> None:
-    """Train every row that is not done, over the cluster's worker processes, and write the manifest."""
+    """Train, or import, every row that is not done, over the cluster's worker processes, and write the manifest."""
     console = console or Console()
     run = RunFolder.of(config)
     use_threads(config.cluster.threads)
     rows = [row for row in range(1, config.sweep.size + 1) if not finished(run.ingredient(row), identity(config, row))]
     if finished(run.ingredient(0), identity(config, 0)) is None:
-        console.print("fitting the initialisation ...")
+        console.print(f"{'importing' if config.sweep.imported else 'fitting'} the initialisation ...")
     console.print(describe(initialise(config)))
+    if config.sweep.imported is not None:
+        import_sweep(config, rows, console)
+        write_manifest(run, read_pool(run, config.sweep.size))
+        return
     epochs = {row: row_config(config, row).optim.epochs for row in rows}
     # The longest first, so that no worker is left alone with one at the end; those that are distilled after the others.
     order = sorted(rows, key=lambda row: (-epochs[row], row))

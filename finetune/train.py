@@ -18,6 +18,7 @@ from configs.schema import Experiment, dump
 from configs.slurm import this_job, wait_in_array
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
+from finetune.imported import imported_row
 from finetune.loop import RAW, fine_tune, nothing_shown
 from finetune.meter import progress
 from finetune.rows import draw, identity, row_config
@@ -76,6 +77,26 @@ def _finish(
     return done
 
 
+def import_row(config: Experiment, row: int) -> dict[str, Any]:
+    """A row with the weights of `sweep.imported`, scored on held-out; skipped where it is done.
+
+    Returns the row's done.json.
+
+    Raises:
+        UserError: as `imported_row`; missing data; made before with other settings; being made by another process.
+    """
+    folder, name = RunFolder.of(config).ingredient(row), identity(config, row)
+    with sole_writer(folder):
+        done = finished(folder, name)
+        if done is not None:
+            return done
+        started, evaluator = time.monotonic(), Evaluator(config)
+        weights, source = imported_row(config, row)
+        record_config(folder, dump(row_config(config, row)))
+        base = {"identity": name, "status": "done", "row": row, "drawn": draw(config, row)} | source
+        return _finish(evaluator, folder, base, started, {config.regularizer.ingredient if row else RAW: dict(weights)})
+
+
 def initialise(config: Experiment) -> dict[str, Any]:
     """Row 0: the pretrained network with the head that all rows start from; the zero-shot model beside it, if any.
 
@@ -84,6 +105,8 @@ def initialise(config: Experiment) -> dict[str, Any]:
     Raises:
         UserError: missing or damaged data or weights; made before with other settings; being made by another process.
     """
+    if config.sweep.imported is not None:
+        return import_row(config, 0)
     run = RunFolder.of(config)
     name = identity(config, 0)
     folder = run.ingredient(0)
@@ -188,6 +211,8 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
     processes = start_processes()
     if row == 0:
         return initialise(config)
+    if config.sweep.imported is not None:
+        return import_row(config, row)
     run, name = RunFolder.of(config), identity(config, row)
     folder = run.ingredient(row)
     with sole_writer(folder) if processes.writes else nullcontext():

@@ -255,8 +255,10 @@ def costs(config: Experiment) -> Costs:
     """What an experiment takes.
 
     Raises:
-        UserError: as in `stages_of`.
+        UserError: as in `stages_of`; or the rows are imported, and nobody trains them.
     """
+    if config.sweep.imported is not None:
+        raise UserError(f"{config.name}: its rows are imported, not trained, so there is no training to estimate")
     copies = max(1, len(config.replicates))
     once = stages_of(config)
     images, rows = images_of(config.task), trained_rows(config)

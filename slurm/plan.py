@@ -24,6 +24,7 @@ from store.atomic import replacing
 GPUS = (1, 8, 64)
 SHORT = ("gpu", "gpus", "utilisation")  # may be typed without plan.
 OWN_DATA = ("demo", "own")  # how names of experiments begin that are not the paper's
+IMPORTED = ("released",)  # whose rows nobody trains here
 
 
 def gigabytes(size: float) -> str:
@@ -105,7 +106,7 @@ def paper_experiments() -> list[str]:
     """Names of the paper's experiments, in order; those made of others, or of others' models, train nothing."""
     files = sorted((CONFIGS / "experiment").glob("*.yaml"))
     names = [path.stem for path in files if not re.search(r"^(parts|towers):", path.read_text(), re.MULTILINE)]
-    return [name for name in names if not name.startswith(OWN_DATA)]
+    return [name for name in names if not name.startswith(OWN_DATA) and name not in IMPORTED]
 
 
 def overview(names: list[str], typed: list[str]) -> pd.DataFrame:

@@ -21,11 +21,10 @@ from rich.table import Table
 from configs.cli import one_line_errors
 from configs.errors import UserError
 from soups.conformance import common_layout
-from soups.geometry import Geometry, geometry
+from soups.geometry import ANOTHER_ORIGIN, Geometry, geometry, medians_of_others
 from store.checkpoints import BLOCK, Checkpoint, content_digest, hash_tensor, open_checkpoint
 from store.dtypes import FLOATS, widen
 
-ANOTHER_ORIGIN = 0.5  # fine-tuned weights keep a cosine near 1 with where they started; unrelated ones are near 0
 FAR = 3.0  # times the pool's median distance
 ALIKE = 0.95  # cosine of task vectors
 WEAK = 0.02  # below the best accuracy
@@ -156,7 +155,7 @@ def _findings(
 def _of_geometry(names: Sequence[str], found: Geometry, against: str, *, has_init: bool) -> list[str]:
     lines = []
     count = len(names)
-    kin = found.reference_cosines if has_init else _medians_of_others(found.weight_cosines)
+    kin = found.reference_cosines if has_init else medians_of_others(found.weight_cosines)
     strangers = kin < ANOTHER_ORIGIN
     whom = f"with {against}" if has_init else "with the other models (median)"
     for name, cosine, strange in zip(names, kin, strangers, strict=True):
@@ -173,13 +172,6 @@ def _of_geometry(names: Sequence[str], found: Geometry, against: str, *, has_ini
     if has_init and len(angles) and np.nanmedian(angles) > ALIKE:
         lines.append(f"the models are nearly the same (median cosine {np.nanmedian(angles):.3f}): little to gain")
     return lines
-
-
-def _medians_of_others(cosines: np.ndarray) -> np.ndarray:
-    """(K,) of each row of a (K, K) matrix, its diagonal left out; 1 where there is no other."""
-    if len(cosines) < 2:
-        return np.ones(len(cosines))
-    return np.array([np.median(np.delete(row, i)) for i, row in enumerate(cosines)])
 
 
 def _of_scores(scores: Mapping[str, float]) -> list[str]:

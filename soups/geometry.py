@@ -11,6 +11,7 @@ from soups.files import STATISTICS
 from store.checkpoints import BLOCK, Checkpoint
 from store.dtypes import FLOATS, STORED, widen
 
+ANOTHER_ORIGIN = 0.5  # fine-tuned weights keep a cosine near 1 with where they started; unrelated ones are near 0
 NUMBERS_AT_ONCE = 4 * BLOCK  # float64, over all models: 4 MiB
 
 
@@ -88,3 +89,10 @@ def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint
             crossed += tasks @ origin
             reference += float(origin @ origin)
     return Geometry(products, crossed, reference, parameters)
+
+
+def medians_of_others(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(K,) of each row of a (K, K) matrix, its diagonal left out; 1 where there is no other."""
+    if len(cosines) < 2:
+        return np.ones(len(cosines))
+    return np.array([np.median(np.delete(row, i)) for i, row in enumerate(cosines)])

@@ -8,6 +8,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import OwnPool
 from soups.files import FileSoup, average_files
+from soups.refusals import refuse_unsuitable
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -40,11 +41,14 @@ def cook_files(pool: OwnPool) -> FileSoup:
     """Cook and write the soup of `python -m soups recipe=... ingredients=[...] out=...`.
 
     Raises:
-        UserError: as `average_files`; a pattern that matches nothing; `out` or `init` is an ingredient.
+        UserError: as `refuse_unsuitable` and `average_files`; a pattern that matches nothing; `out` or `init` is an
+            ingredient.
     """
     paths = expand(pool.ingredients)
     weights: list[float] = [1.0] * len(paths) if pool.weights is None else list(pool.weights)
     note: dict[str, Any] = {"recipe": pool.recipe, "batch_norm": pool.batch_norm}
+    if pool.unrelated == "average":
+        note["unrelated"] = pool.unrelated
     if len(weights) != len(paths):
         raise UserError(f"weights: need one per ingredient, got {len(weights)} for {len(paths)}")
     if pool.out.exists() and pool.out.resolve() in [path.resolve() for path in paths]:
@@ -60,6 +64,7 @@ def cook_files(pool: OwnPool) -> FileSoup:
             note |= {"alpha": pool.alpha, "init": pool.init.name}
         paths, weights = [pool.init, *paths], [start, *weights]
         keep_from = 0 if pool.batch_norm == "keep" else None
+    refuse_unsuitable(paths, unrelated=pool.unrelated == "average")
     return average_files(
         paths, pool.out, weights=weights, dtype=pool.dtype, keep_from=keep_from, threads=pool.threads, note=note
     )

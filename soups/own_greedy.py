@@ -1,84 +1,72 @@
-"""Recipe 1 on files of one's own: a network of timm, and a folder of labelled images that select."""
+"""Recipe 1 on files of one's own: a network of any library, and labelled images or texts that select."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
-from timm.data import create_transform, resolve_data_config
-from torch import nn
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 
+from configs.data import Metric
 from configs.errors import UserError
-from configs.schema import OwnPool, TimmModel
-from eval.metrics import correct
+from configs.own_pool import OwnPool
+from eval.scores import score
 from soups.files import FileSoup, average_files
 from soups.journal import Journal
 from soups.mixture import Loader
+from soups.own_examples import Examples, class_folders, examples_of
+from soups.own_networks import OwnClassifier, build
 from soups.recipes import greedy
+from soups.refusals import refuse_unsuitable
 from soups.residents import FileWeights
+from store.pickled import tied_names
 from store.runs import digest_of
 from store.weights import Weights
 from store.workers import progress_bar
 
 
-def held_out_images(root: Path, network: nn.Module, batch_size: int) -> DataLoader:
-    """Batches of the folder's images under the network's own evaluation transform.
-
-    Raises:
-        UserError: no such folder, or a class without an image.
-    """
-    transform = create_transform(**resolve_data_config({}, model=network))
-    try:
-        images = ImageFolder(str(root), transform)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"task.root={root}: {error}") from None
-    return DataLoader(images, batch_size)
-
-
-def build(model: TimmModel, classes: int) -> nn.Module:
-    """The network, with random weights.
-
-    Raises:
-        UserError: timm does not know the name.
-    """
-    try:
-        return timm.create_model(model.name, pretrained=False, num_classes=classes).eval()
-    except RuntimeError as error:
-        raise UserError(f"model.name={model.name}: {error}; timm.list_models() has the names") from None
-
-
-def accuracy_on(network: nn.Module, images: DataLoader) -> Callable[[Weights], float]:
-    """Top-1 in [0, 1] of weights on the images."""
+def accuracy_on(own: OwnClassifier, examples: Examples, metric: Metric = "top1") -> Callable[[Weights], float]:
+    """The score of weights on the examples, in [0, 1] (of matthews [-1, 1])."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own.network.to(device)
 
     @torch.inference_mode()
     def accuracy(weights: Weights) -> float:
-        network.load_state_dict(dict(weights), strict=True)
-        return sum(int(correct(network(batch), labels).sum()) for batch, labels in images) / len(images.dataset)  # type: ignore[arg-type]
+        if own.load is not None:
+            own.load(weights)
+        else:
+            named = {own.own_name(name): tensor for name, tensor in weights.items()}
+            # Not strict: `fitting` has compared the names, and a tied tensor may stand in a file under one of them.
+            own.network.load_state_dict({name: tensor for name, tensor in named.items() if name}, strict=False)
+        own.ready()
+        found = [own.logits(batch.to(device)).argmax(dim=1).cpu() for batch in examples.batches()]
+        return score(metric, torch.cat(found), examples.labels)
 
     return accuracy
 
 
-def _fitting(path: Path, network: nn.Module) -> Loader:
+def fitting(path: Path, own: OwnClassifier) -> Loader:
     """A loader of a file that fits the network.
 
     Raises:
         UserError: it has other tensors or shapes than the network.
     """
-    own, weights = network.state_dict(), FileWeights(path)
-    only = sorted(own.keys() ^ weights.keys())
+    wanted, weights = own.network.state_dict(), FileWeights(path)
+    if own.load is not None:
+        return lambda: weights  # its library compares, when they are loaded
+    theirs = {own.own_name(name): name for name in weights}
+    theirs.pop(None, None)
+    ties = tied_names(wanted)
+    # A name may be missing where the tensor is there under another one.
+    may_miss = {name for pair in ties.items() for name in pair if theirs.keys() & set(pair)}
+    only = sorted(name for name in wanted.keys() ^ theirs.keys() if name and name not in may_miss)
     if only:
         raise UserError(f"{path} is not of this network: {only[0]!r} is not in both")
-    for name, tensor in own.items():
-        if weights[name].shape != tensor.shape:
-            raise UserError(
-                f"{path}: {name!r} is {tuple(weights[name].shape)}, the network with a class for each folder of "
-                f"task.root has {tuple(tensor.shape)}"
-            )
+    which = "the network with a class for each folder of task.root" if own.class_ids is None else "the network"
+    for name in wanted:  # in the network's order, so that a head's weight comes before its bias
+        shape = tuple(weights.shape(theirs[name])) if name in theirs else tuple(wanted[name].shape)
+        if shape != tuple(wanted[name].shape):
+            raise UserError(f"{path}: {theirs[name]!r} is {shape}, {which} has {tuple(wanted[name].shape)}")
     return lambda: weights
 
 
@@ -88,27 +76,33 @@ def cook_greedy(pool: OwnPool, paths: list[Path]) -> FileSoup:
     Accuracies stand in <out>.journal.jsonl as they come, so that a killed run continues; it is deleted at the end.
 
     Raises:
-        UserError: files that do not fit the network or the folder's classes, or whatever `average_files` refuses.
+        UserError: files that do not fit the network or the folder's classes, or whatever `refuse_unsuitable` and
+            `average_files` refuse.
     """
     assert pool.task is not None and pool.model is not None  # the schema sees to that
-    root = pool.task.root
-    classes = len([entry for entry in os.scandir(root) if entry.is_dir()]) if root.is_dir() else 1
-    network = build(pool.model, classes)
-    images = held_out_images(root, network, pool.model.batch_size)
-    models = [_fitting(path, network) for path in paths]
-    path = pool.out.with_name(f"{pool.out.name}.journal.jsonl")
-    files = [str(file) for file, _ in images.dataset.samples]  # type: ignore[attr-defined]
-    journal = Journal(path, prefix=digest_of([pool.model.name, files]))
+    classes = class_folders(pool.task)
+    refuse_unsuitable(paths, unrelated=pool.unrelated == "average")
+    own = build(pool.model, paths, list(FileWeights(paths[0])), classes)
+    models = [fitting(path, own) for path in paths]
+    examples = examples_of(pool.task, own, pool.model.batch_size)
+    journal_path = pool.out.with_name(f"{pool.out.name}.journal.jsonl")
+    settings = [pool.model.kind, pool.model.name, pool.model.image_size, pool.model.templates, pool.task.metric]
+    journal = Journal(journal_path, prefix=digest_of([settings, examples.key]))
     with progress_bar(Console(stderr=True)) as bar:
         task = bar.add_task("evaluating", total=2 * len(models) - 1)
-        measured = journal.remembered(accuracy_on(network, images))
+        measured = journal.remembered(accuracy_on(own, examples, pool.task.metric))
 
         def accuracy(weights: Weights) -> float:
-            score = measured(weights)
+            found = measured(weights)
             bar.advance(task)
-            return score
+            return found
 
-        held_out = [accuracy(load()) for load in models]
+        held_out = []
+        for path, load in zip(paths, models, strict=True):
+            try:
+                held_out.append(accuracy(load()))
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
         soup = greedy(models, held_out, accuracy, ties=pool.ties)
     chosen = [paths[i] for i in soup.ingredients]
     decisions = [{"file": paths[t.candidate].name, "score": t.score, "accepted": t.accepted} for t in soup.trials]
@@ -117,9 +111,9 @@ def cook_greedy(pool: OwnPool, paths: list[Path]) -> FileSoup:
         "ties": pool.ties,
         "batch_norm": pool.batch_norm,
         "decisions": decisions,
-        "held_out_images": len(files),
-        "model": pool.model.name,
+        "held_out": {"n": len(examples.labels), "metric": pool.task.metric},
+        "model": [pool.model.kind, pool.model.name],
     }
     cooked = average_files(chosen, pool.out, dtype=pool.dtype, threads=pool.threads, note=note)
-    path.unlink(missing_ok=True)
+    journal_path.unlink(missing_ok=True)
     return cooked

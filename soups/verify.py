@@ -45,7 +45,7 @@ def _digest(path: Path) -> str | None:
 def _candidates(folder: Path, soup: Path, names: list[str]) -> list[Path]:
     """Weight files of the folder, the recorded names first."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", *PICKLED)]
-    files += [path for path in sorted(folder.iterdir()) if path.name == INDEX or (path / INDEX).exists()]
+    files += [path for path in sorted(folder.iterdir()) if path.name == INDEX or path.is_dir()]
     return sorted((path for path in files if path.resolve() != soup.resolve()), key=lambda path: path.name not in names)
 
 

@@ -24,6 +24,7 @@ from configs.errors import UserError
 from store.dtypes import STORED
 
 INDEX = "model.safetensors.index.json"
+WHOLE = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 BLOCK = 1 << 18  # elements read at once: the buffers of a block stay in the processor's cache
 SAMPLE = 4096  # bytes of each tensor that `sample` looks at
@@ -210,12 +211,18 @@ def _open_index(index: Path, stack: ExitStack) -> Checkpoint:
 
 
 def _in_folder(folder: Path) -> Path:
+    """The weights of a folder as Hugging Face's libraries and open_clip write it."""
+    files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).exists():
         return folder / INDEX
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"{folder} is a folder without {INDEX}: name a file in it")
-    return files[0]
+    if len(files) == 1:
+        return files[0]
+    for name in WHOLE:
+        if (folder / name).exists():
+            return folder / name
+    if list(folder.glob("*.bin.index.json")):
+        raise UserError(f"{folder} has shards of pickles: load it and save it with save_pretrained, as safetensors")
+    raise UserError(f"{folder} is a folder without {INDEX}: name a file in it")
 
 
 def open_checkpoint(path: Path, stack: ExitStack) -> Checkpoint:

@@ -62,6 +62,8 @@ def _unwrap(path: Path, value: Any) -> tuple[Mapping[str, Tensor], str]:
         return value[found[0]], found[0]
     if found:
         raise UserError(f"{path} holds several state dicts ({', '.join(found)}): save the one that is meant by itself")
+    if "param_groups" in value:
+        raise UserError(f"{path} holds the state of an optimizer, not a model: name the file with the weights")
     culprit = next((key for key, item in value.items() if not isinstance(item, Tensor)), None)
     what = "it is empty" if culprit is None else f"{culprit!r} is a {type(value[culprit]).__name__}, not a tensor"
     raise UserError(f"{path} is not a state dict, nor does it hold one under {', '.join(WRAPPERS)}: {what}")

@@ -1,0 +1,1 @@
+"""The authors' released pool of 72 models."""

@@ -1,0 +1,335 @@
+"""The authors' 72 files: download, conversion, the wrapper's logits, import into a run, and a soup of all of them."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from released_files import random_state, thin_state
+from rich.console import Console
+from safetensors.torch import load_file
+from servers import serving
+
+from benchmarks.soups import measure
+from configs.errors import UserError
+from configs.schema import load
+from finetune.imported import check_imports
+from finetune.rows import identity
+from models.classifier import architecture
+from models.released import LEFTOVERS, convert, is_released, own_name, released_shapes
+from soups.released.files import RECORD, SPLIT, TRAIN_IMAGES, convert_all, download, duplicates, looked_through
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = Console(file=io.StringIO())
+
+
+def saved(state):
+    """A state dict as torch.save writes it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def split(dtype=np.uint8):
+    file = io.BytesIO()
+    np.save(file, (np.arange(TRAIN_IMAGES) % 49 == 0).astype(dtype))
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files():
+    """What the server has: models 4 and 5 are one model, under two names."""
+    same = saved(thin_state(4.0))
+    return {"model_0.pt": saved(thin_state(0.0)), "model_4.pt": same, "model_5.pt": same, SPLIT: split()}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A checkpoint of full size, and its state."""
+    state = random_state()
+    path = tmp_path_factory.mktemp("full") / "model_0.pt"
+    torch.save(state, path)
+    return path, state
+
+
+# The authors' wrapper, from the description of the network and nothing of open_clip.
+
+
+def norm(state, name, x):
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+    return (x - mean) / (var + 1e-5).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def attention(state, name, x, heads=12):
+    n, length, width = x.shape
+    mixed = x @ state[f"{name}.in_proj_weight"].T + state[f"{name}.in_proj_bias"]
+    q, k, v = (part.view(n, length, heads, -1).transpose(1, 2) for part in mixed.split(width, dim=-1))
+    shares = (q @ k.transpose(-1, -2) / (width // heads) ** 0.5).softmax(dim=-1)
+    joined = (shares @ v).transpose(1, 2).reshape(n, length, width)
+    return joined @ state[f"{name}.out_proj.weight"].T + state[f"{name}.out_proj.bias"]
+
+
+def wrapper(state, images):
+    """Logits of (N, 3, 224, 224) images in [0, 1]."""
+    v = "model.visual."
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+    patches = F.unfold((images - mean) / std, kernel_size=32, stride=32).transpose(1, 2)
+    x = patches @ state[v + "conv1.weight"].flatten(1).T
+    x = torch.cat([state[v + "class_embedding"].expand(len(x), 1, -1), x], dim=1) + state[v + "positional_embedding"]
+    x = norm(state, v + "ln_pre", x)
+    for i in range(12):
+        block = f"{v}transformer.resblocks.{i}"
+        x = x + attention(state, f"{block}.attn", norm(state, f"{block}.ln_1", x))
+        hidden = norm(state, f"{block}.ln_2", x) @ state[f"{block}.mlp.c_fc.weight"].T + state[f"{block}.mlp.c_fc.bias"]
+        hidden = hidden * torch.sigmoid(1.702 * hidden)
+        x = x + hidden @ state[f"{block}.mlp.c_proj.weight"].T + state[f"{block}.mlp.c_proj.bias"]
+    features = norm(state, v + "ln_post", x[:, 0]) @ state[v + "proj"]
+    features = features / features.norm(dim=-1, keepdim=True)
+    return features @ state["classification_head.weight"].T + state["classification_head.bias"]
+
+
+def test_the_converted_network_gives_the_logits_of_the_authors_wrapper(full):
+    path, state = full
+    network = architecture(load("released").model, 1000)
+    weights, dropped = convert(path)
+    network.load_state_dict(weights, strict=True)
+    images = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    with torch.no_grad():
+        ours, theirs = network.eval()(images), wrapper(state, images.float() / 255)
+    assert theirs.std() > 0.01  # so that 1e-5 says something
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert len(weights) == 154
+    assert sum(dropped.values()) == 25_599_489
+    assert dropped.keys() == LEFTOVERS.keys()
+
+
+def test_half_precision_becomes_float32_exactly_and_the_file_is_said_to_lose_its_text(tmp_path):
+    (tmp_path / "model_3.pt").write_bytes(
+        saved(thin_state(0.1, [("model.visual.proj", torch.full((768, 512), 0.1).half())]))
+    )
+    console = Console(file=io.StringIO(), width=1000)
+    convert_all(tmp_path, [3], tmp_path / "out", console)
+    written = load_file(tmp_path / "out/model_3.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+    assert written["tower.proj"][0, 0].item() == torch.tensor(0.1).half().item()
+    said = console.file.getvalue()
+    assert "dropped 25,599,489 numbers of the text tower" in said
+    assert "token_embedding.weight" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (("model.visual.proj", None), "tensor 'model.visual.proj' is missing"),
+        (("model.visual.other", torch.zeros(1)), "tensor 'model.visual.other' is not one of theirs"),
+        (("classification_head.bias", torch.zeros(10)), r"is F32 \(10,\), but floats of \(1000,\) in theirs"),
+        (("classification_head.bias", torch.zeros(1000).long()), r"is I64 \(1000,\)"),
+    ],
+)
+def test_another_state_dict_is_refused_by_its_tensor(tmp_path, changed, words):
+    (tmp_path / "model_0.pt").write_bytes(saved(thin_state(changed=[changed])))
+    with pytest.raises(UserError, match=rf"model_0\.pt is not one of the released models: tensor .*{words}|{words}"):
+        convert(tmp_path / "model_0.pt")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"model.visual.proj": Evil()}, tmp_path / "model_0.pt")
+    with pytest.raises(UserError, match="holds more than weights"):
+        convert(tmp_path / "model_0.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_are_told_apart():
+    assert is_released(released_shapes())
+    assert not is_released(filter(None, map(own_name, released_shapes())))
+
+
+def test_a_download_is_looked_through_recorded_and_names_the_model_that_is_there_twice(tmp_path, files):
+    console = Console(file=io.StringIO(), width=1000)
+    with serving(files) as served:
+        download(tmp_path, [0, 4, 5], console, models_url=served.url, split_url=served.url)
+        asked = len(served.asked)
+        download(tmp_path, [0, 4, 5], QUIET, models_url=served.url, split_url=served.url)
+        assert len(served.asked) == asked == 4
+    assert "model_4.pt and model_5.pt are the same model, which counts 2 times" in console.file.getvalue()
+    assert {path.name for path in tmp_path.iterdir()} == {*files, RECORD, "lock"}
+    record = json.loads((tmp_path / RECORD).read_text())
+    assert {name: known["bytes"] for name, known in record.items()} == {name: len(files[name]) for name in files}
+    assert len(duplicates(record)) == 1
+
+
+def test_a_file_of_another_length_than_it_had_is_downloaded_again(tmp_path, files):
+    with serving(files) as served:
+        download(tmp_path, [0], QUIET, models_url=served.url, split_url=served.url)
+        (tmp_path / "model_0.pt").write_bytes(files["model_0.pt"][:-10])
+        download(tmp_path, [0], QUIET, models_url=served.url, split_url=served.url)
+    assert (tmp_path / "model_0.pt").read_bytes() == files["model_0.pt"]
+
+
+def test_a_file_put_there_by_hand_is_looked_through_without_a_network(tmp_path, files):
+    for name in ("model_0.pt", SPLIT):
+        (tmp_path / name).write_bytes(files[name])
+    download(tmp_path, [0], QUIET, models_url="http://127.0.0.1:9", split_url="http://127.0.0.1:9")
+    assert set(json.loads((tmp_path / RECORD).read_text())) == {"model_0.pt", SPLIT}
+
+
+def test_damage_is_seen_by_its_checksum(tmp_path, files):
+    content = bytearray(files["model_4.pt"])
+    place = content.index(np.float32(4.0).tobytes())
+    content[place] ^= 1
+    (tmp_path / "model_4.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"model_4\.pt is damaged"):
+        looked_through(tmp_path / "model_4.pt")
+    (tmp_path / SPLIT).write_bytes(split()[:-1])
+    with pytest.raises(UserError, match=SPLIT):
+        looked_through(tmp_path / SPLIT)
+
+
+def command(*words, **how):
+    return subprocess.Popen(
+        [sys.executable, "-m", "soups.released", *words],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how,
+    )  # fmt: skip
+
+
+def test_a_killed_download_is_continued_and_ends_with_the_same_bytes(tmp_path, files):
+    slow = files | {SPLIT: split(np.float64)}  # 10 MB
+    words = ["download", "--folder", str(tmp_path), "--models", "0"]
+    part = tmp_path / f".{SPLIT}.part"
+    with serving(slow, pause=0.03) as served:
+        words += ["--models-url", served.url, "--split-url", served.url]
+        process = command(*words)
+        began = time.monotonic()
+        while not part.exists() or part.stat().st_size < 1_000_000:
+            assert process.poll() is None and time.monotonic() - began < 90
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        left = part.stat().st_size
+        assert left < len(slow[SPLIT])
+        served.pause = 0.0
+        process = command(*words)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert served.asked[-1] == (SPLIT, left)
+    assert (tmp_path / SPLIT).read_bytes() == slow[SPLIT]
+    assert not part.exists()
+
+
+def test_offline_it_is_one_line(tmp_path):
+    words = ["--folder", str(tmp_path), "--models-url", "http://127.0.0.1:9", "--split-url", "http://127.0.0.1:9"]
+    process = command("download", *words)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert "cannot be downloaded" in err
+
+
+def test_missing_files_are_said_before_anything_is_done(tmp_path):
+    config = load("released", f"sweep.imported={tmp_path}")
+    with pytest.raises(UserError, match=r"model_0\.pt is missing: python -m soups\.released download --folder"):
+        check_imports(config)
+    for row in range(72):
+        (tmp_path / f"model_{row}.pt").touch()
+    with pytest.raises(UserError, match=rf"held_out_index=.*{SPLIT} is missing: python -m soups\.released download"):
+        check_imports(config)
+    (tmp_path / SPLIT).touch()
+    check_imports(config)
+
+
+def test_an_imported_row_is_not_the_row_that_would_be_trained():
+    index = "task.held_out_index=index.npy"
+    imported, trained = load("released", index), load("released", index, "sweep.imported=null")
+    assert imported.task == trained.task
+    assert identity(imported, 3) != identity(trained, 3)
+    assert identity(imported, 0) != identity(trained, 0)
+    assert identity(imported, 3) != identity(imported, 4)
+
+
+def test_without_imagenet_the_published_numbers_make_the_table_and_the_figure(tmp_path):
+    words = ["experiment=released", f"task.folder={tmp_path}/none", f"paths.runs={tmp_path}/runs"]
+    answer = subprocess.run(
+        [sys.executable, "reproduce.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "from the accuracies that the authors published" in answer.stdout
+    written = {path.name for path in (tmp_path / "runs/released/analysis").iterdir()}
+    assert written == {f"table3_released.{end}" for end in ("md", "tex", "csv")} | {
+        f"figure1_released.{end}" for end in ("pdf", "png", "csv")
+    }
+
+
+def imagenet_in_small(root):
+    """1,000 classes of two tiny pictures to train on, two pictures of each of five to test, six held out."""
+    for i in range(1000):
+        for split_name, count in (("train", 2), ("val", 2 if i < 5 else 0)):
+            for j in range(count):
+                path = root / split_name / f"n{i:08d}" / f"{j}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), ((i * 7) % 256, (i * 31) % 256, 50 * j)).save(path)
+    held_out = np.zeros(2000)
+    held_out[:12:2] = 1
+    np.save(root / SPLIT, held_out)
+
+
+@pytest.mark.slow
+def test_imported_rows_go_through_every_stage_without_training(tmp_path, full):
+    imagenet_in_small(tmp_path / "data")
+    models = tmp_path / "models"
+    models.mkdir()
+    for row in (0, 1):
+        os.link(full[0], models / f"model_{row}.pt")
+    moved = {name: tensor + 0.001 * torch.randn_like(tensor) for name, tensor in full[1].items()}
+    torch.save(moved, models / "model_2.pt")
+    (tmp_path / "rows.csv").write_text("model,optim.lr\nmodel_1,1e-5\nmodel_2,3e-5\n")
+    words = [
+        "experiment=released", f"paths.runs={tmp_path}/runs", f"task.folder={tmp_path}/data", "task.counts=null",
+        f"task.held_out_index={tmp_path}/data/{SPLIT}", "task.shifts=[v2]", "task.folders.v2=val",
+        "+task.subsets.test=5", "+task.subsets.v2=5", "task.numbered=[]", "task.objectnet=null",
+        f"sweep.imported={models}", f"sweep.file={tmp_path}/rows.csv", "sweep.rows=2", "compute=cpu",
+        "cluster=local", "cluster.workers=1",
+        "recipes=[best,uniform,greedy,ensemble]", "analysis.resamples=100",
+    ]  # fmt: skip
+    answer = subprocess.run(
+        [sys.executable, "reproduce.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-2000:]
+    run = tmp_path / "runs/released"
+    done = [json.loads((run / f"ingredients/{row:03d}/done.json").read_text()) for row in range(3)]
+    assert done[0]["digest"] == done[1]["digest"] != done[2]["digest"]
+    assert [each["imported"]["file"] for each in done] == ["model_0.pt", "model_1.pt", "model_2.pt"]
+    assert [each["drawn"] for each in done] == [{}, {"optim.lr": 1e-5}, {"optim.lr": 3e-5}]
+    assert all(each["held_out"]["n"] == 6 for each in done)
+    soup, converted = load_file(run / "soups/uniform/weights.safetensors"), convert(full[0])[0]
+    expected = (2 * converted["head.weight"].double() + moved["classification_head.weight"].double()) / 3
+    torch.testing.assert_close(soup["head.weight"], expected.float())
+    assert (run / "analysis/table3.md").exists()
+    assert not list(run.rglob("metrics.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_soup_of_72_links_to_a_released_file_takes_little_memory(tmp_path, full):
+    paths = [tmp_path / f"model_{i}.pt" for i in range(72)]
+    for path in paths:
+        os.link(full[0], path)
+    out = tmp_path / "soup.safetensors"
+    run = measure([sys.executable, "-m", "soups", f"ingredients=[{','.join(map(str, paths))}]", f"out={out}"])
+    assert run.anonymous < 500
+    soup = load_file(out)
+    for name, tensor in full[1].items():
+        torch.testing.assert_close(soup[name], tensor, atol=0, rtol=1e-6)
