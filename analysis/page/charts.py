@@ -11,6 +11,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
 from analysis.compared import styles
+from analysis.figures import STYLE
 from analysis.means import axis_labels
 from analysis.page.files import Results, Texts
 from analysis.page.tables import by_method, method_name, row_name
@@ -18,6 +19,8 @@ from analysis.report import DRAWN_WITH_BARS
 from analysis.results import SHIFT_MEAN
 
 LETTERS = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C"}
+# Figure 1's methods lie above the others, which may be at the same place.
+ABOVE = {kind: (kind in STYLE and kind != "individual", kind == "greedy") for kind in styles()}
 MOST_STEPS = 200  # of a chart of decisions; beyond them the table alone tells
 
 
@@ -135,6 +138,21 @@ def _reported(results: Results) -> tuple[tuple[str, str], tuple[str, str]]:
     return test, (SHIFT_MEAN, labels[SHIFT_MEAN]) if SHIFT_MEAN in labels else ("held_out", "Held-out (%)")
 
 
+def _intervals(
+    results: Results, drawn: pd.DataFrame, x_name: str, y_name: str
+) -> dict[str, tuple[float, float, float, float]]:
+    """Method -> ends of its interval across and up in per cent, around the best individual model."""
+    if y_name != SHIFT_MEAN:
+        return {}  # held-out has no interval
+    found, best = {}, drawn[drawn["kind"] == "best"].iloc[0]
+    columns = {results.config.task.test: 100 * best[x_name], SHIFT_MEAN: 100 * best[y_name]}
+    for method, cells in by_method(results.scores):
+        ends = [base + 100 * cells[column][1][end] for column, base in columns.items() for end in ("low", "high")]
+        found[method] = (ends[0], ends[1], ends[2], ends[3])
+    del found["best"]
+    return found
+
+
 def scatter(results: Results) -> Scatter:
     """Models, soups and ensembles at their scores in per cent, with their intervals around the best individual model.
 
@@ -145,30 +163,26 @@ def scatter(results: Results) -> Scatter:
     numbers = results.points.numbers
     is_drawn = numbers["kind"].isin(looks) & numbers[[x_name, y_name]].notna().all(axis=1)
     drawn = numbers[is_drawn]
-    left, top, right, bottom = 58.0, 12.0, 628.0, 400.0
-    x = axis(x_label, [100 * value for value in drawn[x_name]], left, right)
-    y = axis(y_label, [100 * value for value in drawn[y_name]], bottom, top)
-    frame = Frame(640.0, 450.0, left, top, right, bottom, x, y)
-    cells, best = dict(by_method(results.scores)), drawn[drawn["kind"] == "best"].iloc[0]
+    intervals = _intervals(results, drawn, x_name, y_name)
+    always = [ends for name, ends in intervals.items() if name in DRAWN_WITH_BARS]
+    left, top, right, bottom = 66.0, 12.0, 628.0, 400.0
+    x = axis(x_label, [*(100 * drawn[x_name]), *(end for ends in always for end in ends[:2])], left, right)
+    y = axis(y_label, [*(100 * drawn[y_name]), *(end for ends in always for end in ends[2:])], bottom, top)
+    frame = Frame(640.0, 449.0, left, top, right, bottom, x, y)
     marks, rows = [], {f"row {row}": row for row in results.done}
-    for _, point in drawn.sort_values("kind", key=lambda kinds: kinds.map(list(looks).index)).iterrows():
+    for _, point in drawn.sort_values("kind", key=lambda kinds: kinds.map(ABOVE), kind="stable").iterrows():
         name, kind = str(point["name"]), str(point["kind"])
         _, colour, marker, size = looks[kind]
         shown = row_name(config, rows[name]) if name in rows else method_name(config, name)
         says = f"{shown}: {x_label} {100 * point[x_name]:.1f}, {y_label} {100 * point[y_name]:.1f}"
-        bars = None
-        if kind not in ("individual", "best") and y_name == SHIFT_MEAN:
-            ends = []
-            for column, base, scale in ((config.task.test, best[x_name], x), (SHIFT_MEAN, best[y_name], y)):
-                line = cells[name][column][1]
-                ends += [scale.at(100 * (base + line[end])) for end in ("low", "high")]
-            bars = (ends[0], ends[1], ends[2], ends[3])
+        ends = intervals.get(name)
+        bars = ends and (x.at(ends[0]), x.at(ends[1]), y.at(ends[2]), y.at(ends[3]))
         place = x.at(100 * point[x_name]), y.at(100 * point[y_name])
         members = () if kind == "individual" else _members(results, name)
         look = (outline(marker, 1.5 * size), "currentColor" if colour == "#000000" else colour)
         marks.append(Mark(_key(name), shown, kind, *place, *look, says, members, bars, kind in DRAWN_WITH_BARS))
     legend = tuple(
-        (kind, label, "currentColor" if colour == "#000000" else colour, outline(marker, 1.2 * min(size, 90)))
+        (kind, label, "currentColor" if colour == "#000000" else colour, outline(marker, 1.2 * size))
         for kind, (label, colour, marker, size) in looks.items()
         if kind in set(drawn["kind"])
     )
@@ -204,7 +218,9 @@ def steps(results: Results, soup: Mapping[str, Any]) -> Steps | None:
     for place, (trial, score) in enumerate(zip(trials, scores, strict=True), 1):
         at = x.at(place), y.at(score)
         said = "kept" if trial["accepted"] else "left out"
-        marks.append((*at, trial["accepted"], f"Step {place}, {row_name(results.config, trial['row'])}: {score:.1f} %, {said}"))
+        marks.append(
+            (*at, trial["accepted"], f"Step {place}, {row_name(results.config, trial['row'])}: {score:.1f} %, {said}")
+        )
         if trial["accepted"]:
             line += f"H{at[0]}V{at[1]}" if line else f"M{at[0]} {at[1]}"
     return Steps(frame, line + f"H{right}", tuple(marks))
@@ -223,7 +239,7 @@ class Diagram:
 def diagrams(reliability: Texts) -> tuple[Diagram, ...]:
     """A reliability diagram for each model, with both stages in one frame."""
     found = []
-    left, top, right, bottom = 40.0, 8.0, 232.0, 200.0
+    left, top, right, bottom = 44.0, 8.0, 232.0, 196.0
     frame = Frame(
         240.0,
         240.0,

@@ -1,6 +1,6 @@
 """Where the numbers come from, and how to make them again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.page.cells import Table, text
@@ -28,27 +28,26 @@ def _versions(record: Record) -> str:
     return ", ".join(f"{package} {version}" for package, version in packages.items() if version)
 
 
-def _each(what: str, records: Iterable[Record]) -> list[tuple[str, str, str, str]]:
-    """What, commit, machine and versions, once for each that differ."""
-    counts: dict[tuple[str, str, str], int] = {}
-    for record in records:
-        key = (_commit(record), _machine(record), _versions(record))
-        counts[key] = counts.get(key, 0) + 1
-    return [(f"{count} {what}" if count > 1 else what, *key) for key, count in counts.items()]
-
-
 def made_by(results: Results) -> Table:
-    """Commit, machine and versions of models, soups and tables."""
-    lines = [
-        *_each("models", (record.get("provenance") or {} for record in results.done.values())),
-        *_each("soups and ensembles", (soup.get("provenance") or {} for soup in results.soups.values())),
-        *_each("tables", [results.provenance]),
-    ]
-    cells = tuple(
-        (text(what.capitalize()), text(commit, "code"), text(machine), text(versions))
-        for what, commit, machine, versions in lines
-    )
-    return Table("What made the files that this page shows.", ("Part", "Commit", "Machine", "Versions"), cells)
+    """Commit, machine and versions of models, soups and tables; a line for each that differ."""
+    records = [("model", each) for each in results.done.values()] + [("soup", each) for each in results.soups.values()]
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    for what, record in [
+        *((what, each.get("provenance") or {}) for what, each in records),
+        ("table", results.provenance),
+    ]:
+        counts = found.setdefault((_commit(record), _machine(record), _versions(record)), {})
+        counts[what] = counts.get(what, 0) + 1
+    lines = []
+    for (commit, machine, versions), counts in found.items():
+        named = [
+            f"{n} models" if what == "model" else f"{n} soups and ensembles"
+            for what, n in counts.items()
+            if what != "table"
+        ]
+        said = ", ".join(named + ["tables"] * ("table" in counts))
+        lines.append((text(said[:1].upper() + said[1:]), text(commit, "code"), text(machine), text(versions)))
+    return Table("What made the files that this page shows.", ("Part", "Commit", "Machine", "Versions"), tuple(lines))
 
 
 def seeds(results: Results) -> list[tuple[str, str]]:

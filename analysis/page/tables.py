@@ -36,13 +36,13 @@ def split_name(column: str) -> str:
     return "Mean of shifts" if column == SHIFT_MEAN else SPLITS.get(column, column)
 
 
-def gain(words: pd.Series, numbers: pd.Series, reach: float | None = None) -> Cell:
+def gain(words: pd.Series, numbers: pd.Series, ends: tuple[float, float] | None = None) -> Cell:
     """A difference with its interval.
 
     Args:
         words: a line of the table's csv.
         numbers: the same.
-        reach: where the line on which it is drawn ends to both sides; None: it is not drawn.
+        ends: of the line on which it is drawn; None: it is not drawn.
     """
     if numbers["method"] == "best":
         return Cell((("baseline", None),), kind="baseline")
@@ -58,9 +58,10 @@ def gain(words: pd.Series, numbers: pd.Series, reach: float | None = None) -> Ce
         ("]", None),
     )
     drawn = None
-    if reach:
-        at = [50 + 50 * max(-1.0, min(1.0, value / reach)) for value in (low, mean, high)]
-        drawn = Interval(at[0], at[1], at[2], 50.0)
+    if ends:
+        left, right = ends
+        at = [100 * min(max((value - left) / (right - left), 0.0), 1.0) for value in (low, mean, high, 0.0)]
+        drawn = Interval(*at)
     return Cell(parts, interval=drawn, kind="gain")
 
 
@@ -80,10 +81,10 @@ def by_method(scores: Texts) -> Iterator[tuple[str, dict[str, tuple[pd.Series, p
     return iter(found.items())
 
 
-def reach(scores: Texts, columns: tuple[str, ...]) -> float:
-    """Where intervals end, of all methods but the starts of fine-tuning."""
+def ends_of(scores: Texts, columns: tuple[str, ...]) -> tuple[float, float]:
+    """Where intervals begin and end, 0 among them, of all methods but the starts of fine-tuning."""
     rows = scores.numbers[~scores.numbers["method"].isin(STARTS) & scores.numbers["column"].isin(columns)]
-    return float(rows[["low", "high"]].abs().max().max()) or 0.01
+    return min(float(rows["low"].min()), -0.001), max(float(rows["high"].max()), 0.001)
 
 
 def headline(results: Results) -> Table:
@@ -93,7 +94,7 @@ def headline(results: Results) -> Table:
     heads = ["Method"]
     for column in columns:
         heads += [f"{split_name(column)} (%)", f"{split_name(column)} − best"]
-    scale, lines = reach(scores, columns), []
+    scale, lines = ends_of(scores, columns), []
     for method, cells in by_method(scores):
         line = [text(method_name(config, method), "star" if method == "greedy" else "")]
         for column in columns:
@@ -103,8 +104,8 @@ def headline(results: Results) -> Table:
         line += [number(words["held_out"], percentage(words["held_out"])), number(words["models"], words["models"])]
         lines.append(tuple(line))
     said = caption(scores.numbers, note(config), BEST, config.task.metrics)
-    ends = f" Lines show the intervals between −{100 * scale:.1f} and +{100 * scale:.1f} points."
-    return Table(said + ends, (*heads, "Held-out (%)", "Models at inference"), tuple(lines), kind="headline")
+    drawn = f" Lines show the intervals from {100 * scale[0]:+.1f} to {100 * scale[1]:+.1f} points."
+    return Table(said + drawn, (*heads, "Held-out (%)", "Models at inference"), tuple(lines), kind="headline")
 
 
 def splits(results: Results) -> Table:
@@ -238,6 +239,6 @@ def planes(config: Experiment, landscape: Texts) -> Table:
             words = landscape.words.loc[index]
             what = row_name(config, int(names[point])) if point in names else "Best point of the grid on test"
             cells = [number(words[c], short(words[c]) if c == "train_loss" else percentage(words[c])) for c in columns]
-            lines.append((text(what), text(f"{first} and {second}"), *cells))
-    heads = ("Point", "Plane through 0,", *(named[column] for column in columns))
+            lines.append((text(what), text(f"rows 0, {first} and {second}"), *cells))
+    heads = ("Point", "Plane", *(named[column] for column in columns))
     return Table("Models of each plane, and the grid's best point on test.", heads, tuple(lines))

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis.page import tables
-from analysis.page.cells import percentage, plain
+from analysis.page.cells import plain
 from analysis.page.charts import Scatter, diagrams, scatter, steps
 from analysis.page.details import details
 from analysis.page.files import Results, pictures, read_results
@@ -58,7 +58,9 @@ def page(results: Results) -> str:
     config = results.config
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     drawn = scatter(results)
-    shown = pictures(results.run, (*LANDSCAPES, *CALIBRATIONS, *(f"coefficients_{recipe}" for recipe in results.shares)))
+    shown = pictures(
+        results.run, (*LANDSCAPES, *CALIBRATIONS, *(f"coefficients_{recipe}" for recipe in results.shares))
+    )
     made = [name for name in (*CALIBRATIONS, *LANDSCAPES) if (results.run.analysis / f"{name}.csv").exists()]
     return ENVIRONMENT.get_template("page.html.j2").render(
         name=config.name,
@@ -104,7 +106,7 @@ def _tiles(results: Results) -> list[dict[str, Any]]:
                     "name": tables.method_name(results.config, method),
                     "test": tables.accuracy(cells[test][0]),
                     "gain": tables.gain(*cells[test]),
-                    "shifts": second and percentage(second[0]["accuracy"]),
+                    "shifts": second and tables.accuracy(second[0]),
                     "models": cells[test][0]["models"],
                 }
             )
