@@ -66,7 +66,14 @@ def browse(page, folder, *flags):
     """What the browser's console said, and the page after its script has run; the test is skipped without a browser."""
     if CHROMIUM is None:
         pytest.skip("Debian's package chromium is not installed")
-    call = [CHROMIUM, "--headless=new", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder / 'profile'}"]
+    call = [
+        CHROMIUM,
+        "--headless=new",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
     call += ["--no-sandbox"] * (os.getuid() == 0) + ["--enable-logging=stderr", "--virtual-time-budget=3000", *flags]
     answer = subprocess.run(
         [*call, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=100, check=True

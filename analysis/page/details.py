@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from analysis.page.cells import Cell, number, percentage, short, text
 from analysis.page.charts import Mark
 from analysis.page.files import Results
@@ -39,7 +41,7 @@ def details(results: Results, marks: tuple[Mark, ...]) -> tuple[Detail, ...]:
     return tuple(found)
 
 
-def _scores(words: dict[str, str]) -> list[tuple[str, Cell]]:
+def _scores(words: pd.Series) -> list[tuple[str, Cell]]:
     named = {"test": "Test", SHIFT_MEAN: split_name(SHIFT_MEAN), "held_out": "Held-out"}
     shown = [(title, words[column]) for column, title in named.items() if words[column]]
     return [(f"{title} (%)", number(word, percentage(word))) for title, word in shown]
