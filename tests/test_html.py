@@ -146,9 +146,9 @@ def test_soups_and_decisions_are_those_of_the_records(finished, page):
             assert f"log-{dish}" not in page.tables
             continue
         for trial, made in zip(soup["trials"], page.lines(f"log-{dish}"), strict=True):
-            assert made[2].values == [repr(trial["score"])]
-            assert f"({trial['correct']} of {soup['held_out']['n']})" in made[2].words
-            assert made[3].words == ("✓ kept" if trial["accepted"] else "✗ left out")
+            assert made[3].values == [repr(trial["score"])]
+            assert f"({trial['correct']} of {soup['held_out']['n']})" in made[3].words
+            assert made[2].words == ("✓ kept" if trial["accepted"] else "✗ left out")
 
 
 def test_coefficients_bins_and_planes_are_those_of_the_csv_files(finished, page):

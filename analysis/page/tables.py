@@ -174,14 +174,14 @@ def decisions(config: Experiment, soup: Mapping[str, Any]) -> Table:
         line = [
             text(place),
             text(row_name(config, trial["row"])),
-            Cell(((score, repr(trial["score"])), (counted, None)), kind="number"),
             text("✓ kept" if trial["accepted"] else "✗ left out", "kept" if trial["accepted"] else "dropped"),
+            Cell(((score, repr(trial["score"])), (counted, None)), kind="number"),
         ]
         if compared:
             versus = trial["versus"] or {}
             line.append(text(", ".join(f"{name} {short(str(value))}" for name, value in versus.items())))
         lines.append(tuple(line))
-    heads = ("Step", "Model tried", "Held-out with it (%)", "Decision", *(("Against the soup before",) * compared))
+    heads = ("Step", "Model tried", "Decision", "Held-out with it (%)", *(("Against the soup before",) * compared))
     said = f"Selected on {soup['selected_on']['split']}, n = {n}."
     return Table(said, heads, tuple(lines), kind="dense")
 
