@@ -1,16 +1,27 @@
 """Reliability diagrams: is a model right as often as it says, before and after temperature scaling."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from analysis.figures import SETTINGS
-from eval.calibration import Bins, Calibration
+from analysis.figures import SETTINGS, save_with_numbers
+from analysis.results import refuse_leak
+from analysis.tables import NAMES
+from configs.errors import UserError
+from configs.schema import Experiment
+from eval.calibration import Bins, Calibration, calibrate
+from eval.forward import Evaluator
+from soups.cook import logits_of
+from store.atomic import read_json
+from store.runs import RunFolder
 
+SHOWN = ("best", "uniform", "greedy", "ensemble")
 ACCURACY, GAP = "#0072B2", "#D55E00"  # of Okabe and Ito's colours, as in analysis.figures
 
 
@@ -131,3 +142,39 @@ def _share_counts(rows: np.ndarray) -> None:
     highest = max(axes.get_ylim()[1] for axes in rows.flat)
     for axes in rows.flat:
         axes.set_ylim(0, highest)
+
+
+def calibrations(config: Experiment) -> dict[str, Calibration]:
+    """Best individual, uniform soup, greedy soup and ensemble, those that the experiment has, by their names in tables.
+
+    Temperatures are fitted on the held-out split, and bins are of the test split; logits come from the cache.
+
+    Raises:
+        UserError: a soup is missing, or was selected on a split that reports.
+    """
+    evaluator, run, task = Evaluator(config), RunFolder.of(config), config.task
+    labels = {split: evaluator.split(split).labels for split in (task.held_out, task.test)}
+    found = {}
+    for recipe in (recipe for recipe in SHOWN if recipe in config.recipes):
+        path = run.soup(recipe) / "soup.json"
+        if not path.exists():
+            raise UserError(f"{path} is missing: run python -m soups recipe={recipe} first")
+        cooked = read_json(path)
+        refuse_leak(config, cooked)
+        chosen = logits_of(cooked, task.held_out, evaluator)
+        reported = evaluator.projected(logits_of(cooked, task.test, evaluator), task.test)
+        held_out, test = (chosen, labels[task.held_out]), (reported, labels[task.test])
+        found[NAMES[recipe]] = calibrate(held_out, test, bins=config.analysis.bins)
+    return found
+
+
+def figure_reliability(config: Experiment, console: Console | None = None) -> list[Path]:
+    """Write reliability.{pdf,png,csv} into the experiment's analysis folder, from cached logits.
+
+    Raises:
+        UserError: as `calibrations`.
+    """
+    del console  # nothing is evaluated
+    models = calibrations(config)
+    stem = RunFolder.of(config).analysis / "reliability"
+    return save_with_numbers(reliability_figure(models), reliability_rows(models), stem)
