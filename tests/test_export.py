@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import open_clip
 import pytest
 import timm
@@ -151,6 +150,7 @@ def test_transformers_loads_what_answers_prompts(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["emoji_clip", "timm", "open_clip", "dual", "text_encoder", "masked_lm", "seq2seq_lm"])
 def test_onnxruntime_loads_it_and_takes_batches_of_any_size(kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
     out, network, soup = exported(kind, "onnx", tmp_path)
     session = onnxruntime.InferenceSession(out / "model.onnx")
     (given,) = session.get_inputs()
@@ -168,6 +168,7 @@ def test_onnxruntime_loads_it_and_takes_batches_of_any_size(kind, tmp_path):
 
 @pytest.mark.parametrize("squash", ["false", "true"])
 def test_the_card_tells_onnxruntime_what_pixels_look_like(squash, tmp_path):
+    pytest.importorskip("onnxruntime")
     out, _, soup = exported("emoji_clip", "onnx", tmp_path, "model.eval_resize=73", f"model.squash={squash}")
     source = read_source(Export(soup=soup, to="onnx", out=out))
     image = picture(tmp_path / "picture.png")
@@ -253,20 +254,23 @@ def test_a_soup_of_ones_own_files_goes_to_timm(tmp_path):
     assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
     card = (tmp_path / "out/README.md").read_text()
     assert "| 0.safetensors | 0.5 |" in card and "It was not evaluated here" in card
+    save_file(load_file(soup), soup)  # as another tool writes it
+    export(Export(**own | {"out": tmp_path / "other"}, model=TimmModel(kind="timm", name="test_resnet", batch_size=1)))
+    assert "The file does not record them." in (tmp_path / "other/README.md").read_text()
 
 
 def test_an_ensemble_a_full_folder_and_a_missing_soup_are_refused(tmp_path):
     soup, _ = finished_soup("emoji_clip", tmp_path)
     record = json.loads((soup / "soup.json").read_text())
     with pytest.raises(UserError, match="is there already"):
-        export(Export(soup=soup, to="onnx", out=tmp_path))
+        export(Export(soup=soup, to="open_clip", out=tmp_path))
     with pytest.raises(UserError, match=r"classes has 2 names, and the task 620"):
-        export(Export(soup=soup, to="onnx", out=tmp_path / "out", classes=("a", "b")))
+        export(Export(soup=soup, to="open_clip", out=tmp_path / "out", classes=("a", "b")))
     (soup / "soup.json").write_text(json.dumps(record | {"digest": None}))
     with pytest.raises(UserError, match="is an ensemble"):
-        export(Export(soup=soup, to="onnx", out=tmp_path / "out"))
+        export(Export(soup=soup, to="open_clip", out=tmp_path / "out"))
     with pytest.raises(UserError, match="no such file or folder"):
-        export(Export(soup=tmp_path / "none", to="onnx", out=tmp_path / "out"))
+        export(Export(soup=tmp_path / "none", to="open_clip", out=tmp_path / "out"))
 
 
 def test_without_onnx_the_command_names_the_file_to_install(tmp_path):

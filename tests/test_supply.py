@@ -3,7 +3,6 @@
 import ast
 import fnmatch
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -137,7 +136,12 @@ def named_clip(path):
 def exported(path):
     """What python -m soups.export reads."""
     read_source(
-        Export(soup=path, to="timm", out=path.parent / "out", model=TimmModel(kind="timm", name="a", batch_size=1))
+        Export(
+            soup=path,
+            to="timm",
+            out=path.parent / "out",
+            model=TimmModel(kind="timm", name="test_resnet", batch_size=1),
+        )
     )
 
 
@@ -176,7 +180,7 @@ LOADERS = {
         "pytorch_model.bin",
         lambda path: network("any_transformers", "small", path.parent, image_size=32),
     ),
-    "logits": (plant_array, "a.npy", lambda path: cached_array(path, lambda: None)),
+    "logits": (plant_array, "a.npy", lambda path: cached_array(path, (1, 1), lambda: None)),
     "a list of held-out images": (plant_array, "held_out.npy", index_of_held_out),
     "images of CIFAR-10.1": (plant_array, "a.npy", cifar_arrays),
 }
@@ -191,17 +195,12 @@ def test_a_planted_pickle_is_refused_and_does_not_run(what, tmp_path):
     assert not list(tmp_path.rglob("ran"))
 
 
-def test_the_planted_pickle_would_run():
-    """Else the tests above would prove nothing."""
-
-
 def test_a_planted_pickle_runs_where_it_is_not_refused(tmp_path):
     torch.load(plant(tmp_path / "a.pt"), weights_only=False)
     assert (tmp_path / "ran").exists()
     (tmp_path / "ran").unlink()
     np.load(plant_array(tmp_path / "a.npy"), allow_pickle=True)
     assert (tmp_path / "ran").exists()
-    assert pickle  # what both are made of
 
 
 def pins(path):
@@ -303,6 +302,7 @@ def test_a_whole_experiment_needs_no_network(tmp_path):
     assert (tmp_path / "demo_tiny/analysis/table3.md").exists()
 
 
+@pytest.mark.slow  # the hub's client tries again for most of a minute
 def test_without_a_network_weights_that_are_not_here_are_one_line():
     words = ["experiment=demo", "model=any_timm", "model.name=test_vit.r160_in1k", "model.image_size=160"]
     answer = without_network("-c", DOWNLOAD, *words)

@@ -91,7 +91,7 @@ def _short(value: object) -> str:
 
 def _ingredients(source: Source) -> list[str]:
     if not source.parts:
-        return ["One fine-tuned model, not an average."]
+        return ["One fine-tuned model, not an average." if source.task else "The file does not record them."]
     head = ["| ingredient | share | held-out | settings |", "|---|---|---|---|"]
     return head + [_part(part) for part in source.parts if part.weight != 0]
 

@@ -10,6 +10,8 @@ from typing import Any
 import timm
 import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from configs.training import Model
 from models.classifier import Classifier, Network, architecture
 from models.readers import tokenizer_of
 from models.tokens import Tokenizer
+from soups.files import Record
 from soups.verify import record_of
 from store.atomic import read_json, read_jsonl
 from store.runs import score_of
@@ -204,23 +207,35 @@ def _own(settings: Export) -> Source:
     values |= {"eval_resize": math.floor(size / images["crop_pct"])}
     values |= {"normalize": False, "head": "random", "probe_c": (1.0,)}
     model = TypeAdapter(Model).validate_python(values)
-    weights = _towered(load_weights(soup), recorded.classifier, soup)
+    try:
+        stored = load_file(soup)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"soup={soup} is damaged, or no safetensors file ({error})") from None
+    weights = _towered(stored, recorded.classifier, soup)
     classes = len(weights["head.weight"])
     names = settings.classes or tuple(map(str, range(classes)))
     if len(names) != classes:
         raise UserError(f"classes has {len(names)} names, and {soup} a head of {classes} classes")
-    record = record_of(soup)
+    record = _record(soup)
     network = _loaded(architecture(model, classes), weights, soup)
     return Source(
         title=soup.stem,
         model=model,
         network=network,
         class_names=names,
-        recipe=record.note.get("recipe", "average"),
-        parts=tuple(Part(part.file, part.weight) for part in record.ingredients),
-        provenance={"versions": record.note.get("versions", {})},
-        held_out_images=record.note.get("held_out_images"),
+        recipe=record.note.get("recipe", "average") if record else "not recorded",
+        parts=tuple(Part(part.file, part.weight) for part in record.ingredients) if record else (),
+        provenance={"versions": record.note.get("versions", {})} if record else {},
+        held_out_images=record.note.get("held_out_images") if record else None,
     )
+
+
+def _record(soup: Path) -> Record | None:
+    """How it was cooked; None of a file that another tool averaged."""
+    try:
+        return record_of(soup)
+    except UserError:
+        return None
 
 
 def _towered(weights: Weights, classifier: Any, path: Path) -> dict[str, Tensor]:
