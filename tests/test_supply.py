@@ -185,12 +185,27 @@ LOADERS = {
     "images of CIFAR-10.1": (plant_array, "a.npy", cifar_arrays),
 }
 
+SAID = {  # how each of them refuses, so that no other mistake passes for it
+    "ingredients": "unpickling runs code",
+    "ingredients under another name": "unpickling runs code",
+    "a soup to export": "a soup is a .safetensors file",
+    "a soup under the name of another": "no safetensors file",
+    "weights of a run": "is damaged",
+    "the state of a training": "Weights only load failed",
+    "weights for timm": "weights_only=True blocked",
+    "weights for open_clip": "Weights only load failed",
+    "weights of transformers": "no file named model.safetensors",
+    "logits": "Python objects",
+    "a list of held-out images": "allow_pickle=False",
+    "images of CIFAR-10.1": "allow_pickle=False",
+}
+
 
 @pytest.mark.parametrize("what", LOADERS)
 def test_a_planted_pickle_is_refused_and_does_not_run(what, tmp_path):
     make, name, loader = LOADERS[what]
     path = make(tmp_path / "folder" / name)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=re.escape(SAID[what])):
         loader(path)
     assert not list(tmp_path.rglob("ran"))
 
