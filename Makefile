@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+UV := 0.13.9
+PIP_AUDIT := 2.10.1
 
-.PHONY: setup demo seeds test quick lint format bench bench-eval bench-data bench-soups bench-analysis costs results data pretrain clean help
+.PHONY: setup export-setup lock audit demo seeds test quick lint format bench bench-eval bench-data bench-soups bench-analysis costs results data pretrain clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -11,16 +13,25 @@ help:  ## this list
 
 # The stamp holds the requirements it was made from, so that an environment shared by clones is renewed when they differ.
 # Of the text benchmark the images need nothing, so a registry that does not give it stops no one.
+# LOCKED=1 installs what requirements.lock says, each file with the hash that it had when the lock was made.
+REQUIREMENTS := $(if $(LOCKED),--require-hashes -r requirements.lock,-r requirements.txt)
+
 setup:  ## the environment, from requirements.txt and requirements-text.txt; instant when it is there
 	@cat requirements.txt requirements-text.txt | cmp -s - $(VENV)/.requirements || { \
 	  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
-	    || { echo "error: Python 3.10 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }; \
+	    || { echo "error: Python 3.10 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; } \
+	  && $(PYTHON) configs/first_contact.py $(VENV) || exit 2; \
 	  echo "setting up $(VENV), once; torch is large"; \
 	  $(PYTHON) -m venv $(VENV) \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  && $(RUN) -m pip install --quiet --disable-pip-version-check $(REQUIREMENTS) \
 	  && $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-text.txt \
 	  && { $(RUN) -m tasks.sentiment.fetch || true; } \
 	  && cat requirements.txt requirements-text.txt > $(VENV)/.requirements; }
+
+export-setup: setup  ## what python -m soups.export to=onnx needs: requirements-export.txt, 120 MB
+	@cmp -s requirements-export.txt $(VENV)/.requirements-export || { \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt \
+	  && cp requirements-export.txt $(VENV)/.requirements-export; }
 
 demo: setup  ## fine-tune a sweep, cook soups, write Table 3 and Figure 1
 	@$(RUN) reproduce.py experiment=demo
@@ -29,10 +40,21 @@ seeds: setup  ## the demo with three sweep seeds
 	@$(RUN) reproduce.py experiment=demo_seeds
 
 test: setup lint  ## lint, types and all tests
+	@$(MAKE) --no-print-directory export-setup || echo "onnx cannot be installed here: tests that need it are skipped" >&2
 	@$(RUN) -m pytest
 
 quick: setup  ## all tests but those of the whole pipeline
 	@$(RUN) -m pytest -m "not slow"
+
+# The lock is made for all platforms and Pythons at once; index lines would tie it to one registry.
+lock: setup  ## requirements.lock anew from requirements.txt, with hashes (needs a registry)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check uv==$(UV) \
+	&& $(RUN) -m uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.10 \
+	  --no-annotate requirements.txt --output-file requirements.lock
+
+audit: setup  ## known vulnerabilities of what requirements.lock installs (asks a public advisory database)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit==$(PIP_AUDIT) \
+	&& $(RUN) -m pip_audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
 lint: setup  ## ruff and mypy
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check --quiet . && $(RUN) -m mypy

@@ -11,6 +11,9 @@ Prints the jobs that are left and their sbatch lines; with submit=true it sends 
 import sys
 import time
 
+import configs.first_contact  # noqa: F401 - says in one line what is not installed, so it comes before what may be not
+
+# isort: split
 import pandas as pd
 from rich.console import Console
 from rich.table import Table

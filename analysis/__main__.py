@@ -2,6 +2,7 @@
 
     python -m analysis list                                    the paper's tables and figures, and what is measured
     python -m analysis artefact=figure4 experiment=demo        one of them; artefact=all: all of this experiment
+    python -m analysis report experiment=demo                  runs/demo/report.html: all of it on one page
 
 Reads   runs/<name>/{ingredients,soups,logits}
 Writes  runs/<name>/analysis/{table3.md,table3.tex,table3.csv,figure1.pdf,figure1.png,figure1.csv,provenance.json},
@@ -17,7 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from analysis.artefacts import ARTEFACTS, draw, measured_files, named, paper_numbers, parts_of
+from analysis.artefacts import ARTEFACTS, MORE, draw, measured_files, named, paper_numbers, parts_of
+from analysis.page.write import write_report
 from analysis.released import published_instead, write_instead
 from analysis.report import analyse
 from analysis.seeds import over_seeds
@@ -59,7 +61,7 @@ def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> 
             raise UserError(f"artefact={name} is made of {needs}, none of which {config.name} has")
         started = time.monotonic()
         made = draw(config, name, own, console)
-        console.print(f"{name}: {ARTEFACTS[name].shows}, {time.monotonic() - started:.0f} s")
+        console.print(f"{name}: {(ARTEFACTS | MORE)[name].shows}, {time.monotonic() - started:.0f} s")
         files += made
     if not wanted:
         raise UserError(f"{config.name} belongs to no table or figure of the paper; name one: python -m analysis list")
@@ -81,6 +83,16 @@ def show_list(console: Console) -> None:
     console.print(f"{len(ARTEFACTS)} tables and figures. On the paper's own data: experiment=paper, or any part of it.")
 
 
+def report(config: Experiment) -> None:
+    """Write the page of an experiment, or of each of its parts and replicates."""
+    use_threads(config.cluster.threads)
+    typed = [word for word in sys.argv[1:] if not word.startswith(("experiment=", "artefact="))]
+    for part in cli.parts_of(config, typed):
+        words = [f"experiment={part.name}", *typed]
+        for each in [replicate(part, seed) for seed in part.replicates] or [part]:
+            print(write_report(each, typed=words))
+
+
 def run(config: Experiment) -> None:
     """Analyse the experiment and its parts."""
     use_threads(config.cluster.threads)
@@ -96,5 +108,8 @@ def run(config: Experiment) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["list"]:
         cli.one_line_errors(lambda: show_list(Console(width=None if sys.stdout.isatty() else 200)))
+    elif sys.argv[1:2] == ["report"]:
+        del sys.argv[1]
+        cli.entry_point(report)()
     else:
         cli.entry_point(run)()

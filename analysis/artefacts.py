@@ -17,6 +17,7 @@ from analysis.inference import table2
 from analysis.landscape import figure2, figurej1
 from analysis.pairs import figure4
 from analysis.paper import paper_table
+from analysis.reliability import figure_reliability
 from analysis.report import publish, scatter
 from analysis.seeds_only import figureb2, figureg4
 from analysis.text_tables import texts_with_paper
@@ -231,6 +232,10 @@ ARTEFACTS = {
     "figurel3": Artefact("Figure 1 with all methods of Table 3", TABLE3, DEMO, each(figurel3)),
 }
 
+MORE = {  # no figures of the paper, drawn by the same command
+    "reliability": Artefact("reliability diagrams before and after a temperature", (), (), each(figure_reliability))
+}
+
 
 def named(name: str) -> list[str]:
     """Artefacts that `artefact=name` means: itself, or all.
@@ -238,14 +243,14 @@ def named(name: str) -> list[str]:
     Raises:
         UserError: there is none of this name.
     """
-    if name != "all" and name not in ARTEFACTS:
+    if name != "all" and name not in ARTEFACTS | MORE:
         raise UserError(f"artefact={name}: there is no such table or figure; python -m analysis list names all")
     return list(ARTEFACTS) if name == "all" else [name]
 
 
 def parts_of(name: str, configs: Sequence[Experiment]) -> list[Experiment]:
     """Those of the experiments that an artefact is made of, in its order."""
-    artefact = ARTEFACTS[name]
+    artefact = (ARTEFACTS | MORE)[name]
     by_name = {config.name: config for config in configs}
     return [by_name[each] for each in (*artefact.paper, *artefact.embedded) if each in by_name]
 
@@ -262,7 +267,7 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: 
     Raises:
         UserError: one is not finished, or is of another shape than the artefact needs.
     """
-    files = ARTEFACTS[name].draw(configs, console)
+    files = (ARTEFACTS | MORE)[name].draw(configs, console)
     homes = {RunFolder.of(each).analysis: each for each in configs}
     for folder, each in homes.items():
         if any(file.parent == folder for file in files):

@@ -3,9 +3,9 @@
 Each is run as a process of its own, so that its imports and its memory are its own.
 """
 
+import argparse
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 
@@ -55,4 +55,9 @@ def timm(out: Path, paths: list[Path]) -> None:
 PEERS = {"read": read, "loop": loop, "timm": timm}
 
 if __name__ == "__main__":
-    PEERS[sys.argv[1]](Path(sys.argv[2]), [Path(name) for name in sys.argv[3:]])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=PEERS)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    PEERS[arguments.kind](arguments.out, arguments.files)

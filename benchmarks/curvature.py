@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.derivatives import along
 from analysis.theory import Line, central_difference, curvature
+from configs.cli import one_line_errors
 from store.atomic import replacing
 from store.provenance import provenance
 from store.workers import little_memory
@@ -231,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

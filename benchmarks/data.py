@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from configs.cli import one_line_errors
 from configs.schema import Task
 from configs.training import Augment
 from finetune.batches import Length, TrainingBatches
@@ -228,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.soups import ROOT, Run, measure
+from configs.cli import one_line_errors
 from eval.metrics import correct
 from soups.recipes import greedy, uniform
 from store.arrays import cached_array
@@ -126,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from configs.cli import one_line_errors
 from configs.data import Task
 from configs.training import Model
 from eval.forward import forward
@@ -146,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.soups import ROOT, Run, measure
+from configs.cli import one_line_errors
 from soups.learned import LearnedSettings, learned
 from soups.residents import FileWeights
 from store.atomic import replacing, write_json
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.averaging_peers import PEERS
+from configs.cli import one_line_errors
 from store.atomic import replacing
 from store.checkpoints import BLOCK, Entry
 from store.provenance import provenance
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

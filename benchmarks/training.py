@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configs.cli import one_line_errors
 from configs.schema import Experiment, load
 from finetune.batches import Length, TrainingBatches
 from finetune.loop import ALONE, fine_tune
@@ -174,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

@@ -194,7 +194,7 @@ class Experiment:
         return self
 
 
-Root = TypeVar("Root", Experiment, OwnPool)
+Root = TypeVar("Root")
 
 
 def _explain(error: ValidationError) -> str:
@@ -208,14 +208,16 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _checked(root: type[Root], values: Any) -> Root:
+def checked(root: type[Root], values: Any) -> Root:
+    """Plain containers to a frozen dataclass; a `UserError` names the field that is wrong."""
     try:
         return TypeAdapter(root).validate_python(values)
     except ValidationError as error:
         raise UserError(f"bad config: {_explain(error)}") from None
 
 
-def _plain(cfg: DictConfig, remedy: str) -> Any:
+def plain(cfg: DictConfig, remedy: str) -> Any:
+    """Hydra's answer as plain containers; a `UserError` names a missing value and ends with the remedy."""
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -231,12 +233,12 @@ def parse_values(values: Any) -> Experiment:
     Raises:
         UserError: an unknown key, a wrong type or a value out of range, named as in `optim.lr`.
     """
-    return _checked(Experiment, values)
+    return checked(Experiment, values)
 
 
 def parse_own(cfg: DictConfig) -> OwnPool:
     """Check and freeze Hydra's answer to configs/own.yaml; raises as `parse`."""
-    return _checked(OwnPool, _plain(cfg, "e.g. recipe=uniform 'ingredients=[a.pt,b.pt]' out=soup.safetensors"))
+    return checked(OwnPool, plain(cfg, "e.g. recipe=uniform 'ingredients=[a.pt,b.pt]' out=soup.safetensors"))
 
 
 def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
@@ -250,7 +252,7 @@ def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
     Raises:
         UserError: as in `parse_values`; a missing value; a field typed and drawn.
     """
-    config = parse_values(_plain(cfg, "an experiment sets it, e.g. experiment=demo"))
+    config = parse_values(plain(cfg, "an experiment sets it, e.g. experiment=demo"))
     for field in (override.split("=")[0].lstrip("+~") for override in typed):
         if field in config.sweep.varied:
             way = next(way for way in ("draw", "grid", "listed") if getattr(config.sweep, way))

@@ -103,6 +103,17 @@ def pretrained_backbone(model: Model, device: torch.device) -> tuple[Backbone, T
     return _of_texts(tower), TextTower(partial(embed, model, tower, device), SIMILARITY_SCALE)
 
 
+def dual_encoder(model: Model) -> Any:
+    """The whole pretrained CLIP of kind open_clip or emoji_clip, text tower included, for the caller to change.
+
+    Raises:
+        UserError: as `pretrained_backbone`.
+    """
+    if model.kind == "emoji_clip":
+        return copy.deepcopy(_load_emoji_clip(ROOT / (model.weights or embedded.WEIGHTS)))
+    return _open_clip(model, _open_clip_file(model))
+
+
 @lru_cache(maxsize=1)
 def _load_emoji_clip(weights: Path) -> Any:
     """Read once in a process, since every worker needs it for many rows."""

@@ -4,7 +4,7 @@ Three pools: the paper's 72 CLIP ViT-B/32 and 58 ViT-G/14 (its proxy), and 10,00
 assumptions of configs/plan/assumed.yaml. Estimates; nothing of it was measured on a cluster.
 """
 
-import sys
+import argparse
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -168,4 +168,7 @@ def run(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    one_line_errors(lambda: run(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="*", help=f"{', '.join(TABLES)}; all where none is named")
+    wanted = parser.parse_args().table
+    one_line_errors(lambda: run(wanted))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from configs.cli import one_line_errors
 from configs.errors import UserError
 from soups.files import Record, average_files, check_of
 from store.checkpoints import INDEX, PICKLED, digest_file, open_checkpoint
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

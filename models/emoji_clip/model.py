@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.model import CLIP
@@ -42,17 +43,23 @@ class WeightsError(UserError):
     """The committed weights are missing, cut short, or of another model."""
 
 
+def clip_config(vocabulary_size: int | None = None) -> dict[str, Any]:
+    """The settings of the model as open_clip writes them in a config; arguments as of `build`."""
+    if vocabulary_size is None:
+        vocabulary_size = num_ids(read_vocabulary())
+    vision = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": "linear"}
+    text = {"context_length": CONTEXT, "vocab_size": vocabulary_size, "width": 128, "heads": 4, "layers": 2}
+    return {"embed_dim": EMBED_DIM, "vision_cfg": {**vision, "image_size": IMAGE_SIZE}, "text_cfg": text}
+
+
 def build(vocabulary_size: int | None = None) -> CLIP:
     """The model with random weights; call `torch.manual_seed` first.
 
     Args:
         vocabulary_size: rows of the token embedding; None takes the committed vocabulary's.
     """
-    if vocabulary_size is None:
-        vocabulary_size = num_ids(read_vocabulary())
-    vision = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": "linear"}
-    text = {"context_length": CONTEXT, "vocab_size": vocabulary_size, "width": 128, "heads": 4, "layers": 2}
-    return CLIP(EMBED_DIM, {**vision, "image_size": IMAGE_SIZE}, text)
+    settings = clip_config(vocabulary_size)
+    return CLIP(settings["embed_dim"], settings["vision_cfg"], settings["text_cfg"])
 
 
 def load(path: Path = WEIGHTS) -> CLIP:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from configs.cli import one_line_errors
 from tasks.emoji.concepts import DESIGNS, MIN_DESIGNS, Concept, match, read_concepts, read_sets, read_vocabulary
 from tasks.emoji.duplicates import confusable, distinct, near
 from tasks.emoji.icons import CACHE, PACKAGES, IconSet, fetch_pinned, render, render_rgba
@@ -279,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from configs.cli import one_line_errors
 from tasks.emoji.keyed import draw
 from tasks.emoji.load import DATA, SIZE, SPLITS, class_names, load_split
 from tasks.split import Split
@@ -46,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

@@ -3,6 +3,7 @@
 It is 2.4 MB, checked by its SHA-256, and stays in the environment, so that clones that share one share it too.
 """
 
+import argparse
 import hashlib
 import shutil
 import subprocess
@@ -49,6 +50,7 @@ def fetch(folder: Path = FOLDER) -> Path:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         fetch()
     except (RuntimeError, OSError) as problem:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from configs.cli import one_line_errors
 from models.emoji_clip.model import HERE
 from models.emoji_clip.training import Settings, export, train
 from tasks.emoji.load import class_names
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

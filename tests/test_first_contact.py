@@ -1,0 +1,249 @@
+"""What a new user meets first, tried as one would: every answer is a line that says what to do."""
+
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from configs.first_contact import NEEDED, ROOM, free_bytes, is_command, missing_packages, python_problem, room_problem
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("analysis", "benchmarks", "configs", "eval", "finetune", "models", "slurm", "soups", "store", "tasks")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+OPTIONAL = {  # of experiments with tracking, exports to ONNX, and rebuilding data
+    "wandb",
+    "onnx",
+    "onnxruntime",
+    "resvg_py",
+    "skimage",
+    "mergekit",
+    "curvlinops",  # of a benchmark
+}
+STARTS = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
+
+
+def command_of(path):
+    """What is typed to start a file."""
+    if path.name == "reproduce.py":
+        return ["reproduce.py"]
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return ["-m", module.removesuffix(".__main__")]
+
+
+COMMANDS = [command_of(path) for path in [*FILES, ROOT / "reproduce.py"] if STARTS.search(path.read_text())]
+COMMANDS.remove(["-m", "configs.first_contact"])  # what the Makefile asks before there is an environment
+
+
+def start(python, words, **more):
+    return subprocess.run([python, *words], cwd=ROOT, capture_output=True, text=True, check=False, **more)
+
+
+def refused(answer):
+    """The one line that a command ended with."""
+    assert answer.returncode == 2, (answer.stdout, answer.stderr)
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A Python without a single package."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False)
+    return folder / "bin/python"
+
+
+def old_python():
+    """One that is older than what is supported, where this machine has one."""
+    known = [*Path.home().glob(".pyenv/versions/3.*/bin/python"), *(shutil.which(f"python3.{i}") for i in range(6, 10))]
+    for python in filter(None, map(str, known)):
+        code = "import sys; sys.exit(sys.version_info >= (3, 10))"
+        if subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0:
+            return python
+    return pytest.skip("there is no Python before 3.10 here")
+
+
+def test_there_are_commands():
+    assert ["-m", "soups"] in COMMANDS and ["-m", "soups.export"] in COMMANDS and ["reproduce.py"] in COMMANDS
+    assert len(COMMANDS) > 25
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_without_packages_says_what_to_install(words, bare):
+    line = refused(start(bare, words))
+    assert "lacks hydra" in line and "`make setup`" in line and "pip install -r requirements.txt" in line
+
+
+@pytest.mark.parametrize("words", [["-m", "soups"], ["-m", "soups.export"], ["-m", "tasks.check"], ["reproduce.py"]])
+def test_an_old_python_is_told_which_ones_will_do(words):
+    assert "Python 3.10 to 3.13 is needed, and this is 3." in refused(start(old_python(), words))
+
+
+def test_make_with_an_old_python_is_told_so_before_anything_is_set_up(tmp_path):
+    words = ["make", f"PYTHON={old_python()}", f"VENV={tmp_path / 'environment'}", "setup"]
+    answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("error: Python 3.10 to 3.13 is needed, ")
+    assert not (tmp_path / "environment").exists()
+
+
+def test_the_first_file_is_read_by_old_versions_of_python():
+    for path in [ROOT / "configs/first_contact.py", *(ROOT / package / "__init__.py" for package in PACKAGES)]:
+        if path.exists():
+            ast.parse(path.read_text(), feature_version=(3, 6))
+
+
+def test_versions_of_python():
+    assert python_problem((3, 10, 0)) == python_problem((3, 13, 5)) == ""
+    assert "this is 3.9" in python_problem((3, 9, 18))
+
+
+def test_what_is_needed_is_what_is_imported():
+    standard = sys.stdlib_module_names
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            found |= {name.split(".")[0] for name in names}
+    found -= standard | set(PACKAGES) | OPTIONAL | {"reproduce"}
+    assert found <= {*NEEDED, "tokenizers", "jinja2", "huggingface_hub", "torchdata"}
+    assert missing_packages() == ""
+    assert "lacks nothing_like_it" in missing_packages(("torch", "nothing_like_it"))
+
+
+def test_importing_a_package_is_no_command():
+    assert is_command(["-m", "x"]) and is_command(["/a/reproduce.py", "experiment=demo"])
+    assert not is_command(["/a/pytest"]) and not is_command([])
+
+
+def test_an_environment_that_does_not_fit_is_refused(tmp_path):
+    assert room_problem(".venv", ROOM) == ""
+    assert "takes 8 GB, and the disk of .venv has 0.5 GB left" in room_problem(".venv", ROOM // 16)
+    assert free_bytes(str(tmp_path / "not/there")) > 0
+
+
+def test_make_on_a_small_disk_is_told_so_before_anything_is_set_up():
+    with small_disk("4m") as folder:
+        words = ["make", f"PYTHON={sys.executable}", f"VENV={folder / 'environment'}", "setup"]
+        answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert answer.returncode == 2
+        assert "error: an environment takes 8 GB, and the disk of " in answer.stderr
+        assert not list(folder.iterdir())
+
+
+class small_disk:  # noqa: N801 - used as a function
+    """A file system of a given size, or a skipped test."""
+
+    def __init__(self, size):
+        self.size, self.folder = size, Path("/dev/shm") / f"model-soups-small-{os.getpid()}"
+
+    def __enter__(self):
+        self.folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={self.size}", "none", self.folder]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            self.folder.rmdir()
+            pytest.skip("mounting a small file system needs root")
+        return self.folder
+
+    def __exit__(self, *error):
+        subprocess.run(["umount", self.folder], check=True)
+        self.folder.rmdir()
+
+
+def test_a_disk_that_fills_up_under_a_soup_is_one_line(tmp_path):
+    save_file({"w": torch.ones(1_000_000)}, tmp_path / "a.safetensors")
+    with small_disk("1m") as folder:
+        words = [f"ingredients=[{tmp_path / 'a.safetensors'}]", f"out={folder / 'soup.safetensors'}"]
+        assert "no space left on the disk" in refused(start(sys.executable, ["-m", "soups", "recipe=uniform", *words]))
+        assert not list(folder.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_has_help(words):
+    answer = start(sys.executable, [*words, "--help"])
+    assert answer.returncode == 0, answer.stderr
+    assert len(answer.stdout.splitlines()) >= 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment=demoo"], "there is no experiment=demoo, but demo, "),
+        (["experiment=demo", "model=emoji"], "there is no model=emoji, but emoji_clip; all are in configs/model"),
+        (["experiment=demo", "optim.foo=1"], "there is no setting optim.foo; --help says what there is"),
+        (["experiment=demo", "optim.lr"], "Error parsing override 'optim.lr'; missing EQUAL"),
+    ],
+)
+def test_a_mistyped_word_is_one_line(words, said):
+    assert said in refused(start(sys.executable, ["-m", "finetune", *words]))
+
+
+def test_missing_data_are_one_line(tmp_path):
+    words = ["experiment=own_images", "task.folder=nowhere", "task.num_classes=3", f"paths.runs={tmp_path}"]
+    answer = start(sys.executable, ["-m", "finetune", *words])
+    assert answer.returncode == 2
+    (line,) = [line for line in answer.stderr.splitlines() if "error" in line]
+    assert "nowhere" in line and "task.folder" in line and "Traceback" not in answer.stderr
+
+
+def test_a_place_that_may_not_be_written_is_one_line(tmp_path):
+    answer = start(sys.executable, ["-c", FORBIDDEN])
+    assert (
+        refused(answer)
+        == "error: /a/b cannot be read or written (Permission denied): name another place, or change that"
+    )
+
+
+FORBIDDEN = """
+import errno
+from configs.cli import one_line_errors
+def work():
+    raise PermissionError(errno.EACCES, "Permission denied", "/a/b")
+one_line_errors(work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        ("KeyboardInterrupt()", 130),
+        ("UserError('no')", 2),
+        ("ModuleNotFoundError(name='torchdata')", 2),
+        ("KeyError(1)", 1),
+    ],
+)
+def test_exit_statuses(raised, status):
+    code = (
+        "from configs.cli import one_line_errors\nfrom configs.errors import UserError\n"
+        f"def work():\n    raise {raised}\none_line_errors(work)"
+    )
+    answer = start(sys.executable, ["-c", code])
+    assert answer.returncode == status
+    assert ("Traceback" in answer.stderr) == (status == 1)
+
+
+def test_ctrl_c_ends_a_stage_with_130(tmp_path):
+    words = ["-m", "finetune", "experiment=demo_tiny", "sweep.index=0", f"paths.runs={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "demo_tiny").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "run the same command again to continue" in said and "Traceback" not in said
