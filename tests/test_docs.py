@@ -27,7 +27,7 @@ RUNNABLE = [page for page in PAGES if blocks(page)[0]]
 
 def in_small(script):
     """The demo's commands on the experiment of the same stages that takes seconds."""
-    return re.sub(r"\bexperiment=demo\b(?!_)", "experiment=demo_tiny", script)
+    return re.sub(r"\b(experiment=|runs/)demo\b(?!_)", r"\1demo_tiny", script)
 
 
 def test_the_pages_have_commands():
