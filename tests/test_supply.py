@@ -16,7 +16,8 @@ from exports import clip_folder, open_clip_file
 
 from configs.errors import UserError
 from configs.exporting import Export
-from configs.schema import TimmModel, load
+from configs.own_pool import OwnNetwork
+from configs.schema import load
 from finetune.state import State
 from models.backbones import pretrained_backbone
 from soups.export.source import read_source
@@ -140,7 +141,7 @@ def exported(path):
             soup=path,
             to="timm",
             out=path.parent / "out",
-            model=TimmModel(kind="timm", name="test_resnet", batch_size=1),
+            model=OwnNetwork(kind="timm", name="test_resnet", batch_size=1),
         )
     )
 
