@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis.report import note
 from analysis.results import measure
 from analysis.tables import NAMES, write_cells
-from analysis.with_paper import proxies
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.pool import usable_pool
@@ -112,6 +112,6 @@ def table2(config: Experiment) -> list[Path]:
     text = (
         f"Forward passes of {EXAMPLES} examples at once, median of {ROUNDS} rounds, on {torch.get_num_threads()} "
         f"thread(s) of {machine['processor']}; θ_1, ..., θ_k are the k ingredients. GFLOPs count convolutions and "
-        f"matrix products, two for a multiplication with its addition. {proxies(config)}"
+        f"matrix products, two for a multiplication with its addition. {note(config)}"
     )
     return write_cells(cells, numbers, RunFolder.of(config).analysis / "table2_with_paper", text)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.paper import MARKS, legend, paper_table
+from analysis.report import note
 from analysis.results import benchmark_name, measure
 from analysis.tables import BEST, METRICS, NAMES, points, write_cells
-from analysis.with_paper import LEVEL, proxies, with_significance
+from analysis.with_paper import LEVEL, with_significance
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from store.runs import RunFolder
@@ -115,7 +116,7 @@ def texts_with_paper(configs: Sequence[Experiment], table: str) -> list[Path]:
     """
     numbers = text_numbers(configs, table)
     cells = pd.concat([text_table(numbers), paper_rows(table, numbers)], ignore_index=True).fillna("")
-    notes = " ".join(dict.fromkeys(proxies(config) for config in configs))
+    notes = " ".join(dict.fromkeys(note(config) for config in configs))
     text = (
         "Scores in %, on the split that reports. Bold: the better of an experiment's recipes, and what is not told "
         f"from it at {LEVEL}. Ours − best: points to {BEST}, with 95 % paired-bootstrap intervals. Rows without a "

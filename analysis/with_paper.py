@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from analysis.paper import beside, beside_table, legend, paper_table
+from analysis.report import note
 from analysis.results import (
     SHIFT_MEAN,
     Method,
     accuracy_in,
-    benchmark_name,
     bootstrap_groups,
     columns_of,
     compare,
@@ -34,20 +34,6 @@ ORACLE = "oracle"
 TITLES = SPLITS | {"real": "ReaL", "multilabel": "Multilabel", SHIFT_MEAN: "Mean of shifts"}
 RATE = re.compile(r", (\d+e-\d+)$")  # at the end of a row's name in Tables L.1 and L.2
 DEMO_RATE = "3e-5"  # of the paper's two, which stands beside rows that name none
-
-
-def proxies(config: Experiment) -> str:
-    """What the numbers are of, with every proxy named."""
-
-    def named(name: str, stands_for: str | None) -> str:
-        return name if stands_for is None else f"{name}, a proxy for {stands_for}"
-
-    task, model = config.task, config.model
-    return (
-        f"Benchmark {named(benchmark_name(config), task.proxy_for)}; "
-        f"model {named(model.name or model.kind, model.proxy_for)}; "
-        f"{config.sweep.size} fine-tuned models, sweep seed {config.sweep.seed}."
-    )
 
 
 def _hits(
@@ -149,7 +135,7 @@ def _write(
         f"{measured(config.task.metrics, columns_of(config))} in %, n: {counts}. Ours beside the paper's, and ours "
         "minus the paper's in points. Bold: the best of a column, and what a paired permutation test does not tell "
         f"from it at {LEVEL}. Last columns: points to {baseline}, with 95 % paired-bootstrap intervals, and the "
-        f"paper's. {proxies(config)} "
+        f"paper's. {note(config)} "
         f"{legend(compared)}"
     )
     return write_cells(cells, compared, RunFolder.of(config).analysis / f"{table}_with_paper", text)
