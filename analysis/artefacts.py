@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -272,6 +273,7 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: 
     for folder, each in homes.items():
         if any(file.parent == folder for file in files):
             record = {"artefact": name, "experiment": each.name, "sweep_seed": each.sweep.seed, "rows": each.sweep.size}
+            record["date"] = datetime.now(timezone.utc).date().isoformat()
             write_json(folder / f"{name}_provenance.json", record | provenance())
             files.append(folder / f"{name}_provenance.json")
     if config.paths.results is None:
