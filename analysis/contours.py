@@ -70,14 +70,19 @@ def _panel(axes: Axes, plane: pd.DataFrame, column: str, scale: float, *, log: b
         )
     best = grid.loc[grid[column].idxmin()]
     axes.scatter(best["x"], best["y"], marker="X", s=34, c="#D55E00", edgecolors="white", linewidths=0.5, zorder=4)
-    axes.set_aspect("equal")
+    axes.set_aspect(_height_to_width(plane) / _extent_ratio(plane))
     axes.grid(visible=False)
 
 
-def _height(plane: pd.DataFrame) -> float:
-    """Inches of a row of panels, whose two axes have one scale."""
-    extent = plane["y"].max() - plane["y"].min(), plane["x"].max() - plane["x"].min()
-    return 0.85 + 1.5 * min(max(extent[0] / extent[1], 0.5), 2.5)
+def _extent_ratio(plane: pd.DataFrame) -> float:
+    """How far the plane reaches along u2, over how far along u1."""
+    along = [plane[axis].max() - plane[axis].min() for axis in ("y", "x")]
+    return float(along[0] / along[1])
+
+
+def _height_to_width(plane: pd.DataFrame) -> float:
+    """Of a panel. Both axes have one scale, unless a model is so near that its plane would be a strip."""
+    return min(max(_extent_ratio(plane), 0.7), 2.5)
 
 
 def landscape_figure(tidy: pd.DataFrame, captions: Sequence[str], *, test: str, shifts: int, log: bool) -> Figure:
@@ -98,7 +103,7 @@ def landscape_figure(tidy: pd.DataFrame, captions: Sequence[str], *, test: str, 
         columns.append((f"error_{SHIFT_MEAN}", 100.0, mean))
     planes = [plane for _, plane in tidy.groupby(["first", "second"], sort=False)]
     with mpl.rc_context(SETTINGS):
-        heights = [_height(plane) for plane in planes]
+        heights = [0.85 + 1.5 * _height_to_width(plane) for plane in planes]
         figure = Figure(figsize=(2.35 * len(columns), sum(heights)), layout="constrained")
         panels = figure.subplots(len(planes), len(columns), squeeze=False, height_ratios=heights)
         for row, plane, caption in zip(panels, planes, captions, strict=True):
