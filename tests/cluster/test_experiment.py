@@ -194,7 +194,8 @@ def test_after_all_faults_every_row_is_done_with_the_bytes_of_an_undisturbed_run
 def test_no_row_ran_twice_to_its_end(disturbed):
     logs = [log.read_text(errors="replace") for log in (disturbed[0] / "demo_tiny/slurm/logs").glob("*fine-tune*.out")]
     lines = [line for log in logs for line in log.splitlines() if line.startswith("row ") and "held-out" in line]
-    ends = Counter(line.split(":")[0] for line in lines)
+    # A job that is preempted between its row's end and its own says the row's line again, with the same seconds.
+    ends = Counter(line.split(":")[0] for line in set(lines))
     assert ends == {f"row {row}": 1 for row in range(1, ROWS + 1)}
 
 
