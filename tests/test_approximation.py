@@ -66,6 +66,7 @@ def test_losses_are_those_of_soup_and_ensemble_at_every_alpha(finished):
     assert found[2]["calibrated"]["soup_loss"] <= found[2]["plain"]["soup_loss"] + 1e-9
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(finished, monkeypatch):
     config, _ = finished
     files = figurek1(config)

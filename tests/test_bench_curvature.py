@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks.curvature import CONTENDERS, differences, double_backward, ours, problem
 
+pytestmark = pytest.mark.slow  # a benchmark runs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

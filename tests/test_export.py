@@ -32,6 +32,8 @@ from soups.export.usage import usage
 from soups.export.written import compare, export
 from soups.files import average_files
 
+pytestmark = pytest.mark.slow  # folders are written and loaded by four libraries
+
 ROOT = Path(__file__).resolve().parents[1]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from configs.first_contact import NEEDED, ROOM, free_bytes, is_command, missing_packages, python_problem, room_problem
 
+pytestmark = pytest.mark.slow  # dozens of commands are started
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("analysis", "benchmarks", "configs", "eval", "finetune", "models", "slurm", "soups", "store", "tasks")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]

@@ -185,6 +185,7 @@ def test_figure_j1_draws_the_same_numbers_and_evaluates_nothing_again(measured):
     assert {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")} == before
 
 
+@pytest.mark.slow
 def test_a_killed_grid_continues_to_the_same_csv(measured, tmp_path):
     config = configured(tmp_path)
     moved_pool(config)

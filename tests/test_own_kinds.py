@@ -32,6 +32,8 @@ from soups.own_greedy import accuracy_on, fitting
 from soups.own_networks import build
 from soups.refusals import refuse_unsuitable
 
+pytestmark = pytest.mark.slow  # pools of every library are cooked
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
