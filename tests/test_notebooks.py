@@ -30,6 +30,13 @@ def test_a_notebook_is_short_and_only_draws(path):
     assert not {module.partition(".")[0] for module in imported if module} & {"finetune", "soups", "models", "torch"}
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_committed_shows_pictures_or_tables_and_no_warning_of_a_machine(path):
+    outputs = [each for cell in nbformat.read(path, as_version=4).cells for each in cell.get("outputs", [])]
+    assert any("data" in each for each in outputs)
+    assert not [each for each in outputs if each.output_type == "error" or each.get("name") == "stderr"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_a_clone_and_shows_what_it_draws(path, tmp_path):
