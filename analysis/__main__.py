@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from analysis.artefacts import ARTEFACTS, MORE, draw, measured_files, named, paper_numbers, parts_of
+from analysis.artefacts import ARTEFACTS, DRAWN, draw, measured_files, named, paper_numbers, parts_of
 from analysis.page.write import write_report
 from analysis.released import published_instead, write_instead
 from analysis.report import analyse
@@ -57,11 +57,11 @@ def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> 
         return write_instead(config)
     for name, own in wanted.items():
         if not own:
-            needs = ", ".join((*ARTEFACTS[name].paper, *ARTEFACTS[name].embedded))
+            needs = ", ".join((*DRAWN[name].paper, *DRAWN[name].embedded))
             raise UserError(f"artefact={name} is made of {needs}, none of which {config.name} has")
         started = time.monotonic()
         made = draw(config, name, own, console)
-        console.print(f"{name}: {(ARTEFACTS | MORE)[name].shows}, {time.monotonic() - started:.0f} s")
+        console.print(f"{name}: {DRAWN[name].shows}, {time.monotonic() - started:.0f} s")
         files += made
     if not wanted:
         raise UserError(f"{config.name} belongs to no table or figure of the paper; name one: python -m analysis list")

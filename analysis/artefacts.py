@@ -238,20 +238,23 @@ MORE = {  # no figures of the paper, drawn by the same command
 }
 
 
+DRAWN = ARTEFACTS | MORE  # all that `artefact=` may name; `all` means the paper's
+
+
 def named(name: str) -> list[str]:
     """Artefacts that `artefact=name` means: itself, or all.
 
     Raises:
         UserError: there is none of this name.
     """
-    if name != "all" and name not in ARTEFACTS | MORE:
+    if name != "all" and name not in DRAWN:
         raise UserError(f"artefact={name}: there is no such table or figure; python -m analysis list names all")
     return list(ARTEFACTS) if name == "all" else [name]
 
 
 def parts_of(name: str, configs: Sequence[Experiment]) -> list[Experiment]:
     """Those of the experiments that an artefact is made of, in its order."""
-    artefact = (ARTEFACTS | MORE)[name]
+    artefact = DRAWN[name]
     by_name = {config.name: config for config in configs}
     return [by_name[each] for each in (*artefact.paper, *artefact.embedded) if each in by_name]
 
@@ -268,7 +271,7 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: 
     Raises:
         UserError: one is not finished, or is of another shape than the artefact needs.
     """
-    files = (ARTEFACTS | MORE)[name].draw(configs, console)
+    files = DRAWN[name].draw(configs, console)
     homes = {RunFolder.of(each).analysis: each for each in configs}
     for folder, each in homes.items():
         if any(file.parent == folder for file in files):
