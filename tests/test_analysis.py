@@ -133,3 +133,9 @@ def test_equal_figures_are_equal_files(drawing, tmp_path):
     assert first == second
     assert first[0].startswith(b"%PDF")
     assert first[1].startswith(b"\x89PNG")
+
+
+def test_axes_say_what_a_task_is_scored_by(draw):
+    top1, other = draw().axes[0], draw(shifts=1, metrics=("Macro F1", "Accuracy of the worst group")).axes[0]
+    assert (top1.get_xlabel(), other.get_xlabel()) == ("Emoji test accuracy, top-1 (%)", "Emoji test, Macro F1 (%)")
+    assert other.get_ylabel() == "Accuracy of the worst group on the shift (%)"

@@ -263,3 +263,15 @@ def test_the_figure_has_a_panel_for_each_quantity_with_units_and_the_models_mark
         assert {"$\\theta_0$", "$\\theta_1$", "$\\theta_2$"} <= {text.get_text() for text in axes.texts}
         marked = [tuple(points.get_offsets()[0]) for points in axes.collections if isinstance(points, PathCollection)]
         assert marked[:3] == [pytest.approx(place) for place in zip(tidy["x"][:3], tidy["y"][:3], strict=True)]
+
+
+@pytest.mark.parametrize(("height", "aspect"), [(20.0, 1.0), (2.0, 7.0), (50.0, 1.0), (100.0, 0.5)])
+def test_a_plane_has_one_scale_unless_it_would_be_a_strip(height, aspect):
+    x, y = np.meshgrid(np.linspace(0, 20, 3), np.linspace(0, height, 3))
+    grid = pd.DataFrame({"point": "grid", "x": x.ravel(), "y": y.ravel()})
+    models = pd.DataFrame({"point": ["initialisation", "first", "second"], "x": [0, 20, 0], "y": [0, 0, height]})
+    plane = pd.concat([models, grid], ignore_index=True).assign(first=1, second=2)
+    for column in ("train_loss", "error_test"):
+        plane[column] = 0.1 + np.arange(len(plane)) / 20
+    axes = landscape_figure(plane, ["one"], test="test", shifts=0, log=False).axes[0]
+    assert axes.get_aspect() == pytest.approx(aspect)

@@ -68,3 +68,10 @@ def test_the_oracle_of_a_table_is_the_best_of_each_column_and_of_the_mean_anothe
     assert accuracy_in(config, found, "shift_mean") == pytest.approx(0.6)  # of c, not the mean of 0.9 and 0.6
     assert "(oracle)" in NAMES[found.name]
     assert math.isnan(found.held_out)  # it was not chosen there
+
+
+def test_the_oracle_of_other_labels_is_the_model_with_the_most_answers_among_them():
+    config = load("demo", "task.shifts=[]")
+    hits = {"test": torch.ones(4, dtype=torch.bool)}
+    pool = [Method(str(right), 1, hits, 0.5, annotated={"real": torch.arange(8) < right}) for right in (3, 7, 5)]
+    assert int(oracle_of(config, pool).annotated["real"].sum()) == 7
