@@ -86,7 +86,7 @@ def show_list(console: Console) -> None:
 def report(config: Experiment) -> None:
     """Write the page of an experiment, or of each of its parts and replicates."""
     use_threads(config.cluster.threads)
-    typed = [word for word in sys.argv[1:] if not word.startswith(("experiment=", "artefact="))]
+    typed = [word for word in sys.argv[1:] if not word.startswith(("experiment=", "artefact=", "parts="))]
     for part in cli.parts_of(config, typed):
         words = [f"experiment={part.name}", *typed]
         for each in [replicate(part, seed) for seed in part.replicates] or [part]:
