@@ -45,7 +45,7 @@ class Slice:
     models: tuple[Ingredient, Ingredient, Ingredient]  # theta_0, theta_1, theta_2
     plane: Plane
     points: tuple[tuple[float, float], ...]  # (x, y): the three models, then the grid, x fastest
-    grid: tuple[int, float]  # size and margin, from which the points follow
+    grid: tuple[int, int, float]  # points along x and y, and the margin: from these all points follow
 
     @property
     def shares(self) -> list[Shares]:
@@ -79,11 +79,11 @@ def slices(config: Experiment) -> list[Slice]:
     Raises:
         UserError: the sweep is not finished; a row is not in it, or diverged; three models are on one line.
     """
-    settings, pool = config.analysis.plane, {each.row: each for each in usable_pool(config)}
-    return [_slice(config, pool, pair, settings.size, settings.margin) for pair in settings.rows]
+    pool = {each.row: each for each in usable_pool(config)}
+    return [_slice(config, pool, pair) for pair in config.analysis.plane.rows]
 
 
-def _slice(config: Experiment, pool: dict[int, Ingredient], pair: tuple[int, int], size: int, margin: float) -> Slice:
+def _slice(config: Experiment, pool: dict[int, Ingredient], pair: tuple[int, int]) -> Slice:
     absent = [row for row in (0, *pair) if row not in pool]
     if absent:
         raise UserError(
@@ -97,9 +97,10 @@ def _slice(config: Experiment, pool: dict[int, Ingredient], pair: tuple[int, int
         plane = plane_through(products)
     except ValueError as error:
         raise UserError(f"analysis.plane.rows={list(pair)}: {error}; take two other rows") from None
-    xs, ys = axes_of(plane, size, margin)
+    settings = config.analysis.plane
+    xs, ys = axes_of(plane, settings.size, settings.longest, settings.margin)
     grid = [(float(x), float(y)) for y in ys for x in xs]
-    return Slice((zero, one, two), plane, (*plane.models, *grid), (size, margin))
+    return Slice((zero, one, two), plane, (*plane.models, *grid), (len(xs), len(ys), settings.margin))
 
 
 @lru_cache(maxsize=4)

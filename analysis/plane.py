@@ -63,13 +63,18 @@ def plane_through(products: NDArray[np.float64]) -> Plane:
     return Plane(float(first), (float(along), sqrt(rest)))
 
 
-def axes_of(plane: Plane, size: int, margin: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(size,) x and (size,) y of a grid that reaches `margin` times the models' own extent beyond them on each side."""
+def axes_of(plane: Plane, size: int, longest: int, margin: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """x and y of a grid that reaches `margin` times the models' own extent beyond them on each side.
+
+    The axis along which the models reach less far has `size` points. The other has as many as give it the same spacing,
+    but no more than `longest` and no fewer than `size`: a model far away would else stretch the grid over a basin.
+    """
+    ends = [(min(places), max(places)) for places in zip(*plane.models, strict=True)]
+    extents = [high - low for low, high in ends]
     both = []
-    for places in zip(*plane.models, strict=True):
-        low, high = min(places), max(places)
-        pad = margin * (high - low)
-        both.append(np.linspace(low - pad, high + pad, size))
+    for (low, high), extent in zip(ends, extents, strict=True):
+        wanted = round((size - 1) * extent / min(extents)) + 1
+        both.append(np.linspace(low - margin * extent, high + margin * extent, max(size, min(wanted, longest))))
     return both[0], both[1]
 
 

@@ -29,7 +29,8 @@ class Plane:
     """Figures 2 and J.1: the error landscape in planes through the initialisation and two fine-tuned models."""
 
     rows: Annotated[tuple[tuple[Count, Count], ...], Field(min_length=1)]  # the two models of each plane
-    size: Annotated[int, Field(ge=3)]  # points on each axis
+    size: Annotated[int, Field(ge=3)]  # points on the axis along which the models reach less far
+    longest: Annotated[int, Field(ge=3)]  # and at most on the other, which has as many as its spacing then needs
     margin: NonNegative  # around the three models, as a share of how far they reach on each axis
     train_examples: Count  # on which the training loss is measured, under the transform of evaluation
     chunk: Count  # examples that are read together for all points, between two saves

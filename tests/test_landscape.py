@@ -34,6 +34,7 @@ SETTINGS = (
     "cluster.workers=1",
     "analysis.plane.rows=[[1,2]]",
     "analysis.plane.size=3",
+    "analysis.plane.longest=3",
     "analysis.plane.train_examples=60",
     "analysis.plane.chunk=40",
 )
@@ -122,9 +123,19 @@ def test_three_models_on_a_line_make_no_plane(products):
 
 
 def test_the_grid_reaches_beyond_the_models_by_the_margin():
-    xs, ys = axes_of(Plane(10.0, (-2.0, 4.0)), 4, 0.5)
+    xs, ys = axes_of(Plane(10.0, (-2.0, 4.0)), 4, 4, 0.5)
     assert xs.tolist() == pytest.approx([-8, 0, 8, 16])
     assert ys.tolist() == pytest.approx([-2, 0.6666667, 3.3333333, 6])
+
+
+def test_a_model_far_away_gets_more_points_at_the_same_spacing_up_to_the_longest():
+    far = Plane(10.0, (2.0, 60.0))  # reaches 10 along x and 60 along y
+    xs, ys = axes_of(far, 5, 100, 0.5)
+    assert len(xs) == 5
+    assert np.diff(ys) == pytest.approx(np.full(24, np.diff(xs)[0]))
+    assert [len(axis) for axis in axes_of(far, 5, 9, 0.5)] == [5, 9]
+    assert [len(axis) for axis in axes_of(far, 5, 3, 0.5)] == [5, 5]  # never fewer than the other
+    assert [len(axis) for axis in axes_of(Plane(60.0, (2.0, 10.0)), 5, 9, 0.5)] == [9, 5]
 
 
 def test_more_training_examples_keep_those_there_were():
