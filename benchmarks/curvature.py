@@ -41,7 +41,7 @@ from analysis.derivatives import along
 from analysis.theory import Line, central_difference, curvature
 from configs.cli import one_line_errors
 from store.atomic import replacing
-from store.provenance import provenance
+from store.provenance import provenance_columns
 from store.workers import little_memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +156,7 @@ def extra_memory(p: Problem, contender: str) -> float:
 
 def table(arguments: argparse.Namespace) -> pd.DataFrame:
     """A row for each contender."""
-    p, origin = problem(arguments.network, arguments.batch), provenance()
+    p = problem(arguments.network, arguments.batch)
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     processor: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     load = os.getloadavg()[0]
@@ -190,12 +190,7 @@ def table(arguments: argparse.Namespace) -> pd.DataFrame:
             "memory_of_double_backward": round(memory[name] / memory[EXACT], 3) if memory[EXACT] else None,
             "answer": answers[name],
             "off_percent": None if name == "forward" else round(100 * (answers[name] / answers[EXACT] - 1), 4),
-            "commit": origin["commit"],
-            "modified": origin["modified"],
-            "processor": origin["machine"]["processor"],
-            "cores": origin["machine"]["cores"],
-            "python": origin["python"],
-            **{package: origin["versions"][package] for package in ("torch", "timm")},
+            **provenance_columns("torch", "timm"),
         }
         for name in CONTENDERS
     ]

@@ -50,7 +50,7 @@ from configs.training import Augment
 from finetune.batches import Length, TrainingBatches
 from finetune.loop import ALONE
 from store.atomic import replacing
-from store.provenance import provenance
+from store.provenance import provenance_columns
 from store.workers import use_threads
 from tasks.ahead import made_ahead
 from tasks.fixed import FixedTransform, fixed_batches
@@ -178,7 +178,6 @@ def compare(images: FolderSplit, decoded: Path, rounds: int) -> dict[Contender, 
 
 def table(found: dict[Contender, list[float]], images: FolderSplit) -> pd.DataFrame:
     """A row for each contender: medians over rounds, and ratios within rounds."""
-    origin = provenance()
     paths = [images.path(row) for row in range(len(images))]
     rows: list[dict[str, Any]] = []
     for contender, rates in found.items():
@@ -196,12 +195,7 @@ def table(found: dict[Contender, list[float]], images: FolderSplit) -> pd.DataFr
                 "images_per_second_min": round(min(rates), 1),
                 "images_per_second_max": round(max(rates), 1),
                 "times_torchvision": round(statistics.median(a / b for a, b in zip(rates, reference, strict=True)), 3),
-                "commit": origin["commit"],
-                "modified": origin["modified"],
-                "processor": origin["machine"]["processor"],
-                "cores": origin["machine"]["cores"],
-                "python": origin["python"],
-                **{name: origin["versions"][name] for name in ("torch", "torchvision", "timm", "numpy")},
+                **provenance_columns("torch", "torchvision", "timm", "numpy"),
                 "pillow": version("pillow"),
             }
         )

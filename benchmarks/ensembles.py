@@ -24,7 +24,7 @@ from eval.metrics import correct
 from soups.recipes import greedy, uniform
 from store.arrays import cached_array
 from store.atomic import replacing
-from store.provenance import provenance
+from store.provenance import provenance_columns
 
 CLASSES = 1000
 KINDS = ("read", "ensemble", "greedy_ensemble")
@@ -78,7 +78,6 @@ def child(kind: str, paths: list[Path], images: int) -> None:
 
 def row(kind: str, paths: list[Path], images: int, runs: list[Run]) -> dict[str, object]:
     """One line of the table: medians over rounds."""
-    origin = provenance()
     seconds = sorted(run.seconds for run in runs)
     return {
         "contender": kind,
@@ -90,10 +89,7 @@ def row(kind: str, paths: list[Path], images: int, runs: list[Run]) -> dict[str,
         "seconds_min": round(seconds[0], 2),
         "seconds_max": round(seconds[-1], 2),
         "peak_anonymous_mib": round(max(run.anonymous for run in runs), 1),
-        "commit": origin["commit"],
-        "modified": origin["modified"],
-        "processor": origin["machine"]["processor"],
-        "torch": origin["versions"]["torch"],
+        **provenance_columns("torch", "numpy"),
     }
 
 

@@ -30,7 +30,7 @@ from configs.training import Model
 from eval.forward import forward
 from models.classifier import Classifier
 from store.atomic import replacing
-from store.provenance import provenance
+from store.provenance import provenance_columns
 from store.workers import use_threads
 from tasks.fixed import fixed_batches, of_model
 from tasks.load import load_split
@@ -111,7 +111,6 @@ def measure(count: int, images: int, rounds: int) -> pd.DataFrame:
             seconds["floor"].append(time.perf_counter() - started)
             torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    origin = provenance()
     return pd.DataFrame(
         {
             "contender": name,
@@ -120,11 +119,7 @@ def measure(count: int, images: int, rounds: int) -> pd.DataFrame:
             "rounds": rounds,
             "seconds": round(median, 2),
             "times_ours": round(median / medians["ours"], 2),
-            "commit": origin["commit"],
-            "modified": origin["modified"],
-            "processor": origin["machine"]["processor"],
-            "cores": origin["machine"]["cores"],
-            **{package: origin["versions"][package] for package in ("torch", "torchvision", "timm")},
+            **provenance_columns("torch", "torchvision", "timm"),
         }
         for name, median in medians.items()
     )

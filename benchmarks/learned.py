@@ -30,7 +30,7 @@ from configs.cli import one_line_errors
 from soups.learned import LearnedSettings, learned
 from soups.residents import FileWeights
 from store.atomic import replacing, write_json
-from store.provenance import provenance
+from store.provenance import provenance_columns
 from store.workers import little_memory
 
 NETWORK = "vit_base_patch32_clip_224"
@@ -91,7 +91,6 @@ def child(kind: str, paths: list[Path], steps: int, out: Path) -> None:
 def row(kind: str, models: int, run: Run, times: list[float], model_mib: float) -> dict[str, object]:
     """One line of the table."""
     took = [after - before for before, after in pairwise(times)]
-    origin = provenance()
     return {
         "contender": kind,
         "models": models,
@@ -99,10 +98,7 @@ def row(kind: str, models: int, run: Run, times: list[float], model_mib: float) 
         "seconds_a_step": round(statistics.median(took[1:] or took), 2),
         "peak_anonymous_mib": round(run.anonymous, 1),
         "model_sizes": round(run.anonymous / model_mib, 2),
-        "commit": origin["commit"],
-        "modified": origin["modified"],
-        "processor": origin["machine"]["processor"],
-        "torch": origin["versions"]["torch"],
+        **provenance_columns("torch"),
     }
 
 

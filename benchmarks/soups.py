@@ -25,7 +25,7 @@ from benchmarks.averaging_peers import PEERS
 from configs.cli import one_line_errors
 from store.atomic import replacing
 from store.checkpoints import BLOCK, Entry
-from store.provenance import provenance
+from store.provenance import provenance_columns
 from store.streamed import streamed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,6 @@ def measure(call: list[str]) -> Run:
 
 def table(runs: dict[str, list[Run]], models: int, paths: Sequence[Path], mergekit_version: str) -> pd.DataFrame:
     """A row for each contender: medians over rounds, and ratios within rounds."""
-    origin = provenance()
     rows: list[dict[str, Any]] = []
     for contender, found in runs.items():
         ratios = [run.seconds / floor.seconds for run, floor in zip(found, runs["read"], strict=True)]
@@ -137,12 +136,7 @@ def table(runs: dict[str, list[Run]], models: int, paths: Sequence[Path], mergek
                 "seconds_max": round(max(seconds), 3),
                 "times_read": round(statistics.median(ratios), 2),
                 "peak_anonymous_mib": round(max(run.anonymous for run in found), 1),
-                "commit": origin["commit"],
-                "modified": origin["modified"],
-                "processor": origin["machine"]["processor"],
-                "cores": origin["machine"]["cores"],
-                "python": origin["python"],
-                **{name: origin["versions"][name] for name in ("torch", "numpy", "safetensors")},
+                **provenance_columns("torch", "numpy", "safetensors"),
                 "mergekit": mergekit_version,
             }
         )

@@ -34,7 +34,7 @@ from finetune.optimisers import build
 from finetune.rows import row_config
 from models.classifier import pretrained
 from store.atomic import replacing
-from store.provenance import provenance
+from store.provenance import provenance_columns
 from store.workers import use_threads
 from tasks.load import class_names, load_split
 from tasks.split import Images
@@ -121,7 +121,7 @@ def one_round(config: Experiment, train: Images) -> Round:
 
 def table(rounds: list[Round], config: Experiment, train: Images, threads: int) -> pd.DataFrame:
     """One row: medians over all steps, and the quartiles of the overhead."""
-    origin, steps = provenance(), [step for each in rounds for step in each.steps]
+    steps = [step for each in rounds for step in each.steps]
     overheads = [100 * step.overhead for step in steps]
     low, middle, high = statistics.quantiles(overheads, n=4)
     model = rounds[0].models[0]
@@ -144,12 +144,7 @@ def table(rounds: list[Round], config: Experiment, train: Images, threads: int) 
         "overhead_percent_upper_quartile": round(high, 2),
         "keep_seconds": round(statistics.median(each.keep for each in rounds), 3),
         "steps_per_epoch": len(train) // config.optim.batch_size,
-        "commit": origin["commit"],
-        "modified": origin["modified"],
-        "processor": origin["machine"]["processor"],
-        "cores": origin["machine"]["cores"],
-        "python": origin["python"],
-        **{name: origin["versions"][name] for name in ("torch", "torchvision", "timm")},
+        **provenance_columns("torch", "torchvision", "timm"),
     }
     return pd.DataFrame([row])
 
