@@ -12,104 +12,40 @@ With replicates (experiment=demo_seeds) their tables, and seeds.{md,csv} over al
 """
 
 import sys
-import time
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from configs.cli import entry_point, one_line_errors
+from configs.schema import Experiment
 
-from analysis.artefacts import ARTEFACTS, DRAWN, draw, measured_files, named, paper_numbers, parts_of
-from analysis.page.write import write_report
-from analysis.released import published_instead, write_instead
-from analysis.report import analyse
-from analysis.seeds import over_seeds
-from configs import cli
-from configs.errors import UserError
-from configs.schema import Experiment, replicate
-from store.workers import use_threads
-
-
-def tables(config: Experiment) -> tuple[Path, ...]:
-    """Analyse the experiment, or its replicates and then all of them together."""
-    if published_instead(config):
-        return tuple(write_instead(config))
-    if not config.replicates:
-        return analyse(config).files
-    reports = {seed: analyse(replicate(config, seed)) for seed in config.replicates}
-    files = tuple(file for report in reports.values() for file in report.files)
-    return files + over_seeds(config, {seed: report.tidy for seed, report in reports.items()}).files
-
-
-def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> list[Path]:
-    """Make what `artefact` names: of `all`, each that one of the experiments belongs to.
-
-    Raises:
-        UserError: no such artefact, or one that these experiments are not made for.
-    """
-    assert config.artefact is not None
-    names, files = named(config.artefact), []
-    wanted = {name: parts_of(name, parts) for name in names}
-    if len(names) > 1:
-        wanted = {name: own for name, own in wanted.items() if own}
-    elif not wanted[names[0]] and not config.parts:
-        wanted[names[0]] = parts  # an experiment of one's own
-    if published_instead(config):
-        return write_instead(config)
-    for name, own in wanted.items():
-        if not own:
-            needs = ", ".join((*DRAWN[name].paper, *DRAWN[name].embedded))
-            raise UserError(f"artefact={name} is made of {needs}, none of which {config.name} has")
-        started = time.monotonic()
-        made = draw(config, name, own, console)
-        console.print(f"{name}: {DRAWN[name].shows}, {time.monotonic() - started:.0f} s")
-        files += made
-    if not wanted:
-        raise UserError(f"{config.name} belongs to no table or figure of the paper; name one: python -m analysis list")
-    return files
-
-
-def show_list(console: Console) -> None:
-    """A line for each of the paper's tables and figures."""
-    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("artefact", "shows", "the paper's numbers", "state", "command"):
-        grid.add_column(column, overflow="fold")
-    for name, artefact in ARTEFACTS.items():
-        files = measured_files(name)
-        state = "measured: " + ", ".join(path.name for path in files) if files else "from the paper only"
-        experiment = "demo_full" if len(artefact.embedded) > 1 else artefact.embedded[0]
-        command = f"python -m analysis artefact={name} experiment={experiment}"
-        grid.add_row(name, artefact.shows, paper_numbers(name) or "none recovered", state, command)
-    console.print(grid)
-    console.print(f"{len(ARTEFACTS)} tables and figures. On the paper's own data: experiment=paper, or any part of it.")
-
-
-def report(config: Experiment) -> None:
-    """Write the page of an experiment, or of each of its parts and replicates."""
-    use_threads(config.cluster.threads)
-    typed = [word for word in sys.argv[1:] if not word.startswith(("experiment=", "artefact=", "parts="))]
-    for part in cli.parts_of(config, typed):
-        words = [f"experiment={part.name}", *typed]
-        for each in [replicate(part, seed) for seed in part.replicates] or [part]:
-            print(write_report(each, typed=words))
+# What works is imported when it is asked for, so that --help and mistyped settings are answered at once: torch and the
+# models take seconds.
 
 
 def run(config: Experiment) -> None:
     """Analyse the experiment and its parts."""
-    use_threads(config.cluster.threads)
-    parts = cli.parts_of(config, sys.argv[1:])
-    if config.artefact is not None:
-        files = artefacts(config, parts, Console(width=None if sys.stdout.isatty() else 110))
-    else:
-        files = [file for part in parts for file in tables(part)]
-    for file in files:
-        print(file)
+    from analysis.commands import analyse_all  # noqa: PLC0415
+
+    analyse_all(config)
+
+
+def report(config: Experiment) -> None:
+    """Write the page of the experiment, or of each of its parts and replicates."""
+    from analysis.commands import report_all  # noqa: PLC0415
+
+    report_all(config)
+
+
+def show_list() -> None:
+    """A line for each of the paper's tables and figures."""
+    from analysis.commands import list_artefacts  # noqa: PLC0415
+
+    list_artefacts()
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["list"]:
-        cli.one_line_errors(lambda: show_list(Console(width=None if sys.stdout.isatty() else 200)))
+        one_line_errors(show_list)
     elif sys.argv[1:2] == ["report"]:
         del sys.argv[1]
-        cli.entry_point(report)()
+        entry_point(report)()
     else:
-        cli.entry_point(run)()
+        entry_point(run)()

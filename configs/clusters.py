@@ -39,7 +39,7 @@ class Cluster:
 
     kind: Literal["local", "slurm"]
     workers: Count  # processes, one row each; of slurm, within a job
-    threads: Count  # torch threads of each; recorded with results, since it can change the last bits
+    threads: Count  # of each, torch's and BLAS's; recorded with results, since it can change the last bits
     restarts: Natural = 20  # of a SLURM job: how often it may be requeued before it no longer requeues itself
     slurm: Slurm | None = None
 

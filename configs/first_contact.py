@@ -26,6 +26,7 @@ NEEDED = (  # import names of requirements.txt, without those of tests and of tr
     "pyarrow",
     "scipy",
     "sklearn",
+    "threadpoolctl",
     "matplotlib",
     "PIL",
     "rich",

@@ -9,14 +9,16 @@ On several GPUs: torchrun --nproc-per-node 8 -m eval experiment=..., where each 
 from configs.cli import entry_point
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.pool import evaluate_all, evaluate_together, model_folders
-from store.processes import end_processes, start_processes
-from store.runs import RunFolder
-from store.workers import use_threads
 
 
 def run(config: Experiment) -> None:
     """All models that are finished by now."""
+    # Imported here, so that --help and mistyped settings are answered at once: torch and the models take seconds.
+    from eval.pool import evaluate_all, evaluate_together, model_folders  # noqa: PLC0415
+    from store.processes import end_processes, start_processes  # noqa: PLC0415
+    from store.runs import RunFolder  # noqa: PLC0415
+    from store.workers import use_threads  # noqa: PLC0415
+
     use_threads(config.cluster.threads)
     processes = start_processes()
     folders = model_folders(config)

@@ -6,18 +6,20 @@ Writes  runs/<name>/ingredients/<iii>/{config.json,metrics.jsonl,weights.safeten
 Row 0 is the initialisation. Without sweep.index all rows that are not done are trained, here. Killed, it continues.
 """
 
-from rich.console import Console
-
 from configs.cli import entry_point
 from configs.schema import Experiment
-from finetune.sweep import describe, train_sweep
-from finetune.train import train_row, wait_for_starts
-from store.processes import end_processes, start_processes
-from store.workers import use_threads
 
 
 def run(config: Experiment) -> None:
     """One row with sweep.index, else the whole sweep."""
+    # Imported here, so that --help and mistyped settings are answered at once: torch and the models take seconds.
+    from rich.console import Console  # noqa: PLC0415
+
+    from finetune.sweep import describe, train_sweep  # noqa: PLC0415
+    from finetune.train import train_row, wait_for_starts  # noqa: PLC0415
+    from store.processes import end_processes, start_processes  # noqa: PLC0415
+    from store.workers import use_threads  # noqa: PLC0415
+
     use_threads(config.cluster.threads)
     if config.sweep.index is None:
         train_sweep(config)

@@ -17,10 +17,12 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from threadpoolctl import threadpool_limits
 
 from configs.errors import UserError
 
 T = TypeVar("T")
+POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names of glibc's malloc.h
 KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
 RETURN = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**17}
@@ -42,11 +44,15 @@ def _tell_allocator(settings: dict[int, int]) -> None:
 
 
 def use_threads(threads: int) -> None:
-    """Compute with `threads` torch threads, and let glibc keep freed blocks instead of returning them to the system.
+    """Compute with `threads` threads, and let glibc keep freed blocks instead of returning them to the system.
 
+    They are those of torch and of the BLAS of NumPy and SciPy, which would else take every core in every worker; the
+    linear probe, a long row of small products, is slower with two of them than with one.
     A training step frees and asks for the same large blocks again; giving each back costs half of the time.
     """
     torch.set_num_threads(threads)
+    threadpool_limits(threads)
+    os.environ |= dict.fromkeys(POOLS, str(threads))  # read by libraries that are loaded later
     _tell_allocator(KEEP)
 
 
@@ -129,7 +135,7 @@ def spread(
         title: of the progress bar.
         calls: e.g. `functools.partial(train_row, config, 3)`.
         workers: processes; each imports torch once.
-        threads: torch threads in each.
+        threads: in each.
         units: what the bar counts up to.
         done_units: how many of them are done, read from the files that the workers write.
         report: one line for a finished call.

@@ -240,7 +240,12 @@ def test_exit_statuses(raised, status):
 def test_ctrl_c_ends_a_stage_with_130(tmp_path):
     words = ["-m", "finetune", "experiment=demo_tiny", "sweep.index=0", f"paths.runs={tmp_path}"]
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [sys.executable, *words],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "demo_tiny").exists() and time.monotonic() < deadline and process.poll() is None:

@@ -1,9 +1,14 @@
 """Worker processes: each has a GPU of its own where there are several."""
 
+import importlib
 import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_info
 
 from store.workers import _start, gpus_of_workers
 
@@ -15,6 +20,23 @@ def seen(folder):
     while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def pools(_):
+    """Threads of torch, and of each library's pool, SciPy's among them, which is loaded last."""
+    np.ones((2, 2)) @ np.ones((2, 2))
+    importlib.import_module("scipy.linalg")
+    return torch.get_num_threads(), {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
+
+
+def test_a_worker_computes_with_the_threads_it_is_given():
+    context = multiprocessing.get_context("spawn")
+    for threads in (1, 2):
+        with ProcessPoolExecutor(1, context, initializer=_start, initargs=(os.getpid(), threads, None)) as pool:
+            of_torch, found = pool.submit(pools, None).result()
+        assert of_torch == threads
+        assert len(found) >= 3  # torch's OpenMP, and an OpenBLAS each of NumPy and SciPy
+        assert set(found.values()) == {threads}, found
 
 
 def test_workers_take_gpus_in_turn_by_the_names_that_this_process_sees():
