@@ -24,8 +24,6 @@ from analysis.seeds import over_seeds
 from configs.cli import entry_point, parts_of
 from configs.schema import Experiment, replicate
 from eval.pool import evaluate_all, model_folders
-from finetune.imported import check_imports
-from finetune.sweep import train_sweep
 from slurm.reproduce import reproduce
 from soups.cook import cook_all, summary
 from store.runs import RunFolder
@@ -35,6 +33,10 @@ from tasks.load import load_split
 
 def run_one(config: Experiment, console: Console) -> Report:
     """All stages of one sweep."""
+    # Imported here: plans for a cluster, --help and mistyped settings need not wait for the models' libraries.
+    from finetune.imported import check_imports  # noqa: PLC0415
+    from finetune.sweep import train_sweep  # noqa: PLC0415
+
     console.rule(f"{config.name}: {config.sweep.size} fine-tuned models and the initialisation")
     check_imports(config)
     for split in (config.task.train, config.task.held_out, *config.task.reported):

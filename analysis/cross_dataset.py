@@ -24,7 +24,6 @@ from analysis.results import Method, accuracy_in
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from models.classifier import pretrained
 from soups.average import Average
 from soups.backbones import read_tower
 from soups.pool import usable_pool
@@ -86,6 +85,8 @@ def zero_shot_model(config: Experiment) -> Callable[[], Weights]:
     folder = RunFolder.of(config).ingredient(0)
     if (folder / "done.json").exists():
         return partial(load_weights, folder / "weights.safetensors", read_json(folder / "done.json")["digest"])
+    from models.classifier import pretrained  # noqa: PLC0415  # seconds that cached numbers need not wait for
+
     return lambda: pretrained(config.model, class_names(config.task)).state_dict()
 
 

@@ -47,7 +47,8 @@ from torchvision.datasets import ImageFolder
 from configs.cli import one_line_errors
 from configs.schema import Task
 from configs.training import Augment
-from finetune.batches import Length, TrainingBatches
+from finetune.batches import TrainingBatches
+from finetune.length import Length
 from finetune.loop import ALONE
 from store.atomic import replacing
 from store.provenance import provenance_columns

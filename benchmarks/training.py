@@ -28,7 +28,8 @@ from torch import nn
 
 from configs.cli import one_line_errors
 from configs.schema import Experiment, load
-from finetune.batches import Length, TrainingBatches
+from finetune.batches import TrainingBatches
+from finetune.length import Length
 from finetune.loop import ALONE, fine_tune
 from finetune.optimisers import build
 from finetune.rows import row_config

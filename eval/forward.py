@@ -1,10 +1,13 @@
-"""Forward passes, once for each model and image."""
+"""Forward passes, once for each model and image.
+
+Networks are imported where one is built: their libraries take seconds, and cached logits need none of them.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +17,6 @@ from eval.batch_size import found_batch_size, largest_input
 from eval.metrics import correct, correct_in_sets
 from eval.scores import score
 from eval.tokens import token_batches, token_split
-from models.classifier import Classifier, Network, architecture
 from models.tokens import TokenSplit, longest_first
 from store.arrays import cached_array
 from store.processes import Processes, alone, least_of_all, wait_for_all
@@ -25,28 +27,31 @@ from tasks.label_space import project
 from tasks.load import load_annotations, load_split
 from tasks.split import Examples, Images
 
+if TYPE_CHECKING:
+    from models.classifier import Classifier, Network
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP cannot reuse
-def forward(model: Network, batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
+def forward(model: "Network", batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
     """Batches of (b, 3, H, W) uint8 images or (b, L) token ids to (N, C) float32 logits on the CPU; none of none."""
     return _apply(model, model, batches, precision)
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP cannot reuse
-def extract_features(model: Classifier, batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
+def extract_features(model: "Classifier", batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
     """Batches, as of `forward`, to (N, width) float32 features, as the head gets them, on the CPU."""
     return _apply(model, model.features, batches, precision)
 
 
-def _apply(model: Network, function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: str) -> Tensor:
+def _apply(model: "Network", function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: str) -> Tensor:
     model.eval()
     found = [_look(model, function, batch, precision).cpu() for batch in batches]
     return torch.cat(found) if found else torch.empty(0, model.num_classes)
 
 
-def _look(model: Network, function: Callable[[Tensor], Tensor], batch: Tensor, precision: str) -> Tensor:
+def _look(model: "Network", function: Callable[[Tensor], Tensor], batch: Tensor, precision: str) -> Tensor:
     with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
         return function(batch.to(model.device, non_blocking=True)).float()
 
@@ -89,8 +94,10 @@ class Evaluator:
         self._splits: dict[str, Examples] = {}
 
     @cached_property
-    def model(self) -> Network:
+    def model(self) -> "Network":
         """The module that weights are loaded into, with random ones, on this process's device."""
+        from models.classifier import architecture  # noqa: PLC0415
+
         model = architecture(self.config.model, self.config.task.size, self.config.task.options)
         return model.channels_last(self.config.compute.channels_last).to(self.processes.device)
 
@@ -153,6 +160,8 @@ class Evaluator:
 
     def features(self, split: str) -> Tensor:
         """(N, width) float32 features of a split by the model's tower as it is, from the cache or to fill it."""
+        from models.classifier import Classifier  # noqa: PLC0415
+
         model, order = self.model, self.order(split)
         assert isinstance(model, Classifier)  # a prompted language model has no head to be probed
         tower = digest({name: tensor.cpu() for name, tensor in model.tower.state_dict().items()})

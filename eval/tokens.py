@@ -7,7 +7,6 @@ from torch import Tensor
 
 from configs.data import Task
 from configs.training import Model
-from models.readers import source, tokenizer_of
 from models.tokens import TokenSplit
 from store.runs import digest_of
 from tasks.load import load_split
@@ -21,6 +20,8 @@ def token_split(model: Model, task: Task, name: str) -> TokenSplit:
     Raises:
         UserError: as `load_split`, `tokenizer_of` and `Tokenizer.encode`.
     """
+    from models.readers import source, tokenizer_of  # noqa: PLC0415  # seconds that images need not wait for
+
     texts = load_split(task, name)
     assert isinstance(texts, TextSplit)  # of a task of texts
     words, pieces = tokenizer_of(model, task.options), pieces_of(task.template or "")

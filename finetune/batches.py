@@ -8,44 +8,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from configs.chance import seed, seed_globals
-from configs.errors import UserError
 from configs.schema import Experiment
-from configs.training import Augment, Compute, Optim
+from configs.training import Augment, Compute
 from finetune.augment import augment_of_epoch, augmentation
+from finetune.length import Length
 from finetune.parallel import share
 from models.tokens import TokenSplit, alike_in_length
 from store.processes import Processes
 from tasks.split import Images
 
 WINDOW = 50  # batches of texts within which those of like length meet
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a training is."""
-
-    images: int  # of the training set
-    batch_size: int  # over all processes
-    steps_per_epoch: int  # the last incomplete batch of an epoch is dropped
-    steps: int  # of the whole training
-
-    @classmethod
-    def of(cls, optim: Optim, images: int) -> "Length":
-        """Steps where the config says so, else its epochs.
-
-        Raises:
-            UserError: a batch larger than the training set.
-        """
-        steps_per_epoch = images // optim.batch_size
-        if steps_per_epoch == 0:
-            raise UserError(f"optim.batch_size={optim.batch_size} is more than the {images} training images")
-        steps = optim.steps or optim.epochs * steps_per_epoch
-        return cls(images, optim.batch_size, steps_per_epoch, steps)
-
-    @property
-    def epochs(self) -> int:
-        """The last one may be cut short by the steps."""
-        return -(-self.steps // self.steps_per_epoch)
 
 
 @lru_cache(maxsize=2)

@@ -17,7 +17,8 @@ from configs.schema import Experiment
 from configs.training import Distill, Optim
 from eval.batch_size import largest_input
 from finetune.averages import Averages, holding
-from finetune.batches import Length, training_batches
+from finetune.batches import training_batches
+from finetune.length import Length
 from finetune.losses import classification_loss, distillation_loss
 from finetune.meter import Meter, peak_flops, training_flops
 from finetune.optimisers import build, learning_rate

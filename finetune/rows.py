@@ -103,6 +103,12 @@ def row_config(config: Experiment, row: int) -> Experiment:
     return parse_values(values)
 
 
+def teachers(config: Experiment, row: int) -> tuple[int, ...]:
+    """The rows that must be trained before this one, since it is distilled from them."""
+    distill = row_config(config, row).regularizer.distill if row else None
+    return distill.rows if distill is not None else ()
+
+
 def identity(config: Experiment, row: int) -> str:
     """32 hex digits that name what training this row means.
 

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 
 from configs.schema import Experiment
-from finetune.rows import identity, row_config
-from finetune.train import initialise, teachers, train_row
+from finetune.rows import identity, row_config, teachers
+from finetune.train import initialise, train_row
 from store.atomic import read_jsonl
 from store.runs import RunFolder, finished, read_pool, score_of, write_manifest
 from store.workers import spread, use_threads

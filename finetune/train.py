@@ -21,7 +21,7 @@ from eval.metrics import correct
 from finetune.imported import imported_row
 from finetune.loop import RAW, fine_tune, nothing_shown
 from finetune.meter import progress
-from finetune.rows import draw, identity, row_config
+from finetune.rows import draw, identity, row_config, teachers
 from finetune.tracking import Log, tracked
 from models.classifier import Classifier, Network, pretrained, pretrained_network, set_head
 from models.probe import linear_probe
@@ -145,12 +145,6 @@ def _fit_probe(evaluator: Evaluator) -> dict[str, Any]:
     assert isinstance(evaluator.model, Classifier)  # a prompted language model has no head to be probed
     set_head(evaluator.model, probe.weight, probe.bias)
     return {"c": probe.c, "tried": [{"c": c, "held_out_top1": score} for c, score in probe.tried]}
-
-
-def teachers(config: Experiment, row: int) -> tuple[int, ...]:
-    """The rows that must be trained before this one, since it is distilled from them."""
-    distill = row_config(config, row).regularizer.distill if row else None
-    return distill.rows if distill is not None else ()
 
 
 def _is_done(config: Experiment, row: int) -> bool:

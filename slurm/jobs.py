@@ -10,8 +10,7 @@ from configs.clusters import Slurm
 from configs.errors import UserError
 from configs.schema import Experiment, replicate
 from eval.pool import is_scored
-from finetune.rows import identity
-from finetune.train import teachers
+from finetune.rows import identity, teachers
 from soups.cook import ENSEMBLES, dishes, identity_of
 from soups.pool import ingredients_of
 from store.atomic import read_json

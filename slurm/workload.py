@@ -12,9 +12,8 @@ from configs.schema import Experiment
 from configs.training import Model, Optim, Regularizer
 from eval.batch_size import largest_input
 from finetune.averages import Averages
-from finetune.batches import Length
+from finetune.length import Length
 from finetune.meter import BACKWARD_TOO, training_flops
-from models.classifier import architecture
 from tasks.load import load_split
 
 FLOAT32 = 4  # bytes
@@ -83,6 +82,8 @@ def images_of(task: Task) -> dict[str, int]:
 
 def skeleton(model: Model, classes: int, options: tuple[str, ...]) -> nn.Module:
     """The network on the meta device, where tensors have shapes and no values."""
+    from models.classifier import architecture  # noqa: PLC0415  # seconds that other commands need not wait for
+
     with torch.device("meta"):
         return architecture(model, classes, options).train()
 

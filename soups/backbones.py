@@ -21,7 +21,6 @@ from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.significance import paired_bootstrap
-from models.classifier import pretrained
 from soups.average import Average
 from store.atomic import read_json, replacing
 from store.runs import RunFolder
@@ -71,6 +70,8 @@ def measure(config: Experiment) -> pd.DataFrame:
     """
     if not config.towers or config.model.head != "zero_shot":
         raise UserError("name rows in towers=[runs/NAME/ingredients/001,...], and set model.head=zero_shot")
+    from models.classifier import pretrained  # noqa: PLC0415  # seconds that reading towers need not wait for
+
     evaluator = Evaluator(config)
     start = pretrained(config.model, class_names(config.task)).state_dict()
     rows: list[dict[str, Any]] = []

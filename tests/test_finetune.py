@@ -13,7 +13,8 @@ from configs.errors import UserError
 from configs.schema import load
 from configs.training import Augment
 from finetune.augment import augmentation
-from finetune.batches import Length, TrainingBatches, epoch_order
+from finetune.batches import TrainingBatches, epoch_order
+from finetune.length import Length
 from finetune.loop import ALONE, fine_tune
 from finetune.optimisers import learning_rate
 from models.classifier import Classifier, pretrained, zero_shot_head

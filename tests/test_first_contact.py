@@ -245,7 +245,7 @@ def test_ctrl_c_ends_a_stage_with_130(tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # background jobs ignore it
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "demo_tiny").exists() and time.monotonic() < deadline and process.poll() is None:

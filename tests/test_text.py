@@ -178,7 +178,8 @@ def test_a_training_that_was_cut_and_continued_ends_with_the_same_bits_dropout_i
 
 
 def test_processes_share_the_texts_of_a_step(config, run):
-    from finetune.batches import Length, training_batches
+    from finetune.batches import training_batches
+    from finetune.length import Length
 
     train = Evaluator(config).inputs("train")
     length = Length.of(config.optim, len(train))

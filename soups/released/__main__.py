@@ -17,17 +17,19 @@ from rich.console import Console
 from configs.cli import entry_point, one_line_errors
 from configs.errors import UserError
 from configs.schema import Experiment
-from finetune.imported import check_imports
-from finetune.sweep import train_sweep
 from soups.released.files import FOLDER, MODELS, MODELS_URL, SPLIT_URL, convert_all, download
-from store.runs import RunFolder
-from store.workers import use_threads
 
 
 def _import(config: Experiment) -> None:
     """All rows of an experiment that names checkpoints of the authors."""
     if config.sweep.imported is None:
         raise UserError(f"the rows of experiment={config.name} are trained, not imported: choose experiment=released")
+    # Imported here, since downloading needs none of it, and torch and the models take seconds.
+    from finetune.imported import check_imports  # noqa: PLC0415
+    from finetune.sweep import train_sweep  # noqa: PLC0415
+    from store.runs import RunFolder  # noqa: PLC0415
+    from store.workers import use_threads  # noqa: PLC0415
+
     check_imports(config)
     use_threads(config.cluster.threads)
     train_sweep(config)

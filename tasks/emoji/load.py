@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +39,8 @@ def load_split(name: str, folder: Path = DATA) -> Split:
     """
     if name not in SPLITS:
         raise ValueError(f"split {name!r} is not one of {', '.join(SPLITS)}")
+    import datasets  # noqa: PLC0415  # seconds that other tasks need not wait for
+
     table, digest = read_table(name, folder)
     images = np.stack([np.asarray(picture.convert("RGB")) for picture in datasets.Dataset(table)["image"]])
     if images.shape[1:] != (SIZE, SIZE, 3):
