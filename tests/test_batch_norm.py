@@ -71,6 +71,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["bare", "wrapped"])
 def test_two_ranks_with_uneven_shares_get_what_one_process_gets_from_all_batches(tmp_path, wrap):
     alone = network()

@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import torch
 from PIL import Image
 
 from benchmarks.data import BATCH, SIZE, WAYS, Contender, make_folder, save_photograph, table
+
+pytestmark = pytest.mark.slow  # a benchmark runs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from benchmarks.soups import shapes
 
+pytestmark = pytest.mark.slow  # a benchmark runs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -11,6 +11,8 @@ import torch
 from benchmarks.training import Step, one_round, settings
 from tasks.load import load_split
 
+pytestmark = pytest.mark.slow  # a benchmark runs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -114,6 +114,7 @@ def test_a_damaged_image_is_one_clear_line_whoever_decodes_it(tmp_path, workers)
     assert not list((tmp_path / "decoded").rglob("*.npy"))
 
 
+@pytest.mark.slow
 def test_decoding_elsewhere_leaves_the_callers_chance_alone(folder):
     torch.manual_seed(5)
     expected = torch.rand(1)

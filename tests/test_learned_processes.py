@@ -15,6 +15,7 @@ from store.weights import save_weights
 from tests.test_learned import Network, data, loaders, pool
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow  # processes are started
 
 
 CHILD = """

@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow  # commands are started
+
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = "test_vit"  # timm's smallest vision transformer
 

@@ -78,6 +78,7 @@ def test_folders_of_images_go_through_every_stage(settings):
     assert other["accuracy"].between(0, 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

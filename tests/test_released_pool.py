@@ -206,6 +206,7 @@ def command(*words, **how):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_download_is_continued_and_ends_with_the_same_bytes(tmp_path, files):
     slow = files | {SPLIT: split(np.float64)}  # 10 MB
     words = ["download", "--folder", str(tmp_path), "--models", "0"]
@@ -230,6 +231,7 @@ def test_a_killed_download_is_continued_and_ends_with_the_same_bytes(tmp_path, f
     assert not part.exists()
 
 
+@pytest.mark.slow
 def test_offline_it_is_one_line(tmp_path):
     words = ["--folder", str(tmp_path), "--models-url", "http://127.0.0.1:9", "--split-url", "http://127.0.0.1:9"]
     process = command("download", *words)
@@ -260,6 +262,7 @@ def test_an_imported_row_is_not_the_row_that_would_be_trained():
     assert identity(imported, 3) != identity(imported, 4)
 
 
+@pytest.mark.slow
 def test_without_imagenet_the_published_numbers_make_the_table_and_the_figure(tmp_path):
     words = ["experiment=released", f"task.folder={tmp_path}/none", f"paths.runs={tmp_path}/runs"]
     answer = subprocess.run(
