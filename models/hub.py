@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers  # by its name alone: it loads a class when it is asked for, which takes seconds
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
 from configs.training import Model
 from models.local import in_parts, local_path, unavailable
@@ -22,7 +22,7 @@ class HubTower(nn.Module):
     Text tower and temperature are taken out: they would be averaged into soups and waited for by DDP.
     """
 
-    def __init__(self, network: PreTrainedModel):
+    def __init__(self, network: "transformers.PreTrainedModel"):
         super().__init__()
         self.network = network
         self.is_dual = hasattr(network, "get_image_features")
@@ -45,7 +45,7 @@ def source(model: Model) -> str:
     return str(model.name if path is None else path)
 
 
-def load_network(model: Model, *, weights: bool) -> PreTrainedModel:
+def load_network(model: Model, *, weights: bool) -> "transformers.PreTrainedModel":
     """The network with its weights, or from its config alone with random ones, in float32.
 
     Raises:
@@ -53,13 +53,17 @@ def load_network(model: Model, *, weights: bool) -> PreTrainedModel:
     """
     try:
         if weights:
-            return AutoModel.from_pretrained(source(model), dtype=torch.float32, use_safetensors=True).eval()
-        return AutoModel.from_config(AutoConfig.from_pretrained(source(model)), dtype=torch.float32)
+            return transformers.AutoModel.from_pretrained(
+                source(model), dtype=torch.float32, use_safetensors=True
+            ).eval()
+        return transformers.AutoModel.from_config(
+            transformers.AutoConfig.from_pretrained(source(model)), dtype=torch.float32
+        )
     except (OSError, ValueError) as error:
         raise unavailable(model, str(model.name), FILES, error) from None
 
 
-def width_of(network: PreTrainedModel, size: int) -> int:
+def width_of(network: "transformers.PreTrainedModel", size: int) -> int:
     """How many features the tower of such a network has, told by a forward pass without numbers."""
     with torch.device("meta"):
         return HubTower(type(network)(network.config))(torch.zeros(1, 3, size, size)).shape[1]
@@ -72,7 +76,7 @@ def statistics(model: Model) -> tuple[tuple[float, ...], tuple[float, ...]]:
         UserError: its preprocessor_config.json is not here and cannot be downloaded.
     """
     try:
-        processor = AutoImageProcessor.from_pretrained(source(model))
+        processor = transformers.AutoImageProcessor.from_pretrained(source(model))
     except (OSError, ValueError) as error:
         raise unavailable(model, str(model.name), FILES, error) from None
     if getattr(processor, "do_normalize", False):
@@ -91,7 +95,7 @@ def text_of(model: Model, network: Any, device: torch.device) -> tuple[Callable[
     if not hasattr(network, "get_text_features"):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source(model))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source(model))
     except (OSError, ValueError) as error:
         raise unavailable(model, str(model.name), FILES, error) from None
 

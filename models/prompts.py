@@ -9,9 +9,8 @@ from string import ascii_uppercase
 from typing import Any
 
 import torch
+import transformers  # by its name alone: it loads a class when it is asked for, which takes seconds
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from configs.errors import UserError
 from models.tokens import Tokenizer
@@ -49,7 +48,7 @@ class Prompted(nn.Module):
 
     options: Tensor
 
-    def __init__(self, network: PreTrainedModel, options: Tensor, pad: int):
+    def __init__(self, network: "transformers.PreTrainedModel", options: Tensor, pad: int):
         super().__init__()
         self.network: Any = network
         self.pad = pad
@@ -97,7 +96,7 @@ class Seq2SeqPrompt(Prompted):
         hidden = self.network.get_encoder()(input_ids=ids, attention_mask=attended).last_hidden_state  # (b, L, H)
         labels = self.options.repeat(len(ids), 1)  # (b C, M)
         output = self.network(
-            encoder_outputs=BaseModelOutput(hidden.repeat_interleave(choices, dim=0)),
+            encoder_outputs=transformers.modeling_outputs.BaseModelOutput(hidden.repeat_interleave(choices, dim=0)),
             attention_mask=attended.repeat_interleave(choices, dim=0),
             decoder_input_ids=self.network.prepare_decoder_input_ids_from_labels(labels),
             use_cache=False,

