@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import scipy  # its parts are loaded when they are named
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from eval.metrics import check, correct, log_probabilities
@@ -35,7 +35,9 @@ def fit_beta(logits: Tensor, labels: Tensor) -> float:
         return F.cross_entropy(10**log_beta * wide, labels).item()
 
     # The loss is convex in beta, hence has one valley in its logarithm too.
-    return float(10 ** minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6}).x)
+    return float(
+        10 ** scipy.optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6}).x
+    )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from itertools import product
 from math import prod, sqrt
 
 import numpy as np
+import scipy  # its parts are loaded when they are named
 import torch
-from scipy.stats import binom, binomtest
 from torch import Tensor
 
 
@@ -116,7 +116,7 @@ class Paired:
         0.0625
         """
         changed = self.gained + self.lost
-        return float(binomtest(self.gained, changed).pvalue) if changed else 1.0
+        return float(scipy.stats.binomtest(self.gained, changed).pvalue) if changed else 1.0
 
     @property
     def mid_p(self) -> float:
@@ -131,7 +131,7 @@ class Paired:
         if not changed:
             return 1.0
         sides = 1 if self.gained == self.lost else 2
-        return self.p - sides * float(binom.pmf(self.gained, changed, 0.5)) / 2
+        return self.p - sides * float(scipy.stats.binom.pmf(self.gained, changed, 0.5)) / 2
 
 
 def paired(candidate: Tensor, incumbent: Tensor) -> Paired:
@@ -218,7 +218,7 @@ def _effects(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequen
 def _outcomes(sizes: np.ndarray, counts: np.ndarray) -> Iterator[tuple[float, float]]:
     """Every sum of sizes with random signs, counts[v] of sizes[v], and its probability."""
     ups = [range(count + 1) for count in counts]
-    chances = [binom.pmf(up, count, 0.5) for up, count in zip(ups, counts, strict=True)]
+    chances = [scipy.stats.binom.pmf(up, count, 0.5) for up, count in zip(ups, counts, strict=True)]
     for plus in product(*ups):
         value = sum(size * (2 * k - count) for size, k, count in zip(sizes, plus, counts, strict=True))
         yield value, prod(chance[k] for chance, k in zip(chances, plus, strict=True))

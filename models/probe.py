@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 MAX_ITERATIONS = 200
@@ -37,6 +36,8 @@ def linear_probe(
 
     Source: Kumar et al. 2022, as the paper's Section 3.1 uses it; its solver is not given there, this is L-BFGS.
     """
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415  # only the initialisation waits for it
+
     features, labels = (part.numpy() for part in train)
     absent = sorted(set(range(classes)) - set(labels.tolist()))
     if absent:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
+import scipy  # its parts are loaded when they are named
 
 from configs.errors import UserError
 from tasks.files import Listed, Lists
@@ -16,7 +16,7 @@ IMAGES = {"train": "cars_train", "test": "cars_test"}
 def _table(path: Path, name: str) -> Any:
     """A variable of a .mat file, which holds arrays and no code."""
     try:
-        return np.atleast_1d(loadmat(path, squeeze_me=True)[name])
+        return np.atleast_1d(scipy.io.loadmat(path, squeeze_me=True)[name])
     except Exception as error:  # damaged bytes make scipy's reader raise almost anything
         raise UserError(
             f"{path} cannot be read ({error!r}): restore it from the data set, or set task.folder"

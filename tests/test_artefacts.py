@@ -91,7 +91,7 @@ def test_an_artefact_of_another_experiment_says_which_it_is_made_of(tmp_path):
 
 @pytest.mark.slow
 def test_an_experiment_of_parts_runs_draws_and_reports_each(tmp_path):
-    words = ["experiment=demo_full", "parts=[demo_tiny]", f"paths.runs={tmp_path}"]
+    words = ["experiment=demo_full", "parts=[demo_tiny]", f"paths.runs={tmp_path}", "recipes=[best,uniform,greedy]"]
     call = [sys.executable, "reproduce.py", *words]
     answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr

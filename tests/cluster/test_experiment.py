@@ -61,13 +61,28 @@ def ingredient(runs, row):
     return runs / f"demo_tiny/ingredients/{row:03d}"
 
 
-def test_an_experiment_sent_as_jobs_makes_the_tables_of_one_machine_byte_for_byte(cluster, tmp_path):
+def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_one_machine(cluster, tmp_path):
     here, there = tmp_path / "local", tmp_path / "slurm"
-    ids = submitted(cluster, there, *TINY)
-    assert list(ids) == ["initialise", "fine-tune", "evaluate", "recipes", "evaluate soups", "analysis"]
+    broken = ingredient(there, 2)
+    broken.mkdir(parents=True)
+    (broken / "state.pt").write_bytes(b"no state of a training")
+    stages = ["initialise", "fine-tune", "evaluate", "recipes", "evaluate soups", "analysis"]
+    assert list(submitted(cluster, there, *TINY)) == stages
     assert submitted(cluster, there, *TINY) == {}  # all of it is in the queue
     command(cluster, "reproduce.py", here, *TINY, "cluster=local", "cluster.workers=1")
     until(lambda: all_over(cluster, there), 240, "the end of all jobs")
+
+    said, counts = status(cluster, there, *TINY)
+    assert counts["fine-tune"] == [2, 0, 0, 1, 0]
+    (line,) = [line for line in said.splitlines() if "fine-tune 2" in line]
+    assert "FAILED" in line and "state.pt is damaged" in line and "delete the file to start this row anew" in line
+    (broken / "state.pt").unlink()
+    said = command(cluster, "-m slurm.retry", there, *TINY, "cluster=slurm_test")
+    assert said.count("job ") == 1 and "fine-tune, tasks 2" in said
+    ids = submitted(cluster, there, *TINY)
+    assert list(ids) == stages[2:]  # the row is in the queue
+    until(lambda: all_over(cluster, there), 240, "the end of all jobs")
+
     assert cluster.states(ids["analysis"]) == {"COMPLETED"}
     for name in TABLES:
         assert (there / "demo_tiny/analysis" / name).read_bytes() == (here / "demo_tiny/analysis" / name).read_bytes()
@@ -75,6 +90,7 @@ def test_an_experiment_sent_as_jobs_makes_the_tables_of_one_machine_byte_for_byt
     assert made[0] - made[1] <= {"demo_tiny/manifest.csv"}  # which no single row writes
     assert status(cluster, there, *TINY)[1]["fine-tune"] == [3, 0, 0, 0, 0]
     assert "nothing is left to do" in command(cluster, "reproduce.py", there, *TINY, "cluster=slurm_test")
+    assert "no row has failed" in command(cluster, "-m slurm.retry", there, *TINY, "cluster=slurm_test")
 
 
 LONG = [*TINY, f"sweep.rows={ROWS}", "~sweep.draw.optim.epochs", "optim.epochs=14", "compute.save_every=1"]
@@ -212,23 +228,3 @@ def test_no_file_is_torn_or_left_half_written(disturbed):
 def test_the_stages_after_the_faults_ended_too(cluster, disturbed):
     counts = status(cluster, disturbed[0], *LONG)[1]
     assert all(done and not any(rest) for done, *rest in counts.values()), counts
-
-
-def test_a_failing_row_leaves_the_others_alone_is_told_and_sent_again_alone(cluster, tmp_path):
-    broken = ingredient(tmp_path, 2)
-    broken.mkdir(parents=True)
-    (broken / "state.pt").write_bytes(b"no state of a training")
-    submitted(cluster, tmp_path, *TINY)
-    until(lambda: all_over(cluster, tmp_path), 240, "the end of all jobs")
-    said, counts = status(cluster, tmp_path, *TINY)
-    assert counts["fine-tune"] == [2, 0, 0, 1, 0]
-    (line,) = [line for line in said.splitlines() if "fine-tune 2" in line]
-    assert "FAILED" in line and "state.pt is damaged" in line and "delete the file to start this row anew" in line
-    (broken / "state.pt").unlink()
-    said = command(cluster, "-m slurm.retry", tmp_path, *TINY, "cluster=slurm_test")
-    assert said.count("job ") == 1 and "fine-tune, tasks 2" in said
-    ids = submitted(cluster, tmp_path, *TINY)
-    assert list(ids) == ["evaluate", "recipes", "evaluate soups", "analysis"]  # the row is in the queue
-    until(lambda: all_over(cluster, tmp_path), 240, "the end of all jobs")
-    assert status(cluster, tmp_path, *TINY)[1]["analysis"] == [1, 0, 0, 0, 0]
-    assert "no row has failed" in command(cluster, "-m slurm.retry", tmp_path, *TINY, "cluster=slurm_test")
