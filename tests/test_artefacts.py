@@ -91,15 +91,14 @@ def test_an_artefact_of_another_experiment_says_which_it_is_made_of(tmp_path):
 
 @pytest.mark.slow
 def test_an_experiment_of_parts_runs_draws_and_reports_each(tmp_path):
-    words = ["experiment=demo_full", "parts=[demo_tiny]", f"paths.runs={tmp_path}", "recipes=[best,uniform,greedy]"]
+    own = [f"paths.runs={tmp_path}", "recipes=[best,uniform,greedy]"]
+    words = ["experiment=demo_full", "parts=[demo_tiny]", *own]
     call = [sys.executable, "reproduce.py", *words]
     answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "artefact=all experiment=demo_full" in answer.stdout
     assert not (tmp_path / "demo_full").exists()
-    answer = analysis(
-        "artefact=table3", "experiment=demo_tiny", f"paths.runs={tmp_path}"
-    )  # of no artefact, but asked for
+    answer = analysis("artefact=table3", "experiment=demo_tiny", *own)  # of no artefact, but asked for
     assert (tmp_path / "demo_tiny/analysis/table3_with_paper.md").exists(), answer.stderr
     answer = analysis("report", *words)
     assert answer.stdout.strip() == str(tmp_path / "demo_tiny/report.html"), answer.stderr
