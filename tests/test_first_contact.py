@@ -164,6 +164,16 @@ class small_disk:  # noqa: N801 - used as a function
         self.folder.rmdir()
 
 
+def test_tests_on_a_small_disk_are_told_so_before_any_of_them_runs():
+    with small_disk("4m") as folder:
+        words = [sys.executable, "-m", "pytest", "-n", "0", "tests/test_layout.py"]
+        own = os.environ | {"TMPDIR": str(folder)}
+        answer = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+        assert answer.returncode == 2
+        assert "tests write up to 6 GB, and " in answer.stdout + answer.stderr
+        assert "passed" not in answer.stdout
+
+
 def test_a_disk_that_fills_up_under_a_soup_is_one_line(tmp_path):
     save_file({"w": torch.ones(1_000_000)}, tmp_path / "a.safetensors")
     with small_disk("1m") as folder:
