@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 UV := 0.13.9
 PIP_AUDIT := 2.10.1
 
-.PHONY: setup export-setup lock audit demo seeds test quick lint format bench bench-eval bench-data bench-soups bench-analysis costs results data pretrain clean help
+.PHONY: setup export-setup lock audit demo seeds test quick lint format bench bench-eval bench-data bench-soups bench-probe bench-analysis costs results data pretrain clean help gpu-check
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,7 +28,7 @@ setup:  ## the environment, from requirements.txt and requirements-text.txt; ins
 	  && { $(RUN) -m tasks.sentiment.fetch || true; } \
 	  && cat requirements.txt requirements-text.txt > $(VENV)/.requirements; }
 
-export-setup: setup  ## what python -m soups.export to=onnx needs: requirements-export.txt, 120 MB
+export-setup: setup  ## what python -m soups.experiment.export to=onnx needs: requirements-export.txt, 120 MB
 	@cmp -s requirements-export.txt $(VENV)/.requirements-export || { \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt \
 	  && cp requirements-export.txt $(VENV)/.requirements-export; }
@@ -56,6 +56,9 @@ audit: setup  ## known vulnerabilities of what requirements.lock installs (asks 
 	@$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit==$(PIP_AUDIT) \
 	&& $(RUN) -m pip_audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
+gpu-check: setup  ## on a machine with GPUs: every shipped combination trains there; speed and memory of each network
+	@$(RUN) -m tests.test_shipped_rows
+
 lint: setup  ## ruff and mypy
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check --quiet . && $(RUN) -m mypy
 
@@ -72,23 +75,26 @@ bench-eval: setup  ## several models on one split, each image decoded once
 	@$(RUN) -m benchmarks.evaluation
 
 bench-soups: setup  ## time and memory of averaging, learned soups and ensembles beside others; MERGEKIT=python of an environment with it
-	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.learned && $(RUN) -m benchmarks.ensembles
+	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.greedy && $(RUN) -m benchmarks.learned && $(RUN) -m benchmarks.ensembles
+
+bench-probe: setup  ## fitting a linear probe beside scikit-learn
+	@$(RUN) -m benchmarks.probe
 
 bench-analysis: setup  ## time and memory of the loss's second derivative along a line beside Hessian-vector products
 	@$(RUN) -m benchmarks.curvature
 
 costs: setup  ## what the paper's experiments take, an estimate; and greedy on several workers, from the authors' decisions
-	@HF_HUB_OFFLINE=1 $(RUN) -m slurm.plan all gpu=h100 out=slurm/costs.csv
-	@$(RUN) -m slurm.schedule --out results/measured/greedy_schedule.csv
+	@HF_HUB_OFFLINE=1 $(RUN) -m slurm.plan all gpu=h100 out=slurm/costs.csv force=true
+	@$(RUN) -m benchmarks.schedule
 
 results: seeds  ## renew the committed numbers in results/measured
 	@$(RUN) -m analysis experiment=demo_seeds paths.results=results/measured
 
 data: setup  ## rebuild the embedded benchmark from its sources (needs npm)
-	@$(RUN) -m pip install --quiet -r requirements-build.txt && $(RUN) -m tasks.emoji.build
+	@$(RUN) -m pip install --quiet -r requirements-build.txt && $(RUN) -m embedded.build
 
 pretrain: setup  ## rebuild the embedded model from its sources (needs npm)
-	@$(RUN) -m pip install --quiet -r requirements-build.txt && $(RUN) -m models.emoji_clip.pretrain
+	@$(RUN) -m pip install --quiet -r requirements-build.txt && $(RUN) -m embedded.pretrain
 
 clean:  ## delete runs and caches, not the environment
 	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

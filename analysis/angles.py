@@ -26,12 +26,12 @@ from analysis.midpoints import (
 from configs.errors import UserError
 from configs.schema import Experiment, dump
 from eval.forward import Evaluator
-from finetune.rows import row_config
 from soups.conformance import Layout, common_layout
+from soups.experiment.pool import usable_pool
+from soups.files.checkpoints import opened
 from soups.geometry import Geometry, geometry
 from soups.groups import layer_of
-from soups.pool import usable_pool
-from store.checkpoints import opened
+from store.rows import row_config
 from store.runs import RunFolder
 
 SEED, LEARNING_RATE, AUGMENTATION, SEVERAL = "seed", "learning rate", "augmentation", "several settings"

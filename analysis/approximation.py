@@ -18,16 +18,16 @@ from scipy.stats import rankdata
 
 from analysis.figures import SETTINGS, save_with_numbers
 from analysis.midpoints import Pair
-from analysis.results import benchmark_name, titled
+from analysis.results import titled
 from analysis.theory import Comparison, Point, Segment, compare, on_grid
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.pool import evaluate_all
-from finetune.rows import row_config
-from soups.pool import usable_pool
-from store.atomic import read_json, replacing, write_json
-from store.runs import Ingredient, RunFolder, digest_of
+from soups.experiment.pool import usable_pool
+from soups.files.atomic import digest_of, read_json, replacing, write_json
+from store.rows import row_config
+from store.runs import Ingredient, RunFolder
 from store.workers import spread
 
 LEARNING_RATE, AUGMENTATION, SEED, START = "learning rate", "augmentation", "seed", "initialisation"
@@ -346,7 +346,7 @@ def figurek1(config: Experiment, console: Console | None = None) -> list[Path]:
     tidy = approximation_table(config, evaluator, pairs)
     summary = summary_table(tidy, config.analysis.seed)
     stem = RunFolder.of(config).analysis / "figurek1"
-    figure = approximation_figure(tidy, summary, config.task.test, titled(benchmark_name(config)))
+    figure = approximation_figure(tidy, summary, config.task.test, titled(config.task.name))
     files = save_with_numbers(figure, tidy, stem)
     with replacing(stem.with_name("figurek1_summary.csv")) as temporary:
         summary.to_csv(temporary, index=False, float_format="%.6f")

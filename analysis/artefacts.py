@@ -26,7 +26,7 @@ from analysis.wise_curves import figured1
 from analysis.with_paper import methods_with_paper, rows_with_paper
 from configs.errors import UserError
 from configs.schema import Experiment
-from store.atomic import write_json
+from soups.files.atomic import write_json
 from store.provenance import provenance
 from store.runs import RunFolder
 
@@ -45,6 +45,10 @@ class Artefact:
     embedded: tuple[str, ...]  # their counterparts of the embedded benchmark
     draw: Draw  # from finished experiments; returns the files that it wrote
     numbers: tuple[tuple[str, str, str], ...] = ()  # of results/paper (table, row, column), the first to look at
+
+    def is_of(self, experiment: str) -> bool:
+        """Whether an experiment is one of those it is made of."""
+        return experiment in (*self.paper, *self.embedded)
 
 
 def each(draw: DrawOne) -> Draw:
@@ -105,7 +109,7 @@ ARTEFACTS = {
     ),
     "table5": Artefact(
         "BERT-base and T5-base on four GLUE tasks",
-        tuple(f"table5_{network}_{task}" for network in ("bert", "t5") for task in GLUE),
+        tuple(f"tablej1_{network}_base_{task}" for network in ("bert", "t5") for task in GLUE),
         ("demo_text",),
         _texts("table5"),
         (("table5", "bert_base/greedy", "rte"), ("table5", "bert_base/best", "rte")),
@@ -241,12 +245,31 @@ MORE = {  # no figures of the paper, drawn by the same command
 DRAWN = ARTEFACTS | MORE  # all that `artefact=` may name; `all` means the paper's
 
 
+FORWARD = "forward"  # as artefact=forward: all of NEED_FORWARD
+NEED_FORWARD = (  # those that evaluate soups or points of a plane which no recipe made, and keep what they answer
+    *("figure2", "figure3", "figure4", "figureb1", "figureb2", "figured1", "figuree1", "figuref1", "figureg4"),
+    *("figureh1", "figureh2", "figureh3", "figureh4", "figurej1", "figurek1", "figurel1", "figurel2"),
+    *("tablel1", "tablel2", "tablel3"),
+)
+
+
+def forward_artefacts(experiment: str) -> list[str]:
+    """The tables and figures of an experiment that need forward passes of their own, which a GPU does fast.
+
+    >>> forward_artefacts("table3_clip_b32")
+    ['figure4', 'figureb1', 'figured1']
+    """
+    return [name for name in NEED_FORWARD if ARTEFACTS[name].is_of(experiment)]
+
+
 def named(name: str) -> list[str]:
-    """Artefacts that `artefact=name` means: itself, or all.
+    """Artefacts that `artefact=name` means: itself, all, or those that need forward passes of their own.
 
     Raises:
         UserError: there is none of this name.
     """
+    if name == FORWARD:
+        return list(NEED_FORWARD)
     if name != "all" and name not in DRAWN:
         raise UserError(f"artefact={name}: there is no such table or figure; python -m analysis list names all")
     return list(ARTEFACTS) if name == "all" else [name]

@@ -15,6 +15,7 @@ from analysis.seeds import over_seeds
 from configs import cli
 from configs.errors import UserError
 from configs.schema import Experiment, replicate
+from store.staging import staged
 from store.workers import use_threads
 
 
@@ -40,6 +41,7 @@ def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> 
     wanted = {name: parts_of(name, parts) for name in names}
     if len(names) > 1:
         wanted = {name: own for name, own in wanted.items() if own}
+        wanted = {name: wanted[name] for name in list(wanted)[config.share.index :: config.share.of]}
     elif not wanted[names[0]] and not config.parts:
         wanted[names[0]] = parts  # an experiment of one's own
     if published_instead(config):
@@ -76,17 +78,15 @@ def list_artefacts() -> None:
 def report_all(config: Experiment) -> None:
     """Write the page of an experiment, or of each of its parts and replicates."""
     use_threads(config.cluster.threads)
-    typed = [word for word in sys.argv[1:] if not word.startswith(("experiment=", "artefact=", "parts="))]
-    for part in cli.parts_of(config, typed):
-        words = [f"experiment={part.name}", *typed]
+    for part, words in cli.parts_as_typed(config, sys.argv[1:]):
         for each in [replicate(part, seed) for seed in part.replicates] or [part]:
-            print(write_report(each, typed=words))
+            print(write_report(each, typed=[word for word in words if not word.startswith("artefact=")]))
 
 
 def analyse_all(config: Experiment) -> None:
     """Analyse the experiment and its parts, or draw the artefact that is named."""
     use_threads(config.cluster.threads)
-    parts = cli.parts_of(config, sys.argv[1:])
+    parts = [staged(part) for part in cli.parts_of(config, sys.argv[1:])]
     if config.artefact is not None:
         files = artefacts(config, parts, Console(width=None if sys.stdout.isatty() else 110))
     else:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from analysis.figures import SETTINGS, STYLE, save_with_numbers
 from analysis.means import axis_labels
-from analysis.results import benchmark_name, measure, scatter_points, titled
+from analysis.results import measure, scatter_points, titled
 from analysis.sets import measure_sets, sets_figure, tidy_sets
 from analysis.tables import NAMES
 from configs.errors import UserError
@@ -88,7 +88,7 @@ def figurel1(config: Experiment, stem: str = "figurel1", console: Console | None
         raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
     evaluator = Evaluator(config)
     tidy = tidy_sets(config, *measure_sets(config, evaluator), evaluator)
-    figure = sets_figure(tidy, config.task.test, titled(benchmark_name(config)))
+    figure = sets_figure(tidy, config.task.test, titled(config.task.name))
     return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / stem)
 
 

@@ -36,9 +36,10 @@ from analysis.means import (
 from analysis.results import Method, accuracy_in, over_orders
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from eval.scores import score
-from soups.pool import ingredients_of
-from soups.recipes import Ties, accepts, best_first, mean_of, random_order
+from soups.experiment.pool import ingredients_of
+from soups.recipes import mean_of
+from soups.scorers.metrics import score
+from soups.selection import Ties, accepts, best_first, random_order
 from store.runs import Ingredient, RunFolder
 
 BEST = "best"

@@ -25,12 +25,12 @@ from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.average import Average
-from soups.backbones import read_tower
-from soups.pool import usable_pool
-from soups.recipes import random_order
-from store.atomic import read_json
-from store.runs import RunFolder, digest_of
-from store.weights import Weights, load_weights
+from soups.experiment.backbones import read_tower
+from soups.experiment.pool import usable_pool
+from soups.files.atomic import digest_of, read_json
+from soups.files.weights import Weights, load_weights
+from soups.selection import random_order
+from store.runs import RunFolder, done_row
 from tasks.load import class_names
 
 SOUP, GAINS = "#0072B2", ("#009E73", "#D55E00")  # of Okabe and Ito's colours: up and down
@@ -50,8 +50,8 @@ def _data_set(folder: Path) -> str:
     task = read_json(folder / "config.json")["task"]
     if task.get("parts", 1) > 1:
         return f"part {task['part'] + 1}"
-    named = {"folders", "image_folder", "parquet"}
-    return Path(task["folder"]).name if task["kind"] in named else task["kind"]
+    named = {"folders", "image_folder", "image_table", "parquet"}
+    return task.get("title") or (Path(task["folder"]).name if task["kind"] in named else task["kind"])
 
 
 def towers_of(config: Experiment) -> list[Tower]:
@@ -82,9 +82,9 @@ def towers_of(config: Experiment) -> list[Tower]:
 
 def zero_shot_model(config: Experiment) -> Callable[[], Weights]:
     """The pretrained model with the head of the experiment's classes: row 0 where there is one, else made anew."""
-    folder = RunFolder.of(config).ingredient(0)
-    if (folder / "done.json").exists():
-        return partial(load_weights, folder / "weights.safetensors", read_json(folder / "done.json")["digest"])
+    folder, done = RunFolder.of(config).ingredient(0), done_row(config, 0)
+    if done is not None:
+        return partial(load_weights, folder / "weights.safetensors", done["digest"])
     from models.classifier import pretrained  # noqa: PLC0415  # seconds that cached numbers need not wait for
 
     return lambda: pretrained(config.model, class_names(config.task)).state_dict()

@@ -6,7 +6,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from store.atomic import replacing
+from soups.files.atomic import replacing
 
 # Okabe and Ito's colours, told apart with any colour vision; the markers follow the paper's Figure 1.
 STYLE = {
@@ -40,6 +40,8 @@ def figure1(
     task: str,
     shifts: int = 5,
     metrics: tuple[str, str] = (TOP1, TOP1),
+    *,
+    shift: str = "the shift",
 ) -> Figure:
     """Test accuracy against the mean of the shifts, one marker per model, soup and ensemble.
 
@@ -50,6 +52,7 @@ def figure1(
         task: name of the benchmark, for the axes.
         shifts: how many there are.
         metrics: by which test and the shifts are scored, where not by accuracy.
+        shift: what it is called, where there is one.
     """
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(3.8, 3.2))
@@ -71,7 +74,7 @@ def figure1(
             axes.plot([100 * point["test"]] * 2, ends, color=colour, lw=0.8, alpha=0.7, zorder=2)
         axes.set_xlabel(f"{task} test accuracy, top-1 (%)" if metrics[0] == TOP1 else f"{task} test, {metrics[0]} (%)")
         score = "accuracy" if metrics[1] == TOP1 else metrics[1]
-        counted = {1: f"{score} on the shift", 5: f"Mean {score} on the five shifts"}
+        counted = {1: f"{score} on {shift}", 5: f"Mean {score} on the five shifts"}
         label = counted.get(shifts, f"Mean {score} on the {shifts} shifts")
         axes.set_ylabel(f"{label[:1].upper()}{label[1:]} (%)")
         # Below the axes, where it can hide no model.

@@ -30,9 +30,9 @@ from analysis.results import accuracy_in
 from configs.errors import UserError
 from configs.schema import Experiment, dump
 from eval.forward import Evaluator
-from finetune.rows import draw, row_config
-from soups.pool import usable_pool
+from soups.experiment.pool import usable_pool
 from soups.recipes import mean_of
+from store.rows import draw, row_config
 from store.runs import Ingredient, RunFolder
 
 CLIP = 5.0  # points at which colours end, so that one bad end leaves the others theirs

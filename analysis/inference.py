@@ -14,7 +14,7 @@ from analysis.results import measure
 from analysis.tables import NAMES, write_cells
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from soups.pool import usable_pool
+from soups.experiment.pool import usable_pool
 from store.provenance import provenance
 from store.runs import RunFolder
 

@@ -8,7 +8,8 @@ Coordinates are distances over all parameters, which batch-norm statistics are n
 are frozen (model.frozen_batch_norm) and so the same in the whole plane, and nothing needs to be measured anew.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,18 +25,21 @@ from analysis.figures import save_with_numbers
 from analysis.midpoints import own_settings
 from analysis.plane import Plane, Shares, axes_of, moving, plane_through, set_between
 from analysis.results import SHIFT_MEAN
-from configs.chance import uniform
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator, forward
-from eval.scores import score
+from soups.chance import uniform
 from soups.conformance import common_layout
+from soups.experiment.pool import usable_pool
+from soups.files.atomic import digest_of
+from soups.files.checkpoints import opened
 from soups.geometry import geometry
-from soups.pool import usable_pool
+from soups.scorers.metrics import score
 from store.arrays import cached_array
-from store.checkpoints import opened
-from store.runs import Ingredient, RunFolder, digest_of
+from store.runs import Ingredient, RunFolder
 from store.workers import spread
+
+TIMED = 64  # images of the forward pass by which the whole is estimated
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def _answers(
     found = []
     for shares in piece.shares:
         set_between(state, models, shares)
-        logits = forward(evaluator.model, batches, evaluator.config.compute.precision)
+        logits = forward(evaluator.model, batches, evaluator.config.compute.evaluates_in)
         found.append(_losses(logits, labels) if is_train else evaluator.predicted(logits, chunk.split))
     return torch.stack(found).float()
 
@@ -169,6 +173,30 @@ def _measure(config: Experiment, piece: Slice, share: int, of: int) -> str:
         shape = (len(piece.points), len(chunk.rows))
         cached_array(chunk.path(evaluator, piece), shape, partial(_answers, evaluator, piece, weights, chunk))
     return f"rows {piece.models[1].row} and {piece.models[2].row}: {len(mine)} chunks of examples at all points"
+
+
+def estimate(config: Experiment, evaluator: Evaluator, pieces: Sequence[Slice]) -> str:
+    """What is left to measure and about how long it takes, from a forward pass that is timed on a few images."""
+    left = [
+        (len(piece.points), chunk)
+        for piece in pieces
+        for chunk in chunks(evaluator)
+        if not chunk.path(evaluator, piece).exists()
+    ]
+    if not left:
+        return "all points of the planes are measured: they are drawn from disk"
+    number = sum(points * len(chunk.rows) for points, chunk in left)
+    split, rows = left[0][1].split, left[0][1].rows[:TIMED]
+    batches = [batch.to(evaluator.processes.device) for batch in evaluator.batches(split, rows)]
+    forward(evaluator.model, batches, config.compute.evaluates_in)  # the first pass is slower than the others
+    started = time.perf_counter()
+    forward(evaluator.model, batches, config.compute.evaluates_in)
+    seconds = (time.perf_counter() - started) / len(rows) * number / config.cluster.workers
+    planes = f"{len(pieces)} plane{'s' if len(pieces) > 1 else ''} of {len(pieces[0].points)} points"
+    return (
+        f"{planes}: {number:,} forward passes, about {seconds:.0f} s by the time of {len(rows)} "
+        "(analysis.plane.size=5 measures fewer points); what is measured is kept"
+    )
 
 
 def measure_slice(config: Experiment, piece: Slice, console: Console | None = None) -> None:
@@ -235,6 +263,7 @@ def slice_table(config: Experiment, evaluator: Evaluator, piece: Slice) -> pd.Da
 
 def _figure(config: Experiment, stem: str, *, log: bool, console: Console | None) -> list[Path]:
     evaluator, pieces = Evaluator(config), slices(config)
+    (console or Console()).print(estimate(config, evaluator, pieces), highlight=False)
     for piece in pieces:
         measure_slice(config, piece, console)
     tidy = pd.concat([slice_table(config, evaluator, piece) for piece in pieces], ignore_index=True)

@@ -6,17 +6,17 @@ from functools import lru_cache, partial
 from rich.console import Console
 from torch import Tensor
 
-from analysis.results import SHIFT_MEAN, Method, benchmark_name, bootstrap_groups, columns_of, titled
+from analysis.results import SHIFT_MEAN, Method, bootstrap_groups, columns_of, shift_name, titled
 from analysis.tables import measured
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from eval.scores import score
 from eval.significance import Difference, paired_bootstrap
-from soups.average import Average
-from soups.mixture import Loader
+from soups.average import Average, Loader
+from soups.files.atomic import digest_of
+from soups.files.weights import Weights
+from soups.scorers.metrics import score
 from store.arrays import cached_array
-from store.runs import Ingredient, digest_of
-from store.weights import Weights
+from store.runs import Ingredient
 from store.workers import spread
 
 
@@ -183,13 +183,9 @@ def axis_labels(config: Experiment) -> dict[str, str]:
     >>> axis_labels(load("demo_tiny"))["shift_mean"]
     'Mean of 5 shifts, top-1 accuracy (%)'
     """
-    count = len(config.task.shifts)
-    names = {
-        config.task.test: f"{titled(benchmark_name(config))} test",
-        SHIFT_MEAN: "Shift" if count == 1 else f"Mean of {count} shifts",
-    }
+    names = {config.task.test: f"{titled(config.task.name)} test", SHIFT_MEAN: titled(shift_name(config))}
     found = {}
     for column, splits in drawn_columns(config).items():
-        metric = measured(config.task.metrics, splits)
+        metric = measured(config.task, splits)
         found[column] = f"{names[column]}, {metric[:1].lower()}{metric[1:]} (%)"
     return found

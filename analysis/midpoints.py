@@ -13,10 +13,10 @@ from analysis.results import bootstrap_groups
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.pool import evaluate_all
-from eval.scores import Answers, bootstrap_scores, score
-from eval.significance import Difference, paired_bootstrap
-from finetune.rows import draw, row_config
+from eval.significance import Answers, Difference, bootstrap_scores, paired_bootstrap
 from soups.average import Average
+from soups.scorers.metrics import score
+from store.rows import draw, row_config
 from store.runs import Ingredient
 
 Predicted = dict[str, Tensor]  # split -> (N,) class ids in its label space

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from analysis.figures import SETTINGS, save_with_numbers
 from analysis.midpoints import Pair, answers_of_mean, gain, learning_rates, measure_midpoints, score_over
-from analysis.results import SHIFT_MEAN, benchmark_name, columns_of, titled
-from configs.chance import uniform
+from analysis.results import SHIFT_MEAN, columns_of, shift_name, titled
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from soups.pool import usable_pool
+from soups.chance import uniform
+from soups.experiment.pool import usable_pool
 from store.runs import Ingredient, RunFolder
 
 
@@ -133,8 +133,7 @@ def figure4(config: Experiment, console: Console | None = None) -> list[Path]:
     pairs = random_pairs(config, usable_pool(config))
     measure_midpoints(config, pairs, console)
     tidy = pairs_table(config, Evaluator(config), pairs)
-    shifts = {1: "the shift"}.get(len(config.task.shifts), f"mean of {len(config.task.shifts)} shifts")
-    columns = {config.task.test: f"{titled(benchmark_name(config))} test"}
+    columns = {config.task.test: f"{titled(config.task.name)} test"}
     if config.task.shifts:
-        columns[SHIFT_MEAN] = shifts
+        columns[SHIFT_MEAN] = shift_name(config)
     return save_with_numbers(pairs_figure(tidy, columns), tidy, RunFolder.of(config).analysis / "figure4")

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.results import SHIFT_MEAN
-from analysis.tables import NAMES, SPLITS
+from analysis.tables import NAMES
 from configs.errors import UserError
 
 PAPER = Path(__file__).resolve().parents[1] / "results/paper"
 MARKS = {"H": "", "M": "†", "L": "‡"}  # by confidence, at each number of the paper
 LEGEND = "The paper's numbers are from results/paper, which names their sources"
+ALONE = {  # rows of the paper's tables that are no method of this project
+    "vit_g_zhai": "ViT-G/14 (Zhai et al. 2021)",
+    "vit_g_re_evaluated": "ViT-G/14 (Zhai et al. 2021, re-evaluated)",
+    "coatnet_7": "CoAtNet-7 (Dai et al. 2021)",
+    "coca": "CoCa (Yu et al. 2022)",
+}
 MARKED = {"M": "† medium confidence", "L": "‡ low confidence"}
 
 
@@ -90,6 +95,21 @@ def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapp
     )
 
 
+def only_in_paper(compared: pd.DataFrame, name: str, columns: Mapping[str, str]) -> pd.DataFrame:
+    """The paper's rows that nothing of ours stands beside, in the form of `beside`, without numbers of ours.
+
+    Args:
+        compared: from `beside`.
+        name: of the paper's table.
+        columns: a column of ours -> the paper's column; others of the paper's are left out.
+    """
+    paper = paper_table(name).rename(columns={"row": "method", "value": "paper", "spread": "paper_spread"})
+    ours = dict(zip(columns.values(), columns, strict=True))
+    alone = paper[~paper["method"].isin(compared["method"]) & paper["column"].isin(ours)]
+    alone = alone.assign(column=alone["column"].map(ours), bold=False)
+    return alone[["method", "column", "paper", "paper_spread", "confidence", "source", "bold"]]
+
+
 def _known(what: str, names: Iterable[str], there: set[str]) -> None:
     for name in names:
         if name not in there:
@@ -98,23 +118,22 @@ def _known(what: str, names: Iterable[str], there: set[str]) -> None:
 
 def beside_table(
     compared: pd.DataFrame,
-    *,
+    titles: Mapping[str, str],
     names: Mapping[str, str] = NAMES,
-    titles: Mapping[str, str] = SPLITS,
+    *,
     decimals: int = 2,
 ) -> pd.DataFrame:
     """One row per method, all cells text: ours, the paper's and ours minus the paper's, in per cent and points.
 
     Args:
         compared: from `beside`; where it has a column `bold`, ours is bold where that is true.
-        names: method -> its name in the table.
         titles: column -> its title.
+        names: method -> its name in the table.
         decimals: of every number; GLUE is printed with one.
 
     Returns:
         For each column ours, and where the paper has numbers of it two more, the paper's with the marks of `MARKS`.
     """
-    titles = {SHIFT_MEAN: "Mean of shifts"} | dict(titles)
     with_paper = set(compared.loc[compared["paper"].notna(), "column"])
     rows = []
     for method, group in compared.groupby("method", sort=False):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soups.average import rounded
-from store.weights import Weights
+from soups.files.weights import Weights
 
 Shares = tuple[float, float, float]  # of theta_0, theta_1, theta_2 in a point's weights; they sum to 1
 FLAT = 1e-6  # share of theta_2's way out of the line below which three models make no plane

@@ -17,8 +17,8 @@ from configs.errors import UserError
 from configs.schema import Experiment
 from eval.calibration import Bins, Calibration, calibrate
 from eval.forward import Evaluator
-from soups.cook import logits_of
-from store.atomic import read_json
+from soups.experiment.cook import logits_of
+from soups.files.atomic import read_json
 from store.runs import RunFolder
 
 SHOWN = ("best", "uniform", "greedy", "ensemble")

@@ -8,13 +8,13 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.figures import coefficients_map, figure1, save, save_with_numbers
-from analysis.results import SHIFT_MEAN, Method, benchmark_name, measure, scatter_points, tidy, titled
+from analysis.results import SHIFT_MEAN, Method, measure, scatter_points, shift_name, tidy, titled
 from analysis.sets import report_sets
-from analysis.tables import measured, table3, write_table
+from analysis.tables import BEST, caption, measured, table3, write_table
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from store.atomic import replacing, write_json
+from soups.files.atomic import replacing, write_json
 from store.provenance import provenance
 from store.runs import RunFolder
 
@@ -28,16 +28,26 @@ class Report:
     table: pd.DataFrame
     tidy: pd.DataFrame
     files: tuple[Path, ...]
+    caption: str  # n of each split, and what intervals are
 
 
 def note(config: Experiment) -> str:
     """Names the proxies wherever the numbers stand."""
     model, task = config.model, config.task
     return (
-        f"Benchmark {benchmark_name(config)}{_proxy(task.proxy_for)}; "
+        f"Benchmark {task.name}{_proxy(task.proxy_for)}; "
         f"model {model.name or model.kind}{_proxy(model.proxy_for)}; "
-        f"{config.sweep.size} fine-tuned models and the initialisation, sweep seed {config.sweep.seed}."
+        f"{config.sweep.size} fine-tuned models {_candidates(config)}, sweep seed {config.sweep.seed}."
     )
+
+
+def _candidates(config: Experiment) -> str:
+    """Whether the initialisation is one of the models, and which weights of them are."""
+    cooking = config.cooking
+    found = "and the initialisation" if cooking.initialisation else "without the initialisation"
+    if not cooking.individuals:
+        return found
+    return f"{found}, soups and ensembles of {config.regularizer.ingredient}, best of {', '.join(cooking.individuals)}"
 
 
 def _proxy(stands_for: str | None) -> str:
@@ -83,9 +93,9 @@ def _scatter(
     config: Experiment, pool: list[Method], methods: list[Method], scores: pd.DataFrame, stem: str
 ) -> list[Path]:
     points, task = scatter_points(config, pool, methods), config.task
-    errors, title = scatter_errors(scores, task.test), titled(benchmark_name(config))
-    metrics = [measured(task.metrics, splits) for splits in ((task.test,), task.shifts)]
-    figure = figure1(points, errors, title, len(task.shifts), metrics=(metrics[0], metrics[1]))
+    errors, title = scatter_errors(scores, task.test), titled(config.task.name)
+    metrics = [measured(task, splits) for splits in ((task.test,), task.shifts)]
+    figure = figure1(points, errors, title, len(task.shifts), (metrics[0], metrics[1]), shift=shift_name(config))
     return save_with_numbers(figure, points, RunFolder.of(config).analysis / stem)
 
 
@@ -99,9 +109,9 @@ def analyse(config: Experiment) -> Report:
     pool, methods = measure(config, evaluator)
     scores = tidy(config, methods, evaluator)
     folder = RunFolder.of(config).analysis
-    table = table3(scores, config.model.head)
+    table = table3(scores, config.task, config.model.head)
     stem = folder / ("table5" if config.task.is_text else "table3")
-    files = write_table(table, scores, stem, note(config), metrics=config.task.metrics)
+    files = write_table(table, scores, stem, note(config), config.task)
     if config.task.shifts:
         files += _scatter(config, pool, methods, scores, "figure1")
     else:
@@ -118,7 +128,7 @@ def analyse(config: Experiment) -> Report:
         files += report_sets(config, evaluator, folder, note(config))
     if config.paths.results is not None:
         files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
-    return Report(table, scores, tuple(files))
+    return Report(table, scores, tuple(files), caption(scores, note(config), BEST, config.task))
 
 
 def publish(file: Path, results: Path, name: str) -> Path:

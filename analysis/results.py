@@ -12,17 +12,16 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.forward import Evaluator
-from eval.scores import Answers, bootstrap_scores
+from eval.forward import Annotated, Evaluator
 from eval.selection import oracle
-from eval.significance import Difference, paired_bootstrap
-from soups.cook import dishes, logits_of
-from soups.pool import usable_pool
-from store.atomic import read_json
-from store.runs import RunFolder, score_of
+from eval.significance import Answers, Difference, bootstrap_scores, paired_bootstrap
+from soups.experiment.cook import dishes, logits_of
+from soups.experiment.pool import individuals_of, usable_pool
+from soups.files.atomic import read_json
+from store.rows import identity, score_of
+from store.runs import Ingredient, RunFolder, finished
 
 SHIFT_MEAN = "shift_mean"
-GLUE_NAMES = {"mrpc": "MRPC", "rte": "RTE", "cola": "CoLA", "sst2": "SST-2"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Method:
     predicted: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # split that top-1 does not score -> answers
     scores: dict[str, float] = field(default_factory=dict)  # the same splits -> score
     for_mean: "Method | None" = None  # of an oracle: the model that is best in the mean of the shifts
-    annotated: dict[str, Tensor] = field(default_factory=dict)  # annotation of the test split -> (M,) bool
+    annotated: dict[str, Annotated] = field(default_factory=dict)  # annotation of the test split -> results
 
     def accuracy(self, split: str) -> float:
         """In [0, 1]: top-1 on a split, or what the task scores it by."""
@@ -61,16 +60,8 @@ def method_of(
         held_out,
         predicted=predicted,
         scores=scores,
-        annotated=evaluator.annotated_hits(logits[task.test]),
+        annotated=evaluator.annotated(logits[task.test]),
     )
-
-
-def benchmark_name(config: Experiment) -> str:
-    """What the task is called in tables and figures."""
-    task = config.task
-    if task.subset is not None:
-        return GLUE_NAMES[task.subset]
-    return task.kind if task.kind in ("emoji", "sentiment") else task.folder.name
 
 
 def titled(name: str) -> str:
@@ -82,6 +73,17 @@ def titled(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
+def shift_name(config: Experiment) -> str:
+    """What the axes call the shifts: by its title where there is one and it has a title.
+
+    >>> from configs.schema import load
+    >>> shift_name(load("figureg2_cifar10")), shift_name(load("demo"))
+    ('CIFAR-10.1', 'mean of 5 shifts')
+    """
+    shifts = config.task.shifts
+    return config.task.titles.get(shifts[0], "the shift") if len(shifts) == 1 else f"mean of {len(shifts)} shifts"
+
+
 def over_orders(name: str, orders: list[Method]) -> Method:
     """The mean of several soups of one recipe, which keeps them to tell their spread."""
     first, k = orders[0], len(orders)
@@ -91,7 +93,10 @@ def over_orders(name: str, orders: list[Method]) -> Method:
         split: tuple(answers for each in orders for answers in each.predicted[split]) for split in first.scores
     }
     scores = {split: sum(each.scores[split] for each in orders) / k for split in first.scores}
-    seen = {a: torch.stack([each.annotated[a].double() for each in orders]).mean(dim=0) for a in first.annotated}
+    seen = {
+        name: Annotated(torch.stack([each.annotated[name].right.double() for each in orders]).mean(dim=0), own.classes)
+        for name, own in first.annotated.items()
+    }
     return Method(name, first.models, hits, held_out, tuple(orders), predicted, scores, annotated=seen)
 
 
@@ -100,14 +105,14 @@ def oracle_of(config: Experiment, pool: list[Method]) -> Method:
 
     It is chosen on what it reports, and named so; Table 4 has it beside the model that is chosen on held-out.
     """
-    best = {split: pool[oracle([m.accuracy(split) for m in pool], split).index] for split in config.task.reported}
+    best = {split: pool[oracle([m.accuracy(split) for m in pool], split)] for split in config.task.reported}
     hits = {split: method.hits[split] for split, method in best.items()}
     predicted = {split: method.predicted[split] for split, method in best.items() if split in method.predicted}
     scores = {split: method.scores[split] for split, method in best.items() if split in method.scores}
-    seen = {a: max((m.annotated[a] for m in pool), key=lambda right: int(right.sum())) for a in pool[0].annotated}
+    seen = {a: max((m.annotated[a] for m in pool), key=lambda found: found.accuracy) for a in pool[0].annotated}
     mean = None
     if config.task.shifts:
-        mean = pool[oracle([shift_mean(config, method) for method in pool], SHIFT_MEAN).index]
+        mean = pool[oracle([shift_mean(config, method) for method in pool], SHIFT_MEAN)]
     return Method("oracle", 1, hits, float("nan"), predicted=predicted, scores=scores, for_mean=mean, annotated=seen)
 
 
@@ -125,33 +130,46 @@ def refuse_leak(config: Experiment, cooked: dict[str, Any]) -> None:
         )
 
 
-def measure(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], list[Method]]:
+def _individual(each: Ingredient, evaluator: Evaluator) -> Method:
+    kind = f" ({each.kind})" if evaluator.config.cooking.individuals and each.row else ""
+    logits = partial(evaluator.logits, each.digest, each.load)
+    return method_of(
+        f"row {each.row}{kind}" if each.row else "initialisation", 1, logits, each.held_out_score, evaluator
+    )
+
+
+def measure(
+    config: Experiment, evaluator: Evaluator, *, with_oracle: bool = False
+) -> tuple[list[Method], list[Method]]:
     """Hits of the individual models (row 0 first) and of the methods of Table 3.
+
+    Args:
+        config: of the experiment.
+        evaluator: of the same.
+        with_oracle: add the oracle's row, as `analysis.oracle` does.
 
     Raises:
         UserError: a soup is missing, or was selected on a split that reports.
     """
     run = RunFolder.of(config)
-    pool = [
-        method_of(
-            f"row {i.row}" if i.row else "initialisation",
-            1,
-            partial(evaluator.logits, i.digest, i.load),
-            i.held_out_score,
-            evaluator,
-        )
-        for i in usable_pool(config)
-    ]
+    members = usable_pool(config)
+    known = {(each.row, each.digest): _individual(each, evaluator) for each in members}
+    pool = list(known.values())
     methods = [pool[0]]
     if config.model.templates is not None and config.model.head != "zero_shot":
-        done, file = read_json(run.zero_shot / "done.json"), run.zero_shot / "weights.safetensors"
+        done, file = finished(run.zero_shot, identity(config, 0)), run.zero_shot / "weights.safetensors"
+        if done is None:
+            raise UserError(f"{run.zero_shot} holds no model: run python -m finetune first")
         logits, score = partial(evaluator.logits_of_file, done["digest"], file), done["held_out"]
         methods.insert(0, method_of("zero-shot", 1, logits, score_of(score), evaluator))
     for recipe in config.recipes:
         soups = [_soup(config, name, evaluator) for name in dishes(config, recipe)]
         methods.append(soups[0] if len(soups) == 1 else over_orders(recipe, soups))
-    if config.analysis.oracle:
-        methods.append(oracle_of(config, pool))
+    if config.analysis.oracle or with_oracle:
+        chosen_from = [
+            known.get((each.row, each.digest)) or _individual(each, evaluator) for each in individuals_of(config)
+        ]
+        methods.append(oracle_of(config, chosen_from))
     return pool, methods
 
 

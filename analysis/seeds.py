@@ -4,24 +4,25 @@ import pandas as pd
 
 from analysis.report import Report, publish
 from analysis.results import SHIFT_MEAN
-from analysis.tables import NAMES, percent
-from configs.schema import Experiment
-from store.atomic import replacing, write_text
+from analysis.tables import NAMES, column_title, percent
+from configs.schema import Experiment, Task
+from soups.files.atomic import replacing, write_text
 from store.runs import RunFolder
 
 
-def seeds_table(tidy: dict[int, pd.DataFrame], test: str) -> pd.DataFrame:
+def seeds_table(tidy: dict[int, pd.DataFrame], task: Task) -> pd.DataFrame:
     """One row per method: accuracy mean (standard deviation) over sweep seeds, difference to best individual per seed.
 
     Args:
         tidy: sweep seed -> `analysis.results.tidy` of that replicate.
-        test: name of the test split.
+        task: that they are of.
     """
     everything = pd.concat(frame.assign(seed=seed) for seed, frame in tidy.items())
     rows = []
     for method in everything["method"].unique():
         row = {"Method": NAMES.get(method, method)}
-        for column, title in ((test, "Test"), (SHIFT_MEAN, "Mean of shifts")):
+        for column in (task.test, SHIFT_MEAN):
+            title = column_title(task, column)
             cells = everything[(everything["method"] == method) & (everything["column"] == column)]
             row[title] = f"{percent(cells['accuracy'].mean())} ({100 * cells['accuracy'].std(ddof=1):.1f})"
             per_seed = ", ".join(f"{100 * difference:+.1f}" for difference in cells["difference"])
@@ -35,7 +36,7 @@ def seeds_table(tidy: dict[int, pd.DataFrame], test: str) -> pd.DataFrame:
 def over_seeds(config: Experiment, tidy: dict[int, pd.DataFrame]) -> Report:
     """Write seeds.{md,csv} for all replicates of an experiment."""
     folder = RunFolder.of(config).analysis
-    table = seeds_table(tidy, config.task.test)
+    table = seeds_table(tidy, config.task)
     everything = pd.concat([frame.assign(seed=seed) for seed, frame in tidy.items()], ignore_index=True)
     text = (
         f"Top-1 accuracy in %, mean (standard deviation) over sweep seeds {', '.join(map(str, tidy))}; differences to "
@@ -47,4 +48,4 @@ def over_seeds(config: Experiment, tidy: dict[int, pd.DataFrame]) -> Report:
         everything.to_csv(temporary, index=False, float_format="%.8f")
     if config.paths.results is not None:
         files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
-    return Report(table, everything, tuple(files))
+    return Report(table, everything, tuple(files), text)

@@ -21,11 +21,12 @@ from configs.schema import Experiment, dump
 from eval.calibration import expected_calibration_error, fit_beta
 from eval.forward import Evaluator
 from eval.pool import evaluate_all
-from finetune.rows import row_config
 from soups.average import Average
-from soups.pool import usable_pool
-from store.runs import Ingredient, RunFolder, digest_of
-from store.weights import digest
+from soups.experiment.pool import usable_pool
+from soups.files.atomic import digest_of
+from soups.files.weights import digest
+from store.rows import row_config
+from store.runs import Ingredient, RunFolder
 
 INDIVIDUAL, SOUP, ENSEMBLE = "individual", "soup", "ensemble"
 NONE, FIRST, AFTER = "none", "first", "after"  # when temperatures are fitted

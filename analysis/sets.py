@@ -1,7 +1,6 @@
 """Rows by name beside the soups and ensembles of chosen ones: the shape of Tables L.1 to L.3 and Figures L.1, L.2."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,54 +11,29 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.figures import SETTINGS, save
-from analysis.results import SHIFT_MEAN, Method, accuracy_in, benchmark_name, columns_of, compare, method_of, titled
-from analysis.tables import percent, points, write_table
-from configs.schema import Experiment
+from analysis.results import SHIFT_MEAN, Method, accuracy_in, columns_of, compare, method_of, titled
+from analysis.tables import column_title, percent, points, write_table
+from configs.schema import Experiment, Task
 from eval.forward import Evaluator
 from soups.average import Average
-from store.atomic import read_json
-from store.runs import RunFolder, score_of
-from store.weights import digest, load_weights
+from soups.experiment.pool import usable_pool
+from soups.files.weights import digest
+from store.runs import RAW, Ingredient
 
-RAW = "raw"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito's, a kind of weights each
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One model that a row left: its last weights, or an average over its training."""
-
-    row: int
-    kind: str  # raw, swa, or ema_<decay>
-    path: Path
-    digest: str
-    held_out: float
-
-    def load(self) -> dict[str, Tensor]:
-        """The weights, checked against their digest."""
-        return load_weights(self.path, self.digest)
+def variants(config: Experiment) -> list[Ingredient]:
+    """Every model of every row that did not diverge, row by row: its ingredient, and the kinds of weights beside it."""
+    return [kind for each in usable_pool(config) if each.row for kind in each.kinds().values()]
 
 
-def variants(config: Experiment) -> list[Variant]:
-    """Every model of every row that did not diverge, row by row."""
-    found = []
-    for row in range(1, config.sweep.size + 1):
-        folder = RunFolder.of(config).ingredient(row)
-        done = read_json(folder / "done.json")
-        if done["status"] != "done":
-            continue
-        for kind, made in ({done["ingredient"]: done} | done["variants"]).items():
-            file = folder / ("weights.safetensors" if made is done else f"{kind}.safetensors")
-            found.append(Variant(row, kind, file, made["digest"], score_of(made["held_out"])))
-    return found
-
-
-def _single(config: Experiment, evaluator: Evaluator, variant: Variant, name: str) -> Method:
+def _single(config: Experiment, evaluator: Evaluator, variant: Ingredient, name: str) -> Method:
     logits = partial(evaluator.logits, variant.digest, variant.load)
-    return method_of(name, 1, logits, variant.held_out, evaluator)
+    return method_of(name, 1, logits, variant.held_out_score, evaluator)
 
 
-def _soup(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], name: str) -> Method:
+def _soup(config: Experiment, evaluator: Evaluator, members: Sequence[Ingredient], name: str) -> Method:
     total = Average.of(members[0].load())
     for member in members[1:]:
         total = total.plus(member.load())
@@ -69,7 +43,7 @@ def _soup(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], 
     return method_of(name, 1, logits, held_out, evaluator)
 
 
-def _ensemble(config: Experiment, evaluator: Evaluator, members: Sequence[Variant], name: str) -> Method:
+def _ensemble(config: Experiment, evaluator: Evaluator, members: Sequence[Ingredient], name: str) -> Method:
     def logits(split: str) -> Tensor:
         return torch.stack([evaluator.logits(each.digest, each.load, split).double() for each in members]).mean(dim=0)
 
@@ -130,14 +104,15 @@ def tidy_sets(config: Experiment, methods: Sequence[Method], notes: pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def sets_table(tidy: pd.DataFrame, test: str) -> pd.DataFrame:
+def sets_table(tidy: pd.DataFrame, task: Task) -> pd.DataFrame:
     """One row per method, all cells text: per cent, and differences to the first row in points."""
     rows = []
     for i, (method, group) in enumerate(tidy.groupby("method", sort=False)):
         cells = group.set_index("column")
         row = {"Method": str(method), "Models at inference": str(cells["models"].iloc[0])}
         row["Held-out"] = percent(cells["held_out"].iloc[0])
-        for column, title in ((test, "Test"), (SHIFT_MEAN, "Mean of shifts")):
+        for column in (task.test, SHIFT_MEAN):
+            title = column_title(task, column)
             if column not in cells.index:
                 continue
             cell = cells.loc[column]
@@ -180,8 +155,8 @@ def report_sets(config: Experiment, evaluator: Evaluator, folder: Path, note: st
     tidy = tidy_sets(config, methods, notes, evaluator)
     test = config.task.test
     files = write_table(
-        sets_table(tidy, test), tidy, folder / "rows", note, baseline="the first row", metrics=config.task.metrics
+        sets_table(tidy, config.task), tidy, folder / "rows", note, config.task, baseline="the first row"
     )
     if not config.task.shifts:
         return files
-    return files + save(sets_figure(tidy, test, titled(benchmark_name(config))), folder / "rows")
+    return files + save(sets_figure(tidy, test, titled(config.task.name)), folder / "rows")

@@ -1,13 +1,14 @@
 """Table 3's shape: methods by splits, with paired-bootstrap intervals against the best individual model."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from analysis.results import SHIFT_MEAN
-from store.atomic import replacing, write_text
+from configs.schema import Task
+from soups.files.atomic import replacing, write_text
 
 NAMES = {
     "zero-shot": "Zero-shot",
@@ -21,8 +22,8 @@ NAMES = {
     "greedy_random_order": "Greedy soup (random order)",
     "greedy_with_replacement": "Greedy soup (with replacement)",
     "learned": "Learned soup",
-    "learned_by_layer": "Learned soup (by layer)",
-    "learned_by_tensor": "Learned soup (by tensor)",
+    "learned_by_layer": "Learned soup (by block)",
+    "learned_by_tensor": "Learned soup (by layer: every tensor)",
     "model_stock": "Model Stock",
     "wise_ft": "WiSE-FT",
     "ensemble": "Ensemble",
@@ -36,17 +37,7 @@ HEADS = {
     "random": "random head",
     "prompt": "pretrained, asked",
 }
-SPLITS = {
-    "test": "Test",
-    "v2": "V2",
-    "r": "R",
-    "sketch": "Sketch",
-    "objectnet": "ObjectNet-like",
-    "a": "A-like",
-    "amazon": "Amazon",
-    "tweets": "Tweets",
-    "nyt": "NYT",
-}
+ANNOTATIONS = {"real": "ReaL", "multilabel": "Multilabel"}  # of the test split
 METRICS = {
     "top1": "Top-1 accuracy",
     "macro_f1": "Macro F1",
@@ -74,17 +65,28 @@ def points(difference: float, low: float, high: float) -> str:
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def column_title(task: Task, column: str) -> str:
+    """What a table calls a column: a split as its task does, or ReaL, multilabel, or the mean of the shifts.
+
+    >>> from configs.schema import load
+    >>> [column_title(load(name).task, "objectnet") for name in ("demo", "table4_vitg")]
+    ['ObjectNet-like', 'ObjectNet']
+    """
+    return "Mean of shifts" if column == SHIFT_MEAN else ANNOTATIONS.get(column) or task.split_title(column)
+
+
 def _accuracy(cell: pd.Series) -> str:
     """Per cent, with the standard deviation over random orders where there is one."""
     spread = "" if pd.isna(cell["spread"]) else f" ({percent(cell['spread'])})"
     return percent(cell["accuracy"]) + spread
 
 
-def table3(tidy: pd.DataFrame, head: str = "linear_probe") -> pd.DataFrame:
+def table3(tidy: pd.DataFrame, task: Task, head: str = "linear_probe") -> pd.DataFrame:
     """One row per method, all cells text: accuracies in per cent, differences to the best individual in points.
 
     Args:
         tidy: from `analysis.results.tidy`.
+        task: that it is of.
         head: how the initialisation's was made, as in `model.head`.
     """
     names = NAMES | {"initialisation": f"Initialisation ({HEADS[head]})"}
@@ -96,38 +98,40 @@ def table3(tidy: pd.DataFrame, head: str = "linear_probe") -> pd.DataFrame:
         held_out = cells["held_out"].iloc[0]
         row["Held-out"] = "" if pd.isna(held_out) else percent(held_out)  # an oracle was not chosen there
         for column in (test, *shifts):
-            row[SPLITS.get(column, column)] = _accuracy(cells.loc[column])
+            row[column_title(task, column)] = _accuracy(cells.loc[column])
         if shifts:
-            row["Mean of shifts"] = _accuracy(cells.loc[SHIFT_MEAN])
-        for column, title in ((test, "Test − best"), (SHIFT_MEAN, "Shifts − best"))[: 2 if shifts else 1]:
+            row[column_title(task, SHIFT_MEAN)] = _accuracy(cells.loc[SHIFT_MEAN])
+        titles = {test: f"{column_title(task, test)} − best"} | ({SHIFT_MEAN: "Shifts − best"} if shifts else {})
+        for column, title in titles.items():
             cell = cells.loc[column]
             row[title] = "" if method == "best" else points(cell["difference"], cell["low"], cell["high"])
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def measured(metrics: Mapping[str, str], columns: Iterable[str]) -> str:
+def measured(task: Task, columns: Iterable[str]) -> str:
     """What the numbers of a table are, split by split where they differ.
 
-    >>> measured({"ood": "macro_f1"}, ["test", "ood"])
-    'Top-1 accuracy (Test), macro F1 (ood)'
+    >>> from configs.schema import load
+    >>> measured(load("figureg1_fmow").task, ["test", "ood"])
+    'Top-1 accuracy (Test), accuracy of the worst group (OOD)'
     """
-    of = {column: METRICS[metrics.get(column, "top1")] for column in columns if column != SHIFT_MEAN}
+    of = {column: METRICS[task.metrics.get(column, "top1")] for column in columns if column != SHIFT_MEAN}
     if len(set(of.values())) == 1:
         return next(iter(of.values()))
     parts = [
-        f"{metric} ({', '.join(SPLITS.get(c, c) for c in of if of[c] == metric)})"
+        f"{metric} ({', '.join(column_title(task, c) for c in of if of[c] == metric)})"
         for metric in dict.fromkeys(of.values())
     ]
     return ", ".join([parts[0], *(part[:1].lower() + part[1:] for part in parts[1:])])
 
 
-def caption(tidy: pd.DataFrame, note: str, baseline: str, metrics: Mapping[str, str]) -> str:
+def caption(tidy: pd.DataFrame, note: str, baseline: str, task: Task) -> str:
     """What the table shows, with n of every split."""
     sizes = tidy.drop_duplicates("column").set_index("column")["n"]
-    counts = ", ".join(f"{SPLITS.get(c, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
+    counts = ", ".join(f"{column_title(task, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
     return (
-        f"{measured(metrics, sizes.index)} in %, n: {counts}. Differences in percentage points to {baseline}, with "
+        f"{measured(task, sizes.index)} in %, n: {counts}. Differences in percentage points to {baseline}, with "
         f"95 % paired-bootstrap intervals. {note}"
     )
 
@@ -141,9 +145,9 @@ def write_table(
     tidy: pd.DataFrame,
     stem: Path,
     note: str,
+    task: Task,
     *,
     baseline: str = BEST,
-    metrics: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write stem.md, stem.tex (booktabs) and stem.csv (the tidy numbers behind both).
 
@@ -152,10 +156,10 @@ def write_table(
         tidy: the numbers.
         stem: path without suffix.
         note: names proxies.
+        task: that it is of.
         baseline: what differences are to.
-        metrics: split -> how it is scored, where that is not top-1.
     """
-    return write_cells(table, tidy, stem, caption(tidy, note, baseline, metrics or {}))
+    return write_cells(table, tidy, stem, caption(tidy, note, baseline, task))
 
 
 def write_cells(table: pd.DataFrame, numbers: pd.DataFrame, stem: Path, text: str) -> list[Path]:

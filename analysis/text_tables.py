@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.paper import MARKS, legend, paper_table
 from analysis.report import note
-from analysis.results import benchmark_name, measure
+from analysis.results import measure
 from analysis.tables import BEST, METRICS, NAMES, points, write_cells
 from analysis.with_paper import LEVEL, with_significance
 from configs.schema import Experiment
@@ -23,7 +23,8 @@ MODELS |= {"t5_base": "T5-base", "t5_large": "T5-large"}
 def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
     """One row per experiment and recipe, on its test split, beside the paper's number where it has one.
 
-    Columns: network, task, n, metric and those of `analysis.with_paper.with_significance`; ours and paper (per cent),
+    Columns: network, task, protocol (apart, or paper: selected on the reported split), n, metric and those of
+    `analysis.with_paper.with_significance`; ours and paper (per cent),
     minus_paper (points), confidence, source.
 
     Raises:
@@ -38,13 +39,14 @@ def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
         chosen = [method for method in methods if method.name in RECIPES[table]]
         tidy = with_significance(config, evaluator, chosen, best)
         tidy = tidy[tidy["column"] == config.task.test]
-        network, task = network_of(config), config.task.subset or benchmark_name(config)
+        network, task = network_of(config), config.task.subset or config.task.name
         keys = [(f"{network}/{method}", task) for method in tidy["method"]]
         cells = paper.reindex(keys).set_axis(tidy.index)
         parts.append(
             tidy.assign(
                 network=network,
                 task=task,
+                protocol=config.task.protocol,
                 metric=config.task.metrics.get(config.task.test, "top1"),
                 ours=100 * tidy["accuracy"],
                 paper=cells["value"],

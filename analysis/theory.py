@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from analysis.derivatives import along, check_weights
 from eval.calibration import fit_beta
 from eval.metrics import check, top1
-from soups.mixture import mixture
-from store.weights import Weights
+from soups.average import mixture
+from soups.files.weights import Weights
 
 Projection = Callable[[Tensor], Tensor]
 AT_ONCE = 2**22  # logits that are widened to float64 at once: 32 MiB

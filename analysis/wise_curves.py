@@ -26,12 +26,12 @@ from analysis.results import SHIFT_MEAN, Method, accuracy_in, refuse_leak
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from finetune.rows import row_config
-from soups.pool import usable_pool
+from soups.experiment.pool import usable_pool
+from soups.files.atomic import digest_of, read_json
+from soups.files.weights import Weights, load_weights
 from soups.recipes import wise_ft
-from store.atomic import read_json
-from store.runs import Ingredient, RunFolder, digest_of
-from store.weights import Weights, load_weights
+from store.rows import row_config
+from store.runs import Ingredient, RunFolder
 
 ALPHAS = tuple(i / 10 for i in range(11))
 SOUPS = ("uniform", "greedy")

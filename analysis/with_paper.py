@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.paper import beside, beside_table, legend, paper_table
+from analysis.paper import ALONE, beside, beside_table, legend, only_in_paper, paper_table
 from analysis.report import note
 from analysis.results import (
     SHIFT_MEAN,
@@ -18,11 +18,10 @@ from analysis.results import (
     columns_of,
     compare,
     measure,
-    oracle_of,
     spread_in,
 )
 from analysis.sets import measure_sets
-from analysis.tables import BEST, HEADS, NAMES, SPLITS, measured, points, write_cells
+from analysis.tables import BEST, HEADS, NAMES, column_title, measured, points, write_cells
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -31,8 +30,8 @@ from store.runs import RunFolder
 
 LEVEL = 0.05
 ORACLE = "oracle"
-TITLES = SPLITS | {"real": "ReaL", "multilabel": "Multilabel", SHIFT_MEAN: "Mean of shifts"}
 RATE = re.compile(r", (\d+e-\d+)$")  # at the end of a row's name in Tables L.1 and L.2
+PAPER_ONLY = "paper only"  # ends the name of a row without numbers of ours
 DEMO_RATE = "3e-5"  # of the paper's two, which stands beside rows that name none
 
 
@@ -41,8 +40,12 @@ def _hits(
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """Per-image results of a column and the groups that are swapped together; None where top-1 does not score it."""
     if column in method.annotated:
-        right = method.annotated[column]
-        return [right], [torch.arange(len(right))]
+        found = method.annotated[column]
+        everything = torch.arange(len(found.right))
+        if found.classes is None:
+            return [found.right], [everything]
+        own = [everything[found.classes == label] for label in found.classes.unique()]  # classes weigh alike
+        return [found.right[images] for images in own], own
     splits = columns_of(config)[column]
     if any(split in method.scores for split in splits):
         return None
@@ -76,7 +79,7 @@ def with_significance(
 
         def accuracy(method: Method, column: str = column) -> float:
             if column in method.annotated:
-                return method.annotated[column].double().mean().item()
+                return method.annotated[column].accuracy
             return accuracy_in(config, method, column)
 
         best = max((method for method in methods if method.name != ORACLE), key=accuracy)
@@ -84,7 +87,7 @@ def with_significance(
             row = {"method": method.name, "models": method.models, "held_out": method.held_out, "column": column}
             row |= {"accuracy": accuracy(method), "spread": None}
             if column in method.annotated:
-                row["n"] = len(method.annotated[column])
+                row["n"] = len(method.annotated[column].right)
             else:
                 row["n"] = sum(len(method.hits[split]) for split in columns_of(config)[column])
                 row["spread"] = spread_in(config, method, column)
@@ -110,33 +113,36 @@ def _beside(tidy: pd.DataFrame, table: str, rows: Mapping[str, str], columns: Ma
 
 def _paper_baseline(own: pd.DataFrame, baseline: str) -> float:
     """The paper's number of the method that differences are to, in one column; NaN where it is not known."""
-    first = own[own["method"] == "best"] if baseline == BEST else own.head(1)
-    return float(first["paper"].iloc[0]) if len(first) else float("nan")
+    first = own.loc[["best"]] if baseline == BEST else own.head(1)
+    return float(first["paper"].iloc[0])
 
 
 def _write(
     config: Experiment, compared: pd.DataFrame, table: str, names: Mapping[str, str], baseline: str
 ) -> list[Path]:
     """Write <table>_with_paper.{md,tex,csv} into the experiment's analysis folder."""
-    cells = beside_table(compared, names=names, titles=TITLES)
-    for column in (config.task.test, SHIFT_MEAN):
-        own = compared[compared["column"] == column]
-        if own.empty:
+    task = config.task
+    titles = {column: column_title(task, column) for column in compared["column"]}
+    methods = compared["method"].unique()
+    cells = beside_table(compared, titles, names)
+    for column in (task.test, SHIFT_MEAN):
+        own = compared[compared["column"] == column].set_index("method").reindex(methods)
+        if own["ours"].isna().all():
             continue
-        title = f"{TITLES.get(column, column)} − {baseline.split()[1]}"
+        title = f"{titles[column]} − {baseline.split()[1]}"
         ends = zip(own["difference"], own["low"], own["high"], strict=True)
-        cells[title] = [points(*each) if any(each) else "" for each in ends]
+        cells[title] = [points(*each) if any(each) and pd.notna(each[0]) else "" for each in ends]
         gains = own["paper"] - _paper_baseline(own, baseline)
         if gains.notna().sum() > 1:
             cells[f"{title}, paper"] = ["" if pd.isna(gain) or not gain else f"{gain:+.2f}" for gain in gains]
-    sizes = compared.drop_duplicates("column").set_index("column")["n"]
-    counts = ", ".join(f"{TITLES.get(c, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
+    sizes = compared.dropna(subset="ours").drop_duplicates("column").set_index("column")["n"]
+    counts = ", ".join(f"{titles[c]} {n:.0f}" for c, n in sizes.items() if c != SHIFT_MEAN)
+    alone = f" Rows marked {PAPER_ONLY} have no number of ours." if compared["ours"].isna().any() else ""
     text = (
-        f"{measured(config.task.metrics, columns_of(config))} in %, n: {counts}. Ours beside the paper's, and ours "
+        f"{measured(task, columns_of(config))} in %, n: {counts}. Ours beside the paper's, and ours "
         "minus the paper's in points. Bold: the best of a column, and what a paired permutation test does not tell "
         f"from it at {LEVEL}. Last columns: points to {baseline}, with 95 % paired-bootstrap intervals, and the "
-        f"paper's. {note(config)} "
-        f"{legend(compared)}"
+        f"paper's.{alone} {note(config)} {legend(compared)}"
     )
     return write_cells(cells, compared, RunFolder.of(config).analysis / f"{table}_with_paper", text)
 
@@ -148,16 +154,17 @@ def methods_with_paper(config: Experiment, table: str) -> list[Path]:
         UserError: a stage before this one is not finished.
     """
     evaluator = Evaluator(config)
-    pool, methods = measure(config, evaluator)
-    if ORACLE in set(paper_table(table)["row"]) and all(method.name != ORACLE for method in methods):
-        methods.append(oracle_of(config, pool))
+    _, methods = measure(config, evaluator, with_oracle=ORACLE in set(paper_table(table)["row"]))
     best = next(method for method in methods if method.name == "best")
     tidy = with_significance(config, evaluator, methods, best)
     if table == "table1":
         tidy = tidy[tidy["column"].isin([config.task.test, SHIFT_MEAN])]
     columns = {column: column for column in tidy["column"]} | {config.task.test: "test"}
     compared = _beside(tidy, table, {name: name for name in tidy["method"]}, columns)
-    names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"}
+    alone = only_in_paper(compared, table, columns)
+    names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"} | ALONE
+    names |= {row: f"{names[row]}, {PAPER_ONLY}" for row in alone["method"]}
+    compared = pd.concat([compared, alone], ignore_index=True)
     return _write(config, compared, table, names, BEST)
 
 

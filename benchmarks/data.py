@@ -11,7 +11,7 @@ train: a random crop of 8 % to 100 % of the image, 3/4 to 4/3 wide to high, resi
   torchvision   ImageFolder, RandomResizedCrop, RandomHorizontalFlip, PILToTensor, DataLoader
   timm          ImageDataset, create_transform without colour jitter, fast_collate, DataLoader: what timm's own
                 create_loader puts together, but for its prefetcher, which is for GPUs
-  ours          FolderSplit, TrainingBatches with augment.kind=rand and no operations (timm's crop with the bicubic
+  ours          ImageSplit, TrainingBatches with augment.kind=rand and no operations (timm's crop with the bicubic
                 filter and torchvision's flip, as timm has it; kind=medium would draw the filter), made_ahead;
                 besides, every image is seeded by what it is
 fixed: the shorter side to 256 (bicubic), the centre crop of 224; for one core, so that the rows compare.
@@ -47,15 +47,17 @@ from torchvision.datasets import ImageFolder
 from configs.cli import one_line_errors
 from configs.schema import Task
 from configs.training import Augment
-from finetune.batches import TrainingBatches
+from finetune.data import TrainingBatches
 from finetune.length import Length
-from finetune.loop import ALONE
-from store.atomic import replacing
+from finetune.train import ALONE
+from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.workers import use_threads
 from tasks.ahead import made_ahead
+from tasks.files import Files
 from tasks.fixed import FixedTransform, fixed_batches
-from tasks.image_folder import FolderSplit, load_split
+from tasks.image_folder import load_split
+from tasks.split import ImageSplit
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 4
@@ -83,7 +85,7 @@ def save_photograph(path: Path, width: int, height: int, number: int) -> None:
     Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=95)
 
 
-def make_folder(root: Path, images: int, width: int, height: int) -> FolderSplit:
+def make_folder(root: Path, images: int, width: int, height: int) -> ImageSplit:
     """Write the images to root/train and read each once."""
     for number in range(images):
         path = root / "train" / f"class_{number % CLASSES}" / f"{number:06d}.jpg"
@@ -103,43 +105,48 @@ def theirs(dataset: Any, workers: int, collate: Callable[..., Any] | None = None
     return (images for images, _ in loader)
 
 
-def torchvision_train(images: FolderSplit, workers: int) -> Iterable[Tensor]:
+def _files(images: ImageSplit) -> Files:
+    assert isinstance(images.stored, Files)
+    return images.stored
+
+
+def torchvision_train(images: ImageSplit, workers: int) -> Iterable[Tensor]:
     """Plain torchvision."""
     steps = [transforms.RandomResizedCrop(SIZE, interpolation=BICUBIC), transforms.RandomHorizontalFlip()]
-    return theirs(ImageFolder(images.root, transforms.Compose([*steps, transforms.PILToTensor()])), workers)
+    return theirs(ImageFolder(_files(images).root, transforms.Compose([*steps, transforms.PILToTensor()])), workers)
 
 
-def timm_train(images: FolderSplit, workers: int) -> Iterable[Tensor]:
+def timm_train(images: ImageSplit, workers: int) -> Iterable[Tensor]:
     """timm's data set, transform and collation."""
     # `use_prefetcher` leaves uint8 arrays, here as for a GPU.
     transform = create_transform(
         SIZE, is_training=True, color_jitter=None, interpolation="bicubic", use_prefetcher=True
     )
-    return theirs(ImageDataset(str(images.root), transform=transform), workers, fast_collate)
+    return theirs(ImageDataset(str(_files(images).root), transform=transform), workers, fast_collate)
 
 
-def ours_train(images: FolderSplit, workers: int) -> Iterable[Tensor]:
-    """What `finetune.loop` iterates over."""
+def ours_train(images: ImageSplit, workers: int) -> Iterable[Tensor]:
+    """What `finetune.train` iterates over."""
     steps = len(images) // BATCH
     length = Length(len(images), BATCH, steps, steps)
     augment = Augment(kind="rand")  # type: ignore[call-arg]  # mypy sees no dataclass in `closed`
     return made_ahead(TrainingBatches(images, augment, SIZE, length, 0, ALONE), workers)
 
 
-def torchvision_fixed(images: FolderSplit, workers: int) -> Iterable[Tensor]:
+def torchvision_fixed(images: ImageSplit, workers: int) -> Iterable[Tensor]:
     """Plain torchvision."""
     steps = [transforms.Resize(RESIZE, BICUBIC), transforms.CenterCrop(SIZE), transforms.PILToTensor()]
-    return theirs(ImageFolder(images.root, transforms.Compose(steps)), workers)
+    return theirs(ImageFolder(_files(images).root, transforms.Compose(steps)), workers)
 
 
-def ours_fixed(images: FolderSplit, workers: int, decoded: Path | None = None) -> Iterable[Tensor]:
+def ours_fixed(images: ImageSplit, workers: int, decoded: Path | None = None) -> Iterable[Tensor]:
     """What `eval.forward` iterates over, but for a last incomplete batch, which the others drop."""
     rows = torch.arange(len(images) // BATCH * BATCH)
     transform = FixedTransform(SIZE, RESIZE, squash=False)
     return fixed_batches(images, transform, batch=BATCH, rows=rows, workers=workers, decoded=decoded)
 
 
-Load = Callable[[FolderSplit, int], Iterable[Tensor]]
+Load = Callable[[ImageSplit, int], Iterable[Tensor]]
 WAYS: dict[tuple[str, str], Load] = {
     (REFERENCE, "train"): torchvision_train,
     ("timm", "train"): timm_train,
@@ -158,7 +165,7 @@ def rate(batches: Iterable[Tensor]) -> float:
     return images * (len(arrivals) - 1) / len(arrivals) / (arrivals[-1] - arrivals[0])
 
 
-def compare(images: FolderSplit, decoded: Path, rounds: int) -> dict[Contender, list[float]]:
+def compare(images: ImageSplit, decoded: Path, rounds: int) -> dict[Contender, list[float]]:
     """Images per second of every contender in every round."""
     ways = {
         Contender(name, transform, workers): partial(load, images, workers)
@@ -177,9 +184,9 @@ def compare(images: FolderSplit, decoded: Path, rounds: int) -> dict[Contender, 
     return found
 
 
-def table(found: dict[Contender, list[float]], images: FolderSplit) -> pd.DataFrame:
+def table(found: dict[Contender, list[float]], images: ImageSplit) -> pd.DataFrame:
     """A row for each contender: medians over rounds, and ratios within rounds."""
-    paths = [images.path(row) for row in range(len(images))]
+    paths = [_files(images).path(row) for row in range(len(images))]
     rows: list[dict[str, Any]] = []
     for contender, rates in found.items():
         reference = found[Contender(REFERENCE, contender.transform, contender.workers)]

@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks.soups import ROOT, Run, measure
 from configs.cli import one_line_errors
 from eval.metrics import correct
+from soups.files.atomic import replacing
 from soups.recipes import greedy, uniform
 from store.arrays import cached_array
-from store.atomic import replacing
 from store.provenance import provenance_columns
 
 CLASSES = 1000

@@ -29,7 +29,7 @@ from configs.data import Task
 from configs.training import Model
 from eval.forward import forward
 from models.classifier import Classifier
-from store.atomic import replacing
+from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.workers import use_threads
 from tasks.fixed import fixed_batches, of_model

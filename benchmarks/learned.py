@@ -27,9 +27,9 @@ from torch import Tensor
 
 from benchmarks.soups import ROOT, Run, measure
 from configs.cli import one_line_errors
-from soups.learned import LearnedSettings, learned
-from soups.residents import FileWeights
-from store.atomic import replacing, write_json
+from soups.descent import LearnedSettings, learned
+from soups.files.atomic import replacing, write_json
+from soups.files.tensors import LazyWeights
 from store.provenance import provenance_columns
 from store.workers import little_memory
 
@@ -82,7 +82,7 @@ def child(kind: str, paths: list[Path], steps: int, out: Path) -> None:
         place = "stream" if kind == "stream" else "host"
         settings = LearnedSettings(place=place, differences=kind == "host", epochs=1, batch_size=BATCH)
         module = timm.create_model(NETWORK, num_classes=1000)
-        files = [lambda path=path: FileWeights(path) for path in paths]
+        files = [lambda path=path: LazyWeights(path) for path in paths]
         with little_memory():
             learned(module, files, lambda epoch: batches(steps, times), settings)  # type: ignore[arg-type]
     write_json(out, times)

@@ -1,9 +1,10 @@
 """Averaging weight files, ours beside others:  python -m benchmarks.soups [--folder DIR] [--mergekit-python PYTHON]
 
 K synthetic checkpoints with the shapes of CLIP ViT-B/32's image tower and a head of 1000 classes (88 M float32
-parameters in 154 tensors, 353 MB each) are written once and averaged by each contender: a process of its own, its
-imports included, with the files in the page cache. Contenders take turns in every round; the ratio is to the reading
-of all bytes in the same round. Peak anonymous memory is RssAnon of the process, looked at every 5 ms.
+parameters in 154 tensors, 353 MB each) are written once, a few of them under several names, and averaged by each
+contender: a process of its own, its imports included, with the files in the page cache. Contenders take turns in every
+round; the ratio is to the reading of all bytes in the same round. Peak anonymous memory is RssAnon of the process,
+looked at every 5 ms.
 
 Writes results/measured/bench_soups.csv, or the file named by --out.
 """
@@ -23,10 +24,10 @@ import pandas as pd
 
 from benchmarks.averaging_peers import PEERS
 from configs.cli import one_line_errors
-from store.atomic import replacing
-from store.checkpoints import BLOCK, Entry
+from soups.files.atomic import replacing
+from soups.files.checkpoints import BLOCK, Entry
+from soups.files.streamed import streamed
 from store.provenance import provenance_columns
-from store.streamed import streamed
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
@@ -54,12 +55,22 @@ def shapes(width: int) -> dict[str, tuple[int, ...]]:
     return named | {"classification_head.weight": (1000, joint), "classification_head.bias": (1000,)}
 
 
-def make_pool(folder: Path, models: int, width: int) -> list[Path]:
-    """Write the checkpoints that are not there yet: an initialisation of standard normal numbers, moved a little."""
+def make_pool(folder: Path, models: int, width: int, files: int) -> list[Path]:
+    """Write the checkpoints that are not there yet: an initialisation of standard normal numbers, moved a little.
+
+    Args:
+        folder: of the checkpoints.
+        models: how many names.
+        width: of the transformer.
+        files: how many of them have content of their own; the others are further names (hard links) of these.
+    """
     entries = {name: Entry("F32", shape) for name, shape in shapes(width).items()}
     paths = [folder / f"model_{i}_of_width_{width}.safetensors" for i in range(models)]
     for i, path in enumerate(paths):
         if path.exists():
+            continue
+        if i >= files:
+            path.hardlink_to(paths[i % files])
             continue
         start, moved = np.random.default_rng(0), np.random.default_rng(i + 1)
         with streamed(path, entries, dict) as file:
@@ -74,7 +85,7 @@ def make_pool(folder: Path, models: int, width: int) -> list[Path]:
 def command(contender: str, out: Path, paths: Sequence[Path], mergekit: Path | None) -> list[str]:
     """How a contender is started."""
     if contender == OURS:
-        return [sys.executable, "-m", "soups", f"ingredients=[{','.join(map(str, paths))}]", f"out={out}"]
+        return [sys.executable, "-m", "soups", "uniform", *map(str, paths), "--out", str(out), "--force"]
     if contender == "mergekit":
         assert mergekit is not None
         config = out.with_suffix(".yaml")
@@ -153,8 +164,9 @@ def _version_of_mergekit(python: Path | None) -> str:
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/bench_soups", help="for the checkpoints, 5.7 GB")
-    parser.add_argument("--models", type=int, default=16)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/bench_soups", help="for the checkpoints, 2.8 GB")
+    parser.add_argument("--models", type=int, default=72)
+    parser.add_argument("--files", type=int, default=8, help="files on the disk; the other models are links to them")
     parser.add_argument("--width", type=int, default=768, help="of the transformer; 768 is ViT-B, less is for trials")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mergekit-python", type=Path, help="of an environment that has mergekit")
@@ -162,7 +174,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, mergekit = arguments.folder.resolve(), arguments.mergekit_python
     folder.mkdir(parents=True, exist_ok=True)
-    paths = make_pool(folder, arguments.models, arguments.width)
+    paths = make_pool(folder, arguments.models, arguments.width, arguments.files)
     contenders = [*PEERS, OURS] + (["mergekit"] if mergekit else [])
     if not mergekit:
         print("mergekit is left out: no environment that has it was named with --mergekit-python")

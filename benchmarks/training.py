@@ -28,14 +28,14 @@ from torch import nn
 
 from configs.cli import one_line_errors
 from configs.schema import Experiment, load
-from finetune.batches import TrainingBatches
+from finetune.data import TrainingBatches
 from finetune.length import Length
-from finetune.loop import ALONE, fine_tune
-from finetune.optimisers import build
-from finetune.rows import row_config
+from finetune.optim import build
+from finetune.train import ALONE, fine_tune
 from models.classifier import pretrained
-from store.atomic import replacing
+from soups.files.atomic import replacing
 from store.provenance import provenance_columns
+from store.rows import row_config
 from store.workers import use_threads
 from tasks.load import class_names, load_split
 from tasks.split import Images

@@ -5,61 +5,47 @@ Exit statuses: 0, done; 1, a bug, with its traceback, or the no of a command tha
 by Ctrl-C.
 """
 
-import errno
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from pathlib import Path
 
 import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import InterruptedBySignalError, UserError
+from configs.errors import UserError
 from configs.exporting import Export, parse_export
-from configs.schema import CONFIGS, Experiment, OwnPool, load, parse, parse_own
+from configs.help import (
+    GENERAL,
+    GROUPS,
+    command_help,
+    mentions,
+    nearest,
+    nearest_setting,
+    options_of,
+    settings_of,
+    topic_help,
+)
+from configs.schema import CONFIGS, Experiment, fields_of, load, parse
 from configs.slurm import requeueing
+from soups.errors import one_line_errors, refuse
+from soups.files.atomic import read_json, write_json
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-OWN = ("analysis", "benchmarks", "configs", "eval", "finetune", "models", "slurm", "soups", "store", "tasks")
-
-
-def refuse(line: str) -> None:
-    """End with a line on stderr and status 2."""
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
-def one_line_errors(work: Callable[[], None]) -> None:
-    """Run `work`; what its user can mend becomes one line on stderr and exit status 2, Ctrl-C status 130.
-
-    That is a `UserError`, a full or forbidden disk, or a package that is not installed.
-
-    A stage that a signal asked to end, and that has saved its state, ends with status 128 + the signal's number.
-    """
-    try:
-        work()
-    except UserError as error:
-        refuse(str(error))
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in OWN:
-            raise
-        refuse(f"the package {error.name} is not installed: run `make setup`, or pip install -r requirements.txt")
-    except InterruptedBySignalError as error:
-        print("interrupted by a signal, and saved: run the same command again to continue", file=sys.stderr)
-        sys.exit(128 + error.signum)
-    except OSError as error:
-        if error.errno in FULL:
-            refuse(f"no space left on the disk of {error.filename}: free some and run again")
-        if error.errno in FORBIDDEN and error.filename:
-            refuse(f"{error.filename} cannot be read or written ({error.strerror}): name another place, or change that")
-        raise
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+RENAMED = {  # files of groups, whose names are those of their kinds
+    "task=folders": "task=image_folder",
+    "model=any_timm": "model=timm",
+    "model=any_open_clip": "model=open_clip",
+    "model=any_transformers": "model=transformers",
+    "model=any_text_encoder": "model=text_encoder",
+}
+COMMAND = "command.json"  # in a run's folder: the words that make it
+OF_ONE_CALL = ("run", "recipe", "artefact", "submit", "sweep.index", "share.index", "share.of", "paths.results")
 
 
 def parts_of(config: Experiment, typed: Sequence[str]) -> list[Experiment]:
@@ -68,33 +54,179 @@ def parts_of(config: Experiment, typed: Sequence[str]) -> list[Experiment]:
     Args:
         config: of the experiment that was named.
         typed: overrides of the command line.
+
+    Raises:
+        UserError: a name, which all parts would share, and with it their run folder; an archive of data for parts of
+            several data sets.
     """
+    if not config.parts:
+        return [config]
+    fields = fields_of(typed)
+    if "name" in fields:
+        raise UserError(
+            f"{config.name} is made of {len(config.parts)} experiments, which keep their own names: to keep these runs "
+            "apart from others, type another folder, paths.runs=runs/mine"
+        )
     own = ("experiment", "artefact", "parts")
-    shared = [override for override in typed if override.split("=")[0].lstrip("+~") not in own]
-    return [load(name, *shared) for name in config.parts] or [config]
+    shared = [override for override, field in zip(typed, fields, strict=True) if field not in own]
+    parts = [load(name, *shared) for name in config.parts]
+    if config.cluster.stage is not None and len({part.task.folder for part in parts}) > 1:
+        raise UserError(
+            f"cluster.stage is the data of one experiment, and those of {config.name} have several data sets: type it "
+            "for each experiment by itself"
+        )
+    return parts
 
 
-def typed_right(main: Callable[[], None]) -> Callable[[], None]:
-    """A `main` of Hydra whose complaints about what was typed are one line and status 2, not several and status 1."""
+def parts_as_typed(config: Experiment, typed: Sequence[str]) -> list[tuple[Experiment, list[str]]]:
+    """`parts_of`, each with the words that make it by itself; or the experiment and its own words."""
+    if not config.parts:
+        return [(config, list(typed))]
+    others = [word for word in typed if _field(word) not in ("experiment", "artefact", "parts")]
+    return [(part, [f"experiment={part.name}", *others]) for part in parts_of(config, typed)]
+
+
+def typed_right(main: Callable[[], None], document: str = "") -> Callable[[], None]:
+    """A `main` of Hydra that answers --help by itself, takes `run=FOLDER`, and refuses what is mistyped in one line.
+
+    Args:
+        main: decorated by Hydra.
+        document: the docstring of the command's module; empty: its settings are no experiment's, and --help is Hydra's.
+    """
 
     def checked() -> None:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # it raises, in place of printing and ending
         try:
+            if document:
+                sys.argv[1:] = with_run(sys.argv[1:])
+                refuse_bare_words(sys.argv[1:])
+            if document and not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+                print(helped(sys.argv[1:], document))
+                return
             main()
+        except UserError as error:
+            refuse(str(error))
         except MissingConfigException as error:
             refuse(_unknown(error))
         except (HydraException, OmegaConfBaseException) as error:
-            refuse(f"{_first(str(error))}; --help says what there is")
+            refuse(_first(str(error)))
 
     return checked
+
+
+def with_run(words: Sequence[str]) -> list[str]:
+    """The words of a command with run=FOLDER replaced by the words that this run was made with.
+
+    Words that are typed beside run=FOLDER come after them and win.
+
+    Args:
+        words: of the command line, as in ["run=runs/pets", "recipe=greedy"].
+
+    Raises:
+        UserError: the folder holds no run, or one without its words.
+    """
+    named = [word for word in words if word.startswith("run=")]
+    if not named:
+        return list(words)
+    folder = Path(named[-1].removeprefix("run="))
+    folder = folder if folder.name else folder.resolve()
+    more = [word for word in words if word not in named]
+    typed = {_field(word) for word in more}
+    kept = [word for word in words_of_run(folder) if _field(word) not in typed]
+    return [*kept, *more]
+
+
+def words_of_run(folder: Path) -> list[str]:
+    """The words that make a run again, wherever its folder has been moved to, raising as `with_run`."""
+    path = folder / COMMAND
+    if not path.exists():
+        if (folder.parent / COMMAND).exists():
+            raise UserError(f"run={folder} is one of several sweeps: type run={folder.parent}")
+        here = sorted(each.parent for each in folder.parent.glob(f"*/{COMMAND}"))
+        near = nearest(folder.name, [each.name for each in here])
+        beside = f"; there is {', '.join(str(folder.parent / name) for name in near)}" if near else ""
+        what = "has no " + COMMAND if folder.is_dir() else "does not exist"
+        raise UserError(
+            f"run={folder} {what}, which python reproduce.py and python -m finetune write: name a run's folder, or "
+            f"type experiment=NAME and its settings{beside}"
+        )
+    words = read_json(path)["words"]
+    kept = [word for word in words if _field(word) not in ("name", "paths.runs")]
+    name = [] if f"experiment={folder.name}" in kept else [f"name={folder.name}"]
+    return [*kept, *name, *([] if folder.parent == Path("runs") else [f"paths.runs={folder.parent}"])]
+
+
+def record_words(config: Experiment, typed: Sequence[str]) -> None:
+    """Keep what makes a run in its folder, for run=FOLDER.
+
+    Args:
+        config: of the experiment.
+        typed: the words that make it.
+    """
+    words = [word for word in typed if _field(word) not in OF_ONE_CALL and "=" in word]
+    path = config.paths.runs / config.name / COMMAND
+    if not (path.exists() and read_json(path)["words"] == words):
+        write_json(path, {"words": words})
+
+
+def _field(word: str) -> str:
+    return word.split("=", maxsplit=1)[0].lstrip("+~")
+
+
+def refuse_bare_words(words: Sequence[str]) -> None:
+    """A word without a value is no setting, and perhaps the name of an experiment.
+
+    Raises:
+        UserError: there is one, beside --help, whose words are topics.
+    """
+    if any(word in ("--help", "-h") for word in words):
+        return
+    after_flag = {place + 1 for place, word in enumerate(words) if word.startswith("-") and "=" not in word}
+    for place, word in enumerate(words):
+        if "=" in word or word.startswith(("-", "~")) or place in after_flag:
+            continue
+        if any(word == each.name for each in settings_of(Experiment)):
+            raise UserError(f"{word} has no value: type {word}=VALUE")
+        near = nearest(word, options_of("experiment"))
+        said = f"type experiment={near[0]}" if near else "settings are typed as field=value, as in experiment=demo"
+        raise UserError(f"{word!r} is no setting: {said}")
+
+
+def helped(words: Sequence[str], document: str) -> str:
+    """What --help prints: of the command, or of a group of settings or a setting that is typed beside it.
+
+    Raises:
+        UserError: there is no such group or setting.
+    """
+    topics = [word for word in words if "=" not in word and not word.startswith("-")]
+    if not topics:
+        return command_help(document, _command())
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        values = OmegaConf.to_container(compose("config", [word for word in words if "=" in word]), resolve=False)
+    try:
+        return "\n".join(topic_help(topic, Experiment, values) for topic in topics)  # type: ignore[arg-type]
+    except KeyError as error:
+        name = error.args[0]
+        near = ", ".join(nearest(name, [*GROUPS, GENERAL, "experiment"])) or nearest_setting(name, Experiment)
+        raise UserError(f"--help {name}: there is no such group or setting, but {near or ', '.join(GROUPS)}") from None
+
+
+def _command() -> str:
+    """How this process was started, as in "python -m finetune"."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"
 
 
 def _first(message: str) -> str:
     """The lines of Hydra's message that say what is wrong, without its advice, which closed settings would refuse."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if lines[0].startswith("Could not override"):
-        return f"there is no setting {lines[0].split(chr(39))[1]}"
-    return "; ".join(lines[:2])
+        name = lines[0].split(chr(39))[1]
+        near, group = nearest_setting(name, Experiment), name.split(".")[0]
+        all_are = f"--help {group} lists all of {group}" if group in GROUPS else "--help says what there is"
+        return f"there is no setting {name}{f', but {near}' if near else ''}; {all_are}"
+    return f"{'; '.join(lines[:2])}; --help says what there is"
 
 
 def _unknown(error: MissingConfigException) -> str:
@@ -103,14 +235,22 @@ def _unknown(error: MissingConfigException) -> str:
     options = list(error.options or [])
     if not group or not options:
         return str(error).splitlines()[0]
-    near = get_close_matches(name, options, n=3, cutoff=0.4) or sorted(options)[:3]
-    return f"there is no {group}={name}, but {', '.join(near)}; all are in configs/{group}"
+    now = RENAMED.get(f"{group}={name}")
+    if now is not None:
+        return f"{group}={name} is called {now} now"
+    near = nearest(name, options) or [each for each in options if mentions(group, each, name)] or sorted(options)[:3]
+    more = f"; all are in configs/{group}" if len(options) > len(near) else ""
+    return f"there is no {group}={name}, but {', '.join(near)}{more}"
 
 
-def entry_point(stage: Callable[[Experiment], None]) -> Callable[[], None]:
+def entry_point(stage: Callable[[Experiment], None], *, several: bool = False) -> Callable[[], None]:
     """The `main` of a stage: compose configs/config.yaml with the command line, freeze it and run `stage`.
 
     In a SLURM job, SIGUSR1 makes the stage save and requeue itself, SIGTERM makes it save and end.
+
+    Args:
+        stage: what it does.
+        several: whether torchrun may start it.
     """
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
@@ -120,19 +260,9 @@ def entry_point(stage: Callable[[Experiment], None]) -> Callable[[], None]:
             with requeueing(config.cluster.restarts):
                 stage(config)
 
-        one_line_errors(work)
+        one_line_errors(work, several=several)
 
-    return typed_right(main)
-
-
-def own_pool_entry_point(stage: Callable[[OwnPool], None]) -> Callable[[], None]:
-    """The same for files of one's own: compose configs/own.yaml, which knows no experiment."""
-
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="own")
-    def main(cfg: DictConfig) -> None:
-        one_line_errors(lambda: stage(parse_own(cfg)))
-
-    return typed_right(main)
+    return typed_right(main, inspect.getdoc(inspect.getmodule(stage)) or "")
 
 
 def export_entry_point(stage: Callable[[Export], None]) -> Callable[[], None]:

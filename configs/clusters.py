@@ -19,13 +19,17 @@ class Slurm:
     account: str | None
     qos: str | None
     constraint: str | None
-    gpus: Natural  # of a row's job; the other stages take one GPU where this is not 0
+    gpus: Natural  # of a row's job, as many of them as can share its batch; the other stages take one GPU, if not 0
+    sharded_gpus: Natural = 8  # of the job of a row whose network is too large for one GPU (compute.strategy=fsdp)
     gpu_type: str | None  # as in gres: a100, h100; null: any
     nodes: Count  # of a row's job, with so many GPUs each; more than one, or several GPUs, start torchrun
     cpus: Count  # of a task; where several GPUs train a row, of all of them
     memory: str | None  # of each CPU, e.g. 5G
-    time: Time  # limit of a row, after which it saves and requeues itself
-    stage_time: Time  # limit of a job of any other stage
+    time: Time  # longest that a row asks for, after which it saves and requeues itself
+    stage_time: Time  # the same of a job of any other stage
+    margin: Annotated[float, Field(ge=1)] = 2.0  # jobs ask for so many times what the cost model expects
+    cpu_partition: str | None = None  # for jobs without a GPU; null: `partition`
+    check_space: bool = True  # refuse to send what the disk of paths.runs has no room for, by the cost model
     max_parallel: Count | None  # rows at the same time; null: as many as fit
     evaluate_jobs: Count  # jobs that share the models to be evaluated
     setup: Path | None  # a shell file with modules, an environment or a container's line; null: slurm/setup.sh
@@ -42,6 +46,8 @@ class Cluster:
     threads: Count  # of each, torch's and BLAS's; recorded with results, since it can change the last bits
     restarts: Natural = 20  # of a SLURM job: how often it may be requeued before it no longer requeues itself
     slurm: Slurm | None = None
+    stage: Path | None = None  # an archive or folder with what task.folder holds, which jobs unpack to a local disk
+    stage_to: Path | None = None  # that disk; null: $SLURM_TMPDIR, else $TMPDIR, else /tmp
 
     @model_validator(mode="after")
     def slurm_has_its_settings(self) -> "Cluster":

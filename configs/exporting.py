@@ -1,4 +1,4 @@
-"""The settings of `python -m soups.export`: which soup, for which library, where to."""
+"""The settings of `python -m soups.experiment.export`: which soup, for which library, where to."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from omegaconf import DictConfig
 from pydantic import Field, model_validator
 
-from configs.own_pool import OwnNetwork
 from configs.schema import checked, plain
 from configs.training import closed
 
@@ -17,18 +16,15 @@ Target = Literal["timm", "open_clip", "transformers", "onnx"]
 class Export:
     """configs/export.yaml."""
 
-    soup: Path  # runs/<name>/soups/<recipe>, runs/<name>/ingredients/<iii>, or a .safetensors file of one's own
+    soup: Path  # runs/<name>/soups/<recipe> or runs/<name>/ingredients/<iii>
     to: Target  # the library that is to load it
     out: Path  # a folder that is not there yet
     license: Annotated[str, Field(pattern=r"^[a-z0-9.\-]+$")] = "other"  # of the weights, as the hub names licences
     classes: tuple[str, ...] | None = None  # names by class id, where the data that have them are not here
-    model: OwnNetwork | None = None  # of a soup of one's own: the timm network that it is weights of
 
     @model_validator(mode="after")
     def can_be_written(self) -> "Export":
-        """An export never lands inside the soup that it is made from, and a network of one's own is timm's, by name."""
-        if self.model is not None and (self.model.kind != "timm" or self.model.name is None):
-            raise ValueError("a soup of one's own is exported as model=timm model.name=NAME")
+        """An export never lands inside the soup that it is made from."""
         if self.out.resolve() == self.soup.resolve():
             raise ValueError("out=FOLDER is the soup itself")
         return self

@@ -13,7 +13,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Plan:
     """configs/plan/*.yaml: of `python -m slurm.plan`; no result depends on it."""
 
-    gpu: str  # words of its name in the table of finetune/meter.py, as in h100 or a100 or "h100 pcie"
+    gpu: str  # words of its name in the table of finetune/log.py, as in h100 or a100 or "h100 pcie"
     gpus: Count | None = None  # wall time is said for so many too
     gpus_per_row: Count | None = None  # that train one row together; null: 8 where compute.strategy=fsdp, else 1
     utilisation: Share  # of the GPU's peak while it trains, what is computed again for memory included

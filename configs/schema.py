@@ -3,22 +3,30 @@
 `parse` is the only way from Hydra's answer to an `Experiment`; unknown names and values out of range die there.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from configs.clusters import Cluster, Share
 from configs.data import Task
+from configs.effects import of_no_split, without_effect
 from configs.errors import UserError
 from configs.figures import Angles, Pairs, Plane, Theory
-from configs.own_pool import OwnPool
+from configs.help import nearest, nearest_setting
 from configs.planning import Plan
+from configs.registered import CONFIGS, register
 from configs.training import (
     Augment,
     Compute,
@@ -33,7 +41,7 @@ from configs.training import (
     closed,
 )
 
-CONFIGS = Path(__file__).resolve().parent
+SEARCHED = ("optim", "augment")  # groups that `sweep.best_of` takes from another experiment's best row
 
 Recipe = Literal[
     "best",
@@ -59,7 +67,7 @@ Recipe = Literal[
 class Paths:
     """Where things are written."""
 
-    runs: Path  # run folders: runs/<name>/...
+    runs: Path = Path("runs")  # run folders: runs/<name>/...
     results: Path | None = None  # also copy tables and scores here (results/measured holds the committed ones)
 
 
@@ -89,6 +97,10 @@ class Cooking:
     orders: Count  # of greedy_random_order
     rounds: Count  # of greedy_with_replacement and ensemble_with_replacement, at most
     initialisation: bool  # whether row 0 is one of the models that recipes may choose
+    individuals: tuple[
+        str, ...
+    ] = ()  # kinds of weights, as in ema_0.999, of which best, second_best and the oracle may
+    # choose any row's (Section 3.3.2); empty: regularizer.ingredient alone, which soups and ensembles are made of
     rows: tuple[int, ...]  # of subset
     of: Recipe  # of wise_ft: the soup that is interpolated with the initialisation
     alpha: Probability  # of wise_ft: 0 is the initialisation, 1 the soup
@@ -124,10 +136,10 @@ class Tracking:
 class Analysis:
     """How tables state their uncertainty, and what figures measure."""
 
-    resamples: Count  # of the paired bootstrap
+    resamples: Count = 10_000  # of the paired bootstrap
     bins: Count = 15  # of calibration errors, with as many examples in each; how many the paper has is not known
     oracle: bool = False  # a row with the best individual model on each test set, labelled so, as in Table 4
-    seed: int
+    seed: int = 0
     labels: tuple[str, ...] = ()  # what the rows 1, 2, ... are called in a table of rows; the first is its baseline
     sets: dict[str, tuple[Count, ...]] = Field(default_factory=dict)  # rows whose soup and ensemble join that table
     angles: Angles
@@ -158,7 +170,9 @@ class Experiment:
     plan: Plan
     paths: Paths
     submit: bool = False  # of reproduce.py with cluster.kind=slurm: send the jobs, not only print them
-    towers: tuple[Path, ...] = ()  # of python -m soups.backbones: folders of rows, in the order in which they are added
+    towers: tuple[
+        Path, ...
+    ] = ()  # of python -m soups.experiment.backbones: folders of rows, in the order in which they are added
     artefact: str | None = None  # of python -m analysis: a table or figure of the paper, or all
     parts: tuple[str, ...] = ()  # experiments that this one is made of; it has no models of its own then
     replicates: tuple[int, ...] = ()  # repeat the whole experiment with these sweep seeds, under name/seed<n>
@@ -178,6 +192,17 @@ class Experiment:
         return self
 
     @model_validator(mode="after")
+    def individuals_are_made(self) -> "Experiment":
+        """Single models are chosen among weights that rows leave, those that soups are made of among them."""
+        kinds, made = self.cooking.individuals, self.regularizer.made
+        unknown = [kind for kind in kinds if kind not in made]
+        if unknown:
+            raise ValueError(f"cooking.individuals: {unknown[0]} is not made; there are {', '.join(made)}")
+        if kinds and self.regularizer.ingredient not in kinds:
+            raise ValueError(f"cooking.individuals leaves out {self.regularizer.ingredient}, regularizer.ingredient")
+        return self
+
+    @model_validator(mode="after")
     def texts_and_images_do_not_mix(self) -> "Experiment":
         """Texts meet a model that reads, and none of what is done to images."""
         if self.task.is_text != self.model.is_reader:
@@ -191,20 +216,38 @@ class Experiment:
             raise ValueError("mixup and CutMix mix pixels: of texts both are 0")
         if (self.optim.loss == "likelihood") != (self.model.head == "prompt"):
             raise ValueError("optim.loss=likelihood is of answers to prompts, model.head=prompt, and belongs to it")
+        if self.model.head == "prompt" and not self.task.answers:
+            raise ValueError(f"{len(self.task.options)} task.options are more than a prompt has letters")
         return self
 
+    @model_validator(mode="after")
+    def settings_have_an_effect(self) -> "Experiment":
+        """What is set and would be ignored is an error."""
+        problem = without_effect(self)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+
+register(Experiment)
 
 Root = TypeVar("Root")
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "the settings"
+        where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "unexpected_keyword_argument":
-            lines.append(f"{where}: unknown key; configs/schema.py lists the known ones")
+            near = nearest_setting(where, root)
+            lines.append(f"{where}: there is no such setting" + (f"; near is {near}" if near else ""))
+        elif not where:  # about several settings, which it names
+            lines.append(problem["msg"].removeprefix("Value error, "))
         else:
-            lines.append(f"{where}: {problem['msg']}, got {str(problem['input'])[:80]!r}")
+            options = re.findall(r"'([^']*)'", problem["msg"]) if problem["type"] == "literal_error" else []
+            close = nearest(str(problem["input"]), options, 1)
+            said = f"{where}: {problem['msg']}, got {str(problem['input'])[:80]!r}"
+            lines.append(said + (f"; near is {close[0]}" if close else ""))
     return "; ".join(lines)
 
 
@@ -213,7 +256,7 @@ def checked(root: type[Root], values: Any) -> Root:
     try:
         return TypeAdapter(root).validate_python(values)
     except ValidationError as error:
-        raise UserError(f"bad config: {_explain(error)}") from None
+        raise UserError(f"bad config: {_explain(error, root)}") from None
 
 
 def plain(cfg: DictConfig, remedy: str) -> Any:
@@ -236,9 +279,18 @@ def parse_values(values: Any) -> Experiment:
     return checked(Experiment, values)
 
 
-def parse_own(cfg: DictConfig) -> OwnPool:
-    """Check and freeze Hydra's answer to configs/own.yaml; raises as `parse`."""
-    return checked(OwnPool, plain(cfg, "e.g. recipe=uniform 'ingredients=[a.pt,b.pt]' out=soup.safetensors"))
+def fields_of(typed: Iterable[str]) -> list[str]:
+    """The dotted names in overrides of the command line."""
+    return [override.split("=")[0].lstrip("+~") for override in typed]
+
+
+def parse_task(cfg: DictConfig, typed: Iterable[str]) -> Task:
+    """The task of Hydra's answer, whatever model and sweep stand beside it; raises as `parse`."""
+    task = checked(Task, plain(cfg, "name one with task=, as in task=imagenet")["task"])
+    problem = of_no_split(task, fields_of(typed))
+    if problem:
+        raise UserError(f"bad config: {problem}")
+    return task
 
 
 def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
@@ -253,18 +305,62 @@ def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
         UserError: as in `parse_values`; a missing value; a field typed and drawn.
     """
     config = parse_values(plain(cfg, "an experiment sets it, e.g. experiment=demo"))
-    for field in (override.split("=")[0].lstrip("+~") for override in typed):
-        if field in config.sweep.varied:
-            way = next(way for way in ("draw", "grid", "listed") if getattr(config.sweep, way))
-            raise UserError(f"{field} is varied by the sweep; to fix it in every row, type '~sweep.{way}.{field}' too")
+    fields = fields_of(typed)
+    for field in fields:
+        varied = next((name for name in config.sweep.varied if f"{field}.".startswith(f"{name}.")), None)
+        if varied is not None:
+            raise UserError(f"{field} is varied by the sweep{_freeing(config.sweep, varied)}")
+        if config.sweep.best_of is not None and field.split(".")[0] in SEARCHED:
+            raise UserError(
+                f"{field} is that of the best row of {config.sweep.best_of}: type sweep.best_of=null to set it"
+            )
+    problem = without_effect(config, fields)
+    if problem:
+        raise UserError(f"bad config: {problem}")
     return config
+
+
+def _freeing(sweep: Sweep, varied: str) -> str:
+    """What to type so that a varied field can be typed."""
+    group, field = varied.split(".")
+    if field in {**sweep.draw, **sweep.grid}.get(group, {}):  # type: ignore[call-overload]  # of names of groups
+        way = "draw" if sweep.draw else "grid"
+        return f"; to fix it in every row, type '~sweep.{way}.{varied}' too"
+    where = f"the column {varied} of {sweep.file}" if sweep.file is not None else "sweep.listed"
+    return f", by {where}: change it there, or name a sweep of your own"
 
 
 def load(experiment: str, *overrides: str) -> Experiment:
     """Compose and parse an experiment file, for tests and notebooks: `load("demo", "sweep.rows=2")`."""
+    return parse(_composed(experiment, overrides), overrides)
+
+
+def _composed(experiment: str, words: Sequence[str]) -> DictConfig:
+    """Hydra's answer. That to an experiment and its groups takes 0.3 s and is kept; fields are set in a copy of it."""
+    plain = [word for word in words if word[:1] not in "+~" and not (CONFIGS / word.split("=")[0]).is_dir()]
+    groups = tuple(word for word in words if word not in plain)
+    if not any(word[:1] in "+~" for word in groups):
+        config = deepcopy(_of_files((f"experiment={experiment}", *groups), _last_change()))
+        with suppress(HydraException, OmegaConfBaseException):  # what is wrong with the words is Hydra's to say
+            for override in OverridesParser.create().parse_overrides(plain):
+                if override.package is not None or override.is_sweep_override():
+                    break
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            else:
+                return config
+    return _of_files.__wrapped__((f"experiment={experiment}", *words), None)
+
+
+def _last_change() -> int:
+    """When a file or folder of configs/ last changed, in nanoseconds."""
+    return max(path.stat().st_mtime_ns for path in CONFIGS.rglob("*"))
+
+
+@lru_cache(maxsize=128)
+def _of_files(words: tuple[str, ...], changed: int | None) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return parse(compose("config", [f"experiment={experiment}", *overrides]), overrides)
+        return compose("config", list(words))
 
 
 def dump(config: Experiment) -> dict[str, Any]:

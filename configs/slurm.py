@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,12 @@ from configs.errors import InterruptedBySignalError, UserError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a job away, and what it can be told to
 POLL_SECONDS = 5  # between two looks for a file that another task of the array writes
 ASK_SECONDS = 30  # between two questions to SLURM, which all tasks ask
+UNKNOWN_SECONDS = 1800  # that a task is waited for that is not in the queue, e.g. since what it made is seen late
+CLIENT_SECONDS = 60  # for an answer of squeue or sacct
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "SUSPENDED"}
+RUNNING = {"RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "RESIZING"}
 OVER = {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"}  # ends that nobody requeues
+FIRST_INDEX = "MODEL_SOUPS_FIRST"  # variable of a job: what its array's index 0 stands for
 
 
 @dataclass(frozen=True)
@@ -94,33 +99,81 @@ def _requeue(job: Job, limit: int) -> None:
 def wait_in_array(is_there: Callable[[], bool], task: int, what: str) -> None:
     """In a job array, wait for what another task makes; elsewhere, and where it is there, go on at once.
 
+    SLURM forgets a task some minutes after its end (MinJobAge) and may keep no accounts, so a task that is not in the
+    queue is waited for no longer than UNKNOWN_SECONDS.
+
     Args:
         is_there: looks for it.
         task: of this array, which makes it.
         what: in a word or two, for the line that is printed.
 
     Raises:
-        UserError: that task has ended without it.
+        UserError: that task has ended without it, or SLURM has known no such task for UNKNOWN_SECONDS.
     """
     if "SLURM_ARRAY_TASK_ID" not in os.environ or is_there():
         return
-    other = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    other = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task - first_index()}"
     print(f"waiting for {what}, which task {other} makes", flush=True)
-    asked = -float(ASK_SECONDS)
+    asked, last_seen = -float(ASK_SECONDS), time.monotonic()
     while not is_there():
         if time.monotonic() - asked >= ASK_SECONDS:
             asked = time.monotonic()
-            state = _state(other)
-            if state in OVER and not is_there():
-                raise UserError(f"{what} is not there, and task {other} has ended ({state}): look into its output")
+            queued = queued_state(other)
+            ended = None if queued in WAITING | RUNNING else queued or accounted([other]).get(other, (None,))[0]
+            if queued in WAITING | RUNNING:
+                last_seen = asked
+            elif ended in OVER and not is_there():
+                raise UserError(f"{what} is not there, and task {other} has ended ({ended}): look into its output")
+            elif asked - last_seen >= UNKNOWN_SECONDS and not is_there():
+                known = f"SLURM says {ended}" if ended else "neither squeue nor sacct knows it"
+                raise UserError(
+                    f"{what} is not there after {UNKNOWN_SECONDS / 60:.0f} minutes, and task {other}, which would make "
+                    f"it, is not in the queue ({known}): make {what} first, e.g. by reproduce.py with submit=true"
+                )
         time.sleep(POLL_SECONDS)
 
 
-def _state(job: str) -> str | None:
-    """What SLURM says of a job; None where it says nothing, since the job is not known or SLURM is busy."""
-    call = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
-    try:
-        words = subprocess.run(call, capture_output=True, text=True, check=False).stdout.split()
-    except OSError:
-        return None
+def first_index() -> int:
+    """The index that task 0 of this array has in the whole list, which may be cut into several arrays."""
+    return int(os.environ.get(FIRST_INDEX, "0"))
+
+
+def queued_state(job: str) -> str | None:
+    """What the queue says of a job, as in FAILED; None where it does not know it, any more or at all."""
+    words = _output(["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]).split()
     return words[0] if words else None
+
+
+def accounted(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """By id, as in 12_3: state and reason of jobs in SLURM's accounts; nothing where these do not answer.
+
+    The reason there is what a job last waited for, which says why it was cancelled, and nothing of how it ran.
+    """
+    call = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason"]
+    found: dict[str, tuple[str, str]] = {}
+    for line in _output([*call, f"--jobs={','.join(jobs)}"]).splitlines():
+        name, told, reason = line.split("|", 2)
+        state = told.split()[0] if told.strip() else "UNKNOWN"  # CANCELLED by 1000
+        found |= dict.fromkeys(_tasks(name), (state, reason if state == "CANCELLED" else "None"))
+    return found
+
+
+def _tasks(name: str) -> list[str]:
+    """The ids of a job, or of the tasks of an array that never started, which have one line in the accounts.
+
+    >>> _tasks("12_3"), _tasks("12_[0-2,5%4]")
+    (['12_3'], ['12_0', '12_1', '12_2', '12_5'])
+    """
+    job, is_array, indices = name.partition("_[")
+    if not is_array:
+        return [name]
+    ranges = (part.split("-") for part in indices.rstrip("]").partition("%")[0].split(","))
+    return [f"{job}_{task}" for ends in ranges for task in range(int(ends[0]), int(ends[-1]) + 1)]
+
+
+def _output(call: Sequence[str]) -> str:
+    """What a client of SLURM prints; nothing where it fails, is not installed or does not answer."""
+    try:
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=CLIENT_SECONDS).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

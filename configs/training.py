@@ -1,10 +1,12 @@
 """Settings of what a row trains: network, optimiser, augmentation, regularisation, and the sweep that varies them."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+
+from configs.tables import read_table
 
 closed = dataclass(config=ConfigDict(extra="forbid", frozen=True), kw_only=True)
 
@@ -14,9 +16,16 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
+
+def default_of(kind: type, setting: str) -> Any:
+    """A setting's default; `pydantic_core.PydanticUndefined` where it has none."""
+    return kind.__pydantic_fields__[setting].get_default(call_default_factory=True)  # type: ignore[attr-defined]
+
+
 EMBEDDED = ("emoji_clip", "imagenet_lite0", "minilm")  # from files of the project or of a package
 PROMPTED = ("masked_lm", "seq2seq_lm")  # language models that answer a prompt, by transformers
 READERS = ("minilm", "text_encoder", *PROMPTED)  # kinds of models that read texts
+SMALLEST_FACTORED = 32  # of optim.kind=adafactor: narrower matrices keep whole second moments, as in Big Vision
 
 Group = Literal["task", "model", "optim", "augment", "regularizer"]  # what a sweep may vary
 
@@ -52,9 +61,14 @@ class Model:
     head: Literal["linear_probe", "zero_shot", "random", "prompt"]
     templates: Literal["openai", "emoji", "sentiment", "name"] | None = None  # prompts of the zero-shot model: CLIP's
     # 80, icons', of opinions, the class name alone; null: there is none, as of towers without text
+    head_of: str | None = None  # a run in paths.runs: a row starts with the head of that run's row 0, not of its own
     train_head: bool = True  # false: the head stays as it was initialised (Appendix E)
     frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # of emoji_clip: stem and this many stages get no gradient
     frozen_batch_norm: bool = True  # batch norms keep the pretrained statistics, in every ingredient the same
+    probe_loss: Literal["softmax", "bce"] = (
+        "softmax"  # of the linear probe; bce is a binary one for each class, for rows
+    )
+    # that are trained with optim.loss=bce (Appendix J.2.3)
     probe_c: tuple[Positive, ...]  # inverse regularisation of the linear probe; the best on held-out is taken
 
     @model_validator(mode="after")
@@ -68,6 +82,8 @@ class Model:
             raise ValueError("model.head=zero_shot needs prompts: model.templates=openai, emoji, sentiment or name")
         if (self.head == "prompt") != (self.kind in PROMPTED) or (self.head == "prompt" and self.templates):
             raise ValueError(f"model.head=prompt and templates=null are for model.kind={' and '.join(PROMPTED)}")
+        if self.probe_loss != "softmax" and self.head != "linear_probe":
+            raise ValueError(f"model.probe_loss is for model.head=linear_probe, and would be ignored by {self.head}")
         if self.pretrained is not None and self.kind != "open_clip":
             raise ValueError("model.pretrained is for open_clip, whose names do not say which weights")
         return self
@@ -89,8 +105,10 @@ class Optim:
 
     kind: Literal["adamw", "adam", "rmsprop", "sgd", "adafactor"] = "adamw"
     lr: Positive  # peak, per optimizer step
-    weight_decay: NonNegative  # biases and norms are exempt; decoupled in adamw and adafactor
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd and rmsprop
+    weight_decay: NonNegative  # decoupled in adamw and adafactor, added to the gradient in the others
+    decay: Literal["weights", "all"] = "weights"  # what weight_decay shrinks: all but biases and norms, or all
+    # parameters, as the authors' script does
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd, rmsprop and adafactor
     schedule: Literal["cosine", "constant", "linear", "cosine_restarts"] = "cosine"  # after the warm-up
     cycles: Count = 1  # of cosine_restarts
     epochs: Count
@@ -129,6 +147,8 @@ class Augment:
     layers: Annotated[int, Field(ge=0, le=8)] = 0  # of rand: RandAugment's N
     magnitude_max: Annotated[int, Field(ge=1, le=30)] = 10  # of rand: M acts up to this; 10 is timm's own limit
     increasing: bool = True  # of rand: timm's inc1, where every operation is stronger at a larger M
+    fill: Literal["white", "mean"] = "white"  # of rand and auto: what comes from beyond the image's edges; mean: the
+    # colour that the model subtracts, as in timm
     last_epochs_minimal: Natural = 0  # fix-aug (Table L.2): the last epochs see crops of 90 % and more, nothing else
     among: tuple["Augment", ...] = ()  # of stochastic: each sample gets one of these, all equally likely (Table L.1)
 
@@ -179,17 +199,31 @@ class Regularizer:
     @model_validator(mode="after")
     def ingredient_is_made(self) -> "Regularizer":
         """The recipes get weights that exist."""
-        made = ("raw", *(["swa"] if self.swa else []), *(f"ema_{decay}" for decay in self.ema))
-        if self.ingredient not in made:
-            raise ValueError(f"regularizer.ingredient={self.ingredient} is not made; there are {', '.join(made)}")
+        if self.ingredient not in self.made:
+            raise ValueError(f"regularizer.ingredient={self.ingredient} is not made; there are {', '.join(self.made)}")
         return self
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """The kinds of weights that a row leaves."""
+        return ("raw", *(["swa"] if self.swa else []), *(f"ema_{decay}" for decay in self.ema))
+
+
+def arithmetic(precision: str, *, tf32: bool) -> str:
+    """What forward passes are computed in, as it names their results: a precision, or tf32 in place of fp32.
+
+    >>> arithmetic("fp32", tf32=True), arithmetic("bf16", tf32=True)
+    ('tf32', 'bf16')
+    """
+    return "tf32" if tf32 and precision == "fp32" else precision
 
 
 @closed
 class Compute:
-    """configs/compute/*.yaml: how a row is computed; only `precision` is meant to change its weights."""
+    """configs/compute/*.yaml: how a row is computed; only `precision` and `tf32` are meant to change its weights."""
 
     precision: Literal["fp32", "bf16", "fp16"]  # of forward passes; weights and optimiser are float32
+    eval_precision: Literal["fp32", "bf16", "fp16"] | None = None  # of evaluation; null: `precision`
     micro_batch: Count | None  # images a forward pass on one process; null: all of the process's share at once
     strategy: Literal["ddp", "fsdp"]  # with several processes: whole copies, or sharded parameters (FSDP2)
     compile: bool  # torch.compile
@@ -199,6 +233,22 @@ class Compute:
     decoded: Path | None  # a folder for uint8 copies of decoded images under fixed transforms; null: decode each time
     loader_workers: Natural  # processes that decode and augment, for each training process; 0: in the process itself
     save_every: Natural  # steps between two states on disk; 0: at the end of each epoch only
+    tf32: bool = False  # on GPUs: products and convolutions of float32 with 10 bits of mantissa, which is faster
+    deterministic: bool = False  # on GPUs: the same bits each time, by slower kernels; without, sums change their order
+
+    @property
+    def evaluates_in(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The precision of evaluation's forward passes."""
+        return self.eval_precision or self.precision
+
+
+Ends = TypeVar("Ends", "LogUniform", "ZeroOrUniform", "Integers")
+
+
+def _ordered(law: Ends) -> Ends:
+    if law.low > law.high:
+        raise ValueError(f"low={law.low:g} is above high={law.high:g}")
+    return law
 
 
 @closed
@@ -208,6 +258,11 @@ class LogUniform:
     kind: Literal["log10_uniform"]
     low: float
     high: float
+
+    @model_validator(mode="after")
+    def ends_are_in_order(self) -> "LogUniform":
+        """From low to high."""
+        return _ordered(self)
 
 
 @closed
@@ -219,6 +274,11 @@ class ZeroOrUniform:
     low: float
     high: float
 
+    @model_validator(mode="after")
+    def ends_are_in_order(self) -> "ZeroOrUniform":
+        """From low to high."""
+        return _ordered(self)
+
 
 @closed
 class Integers:
@@ -227,6 +287,11 @@ class Integers:
     kind: Literal["integers"]
     low: int
     high: int
+
+    @model_validator(mode="after")
+    def ends_are_in_order(self) -> "Integers":
+        """From low to high."""
+        return _ordered(self)
 
 
 @closed
@@ -248,11 +313,12 @@ class Sweep:
     """
 
     rows: Count | None = None  # how many are drawn; of lists and grids, how many there are is theirs
-    seed: int
+    seed: int = 0
     draw: dict[Group, dict[str, Distribution]] = Field(default_factory=dict)  # group -> field -> its distribution
     listed: tuple[dict[Group, dict[str, Any]], ...] = ()  # for each row, group -> field -> value
     grid: dict[Group, dict[str, tuple[Any, ...]]] = Field(default_factory=dict)  # all combinations, the last fastest
     file: Path | None = None  # a csv in place of `listed`: a row a line, columns named as in optim.lr
+    best_of: Path | None = None  # the folder of another experiment's run: optim and augment are those of its best row
     index: Natural | None = None  # train this row only, as an array job does
     imported: Path | None = (
         None  # a folder with model_<row>.pt: rows are not trained but are the authors' released ones
@@ -282,6 +348,11 @@ class Sweep:
 
     @property
     def varied(self) -> set[str]:
-        """Dotted names of the fields that differ from row to row, as in optim.lr; those of a file are not known."""
-        groups = [*self.listed, self.grid, self.draw]
+        """Dotted names of the fields that the rows have values of their own for, as in optim.lr.
+
+        Raises:
+            UserError: the sweep's file is missing or damaged.
+        """
+        lines = read_table(self.file) if self.file is not None else self.listed
+        groups = [*lines, self.grid, self.draw]
         return {f"{group}.{field}" for fields_of in groups for group, fields in fields_of.items() for field in fields}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.training import Model
+from store.processes import Processes, least_of_all
 
 SMALLEST, LARGEST = 4, 1024  # examples; beyond the largest, a pass is no faster
 ON_CPU = 128  # memory is no question there
@@ -38,11 +39,28 @@ def largest_that_fits(attempt: Callable[[int], None]) -> int:
         size *= 2
 
 
+def found_by_all(found: Callable[[], int], processes: Processes) -> int:
+    """The smallest of the numbers that the processes find, each by itself: a forward pass of one may not need others.
+
+    Raises:
+        UserError: as `found`, in all processes where it does so in one.
+    """
+    refused = None
+    try:
+        own = found()
+    except UserError as error:
+        own, refused = 0, error
+    least = least_of_all(own, processes)
+    if least == 0:
+        raise refused or UserError("another process found no memory for a forward pass: set compute.eval_batch lower")
+    return least
+
+
 def largest_input(model: Model, training: bool = False) -> Tensor:
     """(1, 3, S, S) uint8, or (1, L) token ids: an example that no other needs more memory than.
 
     Args:
-        model: that looks at it.
+        model: that sees it.
         training: an image as it is seen in training, which may be of another size.
     """
     if model.is_reader:
@@ -51,11 +69,11 @@ def largest_input(model: Model, training: bool = False) -> Tensor:
     return torch.zeros(1, 3, size, size, dtype=torch.uint8)
 
 
-def found_batch_size(look: Callable[[Tensor], Tensor], example: Tensor, device: torch.device) -> int:
+def found_batch_size(outputs: Callable[[Tensor], Tensor], example: Tensor, device: torch.device) -> int:
     """Examples a forward pass, by trying on the GPU; on the CPU a fixed number.
 
     Args:
-        look: the forward pass, in the precision of the evaluation.
+        outputs: the forward pass, in the precision of the evaluation.
         example: from `largest_input`.
         device: of the network.
     """
@@ -64,7 +82,7 @@ def found_batch_size(look: Callable[[Tensor], Tensor], example: Tensor, device: 
 
     def attempt(examples: int) -> None:
         try:
-            look(example.to(device).repeat(examples, *[1] * (example.ndim - 1)))
+            outputs(example.to(device).repeat(examples, *[1] * (example.ndim - 1)))
         finally:
             torch.cuda.empty_cache()
 

@@ -9,27 +9,42 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from configs.schema import Experiment
-from eval.batch_size import found_batch_size, largest_input
-from eval.metrics import correct, correct_in_sets
-from eval.scores import score
+from configs.training import arithmetic
+from eval.batch_size import found_batch_size, found_by_all, largest_input
+from eval.metrics import correct, correct_in_sets, mean_by_group
 from eval.tokens import token_batches, token_split
 from models.tokens import TokenSplit, longest_first
-from store.arrays import cached_array
-from store.processes import Processes, alone, least_of_all, wait_for_all
-from store.runs import RunFolder, digest_of
-from store.weights import Weights, digest, load_weights
+from soups.files.atomic import digest_of
+from soups.files.weights import Weights, digest, load_weights
+from soups.scorers.metrics import score
+from store.arrays import cached_array, read_array, stored_array, write_array
+from store.processes import (
+    Processes,
+    alone,
+    any_of,
+    first_decides,
+    from_the_first,
+    on_the_first,
+    send_tensors,
+    use_kernels,
+    wait_for_all,
+)
+from store.runs import RunFolder
 from tasks.fixed import fixed_batches, of_model
 from tasks.label_space import project
 from tasks.load import load_annotations, load_split
+from tasks.overlaps import refuse_overlaps
 from tasks.split import Examples, Images
 
 if TYPE_CHECKING:
     from models.classifier import Classifier, Network
 
+FEATURES_SHARD = 4096  # examples whose features are kept together: a minute of a ViT-G on one GPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,11 +62,11 @@ def extract_features(model: "Classifier", batches: Iterable[Tensor], precision: 
 
 def _apply(model: "Network", function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: str) -> Tensor:
     model.eval()
-    found = [_look(model, function, batch, precision).cpu() for batch in batches]
+    found = [_outputs(model, function, batch, precision).cpu() for batch in batches]
     return torch.cat(found) if found else torch.empty(0, model.num_classes)
 
 
-def _look(model: "Network", function: Callable[[Tensor], Tensor], batch: Tensor, precision: str) -> Tensor:
+def _outputs(model: "Network", function: Callable[[Tensor], Tensor], batch: Tensor, precision: str) -> Tensor:
     with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
         return function(batch.to(model.device, non_blocking=True)).float()
 
@@ -67,16 +82,16 @@ def shares_of_batches(order: Tensor, batch: int, world: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Count:
-    """A result on a split as two integers, from which any accuracy follows exactly."""
+class Annotated:
+    """Results on the M test images that an annotation (ReaL, multilabel) has answers for."""
 
-    correct: int
-    n: int
+    right: Tensor  # (M,) bool; of several random orders the share of them that is right
+    classes: Tensor | None  # (M,) the images' own labels, where accuracy is the mean over classes
 
     @property
-    def top1(self) -> float:
-        """Accuracy in [0, 1]."""
-        return self.correct / self.n
+    def accuracy(self) -> float:
+        """In [0, 1]: the mean over images, or over classes."""
+        return (self.right.double() if self.classes is None else mean_by_group(self.right, self.classes)).mean().item()
 
 
 class Evaluator:
@@ -98,23 +113,26 @@ class Evaluator:
         """The module that weights are loaded into, with random ones, on this process's device."""
         from models.classifier import architecture  # noqa: PLC0415
 
-        model = architecture(self.config.model, self.config.task.size, self.config.task.options)
+        use_kernels(self.config.compute, self.processes.device)
+        model = architecture(self.config.model, self.config.task.size, self.config.task.answers)
         return model.channels_last(self.config.compute.channels_last).to(self.processes.device)
 
     def split(self, name: str) -> Examples:
         """The examples and labels of a split."""
         if name not in self._splits:
+            refuse_overlaps(self.config.task, self.config.paths.runs)
             self._splits[name] = load_split(self.config.task, name)
         return self._splits[name]
 
     def inputs(self, split: str) -> Images | TokenSplit:
-        """What the network is trained on and evaluated on: images, or texts as token ids."""
+        """The network's inputs, in training and evaluation: images, or texts as token ids."""
         if self.config.task.is_text:
+            self.split(split)
             return token_split(self.config.model, self.config.task, split)
         return self.split(split)  # type: ignore[return-value]  # of tasks that are no texts
 
     def order(self, split: str) -> Tensor:
-        """(N,) the order in which all examples of a split are looked at: texts are beside texts of their length."""
+        """(N,) the order in which a split's examples pass the network: texts are beside texts of their length."""
         inputs = self.inputs(split)
         return longest_first(inputs.lengths) if isinstance(inputs, TokenSplit) else torch.arange(len(inputs))
 
@@ -135,7 +153,7 @@ class Evaluator:
             batch=self.batch_size,
             rows=rows,
             workers=compute.loader_workers,
-            # The training split is looked at once, for the linear probe, and is too large to keep.
+            # The training split is read once, for the linear probe, and is too large to keep.
             decoded=compute.decoded if split != self.config.task.train else None,
         )
 
@@ -155,23 +173,54 @@ class Evaluator:
         if compute.eval_batch is not None:
             return compute.eval_batch
         with torch.no_grad():
-            look = partial(_look, model.eval(), model, precision=compute.precision)
-            return least_of_all(found_batch_size(look, largest_input(self.config.model), model.device), self.processes)
+            outputs = partial(_outputs, model.eval(), model, precision=compute.evaluates_in)
+            found = partial(found_batch_size, outputs, largest_input(self.config.model), model.device)
+            return found_by_all(found, self.processes)
+
+    def features_place(self, split: str) -> Path:
+        """The folder of a split's features by the model's tower as it is, named by all that they depend on."""
+        tower = digest({name: tensor.cpu() for name, tensor in self._classifier.tower.state_dict().items()})
+        return self.place("features", split, tower).with_suffix("")
+
+    @property
+    def _classifier(self) -> "Classifier":
+        from models.classifier import Classifier  # noqa: PLC0415
+
+        assert isinstance(self.model, Classifier)  # a prompted language model has no head to be probed
+        return self.model
+
+    def _feature_shards(self, split: str) -> list[tuple[Path, Tensor]]:
+        """The files of a split's features, each with the examples in it, in the order of `order`."""
+        shards = self.order(split).split(FEATURES_SHARD)
+        return [(self.features_place(split) / f"{i:05d}.npy", rows) for i, rows in enumerate(shards)]
+
+    def fill_features(self, split: str) -> None:
+        """Compute the features of a split that are not kept yet; all processes call it, each fills every W-th shard."""
+        model, processes = self._classifier, self.processes
+        width = model.head.in_features
+        own = self._feature_shards(split)[processes.rank :: processes.world]
+        missing = [(path, rows) for path, rows in own if stored_array(path, (len(rows), width)) is None]
+        if not any_of(bool(missing), processes):
+            return
+        _ = self.batch_size  # which all agree on, those too that miss nothing
+        found = torch.empty(0, width)
+        # One loader for all of them, whose workers take seconds to start.
+        for batch in self.batches(split, torch.cat([rows for _, rows in missing])) if missing else ():
+            found = torch.cat([found, extract_features(model, [batch], self.config.compute.evaluates_in)])
+            while missing and len(found) >= len(missing[0][1]):
+                path, rows = missing.pop(0)
+                write_array(path, found[: len(rows)].numpy())
+                found = found[len(rows) :]
+        wait_for_all(processes)
 
     def features(self, split: str) -> Tensor:
         """(N, width) float32 features of a split by the model's tower as it is, from the cache or to fill it."""
-        from models.classifier import Classifier  # noqa: PLC0415
-
-        model, order = self.model, self.order(split)
-        assert isinstance(model, Classifier)  # a prompted language model has no head to be probed
-        tower = digest({name: tensor.cpu() for name, tensor in model.tower.state_dict().items()})
-        shape = (len(self.split(split)), model.head.in_features)
-
-        def compute() -> Tensor:
-            found = extract_features(model, self.batches(split, order), self.config.compute.precision)
-            return torch.empty_like(found).index_copy_(0, order, found)
-
-        return cached_array(self.place("features", split, tower), shape, compute)
+        width = self._classifier.head.in_features
+        self.fill_features(split)
+        whole = torch.empty(len(self.split(split)), width)
+        for path, rows in self._feature_shards(split):
+            whole[rows] = torch.from_numpy(read_array(path, (len(rows), width), np.float32))
+        return whole
 
     def place(self, what: str, split: str, weights: str) -> Path:
         """Where an array with a number or more for each example of a split is kept, named by all that it depends on.
@@ -181,7 +230,8 @@ class Evaluator:
             split: of the experiment's task.
             weights: names them, and whatever else the numbers depend on beside the examples and their transform.
         """
-        inputs, precision = self.inputs(split), self.config.compute.precision
+        inputs, compute = self.inputs(split), self.config.compute
+        precision = arithmetic(compute.evaluates_in, tf32=compute.tf32)
         transform = inputs.key if isinstance(inputs, TokenSplit) else of_model(self.config.model).key
         parts = {"weights": weights, "images": self.split(split).digest, "transform": transform, "precision": precision}
         return self.run.root / what / split / f"{digest_of(parts)}.npy"
@@ -196,9 +246,9 @@ class Evaluator:
         """
         self.model.load_state_dict(dict(weights), strict=True)
         if rows is not None:
-            return forward(self.model, self.batches(split, rows), self.config.compute.precision)
+            return forward(self.model, self.batches(split, rows), self.config.compute.evaluates_in)
         order = self.order(split)
-        found = forward(self.model, self.batches(split, order), self.config.compute.precision)
+        found = forward(self.model, self.batches(split, order), self.config.compute.evaluates_in)
         return torch.empty_like(found).index_copy_(0, order, found)
 
     def logits(self, name: str, load: Callable[[], Weights], split: str) -> Tensor:
@@ -211,30 +261,42 @@ class Evaluator:
         """
         shape = (len(self.split(split)), self.config.task.size)
         path = self.place("logits", split, name)
-        if self.processes.world > 1 and not path.exists():
-            self._fill_together(path, shape, load, split)
-        return cached_array(path, shape, lambda: self.fresh_logits(load(), split))
+        if self.processes.world == 1:
+            return cached_array(path, shape, lambda: self.fresh_logits(load(), split))
+        kept: list[Tensor] = []  # the logits, on the first process
 
-    def _fill_together(self, path: Path, shape: tuple[int, int], load: Callable[[], Weights], split: str) -> None:
-        """Each of W processes looks at every W-th batch: the batches, and so the bits, are those of one alone."""
-        world = self.processes.world
-        rows = shares_of_batches(self.order(split), self.batch_size, world)
-        parts = [path.with_suffix(f".{rank}of{world}.npy") for rank in range(world)]
-        rank = self.processes.rank
-        own = (len(rows[rank]), shape[1])
-        cached_array(parts[rank], own, lambda: self.fresh_logits(load(), split, rows[rank]))
-        wait_for_all(self.processes)
-        if self.processes.writes:
-            whole = torch.empty(shape)
-            for some, part in zip(rows, parts, strict=True):
-                whole[some] = cached_array(part, (len(some), shape[1]), lambda: torch.empty(0))
-            cached_array(path, shape, lambda: whole)
-            for part in path.parent.glob(f"{path.stem}.*of*.npy"):
-                part.unlink()
-        wait_for_all(self.processes)
+        def is_cached() -> bool:
+            found = stored_array(path, shape)
+            kept.extend([] if found is None else [found])
+            return bool(kept)
+
+        if not first_decides(is_cached, self.processes):
+            self.load_on_all(load)
+            kept += self._filled_together(shape, split)
+            first_decides(lambda: write_array(path, kept[0].numpy()), self.processes)
+        return from_the_first(kept, shape, self.processes)
+
+    def _filled_together(self, shape: tuple[int, int], split: str) -> list[Tensor]:
+        """Logits of the model as it is, in a list on the first process; each of W processes finds every W-th batch's.
+
+        The batches, and so the bits, are those of one process alone. No file goes between processes, since file systems
+        show files late to other nodes.
+        """
+        rows = shares_of_batches(self.order(split), self.batch_size, self.processes.world)
+        batches = self.batches(split, rows[self.processes.rank])
+        parts = on_the_first(forward(self.model, batches, self.config.compute.evaluates_in), self.processes)
+        whole = torch.empty(shape)
+        for some, part in zip(rows, parts, strict=False):
+            whole[some] = part
+        return [whole] if parts else []
+
+    def load_on_all(self, load: Callable[[], Weights]) -> None:
+        """Let the model of every process have the weights that the first one loads."""
+        first_decides(lambda: self.model.load_state_dict(dict(load()), strict=True) is None, self.processes)
+        send_tensors(self.model.state_dict().values(), self.processes)
 
     def logits_of_file(self, name: str, path: Path, split: str) -> Tensor:
-        """As `logits`, of a weights file whose recorded digest is known."""
+        """(N, C) float32 logits of a file of weights, whose recorded digest is `name`; as `logits`."""
         return self.logits(name, lambda: load_weights(path, name), split)
 
     def projected(self, logits: Tensor, split: str) -> Tensor:
@@ -255,11 +317,9 @@ class Evaluator:
         return score(metric, self.predicted(logits, split), images.labels, images.groups)
 
     def scored(self, logits: Tensor, split: str) -> dict[str, Any]:
-        """What a record says of logits: how many of a split's examples are right, of how many; and the score, where the
-        task scores the split by anything else.
-        """
-        count, metric = self.count(logits, split), self.config.task.metrics.get(split, "top1")
-        record: dict[str, Any] = {"split": split, "correct": count.correct, "n": count.n}
+        """A record of logits: how many of a split's examples are right, of how many; the task's score, if another."""
+        (right, n), metric = self.count(logits, split), self.config.task.metrics.get(split, "top1")
+        record: dict[str, Any] = {"split": split, "correct": right, "n": n}
         return record if metric == "top1" else record | {"metric": metric, "score": self.score(logits, split)}
 
     @cached_property
@@ -267,22 +327,22 @@ class Evaluator:
         """Annotation of the test split -> (N, C) bool, as `tasks.load.load_annotations`."""
         return load_annotations(self.config.task)
 
-    def annotated_hits(self, logits: Tensor) -> dict[str, Tensor]:
-        """Of each annotation (ReaL, multilabel) of the test split, (M,) bool: whether the prediction is among the
-        answers that count as right, of the M images with such answers.
+    def annotated(self, logits: Tensor) -> dict[str, Annotated]:
+        """Results by each annotation of the test split: which predictions are among the answers that count as right.
 
         Source: Beyer et al. 2020, Section 3; Shankar et al. 2020, Section 2.
         """
         if not self.annotations:
             return {}
-        seen = self.projected(logits, self.config.task.test)
-        return {name: correct_in_sets(seen, answers) for name, answers in self.annotations.items()}
+        test = self.config.task.test
+        seen, labels = self.projected(logits, test), self.split(test).labels
+        return {
+            name: Annotated(
+                correct_in_sets(seen, answers), labels[answers.any(dim=1)] if name == "multilabel" else None
+            )
+            for name, answers in self.annotations.items()
+        }
 
-    def annotated(self, logits: Tensor) -> dict[str, Count]:
-        """Of each annotation, how many are right, of how many images with answers; as `annotated_hits`."""
-        hits = self.annotated_hits(logits)
-        return {name: Count(int(right.sum()), len(right)) for name, right in hits.items()}
-
-    def count(self, logits: Tensor, split: str) -> Count:
-        """How many of a split's images these logits get right."""
-        return Count(int(self.hits(logits, split).sum()), len(logits))
+    def count(self, logits: Tensor, split: str) -> tuple[int, int]:
+        """How many of a split's images these logits get right, of how many."""
+        return int(self.hits(logits, split).sum()), len(logits)

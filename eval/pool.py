@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.calibration import expected_calibration_error
-from eval.forward import Count, Evaluator
+from eval.forward import Evaluator
 from eval.metrics import nll, topk
-from store.atomic import read_json, read_jsonl, write_jsonl
-from store.processes import Processes, wait_for_all
-from store.runs import RunFolder
+from soups.files.atomic import read_json, read_jsonl, write_jsonl
+from store.processes import Processes, first_decides
+from store.rows import identity
+from store.runs import WEIGHTS, RunFolder, done_rows, finished, weights_of
 from store.workers import spread
 
 
@@ -29,65 +31,86 @@ def evaluate(config: Experiment, folder: Path, processes: Processes | None = Non
         UserError: missing or damaged weights, logits or data.
     """
     evaluator, task = Evaluator(config, processes), config.task
-    digest = recorded_digest(folder)
-    if digest is None:
+    weights = first_decides(lambda: recorded_weights(config, folder), evaluator.processes)
+    if not weights:
         raise UserError(f"{folder} holds no finished model: run python -m finetune or python -m soups first")
-    rows, scores = [], {}
-    annotated: dict[str, Count] = {}
-    for split in (task.held_out, *task.reported):
-        logits = evaluator.logits_of_file(digest, folder / "weights.safetensors", split)
-        count, scores[split] = evaluator.count(logits, split), evaluator.score(logits, split)
-        seen, labels = evaluator.projected(logits, split), evaluator.split(split).labels
-        row = {"weights": digest, "split": split, "correct": count.correct, "n": count.n, "top1": count.top1}
-        if split == task.test:
-            annotated = evaluator.annotated(logits)
-        row |= {"top5": topk(seen, labels, min(5, seen.shape[1])), "nll": nll(seen, labels)}
-        row |= {"ece": expected_calibration_error(seen, labels)}
-        rows.append(row | {"metric": task.metrics.get(split, "top1"), "score": scores[split]})
-    for name, count in annotated.items():
-        row = {"weights": digest, "split": task.test, "correct": count.correct, "n": count.n, "top1": count.top1}
-        rows.append(row | {"metric": name, "score": count.top1})
-    if evaluator.processes.writes:
-        write_jsonl(folder / "scores.jsonl", rows)
+    rows = [row for file, digest in weights.items() for row in _scores(evaluator, folder / file, digest)]
+    first_decides(lambda: write_jsonl(folder / "scores.jsonl", rows), evaluator.processes)
+    own = rows[: len(rows) // len(weights)]
+    scores = {row["split"]: row["score"] for row in own if row["metric"] not in task.annotations}
     line = f"{folder.relative_to(RunFolder.of(config).root)}: {task.test} {100 * scores[task.test]:.1f} %"
     if task.shifts:
         line += f", mean of shifts {100 * sum(scores[split] for split in task.shifts) / len(task.shifts):.1f} %"
     return line
 
 
-def recorded_digest(folder: Path) -> str | None:
-    """The digest of a finished model's weights, from the record written last; None where there are no weights."""
+def _scores(evaluator: Evaluator, file: Path, digest: str) -> list[dict[str, Any]]:
+    """One row a split, and one an annotation of the test split, of one file of weights."""
+    task, rows = evaluator.config.task, []
+    annotated = evaluator.annotations  # damaged ones are refused before any forward pass
+    for split in (task.held_out, *task.reported):
+        logits = evaluator.logits_of_file(digest, file, split)
+        right, n = evaluator.count(logits, split)
+        seen, labels = evaluator.projected(logits, split), evaluator.split(split).labels
+        row = {"weights": digest, "split": split, "correct": right, "n": n, "top1": right / n}
+        row |= {"top5": topk(seen, labels, min(5, seen.shape[1])), "nll": nll(seen, labels)}
+        row |= {"ece": expected_calibration_error(seen, labels)}
+        rows.append(row | {"metric": task.metrics.get(split, "top1"), "score": evaluator.score(logits, split)})
+    test = evaluator.annotated(evaluator.logits_of_file(digest, file, task.test)) if annotated else {}
+    for name, found in test.items():
+        right, n = int(found.right.sum()), len(found.right)
+        row = {"weights": digest, "split": task.test, "correct": right, "n": n, "top1": right / n}
+        rows.append(row | {"metric": name, "score": found.accuracy})
+    return rows
+
+
+def recorded_weights(config: Experiment, folder: Path) -> dict[str, str]:
+    """File -> digest of a finished model's weights, and of those beside them that single models are chosen from.
+
+    From the record that is written last; empty where there are no weights.
+    """
     record = next((path for path in (folder / "done.json", folder / "soup.json") if path.exists()), None)
-    return read_json(record)["digest"] if record else None
+    done = read_json(record) if record else {"digest": None}
+    found = {
+        file: made["digest"] for kind, (file, made) in weights_of(done).items() if kind in config.cooking.individuals
+    }
+    return {WEIGHTS: done["digest"]} | found if done["digest"] else {}
 
 
-def is_scored(folder: Path) -> bool:
+def is_scored(config: Experiment, folder: Path) -> bool:
     """Whether scores.jsonl is there and of the weights that are there now."""
-    scores = folder / "scores.jsonl"
-    return scores.exists() and {row["weights"] for row in read_jsonl(scores)} == {recorded_digest(folder)}
+    scores, weights = folder / "scores.jsonl", recorded_weights(config, folder)
+    return scores.exists() and {row["weights"] for row in read_jsonl(scores)} == set(weights.values())
 
 
 def model_folders(config: Experiment) -> list[Path]:
     """Folders of all finished models with weights: rows, the zero-shot model, soups; of a share, those that are in it.
 
     A row has its place among them whether or not it is finished, so that jobs that share them agree on who has which.
+
+    Raises:
+        UserError: rows or the zero-shot model were made with other settings.
     """
     run, share = RunFolder.of(config), config.share
+    done_rows(config)
+    finished(run.zero_shot, identity(config, 0))
     rows = [run.ingredient(row) for row in range(config.sweep.size + 1)]
     soups = sorted(path.parent for path in (run.root / "soups").rglob("soup.json"))
-    return [folder for folder in [*rows, run.zero_shot, *soups][share.index :: share.of] if recorded_digest(folder)]
+    return [
+        folder for folder in [*rows, run.zero_shot, *soups][share.index :: share.of] if recorded_weights(config, folder)
+    ]
 
 
 def evaluate_all(config: Experiment, folders: Sequence[Path], console: Console | None = None) -> None:
     """Evaluate the models without scores yet, over the cluster's worker processes."""
-    missing = [folder for folder in folders if not is_scored(folder)]
+    missing = [folder for folder in folders if not is_scored(config, folder)]
     spread(
         f"evaluating {len(missing)} models",
         [partial(evaluate, config, folder) for folder in missing],
         workers=config.cluster.workers,
         threads=config.cluster.threads,
         units=len(missing),
-        done_units=lambda: sum(is_scored(folder) for folder in missing),
+        done_units=lambda: sum(is_scored(config, folder) for folder in missing),
         report=str,
         console=console or Console(),
     )
@@ -95,9 +118,7 @@ def evaluate_all(config: Experiment, folders: Sequence[Path], console: Console |
 
 def evaluate_together(config: Experiment, folders: Sequence[Path], processes: Processes) -> None:
     """Evaluate the models without scores yet, one after the other, each by all processes that torchrun started."""
-    missing = [folder for folder in folders if not is_scored(folder)]
-    wait_for_all(processes)  # so that all have the same list before scores are written
-    for folder in missing:
+    for folder in first_decides(lambda: [each for each in folders if not is_scored(config, each)], processes):
         line = evaluate(config, folder, processes)
-        if processes.writes:
+        if processes.is_main:
             print(line, flush=True)

@@ -4,12 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import prod, sqrt
+from math import prod
 
 import numpy as np
 import scipy  # its parts are loaded when they are named
 import torch
 from torch import Tensor
+
+from configs.data import Metric
+from soups.scorers.metrics import score
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,19 @@ def times_drawn(groups: int, resamples: int, seed: int) -> Tensor:
     """(resamples, groups) int16: how often each group is drawn; kept, since a table compares many models on it."""
     generator = np.random.Generator(np.random.PCG64(seed))
     return torch.from_numpy(generator.multinomial(groups, np.full(groups, 1 / groups), resamples).astype(np.int16))
+
+
+def _times_each_is_drawn(groups: Sequence[Tensor], resamples: int, seed: int) -> Tensor:
+    """(resamples, G) int16: how often each draw takes each group; 0 for ids in [0, G) that no split has."""
+    present = torch.cat(list(groups)).unique()
+    drawn = torch.zeros(resamples, int(present.max()) + 1, dtype=torch.int16)
+    drawn[:, present] = times_drawn(len(present), resamples, seed)
+    return drawn
+
+
+def _percentiles(mean: float, draws: Tensor, level: float) -> Difference:
+    low, high = torch.quantile(draws, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return Difference(mean, low, high)
 
 
 def paired_bootstrap(
@@ -70,79 +86,54 @@ def paired_bootstrap(
     Source: Efron and Tibshirani 1993, chapter 13; cluster resampling as in Field and Welsh 2007.
     """
     _check_splits(model, baseline, groups)
-    size = 1 + max(int(group.max()) for group in groups)
-    present = torch.zeros(size, dtype=torch.bool)
-    for group in groups:
-        present[group] = True
-    # (resamples, G) how often each group that occurs is drawn
-    drawn = torch.zeros(resamples, size, dtype=torch.float64)
-    drawn[:, present] = times_drawn(int(present.sum()), resamples, seed).double()
-
+    drawn = _times_each_is_drawn(groups, resamples, seed).double()
     mean, draws = 0.0, torch.zeros(resamples, dtype=torch.float64)
     for ours, theirs, group in zip(model, baseline, groups, strict=True):
         gain = ours.double() - theirs.double()  # (N_s,) in {-1, 0, 1}
         mean += gain.mean().item() / len(model)
-        gains = torch.zeros(size, dtype=torch.float64).index_add_(0, group, gain)  # (G,)
-        counts = torch.zeros(size, dtype=torch.float64).index_add_(0, group, torch.ones_like(gain))  # (G,)
+        gains = torch.zeros(drawn.shape[1], dtype=torch.float64).index_add_(0, group, gain)  # (G,)
+        counts = torch.zeros_like(gains).index_add_(0, group, torch.ones_like(gain))  # (G,)
         draws += (drawn @ gains) / (drawn @ counts).clamp(min=1) / len(model)
-    low, high = torch.quantile(draws, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return Difference(mean, low, high)
+    return _percentiles(mean, draws, level)
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Two models on the same images; only images that one of them gets wrong and the other right tell them apart."""
+class Answers:
+    """The classes that models predict on one split, beside what is right."""
 
-    gained: int  # images that the candidate gets right and the incumbent wrong
-    lost: int  # the other way round
-
-    @property
-    def z(self) -> float:
-        """(gained - lost) / sqrt(gained + lost), in standard deviations of luck; 0 when nothing changed.
-
-        >>> Paired(gained=12, lost=4).z
-        2.0
-        """
-        changed = self.gained + self.lost
-        return (self.gained - self.lost) / sqrt(changed) if changed else 0.0
-
-    @property
-    def p(self) -> float:
-        """Two-sided p-value of the exact McNemar test, in (0, 1]; 1 when nothing changed.
-
-        Source: McNemar 1947; under the null each change is a gain with probability 1/2.
-
-        >>> Paired(gained=5, lost=0).p
-        0.0625
-        """
-        changed = self.gained + self.lost
-        return float(scipy.stats.binomtest(self.gained, changed).pvalue) if changed else 1.0
-
-    @property
-    def mid_p(self) -> float:
-        """The same where outcomes exactly as extreme as this one count half, which is less cautious; 1 as `p`.
-
-        Source: Fagerland et al. 2013, Section 2.
-
-        >>> Paired(gained=5, lost=0).mid_p
-        0.03125
-        """
-        changed = self.gained + self.lost
-        if not changed:
-            return 1.0
-        sides = 1 if self.gained == self.lost else 2
-        return self.p - sides * float(scipy.stats.binom.pmf(self.gained, changed, 0.5)) / 2
+    metric: Metric
+    model: tuple[Tensor, ...]  # (N,) class ids each; of several soups of one recipe, one for each
+    baseline: Tensor  # (N,)
+    labels: Tensor  # (N,)
+    units: Tensor  # (N,) what is drawn together: classes, or every image by itself
+    groups: Tensor | None = None  # (N,) of worst_group, such as regions; negative: in no group
 
 
-def paired(candidate: Tensor, incumbent: Tensor) -> Paired:
-    """Compare two (N,) bool tensors of which images were classified correctly: McNemar's test is its `p`.
+def bootstrap_scores(splits: Sequence[Answers], *, resamples: int, seed: int, level: float = 0.95) -> Difference:
+    """The mean over splits of a model's score minus the baseline's, with a percentile bootstrap interval.
+
+    As `paired_bootstrap`, for scores that are no mean over images: each draw computes them anew. Several soups of one
+    recipe count with the mean of their scores.
 
     Raises:
-        ValueError: they are of different lengths.
+        ValueError: no splits, or as `score` raises it.
     """
-    if candidate.shape != incumbent.shape:
-        raise ValueError(f"need the same images; got {tuple(candidate.shape)} and {tuple(incumbent.shape)}")
-    return Paired(int((candidate & ~incumbent).sum()), int((~candidate & incumbent).sum()))
+    if not splits:
+        raise ValueError("need the answers on at least one split")
+    drawn = _times_each_is_drawn([split.units for split in splits], resamples, seed)
+
+    def difference(split: Answers, weights: Tensor | None) -> float:
+        ours = [score(split.metric, model, split.labels, split.groups, weights) for model in split.model]
+        return sum(ours) / len(ours) - score(split.metric, split.baseline, split.labels, split.groups, weights)
+
+    mean = sum(difference(split, None) for split in splits) / len(splits)
+    draws = torch.zeros(resamples, dtype=torch.float64)
+    for i in range(resamples):
+        for split in splits:
+            weights = drawn[i][split.units]
+            if weights.any():
+                draws[i] += difference(split, weights) / len(splits)
+    return _percentiles(mean, draws, level)
 
 
 @dataclass(frozen=True)

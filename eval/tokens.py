@@ -8,7 +8,7 @@ from torch import Tensor
 from configs.data import Task
 from configs.training import Model
 from models.tokens import TokenSplit
-from store.runs import digest_of
+from soups.files.atomic import digest_of
 from tasks.load import load_split
 from tasks.texts import TextSplit, pieces_of
 
@@ -20,11 +20,11 @@ def token_split(model: Model, task: Task, name: str) -> TokenSplit:
     Raises:
         UserError: as `load_split`, `tokenizer_of` and `Tokenizer.encode`.
     """
-    from models.readers import source, tokenizer_of  # noqa: PLC0415  # seconds that images need not wait for
+    from models.hub import source, tokenizer_of  # noqa: PLC0415  # seconds that images need not wait for
 
     texts = load_split(task, name)
     assert isinstance(texts, TextSplit)  # of a task of texts
-    words, pieces = tokenizer_of(model, task.options), pieces_of(task.template or "")
+    words, pieces = tokenizer_of(model, task.answers), pieces_of(task.template or "")
     # The kind of model is part of the key, and where its tokenizer is from: another one may split the same text alike.
     parts = {"pieces": pieces, "before": words.before, "after": words.after, "max_length": words.max_length}
     key = digest_of(parts | {"kind": model.kind, "source": source(model) if model.kind != "minilm" else "minilm"})

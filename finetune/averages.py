@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from configs.training import Regularizer, Swa
 
@@ -70,11 +71,17 @@ class Averages:
         """
         for name, full in self.decays.items():
             decay = min(full, (step + 2) / (step + 11)) if self.ramp else full
+            alike, weights = [], []  # of one precision: they move together, in a kernel or few
             for key, average in self.ema[name].items():
-                if average.is_floating_point():
-                    average.lerp_(tensors[key].detach().to(average.dtype), 1 - decay)
-                else:
+                if not average.is_floating_point():
                     average.copy_(tensors[key])
+                elif average.dtype == tensors[key].dtype:
+                    alike.append(_local(average))
+                    weights.append(_local(tensors[key]))
+                else:  # one at a time, since each needs a wide copy of the weights
+                    average.lerp_(tensors[key].detach().to(average.dtype), 1 - decay)
+            if alike:
+                torch._foreach_lerp_(alike, weights, 1 - decay)
         if self._swa_is_due(step):
             self.taken += 1
             for key, total in self.total.items():
@@ -101,8 +108,13 @@ class Averages:
         return self.ema | ({SWA: self.total} if self.swa is not None else {})
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, without its gradient."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def _copy(tensor: Tensor, *, wide: bool) -> Tensor:
-    """Of its own, in float64 where asked and where it is a floating-point tensor."""
+    """A copy, in float64 where `wide` and where it is a floating-point tensor."""
     return tensor.detach().clone() if not (wide and tensor.is_floating_point()) else tensor.detach().double()
 
 

@@ -1,139 +1,104 @@
-"""The rows of a sweep: row i is a pure function of (sweep seed, i, field name).
+"""What the rows of a sweep are, before anything is trained:  python -m finetune.rows experiment=demo
 
-python -m finetune.rows experiment=demo    lists them, with what differs from row to row; nothing is trained
+A table of what differs from row to row. The functions for scripts of your own are those of store/rows.py.
 """
 
-import math
-from collections.abc import Sequence
-from itertools import product
+import shlex
+import sys
+from collections.abc import Mapping
 from typing import Any
 
-from configs.chance import uniform
-from configs.errors import UserError
-from configs.schema import Experiment, dump, parse_values
-from configs.training import Choice, Distribution, Integers, LogUniform, Sweep, ZeroOrUniform
-from store.runs import digest_of
-from store.tables import read_table
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-REPORTING = {  # of a task, what training does not depend on
-    "test",
-    "shifts",
-    "counts",
-    "metrics",
-    "annotations",
-    "subsets",
-    "numbered",
-    "objectnet",
-    "objectnet_border",
-    "bootstrap_unit",
-    "proxy_for",
-}
+from configs.cli import entry_point
+from configs.schema import Experiment, dump, replicate
+from store.rows import draw, identity, require_trainable, row_config, teachers
+
+__all__ = ["draw", "identity", "row_config", "teachers"]
+
+GROUPS = ("task", "model", "optim", "augment", "regularizer")
+UNCUT = 10_000  # columns of a log: as wide as the widest table
+NOTE = """Row 0 is the initialisation; all others start from it. Nothing was trained.
+One row:    python -m finetune {typed} sweep.index=1      (row 0 first; an array job sets the index)
+All rows:   python -m finetune {typed}
+All stages: python reproduce.py {typed}"""
 
 
-def inverse(distribution: Distribution, u: float) -> float | int | str:
-    """The value below which a share `u` in [0, 1) of the distribution lies.
+def differing(config: Experiment) -> tuple[list[str], list[list[Any]]]:
+    """The settings that differ among rows, as in optim.lr, and their values, a list for each row from 1 on.
 
-    >>> inverse(Integers(kind="integers", low=4, high=7), 0.999)
-    7
-    >>> inverse(ZeroOrUniform(kind="zero_or_uniform", zero=0.5, low=0.0, high=1.0), 0.75)
-    0.5
+    Raises:
+        UserError: as `row_config`.
     """
-    match distribution:
-        case LogUniform():
-            return 10 ** (distribution.low + u * (distribution.high - distribution.low))
-        case ZeroOrUniform():
-            if u < distribution.zero:
-                return 0.0
-            rest = (u - distribution.zero) / (1 - distribution.zero)
-            return distribution.low + rest * (distribution.high - distribution.low)
-        case Integers():
-            return distribution.low + math.floor(u * (distribution.high - distribution.low + 1))
-        case Choice():
-            return distribution.values[math.floor(u * len(distribution.values))]
+    require_trainable(config)
+    rows = [dump(row_config(config, row)) for row in range(1, config.sweep.size + 1)]
+    names = [(group, name) for group in GROUPS for name in rows[0][group]]
+    varied = [(group, name) for group, name in names if any(row[group][name] != rows[0][group][name] for row in rows)]
+    return [f"{group}.{name}" for group, name in varied], [[row[group][name] for group, name in varied] for row in rows]
 
 
-def _listed(sweep: Sweep) -> Sequence[dict[Any, dict[str, Any]]]:
-    """The nested values of each line of the sweep's file, or its own list."""
-    if sweep.file is None:
-        return sweep.listed or ({},)
-    table = read_table(sweep.file)
-    if len(table) != sweep.rows:
-        raise UserError(f"{sweep.file} has {len(table)} rows, but sweep.rows={sweep.rows}")
+def _absent(value: Any) -> bool:
+    return value is None or value is False  # 0 is a setting
+
+
+def cell(value: Any) -> str:
+    """A setting in short: four digits of a number, the kinds of a choice.
+
+    >>> cell(1.2309748931412387e-05), cell(None), cell([{"kind": "minimal", "crop": None}, {"kind": "rand"}])
+    ('1.231e-05', '', 'minimal, rand')
+    >>> cell({"rho": 0.05, "synchronised": True})
+    'rho 0.05, synchronised'
+    """
+    if _absent(value):
+        return ""
+    if isinstance(value, Mapping) and "kind" not in value:
+        return ", ".join(
+            key if each is True else f"{key} {cell(each)}" for key, each in value.items() if not _absent(each)
+        )
+    match value:
+        case True:
+            text = "yes"
+        case float():
+            text = f"{value:.4g}"
+        case {"kind": kind}:
+            text = str(kind)
+        case list() | tuple():
+            text = ", ".join(map(cell, value))
+        case _:
+            text = str(value)
+    return text
+
+
+def table_of(config: Experiment) -> Table:
+    """Row 0 first; a column for each setting that differs."""
+    names, rows = differing(config)
+    table = Table(title=config.name, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("row", justify="right")
+    for name in names or ("",):
+        table.add_column(name, overflow="fold")
+    table.add_row("0", "initialisation", *[""] * (len(names) - 1))
+    for number, values in enumerate(rows, start=1):
+        table.add_row(str(number), *(map(cell, values) if names else ("differs by its random stream alone",)))
     return table
 
 
-def draw(config: Experiment, row: int) -> dict[str, Any]:
-    """What is a row's own, by dotted field name; row 0, the initialisation, has nothing of its own.
+def print_rows(config: Experiment, typed: str, console: Console | None = None) -> None:
+    """Print the rows of an experiment, of each of its replicates, and what to run next.
 
-    Of a random sweep these are draws. Of a list times a grid, row 1 + i x G + j is the i-th of the list with the j-th
-    of the grid's G combinations, whose last field changes fastest.
-
-    Raises:
-        UserError: the sweep's file is missing, damaged, or has another number of rows than the sweep.
+    Args:
+        config: the experiment.
+        typed: the settings that were typed, which the next commands take too.
+        console: a terminal, or a file or pipe, which gets plain text as wide as it needs.
     """
-    if row == 0:
-        return {}
-    sweep = config.sweep
-    laws = {f"{group}.{field}": law for group, fields in sweep.draw.items() for field, law in fields.items()}
-    if laws:
-        return {field: inverse(law, uniform(sweep.seed, row, field)) for field, law in laws.items()}
-    axes = {f"{group}.{field}": values for group, fields in sweep.grid.items() for field, values in fields.items()}
-    listed = _listed(sweep)
-    combinations = list(product(*axes.values()))
-    if sweep.file is None and not sweep.listed and not axes:
-        return {}
-    i, j = divmod(row - 1, len(combinations))
-    own = {f"{group}.{field}": value for group, fields in listed[i].items() for field, value in fields.items()}
-    return own | dict(zip(axes, combinations[j], strict=True))
-
-
-def row_config(config: Experiment, row: int) -> Experiment:
-    """The experiment with a row's own values in place.
-
-    Raises:
-        UserError: a varied field does not exist, or a value is outside its limits.
-    """
-    values = dump(config)
-    values["sweep"]["index"] = row
-    for field, value in draw(config, row).items():
-        group, name = field.split(".")
-        if name not in values[group]:
-            raise UserError(f"the sweep varies {field}, which is not a setting; configs/training.py lists them")
-        values[group][name] = value
-    return parse_values(values)
-
-
-def teachers(config: Experiment, row: int) -> tuple[int, ...]:
-    """The rows that must be trained before this one, since it is distilled from them."""
-    distill = row_config(config, row).regularizer.distill if row else None
-    return distill.rows if distill is not None else ()
-
-
-def identity(config: Experiment, row: int) -> str:
-    """32 hex digits that name what training this row means.
-
-    Settings that cannot change its weights on one machine (where it runs, how many rows there are, which splits
-    report, recipes, tables) are left out, so that a sweep can grow and move.
-    """
-    values = dump(row_config(config, row))
-    task = {name: value for name, value in values["task"].items() if name not in REPORTING}
-    for by_split in ("folders", "take"):
-        own = task[by_split] or {}
-        task[by_split] = {split: value for split, value in own.items() if split in (task["train"], task["held_out"])}
-    parts: dict[str, Any] = {"task": task, "model": values["model"]}
-    if row > 0:
-        parts |= {name: values[name] for name in ("optim", "augment", "regularizer")}
-        parts |= {"precision": values["compute"]["precision"], "seed": config.sweep.seed, "row": row}
-    if config.sweep.imported is not None:
-        parts |= {"imported": True, "row": row}
-    return digest_of(parts)
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=UNCUT, color_system=None)
+    for one in [replicate(config, seed) for seed in config.replicates] or [config]:
+        console.print(table_of(one))
+    console.print(NOTE.format(typed=typed), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    import shlex
-    import sys
-
-    from configs.cli import entry_point
-    from finetune.listing import print_rows
-
     entry_point(lambda config: print_rows(config, shlex.join(sys.argv[1:])))()

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,20 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from configs.errors import InterruptedBySignalError, UserError
 from configs.slurm import SIGNALS
 from finetune.averages import Averages
-from finetune.parallel import (
-    gathered,
-    load_model_state,
-    load_optimizer_state,
-    model_state,
-    optimizer_state,
-    spread_like,
-)
+from finetune.dist import gathered, spread
 from models.classifier import Network
-from store.atomic import replacing
+from soups.files.atomic import replacing
+from store.processes import Processes, first_decides
+
+Place = tuple[str, ...]  # of a tensor in the file: model, name; or optimizer or averages, parameter or kind, name
 
 
 @dataclass
@@ -32,6 +30,7 @@ class Progress:
 
     step: int = 0  # steps taken
     epoch_loss: float = 0.0  # sum over the steps taken of the epoch that is not over
+    seconds: float = 0.0  # that all processes so far have trained, until the last of them saved
     metrics: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
 
 
@@ -42,7 +41,7 @@ class Checkpoint:
     step: int  # after how many steps
     correct: int  # of the held-out images
     n: int
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # whole, on the first process alone
 
 
 @dataclass
@@ -53,17 +52,42 @@ class State:
     optimizer: torch.optim.Optimizer
     averages: Averages
     scaler: torch.amp.GradScaler
-    writes: bool  # whether this process is the one that keeps whole weights and writes them
+    processes: Processes  # the first one writes and reads whole tensors, the others have their parts
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Checkpoint] = field(default_factory=dict)  # by kind of weights
+    earlier: float = 0.0  # seconds of the processes before this one
+    saved: float = field(default_factory=time.monotonic)  # when `progress.seconds` was last brought up to date
+
+    def tensors(self) -> dict[Place, Tensor]:
+        """All tensors that training changes, by their place in the file, as this process has them; all must ask."""
+        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer)["state"]  # type: ignore[assignment]
+        found: dict[Place, Tensor] = {("model", name): tensor for name, tensor in self.model.state_dict().items()}
+        for parameter, moments in optimizer.items():
+            for name, moment in moments.items():
+                if moment is not None:  # as the momentum of an optimiser without one
+                    found["optimizer", parameter, name] = moment
+        for kind, tensors in self.averages.tensors().items():
+            found |= {("averages", kind, name): tensor for name, tensor in tensors.items()}
+        return found
 
     def collect(self) -> dict[str, Any]:
-        """Everything, whole, on the CPU; all processes must call it."""
-        averages = self.averages.tensors()
+        """Everything, whole, on the CPU of the first process; all must call it, and the others get no tensor."""
+        now = time.monotonic()
+        self.progress.seconds += now - self.saved
+        self.saved = now
+        model: dict[str, Tensor] = {}
+        moments: dict[str, dict[str, Tensor]] = {}
+        averages: dict[str, dict[str, Tensor]] = {}
+        for place, tensor in gathered(self.tensors(), keep=self.processes.is_main).items():
+            match place:
+                case (_, name):
+                    model[name] = tensor
+                case (part, group, name):
+                    (moments if part == "optimizer" else averages).setdefault(group, {})[name] = tensor
         return {
-            "model": model_state(self.model),
-            "optimizer": optimizer_state(self.model, self.optimizer),
-            "averages": {name: gathered(tensors, keep=self.writes) for name, tensors in averages.items()},
+            "model": model,
+            "optimizer": {"state": moments},
+            "averages": averages,
             "averaged": self.averages.taken,
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
@@ -71,50 +95,101 @@ class State:
         }
 
     def save(self, path: Path) -> None:
-        """Write everything; all processes must call it, one writes."""
+        """Write everything; all processes must call it, one writes, and the others wait until it has."""
         state = self.collect()
-        if self.writes:
-            with replacing(path) as temporary:
-                torch.save(state, temporary)
+        first_decides(lambda: _write(path, state), self.processes)
 
     def load(self, path: Path) -> None:
-        """Continue from a saved state; stay at the beginning where there is none.
+        """Continue from a saved state; stay at the beginning where there is none. All processes must call it.
+
+        The first process reads the file, tensor by tensor as each is asked for, and gives every other its part.
 
         Raises:
             UserError: the file is damaged, or of another training; it is left as it is.
         """
-        if not path.exists():
+        state: dict[str, Any] = {}
+        if not first_decides(lambda: _read_into(state, path), self.processes):
             return
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch raises anything from EOFError to UnpicklingError for a damaged file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"training state {path} is damaged ({reason}): delete the file to start this row anew"
-            ) from None
-        own = self.averages.tensors()
-        try:
-            if state["averages"].keys() != own.keys():
-                raise KeyError("averages")
-            load_model_state(self.model, state["model"])
-            load_optimizer_state(self.model, self.optimizer, state["optimizer"])
-            for name, tensors in own.items():
-                for key, tensor in tensors.items():
-                    tensor.copy_(spread_like(state["averages"][name][key], tensor))
-            self.averages.taken = state["averaged"]
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(**state["progress"])
-            self.best = {kind: Checkpoint(**values) for kind, values in state["best"].items()}
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"training state {path} is of another training ({type(error).__name__}: {error}): "
-                "delete the file to start this row anew"
-            ) from None
+        targets = self.tensors()
+        rest = first_decides(lambda: _rest(path, state, targets), self.processes)
+        parameters = dict(self.model.named_parameters())
+        for _, name in rest["unused"]:  # by the forward pass, so that the optimiser has seen no gradient of it
+            del self.optimizer.state[parameters[name]]
+        known = {place: tensor for place, tensor in targets.items() if place[:2] not in rest["unused"]}
+        spread(_flat(state) if self.processes.is_main else {}, known, self.processes)
+        self.averages.taken = rest["averaged"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(rest["scaler"])
+        self.progress = Progress(**rest["progress"])
+        self.earlier = self.progress.seconds
+        for kind, values in rest["best"].items():
+            weights = state["best"][kind]["weights"] if self.processes.is_main else {}
+            self.best[kind] = Checkpoint(weights={name: tensor.clone() for name, tensor in weights.items()}, **values)
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _read_into(state: dict[str, Any], path: Path) -> bool:
+    """Whether there is a saved state; its tensors stay on the disk until they are read.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
+        return False
+    try:
+        state |= torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # torch raises anything from EOFError to UnpicklingError for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"training state {path} is damaged ({reason}): delete the file to start this row anew"
+        ) from None
+    return True
+
+
+def _flat(state: dict[str, Any]) -> dict[Place, Tensor]:
+    """The tensors of a saved state by their place, but for the best checkpoints."""
+    found: dict[Place, Tensor] = {("model", name): tensor for name, tensor in state["model"].items()}
+    for part, groups in (("optimizer", state["optimizer"]["state"]), ("averages", state["averages"])):
+        for group, tensors in groups.items():
+            found |= {(part, group, name): tensor for name, tensor in tensors.items() if tensor is not None}
+    return found
+
+
+def _rest(path: Path, state: dict[str, Any], targets: dict[Place, Tensor]) -> dict[str, Any]:
+    """The parts of a saved state that are no tensors in `targets`, and the parameters without moments.
+
+    Raises:
+        UserError: the state is of another training.
+    """
+    try:
+        saved = _flat(state)
+        moments = {place[1] for place in targets if place[0] == "optimizer"}
+        unused = {("optimizer", name) for name in moments - state["optimizer"]["state"].keys()}
+        needed = {place: tensor for place, tensor in targets.items() if place[:2] not in unused}
+        for place in sorted(saved.keys() ^ needed.keys()):
+            raise ValueError(f"{' '.join(place)} is {'new' if place in needed else 'unknown'}")
+        for place, tensor in needed.items():
+            if saved[place].shape != tensor.shape:
+                raise ValueError(f"{' '.join(place)} is {tuple(saved[place].shape)}, not {tuple(tensor.shape)}")
+        best = {
+            kind: {name: value for name, value in checkpoint.items() if name != "weights"}
+            for kind, checkpoint in state["best"].items()
+        }
+        Progress(**state["progress"])
+        return {name: state[name] for name in ("averaged", "scaler", "progress")} | {"best": best, "unused": unused}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"training state {path} is of another training ({type(error).__name__}: {error}): "
+            "delete the file to start this row anew"
+        ) from None
 
 
 class Interruption:
-    """Whether a signal has asked for an end; training looks between two steps."""
+    """Whether a signal has asked for an end; training asks between two steps."""
 
     signum: int | None = None
 
@@ -133,6 +208,11 @@ class Interruption:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def check(self) -> None:
+        """End if a signal came."""
+        if self.signum is not None:
+            self.end()
 
     def end(self) -> None:
         """Raise what the entry point turns into an exit status."""

@@ -6,10 +6,12 @@ from typing import Any
 from rich.console import Console
 
 from configs.schema import Experiment
-from finetune.rows import identity, row_config, teachers
-from finetune.train import initialise, train_row
-from store.atomic import read_jsonl
-from store.runs import RunFolder, finished, read_pool, score_of, write_manifest
+from finetune.start import initialise
+from finetune.train import train_row
+from soups.files.atomic import read_jsonl
+from store.processes import Processes, first_decides
+from store.rows import require_trainable, row_config, score_of, teachers
+from store.runs import RunFolder, done_row, read_pool, write_manifest
 from store.workers import spread, use_threads
 
 
@@ -28,49 +30,58 @@ def _epochs_done(run: RunFolder, rows: list[int]) -> int:
 
 
 def _rows_done(run: RunFolder, rows: list[int]) -> int:
-    return sum((run.ingredient(row) / "done.json").exists() for row in rows)
-
-
-def import_sweep(config: Experiment, rows: list[int], console: Console) -> None:
-    """Make finished rows of the checkpoints in `sweep.imported`, over the cluster's worker processes."""
-    spread(
-        f"importing {len(rows)} models",
-        [partial(train_row, config, row) for row in rows],
-        workers=config.cluster.workers,
-        threads=config.cluster.threads,
-        units=len(rows),
-        done_units=partial(_rows_done, RunFolder.of(config), rows),
-        report=describe,
-        console=console,
-    )
+    return sum(run.is_done(row) for row in rows)
 
 
 def train_sweep(config: Experiment, console: Console | None = None) -> None:
     """Train, or import, every row that is not done, over the cluster's worker processes, and write the manifest."""
-    console = console or Console()
-    run = RunFolder.of(config)
+    console, run = console or Console(), RunFolder.of(config)
+    is_imported = config.sweep.imported is not None
     use_threads(config.cluster.threads)
-    rows = [row for row in range(1, config.sweep.size + 1) if not finished(run.ingredient(row), identity(config, row))]
-    if finished(run.ingredient(0), identity(config, 0)) is None:
-        console.print(f"{'importing' if config.sweep.imported else 'fitting'} the initialisation ...")
+    require_trainable(config)
+    rows = [row for row in range(1, config.sweep.size + 1) if not done_row(config, row)]
+    if done_row(config, 0) is None:
+        console.print(f"{'importing' if is_imported else 'fitting'} the initialisation ...")
     console.print(describe(initialise(config)))
-    if config.sweep.imported is not None:
-        import_sweep(config, rows, console)
-        write_manifest(run, read_pool(run, config.sweep.size))
-        return
-    epochs = {row: row_config(config, row).optim.epochs for row in rows}
-    # The longest first, so that no worker is left alone with one at the end; those that are distilled after the others.
-    order = sorted(rows, key=lambda row: (-epochs[row], row))
-    first = [row for row in order if not teachers(config, row)]
-    for title, some in (("fine-tuning", first), ("distilling", [row for row in order if row not in first])):
+    if is_imported:
+        groups, units, done_units = [("importing {} models", rows)], dict.fromkeys(rows, 1), _rows_done
+    else:
+        # The longest first, so that no worker is left alone with one at the end.
+        units, done_units = {row: row_config(config, row).optim.epochs for row in rows}, _epochs_done
+        first, distilled = _in_order(config, sorted(rows, key=lambda row: (-units[row], row)))
+        groups = [("fine-tuning {} models, epochs", first), ("distilling {} models, epochs", distilled)]
+    for title, members in groups:
         spread(
-            f"{title} {len(some)} models, epochs",
-            [partial(train_row, config, row) for row in some],
+            title.format(len(members)),
+            [partial(train_row, config, row) for row in members],
             workers=config.cluster.workers,
             threads=config.cluster.threads,
-            units=sum(epochs[row] for row in some),
-            done_units=partial(_epochs_done, run, some),
+            units=sum(units[row] for row in members),
+            done_units=partial(done_units, run, members),
             report=describe,
             console=console,
         )
-    write_manifest(run, read_pool(run, config.sweep.size))
+    write_manifest(run, read_pool(config))
+
+
+def _in_order(config: Experiment, rows: list[int]) -> tuple[list[int], list[int]]:
+    """The rows that start from row 0 alone, and those that are distilled from others."""
+    first = [row for row in rows if not teachers(config, row)]
+    return first, [row for row in rows if row not in first]
+
+
+def train_together(config: Experiment, processes: Processes, console: Console) -> None:
+    """Train, or import, every row that is not done, one after the other, and write the manifest.
+
+    Args:
+        config: of the experiment.
+        processes: that torchrun started, which do each row together.
+        console: of the first process, which says what is done.
+    """
+    first, distilled = _in_order(config, list(range(1, config.sweep.size + 1)))
+    for row in (0, *first, *distilled):
+        done = train_row(config, row, console)
+        if processes.is_main:
+            console.print(describe(done))
+    run = RunFolder.of(config)
+    first_decides(lambda: write_manifest(run, read_pool(config)), processes)

@@ -1,9 +1,13 @@
-"""A row of a sweep from its settings to done.json, by way of files that survive any interruption."""
+"""Fine-tune one row of a sweep, read from top to bottom: set-up, resume, the loop, evaluation, the end.
+
+Killed at any time, the same command goes on: state.pt holds a training between two steps; trained.json says that the
+weights are on disk and only their scores are missing; done.json comes last.
+"""
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,184 +16,49 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from configs.chance import seed
 from configs.errors import UserError
 from configs.schema import Experiment, dump
-from configs.slurm import this_job, wait_in_array
+from configs.training import Optim
+from eval.batch_size import largest_input
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
-from finetune.imported import imported_row
-from finetune.loop import RAW, fine_tune, nothing_shown
-from finetune.meter import progress
-from finetune.rows import draw, identity, row_config, teachers
-from finetune.tracking import Log, tracked
-from models.classifier import Classifier, Network, pretrained, pretrained_network, set_head
-from models.probe import linear_probe
-from store.atomic import write_json
-from store.processes import Processes, start_processes, sum_over
-from store.provenance import provenance
-from store.runs import RunFolder, finished, record_config, sole_writer
-from store.weights import load_weights, save_weights
-from tasks.load import class_names
+from finetune.averages import Averages, holding
+from finetune.data import mixed_batch, mixing, training_batches
+from finetune.dist import DTYPES, DivergedError, LateLosses, gathered, is_finite, reshard, wrap
+from finetune.finish import complete, save_trained, sole_writers
+from finetune.length import Length, refuse_unequal_shares
+from finetune.log import Log, Meter, peak_flops, show_progress, tracked, training_flops
+from finetune.optim import Objective, backward_with_sam, build, learning_rate
+from finetune.start import HEAD, import_row, initialise, other_head, refuse_other_data, teacher_of
+from finetune.state import Checkpoint, Interruption, State
+from models.classifier import Network, architecture
+from models.tokens import TokenSplit
+from soups.chance import seed
+from soups.files.atomic import write_jsonl
+from soups.files.weights import load_weights
+from store.processes import Processes, first_decides, start_processes, sum_over, use_kernels
+from store.rows import draw, identity, require_trainable, row_config
+from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished, record_config
+from tasks.ahead import made_ahead
+from tasks.split import Images
 
-HEAD = ("head.weight", "head.bias")
-
-
-def _scored(evaluator: Evaluator, file: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Save weights and score them on held-out."""
-    split = evaluator.config.task.held_out
-    saved = save_weights(file, weights)
-    logits = evaluator.logits(saved, lambda: weights, split)
-    return {"digest": saved, "held_out": evaluator.scored(logits, split)}
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
-def _finish(
-    evaluator: Evaluator, folder: Path, done: dict[str, Any], started: float, kinds: dict[str, dict[str, Tensor]]
-) -> dict[str, Any]:
-    """Save and score the row's weights, and write done.json last.
-
-    `kinds` are state dicts by kind: the one that is the row's ingredient becomes weights.safetensors, the others stand
-    beside it under their own names. A diverged model has none: its row counts as tried, scores nothing, and recipes
-    leave it out.
-    """
-    config = evaluator.config
-    ingredient = config.regularizer.ingredient if done["row"] else RAW
-    split = config.task.held_out
-    scores: dict[str, Any] = {
-        "digest": None,
-        "held_out": {"split": split, "correct": 0, "n": len(evaluator.split(split).labels)},
-    }
-    if done["status"] == "done":
-        scores = _scored(evaluator, folder / "weights.safetensors", kinds[ingredient])
-    others = {kind: weights for kind, weights in kinds.items() if kind != ingredient}
-    variants = {kind: _scored(evaluator, folder / f"{kind}.safetensors", weights) for kind, weights in others.items()}
-    done |= scores | {
-        "ingredient": ingredient,
-        "variants": variants,
-        "seconds": round(time.monotonic() - started, 2),
-        "threads": torch.get_num_threads(),
-        "provenance": provenance(),
-    }
-    job = this_job()
-    done |= {"slurm": asdict(job)} if job else {}
-    write_json(folder / "done.json", done)
-    (folder / "state.pt").unlink(missing_ok=True)
-    return done
+def no_log(metrics: dict[str, Any]) -> None:
+    """Take the curves of a training that nobody looks at."""
 
 
-def import_row(config: Experiment, row: int) -> dict[str, Any]:
-    """A row with the weights of `sweep.imported`, scored on held-out; skipped where it is done.
-
-    Returns the row's done.json.
-
-    Raises:
-        UserError: as `imported_row`; missing data; made before with other settings; being made by another process.
-    """
-    folder, name = RunFolder.of(config).ingredient(row), identity(config, row)
-    with sole_writer(folder):
-        done = finished(folder, name)
-        if done is not None:
-            return done
-        started, evaluator = time.monotonic(), Evaluator(config)
-        weights, source = imported_row(config, row)
-        record_config(folder, dump(row_config(config, row)))
-        base = {"identity": name, "status": "done", "row": row, "drawn": draw(config, row)} | source
-        return _finish(evaluator, folder, base, started, {config.regularizer.ingredient if row else RAW: dict(weights)})
-
-
-def initialise(config: Experiment) -> dict[str, Any]:
-    """Row 0: the pretrained network with the head that all rows start from; the zero-shot model beside it, if any.
-
-    Skipped where it is done. Returns row 0's done.json.
-
-    Raises:
-        UserError: missing or damaged data or weights; made before with other settings; being made by another process.
-    """
-    if config.sweep.imported is not None:
-        return import_row(config, 0)
-    run = RunFolder.of(config)
-    name = identity(config, 0)
-    folder = run.ingredient(0)
-    with sole_writer(folder):
-        has_zero_shot = config.model.templates is not None
-        zero_shot_done, done = finished(run.zero_shot, name), finished(folder, name)
-        if done is not None and (zero_shot_done is not None or not has_zero_shot):
-            return done
-        evaluator = Evaluator(config)
-        for split in (config.task.train, config.task.held_out):
-            evaluator.split(split)  # what is wrong with them is said before anything is made
-        base = {"identity": name, "status": "done", "drawn": {}}
-        started = time.monotonic()
-        start = pretrained_network(config.model, class_names(config.task)).state_dict()
-        if has_zero_shot and zero_shot_done is None:
-            record_config(run.zero_shot, dump(config))
-            _finish(evaluator, run.zero_shot, base | {"row": None, "head": "zero_shot"}, started, {RAW: start})
-        started = time.monotonic()
-        evaluator.model.load_state_dict(start)
-        record_config(folder, dump(row_config(config, 0)))
-        extra = {"probe": _fit_probe(evaluator)} if config.model.head == "linear_probe" else {}
-        weights = {name: tensor.cpu().clone() for name, tensor in evaluator.model.state_dict().items()}
-        return _finish(evaluator, folder, base | {"row": 0, "head": config.model.head} | extra, started, {RAW: weights})
-
-
-def _fit_probe(evaluator: Evaluator) -> dict[str, Any]:
-    """Put a linear probe in the place of the evaluator's head."""
-    config = evaluator.config
-    train, held_out = config.task.train, config.task.held_out
-    probe = linear_probe(
-        (evaluator.features(train), evaluator.split(train).labels),
-        (evaluator.features(held_out), evaluator.split(held_out).labels),
-        config.task.size,
-        config.model.probe_c,
-    )
-    assert isinstance(evaluator.model, Classifier)  # a prompted language model has no head to be probed
-    set_head(evaluator.model, probe.weight, probe.bias)
-    return {"c": probe.c, "tried": [{"c": c, "held_out_top1": score} for c, score in probe.tried]}
-
-
-def _is_done(config: Experiment, row: int) -> bool:
-    return finished(RunFolder.of(config).ingredient(row), identity(config, row)) is not None
-
-
-def wait_for_starts(config: Experiment, row: int) -> None:
-    """As a task of a job array, wait for the rows that this one starts from, which other tasks train.
-
-    Raises:
-        UserError: such a row was made with other settings, or its task ended without it.
-    """
-    for needed in (0, *teachers(config, row)) if row else ():
-        wait_in_array(partial(_is_done, config, needed), needed, f"row {needed}")
-
-
-def _teacher(config: Experiment, row: int, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """The mean logits of a row's teachers, or None where it has none.
-
-    Raises:
-        UserError: a teacher is not trained yet, or diverged.
-    """
-    rows = teachers(config, row)
-    if not rows:
-        return None
-    run, models = RunFolder.of(config), []
-    for number in rows:
-        done = finished(run.ingredient(number), identity(config, number))
-        if done is None or done["status"] != "done":
-            raise UserError(f"row {row} is distilled from row {number}, which is not trained: train that one first")
-        model = Evaluator(config).model
-        model.load_state_dict(load_weights(run.ingredient(number) / "weights.safetensors", done["digest"]))
-        models.append(model.to(device).eval())
-
-    @torch.no_grad()
-    def mean_logits(images: Tensor) -> Tensor:
-        return torch.stack([model(images) for model in models]).mean(dim=0)
-
-    return mean_logits
+def no_progress(meter: Meter) -> AbstractContextManager[Callable[[int, float], None]]:
+    """Take the progress of a training that nobody watches."""
+    return nullcontext(lambda step, loss: None)
 
 
 def train_row(config: Experiment, row: int, console: Console | None = None) -> dict[str, Any]:
     """Fine-tune one row from row 0's weights, or continue where it stopped; skipped where it is done.
 
-    Started by torchrun, all processes train the row together and the first one writes.
+    Started by torchrun, all processes train and score the row together; the first one reads, decides and writes. Once
+    trained, the weights are on disk: a row that is stopped while it is scored is only scored again.
 
     Args:
         config: of the experiment.
@@ -202,52 +71,74 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
         UserError: row 0, or a row that this one is distilled from, is not there yet; and whatever `initialise` raises.
         InterruptedBySignalError: a signal came, and the state is saved.
     """
-    processes = start_processes()
+    processes, run = start_processes(), RunFolder.of(config)
+    first_decides(lambda: require_trainable(config), processes)
     if row == 0:
         return initialise(config)
     if config.sweep.imported is not None:
         return import_row(config, row)
-    run, name = RunFolder.of(config), identity(config, row)
-    folder = run.ingredient(row)
-    with sole_writer(folder) if processes.writes else nullcontext():
-        done = finished(folder, name)
+    # The row's settings, though it may learn another task than the one it is scored on.
+    folder, own, name = run.ingredient(row), row_config(config, row), identity(config, row)
+    scored = replace(own, task=config.task)  # type: ignore[type-var]  # mypy does not know pydantic's
+
+    def begin() -> str:
+        row_0 = done_row(config, 0)
+        if row_0 is None:
+            raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
+        refuse_other_data(config, row_0)
+        record_config(folder, dump(own))
+        return row_0["digest"]
+
+    with sole_writers(folder, processes), ExitStack() as tracking:
+        done = first_decides(lambda: finished(folder, name), processes)
         if done is not None:
             return done
-        start = finished(run.ingredient(0), identity(config, 0))
-        if start is None:
-            raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
-        if not processes.writes:
-            return _train(config, row, start["digest"], processes=processes, console=None, log=lambda metrics: None)
-        record_config(folder, dump(row_config(config, row)))
-        with tracked(config, row, draw(config, row), folder) as log:
-            return _train(config, row, start["digest"], processes=processes, console=console, log=log)
+        start = first_decides(begin, processes)
+        logs: list[Log] = [no_log]
+        track = partial(tracked, own, row, draw(config, row), folder)
+        first_decides(lambda: logs.append(tracking.enter_context(track())), processes)
+        log, shown = logs[-1], console if processes.is_main else None
+        train = partial(_train, config, row, start, processes=processes, console=shown, log=log)
+        done = complete(scored, folder, name, train, processes)
+        log(done)
+        return done
 
 
 def _train(
     config: Experiment, row: int, start: str, *, processes: Processes, console: Console | None, log: Log
 ) -> dict[str, Any]:
-    """Train a row that is not done from row 0's weights, whose digest is `start`."""
-    settings, run = row_config(config, row), RunFolder.of(config)
-    folder, began = run.ingredient(row), time.monotonic()
-    first = load_weights(run.ingredient(0) / "weights.safetensors", start)
-    evaluator = Evaluator(settings)
-    evaluator.model.load_state_dict(first | _own_head(config, settings, row))
-    own = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
-    run_seed = seed(config.sweep.seed, own, "run")
-    show = nothing_shown if console is None else partial(progress, title=f"row {row}", console=console)
+    """Train a row from row 0's weights, whose digest is `start`, and save what it ends with; returns trained.json."""
+    settings, run, began = row_config(config, row), RunFolder.of(config), time.monotonic()
+    evaluator = Evaluator(evaluation_settings(settings, processes), processes)
+    # Shards come from the first process: the others need no memory for whole weights.
+    bare = processes.world > 1 and not processes.is_main and settings.compute.strategy == "fsdp"
+    with torch.device("meta") if bare else nullcontext():
+        model = architecture(settings.model, settings.task.size, settings.task.answers)
+    evaluator.model = model
+    initial: dict[str, Tensor] = {}
+
+    def load() -> None:
+        initial.update(load_weights(run.ingredient(0) / WEIGHTS, start))
+        model.load_state_dict(initial | other_head(config, settings, row))
+
+    first_decides(load, processes)
+    named = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
+    run_seed = seed(config.sweep.seed, named, "run")
     trained = fine_tune(
-        evaluator.model,
+        model,
         evaluator.inputs(settings.task.train),
         settings,
         run_seed=run_seed,
-        folder=folder,
+        folder=run.ingredient(row),
         processes=processes,
-        teacher=_teacher(config, row, processes.device),
-        held_out=partial(_held_out, evaluator, processes),
+        teacher=teacher_of(config, row, processes),
+        held_out=partial(held_out_correct, evaluator, processes),
         log=log,
-        show=show,
+        show=no_progress if console is None else partial(show_progress, title=f"row {row}", console=console),
     )
-    done = {
+    for weights in trained.weights.values() if settings.task != config.task else ():
+        weights.update({name: initial[name] for name in HEAD if processes.is_main})  # the others have no weights
+    base = {
         "identity": identity(config, row),
         "status": "done" if trained.finite else "diverged",
         "row": row,
@@ -255,39 +146,230 @@ def _train(
         "seed": run_seed,
         "start": start,
         "best": trained.best,
+        "seconds": trained.earlier,
     }
-    if not processes.writes:
-        return done
-    for weights in trained.weights.values() if settings.task != config.task else ():
-        weights.update({name: first[name] for name in HEAD})
-    # A model of its own: the trained one may be sharded, or have the head of another task.
-    reported = replace(settings, task=config.task)  # type: ignore[type-var]  # mypy does not know pydantic's
-    return _finish(Evaluator(reported), folder, done, began, trained.weights)
+    folder = run.ingredient(row)
+    return first_decides(lambda: save_trained(settings, folder, base, began, trained.weights), processes)
 
 
-def _own_head(config: Experiment, settings: Experiment, row: int) -> dict[str, Tensor]:
-    """The zero-shot head of a row that learns a task of its own; nothing where it learns the experiment's.
+@dataclass(frozen=True)
+class Trained:
+    """The end of a training."""
 
-    Such a row is saved with the head of the experiment's task, from which it saw no image (Appendix E).
+    finite: bool  # False: the loss stopped being a number, which ended it at once
+    weights: dict[str, dict[str, Tensor]]  # by kind: raw, ema_<decay>, swa; none where it diverged
+    best: dict[str, dict[str, int]]  # by kind, where the best was kept: step, correct, n
+    earlier: float  # seconds that processes trained which this one goes on from
+
+
+def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
+    model: Network,
+    train: Images | TokenSplit,
+    config: Experiment,
+    *,
+    run_seed: int,
+    folder: Path,
+    processes: Processes = ALONE,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    held_out: Callable[[Network], tuple[int, int] | None] | None = None,
+    log: Log = no_log,
+    show: Callable[[Meter], AbstractContextManager[Callable[[int, float], None]]] = no_progress,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> Trained:
+    """Train `model` in place, from folder/state.pt where there is one.
+
+    Args:
+        model: with its initial weights; parameters without gradient stay as they are.
+        train: the training images or texts; the last incomplete batch of an epoch is dropped.
+        config: of the row: optimiser, schedule, loss, augmentation, regularisation, how it is computed.
+        run_seed: of the data order, augmentation and mixup.
+        folder: state.pt is written there at the end of every epoch and every `compute.save_every` steps, and
+            metrics.jsonl, a row for every epoch, every `tracking.every` steps and every evaluation on held-out.
+        processes: this one among those that train the row together.
+        teacher: (b, 3, H, W) images or (b, L) token ids to the (b, C) logits of the ensemble that is distilled.
+        held_out: the model to how many held-out images it gets right, of how many; None where logits are no numbers.
+            For `optim.evaluate_every`. All processes call it together.
+        log: gets each row of metrics as it is made, with images a second and MFU where they are known.
+        show: shows what a meter knows while the training lasts; gets steps taken and loss after each step.
+        after_step: called with the number of steps taken, after what belongs to them is on disk.
 
     Raises:
-        UserError: heads that are trained or have no class names to be made from.
+        UserError: damaged state, full disk, a batch larger than the training set or one that the processes cannot
+            share equally, or settings this network has not.
+        InterruptedBySignalError: SIGTERM or SIGUSR1 came, and the state is saved.
     """
-    if settings.task == config.task:
-        return {}
-    if config.model.head != "zero_shot" or config.model.train_head:
-        raise UserError(f"row {row} learns a task of its own: set model.head=zero_shot model.train_head=false")
-    weights = pretrained(settings.model, class_names(settings.task)).state_dict()
-    return {name: weights[name] for name in HEAD}
+    # Set-up: data, model, optimiser.
+    optim, compute, device = config.optim, config.compute, processes.device
+    refuse_unequal_shares(optim, processes.world)
+    length = Length.of(optim, len(train))
+    use_kernels(compute, device)
+    meter = meter_of(model, config, length, processes)
+    network = wrap(model, compute, processes)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    scaler = torch.amp.GradScaler(device.type, enabled=compute.precision == "fp16")
+    averages = Averages.of(model.state_dict(), config.regularizer, length.steps)
+    autocast = None if compute.precision == "fp32" else DTYPES[compute.precision]
+    objective = Objective(network, optim, compute.micro_batch, autocast, scaler, config.regularizer.distill, teacher)
+    mix = mixing(optim, model.num_classes)
+
+    # Resume.
+    state = State(model, build(optim, model), averages, scaler, processes)
+    state.load(folder / "state.pt")
+    progress = state.progress
+    first = meter.first = progress.step
+    batches = training_batches(
+        train, config, length, run_seed=run_seed, processes=processes, first=first, mean=model.subtracted
+    )
+    losses = LateLosses(processes)
+    model.train()
+
+    try:
+        with Interruption().listening() as interruption, show(meter) as show_step:
+            prefetched = made_ahead(batches, batches.workers(compute), batches.bytes_each)
+            for step, batch in enumerate(prefetched, start=first):
+                lr = learning_rate(optim, step, length.steps)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = lr
+                labels = train.labels[batches.indices(step)]
+                inputs_and_targets = mixed_batch(batch, labels, mix, run_seed=run_seed, step=step, processes=processes)
+                loss = backward_with_sam(objective, inputs_and_targets, processes, model, config.regularizer.sam)
+                scaler.unscale_(state.optimizer)
+                if optim.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm)
+                scaler.step(state.optimizer)
+                scaler.update()
+                if averages.due(step):  # asked first, since a state dict of a sharded model is costly
+                    averages.update(model.state_dict(), step)
+                losses.add(loss, stop=interruption.signum is not None)
+                meter.step(optim.batch_size)
+
+                # A step that is logged, evaluated or saved waits for its own loss; else the last one's is there by now.
+                taken = step + 1
+                is_saved = taken == length.steps or taken % length.steps_per_epoch == 0
+                is_saved |= compute.save_every > 0 and taken % compute.save_every == 0
+                is_logged = taken % config.tracking.every == 0
+                read = losses.read(newest=is_saved or is_logged or is_evaluated(taken, length, optim))
+                stop = any(asked for _, asked in read)
+                read += losses.read(newest=True) if stop else []
+                for value, _ in read:
+                    progress.step += 1
+                    progress.epoch_loss += value
+                    show_step(progress.step, value)
+                if progress.step == taken:
+                    for row in due_metrics(state, held_out, config, length, loss=read[-1][0], lr=lr):
+                        progress.metrics.append(row)
+                        log(row | meter.rates() if "lr" in row else row)
+                if stop or is_saved:
+                    state.save(folder / "state.pt")
+                    first_decides(lambda: write_jsonl(folder / "metrics.jsonl", progress.metrics), processes)
+                if stop:
+                    interruption.end()
+                after_step(taken)
+                meter.resume()
+
+        return _end(state, optim)
+    except DivergedError:
+        return Trained(False, {}, {}, state.earlier)
 
 
-def _held_out(evaluator: Evaluator, processes: Processes, model: Network) -> tuple[int, int]:
-    """How many held-out images a model gets right, of how many; each process looks at its share of them."""
+def meter_of(model: Network, config: Experiment, length: Length, processes: Processes) -> Meter:
+    """A meter of the training, with what is needed for MFU where the devices' peak is known."""
+    if processes.device.type != "cuda":
+        return Meter(length.steps)
+    peak = peak_flops(torch.cuda.get_device_name(processes.device), config.compute.precision)
+    flops = training_flops(model, largest_input(config.model, training=True)) if peak else None
+    return Meter(length.steps, flops=flops, peak=peak * processes.world if peak else None)
+
+
+def is_evaluated(step: int, length: Length, optim: Optim) -> bool:
+    """Whether the model is evaluated on held-out after this many steps."""
+    return optim.evaluate_every > 0 and (step % optim.evaluate_every == 0 or step == length.steps)
+
+
+def due_metrics(
+    state: State,
+    held_out: Callable[[Network], tuple[int, int] | None] | None,
+    config: Experiment,
+    length: Length,
+    *,
+    loss: float,
+    lr: float,
+) -> Iterator[dict[str, Any]]:
+    """The metrics that fall due after a step: a point of the loss curve, an epoch's end, an evaluation on held-out.
+
+    Where the best weights are kept, those that are the best so far are copied.
+
+    Raises:
+        DivergedError: the logits of an evaluation are no numbers.
+    """
+    progress, optim = state.progress, config.optim
+    if progress.step % config.tracking.every == 0:
+        yield {"step": progress.step, "loss": loss, "lr": lr}
+    if progress.step % length.steps_per_epoch == 0:
+        epoch = progress.step // length.steps_per_epoch
+        yield {"epoch": epoch, "step": progress.step, "loss": progress.epoch_loss / length.steps_per_epoch, "lr": lr}
+        progress.epoch_loss = 0.0
+    if held_out is None or not is_evaluated(progress.step, length, optim):
+        return
+    for kind, weights in {RAW: state.model.state_dict(), **state.averages.weights()}.items():
+        with holding(state.model, weights if kind != RAW else {}):
+            found = held_out(state.model)
+        reshard(state.model)
+        if found is None:
+            raise DivergedError
+        right, n = found
+        yield {"step": progress.step, "weights": kind, "held_out_correct": right, "held_out_n": n}
+        if optim.keep == "best" and (kind not in state.best or right > state.best[kind].correct):
+            whole = gathered(weights, keep=state.processes.is_main)
+            copy = {name: tensor.clone() for name, tensor in whole.items()}
+            state.best[kind] = Checkpoint(progress.step, right, n, copy)
+    state.model.train()
+
+
+def evaluation_settings(settings: Experiment, processes: Processes) -> Experiment:
+    """The settings by which a row is evaluated on held-out while it trains.
+
+    Sharded over processes, a forward pass gathers weights. A process that tried how many examples fit would leave the
+    others waiting for ever where its memory ends first. So nothing is tried: as many examples are evaluated at once as
+    are trained on, which fit with all that a backward pass needs; fewer, where images are larger than in training.
+    """
+    compute, model = settings.compute, settings.model
+    if compute.strategy != "fsdp" or compute.eval_batch is not None:
+        return settings
+    trained = compute.micro_batch or settings.optim.batch_size // processes.world
+    larger = 1.0 if model.is_reader else max(1.0, (model.evaluated_at / model.image_size) ** 4)  # as attention's memory
+    fits = max(1, int(trained / larger))
+    return replace(settings, compute=replace(compute, eval_batch=fits))  # type: ignore[type-var]  # as above
+
+
+def held_out_correct(evaluator: Evaluator, processes: Processes, model: Network) -> tuple[int, int] | None:
+    """How many held-out images a model gets right, of how many; each process evaluates every W-th of them.
+
+    None for all processes where a logit is not a number.
+    """
     split = evaluator.config.task.held_out
     labels = evaluator.split(split).labels
     own = torch.arange(processes.rank, len(labels), processes.world)
-    # All look at as many images, since sharded models are gathered by all at once; an extra one is not counted.
+    # All evaluate as many images, since sharded models are gathered by all at once; an extra one is not counted.
     rows = torch.cat([own, own.new_zeros(-(-len(labels) // processes.world) - len(own))])
-    logits = forward(model, evaluator.batches(split, rows), evaluator.config.compute.precision)
-    right = correct(logits, labels[rows])[: len(own)].sum()
-    return int(sum_over(right.to(processes.device)).item()), len(labels)
+    logits = forward(model, evaluator.batches(split, rows), evaluator.config.compute.evaluates_in)
+    lost = bool(logits.isnan().any())
+    right = 0 if lost else int(correct(logits, labels[rows])[: len(own)].sum())
+    both = sum_over(torch.tensor([right, int(lost)], device=processes.device))
+    return None if both[1] else (int(both[0]), len(labels))
+
+
+def _end(state: State, optim: Optim) -> Trained:
+    """The weights that a training ends with, whole and on the CPU of the first process: raw, then the averages.
+
+    Raises:
+        DivergedError: the last weights, or an average, hold NaN or infinity, which no loss has seen.
+    """
+    kinds = {RAW: state.model.state_dict(), **state.averages.weights()}
+    if not all(is_finite(weights, state.processes) for weights in kinds.values()):
+        raise DivergedError
+    if optim.keep == "best":
+        best = {k: {"step": c.step, "correct": c.correct, "n": c.n} for k, c in state.best.items()}
+        return Trained(True, {kind: checkpoint.weights for kind, checkpoint in state.best.items()}, best, state.earlier)
+    whole = {kind: gathered(weights, keep=state.processes.is_main) for kind, weights in kinds.items()}
+    return Trained(True, whole, {}, state.earlier)

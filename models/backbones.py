@@ -21,10 +21,19 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.training import Model
 from models import hub
-from models.emoji_clip import imagenet
-from models.emoji_clip import model as embedded
-from models.local import ROOT, in_parts, local_path, not_whole, unavailable
-from models.readers import SIMILARITY_SCALE, SentenceTower, embed, sentence_tower
+from models.emoji_clip import model as emoji_clip
+from models.emoji_clip.imagenet import load_imagenet
+from models.hub import (
+    ROOT,
+    SIMILARITY_SCALE,
+    SentenceTower,
+    embed,
+    in_parts,
+    local_path,
+    not_whole,
+    sentence_tower,
+    unavailable,
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,10 @@ def skeleton(model: Model) -> Backbone:
     """
     match model.kind:
         case "emoji_clip":
-            return Backbone(embedded.build().visual, embedded.EMBED_DIM, embedded.MEAN, embedded.STD)
+            return Backbone(emoji_clip.build().visual, emoji_clip.EMBED_DIM, emoji_clip.MEAN, emoji_clip.STD)
         case "imagenet_lite0":
             tower: Any = timm.create_model("tf_efficientnet_lite0", num_classes=0)
-            return Backbone(tower, tower.num_features, embedded.MEAN, embedded.STD)
+            return Backbone(tower, tower.num_features, emoji_clip.MEAN, emoji_clip.STD)
         case "open_clip":
             return _of_open_clip(model, _open_clip(model, None))
         case "timm":
@@ -78,15 +87,12 @@ def pretrained_backbone(model: Model, device: torch.device) -> tuple[Backbone, T
     """
     match model.kind:
         case "emoji_clip":
-            clip = _load_emoji_clip(ROOT / (model.weights or embedded.WEIGHTS))
-            backbone = Backbone(copy.deepcopy(clip.visual), embedded.EMBED_DIM, embedded.MEAN, embedded.STD)
-            return backbone, TextTower(partial(embedded.text_features, clip), clip.logit_scale.exp().item())
+            clip = _load_emoji_clip(ROOT / (model.weights or emoji_clip.WEIGHTS))
+            backbone = Backbone(copy.deepcopy(clip.visual), emoji_clip.EMBED_DIM, emoji_clip.MEAN, emoji_clip.STD)
+            return backbone, TextTower(partial(emoji_clip.text_features, clip), clip.logit_scale.exp().item())
         case "imagenet_lite0":
             backbone = skeleton(model)
-            try:
-                imagenet.load_imagenet(backbone.tower)
-            except (ModuleNotFoundError, ValueError) as error:
-                raise UserError(f"model.kind=imagenet_lite0: {error}") from None
+            load_imagenet(backbone.tower)
             return backbone, None
         case "open_clip":
             clip = _open_clip(model, _open_clip_file(model))
@@ -110,21 +116,42 @@ def dual_encoder(model: Model) -> Any:
         UserError: as `pretrained_backbone`.
     """
     if model.kind == "emoji_clip":
-        return copy.deepcopy(_load_emoji_clip(ROOT / (model.weights or embedded.WEIGHTS)))
+        return copy.deepcopy(_load_emoji_clip(ROOT / (model.weights or emoji_clip.WEIGHTS)))
     return _open_clip(model, _open_clip_file(model))
 
 
 @lru_cache(maxsize=1)
 def _load_emoji_clip(weights: Path) -> Any:
     """Read once in a process, since every worker needs it for many rows."""
-    return embedded.load(weights)
+    return emoji_clip.load(weights)
 
 
 def _recorded(model: Model) -> dict[str, Any]:
-    """What open_clip knows of the weights: where they are, mean and standard deviation."""
+    """What open_clip knows of the weights `model.pretrained`: where they are, mean and standard deviation."""
     if model.name not in open_clip.list_models():
         raise UserError(f"open_clip knows no model.name={model.name}; open_clip.list_models() has the names")
     return open_clip.get_pretrained_cfg(str(model.name), model.pretrained or "") or {}
+
+
+def preprocessing(name: str, pretrained: str | None = None) -> dict[str, Any]:
+    """Mean, standard deviation, interpolation and resize mode that open_clip's weights of a model were trained with.
+
+    Without the weights' name, those of all weights that are published of the model. Where those differ, or none are
+    published, they are OpenAI's, as open_clip's own `create_model_and_transforms` takes them.
+
+    Args:
+        name: as open_clip calls the model.
+        pretrained: as open_clip calls the weights.
+    """
+    tags = [pretrained] if pretrained is not None else open_clip.list_pretrained_tags_by_model(name)
+    known = [open_clip.get_pretrained_cfg(name, tag) or {} for tag in tags]
+    fields = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "interpolation": "bicubic"}
+    fields["resize_mode"] = "shortest"
+    found = {}
+    for field, default in fields.items():
+        values = {each.get(field) or default for each in known}
+        found[field] = values.pop() if len(values) == 1 else default
+    return found
 
 
 def _open_clip_file(model: Model) -> Path:
@@ -167,10 +194,9 @@ def _open_clip(model: Model, weights: Path | None) -> Any:
 
 
 def _of_open_clip(model: Model, clip: Any) -> Backbone:
-    recorded = _recorded(model)
     width = open_clip.get_model_config(str(model.name))["embed_dim"]
-    mean, std = recorded.get("mean", OPENAI_DATASET_MEAN), recorded.get("std", OPENAI_DATASET_STD)
-    return Backbone(clip.visual, width, mean, std)
+    seen = preprocessing(str(model.name), model.pretrained)
+    return Backbone(clip.visual, width, seen["mean"], seen["std"])
 
 
 def _open_clip_text(model: Model, clip: Any, device: torch.device) -> TextTower:
@@ -197,7 +223,8 @@ def _of_timm(model: Model, weights: dict[str, Any]) -> Backbone:
         if model.weights is not None:
             raise not_whole(model, error) from None
         raise unavailable(model, recorded.hf_hub_id or name, "model.safetensors", error) from None
-    return Backbone(tower, tower.num_features, recorded.mean, recorded.std)
+    # What comes out without classes: of VGG, MobileNetV3, GhostNet and others more than the last layer's num_features.
+    return Backbone(tower, tower.head_hidden_size, recorded.mean, recorded.std)
 
 
 def _of_texts(tower: SentenceTower) -> Backbone:

@@ -8,13 +8,14 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from configs.chance import seed
 from configs.errors import UserError
 from configs.training import Model
 from models.backbones import Backbone, pretrained_backbone, skeleton
 from models.emoji_clip.model import TEMPLATES
+from models.hub import prompted
 from models.prompts import Prompted
-from models.readers import prompted
+from soups.chance import seed
+from tasks.image_folder import WNID
 
 
 class Classifier(nn.Module):
@@ -24,6 +25,7 @@ class Classifier(nn.Module):
     Texts are (N, L) token ids.
     """
 
+    subtracted: tuple[float, ...] = ()  # the mean as numbers, RGB in [0, 1]; of texts there is none
     mean: Tensor | None
     std: Tensor | None
 
@@ -114,26 +116,26 @@ PROMPTS: dict[str, Sequence[Callable[[str], str]]] = {
 }
 
 
-def architecture(model: Model, num_classes: int, options: tuple[str, ...] = ()) -> Network:
+def architecture(model: Model, num_classes: int, answers: tuple[str, ...] = ()) -> Network:
     """The network that weights are loaded into; its own are random, or none under torch.device("meta").
 
     Args:
         model: which.
         num_classes: logits of an example.
-        options: of a prompted language model, what the classes are called.
+        answers: of a prompted language model, by class id; as `Task.answers`.
 
     Raises:
         UserError: the library does not know the model.
     """
     if model.head == "prompt":
-        return prompted(model, options, weights=False)
+        return prompted(model, answers, weights=False)
     return _classifier(model, skeleton(model), num_classes)
 
 
-def pretrained_network(model: Model, class_names: tuple[str, ...]) -> Network:
-    """What every fine-tuned model starts from: as `pretrained`, or a language model that is asked for these classes."""
+def pretrained_network(model: Model, class_names: tuple[str, ...], answers: tuple[str, ...] = ()) -> Network:
+    """What every fine-tuned model starts from: as `pretrained`, or a language model that is asked for answers."""
     if model.head == "prompt":
-        return prompted(model, class_names, weights=True)
+        return prompted(model, answers, weights=True)
     return pretrained(model, class_names)
 
 
@@ -149,6 +151,11 @@ def pretrained(model: Model, class_names: tuple[str, ...]) -> Classifier:
     if model.templates is not None:
         if text is None:
             raise UserError(f"{model.kind} model {model.name} has no text tower: set model.templates=null")
+        if all(WNID.fullmatch(name) for name in class_names):
+            raise UserError(
+                f"classes are called {class_names[0]}, ..., WordNet ids and no words to a zero-shot head: "
+                "task.names=imagenet has ImageNet's 1,000 names; else rename the folders or set model.templates=null"
+            )
         prompts = PROMPTS[model.templates]
         texts = [prompt(name) for name in class_names for prompt in prompts]
         embeddings = text.embed(texts).cpu().view(len(class_names), len(prompts), -1)
@@ -171,6 +178,7 @@ def _classifier(model: Model, backbone: Backbone, num_classes: int) -> Classifie
     )
     freeze_stages(classifier, model.frozen_stages)
     classifier.head.requires_grad_(model.train_head)
+    classifier.subtracted = tuple(backbone.mean or ())
     return classifier
 
 

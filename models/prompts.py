@@ -5,7 +5,6 @@ positive". BERT fills masks at the end, T5 writes the answer. The logits are the
 """
 
 from collections.abc import Sequence
-from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -16,27 +15,13 @@ from configs.errors import UserError
 from models.tokens import Tokenizer
 
 
-def answers(options: Sequence[str]) -> list[str]:
-    """What a network is to say, by class id.
+def question(answers: Sequence[str]) -> str:
+    """What comes after every text: the answers, by class id, in the order of their letters.
 
-    Raises:
-        UserError: more options than letters.
-
-    >>> answers(["no", "yes"])
-    ['A) no', 'B) yes']
+    >>> question(["B) no", "A) yes"])
+    ' | options: A) yes B) no | label:'
     """
-    if len(options) > len(ascii_uppercase):
-        raise UserError(f"a prompt has a letter for each option, and {len(options)} are more than there are")
-    return [f"{letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-
-
-def question(options: Sequence[str]) -> str:
-    """What comes after every text.
-
-    >>> question(["no", "yes"])
-    ' | options: A) no B) yes | label:'
-    """
-    return f" | options: {' '.join(answers(options))} | label:"
+    return f" | options: {' '.join(sorted(answers))} | label:"
 
 
 class Prompted(nn.Module):
@@ -47,6 +32,7 @@ class Prompted(nn.Module):
     """
 
     options: Tensor
+    subtracted: tuple[float, ...] = ()  # from pixels, of which there are none
 
     def __init__(self, network: "transformers.PreTrainedModel", options: Tensor, pad: int):
         super().__init__()
@@ -123,7 +109,7 @@ def _with_ties(model: nn.Module, state: dict[str, Any], prefix: str, *others: ob
             state.setdefault(prefix + name, state[prefix + kept])
 
 
-def masked_tokenizer(tokenizer: Any, options: Sequence[str], max_length: int) -> tuple[Tokenizer, Tensor]:
+def masked_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) -> tuple[Tokenizer, Tensor]:
     """What BERT reads around a text, and (C, M) what it is to say at the masks.
 
     Raises:
@@ -134,14 +120,14 @@ def masked_tokenizer(tokenizer: Any, options: Sequence[str], max_length: int) ->
         raise UserError("model.kind=masked_lm needs a tokenizer with [CLS], [SEP], [MASK] and [PAD], as BERT's")
     cls, end, mask, _ = special
     plain = Tokenizer(tokenizer, max_length, (), ())
-    said = plain.plain(answers(options))
+    said = plain.plain(answers)
     longest = max(map(len, said))
-    after = (*plain.plain([question(options)])[0], *longest * (mask,), end)
+    after = (*plain.plain([question(answers)])[0], *longest * (mask,), end)
     wanted = [ids + (longest - len(ids)) * [end] for ids in said]
     return Tokenizer(tokenizer, max_length, (cls,), after), torch.tensor(wanted)
 
 
-def seq2seq_tokenizer(tokenizer: Any, options: Sequence[str], max_length: int) -> tuple[Tokenizer, Tensor]:
+def seq2seq_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) -> tuple[Tokenizer, Tensor]:
     """What T5 reads around a text, and (C, M) what it is to write, with its end.
 
     Raises:
@@ -151,7 +137,7 @@ def seq2seq_tokenizer(tokenizer: Any, options: Sequence[str], max_length: int) -
     if end is None or pad is None:
         raise UserError("model.kind=seq2seq_lm needs a tokenizer with an end of sequence and a padding token, as T5's")
     plain = Tokenizer(tokenizer, max_length, (), ())
-    said = [[*ids, end] for ids in plain.plain(answers(options))]
+    said = [[*ids, end] for ids in plain.plain(answers)]
     longest = max(map(len, said))
-    after = (*plain.plain([question(options)])[0], end)
+    after = (*plain.plain([question(answers)])[0], end)
     return Tokenizer(tokenizer, max_length, (), after), torch.tensor([x + (longest - len(x)) * [pad] for x in said])

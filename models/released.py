@@ -5,7 +5,6 @@ features of unit norm. What is left of the text tower takes no part in classific
 """
 
 import re
-from collections.abc import Iterable
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from store.checkpoints import Checkpoint, open_checkpoint
-from store.dtypes import FLOATS, STORED
-from store.pickled import NAMES
+from soups.files.checkpoints import Checkpoint, open_checkpoint
+from soups.files.dtypes import FLOATS, STORED
+from soups.files.tensors import DTYPES
 
 LEFTOVERS = {  # of the text tower, which the wrapper keeps and never calls
     "model.positional_embedding": (77, 512),
@@ -28,7 +27,6 @@ LEFTOVERS = {  # of the text tower, which the wrapper keeps and never calls
     "model.ln_final.bias": (512,),
 }
 VISUAL, HEAD = "model.visual.", "classification_head."
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def _block() -> dict[str, tuple[int, ...]]:
@@ -67,12 +65,6 @@ def own_name(name: str) -> str | None:
     if name in LEFTOVERS:
         return None
     return re.sub(rf"^{re.escape(HEAD)}", "head.", re.sub(rf"^{re.escape(VISUAL)}", "tower.", name))
-
-
-def is_released(names: Iterable[str]) -> bool:
-    """Whether these tensors are of a wrapper such as the authors', of whatever size."""
-    names = set(names)
-    return f"{HEAD}weight" in names and any(name.startswith(VISUAL) for name in names)
 
 
 def check_released(checkpoint: Checkpoint) -> None:

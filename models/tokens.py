@@ -1,5 +1,6 @@
 """From texts to token ids, and batches of them that are padded no more than they must be."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,7 @@ class Tokenizer:
         """(L_i,) int64 ids of each row under a template, at most `max_length`.
 
         Where a row is too long, the longest of its fields loses tokens at its end, again and again: words of the
-        template and shorter fields stay whole.
+        template and shorter fields stay whole. A column that the template names twice counts twice.
 
         Raises:
             UserError: what is around the fields alone is longer than `max_length`.
@@ -47,12 +48,13 @@ class Tokenizer:
         words = self.plain([text for text, _ in pieces])
         fields = {column: self.plain([row[columns.index(column)] for row in rows]) for _, column in pieces if column}
         room = self.max_length - len(self.before) - len(self.after) - sum(map(len, words))
-        if room < len(fields):
+        times = Counter(column for _, column in pieces if column)  # that a template names a column
+        if room < times.total():
             raise UserError(f"model.max_length={self.max_length} leaves no room beside the template and the options")
         encoded = []
         for i in range(len(rows)):
             lengths = {column: len(ids[i]) for column, ids in fields.items()}
-            while sum(lengths.values()) > room:
+            while sum(times[column] * length for column, length in lengths.items()) > room:
                 longest = max(lengths, key=lambda column: lengths[column])
                 lengths[longest] -= 1
             parts: list[Sequence[int]] = [self.before]

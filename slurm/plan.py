@@ -3,11 +3,12 @@
 Prints GPU-hours, wall time on 1, 8 and 64 GPUs and storage of each stage, with what they assume; configs/plan/*.yaml
 has every assumption, typed as plan.cores_per_gpu=16. Trains and writes nothing.
 
-python -m slurm.plan all gpu=h100 [out=FILE]    a line for each experiment of the paper, and a csv of them
+python -m slurm.plan all gpu=h100 [out=FILE [force=true]]    a line for each experiment, and a csv of them
 """
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,15 +17,17 @@ from rich.table import Table
 
 from configs.cli import entry_point, one_line_errors
 from configs.errors import UserError
-from configs.schema import CONFIGS, Experiment, load
-from finetune.meter import peak_flops
-from slurm.costs import GIGA, Costs, Stage, costs, gpus_per_row
-from store.atomic import replacing
+from configs.registered import experiments
+from configs.schema import Experiment, load
+from finetune.log import peak_flops
+from slurm.cost import GIGA, Costs, Stage, costs, gpus_per_row
+from soups.files.atomic import replacing
 
 GPUS = (1, 8, 64)
+FORCE = "force=true"
 SHORT = ("gpu", "gpus", "utilisation")  # may be typed without plan.
-OWN_DATA = ("demo", "own")  # how names of experiments begin that are not the paper's
-IMPORTED = ("released",)  # whose rows nobody trains here
+OWN_DATA = ("demo", "own")  # how the names of experiments begin that are not the paper's
+IMPORTED = ("released",)  # experiments whose rows nobody trains here
 
 
 def gigabytes(size: float) -> str:
@@ -36,13 +39,13 @@ def gigabytes(size: float) -> str:
     return f"{size / GIGA / 1000:,.1f} TB" if size >= 1000 * GIGA else f"{size / GIGA:,.1f} GB"
 
 
-def time(hours: float | None) -> str:
+def duration(hours: float | None) -> str:
     """Hours in a unit that fits; a dash where a job does not fit on so few GPUs.
 
-    >>> time(0.005), time(0.5), time(7.53), time(200), time(None)
+    >>> duration(0.005), duration(0.5), duration(7.53), duration(200), duration(None)
     ('18 s', '30 min', '7.5 h', '8.3 d', '-')
     """
-    if hours is None:
+    if hours is None or pd.isna(hours):
         return "-"
     if hours < 1 / 60:
         return f"{3600 * hours:.0f} s"
@@ -51,32 +54,39 @@ def time(hours: float | None) -> str:
     return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} d"
 
 
-def _line(part: Stage | Costs, gpus: tuple[int, ...]) -> list[str]:
-    return [f"{part.gpu_hours:,.1f}", *(time(part.wall_hours(n)) for n in gpus), gigabytes(part.storage)]
-
-
-def stage_table(found: Costs, gpus: tuple[int, ...]) -> Table:
-    """A line for each stage, and their sum."""
+def grid_of(columns: Sequence[str], left: Sequence[str]) -> Table:
+    """An empty table for the terminal, whose columns are right-aligned but for some."""
     grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("stage", "jobs", "GPUs a job", "most by", "GPU-hours", *(f"on {n}" for n in gpus), "kept"):
-        grid.add_column(column, justify="left" if column in ("stage", "most by") else "right", no_wrap=True)
-    for part in found.stages:
-        grid.add_row(part.name, f"{len(part.jobs):,}", str(part.gpus_per_job), part.bound, *_line(part, gpus))
-    grid.add_row("all", "", "", "", *_line(found, gpus), style="bold")
+    for column in columns:
+        grid.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     return grid
 
 
-def assumptions(config: Experiment, found: Costs) -> list[str]:
-    """What the numbers rest on, in sentences."""
-    plan = config.plan
-    flops = (peak_flops(plan.gpu, config.compute.precision) or 0) / 1e12
+def show(config: Experiment) -> None:
+    """Print a line for each stage of an experiment, and what the numbers rest on."""
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    found, plan = costs(config), config.plan
+    gpus = sorted({*GPUS, plan.gpus or 1})
+
+    def numbers(part: Stage | Costs) -> list[str]:
+        return [f"{part.gpu_hours:,.1f}", *(duration(part.wall_hours(n)) for n in gpus), gigabytes(part.storage)]
+
+    columns = ("stage", "jobs", "GPUs a job", "most by", "GPU-hours", *(f"on {n}" for n in gpus), "kept")
+    grid = grid_of(columns, ("stage", "most by"))
+    for part in found.stages:
+        grid.add_row(part.name, f"{len(part.jobs):,}", str(part.gpus_per_job), part.bound, *numbers(part))
+    grid.add_row("all", "", "", "", *numbers(found), style="bold")
+    console.print(f"{config.name}: an estimate, nothing of it measured on a cluster\n")
+    console.print(grid)
     proxy = f", a proxy for {config.model.proxy_for}" if config.model.proxy_for else ""
-    return [
+    teraflops = (peak_flops(plan.gpu, config.compute.precision) or 0) / 1e12
+    console.print()
+    for sentence in (
         f"{found.rows:,} rows of a network of {found.parameters / 1e6:,.1f} million parameters{proxy}; "
         f"{found.flops:.3g} FLOPs of training.",
-        f"gpu={plan.gpu}: {flops:,.0f} TFLOP/s in {config.compute.precision} (from memory of its data sheet), of which "
-        f"{100 * plan.utilisation:.0f} % are used in training and {100 * plan.inference_utilisation:.0f} % in forward "
-        "passes: assumed, not measured.",
+        f"gpu={plan.gpu}: {teraflops:,.0f} TFLOP/s in {config.compute.precision} (from memory of its data sheet), of "
+        f"which {100 * plan.utilisation:.0f} % are used in training and {100 * plan.inference_utilisation:.0f} % in "
+        "forward passes: assumed, not measured.",
         f"{plan.cores_per_gpu} CPU cores a GPU (assumed) decode {plan.augmented_per_core:g} images a second each, "
         f"{plan.fixed_per_core:g} at evaluation and {plan.copied_per_core:g} from decoded copies: measured on one "
         "machine with JPEGs of 500 x 375 pixels (results/measured/bench_data.csv).",
@@ -86,30 +96,19 @@ def assumptions(config: Experiment, found: Costs) -> list[str]:
         "longest job first, and of stages one after the other.",
         f"While a row trains, its state takes up to {gigabytes(found.state)} more. Recipes that end by themselves are "
         "counted at their longest.",
-        "Not counted: queues, starts and restarts, saving, the fit of the probe, tables.",
-    ]
-
-
-def show(config: Experiment) -> None:
-    """Print the table of an experiment."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    found = costs(config)
-    n = config.plan.gpus
-    console.print(f"{found.name}: an estimate, nothing of it measured on a cluster\n", highlight=False)
-    console.print(stage_table(found, tuple(sorted({*GPUS, n or 1}))))
-    console.print()
-    for sentence in assumptions(config, found):
-        console.print(f"- {sentence}", highlight=False)
+        "Not counted: queues, starts and restarts, saving, tables.",
+    ):
+        console.print(f"- {sentence}")
 
 
 def paper_experiments() -> list[str]:
-    """Names of the paper's experiments, in order; those made of others, or of others' models, train nothing."""
-    files = sorted((CONFIGS / "experiment").glob("*.yaml"))
-    names = [path.stem for path in files if not re.search(r"^(parts|towers):", path.read_text(), re.MULTILINE)]
+    """Names of the paper's experiments, in order, without those that are made of others and train nothing."""
+    files = experiments()
+    names = [name for name in files if not re.search(r"^(parts|towers):", files[name].read_text(), re.MULTILINE)]
     return [name for name in names if not name.startswith(OWN_DATA) and name not in IMPORTED]
 
 
-def overview(names: list[str], typed: list[str]) -> pd.DataFrame:
+def overview(names: Sequence[str], typed: Sequence[str]) -> pd.DataFrame:
     """A line for each experiment: hours, and gigabytes of 10^9 bytes; what cannot be counted has its reason.
 
     Args:
@@ -123,36 +122,27 @@ def overview(names: list[str], typed: list[str]) -> pd.DataFrame:
         except UserError as error:
             lines.append({"experiment": name, "not_counted": str(error).split(" (")[0]})
             continue
-        walls = {f"wall_hours_{n}": found.wall_hours(n) for n in GPUS}
-        storage = {"kept_gb": found.storage / GIGA, "state_gb": found.state / GIGA}
-        hours = {"gpu_hours": found.gpu_hours, "compute_hours": sum(part.compute for part in found.stages)}
-        numbers = {key: None if n is None else round(n, 2) for key, n in (hours | walls | storage).items()}
-        sizes = {"experiment": name, "rows": found.rows, "parameters": found.parameters}
-        lines.append(sizes | {"training_flops": f"{found.flops:.4g}"} | numbers | {"not_counted": ""})
+        numbers = {"gpu_hours": found.gpu_hours, **{f"wall_hours_{n}": found.wall_hours(n) for n in GPUS}}
+        numbers |= {"kept_gb": found.storage / GIGA, "state_gb": found.state / GIGA}
+        line = {"experiment": name, "rows": found.rows, "parameters": found.parameters}
+        line |= {"training_flops": f"{found.flops:.4g}"} | {k: n and round(n, 2) for k, n in numbers.items()}
+        lines.append(line | {"not_counted": ""})
     table = pd.DataFrame(lines)
     return table.astype({column: "Int64" for column in ("rows", "parameters") if column in table})
 
 
-def show_all(typed: list[str], out: Path | None) -> None:
+def show_all(typed: Sequence[str], out: Path | None) -> None:
     """Print a line for each experiment of the paper, and write them where asked."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     found = overview(paper_experiments(), typed)
-    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("experiment", "rows", "GPU-hours", *(f"on {n}" for n in GPUS), "kept"):
-        grid.add_column(column, justify="left" if column == "experiment" else "right", no_wrap=True)
+    grid = grid_of(("experiment", "rows", "GPU-hours", *(f"on {n}" for n in GPUS), "kept"), ("experiment",))
     for line in found.to_dict("records"):
         if line["not_counted"]:
-            console.print(f"{line['experiment']}: not counted: {line['not_counted']}", highlight=False, soft_wrap=True)
+            console.print(f"{line['experiment']}: not counted: {line['not_counted']}", soft_wrap=True)
             continue
-        walls = [line[f"wall_hours_{n}"] for n in GPUS]
-        shown = [time(None if pd.isna(hours) else hours) for hours in walls]
-        grid.add_row(
-            line["experiment"],
-            str(line["rows"]),
-            f"{line['gpu_hours']:,.1f}",
-            *shown,
-            gigabytes(line["kept_gb"] * GIGA),
-        )
+        walls = [duration(line[f"wall_hours_{n}"]) for n in GPUS]
+        kept = gigabytes(line["kept_gb"] * GIGA)
+        grid.add_row(line["experiment"], str(line["rows"]), f"{line['gpu_hours']:,.1f}", *walls, kept)
     console.print(grid)
     if out is not None:
         with replacing(out) as temporary:
@@ -160,7 +150,19 @@ def show_all(typed: list[str], out: Path | None) -> None:
         console.print(str(out))
 
 
-def spelled_out(typed: list[str]) -> list[str]:
+def refuse_out(out: Path, *, force: bool) -> None:
+    """Before anything is counted: a table is a csv, and overwrites a file only if it is told to.
+
+    Raises:
+        UserError: another suffix; a file that is there.
+    """
+    if out.suffix != ".csv":
+        raise UserError(f"out={out}: the table is written as csv, name a file that ends in .csv")
+    if out.exists() and not force:
+        raise UserError(f"out={out} is there already: name another file, or type {FORCE} to overwrite it")
+
+
+def spelled_out(typed: Sequence[str]) -> list[str]:
     """Settings of a plan with the name of their group.
 
     >>> spelled_out(["experiment=demo", "gpu=h100"])
@@ -178,8 +180,15 @@ def main() -> None:
         entry_point(show)()
         return
     outs = [word.removeprefix("out=") for word in typed if word.startswith("out=")]
-    settings = [word for word in typed if word not in every and not word.startswith("out=")]
-    one_line_errors(lambda: show_all(settings, Path(outs[-1]) if outs else None))
+    settings = [word for word in typed if word not in (*every, FORCE) and not word.startswith("out=")]
+
+    def work() -> None:
+        out = Path(outs[-1]) if outs else None
+        if out is not None:
+            refuse_out(out, force=FORCE in typed)
+        show_all(settings, out)
+
+    one_line_errors(work)
 
 
 if __name__ == "__main__":

@@ -5,35 +5,35 @@ python reproduce.py experiment=X cluster=slurm_1gpu submit=true, which waits for
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 
-from configs.cli import entry_point
+from configs.cli import entry_point, parts_as_typed
 from configs.schema import Experiment
-from slurm.jobs import ROWS, compact, jobs_of
-from slurm.queue import send, sent_jobs, states_of
+from slurm.jobs import ROWS, compact
 from slurm.status import failures
+from slurm.submit import planned, send, sent_jobs, states_of
 
 
-def retry(config: Experiment, typed: Sequence[str]) -> None:
-    """Send them, print what was sent.
+def retry(config: Experiment) -> None:
+    """Send them and print what was sent, for each experiment that one is made of.
 
     Raises:
         UserError: SLURM is not here or refuses.
     """
-    left, before = jobs_of(config, typed), sent_jobs(config)
-    failed = failures(config, left, before, states_of(before))
-    again = []
-    for job in left:
-        tasks = tuple(f.task for f in failed if (f.name, f.stage) == (job.name, job.stage) and f.task is not None)
-        if job.stage in ROWS and tasks:
-            again.append(replace(job, tasks=tasks))
-    sent = send(config, again) if again else []
-    for each in sent:
-        print(f"job {each.job}: {each.name}, {each.stage}, tasks {compact(each.tasks)}")
-    if not sent:
-        print(f"{config.name}: no row has failed")
+    for part, typed in parts_as_typed(config, sys.argv[1:]):
+        left, before = planned(part, typed).jobs, sent_jobs(part)
+        failed = {(f.name, f.stage, f.task) for f in failures(part, left, before, states_of(before))}
+        again = [
+            replace(job, tasks=tasks)
+            for job in left
+            if job.stage in ROWS and (tasks := tuple(t for t in job.tasks if (job.name, job.stage, t) in failed))
+        ]
+        sent = send(part, again) if again else []
+        for each in sent:
+            print(f"job {each.job}: {each.name}, {each.stage}, tasks {compact(each.tasks)}")
+        if not sent:
+            print(f"{part.name}: no row has failed")
 
 
 if __name__ == "__main__":
-    entry_point(lambda config: retry(config, sys.argv[1:]))()
+    entry_point(retry)()

@@ -1,40 +1,58 @@
-"""Cook soups and ensembles from a finished sweep:  python -m soups experiment=demo [recipe=greedy]
+"""The command `soups` (soups/cli.py); and the soups and ensembles of a finished sweep:
+
+    python -m soups experiment=demo [recipe=greedy]
 
 Reads   runs/<name>/ingredients, the held-out split
 Writes  runs/<name>/soups/<recipe>/{weights.safetensors, soup.json}; skipped where cooked from the same pool.
         An ensemble has no weights of its own: soup.json lists its members.
 
-Several jobs share the recipes by share.of=N and share.index=0, ..., N - 1.
-
-Or from files of your own:  python -m soups recipe=uniform 'ingredients=[a.safetensors,b.safetensors]' out=s.safetensors
+Several jobs share the recipes by share.of=N and share.index=0, ..., N - 1; the processes of torchrun share one
+recipe=greedy with cooking.shortcut=speculative.
 """
 
 import sys
+from importlib.util import find_spec
 
-from configs.cli import entry_point, own_pool_entry_point
-from configs.schema import Experiment
+from soups.cli import main as command
+from soups.errors import refuse
 
 
-def run(config: Experiment) -> None:
-    """One recipe with recipe=..., else this job's share of all that the experiment lists."""
-    # Imported here, since averaging files of one's own needs none of it, and torch alone takes seconds.
-    from soups.cook import cook_all, own_recipes, summary  # noqa: PLC0415
-    from store.workers import use_threads  # noqa: PLC0415
+def typed_now(words: list[str]) -> str:
+    """What words of before, `recipe=greedy 'ingredients=[a.pt,b.pt]' out=s.pt`, are now.
 
-    use_threads(config.cluster.threads)
-    recipes = own_recipes(config)
-    cook_all(config, recipes)
-    print(summary(config, recipes))
+    >>> typed_now(["recipe=wise_ft", "ingredients=[run/*.pt]", "init=a.pt", "out=s.pt"])
+    'python -m soups wise-ft run/*.pt --init a.pt --out s.pt'
+    """
+    values = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+    files = values.pop("ingredients").strip("[]").replace(",", " ")
+    recipe, out = values.pop("recipe", "uniform").replace("_", "-"), values.pop("out", "soup.safetensors")
+    places = {
+        "init": "--init",
+        "alpha": "--alpha",
+        "weights": "--weights",
+        "task.root": "--images",
+        "task.file": "--texts",
+    }
+    more = [f"{places[name]} {value.strip('[]')}" for name, value in values.items() if name in places]
+    if "model" in values:
+        name = f":{values['model.name']}" if "model.name" in values else ""
+        more.append(f"--network {values['model']}{name}")
+    return " ".join(["python -m soups", recipe, files, *more, "--out", out])
 
 
 def main() -> None:
-    """`ingredients=` on the command line means files of one's own."""
-    if any(word.lstrip("+").startswith("ingredients=") for word in sys.argv[1:]):
-        from soups.own import run as run_own  # noqa: PLC0415
-
-        own_pool_entry_point(run_own)()
+    """Words as `experiment=NAME` are settings of a sweep, all others of the command."""
+    words = sys.argv[1:]
+    if any(word.lstrip("+").startswith("ingredients=") for word in words):
+        refuse(f"files are named without ingredients=[...] now: {typed_now(words)}")
+    if not words or "=" not in words[0]:
+        command()
+    elif find_spec("configs") is None or find_spec("soups.experiment") is None:
+        refuse(f"{words[0]}: sweeps are made in a clone of the repository; `soups --help` has the commands for files")
     else:
-        entry_point(run)()
+        from soups.experiment.stage import main as stage  # noqa: PLC0415
+
+        stage()
 
 
 if __name__ == "__main__":

@@ -1,28 +1,42 @@
-"""The running average of weights in memory, the ground of every recipe; `soups.files` does the same to files."""
+"""Means of weights in memory; `soups.mean` does the work, as it does for files."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from soups.files import COUNTER
-from store.dtypes import round_once
-from store.pickled import NAMES, tied_names
-from store.weights import Weights
+from soups.conformance import common_layout, joint_kind
+from soups.files.dtypes import FLOATS, STORED, round_once
+from soups.files.tensors import DTYPES, NAMES, checkpoint_of
+from soups.files.weights import Weights
+from soups.mean import Mean, Term
+
+Loader = Callable[[], Weights]
+
+
+def _tensors(mean: Mean) -> dict[str, Tensor]:
+    """The mean by the names in its layout's entries."""
+    found = {}
+    for name in mean.layout.entries:
+        entry = mean.entry(name)
+        stored = np.empty(entry.size, STORED[entry.dtype])
+        for start, block in mean.blocks(name):
+            stored[start : start + len(block)] = block
+        found[name] = torch.from_numpy(stored).view(DTYPES[entry.dtype]).reshape(entry.shape)
+    return found
 
 
 @dataclass(frozen=True)
 class Average:
     """The mean of some models' weights, kept as float64 sums so that no order of adding them loses digits.
 
-    Floating-point tensors (parameters and buffers, batch-norm statistics among them) are averaged and rounded once, to
-    the dtype they came in. Integer and boolean buffers must be equal in all models and are kept; of batch counters
-    (`num_batches_tracked`) the largest is taken. Tensors that share memory in the first model are summed once and share
-    memory in the average; the other models must have them shared or equal.
+    Tensors that share memory in a model are summed once and share memory in the average.
     """
 
     sums: dict[str, Tensor]  # float64 for floating-point tensors, the tensor itself for others; tied names share one
-    dtypes: dict[str, torch.dtype]
+    kinds: dict[str, str]  # of each tensor of the mean, as safetensors calls it
     count: int
 
     @classmethod
@@ -30,61 +44,80 @@ class Average:
         """The average of one model.
 
         Raises:
-            ValueError: a tensor holds NaN or infinity, or is complex or float8.
+            UserError: a tensor holds NaN or infinity, or is complex or float8.
         """
-        # All at once: of a mapping that reads when asked, a tensor may lie where the one before it was freed, and
-        # would pass for tied to it.
-        weights = dict(weights)
-        ties = tied_names(weights)
-        sums = {name: _term(name, tensor) for name, tensor in weights.items() if name not in ties}
-        dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-        return cls({name: sums[ties.get(name, name)] for name in weights}, dtypes, 1)
-
-    @property
-    def ties(self) -> dict[str, str]:
-        """Further names of a tied tensor -> its first name."""
-        return tied_names(self.sums)
+        return cls({}, {}, 0).plus(weights)
 
     def plus(self, weights: Weights) -> "Average":
         """The average with one more model; this one is left as it was.
 
         Raises:
-            ValueError: keys, shapes, dtypes, ties or integer buffers differ, or a tensor holds NaN or infinity.
+            UserError: names, shapes, kinds, ties or integers differ, or a tensor holds NaN or infinity.
         """
-        weights = dict(weights)
-        only = sorted(self.sums.keys() ^ weights.keys())
-        if only:
-            raise ValueError(f"models with different parameters cannot be averaged; {only[0]!r} is not in all of them")
-        ties = self.ties
-        for name, kept in ties.items():
-            if weights[name].data_ptr() != weights[kept].data_ptr() and not torch.equal(weights[name], weights[kept]):
-                raise ValueError(f"parameter {name!r} is tied to {kept!r} in one model, but differs from it in another")
-        sums = {name: self._plus(name, weights[name]) for name in self.sums if name not in ties}
-        return Average({name: sums[ties.get(name, name)] for name in self.sums}, self.dtypes, self.count + 1)
-
-    def _plus(self, name: str, tensor: Tensor) -> Tensor:
-        total = self.sums[name]
-        if tensor.shape != total.shape or tensor.dtype != self.dtypes[name]:
-            raise ValueError(
-                f"parameter {name!r}: {tuple(total.shape)} {self.dtypes[name]} and {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        if tensor.is_floating_point():
-            return total + _term(name, tensor)
-        if name.endswith(COUNTER):
-            return torch.maximum(total, tensor)
-        if not torch.equal(tensor, total):
-            raise ValueError(f"integer buffer {name!r} differs between models, and has no meaningful average")
-        return total
+        new = checkpoint_of(f"model {self.count}", weights)
+        before = [checkpoint_of("the models before", self.sums)] if self.count else []
+        layout = common_layout([*before, new])
+        wide = {name: "F64" if entry.dtype in FLOATS else entry.dtype for name, entry in layout.entries.items()}
+        sums = _tensors(Mean([Term(found) for found in (*before, new)], layout, wide, total=1.0))
+        names = dict.fromkeys([*self.sums, *new.names] if before else weights)
+        stands = {name: layout.ties.get(name, name) for name in names if name in new.names or name in self.sums}
+        kinds = {}
+        for name, stand in stands.items():
+            entry = new.entries[new.own(stand)]
+            kinds[name] = joint_kind({self.kinds.get(stand, entry.dtype), entry.dtype}) or entry.dtype
+        return Average({name: sums[stand] for name, stand in stands.items()}, kinds, self.count + 1)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged weights, in the dtypes of the models."""
-        ties = self.ties
-        means = {name: self._mean(name) for name in self.sums if name not in ties}
-        return {name: means[ties.get(name, name)] for name in self.sums}
+        """The averaged weights, in the kinds of the models."""
+        total = checkpoint_of("the sum", self.sums)
+        layout = common_layout([total])
+        means = _tensors(Mean([Term(total)], layout, self.kinds, total=float(self.count)))
+        return {name: means[layout.ties.get(name, name)] for name in self.sums}
 
-    def _mean(self, name: str) -> Tensor:
-        dtype, total = self.dtypes[name], self.sums[name]
-        return rounded(total / self.count, dtype) if dtype.is_floating_point else total
+
+def mixture(models: Sequence[Weights], coefficients: Callable[[str], Sequence[float]]) -> dict[str, Tensor]:
+    """The weighted sum of K models, tensor by tensor.
+
+    Args:
+        models: K models; of a `LazyWeights` a block is in memory, of a dict all of it is.
+        coefficients: the K numbers of a tensor of this name, which sum to 1; not asked for integer and bool tensors.
+
+    Returns:
+        Every tensor summed in float64 and rounded once, to the kind it came in, or of several kinds the narrowest
+        that holds them all. Tied tensors come out equal, each
+        with memory of its own.
+
+    Raises:
+        UserError: no models; names, shapes, kinds or integers differ; a tensor holds NaN or infinity.
+    """
+    if models and not any(models):
+        return {}
+    found = [checkpoint_of(f"model {i}", model) for i, model in enumerate(models)]
+    layout = common_layout(found)
+    rows = {name: coefficients(name) for name, entry in layout.entries.items() if entry.dtype in FLOATS}
+    # The mean of K x share x tensor is the weighted sum.
+    weights = [{name: float(row[i] * len(models)) for name, row in rows.items()} for i in range(len(models))]
+    terms = [Term(checkpoint, weight) for checkpoint, weight in zip(found, weights, strict=True)]
+    mixed = _tensors(Mean(terms, layout, total=float(len(models))))
+    return {
+        name: mixed[layout.ties[name]].clone() if name in layout.ties else mixed[name]
+        for name in models[0]
+        if layout.ties.get(name, name) in mixed
+    }
+
+
+def check_names(models: Sequence[Weights]) -> None:
+    """Refuse models that do not have the same names of tensors, whatever their shapes.
+
+    Raises:
+        ValueError: no models, or one lacks a tensor that another has.
+    """
+    if not models:
+        raise ValueError("a recipe needs at least one model")
+    for model in models[1:]:
+        only = sorted(models[0].keys() ^ model.keys())
+        if only:
+            raise ValueError(f"models with different parameters cannot be averaged; {only[0]!r} is not in all of them")
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,13 +126,3 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.to(dtype)
     stored = round_once(values.reshape(-1).cpu().numpy(), NAMES[dtype])
     return torch.from_numpy(stored.view("<i2")).view(dtype).reshape(values.shape).to(values.device)
-
-
-def _term(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype not in NAMES:
-        raise ValueError(f"parameter {name!r} is {tensor.dtype}, which cannot be averaged: convert it first")
-    if not tensor.is_floating_point():
-        return tensor
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"parameter {name!r} holds NaN or infinity")
-    return tensor.double()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from soups.average import Average
-from store.weights import Weights
+from soups.files.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Batch-norm statistics of a soup, measured on data: the mean of the ingredients' ones belongs to no model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import update_bn
 
 
 def recompute_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.device | None = None) -> int:
@@ -21,46 +21,88 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.
 
     Args:
         model: the soup; its mode is restored. Dropout is on during the pass, as it was in training.
-        loader: batches, or tuples whose first element is the batch.
+        loader: batches: tensors; dicts, whose entries are the model's arguments by name, but for labels; or tuples and
+            lists, whose first element is such a batch.
         device: where batches go; None leaves them where they are.
 
     Returns:
         The number of batches over all ranks, which `num_batches_tracked` becomes; 0 if the model has no batch norm.
 
     Raises:
-        ValueError: no rank has a batch; the statistics are then as they were.
+        ValueError: no rank has a batch. After this, as after any failure of the loader or the model, all buffers,
+            modes and momenta are as they were.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
-    layers = [m for m in bare.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    layers = batch_norms(bare)
     if not layers:
         return 0
-    before = {name: buffer.clone() for name, buffer in bare.named_buffers()}
-    batches = _Counted(loader)
-    update_bn(batches, bare, device)
-    total = _over_ranks(torch.tensor(float(batches.count), dtype=torch.float64, device=_place(layers[0])))
-    if total == 0:
-        for name, buffer in bare.named_buffers():
-            buffer.copy_(before[name])
-        raise ValueError("batch norm cannot be recomputed without data: the loader has no batch")
-    for layer in layers:
-        for statistic in (layer.running_mean, layer.running_var):
-            if statistic is not None:
-                statistic.copy_(_over_ranks(statistic.double() * batches.count) / total)
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(int(total))
+    with _restored_on_failure(bare), torch.no_grad():
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain average over the batches
+        bare.train()
+        count = 0
+        for batch in loader:
+            _run(bare, batch, device)
+            count += 1
+        total = _over_ranks(torch.tensor(float(count), dtype=torch.float64, device=_place(layers[0])))
+        if total == 0:
+            raise ValueError("batch norm cannot be recomputed without data: the loader has no batch")
+        for layer in layers:
+            for statistic in (layer.running_mean, layer.running_var):
+                if statistic is not None:
+                    statistic.copy_(_over_ranks(statistic.double() * count) / total)
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(int(total))
     return int(total)
 
 
-class _Counted:
-    """A loader that knows how many batches it gave."""
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The layers of a model that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
-    def __init__(self, loader: Iterable[Any]):
-        self.loader, self.count = loader, 0
 
-    def __iter__(self) -> Any:
-        for batch in self.loader:
-            self.count += 1
-            yield batch
+def statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running statistics and counters of a model's batch norms, by name."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            for name, buffer in module.named_buffers(prefix=path, recurse=False):
+                found[name] = buffer.detach().clone()
+    return found
+
+
+def _run(model: nn.Module, batch: Any, device: torch.device | None) -> None:
+    if isinstance(batch, list | tuple):
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        model(**{name: _moved(value, device) for name, value in batch.items() if name != "labels"})
+    else:
+        model(_moved(batch, device))
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    return value.to(device) if device is not None and isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put back modes and momenta in any case, and buffers where the block fails."""
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(layer, layer.momentum) for layer in batch_norms(model)]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        raise
+    finally:
+        for module, training in modes:
+            module.training = training
+        for layer, momentum in momenta:
+            layer.momentum = momentum
 
 
 def _place(layer: _BatchNorm) -> torch.device:

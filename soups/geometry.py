@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soups.conformance import Layout
-from soups.files import STATISTICS
-from store.checkpoints import BLOCK, Checkpoint
-from store.dtypes import FLOATS, STORED, widen
+from soups.files.checkpoints import BLOCK, Checkpoint
+from soups.files.dtypes import FLOATS, STORED, widen
+from soups.mean import STATISTICS
 
 ANOTHER_ORIGIN = 0.5  # fine-tuned weights keep a cosine near 1 with where they started; unrelated ones are near 0
 NUMBERS_AT_ONCE = 4 * BLOCK  # float64, over all models: 4 MiB
@@ -59,7 +59,7 @@ def _divide(above: NDArray, below: NDArray | float) -> NDArray:
 
 
 def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint | None = None) -> Geometry:
-    """Inner products of models, tied tensors once, integers and batch-norm statistics left out.
+    """Inner products of models, tied tensors once; integers, batch-norm statistics and what is not averaged left out.
 
     Memory: K x K numbers and 16 MiB, whatever the models' size.
 
@@ -72,18 +72,19 @@ def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint
     products, crossed, reference, parameters = np.zeros((count, count)), np.zeros(count), 0.0, 0
     width = max(1, NUMBERS_AT_ONCE // (count + 1))
     for name, entry in layout.entries.items():
-        if entry.dtype not in FLOATS or name.endswith(STATISTICS):
+        if entry.dtype not in FLOATS or name.endswith(STATISTICS) or name in layout.kept:
             continue
         parameters += entry.size
         for start in range(0, entry.size, width):
-            stored = np.empty(min(width, entry.size - start), STORED[entry.dtype])
-            rows = np.empty((count + 1, len(stored)))
+            rows = np.empty((count + 1, min(width, entry.size - start)))
             for row, checkpoint in zip(rows, [*checkpoints, init], strict=True):
                 if checkpoint is None:
                     row[:] = rows[:-1].mean(axis=0)
                 else:
+                    kind = checkpoint.entries[checkpoint.own(name)].dtype
+                    stored = np.empty(len(row), STORED[kind])
                     checkpoint.read(name, start, stored)
-                    row[:] = widen(stored, entry.dtype)
+                    row[:] = widen(stored, kind)
             tasks, origin = rows[:-1] - rows[-1], rows[-1]
             products += tasks @ tasks.T
             crossed += tasks @ origin

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from soups.files.atomic import digest_of, read_jsonl, write_jsonl
 
-from store.atomic import read_jsonl, write_jsonl
-from store.runs import digest_of
-from store.weights import Weights, digest
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from soups.files.weights import Weights
 
 
 class Journal:
@@ -18,29 +18,39 @@ class Journal:
     A recipe is deterministic: a restart asks for the same candidates in the same order, and finds them here.
     """
 
-    def __init__(self, path: Path, prefix: str = ""):
-        """Args: where it is kept; and what results depend on beside the weights, where the path does not say it."""
+    def __init__(self, path: Path | None, prefix: str = ""):
+        """Args: where it is kept, if anywhere; what results depend on beside what they are asked for."""
         self.path, self.prefix = path, prefix
-        self.rows: list[dict[str, Any]] = read_jsonl(path) if path.exists() else []
-        self._known = {row["key"]: row["result"] for row in self.rows}
+        self.rows: list[dict[str, Any]] = read_jsonl(path) if path is not None and path.exists() else []
+        self.known = {row["key"]: row["result"] for row in self.rows}
+
+    def keep(self, key: str, result: Any) -> None:
+        """Remember a result, on disk too."""
+        self.known[key] = result
+        self.rows.append({"key": key, "result": result})
+        if self.path is not None:
+            write_jsonl(self.path, self.rows)
 
     def _lookup(self, key: str, compute: Callable[[], Any]) -> Any:
-        if key not in self._known:
-            self._known[key] = compute()
-            self.rows.append({"key": key, "result": self._known[key]})
-            write_jsonl(self.path, self.rows)
-        return self._known[key]
+        if key not in self.known:
+            self.keep(key, compute())
+        return self.known[key]
 
-    def remembered(self, score: Callable[[Weights], float]) -> Callable[[Weights], float]:
+    def remembered(self, score: "Callable[[Weights], float]") -> "Callable[[Weights], float]":
         """`score`, but looked up where the same weights were scored before."""
+        from soups.files.weights import digest  # noqa: PLC0415  # torch takes seconds, and a command needs none of it
+
         return lambda weights: self._lookup(self.prefix + digest(weights), lambda: score(weights))
 
     def remembered_images(
-        self, images_correct: Callable[[Weights, Tensor], Tensor]
-    ) -> Callable[[Weights, Tensor], Tensor]:
+        self, images_correct: "Callable[[Weights, Tensor], Tensor]"
+    ) -> "Callable[[Weights, Tensor], Tensor]":
         """The same for results on some of the images, (n,) bool."""
+        import torch  # noqa: PLC0415
 
-        def lookup(weights: Weights, images: Tensor) -> Tensor:
+        from soups.files.weights import digest  # noqa: PLC0415
+
+        def lookup(weights: "Weights", images: "Tensor") -> "Tensor":
             key = f"{digest(weights)}/{digest_of(images.tolist())}"
             return torch.tensor(self._lookup(key, lambda: images_correct(weights, images).tolist()))
 

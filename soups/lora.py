@@ -1,19 +1,41 @@
 """Soups of LoRA adapters that are exact: the mean of the products B A, which is not the product of the means."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
-from soups.mixture import check_names, mixture
-from store.weights import Weights
+from soups.average import check_names, mixture
+from soups.card import Card
+from soups.checks import looked_through
+from soups.errors import UserError
+from soups.files.atomic import digest_of, replacing_folder, write_json
+from soups.files.checkpoints import opened
+from soups.files.folders import ADAPTER
+from soups.files.names import short_names
+from soups.files.reading import Reading
+from soups.files.tensors import LazyWeights
+from soups.files.weights import Weights
+from soups.folder import copy_companions
+from soups.record import FORMAT, Ingredient, Record, check_of, versions
 
 _FACTOR = re.compile(r"^(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<rest>\..*)?$")
+
+
+CONFIG = "adapter_config.json"
+SAME = ("peft_type", "base_model_name_or_path", "task_type", "bias", "fan_in_fan_out", "modules_to_save")
+# Initialisations that change the base model's weights, so that the adapter alone is no change to the base model.
+CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
 
 
 @dataclass(frozen=True)
@@ -21,28 +43,60 @@ class LoraSoup:
     """An adapter in peft's naming whose update is the mean of the ingredients' updates."""
 
     weights: dict[str, Tensor]
-    rank: int  # of the new adapter; its lora_alpha is the same number, so that its scaling is 1
+    ranks: dict[str, int]  # module -> rank of the new adapter, whose lora_alpha is the same, so that its scaling is 1
     errors: dict[str, float]  # module -> relative Frobenius error of its update in [0, 1]; 0 without truncation
+    path: Path = Path()  # the folder, once it is written
+
+    @property
+    def rank(self) -> int:
+        """That of most modules."""
+        return Counter(self.ranks.values()).most_common(1)[0][0]
+
+    @property
+    def largest_error(self) -> float:
+        """Of all modules."""
+        return max(self.errors.values())
+
+    def remarks(self) -> list[str]:
+        """What a reader would not guess, a line each."""
+        error = self.largest_error
+        return [f"rank {self.rank}, {f'largest relative error of a module {error:.2%}' if error else 'exact'}"]
 
 
-def scaling_of(config: Mapping[str, Any]) -> float:
+def scaling_of(config: Mapping[str, Any], module: str = "") -> float:
     """What B A is multiplied by, from peft's adapter_config.json: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+    Args:
+        config: adapter_config.json.
+        module: name of the adapted module, which `rank_pattern` and `alpha_pattern` may give numbers of its own.
 
     Raises:
         ValueError: a kind of adapter whose update is not one multiple of B A.
 
     >>> scaling_of({"r": 16, "lora_alpha": 32}), scaling_of({"r": 16, "lora_alpha": 32, "use_rslora": True})
     (2.0, 8.0)
+    >>> scaling_of({"r": 16, "lora_alpha": 32, "alpha_pattern": {"v_proj": 8}}, "layers.0.self_attn.v_proj")
+    0.5
     """
-    for option in ("use_dora", "rank_pattern", "alpha_pattern"):
+    for option in ("use_dora", "lora_bias", "alora_invocation_tokens"):
         if config.get(option):
-            raise ValueError(f"adapters with {option} cannot be averaged here: {config[option]!r}")
-    return config["lora_alpha"] / (sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+            raise ValueError(f"adapters with {option} cannot be averaged: {config[option]!r}")
+    rank = _patterned(config.get("rank_pattern"), module, config["r"])
+    alpha = _patterned(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _patterned(patterns: Mapping[str, int] | None, module: str, otherwise: int) -> int:
+    """The number of the first pattern that the end of a module's name matches, as peft reads them."""
+    for pattern, number in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return number
+    return otherwise
 
 
 def soup_lora(
     adapters: Sequence[Weights],
-    scalings: Sequence[float],
+    scalings: Sequence[float | Callable[[str], float]],
     *,
     mixing: Sequence[float] | None = None,
     rank: int | None = None,
@@ -56,9 +110,9 @@ def soup_lora(
     Args:
         adapters: K adapters with keys `*.lora_A.weight` (r_i, in) and `*.lora_B.weight` (out, r_i), or those of
             embeddings and convolutions; ranks may differ. Other tensors (trained heads) are averaged.
-        scalings: K numbers, see `scaling_of`.
+        scalings: K numbers, or functions of a module's name; see `scaling_of`.
         mixing: c, K numbers that sum to 1; equal when None.
-        rank: at most the sum of the ranks; None keeps the mean exact.
+        rank: at most the sum of the ranks; None keeps the mean exact. Modules whose ranks sum to less stay exact.
 
     Raises:
         ValueError: adapters of different modules or shapes, a DoRA adapter, NaN or infinity, or settings that do not
@@ -74,23 +128,200 @@ def soup_lora(
         raise ValueError(f"{strange[0]!r} is no factor of a LoRA update, and adapters that have it cannot be averaged")
     rest = [{name: adapter[name] for name in adapter if name not in factors} for adapter in adapters]
     weights = mixture(rest, lambda name: shares)
-    errors, ranks = {}, {}
+    pairs = {}
     for name in factors:
         if _side(name) == "B":
             continue
         other, module = _partner(name), name.split(".lora_")[0]
         if other not in factors:
             raise ValueError(f"{name!r} has no {other!r} beside it")
-        a, b = _joined(name, other, adapters, [c * s for c, s in zip(shares, scalings, strict=True)])
-        errors[module] = 0.0
-        if rank is not None:
-            a, b, errors[module] = truncated(a, b, rank)
-        ranks[module] = len(a)
-        weights[name] = a.to(adapters[0][name].dtype).contiguous()
-        weights[other] = b.to(adapters[0][other].dtype).contiguous()
-    if len(ranks) * 2 != len(factors) or len(set(ranks.values())) != 1:
-        raise ValueError(f"need pairs of factors, of one rank in all modules; got ranks {sorted(set(ranks.values()))}")
-    return LoraSoup(weights, next(iter(ranks.values())), errors)
+        multiples = [s(module) if callable(s) else s for s in scalings]
+        joined = _joined(name, other, adapters, [c * s for c, s in zip(shares, multiples, strict=True)])
+        pairs[name] = other, module, joined
+    if not pairs or len(pairs) * 2 != len(factors):
+        raise ValueError(f"need pairs of factors lora_A and lora_B, got {len(factors)} factors in {len(pairs)} pairs")
+    longest = max(len(a) for _, _, (a, _) in pairs.values())
+    if rank is not None and not 1 <= rank <= longest:
+        raise ValueError(f"rank must be in [1, {longest}], the largest sum of the ingredients' ranks; got {rank}")
+    errors, ranks = {}, {}
+    for name, (other, module, (a, b)) in pairs.items():
+        top, side, errors[module] = truncated(a, b, rank) if rank is not None and rank < len(a) else (a, b, 0.0)
+        ranks[module] = len(top)
+        weights[name] = top.to(adapters[0][name].dtype).contiguous()
+        weights[other] = side.to(adapters[0][other].dtype).contiguous()
+    return LoraSoup(weights, ranks, errors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's adapter_config.json.
+
+    Raises:
+        UserError: it is not there or damaged, or of an adapter whose update is not one multiple of B A.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("peft_type") != "LORA":
+            raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be averaged")
+        scaling_of(config)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: name folders that peft's save_pretrained wrote") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be used ({error})") from None
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise UserError(
+            f"{path}: init_lora_weights={start!r} changed the base model too, so the adapter is no change to the "
+            "original: save it with peft's path_initial_model_for_weight_conversion=..., and soup that"
+        )
+    return config
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in (ADAPTER, "adapter_model.bin"):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"{folder} has no {ADAPTER}: name folders that peft's save_pretrained wrote")
+
+
+def _common_config(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first folder's config.
+
+    Raises:
+        UserError: another has a base model or a setting with which the mean of updates is none.
+    """
+    for folder, config in zip(folders[1:], configs[1:], strict=True):
+        for key in SAME:
+            if (config.get(key) or None) != (configs[0].get(key) or None):
+                raise UserError(
+                    f"{folder / CONFIG}: {key} is {config.get(key)!r}, but {configs[0].get(key)!r} in {folders[0]}: "
+                    "only changes to the same model have a mean (where it is the same under two names, edit the file)"
+                )
+    return dict(configs[0])
+
+
+def soup_folders(
+    folders: Sequence[Path], out: Path, *, weights: Sequence[float] | None = None, rank: int | None = None
+) -> str:
+    """Write the weighted mean of adapters' updates as a folder that peft loads, and return what was written.
+
+    Args:
+        folders: K folders of peft's save_pretrained.
+        out: a folder that is not there yet.
+        weights: K numbers of at least 0, in any scale; equal when None.
+        rank: of the soup, as in `soup_lora`; None keeps the mean exact.
+
+    Raises:
+        UserError: folders that are no LoRA adapters, or do not fit together; `out` is there already.
+    """
+    soup = write_folder(folders, out, weights=weights, rank=rank)
+    return f"{out}: {len(folders)} adapters, {soup.remarks()[0]}"
+
+
+def write_folder(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    note: Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+) -> LoraSoup:
+    """As `soup_folders`, with what its record says beside, and the names that it calls the adapters by."""
+    shares = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
+    if not folders or len(shares) != len(folders) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise UserError(f"weights: need one of at least 0 for each of {len(folders)} adapters, got {shares}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: name another folder, or delete it")
+    configs = [read_config(folder) for folder in folders]
+    config = _common_config(folders, configs)
+    mixing = [share / sum(shares) for share in shares]
+    try:
+        soup = soup_lora(
+            [LazyWeights(_weights_file(folder)) for folder in folders],
+            [partial(_scaling_in, config) for config in configs],
+            mixing=mixing,
+            rank=rank,
+        )
+    except ValueError as error:
+        raise UserError(f"adapters {', '.join(map(str, folders[:3]))}: {error}") from None
+    usual = soup.rank
+    other = {_in_model(module): r for module, r in soup.ranks.items() if r != usual}
+    config |= {"r": usual, "lora_alpha": usual, "use_rslora": False, "rank_pattern": other, "alpha_pattern": other}
+    config |= {"inference_mode": True, "init_lora_weights": True}
+    names = short_names(folders) if names is None else names
+    facts: dict[str, Any] = {
+        "recipe": "lora",
+        "lora": {"rank": rank},
+        "versions": versions() | {"torch": torch.__version__},
+    }
+    facts |= dict(note or {})
+    parts = [
+        Ingredient(name, digest_of_folder(folder), share)
+        for name, folder, share in zip(names, folders, mixing, strict=True)
+    ]
+    text = json.dumps(asdict(Record(FORMAT, tuple(parts), shares, "keep", {}, facts)), sort_keys=True)
+    with replacing_folder(out) as folder:
+        save_file(soup.weights, folder / ADAPTER, {"format": "pt", "soup": text, "soup_check": check_of(text)})
+        write_json(folder / CONFIG, config)
+        copy_companions(folders[0], folder)
+        _card(config, facts["recipe"], names, mixing, soup).write(folder)
+    return replace(soup, path=out)
+
+
+def check_folders(folders: Sequence[Path]) -> None:
+    """Refuse adapters whose updates have no mean, as far as configs and names of tensors tell.
+
+    Raises:
+        UserError: names the folder.
+    """
+    _common_config(folders, [read_config(folder) for folder in folders])
+    first, *others = [LazyWeights(_weights_file(folder)) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        only = sorted(first.keys() ^ other.keys())
+        if only:
+            raise UserError(f"{folder}: tensor {only[0]!r} is in this adapter or in {folders[0]}, and not in both")
+
+
+def digest_of_folder(folder: Path) -> str:
+    """A name for what an adapter is: its tensors and its config.
+
+    Raises:
+        UserError: no adapter, or a tensor of it holds NaN or infinity.
+    """
+    with opened([_weights_file(folder)], Reading(as_stored=True)) as (checkpoint,):
+        digest, strange = looked_through(checkpoint)
+    if strange:
+        raise UserError(f"{folder}: tensor {strange!r} holds NaN or infinity: leave that adapter out")
+    return digest_of([digest, read_config(folder)])
+
+
+def _scaling_in(config: Mapping[str, Any], module: str) -> float:
+    return scaling_of(config, _in_model(module))
+
+
+def _in_model(module: str) -> str:
+    """A module's name in the base model, without what peft puts before it."""
+    return module.removeprefix("base_model.model.")
+
+
+def _card(
+    config: Mapping[str, Any], recipe: str, names: Sequence[str], mixing: Sequence[float], soup: LoraSoup
+) -> Card:
+    base = config.get("base_model_name_or_path") or ""
+    return Card(
+        title=f"LoRA soup of {len(names)} adapters",
+        library="peft",
+        recipe=recipe,
+        about="The update of this adapter is the mean of theirs; it is joined along the rank, not averaged by factor.",
+        use=f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("FOLDER")  # on {base}',
+        sections={
+            "Ingredients": ["| adapter | share |", "|---|---|"]
+            + [f"| {name} | {share:.4g} |" for name, share in zip(names, mixing, strict=True)],
+            "Rank": [f"{soup.rank}; largest relative error of a module: {soup.largest_error:.2%}."],
+        },
+        more={"base_model": base} if base and not Path(base).is_absolute() else {},
+    )
 
 
 def _side(name: str) -> str:

@@ -1,8 +1,9 @@
 """Small pools of made-up checkpoints to try the commands on:  python -m soups.made_up DIR
 
-Writes DIR/{timm,open_clip,images,texts,plain}, three models each that were "fine-tuned" from one start, which is noise
-on its weights; DIR/held_out/<class>/<image>.png and DIR/held_out.tsv. They know nothing: what is shown is the way, not
-an accuracy. A few seconds, a few megabytes, no network.
+Writes DIR/{timm,open_clip,images,texts,plain,language,adapters}, three models each that were "fine-tuned" from one
+start, which is noise on its weights; DIR/held_out/<class>/<image>.png, DIR/held_out.tsv, DIR/held_out.txt and
+DIR/my_eval.py, a score of your own. They know nothing: what is shown is the way, not an accuracy. A few seconds, a few
+megabytes, no network.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from torchvision.models import squeezenet1_1
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -29,8 +32,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from configs.cli import one_line_errors
-from store.atomic import write_json, write_text
+from soups.errors import one_line_errors
+from soups.files.atomic import write_json, write_text
 
 CLASSES = ("blue", "green", "red")
 SENTENCES = ("good film", "bad film", "a good day", "a bad day", "not good", "not bad", "good", "day of a good film")
@@ -41,6 +44,17 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 64,
     "initializer_range": 0.5,  # so that different inputs get different answers
 }
+RANK = 2  # of the adapters
+MY_EVAL = """\"\"\"A score of your own, of a file of weights: how near the mean of all weights is to zero.\"\"\"
+
+import sys
+
+import torch
+
+weights = torch.load(sys.argv[1], weights_only=True)["state_dict"]
+total = sum(tensor.double().sum().item() for tensor in weights.values())
+print(-abs(total) / sum(tensor.numel() for tensor in weights.values()))
+"""
 DUAL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
@@ -100,19 +114,57 @@ def _save_pretrained(network: Any, beside: Any, folder: Path) -> None:
         beside.save_pretrained(folder / f"checkpoint-{i}")
 
 
+def _words() -> tuple[Tokenizer, dict[str, str], int]:
+    """A tokenizer of the words in SENTENCES, its special tokens, and how many words it has."""
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    known = [*special.values(), *sorted({word for text in SENTENCES for word in text.split()})]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return words, special, len(known)
+
+
 def make_hugging_face(images: Path, texts: Path) -> None:
     """Folders as transformers' Trainer writes them: a ViT and a BERT."""
     names = dict(enumerate(CLASSES))
     vit = ViTConfig(image_size=32, patch_size=16, id2label=names, label2id={v: k for k, v in names.items()}, **SMALL)
     _save_pretrained(ViTForImageClassification(vit), ViTImageProcessor(size={"height": 32, "width": 32}), images)
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    known = [*special.values(), *sorted({word for text in SENTENCES for word in text.split()})]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    bert = BertConfig(vocab_size=len(known), id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, **SMALL)
+    words, special, number = _words()
+    bert = BertConfig(vocab_size=number, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, **SMALL)
     _save_pretrained(
         BertForSequenceClassification(bert), PreTrainedTokenizerFast(tokenizer_object=words, **special), texts
     )
+
+
+def make_language(folder: Path, adapters: Path, text: Path) -> None:
+    """Folders of a small Llama, LoRA adapters of the first of them as peft saves them, and a text to score by."""
+    words, special, number = _words()
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=number, pad_token_id=0, bos_token_id=2, eos_token_id=3, **SMALL))
+    _save_pretrained(network, PreTrainedTokenizerFast(tokenizer_object=words, **special), folder)
+    write_text(text, "\n".join(SENTENCES) + "\n")
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": f"{folder}/checkpoint-0",
+    }
+    config |= {
+        "base_model_name_or_path": f"{folder}/checkpoint-0",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    width = network.config.hidden_size
+    for i in range(3):
+        place = adapters / f"run{i}"
+        place.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(i)
+        factors = {}
+        for layer in range(network.config.num_hidden_layers):
+            for module in config["target_modules"]:
+                name = f"base_model.model.model.layers.{layer}.self_attn.{module}.lora_"
+                factors[f"{name}A.weight"] = torch.randn(RANK, width, generator=generator)
+                factors[f"{name}B.weight"] = 0.1 * torch.randn(width, RANK, generator=generator)
+        save_file(factors, place / "adapter_model.safetensors", {"format": "pt"})
+        write_json(place / "adapter_config.json", config)
 
 
 def make_plain(folder: Path) -> None:
@@ -134,6 +186,8 @@ def make(folder: Path) -> None:
     make_open_clip(folder / "open_clip")
     make_hugging_face(folder / "images", folder / "texts")
     make_plain(folder / "plain")
+    make_language(folder / "language", folder / "adapters", folder / "held_out.txt")
+    write_text(folder / "my_eval.py", MY_EVAL)
 
 
 def main() -> None:

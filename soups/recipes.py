@@ -7,28 +7,22 @@ the selection is the same (Section 3.3.2).
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from configs.chance import uniform as chance
-from eval.significance import Paired
-from soups.average import Average
-from soups.mixture import Loader, mixture
-from store.weights import Weights
-
-Ties = Literal["keep", "drop"]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One decision of a greedy recipe."""
-
-    candidate: int
-    score: float  # held-out accuracy in [0, 1] with the candidate added
-    accepted: bool
-    exact: bool = True  # False: evaluation stopped early, and the score is the most it could still have reached
-    versus: Paired | None = None  # against the soup that it replaced; given for accepted candidates, on request
+from soups.average import Average, Loader, mixture
+from soups.files.weights import Weights
+from soups.selection import (
+    Mixture,
+    Result,
+    Selection,
+    Ties,
+    Trial,
+    add_in_order,
+    add_with_replacement,
+    best_first,
+    random_order,
+)
 
 
 @dataclass(frozen=True)
@@ -46,26 +40,8 @@ def equal(number: int) -> tuple[float, ...]:
     return (1 / number,) * number
 
 
-def best_first(held_out: Sequence[float]) -> list[int]:
-    """Indices by decreasing held-out accuracy; of equals the one with the smaller index stands first.
-
-    Raises:
-        ValueError: no models.
-
-    >>> best_first([0.5, 0.9, 0.9])
-    [1, 2, 0]
-    """
-    if not held_out:
-        raise ValueError("a recipe needs at least one model")
-    return sorted(range(len(held_out)), key=lambda i: (-held_out[i], i))
-
-
 def checked_order(models: Sequence[Loader], held_out: Sequence[float]) -> list[int]:
-    """`best_first`, of as many models as scores.
-
-    Raises:
-        ValueError: no models, or `held_out` is not one number per model.
-    """
+    """`best_first`; a ValueError where `held_out` is not one number a model."""
     if len(models) != len(held_out):
         raise ValueError(f"need one held-out accuracy per model, got {len(models)} and {len(held_out)}")
     return best_first(held_out)
@@ -92,11 +68,7 @@ def best(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
 
 
 def second_best(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
-    """The individual model with the second highest held-out accuracy (Table 3).
-
-    Raises:
-        ValueError: fewer than two models.
-    """
+    """The individual model with the second highest held-out accuracy (Table 3); a ValueError of fewer than two."""
     if len(models) < 2:
         raise ValueError(f"the second best model needs at least two, got {len(models)}")
     second = best_first(held_out)[1]
@@ -104,12 +76,7 @@ def second_best(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
 
 
 def subset(models: Sequence[Loader], held_out: Sequence[float], chosen: Iterable[int]) -> Soup:
-    """The equal-weight mean of some models, listed best first.
-
-    Args:
-        models: K loaders; only the chosen ones are called.
-        held_out: K accuracies, which here only order the list.
-        chosen: indices in [0, K), each once.
+    """The equal-weight mean of some models, listed best first; `chosen` has indices of models, each once.
 
     Raises:
         ValueError: nothing chosen, an index that is not there or stands twice, or models that do not fit together.
@@ -130,9 +97,44 @@ def uniform(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
     return subset(models, held_out, range(len(models)))
 
 
-def accepts(score: float, incumbent: float, ties: Ties) -> bool:
-    """Whether a candidate replaces the soup so far: `>=` as in Recipe 1, or `>` as in the authors' script."""
-    return score >= incumbent if ties == "keep" else score > incumbent
+class Growing:
+    """Means of mixtures that grow by one model at a time: two sums are in memory, not K models.
+
+    Models are added in the order of the mixture, so that the same mixture has the same bits whichever was asked for
+    before.
+    """
+
+    def __init__(self, models: Sequence[Loader]):
+        self.models = models
+        self._base: tuple[Mixture, Average | None] = ((), None)
+        self._tried: tuple[Mixture, Average | None] = ((), None)
+
+    def of(self, mixture: Mixture) -> Average:
+        """The mean of a mixture, each model as often as it stands there."""
+        for known, mean in (self._base, self._tried):
+            if known == mixture and mean is not None:
+                return mean
+        begin = mixture[:-1]
+        if self._tried[0] == begin:
+            self._base = self._tried
+        elif self._base[0] != begin[: len(self._base[0])]:
+            self._base = ((), None)
+        self._tried = ((), None)  # before another sum is made
+        known, mean = self._base
+        for i in begin[len(known) :]:
+            mean = self._plus(mean, i)
+        self._base = begin, mean
+        self._tried = mixture, self._plus(mean, mixture[-1])
+        return self.of(mixture)
+
+    def _plus(self, mean: Average | None, i: int) -> Average:
+        return Average.of(self.models[i]()) if mean is None else mean.plus(self.models[i]())
+
+    def soup(self, selection: Selection) -> "Soup":
+        """What a selection comes to."""
+        counts, number = Counter(selection.mixture), len(selection.mixture)
+        shares = equal(len(counts)) if number == len(counts) else tuple(count / number for count in counts.values())
+        return Soup(self.of(selection.mixture).weights(), tuple(counts), shares, selection.trials)
 
 
 def greedy(
@@ -156,33 +158,12 @@ def greedy(
     Source: Wortsman et al. 2022, Recipe 1. Its test is `>=` (`keep`); the authors' released script has `>` (`drop`),
     which cooks another soup only when a candidate ties exactly.
     """
-    return _add_in_order(checked_order(models, held_out), models, held_out, accuracy, ties)
+    order, means = checked_order(models, held_out), Growing(models)
+    return means.soup(add_in_order(order, held_out[order[0]], _scored(means, accuracy), ties=ties))
 
 
-def _add_in_order(
-    order: Sequence[int],
-    models: Sequence[Loader],
-    held_out: Sequence[float],
-    accuracy: Callable[[Weights], float],
-    ties: Ties,
-) -> Soup:
-    first, *rest = order
-    soup, score_to_keep = Average.of(models[first]()), held_out[first]
-    kept, trials = [first], [Trial(first, held_out[first], True)]
-    for i in rest:
-        candidate = soup.plus(models[i]())  # a new Average; dropping it costs nothing
-        score = accuracy(candidate.weights())
-        accepted = accepts(score, score_to_keep, ties)
-        trials.append(Trial(i, score, accepted))
-        if accepted:
-            soup, score_to_keep = candidate, score
-            kept.append(i)
-    return Soup(soup.weights(), tuple(kept), equal(len(kept)), tuple(trials))
-
-
-def random_order(number: int, seed: int, order: int) -> list[int]:
-    """A keyed shuffle of 0 to number - 1: another model in the pool leaves the others in the order they had."""
-    return sorted(range(number), key=lambda i: chance(seed, "greedy random order", order, i))
+def _scored(means: Growing, accuracy: Callable[[Weights], float]) -> Callable[[Sequence[Mixture], float], list[Result]]:
+    return lambda mixtures, to_beat: [Result(accuracy(means.of(mixture).weights())) for mixture in mixtures]
 
 
 def greedy_random_order(
@@ -197,15 +178,7 @@ def greedy_random_order(
     """Greedy soups from a pool that was not sorted, one for each of several random orders (Table 3).
 
     The first model of an order always enters, as it does from a sorted list, so the soup may be worse than the best
-    model. The paper reports mean and standard deviation over 3 orders.
-
-    Args:
-        models: K loaders; each called once an order.
-        held_out: K accuracies; only that of an order's first model is used.
-        accuracy: called K - 1 times an order.
-        seed: of the orders; order j is a function of seed and j alone.
-        orders: how many.
-        ties: as in `greedy`.
+    model. Order j is a function of `seed` and j alone. The paper reports mean and standard deviation over 3 orders.
 
     Raises:
         ValueError: as in `greedy`; or `orders` is less than 1.
@@ -213,9 +186,11 @@ def greedy_random_order(
     if orders < 1:
         raise ValueError(f"greedy in random order needs at least one order, got {orders}")
     checked_order(models, held_out)
-    return tuple(
-        _add_in_order(random_order(len(models), seed, j), models, held_out, accuracy, ties) for j in range(orders)
-    )
+    found = []
+    for j in range(orders):
+        order, means = random_order(len(models), seed, j), Growing(models)
+        found.append(means.soup(add_in_order(order, held_out[order[0]], _scored(means, accuracy), ties=ties)))
+    return tuple(found)
 
 
 def greedy_with_replacement(
@@ -225,65 +200,18 @@ def greedy_with_replacement(
     *,
     rounds: int = 20,
 ) -> Soup:
-    """Add, again and again, the one model of the whole pool that helps most; a model added twice weighs twice.
-
-    It starts from the best model. A round tries the soup with each of the K models added once more and takes the
-    highest accuracy, of equals the model that is better alone. The round's winner enters only if it is strictly
-    better than the soup so far; the first round without such a winner ends the recipe, and `rounds` does at the
-    latest. Strictly, since adding the only ingredient to itself changes nothing: with `>=` there is always a tie and
-    the recipe would never end. Stopping there rather than after a fixed number of rounds (Caruana et al. take the
-    best of the path) keeps a soup that is never below the best model and selects less on the held-out split.
-
-    It costs K evaluations and K reads for every ingredient it adds, and K more to see that none helps; Recipe 1
-    costs K - 1 in all.
-
-    Args:
-        models: K loaders.
-        held_out: K accuracies in [0, 1] on the held-out split.
-        accuracy: the same for candidate weights; called at most K x `rounds` times.
-        rounds: the most models that are added to the first.
-
-    Returns:
-        Ingredients in the order of their first addition, weighing as often as they were added. Trials are the first
-        model's, then K for each round in the order they were tried, best model first.
+    """`add_with_replacement` of models in memory: ingredients weigh as often as they were added.
 
     Raises:
         ValueError: as in `greedy`; or `rounds` is less than 1.
-
-    Source: the paper names it as another way to coefficients that differ (Appendix I), without a procedure; the
-    rounds are those of Caruana et al. 2004, Section 2.2, from their sorted initialisation with N = 1.
     """
-    if rounds < 1:
-        raise ValueError(f"greedy with replacement needs at least one round, got {rounds}")
-    order = checked_order(models, held_out)
-    first = order[0]
-    soup, score_to_keep = Average.of(models[first]()), held_out[first]
-    added, trials = [first], [Trial(first, held_out[first], True)]
-    for _ in range(rounds):
-        scores: dict[int, float] = {}
-        winner, candidate = order[0], soup
-        for i in order:
-            tried = soup.plus(models[i]())
-            scores[i] = accuracy(tried.weights())
-            if i == order[0] or scores[i] > scores[winner]:
-                winner, candidate = i, tried
-        improves = scores[winner] > score_to_keep
-        trials += [Trial(i, scores[i], improves and i == winner) for i in order]
-        if not improves:
-            break
-        soup, score_to_keep = candidate, scores[winner]
-        added.append(winner)
-    counts = Counter(added)
-    return Soup(soup.weights(), tuple(counts), tuple(n / len(added) for n in counts.values()), tuple(trials))
+    checked_order(models, held_out)
+    means = Growing(models)
+    return means.soup(add_with_replacement(held_out, _scored(means, accuracy), rounds=rounds))
 
 
 def wise_ft(start: Loader, end: Loader, alpha: float) -> dict[str, Tensor]:
-    """The point between the initialisation and a fine-tuned model or soup: (1 - alpha) start + alpha end.
-
-    Args:
-        start: the initialisation.
-        end: any model or soup fine-tuned from it.
-        alpha: in [0, 1]; 0 gives the start and 1 the end, to the bit.
+    """(1 - alpha) of the initialisation and alpha of a model or soup fine-tuned from it; at 0 and 1 to the bit.
 
     Raises:
         ValueError: alpha is outside [0, 1], or the two do not fit together.

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from eval.significance import paired
-from soups.average import Average
-from soups.mixture import Loader
-from soups.recipes import Soup, Ties, Trial, accepts, best_first, checked_order, equal
-from store.weights import Weights
+from soups.average import Loader
+from soups.files.weights import Weights
+from soups.paired import paired
+from soups.ranks import spread
+from soups.recipes import Growing, Soup, checked_order
+from soups.selection import Mixture, Result, Ties, add_in_order, best_first
 
 ImagesCorrect = Callable[[Weights, Tensor], Tensor]  # weights and (n,) image indices to (n,) bool
 
@@ -94,24 +94,25 @@ def greedy_counted(
     if correct.ndim != 2 or len(correct) != len(models) or correct.shape[1] == 0:
         raise ValueError(f"need (K, N) results of {len(models)} models on N > 0 images, got {tuple(correct.shape)}")
     correct, n = correct.cpu(), correct.shape[1]
-    first, *rest = best_first(correct.sum(dim=1).tolist())
-    soup, incumbent = Average.of(models[first]()), correct[first]
-    kept, trials, forwards = [first], [Trial(first, int(incumbent.sum()) / n, True)], 0
-    for i in rest:
-        order = hard_images_first(correct, incumbent, correct[i]) if hard_first else torch.arange(n)
-        candidate = soup.plus(models[i]())
+    order = best_first(correct.sum(dim=1).tolist())
+    means, incumbent, forwards = Growing(models), correct[order[0]], 0
+    last: tuple[Mixture, Tensor] = ((), incumbent)
+
+    def score(mixtures: Sequence[Mixture], to_beat: float) -> list[Result]:
+        nonlocal incumbent, last, forwards
+        (mixture,) = mixtures
+        if last[0] == mixture[:-1]:  # what was tried last is the soup now
+            incumbent = last[1]
+        images = hard_images_first(correct, incumbent, correct[mixture[-1]]) if hard_first else torch.arange(n)
         to_reach = int(incumbent.sum()) + (ties == "drop") if hard_first else 0
-        right, seen = _correct_until_hopeless(candidate.weights(), images_correct, order, to_reach, chunk)
+        right, seen = _correct_until_hopeless(means.of(mixture).weights(), images_correct, images, to_reach, chunk)
         forwards += seen
-        score = int(right.sum()) / n
-        versus = paired(right, incumbent)
-        accepted = accepts(score, int(incumbent.sum()) / n, ties) and (min_sigma == 0 or versus.z >= min_sigma)
-        trials.append(Trial(i, score, accepted, seen == n, versus if significance and accepted else None))
-        if accepted:
-            soup, incumbent = candidate, right
-            kept.append(i)
-    cooked = Soup(soup.weights(), tuple(kept), equal(len(kept)), tuple(trials))
-    return cooked, Spent(len(rest), len(rest), forwards)
+        versus, last = paired(right, incumbent), (mixture, right)
+        vetoed = min_sigma != 0 and versus.z < min_sigma
+        return [Result(int(right.sum()) / n, seen == n, versus if significance else None, vetoed)]
+
+    found = add_in_order(order, int(incumbent.sum()) / n, score, ties=ties)
+    return means.soup(found), Spent(found.evaluations, found.rounds, forwards)
 
 
 def greedy_speculative(
@@ -122,49 +123,30 @@ def greedy_speculative(
     ahead: int,
     ties: Ties = "keep",
 ) -> tuple[Soup, Spent]:
-    """`greedy` that tries the next `ahead` candidates against the soup so far at once.
-
-    Most candidates are rejected and leave the soup as it was, so what was found about the next ones holds. Results
-    count up to the first accept; those after it belong to a soup that is no more, and are tried again. Decisions
-    are those of `greedy`, in fewer rounds and more evaluations.
+    """`greedy` that tries the next `ahead` candidates at once: its decisions in fewer rounds; see `add_in_order`.
 
     Args:
         models: K loaders; each is called for every time its candidate is built, and once more when it is accepted.
         held_out: K accuracies in [0, 1] on the held-out split.
         accuracies: scores of up to `ahead` candidates, given as loaders of their weights. It may build all of them
             for one pass over the data, or give each to a process; see `on_all_ranks`.
-        ahead: candidates a round; 1 is plain greedy, which is the switch.
+        ahead: candidates a round.
         ties: as in `greedy`.
 
     Raises:
         ValueError: as in `greedy`; `ahead` is less than 1; or `accuracies` gives another number of scores.
     """
-    if ahead < 1:
-        raise ValueError(f"speculative greedy tries at least one candidate ahead, got {ahead}")
-    first, *rest = checked_order(models, held_out)
-    soup, score_to_keep = Average.of(models[first]()), held_out[first]
-    kept, trials = [first], [Trial(first, held_out[first], True)]
-    evaluations = rounds = 0
-    while rest:
-        tried = rest[:ahead]
-        scores = accuracies([_candidate(soup, models[i]) for i in tried])
-        if len(scores) != len(tried):
-            raise ValueError(f"asked for {len(tried)} accuracies and got {len(scores)}")
-        evaluations, rounds = evaluations + len(tried), rounds + 1
-        for i, score in zip(tried, scores, strict=True):
-            accepted = accepts(score, score_to_keep, ties)
-            trials.append(Trial(i, score, accepted))
-            rest.remove(i)
-            if accepted:
-                soup, score_to_keep = soup.plus(models[i]()), score
-                kept.append(i)
-                break
-    cooked = Soup(soup.weights(), tuple(kept), equal(len(kept)), tuple(trials))
-    return cooked, Spent(evaluations, rounds, 0)
+    order, means = checked_order(models, held_out), Growing(models)
+
+    def score(mixtures: Sequence[Mixture], to_beat: float) -> list[Result]:
+        return [Result(found) for found in accuracies([_loader(means, mixture) for mixture in mixtures])]
+
+    found = add_in_order(order, held_out[order[0]], score, ahead=ahead, ties=ties)
+    return means.soup(found), Spent(found.evaluations, found.rounds, 0)
 
 
-def _candidate(soup: Average, load: Loader) -> Loader:
-    return lambda: soup.plus(load()).weights()
+def _loader(means: Growing, mixture: Mixture) -> Loader:
+    return lambda: means.of(mixture).weights()
 
 
 def on_all_ranks(accuracy: Callable[[Weights], float]) -> Callable[[Sequence[Loader]], list[float]]:
@@ -174,13 +156,4 @@ def on_all_ranks(accuracy: Callable[[Weights], float]) -> Callable[[Sequence[Loa
     multiple of the number W of ranks. Without torch.distributed there is one rank, which scores all.
     """
 
-    def accuracies(candidates: Sequence[Loader]) -> list[float]:
-        if not dist.is_initialized():
-            return [accuracy(load()) for load in candidates]
-        rank, world = dist.get_rank(), dist.get_world_size()
-        own = [accuracy(load()) for load in candidates[rank::world]]
-        shared: list[list[float]] = [[] for _ in range(world)]
-        dist.all_gather_object(shared, own)
-        return [shared[i % world][i // world] for i in range(len(candidates))]
-
-    return accuracies
+    return lambda candidates: spread(lambda load: accuracy(load()), candidates)

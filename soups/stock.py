@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soups.mixture import Loader, check_names, mixture
-from store.weights import Weights
+from soups.average import Loader, mixture
+from soups.conformance import common_layout
+from soups.files.reading import Reading
+from soups.files.tensors import checkpoint_of
+from soups.files.weights import Weights
 
 BLOCK = 1 << 16  # elements of each model looked at together
 
@@ -32,9 +35,6 @@ def ratio(cosine: float, models: int) -> float:
 
 def _mean_cosine(name: str, start: Weights, models: Sequence[Weights]) -> float:
     """Mean cosine over pairs of changes from the start; a model that did not move has no angle."""
-    shapes = {tuple(weights[name].shape) for weights in (start, *models)}
-    if len(shapes) > 1:
-        raise ValueError(f"parameter {name!r}: {' and '.join(map(str, sorted(shapes)))}")
     origin = start[name].reshape(-1).split(BLOCK)
     parts = [model[name].reshape(-1).split(BLOCK) for model in models]
     gram = torch.zeros(len(models), len(models), dtype=torch.float64)
@@ -50,6 +50,19 @@ def _mean_cosine(name: str, start: Weights, models: Sequence[Weights]) -> float:
     return cosines[above].mean().item()
 
 
+def stock_cosines(start: Weights, models: Sequence[Weights], reading: Reading | None = None) -> dict[str, float]:
+    """Of each floating-point tensor that is averaged the mean cosine over pairs of models' changes from the start.
+
+    Raises:
+        UserError: models that do not fit together.
+    """
+    found = [checkpoint_of(f"model {i}", weights) for i, weights in enumerate((start, *models))]
+    layout = common_layout(found, reading)
+    averaged = layout.entries.keys() - set(layout.kept)
+    names = [name for name in start if layout.ties.get(name, name) in averaged]
+    return {name: _mean_cosine(name, start, models) for name in names if start[name].is_floating_point()}
+
+
 def model_stock(start: Loader, models: Sequence[Loader]) -> Stock:
     """Interpolate, tensor by tensor, between the initialisation and the mean of k fine-tuned models.
 
@@ -58,10 +71,11 @@ def model_stock(start: Loader, models: Sequence[Loader]) -> Stock:
 
     Args:
         start: the initialisation that all were fine-tuned from.
-        models: k >= 2 loaders. All are open at once and read tensor by tensor; see `soups.residents.FileWeights`.
+        models: k >= 2 loaders. All are open at once and read tensor by tensor; see `soups.files.tensors.LazyWeights`.
 
     Raises:
-        ValueError: fewer than two models, or models that do not fit together.
+        ValueError: fewer than two models.
+        UserError: models that do not fit together.
 
     Source: Jang et al. 2024, Section 4: t = k cos / ((k - 1) cos + 1). Theirs is for layers; a layer here is a
     tensor, as in their code, and for k > 2 the cosine is the mean over pairs.
@@ -69,8 +83,7 @@ def model_stock(start: Loader, models: Sequence[Loader]) -> Stock:
     if len(models) < 2:
         raise ValueError(f"an angle needs at least two fine-tuned models, got {len(models)}")
     begin, ends = start(), [load() for load in models]
-    check_names([begin, *ends])
-    cosines = {name: _mean_cosine(name, begin, ends) for name in begin if begin[name].is_floating_point()}
+    cosines = stock_cosines(begin, ends)
     ratios = {name: ratio(cosine, len(ends)) for name, cosine in cosines.items()}
     mixed = mixture([begin, *ends], lambda name: (1 - ratios[name], *[ratios[name] / len(ends)] * len(ends)))
     return Stock(mixed, ratios, cosines)

@@ -1,22 +1,35 @@
 """Whether a soup is what its metadata says:  python -m soups.verify soup.safetensors [--folder DIR]
 
-Finds the recorded ingredients in a folder (the soup's own, by default) by the digests of their content, cooks again
-and compares every byte. Prints one line; exit status 0 if equal, 1 if not.
+Finds the recorded ingredients in a folder (the soup's own, by default) by the digests of their content, makes the soup
+again and compares every byte. Prints one line; exit status 0 if equal, 1 if not.
 """
 
-import argparse
 import filecmp
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from soups.errors import UserError
+from soups.files.atomic import read_json
+from soups.files.checkpoints import (
+    INDEX,
+    PICKLED,
+    Checkpoint,
+    Entry,
+    digest_file,
+    open_checkpoint,
+    opened,
+    tensor_digests,
+)
+from soups.files.folders import ADAPTER, is_adapter
+from soups.files.reading import COUNTERS, Reading
+from soups.mean import STATISTICS, average_files
+from soups.merging import Merging
+from soups.record import Record, check_of, parsed, record_beside
 
-from configs.cli import one_line_errors
-from configs.errors import UserError
-from soups.files import Record, average_files, check_of
-from store.checkpoints import INDEX, PICKLED, digest_file, open_checkpoint
+MERGED = ("arithmetic", "ties", "dare")  # recipes of `soups.task_vectors`
 
 
 def record_of(soup: Path) -> Record:
@@ -25,29 +38,38 @@ def record_of(soup: Path) -> Record:
     Raises:
         UserError: the file is missing, damaged or not a soup of ours.
     """
-    with ExitStack() as stack:
-        metadata = open_checkpoint(soup, stack).metadata
+    beside = record_beside(soup)
+    if soup.suffix in PICKLED and beside.exists():
+        metadata = read_json(beside)
+    else:
+        with ExitStack() as stack:
+            metadata = open_checkpoint(soup / ADAPTER if is_adapter(soup) else soup, stack).metadata
     try:
         if metadata["soup_check"] == check_of(metadata["soup"]):
-            return TypeAdapter(Record).validate_json(metadata["soup"])
-    except (KeyError, ValidationError):
+            return parsed(metadata["soup"])
+    except (KeyError, TypeError, ValueError):
         pass
-    raise UserError("it carries no whole record of how it was cooked")
+    raise UserError("it carries no whole record of how it was made")
 
 
-def _digest(path: Path) -> str | None:
+def _digest(path: Path, record: Record) -> str | None:
     try:
+        if "lora" in record.note:
+            from soups.lora import digest_of_folder  # noqa: PLC0415  # torch takes seconds
+
+            return digest_of_folder(path)
         with ExitStack() as stack:
-            return digest_file(open_checkpoint(path, stack))
+            return digest_file(open_checkpoint(path, stack, record.reading))
     except UserError:
         return None  # something else that lies in the folder
 
 
 def _candidates(folder: Path, soup: Path, names: list[str]) -> list[Path]:
     """Weight files of the folder, the recorded names first."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", *PICKLED)]
+    files = [folder / name for name in names if (folder / name).exists()]
+    files += [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", *PICKLED)]
     files += [path for path in sorted(folder.iterdir()) if path.name == INDEX or path.is_dir()]
-    return sorted((path for path in files if path.resolve() != soup.resolve()), key=lambda path: path.name not in names)
+    return [path for path in dict.fromkeys(files) if path.resolve() != soup.resolve()]
 
 
 def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str]]:
@@ -55,7 +77,7 @@ def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str
     wanted = {ingredient.digest for ingredient in record.ingredients}
     found: dict[str, Path] = {}
     for path in _candidates(folder, soup, [ingredient.file for ingredient in record.ingredients]):
-        digest = None if wanted <= found.keys() else _digest(path)
+        digest = None if wanted <= found.keys() else _digest(path, record)
         if digest in wanted:
             found.setdefault(digest, path)
     problems = []
@@ -70,8 +92,9 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     """An empty string, or in one line why the soup is not what it says.
 
     Raises:
-        UserError: the soup cannot be read, or its record asks for what cannot be cooked.
+        UserError: the soup cannot be read, or its record asks for what cannot be made.
     """
+    soup = soup.parent if soup.name == ADAPTER else soup
     folder = folder or soup.resolve().parent
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -79,34 +102,95 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     paths, problems = find(record, folder, soup)
     if problems:
         return f"of its ingredients in {folder}, " + ", ".join(problems)
-    keeps = [i for i, ingredient in enumerate(record.ingredients) if ingredient.keeps_batch_norm]
     with tempfile.TemporaryDirectory() as temporary:
         again = Path(temporary) / "soup.safetensors"
-        average_files(
-            paths,
-            again,
-            weights=record.weights,
-            dtype=record.dtype,
-            keep_from=keeps[0] if keeps else None,
-            note=record.note,
-            names=[ingredient.file for ingredient in record.ingredients],
-        )
-        return "" if filecmp.cmp(soup, again, shallow=False) else "cooked again from its ingredients, it differs"
+        if "lora" in record.note:
+            return _again_lora(record, paths, soup, Path(temporary) / "soup")
+        _make(record, paths, again)
+        renewed = record.note.get("batch_norm") == "recompute"
+        return "" if _same(soup, again, renewed=renewed) else "made again from its ingredients, it differs"
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("soup", type=Path)
-    parser.add_argument("--folder", type=Path, help="where the ingredients are")
-    arguments = parser.parse_args()
+def answer(soup: Path, folder: Path | None = None) -> tuple[bool, str]:
+    """Whether a soup is what it says, and a line that tells what is known."""
     try:
-        problem = verify(arguments.soup, arguments.folder)
+        problem = verify(soup, folder)
+        note = {} if problem else record_of(soup).note
     except UserError as error:
         problem = str(error)
-    print(f"{arguments.soup}: {problem or 'equal to the byte when cooked again from its ingredients'}")
-    sys.exit(1 if problem else 0)
+    if problem:
+        return False, f"{soup}: {problem}"
+    equal = f"{soup}: equal to the byte when made again from its ingredients"
+    if note.get("batch_norm") == "recompute":
+        equal += ", but for its batch-norm statistics: they were measured on images, and nothing here proves them"
+    return True, equal
+
+
+def _again_lora(record: Record, paths: Sequence[Path], soup: Path, again: Path) -> str:
+    """What `verify` answers of a soup of adapters."""
+    from soups.lora import CONFIG, write_folder  # noqa: PLC0415
+
+    names, rank = [ingredient.file for ingredient in record.ingredients], record.note["lora"]["rank"]
+    assert not isinstance(record.weights, dict)  # of an adapter there is one weight
+    write_folder(paths, again, weights=record.weights, rank=rank, note=record.note, names=names)
+    if _same(soup / ADAPTER, again / ADAPTER, renewed=False) and read_json(soup / CONFIG) == read_json(again / CONFIG):
+        return ""
+    cut = "; factors cut to a rank are equal only on the machine and with the torch that made them"
+    return f"made again from its ingredients, it differs{'' if rank is None else cut}"
+
+
+def _make(record: Record, paths: Sequence[Path], out: Path) -> None:
+    """The soup that a record describes."""
+    names, weights = [ingredient.file for ingredient in record.ingredients], record.weights
+    first, merging = record.first or 0, None
+    note = record.note
+    if note.get("recipe") in MERGED and "scales" in note and not isinstance(weights, dict):
+        merging = Merging(note["recipe"], note["scales"], note.get("density", 1.0), note.get("seed", 0))
+        order = sorted(range(len(names)), key=lambda i: names[i] != note["init"])  # the initialisation is first
+        paths, names, weights = [paths[i] for i in order], [names[i] for i in order], [weights[i] for i in order]
+        first = order.index(first)
+    keeps = [names.index(ingredient.file) for ingredient in record.ingredients if ingredient.keeps_batch_norm]
+    average_files(
+        paths,
+        out,
+        weights=weights,
+        dtype=record.dtype,
+        keep_from=keeps[0] if keeps else None,
+        note=record.note,
+        names=names,
+        reading=record.reading if record.format > 1 else Reading(as_stored=True),
+        first=first,
+        merging=merging,
+        format=record.format,
+    )
+
+
+def _same(soup: Path, again: Path, *, renewed: bool) -> bool:
+    """Whether two soups are equal to the byte; those of several files or of torch.save by their tensors and record.
+
+    Args:
+        soup: a file or a folder.
+        again: a .safetensors file.
+        renewed: the first one has batch-norm statistics measured on data, which are left out.
+    """
+    pickled = soup.suffix in PICKLED
+    if soup.is_file() and not pickled and not renewed and soup.name != ADAPTER:
+        return filecmp.cmp(soup, again, shallow=False)
+    with opened([soup, again], Reading(as_stored=not pickled)) as (one, other):
+        metadata = read_json(record_beside(soup)) if pickled else one.metadata
+        same = metadata["soup"] == other.metadata["soup"] and set(one.names) == set(other.names)
+        return same and _content(one, renewed=renewed) == _content(other, renewed=renewed)
+
+
+def _content(checkpoint: Checkpoint, *, renewed: bool) -> dict[str, tuple[Entry, str]]:
+    """What is compared of every name."""
+    left_out = (*STATISTICS, *COUNTERS) if renewed else ()
+    own = {name: checkpoint.own(name) for name in checkpoint.names if not name.endswith(left_out)}
+    digests = tensor_digests(checkpoint, set(own.values()))
+    return {name: (checkpoint.entries[kept], digests[kept]) for name, kept in own.items()}
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    from soups.cli import main
+
+    main(["verify", *sys.argv[1:]])

@@ -11,8 +11,8 @@ from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.errors import UserError
-from store.atomic import replacing
+from soups.files.atomic import replacing
+from store.arrays import as_array, hash_of, read_array
 
 SHARD = 2048  # images
 ABANDONED = 3600  # seconds without a write, after which a half-written shard is of a dead process
@@ -48,29 +48,31 @@ class Shards:
         with replacing(path) as temporary, temporary.open("wb") as file:
             # Not by a memory map, which a full disk ends with a signal.
             write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            content = hash_of("|u1", shape)
             for image in images:
+                content.update(np.ascontiguousarray(image).data)
                 file.write(np.ascontiguousarray(image).data)
+            np.save(file, as_array(content))
         for half_written in self.folder.glob(".*.tmp.npy"):
             _remove_abandoned(half_written)
 
-    def _open(self, first: int) -> NDArray[np.uint8]:
-        path = self.path(first)
-        try:
-            shard = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"decoded images {path} are damaged ({error}): delete the file and run again") from None
-        expected = (len(self.rows(first)), *self.shape)
-        if shard.shape != expected or shard.dtype != np.uint8:
-            raise UserError(
-                f"decoded images {path}: {shard.dtype} {shard.shape}, not uint8 {expected}; delete the file"
-            )
-        return shard
-
-    def read(self, rows: Tensor) -> Tensor:
-        """(len(rows), *shape) uint8 images, whose shards have been written.
+    def check(self, first: int) -> None:
+        """Compare the content of a shard with its digest, and with what it should be of; all of it is read.
 
         Raises:
-            UserError: a shard is truncated, damaged or of another shape.
+            ValueError: it is damaged, of another shape or type, or of a version that wrote no digest.
+        """
+        self._open(first, checked=True)
+
+    def _open(self, first: int, *, checked: bool = False) -> NDArray[np.uint8]:
+        shape = (len(self.rows(first)), *self.shape)
+        return read_array(self.path(first), shape, np.uint8, checked=checked)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """(len(rows), *shape) uint8 images, whose shards have been written and checked.
+
+        Raises:
+            ValueError: a shard is no array, or of another shape.
         """
         numbers = rows.numpy()
         images = np.empty((len(numbers), *self.shape), dtype=np.uint8)

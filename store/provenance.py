@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # W&B and transformers are needed by some experiments only
+        return None
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -44,13 +51,17 @@ def _processor() -> str:
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Commit (None outside a git checkout), whether files differ from it, package versions and the machine."""
+    """Commit and whether files differ from it, package versions and the machine.
+
+    None stands for what is not known: the commit without git or outside a checkout, the version of an absent package.
+    """
     commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain") if commit else None
     return {
         "commit": commit,
-        "modified": bool(_git("status", "--porcelain")) if commit else None,
+        "modified": None if changes is None else bool(changes),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in PACKAGES},
         "machine": {
             "system": platform.system(),
             "processor": _processor(),

@@ -1,9 +1,12 @@
 """A run's place on disk is its identity: experiment and row, never the clock.
 
-runs/<name>/ingredients/<iii>/   config.json  metrics.jsonl  state.pt  weights.safetensors  done.json   (one writer)
+runs/<name>/ingredients/<iii>/   config.json  metrics.jsonl  state.pt  weights.safetensors  done.json   (one writer);
+                                 trained.json in the place of done.json where training is over and scoring is not
 runs/<name>/zero_shot/           weights.safetensors  done.json
 runs/<name>/manifest.csv         rebuilt from the done.json files, never edited
 runs/<name>/logits/<split>/      <key>.npy, written once
+runs/<name>/features/<split>/<key>/  00000.npy ..., what a linear probe is fitted to, so many examples a file
+runs/<name>/probe/<key>/         its head for each value of C, and the fit that is going on
 runs/<name>/midpoints/<split>/   <key>.npy, what the mean of two models answers (Figures 3 and 4)
 runs/<name>/landscape/<split>/   <key>.npy, what all points of a plane answer on some examples (Figures 2 and J.1)
 runs/<name>/soups/<recipe>/      weights.safetensors  journal.jsonl  soup.json
@@ -11,27 +14,25 @@ runs/<name>/analysis/            tables and figures
 """
 
 import fcntl
-import hashlib
-import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from store.atomic import read_json, replacing, write_json
-from store.weights import load_weights
+from soups.files.atomic import read_json, replacing, write_json
+from soups.files.weights import load_weights
+from store.rows import identity, recorded_identity, score_of
 
-
-def digest_of(value: Any) -> str:
-    """32 hex digits that name a JSON value."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+RAW = "raw"  # weights as the optimiser leaves them
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class RunFolder:
         """The folder of a sweep's row."""
         return self.root / "ingredients" / f"{row:03d}"
 
+    def is_done(self, row: int) -> bool:
+        """Whether a row is finished, with whatever settings."""
+        return (self.ingredient(row) / "done.json").exists()
+
     @property
     def zero_shot(self) -> Path:
         """The folder of the zero-shot model."""
@@ -64,6 +69,26 @@ class RunFolder:
         return self.root / "analysis"
 
 
+def lock(file: IO[str], remedy: str, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or the process dies; False where another has it and nobody waits.
+
+    Args:
+        file: opened for writing.
+        remedy: what to type where its file system has no locks.
+        wait: for a process that has it.
+
+    Raises:
+        UserError: its file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(f"{file.name} cannot be locked ({error.strerror}): {remedy}") from None
+    return True
+
+
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Hold a folder for one process; the lock goes with the process, however it dies.
@@ -71,27 +96,29 @@ def sole_writer(folder: Path) -> Iterator[None]:
     What a killed writer left half-written under a temporary name is deleted.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or its file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file, "type paths.runs=FOLDER of a file system with locks, or have this one mounted with flock"):
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{folder} is being written by {holder}: wait for it, or stop it and run again") from None
+            raise UserError(f"{folder} is being written by {holder}: wait for it, or stop it and run again")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         for half_written in folder.glob(".*.tmp*"):
-            half_written.unlink()
+            if half_written.is_dir():
+                shutil.rmtree(half_written)
+            else:
+                half_written.unlink()
         yield
 
 
-def score_of(held_out: dict[str, Any]) -> float:
-    """What a record of a model says of held-out: its score by the task's metric, else the share of right answers."""
-    return held_out["score"] if "score" in held_out else held_out["correct"] / held_out["n"]
+def weights_of(done: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Kind of weights -> its file and its record (digest, held_out); the ingredient of soups comes first."""
+    beside = {kind: (f"{kind}.safetensors", made) for kind, made in done.get("variants", {}).items()}
+    return {done.get("ingredient", RAW): (WEIGHTS, done)} | beside
 
 
 @dataclass(frozen=True)
@@ -105,6 +132,8 @@ class Ingredient:
     held_out: dict[str, Any]  # correct and n, and score where the task has another metric than top-1
     status: str  # "done", or "diverged"
     seconds: float
+    kind: str = RAW  # of the weights: raw, swa, or ema_<decay>
+    file: str = WEIGHTS
 
     @property
     def held_out_score(self) -> float:
@@ -118,54 +147,92 @@ class Ingredient:
 
     def load(self) -> dict[str, Tensor]:
         """The weights, checked against the digest recorded when they were written."""
-        return load_weights(self.folder / "weights.safetensors", self.digest)
+        return load_weights(self.folder / self.file, self.digest)
+
+    def kinds(self) -> dict[str, "Ingredient"]:
+        """Every kind of weights that the row left, by its name: this one, and those beside it."""
+        found = weights_of(read_json(self.folder / "done.json"))
+        return {
+            kind: replace(self, kind=kind, file=file, digest=made["digest"], held_out=made["held_out"])
+            for kind, (file, made) in found.items()
+        }
 
 
-def finished(folder: Path, identity: str) -> dict[str, Any] | None:
-    """The folder's done.json if its work is done, None if it is not.
+_FOREIGN = (
+    "{what} made with other settings than these (config.json beside the weights has them): "
+    "give this experiment another name, e.g. name=demo_mine, or delete what is there"
+)
+DONE = "done.json"  # written last
+TRAINED = "trained.json"  # stands between training and scoring: the weights are on disk
+
+
+def finished(folder: Path, identity: str, record: str = DONE) -> dict[str, Any] | None:
+    """The folder's record if it is there, None if it is not: done.json, or trained.json of what is not scored yet.
 
     Raises:
-        UserError: it is done, but with other settings.
+        UserError: it is there, but of other settings.
     """
-    path = folder / "done.json"
+    path = folder / record
     if not path.exists():
         return None
     done = read_json(path)
-    if done["identity"] != identity:
-        raise UserError(
-            f"{folder} was made with other settings than these (its config.json has them): "
-            "give this experiment another name, e.g. name=demo_mine, or delete that folder"
-        )
+    if not _is_of(folder, done, identity):
+        raise UserError(_FOREIGN.format(what=f"{folder} was"))
     return done
 
 
-def read_pool(run: RunFolder, rows: int) -> list[Ingredient]:
-    """Every row from 0 to `rows`, in order.
+def _is_of(folder: Path, done: dict[str, Any], identity: str) -> bool:
+    """Whether a finished row is of these settings; earlier versions named the same settings in other ways."""
+    return done["identity"] == identity or recorded_identity(folder) == identity
+
+
+def done_row(config: Experiment, row: int) -> dict[str, Any] | None:
+    """The done.json of a row of an experiment, None where it is not finished; raises as `finished`."""
+    return finished(RunFolder.of(config).ingredient(row), identity(config, row))
+
+
+def done_rows(config: Experiment) -> dict[int, dict[str, Any]]:
+    """Row -> done.json of the rows that are finished, from 0 on, in order.
 
     Raises:
-        UserError: some are not done; the message lists them.
+        UserError: some of them were made with other settings; the message lists all.
     """
-    pool, missing = [], []
-    for row in range(rows + 1):
-        folder = run.ingredient(row)
-        if not (folder / "done.json").exists():
-            missing.append(row)
-            continue
-        done = read_json(folder / "done.json")
-        pool.append(
-            Ingredient(
-                row=row,
-                folder=folder,
-                digest=done["digest"] or "",
-                drawn=done["drawn"],
-                held_out=done["held_out"],
-                status=done["status"],
-                seconds=done["seconds"],
-            )
+    run = RunFolder.of(config)
+    folders = {row: run.ingredient(row) for row in range(config.sweep.size + 1) if run.is_done(row)}
+    done = {row: read_json(folder / "done.json") for row, folder in folders.items()}
+    foreign = [str(row) for row in done if not _is_of(folders[row], done[row], identity(config, row))]
+    if foreign:
+        what = (
+            f"rows {', '.join(foreign)} of {run.root} were" if len(foreign) > 1 else f"{folders[int(foreign[0])]} was"
         )
+        raise UserError(_FOREIGN.format(what=what))
+    return done
+
+
+def read_pool(config: Experiment) -> list[Ingredient]:
+    """Every row of a sweep, from 0 on, in order.
+
+    Raises:
+        UserError: some are not done, or were made with other settings; the message lists them.
+    """
+    run, rows, done = RunFolder.of(config), range(config.sweep.size + 1), done_rows(config)
+    missing = [row for row in rows if row not in done]
     if missing:
-        raise UserError(f"rows {missing} of {run.root} are not finished: run python -m finetune for them first")
-    return pool
+        listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise UserError(f"rows {listed} of {run.root} are not finished: run python -m finetune for them first")
+    return [
+        Ingredient(
+            row=row,
+            folder=run.ingredient(row),
+            digest=done[row]["digest"] or "",
+            drawn=done[row]["drawn"],
+            held_out=done[row]["held_out"],
+            status=done[row]["status"],
+            seconds=done[row]["seconds"],
+            kind=done[row].get("ingredient", RAW),
+        )
+        for row in rows
+    ]
 
 
 def write_manifest(run: RunFolder, pool: list[Ingredient]) -> Path:

@@ -1,6 +1,7 @@
 """Work spread over processes of this machine, with progress; workers never outlive the one that started them."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import sys
@@ -67,7 +68,7 @@ def little_memory() -> Iterator[None]:
 
 
 def gpus_of_workers(workers: int, gpus: int, visible: str | None) -> list[str]:
-    """What each worker may see of several GPUs, one of them each, in turn; nothing where there is one or none.
+    """The GPU that each worker may see, in turn; empty where there is one GPU or none.
 
     Args:
         workers: how many.
@@ -118,6 +119,13 @@ def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads, gpus))
 
 
+def leave_gpu() -> None:
+    """Give back what this process holds of a GPU's memory for later use, before others compute on it."""
+    if torch.cuda.is_initialized():
+        gc.collect()  # networks that refer to themselves
+        torch.cuda.empty_cache()
+
+
 def spread(
     title: str,
     calls: Sequence[Callable[[], T]],
@@ -146,6 +154,7 @@ def spread(
     """
     if not calls:
         return []
+    leave_gpu()
     pool = _pool(workers, threads)
     with progress_bar(console) as bar:
         task = bar.add_task(title, total=units, completed=done_units())

@@ -1,9 +1,14 @@
 """Things made ahead of their use by other processes."""
 
+import multiprocessing
+import os
+import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -14,6 +19,8 @@ from configs.slurm import SIGNALS
 from store.workers import use_threads
 
 T = TypeVar("T")
+AHEAD = 2  # things that each worker makes before they are asked for
+SHARED = Path("/dev/shm")  # where workers put them
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,14 @@ def _once(signum: int, frame: object) -> None:
     signal.signal(signum, signal.SIG_DFL)
 
 
+def _leave_with_parent() -> None:
+    """End when the process that uses the things is gone, even by kill -9; DataLoader watches the one that forks."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _settle(worker: int) -> None:
     """Images are freed and asked for again all the time, in a worker too.
 
@@ -43,6 +58,7 @@ def _settle(worker: int) -> None:
     step that it is in. A second SIGTERM is DataLoader's, which wants the worker gone.
     """
     use_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -58,28 +74,53 @@ def _signals_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def made_ahead(things: Dataset[T], workers: int) -> Iterator[T]:
+def refuse_little_shared_memory(needed: int) -> None:
+    """Refuse what does not fit into /dev/shm, which would end a worker by a bus error in the middle of its work.
+
+    Args:
+        needed: bytes of the batches that one process has ahead; those of all that torchrun started here are counted.
+
+    Raises:
+        UserError: /dev/shm has too little room.
+    """
+    if not SHARED.exists():  # of another system than Linux
+        return
+    needed, free = needed * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), shutil.disk_usage(SHARED).free
+    if needed > free:
+        raise UserError(
+            f"decoded batches need {needed / 1e9:.2f} GB of shared memory, and {SHARED} has {free / 1e9:.2f} GB left: "
+            "start the container with more (--shm-size=16g or --ipc=host), or type a smaller compute.loader_workers"
+        )
+
+
+def made_ahead(things: Dataset[T], workers: int, bytes_each: int = 0) -> Iterator[T]:
     """All of `things`, picklable and with a length, in order.
 
     Args:
         things: made by `things[i]`, e.g. a whole batch each.
         workers: processes that make them, two each ahead; 0 makes them here.
+        bytes_each: of a thing in shared memory, where it is known.
 
     Raises:
-        UserError: as `things[i]` raises it, whoever makes it.
+        UserError: as `things[i]` raises it, whoever makes it; too little shared memory.
     """
     n = len(things)  # type: ignore[arg-type]
     if workers == 0:
         for index in range(n):
             yield things[index]
         return
-    # Spawned, since a forked copy of a process with torch threads may wait for them for ever. With a generator of its
-    # own, since DataLoader draws a seed, which must not move the caller's chance.
+    refuse_little_shared_memory(AHEAD * workers * bytes_each)
+    # Not forked from here, since a copy of a process with torch threads may wait for them for ever; but all from one
+    # process that has loaded what the things need and does nothing else, so that they share the memory of it. With a
+    # generator of its own, since DataLoader draws a seed, which must not move the caller's chance.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([type(things).__module__, __name__])
     loader = DataLoader(
         _Told(things),
         batch_size=None,
         num_workers=min(workers, max(1, n)),
-        multiprocessing_context="spawn",
+        prefetch_factor=AHEAD,
+        multiprocessing_context=context,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
         worker_init_fn=_settle,

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from tasks.files import FileSplit, read_json
-from tasks.image_folder import FolderSplit
+from tasks.files import read_json
+from tasks.split import ImageSplit
 
+SOURCES = ("imagenet2012_multilabel:1.0.0", "imagenet2012_multilabel:2.0.0")  # version 3 has labels corrected in 2022
+REAL = (
+    46_837,
+    57_553,
+)  # of ReaL's 50,000 images, those with labels, and how many labels (Beyer et al. 2020, Section 3)
 NUMBER = re.compile(r"_val_(\d{8})\.")  # of ILSVRC2012_val_00000001.JPEG, the first image
 RIGHT = ("correct_multi_labels", "unclear_multi_labels")  # both count as right (Shankar et al. 2020)
 
@@ -36,37 +41,73 @@ def _by_name(answers: dict[str, Any], names: list[str], path: Path) -> list[Any]
     return [answers.get(name, []) for name in names]
 
 
-def load_annotations(path: Path, split: FolderSplit | FileSplit, num_classes: int) -> Tensor:
+def _answers(path: Path) -> list[Any] | dict[str, Any]:
+    """What a file says of its images, if these are the answers that the paper was scored by.
+
+    Raises:
+        UserError: the file cannot be read, or has answers of another origin.
+    """
+    found = read_json(path)
+    if isinstance(found, list) and len(found) == 50_000:
+        counts = (sum(map(bool, found)), sum(map(len, found)))
+        if counts != REAL:
+            raise UserError(
+                f"{path} has {counts[1]:,} labels of {counts[0]:,} images, and ReaL's real.json of 2020 "
+                f"has {REAL[1]:,} of {REAL[0]:,}: tasks/README.md says where that is"
+            )
+    if not isinstance(found, dict):
+        return found
+    answers = found.get("answers", found)
+    if any(isinstance(answer, dict) for answer in answers.values()) and found.get("source") not in SOURCES:
+        raise UserError(
+            f"{path} has multilabel answers of {found.get('source', 'a version that it does not name')}, which are not "
+            f"those of {SOURCES[-1]}: export these as tasks/README.md says"
+        )
+    return answers
+
+
+def _ids(answer: Any, name: str, path: Path) -> Any:
+    """The class ids that count as right; none of an image that the annotators call problematic."""
+    if not isinstance(answer, dict):
+        return answer
+    if "is_problematic" not in answer:
+        raise UserError(f"{path} does not say whether {name} is problematic: export it anew as tasks/README.md says")
+    return [] if answer["is_problematic"] else [i for field in RIGHT for i in answer.get(field, [])]
+
+
+def load_annotations(path: Path, split: ImageSplit, num_classes: int) -> Tensor:
     """(N, C) bool, which classes count as right for each image of a split, matched by file name.
 
     Three forms are read: a list of lists of class ids in the order of ILSVRC2012_val_00000001.JPEG and so on (ReaL's
-    real.json); an object {file name: [class id, ...]}; and one of {file name: {"correct_multi_labels": [...],
-    "unclear_multi_labels": [...]}} with the fields of TensorFlow Datasets' imagenet2012_multilabel, where both count.
+    real.json); an object {file name: [class id, ...]}; and {"source": "imagenet2012_multilabel:2.0.0", "answers": {file
+    name: {"correct_multi_labels": [...], "unclear_multi_labels": [...], "is_problematic": ...}}}, the fields of
+    TensorFlow Datasets, where both lists count and problematic images do not.
 
     Args:
         path: a JSON file. The multilabel authors' own file is a pickle, which could run code and is never read here:
             tasks/README.md says how to export it.
-        split: whose images are annotated, whole.
+        split: in files, whose images are annotated, whole.
         num_classes: C.
 
     Returns:
         A row without any class is an image that the annotators left out: it is in no denominator.
 
     Raises:
-        UserError: no such file, other images than the split's, two images of one name, or ids not in [0, C).
+        UserError: no such file, answers of another origin, other images than the split's, two images of one name, or
+            ids not in [0, C).
 
     Source: Beyer et al. 2020 (ReaL); Shankar et al. 2020 (multilabel).
     """
-    names = [split.path(row).name for row in range(len(split))]
+    names = [split.called(row).rpartition("/")[2] for row in range(len(split))]
     if len(set(names)) != len(names):
         raise UserError(f"{path} is matched by file name, but two images of split {split.name!r} have one name")
-    found = read_json(path)
+    found = _answers(path)
     if not isinstance(found, list | dict):
         raise UserError(f"{path} is neither a list nor an object of file names")
     answers = _by_number(found, names, path) if isinstance(found, list) else _by_name(found, names, path)
     right = torch.zeros(len(names), num_classes, dtype=torch.bool)
     for row, answer in enumerate(answers):
-        ids = [i for field in RIGHT for i in answer.get(field, [])] if isinstance(answer, dict) else answer
+        ids = _ids(answer, names[row], path)
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < num_classes for i in ids):
             raise UserError(f"{path}: {names[row]} has {str(ids)[:60]}, not a list of ids in [0, {num_classes})")
         right[row, ids] = True

@@ -1,18 +1,23 @@
 """Look at every split of a task before anything is trained on it:  python -m tasks.check task=imagenet
 
 Prints for each split how many images and classes it has, where they are and a digest, and decodes a few of them; of
-texts how many there are of each class, and one of them. Ends with OK, or with what is wrong and exit status 2.
+texts how many there are of each class, and one of them. Then it says which splits have examples in common, by their
+content. Ends with OK, or with what is wrong and exit status 2.
 """
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from configs.cli import one_line_errors
+from configs.cli import one_line_errors, typed_right
 from configs.errors import UserError
-from configs.schema import CONFIGS, Task, parse
+from configs.schema import CONFIGS, Task, parse_task
+from tasks.files import Files
 from tasks.load import class_names, load_annotations, load_split
-from tasks.split import Examples, Images
+from tasks.overlaps import overlaps, refused
+from tasks.parts import noun
+from tasks.split import Examples, ImageSplit
 from tasks.texts import TextSplit
 
 
@@ -36,7 +41,8 @@ def describe(task: Task, name: str) -> str:
         raise UserError(f"split {name!r} has no example")
     if isinstance(examples, TextSplit):
         return _describe_texts(task, examples)
-    return _describe_images(task, name, examples)  # type: ignore[arg-type]  # of every other kind
+    assert isinstance(examples, ImageSplit)  # of every other kind
+    return _describe_images(task, name, examples)
 
 
 def _describe_texts(task: Task, texts: TextSplit) -> str:
@@ -46,25 +52,38 @@ def _describe_texts(task: Task, texts: TextSplit) -> str:
     return f"{texts.name}: {len(texts):,} texts ({of_each}), e.g. {first[:80]!r}, digest {texts.digest[:12]}"
 
 
-def _describe_images(task: Task, name: str, images: Images) -> str:
+def _describe_images(task: Task, name: str, images: ImageSplit) -> str:
     sizes = set()
     for row in sorted({0, len(images) // 2, len(images) - 1}):
         sizes.add("{}x{}".format(*images.pil(row).size))
     groups = f", {len(images.group_names)} groups" if images.groups is not None else ""
-    where = getattr(images, "root", task.folder)
+    where = images.stored.root if isinstance(images.stored, Files) else task.folder
     return (
         f"{name}: {len(images):,} images, classes {_classes(task, images)}{groups}, e.g. {' '.join(sorted(sizes))} "
         f"pixels, {where}, digest {images.digest[:12]}"
     )
 
 
+def _common(task: Task) -> list[str]:
+    """Print how many examples stand in two splits; returns what of that is refused."""
+    try:
+        shared = overlaps(task)
+    except UserError as error:
+        return [str(error)]
+    for each in shared:
+        print(f"{each.first} and {each.second}: {each.count:,} of the latter's {each.n:,} {noun(task)} stand in both")
+    if not shared:
+        print(f"no two splits have {noun(task)} of equal content")
+    return refused(task, shared)
+
+
 def check(task: Task) -> None:
-    """Print a line about each split, the class names and the annotations; all problems come at the end.
+    """Print a line about each split, the class names, the annotations and overlaps; all problems come at the end.
 
     Raises:
-        UserError: one or more splits cannot be used.
+        UserError: one or more splits cannot be used, or they share more examples than `task.overlap_allowed`.
     """
-    problems = []
+    problems: list[str] = []
     splits = [task.train, task.held_out, *task.reported]
     for name in splits:
         try:
@@ -79,6 +98,8 @@ def check(task: Task) -> None:
             print(f"annotations {name}: {int(right.any(dim=1).sum()):,} images, {int(right.sum()):,} answers")
     except UserError as error:
         problems.append(str(error))
+    if not problems:  # all splits can be read
+        problems = _common(task)
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     print(f"OK: {len(splits)} splits")
@@ -89,8 +110,9 @@ def main(cfg: DictConfig) -> None:
     """As `check`, of the task that the command line composes."""
     if OmegaConf.is_missing(cfg, "name"):
         cfg.name = "check"  # no experiment is needed
-    one_line_errors(lambda: check(parse(cfg).task))
+    typed = HydraConfig.get().overrides.task
+    one_line_errors(lambda: check(parse_task(cfg, typed)))
 
 
 if __name__ == "__main__":
-    main()
+    typed_right(main)()

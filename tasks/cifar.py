@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import Task
 from tasks.files import ROOT, lines
 from tasks.parts import own_name, rows_of
-from tasks.split import Split
+from tasks.split import ImageSplit, Pixels
 
 PIXELS = 3 * 32 * 32  # bytes of an image, red, then green, then blue
 
@@ -85,7 +85,7 @@ def class_names(task: Task) -> tuple[str, ...]:
     return tuple(name.replace("_", " ") for name in found)
 
 
-def load_split(task: Task, name: str) -> Split:
+def load_split(task: Task, name: str) -> ImageSplit:
     """One split in memory: train or test of the binary version, or of CIFAR-10.1, as `task.folders` calls it.
 
     Held-out is drawn by the place of an image in its files.
@@ -112,6 +112,7 @@ def load_split(task: Task, name: str) -> Split:
     names = [str(i) for i in range(task.num_classes)]
     rows = rows_of(task, name, labels, names, key=str, where=source)
     images, labels = np.ascontiguousarray(images[rows]), labels[rows]
-    digest = hashlib.blake2b(images.data, digest_size=16)
+    digest = hashlib.blake2b(f"{name}\0{own}\n".encode(), digest_size=16)
+    digest.update(images.data)
     digest.update(labels)
-    return Split(name, torch.from_numpy(images), torch.from_numpy(labels), digest.hexdigest())
+    return ImageSplit(name, Pixels(torch.from_numpy(images)), torch.from_numpy(labels), digest.hexdigest())

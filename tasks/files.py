@@ -16,9 +16,10 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Task
-from tasks.label_space import LabelSpace
+from tasks.content import content_digest, is_data, read_file
+from tasks.kept import Found, kept
 from tasks.parts import own_name, rows_of
-from tasks.split import narrowed
+from tasks.split import ImageSplit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,38 +59,44 @@ def decoded(path: Path) -> Image.Image:
 
 
 @dataclass(frozen=True, eq=False)
-class FileSplit:
-    """Images whose paths a data set's own files list."""
+class Files:
+    """Images that stay in their files until they are asked for."""
 
-    name: str
     root: Path
     files: Names  # N, relative to `root`
-    labels: Tensor  # (N,) int64 class ids
-    digest: str  # of relative names, labels and file sizes
-    groups: Tensor | None = None
-    group_names: tuple[str, ...] = ()
-    space: LabelSpace | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    sizes: NDArray[np.int64]  # (N,) bytes of each file
+    within: str = ""  # what stands before a file's name in messages
+    border: int = 0  # pixels that are cut off each edge
 
     def path(self, index: int) -> Path:
         """The file of an image."""
         return self.root / self.files[index]
 
+    def content(self, index: int, last: int | None = None) -> bytes:
+        """The bytes of an image's file."""
+        return read_file(self.path(index), last)
+
+    def called(self, index: int) -> str:
+        """Its relative path."""
+        return f"{self.within}{self.files[index]}"
+
     def pil(self, index: int) -> Image.Image:
-        """One image, RGB.
+        """One image, RGB, without its border.
 
         Raises:
             UserError: the file is missing, or cannot be decoded to its end.
         """
-        return decoded(self.path(index))
+        image, border = decoded(self.path(index)), self.border
+        if border == 0:
+            return image
+        if min(image.size) <= 2 * border:
+            raise UserError(f"image {self.path(index)} of {image.width} x {image.height} pixels is all border")
+        return image.crop((border, border, image.width - border, image.height - border))
 
-    def of_classes(self, ids: Sequence[int], digest: str) -> "FileSplit":
-        """The images of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
-        part = narrowed(self, ids)
-        files = Names.of([self.files[row] for row in part.rows.tolist()])
-        return FileSplit(self.name, self.root, files, part.labels, digest, part.groups, self.group_names, part.space)
+    def of(self, rows: Tensor) -> "Files":
+        """Only some of them."""
+        names = Names.of([self.files[row] for row in rows.tolist()])
+        return Files(self.root, names, self.sizes[rows.numpy()], self.within, self.border)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +109,15 @@ class Listed:
     labels: NDArray[np.int64]  # (N,) class ids
     groups: NDArray[np.int64] | None = None  # (N,) group ids, -1 for an image in none
     group_names: tuple[str, ...] = ()
+
+    def of_data(self) -> "Listed":
+        """Without files that a list names and that are no data, such as ._1.jpg of a list made by `find`."""
+        rows = np.array([row for row, file in enumerate(self.files) if is_data(file)], dtype=np.int64)
+        if len(rows) == len(self.files):
+            return self
+        groups = None if self.groups is None else self.groups[rows]
+        files = [self.files[row] for row in rows]
+        return Listed(self.source, self.root, files, self.labels[rows], groups, self.group_names)
 
 
 @dataclass(frozen=True)
@@ -151,8 +167,15 @@ def label_of(name: str, classes: dict[str, int], source: Path) -> int:
     return classes[name]
 
 
-def _sizes(listed: Listed) -> list[int]:
-    """Bytes of each file; each folder is read once, since to ask for a million files one by one takes long."""
+def _sizes(listed: Listed, keep: Path | None) -> NDArray[np.int64]:
+    """(N,) bytes of each file, from the list that is kept in `keep` where there is one."""
+    names = hashlib.blake2b("\0".join(listed.files).encode(), digest_size=16).hexdigest()
+    key = ("listed files", listed.root.resolve(), names)
+    return kept(keep, key, lambda: _found(listed), lambda _, index: listed.root / listed.files[index])["sizes"]
+
+
+def _found(listed: Listed) -> Found:
+    """The size of each file; each folder is read once, since to ask for a million files one by one takes long."""
     folders: dict[str, dict[str, os.DirEntry[str]]] = {}
     sizes = []
     for file in listed.files:
@@ -166,14 +189,14 @@ def _sizes(listed: Listed) -> list[int]:
             raise UserError(
                 f"{listed.root / file} is missing, and {listed.source} lists it: restore it from the data set"
             ) from None
-    return sizes
+    return Found({"sizes": np.array(sizes, dtype=np.int64)}, [listed.root / parent for parent in folders])
 
 
-def listed_split(task: Task, name: str, lists: Lists) -> FileSplit:
+def listed_split(task: Task, name: str, lists: Lists) -> ImageSplit:
     """One split of a data set whose own files list its images.
 
-    Held-out is a split of its own, or `task.held_out_per_class` of train. The digest is over relative names, labels
-    and file sizes, not contents: it is the same on every machine, and does not see an edit that keeps a file's size.
+    Held-out is a split of its own, or a part of train. The digest is that of `content_digest`: the same on every
+    machine, wherever the task's folder lies.
 
     Raises:
         UserError: a file that is missing or does not fit the others; other numbers of images or classes than the task
@@ -183,12 +206,15 @@ def listed_split(task: Task, name: str, lists: Lists) -> FileSplit:
     classes = lists.classes(folder)
     if len(classes) != task.num_classes:
         raise UserError(f"task.num_classes={task.num_classes}, but {folder} has {len(classes)} classes")
-    listed = lists.split(folder, own_name(task, name))
+    listed = lists.split(folder, own_name(task, name)).of_data()
     rows = rows_of(task, name, listed.labels, classes, key=listed.files.__getitem__, where=listed.source)
-    content = hashlib.blake2b(digest_size=16)
-    sizes = _sizes(listed)
-    for row in rows.tolist():
-        content.update(f"{listed.files[row]}\0{listed.labels[row]}\0{sizes[row]}\n".encode())
+    sizes, paths = _sizes(listed, task.listings)[rows], [listed.files[row] for row in rows]
+    digest = content_digest(
+        [name, own_name(task, name), *(f"{path}\0{listed.labels[row]}" for row, path in zip(rows, paths, strict=True))],
+        sizes,
+        lambda row, last: read_file(listed.root / paths[row], last),
+    )
     groups = None if listed.groups is None else torch.from_numpy(listed.groups[rows])
-    files, labels = Names.of([listed.files[row] for row in rows]), torch.from_numpy(listed.labels[rows])
-    return FileSplit(name, listed.root, files, labels, content.hexdigest(), groups, listed.group_names)
+    labels = torch.from_numpy(listed.labels[rows])
+    stored = Files(listed.root, Names.of(paths), sizes)
+    return ImageSplit(name, stored, labels, digest, None, groups, listed.group_names)

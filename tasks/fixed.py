@@ -13,10 +13,10 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from configs.errors import UserError
 from configs.training import Model
+from soups.files.atomic import digest_of
 from store.decoded import Shards
-from store.runs import digest_of
 from tasks.ahead import made_ahead
-from tasks.split import Images, Split
+from tasks.split import Images, ImageSplit, Pixels
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class _Missing(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         first = self.firsts[index]
         if not self.shards.path(first).exists():  # another process may have been faster
-            rows = self.shards.rows(first)
-            self.shards.write(first, (self.transform(self.images.pil(row)).numpy() for row in rows))
+            _write(self.images, self.transform, self.shards, first)
         return first
 
 
@@ -106,10 +105,29 @@ def _decoded_once(
     missing = [first for first in shards.needed(torch.cat(list(parts))) if not shards.path(first).exists()]
     waiting = set(missing)
     made = made_ahead(_Missing(images, transform, shards, missing), workers if missing else 0)
+    whole: set[int] = set()
     for part in parts:
-        while not waiting.isdisjoint(shards.needed(part)):
+        needed = shards.needed(part)
+        while not waiting.isdisjoint(needed):
             waiting.remove(next(made))
+        for first in needed:
+            if first not in whole:
+                _mend(images, transform, shards, first)
+                whole.add(first)
         yield shards.read(part)
+
+
+def _mend(images: Images, transform: FixedTransform, shards: Shards, first: int) -> None:
+    """Make a shard anew that is damaged, or has no digest of its content, and say so."""
+    try:
+        shards.check(first)
+    except ValueError as error:
+        print(f"decoded images {shards.path(first)} are damaged ({error}): decoding them anew", flush=True)
+        _write(images, transform, shards, first)
+
+
+def _write(images: Images, transform: FixedTransform, shards: Shards, first: int) -> None:
+    shards.write(first, (transform(images.pil(row)).numpy() for row in shards.rows(first)))
 
 
 def fixed_batches(
@@ -133,13 +151,13 @@ def fixed_batches(
             the bytes are those of a fresh decoding. Only shards with one of `rows` are made.
 
     Raises:
-        UserError: an image that cannot be decoded, a damaged shard, or a full disk.
+        UserError: an image that cannot be decoded, or a full disk.
     """
     rows = torch.arange(len(images)) if rows is None else rows
     if len(rows) == 0:
         return
     parts = rows.split(batch)
-    if isinstance(images, Split) and transform.keeps(images.images):
+    if isinstance(images, ImageSplit) and isinstance(images.stored, Pixels) and transform.keeps(images.images):
         yield from (images.images[part] for part in parts)
     elif decoded is None:
         yield from made_ahead(_Batches(images, transform, parts), workers)

@@ -1,6 +1,5 @@
 """Labelled images in folders, <folder>/<split>/<class>/<image>, in the order of torchvision's ImageFolder."""
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -11,61 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from configs.errors import UserError
 from configs.schema import Task
 from tasks import objectnet
-from tasks.files import ROOT, Names, decoded
+from tasks.content import content_digest, is_data, read_file
+from tasks.files import ROOT, Files, Names
+from tasks.kept import Arrays, Found, kept
 from tasks.label_space import LabelSpace
 from tasks.parts import check_count, own_name, parted, rows_of, source
-from tasks.split import narrowed
+from tasks.split import ImageSplit
 
 WNID = re.compile(r"n\d{8}")  # ImageNet's name of a class
-
-
-@dataclass(frozen=True, eq=False)
-class FolderSplit:
-    """Images that stay in their files until they are asked for."""
-
-    name: str
-    root: Path  # of the split
-    classes: tuple[str, ...]  # the folder of each reported class
-    labels: Tensor  # (N,) int64 ids of the reported classes
-    files: Names  # N, each within the folder of its class
-    digest: str  # of relative names, file sizes and `border`
-    space: LabelSpace | None = None
-    border: int = 0  # pixels that are cut off each edge
-    groups: Tensor | None = None
-    group_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def path(self, index: int) -> Path:
-        """The file of an image."""
-        return self.root / self.classes[int(self.labels[index])] / self.files[index]
-
-    def pil(self, index: int) -> Image.Image:
-        """One image, RGB, without its border.
-
-        Raises:
-            UserError: the file is missing, or cannot be decoded to its end.
-        """
-        image, border = decoded(self.path(index)), self.border
-        if border == 0:
-            return image
-        if min(image.size) <= 2 * border:
-            raise UserError(f"image {self.path(index)} of {image.width} x {image.height} pixels is all border")
-        return image.crop((border, border, image.width - border, image.height - border))
-
-    def of_classes(self, ids: Sequence[int], digest: str) -> "FolderSplit":
-        """The images of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
-        part = narrowed(self, ids)
-        files, classes = Names.of([self.files[row] for row in part.rows.tolist()]), (self.classes[i] for i in part.kept)
-        return FolderSplit(self.name, self.root, tuple(classes), part.labels, files, digest, part.space, self.border)
 
 
 @dataclass(frozen=True)
@@ -87,27 +44,38 @@ class _Listing:
     files: Names
     sizes: NDArray[np.int64]  # bytes
 
-    def split(self, name: str, rows: NDArray[np.int64], folders: _Folders) -> FolderSplit:
-        """The images `rows`, which are sorted."""
-        content, names = hashlib.blake2b(digest_size=16), [self.files[row] for row in rows]
-        for row, file in zip(rows, names, strict=True):
-            content.update(f"{self.classes[self.labels[row]]}/{file}\0{self.sizes[row]}\n".encode())
-        if folders.border:
-            content.update(f"border {folders.border}".encode())
-        labels, packed = torch.from_numpy(self.labels[rows]), Names.of(names)
-        return FolderSplit(
-            name, self.root, self.classes, labels, packed, content.hexdigest(), folders.space, folders.border
+    def split(self, name: str, place: str, rows: NDArray[np.int64], folders: _Folders) -> ImageSplit:
+        """The images `rows`, which are sorted, of a split in the folder `place` of the task's."""
+        names = [self.files[row] for row in rows]
+        paths = [f"{self.classes[self.labels[row]]}/{file}" for row, file in zip(rows, names, strict=True)]
+        sizes = self.sizes[rows]
+        digest = content_digest(
+            [name, place, f"border {folders.border}", *paths],
+            sizes,
+            lambda row, last: read_file(self.root / paths[row], last),
         )
+        stored = Files(self.root, Names.of(paths), sizes, f"{self.root.name}/", folders.border)
+        return ImageSplit(name, stored, torch.from_numpy(self.labels[rows]), digest, folders.space)
 
 
 def _root(task: Task, name: str) -> Path:
     return ROOT / task.folder / own_name(task, name)
 
 
+def in_order(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of class folders in the order of the class ids: by name, as torchvision does, but numbers as numbers.
+
+    >>> in_order(["10", "2", "1"]), in_order(["dog", "cat"])
+    (('1', '2', '10'), ('cat', 'dog'))
+    """
+    are_numbers = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if are_numbers else 0, name)))
+
+
 def _class_folders(root: Path, remedy: str) -> tuple[str, ...]:
     try:
         with os.scandir(root) as entries:
-            return tuple(sorted(entry.name for entry in entries if entry.is_dir()))
+            return in_order([entry.name for entry in entries if is_data(entry.name) and entry.is_dir()])
     except OSError as error:
         raise UserError(f"image folder {root}: {error.strerror}; {remedy}") from None
 
@@ -164,14 +132,20 @@ def _folders(task: Task, name: str, classes: tuple[str, ...]) -> _Folders:
     return folders
 
 
-def _files(folder: Path) -> list[tuple[str, int]]:
-    """Names within a class's folder and sizes in bytes of its images, those of inner folders too."""
+def _files(folder: Path, folders: list[Path]) -> list[tuple[str, int]]:
+    """Names within a class's folder and sizes in bytes of its images, those of inner folders too.
+
+    Each folder that is read is added to `folders`.
+    """
     found: list[tuple[str, str, int]] = []
     waiting = [""]
     while waiting:
         inner = waiting.pop()
+        folders.append(Path(f"{folder}{inner}"))
         with os.scandir(f"{folder}{inner}") as entries:
             for entry in entries:
+                if not is_data(entry.name):
+                    continue
                 if entry.is_dir():
                     waiting.append(f"{inner}/{entry.name}")
                 elif entry.name.lower().endswith(IMG_EXTENSIONS):
@@ -181,28 +155,46 @@ def _files(folder: Path) -> list[tuple[str, int]]:
 
 
 @lru_cache(maxsize=2)  # train and held-out may be of one folder with a million files
-def _listing(root: Path, classes: tuple[str, ...]) -> _Listing:
-    """All images in the class folders of a split.
+def _listing(root: Path, classes: tuple[str, ...], keep: Path | None) -> _Listing:
+    """All images in the class folders of a split, from the list that is kept in `keep` where there is one.
 
     Raises:
         UserError: a class that is empty, or a file that cannot be looked at.
     """
-    labels, names, sizes = [], [], []
-    for label, folder in enumerate(classes):
+
+    def path(arrays: Arrays, index: int) -> Path:
+        label = int(np.searchsorted(arrays["counts"].cumsum(), index, side="right"))
+        return root / classes[label] / _names(arrays)[index]
+
+    arrays = kept(keep, ("image folder", root.resolve(), classes), lambda: _found(root, classes), path)
+    labels = np.repeat(np.arange(len(classes)), arrays["counts"])
+    return _Listing(root, classes, labels, _names(arrays), arrays["sizes"])
+
+
+def _names(arrays: Arrays) -> Names:
+    return Names(arrays["names"].tobytes(), arrays["ends"])
+
+
+def _found(root: Path, classes: tuple[str, ...]) -> Found:
+    """The images of each class in turn: how many, their names and sizes."""
+    counts, names, sizes = [], [], []
+    folders: list[Path] = []
+    for folder in classes:
         try:
-            files = _files(root / folder)
+            files = _files(root / folder, folders)
         except OSError as error:
             raise UserError(f"image folder {root / folder}: {error.filename}: {error.strerror}") from None
         if not files:
             raise UserError(f"image folder {root}: class {folder!r} has no image ({', '.join(IMG_EXTENSIONS)})")
-        labels += [label] * len(files)
+        counts.append(len(files))
         names += [name for name, _ in files]
         sizes += [size for _, size in files]
     try:
         packed = Names.of(names)
     except UnicodeEncodeError as error:
         raise UserError(f"image folder {root}: the file name {error.object!r} is not UTF-8: rename it") from None
-    return _Listing(root, classes, np.array(labels), packed, np.array(sizes))
+    arrays: Arrays = {"names": np.frombuffer(packed.joined, dtype=np.uint8), "ends": packed.ends}
+    return Found(arrays | {"counts": np.array(counts), "sizes": np.array(sizes)}, folders)
 
 
 def _listed(listing: _Listing, path: Path) -> NDArray[np.bool_]:
@@ -222,7 +214,7 @@ def _listed(listing: _Listing, path: Path) -> NDArray[np.bool_]:
     return values == 1
 
 
-def load_split(task: Task, name: str) -> FolderSplit:
+def load_split(task: Task, name: str) -> ImageSplit:
     """The images and labels of one split.
 
     Its class folders are those of train; or some of them, where `task.subsets` says so; or numbers from 0, of
@@ -231,8 +223,7 @@ def load_split(task: Task, name: str) -> FolderSplit:
     Held-out is a folder of its own, or a part of train's, of which train is then the rest. Of n images per class, they
     are those of the lowest keyed draws over class and file name: a file more in one class moves no other class.
 
-    The digest is over relative names and file sizes, not contents, since a million files take an hour to read: it is
-    the same on every machine, and does not see an edit that keeps a file's size.
+    The digest is that of `content_digest`: the same on every machine, wherever the task's folder lies.
 
     Args:
         task: of kind image_folder.
@@ -244,13 +235,13 @@ def load_split(task: Task, name: str) -> FolderSplit:
     """
     own = source(task, name)
     folders = _folders(task, own, _classes(task))
-    listing = _listing(_root(task, own), folders.names)
+    listing = _listing(_root(task, own), folders.names, task.listings)
     if parted(task, name) and task.held_out_index is not None:
         check_count(task, own, listing.root, len(listing.labels))
         rows = np.flatnonzero(_listed(listing, task.held_out_index) == (name == task.held_out))
     else:
         rows = rows_of(task, name, listing.labels, listing.classes, key=listing.files.__getitem__, where=listing.root)
-    return listing.split(name, rows, folders)
+    return listing.split(name, own_name(task, name), rows, folders)
 
 
 def class_names(task: Task) -> tuple[str, ...]:

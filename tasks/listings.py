@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks.content import is_data
 from tasks.files import Listed, Lists, label_of, lines
 
 
 def _listed(source: Path, root: Path, files: Sequence[str], names: Sequence[str], classes: Sequence[str]) -> Listed:
-    """Images whose class names are known."""
+    """Images whose class names are known, without lines that are no data."""
     place = {name: label for label, name in enumerate(classes)}
-    labels = np.array([label_of(name, place, source) for name in names], dtype=np.int64)
-    return Listed(source, root, files, labels)
+    of_data = [(file, name) for file, name in zip(files, names, strict=True) if is_data(file)]
+    labels = np.array([label_of(name, place, source) for _, name in of_data], dtype=np.int64)
+    return Listed(source, root, [file for file, _ in of_data], labels)
 
 
 def _spaced(names: Sequence[str]) -> tuple[str, ...]:
@@ -21,7 +23,7 @@ def _spaced(names: Sequence[str]) -> tuple[str, ...]:
 
 def _dtd_classes(folder: Path) -> tuple[str, ...]:
     """The folders in the first lists of images: each class is in each of them."""
-    return tuple(sorted({line.split("/")[0] for line in lines(folder / "labels/train1.txt")}))
+    return tuple(sorted({line.split("/")[0] for line in lines(folder / "labels/train1.txt") if is_data(line)}))
 
 
 def _dtd_split(folder: Path, own: str) -> Listed:

@@ -1,5 +1,7 @@
 """From a task's settings to examples, labels, annotations and class names, whatever the task."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -7,25 +9,61 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Task
-from tasks import annotations, cars, cifar, glue, image_folder, listings, parquet, wilds
+from tasks import annotations, cars, cifar, glue, image_folder, image_table, listings, parquet, wilds
 from tasks.emoji.load import class_names as emoji_class_names
 from tasks.emoji.load import load_split as load_emoji_split
-from tasks.files import ROOT, FileSplit, Lists, listed_split
-from tasks.image_folder import FolderSplit
-from tasks.parquet import ParquetSplit
+from tasks.emoji.load import read_table
+from tasks.files import ROOT, Files, Lists, listed_split
 from tasks.parts import own_name
 from tasks.sentiment import load as sentiment
-from tasks.split import Examples, Split, narrowed
+from tasks.split import Examples, ImageSplit, narrowed
 from tasks.tables import own_sentences
 from tasks.texts import TextSplit, text_split
 
-LISTS: dict[str, Lists] = {
-    "dtd": listings.DTD,
-    "food101": listings.FOOD101,
-    "sun397": listings.SUN397,
-    "cars": cars.CARS,
-    "fmow": wilds.FMOW,
-    "iwildcam": wilds.IWILDCAM,
+
+@dataclass(frozen=True)
+class Loader:
+    """How a kind of task is read."""
+
+    split: Callable[[Task, str], ImageSplit | TextSplit]  # one of its splits, of all classes
+    names: Callable[[Task], tuple[str, ...]]  # what the data call their classes
+
+
+def _listed(lists: Callable[[Task], Lists]) -> Loader:
+    """Images that the data's own files list."""
+    return Loader(
+        lambda task, name: listed_split(task, name, lists(task)), lambda task: lists(task).names(ROOT / task.folder)
+    )
+
+
+def _texts(split: Callable[[Task, str], TextSplit]) -> Loader:
+    return Loader(split, lambda task: task.options)
+
+
+def _sentences(task: Task, name: str) -> TextSplit:
+    path = ROOT / task.folder / f"{own_name(task, name)}.tsv"
+    return text_split(task, name, own_sentences(path, task.label, task.options))
+
+
+LOADERS = {
+    "emoji": Loader(
+        lambda task, name: load_emoji_split(name, ROOT / task.folder, task.ids),
+        lambda task: emoji_class_names(ROOT / task.folder),
+    ),
+    "image_folder": Loader(image_folder.load_split, image_folder.class_names),
+    "image_table": _listed(image_table.lists),
+    "cifar10": Loader(cifar.load_split, cifar.class_names),
+    "cifar100": Loader(cifar.load_split, cifar.class_names),
+    "dtd": _listed(lambda _: listings.DTD),
+    "food101": _listed(lambda _: listings.FOOD101),
+    "sun397": _listed(lambda _: listings.SUN397),
+    "cars": _listed(lambda _: cars.CARS),
+    "fmow": _listed(lambda _: wilds.FMOW),
+    "iwildcam": _listed(lambda _: wilds.IWILDCAM),
+    "parquet": Loader(parquet.load_split, parquet.class_names),
+    "glue": _texts(glue.load_split),
+    "sentences": _texts(_sentences),
+    "sentiment": _texts(sentiment.load_split),
 }
 
 
@@ -41,65 +79,19 @@ def _names_in(path: str, count: int) -> tuple[str, ...]:
     return names
 
 
-def _own_names(task: Task) -> tuple[str, ...]:
-    """What the data call their classes."""
-    folder = ROOT / task.folder
-    if task.kind == "image_folder":
-        return image_folder.class_names(task)
-    if task.kind == "parquet":
-        return parquet.class_names(task)
-    if task.kind in ("cifar10", "cifar100"):
-        names = cifar.class_names(task)
-    elif task.kind == "emoji":
-        names = emoji_class_names(folder)
-    else:
-        names = LISTS[task.kind].names(folder)
-    if len(names) != task.num_classes:
-        raise UserError(f"task.num_classes={task.num_classes}, but {task.folder} has {len(names)} classes")
-    return names
-
-
-def _all_class_names(task: Task) -> tuple[str, ...]:
-    if task.names == "folder" or (task.names == "imagenet" and task.kind == "image_folder"):
-        return _own_names(task)
-    return _names_in(task.names, task.num_classes)
-
-
-def _text_split(task: Task, name: str) -> TextSplit:
-    match task.kind:
-        case "glue":
-            return glue.load_split(task, name)
-        case "sentiment":
-            return sentiment.load_split(task, name)
-    path = ROOT / task.folder / f"{own_name(task, name)}.tsv"
-    return text_split(task, name, own_sentences(path, task.label, task.options))
-
-
-def _image_split(task: Task, name: str) -> Split | FolderSplit | FileSplit | ParquetSplit:
-    if task.kind == "image_folder":
-        return image_folder.load_split(task, name)
-    if task.kind == "emoji":
-        return load_emoji_split(name, ROOT / task.folder)
-    if task.kind == "parquet":
-        return parquet.load_split(task, name)
-    if task.kind in ("cifar10", "cifar100"):
-        return cifar.load_split(task, name)
-    return listed_split(task, name, LISTS[task.kind])
-
-
-def _ids(task: Task) -> range:
-    """The classes of the data that the task is about; there are `task.size`."""
-    return range(task.part, task.num_classes, task.parts)[: task.classes]
-
-
 def class_names(task: Task) -> tuple[str, ...]:
     """The task's label space, C names in the order of the class ids; of the data, or of the file `task.names`.
 
     Raises:
         UserError: the data have another number of classes than the settings say, or a file is missing or damaged.
     """
-    names = task.options if task.is_text else _all_class_names(task)
-    return tuple(names[i] for i in _ids(task))
+    if task.names == "folder" or (task.names == "imagenet" and task.kind == "image_folder"):
+        names = LOADERS[task.kind].names(task)
+        if len(names) != task.num_classes:
+            raise UserError(f"task.num_classes={task.num_classes}, but {task.folder} has {len(names)} classes")
+    else:
+        names = _names_in(task.names, task.num_classes)
+    return tuple(names[i] for i in task.ids)
 
 
 @lru_cache(maxsize=16)
@@ -112,12 +104,34 @@ def load_split(task: Task, name: str) -> Examples:
         UserError: a missing or damaged file, labels that contradict the class list, or not as many examples as
             `task.counts` says.
     """
-    split = _text_split(task, name) if task.is_text else _image_split(task, name)
+    split = LOADERS[task.kind].split(task, name)
     if task.parts == 1 and task.classes is None:
         return split
     part = "" if task.parts == 1 else f"/{task.part} of {task.parts}"
     first = "" if task.classes is None else f"/{task.classes}"
-    return split.of_classes(_ids(task), f"{split.digest}{part}{first}")
+    return split.of_classes(task.ids, f"{split.digest}{part}{first}")
+
+
+def count(task: Task, name: str) -> int:
+    """How many examples a split has, as `load_split`, but without decoding the pictures of the embedded benchmark."""
+    if task.kind != "emoji":
+        return len(load_split(task, name))
+    labels = read_table(name, ROOT / task.folder)[0]["label"].to_pylist()
+    return sum(label in task.ids for label in labels)
+
+
+def check_annotations(task: Task) -> None:
+    """Refuse a task whose data are here but whose `annotations` are not, before anything is trained.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    for name, path in task.annotations.items():
+        if (ROOT / task.folder).exists() and not (ROOT / path).exists():
+            raise UserError(
+                f"task.annotations.{name}: there is no {path}; tasks/README.md says where it is from. Without this "
+                f"column of the tables: ++task.annotations.{name}=null"
+            )
 
 
 def load_annotations(task: Task) -> dict[str, Tensor]:
@@ -130,12 +144,13 @@ def load_annotations(task: Task) -> dict[str, Tensor]:
     """
     if not task.annotations:
         return {}
-    whole = None if task.is_text else _image_split(task, task.test)
-    if whole is None or isinstance(whole, Split | ParquetSplit):
+    check_annotations(task)
+    whole = LOADERS[task.kind].split(task, task.test)
+    if not isinstance(whole, ImageSplit) or not isinstance(whole.stored, Files):
         raise UserError(f"task.annotations are matched by file name, which images of task.kind={task.kind} do not have")
-    rows = narrowed(whole, _ids(task)).rows
-    found = {}
+    rows = narrowed(whole, task.ids).rows
+    found: dict[str, Tensor] = {}
     for name, path in task.annotations.items():
         answers = annotations.load_annotations(Path(ROOT / path), whole, task.num_classes)
-        found[name] = answers[rows][:, list(_ids(task))]
+        found[name] = answers[rows][:, list(task.ids)]
     return found

@@ -1,10 +1,10 @@
 """Images in parquet files as Hugging Face's `datasets` has them, in a folder or on its hub."""
 
-import hashlib
 import io
-from collections.abc import Sequence
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,31 +15,32 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Task
+from tasks.content import content_digest, is_data, read_file
 from tasks.files import ROOT
-from tasks.label_space import LabelSpace
 from tasks.parts import own_name, rows_of
-from tasks.split import narrowed
+from tasks.split import ImageSplit
 
 if TYPE_CHECKING:
     import datasets
 
 
 @dataclass(frozen=True, eq=False)
-class ParquetSplit:
+class Encoded:
     """Images that stay in a memory-mapped table, as encoded as they came, until they are asked for."""
 
-    name: str
+    split: str  # for messages
     table: "datasets.Dataset"
     column: str  # of the images
     rows: NDArray[np.int64]  # (N,) places in the table
-    labels: Tensor  # (N,) int64 class ids
-    digest: str  # of labels and sizes of the encoded images
-    space: LabelSpace | None = None
-    groups: Tensor | None = None
-    group_names: tuple[str, ...] = ()
+    sizes: NDArray[np.int64]  # (N,) bytes of each encoded image
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def content(self, index: int, last: int | None = None) -> bytes:
+        """The encoded bytes of an image."""
+        return _encoded(self.table, self.column, int(self.rows[index]), last)
+
+    def called(self, index: int) -> str:
+        """Its place in the table."""
+        return f"row {self.rows[index]}"
 
     def pil(self, index: int) -> Image.Image:
         """One image, RGB.
@@ -47,19 +48,24 @@ class ParquetSplit:
         Raises:
             UserError: it cannot be decoded to its end.
         """
-        row = int(self.rows[index])
-        found = self.table[row][self.column]
         try:
-            with Image.open(io.BytesIO(found["bytes"]) if found["bytes"] else found["path"]) as image:
+            with Image.open(io.BytesIO(self.content(index))) as image:
                 return image.convert("RGB")
         except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-            raise UserError(f"image {row} of split {self.name!r} in parquet cannot be decoded ({error})") from error
+            row = self.rows[index]
+            raise UserError(f"image {row} of split {self.split!r} in parquet cannot be decoded ({error})") from error
 
-    def of_classes(self, ids: Sequence[int], digest: str) -> "ParquetSplit":
-        """The images of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
-        part = narrowed(self, ids)
-        rows = self.rows[part.rows.numpy()]
-        return ParquetSplit(self.name, self.table, self.column, rows, part.labels, digest, part.space)
+    def of(self, rows: Tensor) -> "Encoded":
+        """Only some of them."""
+        return Encoded(self.split, self.table, self.column, self.rows[rows.numpy()], self.sizes[rows.numpy()])
+
+
+def _encoded(table: "datasets.Dataset", column: str, row: int, last: int | None = None) -> bytes:
+    """An image as it is encoded: in the table, or in the file that the table names."""
+    found = table[row][column]
+    if not found["bytes"]:
+        return read_file(Path(found["path"] or f"image {row}, which has neither bytes nor a path,"), last)
+    return found["bytes"] if last is None else found["bytes"][-last:]
 
 
 @lru_cache(maxsize=4)
@@ -68,12 +74,48 @@ def _table(where: str, own: str) -> "datasets.Dataset":
     import datasets  # noqa: PLC0415  # seconds that other tasks need not wait for
 
     try:
+        if Path(where).is_dir():
+            return _local_table(Path(where), own)
         return datasets.load_dataset(where, split=own)
+    except UserError:
+        raise
     except Exception as error:  # of the network, of parquet, of its cache, or of the split's name
         raise UserError(
             f"{where}, split {own!r}, is neither a folder of parquet files nor a data set on the hub that can be had: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from None
+
+
+def _local_table(folder: Path, own: str) -> "datasets.Dataset":
+    """A split of a local folder, from its files one by one, which its card or their names say.
+
+    By the folder alone `datasets` would answer with the tables of any other folder that has its name and a card and
+    that it has seen before. The name of what it keeps is a digest of the files' content.
+    """
+    import datasets  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as empty:  # nothing that it has kept says what is here
+        builder = datasets.load_dataset_builder(str(folder), cache_dir=empty)
+    known = {
+        str(split): [Path(file) for file in files if is_data(str(Path(file).relative_to(folder)))]
+        for split, files in (builder.config.data_files or {}).items()
+    }
+    files = known.get(own, [])
+    if not files:
+        splits = ", ".join(split for split, files in known.items() if files) or "none"
+        raise UserError(f"{folder} has no parquet files of split {own!r}, but of {splits}: set task.folders")
+    digest = content_digest(
+        [str(file.relative_to(folder)) for file in files],
+        np.array([file.stat().st_size for file in files], dtype=np.int64),
+        lambda i, last: read_file(files[i], last),
+    )
+    return datasets.load_dataset(
+        "parquet",
+        f"files-{digest}",
+        data_files={own: [str(file) for file in files]},
+        features=builder.info.features,
+        split=own,
+    )
 
 
 def _columns(task: Task, own: str) -> tuple["datasets.Dataset", str, Any]:
@@ -108,7 +150,7 @@ def class_names(task: Task) -> tuple[str, ...]:
     return tuple(name.replace("_", " ") for name in names)
 
 
-def load_split(task: Task, name: str) -> ParquetSplit:
+def load_split(task: Task, name: str) -> ImageSplit:
     """One split, whose images are decoded when they are asked for; held-out is drawn by the place in the table.
 
     Args:
@@ -128,5 +170,12 @@ def load_split(task: Task, name: str) -> ParquetSplit:
     rows = rows_of(task, name, labels, [str(i) for i in range(task.num_classes)], key=str, where=ROOT / task.folder)
     encoded = pc.struct_field(table.data.column(column), "bytes")
     sizes = pc.fill_null(pc.binary_length(encoded), 0).to_numpy().astype(np.int64)
-    digest = hashlib.blake2b(np.stack([labels[rows], sizes[rows]]).data, digest_size=16).hexdigest()
-    return ParquetSplit(name, table, column, rows, torch.from_numpy(labels[rows]), digest)
+    for row in np.flatnonzero(sizes == 0):  # the table names a file
+        sizes[row] = len(_encoded(table, column, int(row)))
+    labels, sizes = labels[rows], sizes[rows]
+    digest = content_digest(
+        [name, own_name(task, name), *map(str, labels)],
+        sizes,
+        lambda i, last: _encoded(table, column, int(rows[i]), last),
+    )
+    return ImageSplit(name, Encoded(name, table, column, rows, sizes), torch.from_numpy(labels), digest)

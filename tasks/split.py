@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -32,7 +34,17 @@ class Examples(Protocol):
 
     @property
     def digest(self) -> str:
-        """Names the examples and labels."""
+        """Names the split, its examples and labels, by content and not by where they lie."""
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) bytes of each example as it is stored."""
+
+    def content(self, index: int, last: int | None = None) -> bytes:
+        """An example as it is stored; only its last so many bytes where a number is given."""
+
+    def called(self, index: int) -> str:
+        """What an example is called in messages."""
 
     def __len__(self) -> int:
         """N."""
@@ -45,14 +57,71 @@ class Images(Examples, Protocol):
         """One image, RGB, of its own size."""
 
 
+class Stored(Protocol):
+    """Where the images of a split are: in memory (`Pixels`), in files (tasks.files) or in a table (tasks.parquet).
+
+    It is sent to the processes that load images.
+    """
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) bytes of each image as it is stored."""
+
+    def content(self, index: int, last: int | None = None) -> bytes:
+        """An image as it is stored; only its last so many bytes where a number is given."""
+
+    def called(self, index: int) -> str:
+        """What an image is called in messages."""
+
+    def pil(self, index: int) -> Image.Image:
+        """One image, RGB.
+
+        Raises:
+            UserError: it is missing, or cannot be decoded to its end.
+        """
+
+    def of(self, rows: Tensor) -> "Stored":
+        """Only the images `rows`, (n,) int64, in this order."""
+
+
 @dataclass(frozen=True, eq=False)
-class Split:
-    """Images of one size in memory, with the digest of the file they came from."""
+class Pixels:
+    """Images of one size in memory."""
+
+    images: Tensor  # (N, 3, H, W) uint8
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) bytes of the pixels of each image."""
+        return np.full(len(self.images), self.images[0].numel() if len(self.images) else 0)
+
+    def content(self, index: int, last: int | None = None) -> bytes:
+        """The pixels of an image."""
+        pixels = self.images[index].numpy().tobytes()
+        return pixels if last is None else pixels[-last:]
+
+    def called(self, index: int) -> str:
+        """Its place."""
+        return f"image {index}"
+
+    def pil(self, index: int) -> Image.Image:
+        """One image."""
+        # Contiguous before Pillow sees it, which copies a strided array element by element.
+        return Image.fromarray(self.images[index].permute(1, 2, 0).contiguous().numpy())
+
+    def of(self, rows: Tensor) -> "Pixels":
+        """Only some of them."""
+        return Pixels(self.images[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """Images and labels that are used together, wherever the images are."""
 
     name: str
-    images: Tensor  # (N, 3, H, W) uint8
-    labels: Tensor  # (N,) int64 class ids
-    digest: str  # of the content, hexadecimal
+    stored: Stored
+    labels: Tensor  # (N,) int64 class ids, of the reported classes where there is a space
+    digest: str  # hexadecimal, of the content
     space: LabelSpace | None = None
     groups: Tensor | None = None
     group_names: tuple[str, ...] = ()
@@ -60,16 +129,34 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pil(self, index: int) -> Image.Image:
-        """One image."""
-        # Contiguous before Pillow sees it, which copies a strided array element by element.
-        return Image.fromarray(self.images[index].permute(1, 2, 0).contiguous().numpy())
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) bytes of each image as it is stored."""
+        return self.stored.sizes
 
-    def of_classes(self, ids: Sequence[int], digest: str) -> "Split":
+    @property
+    def images(self) -> Tensor:
+        """(N, 3, H, W) uint8, of a split in memory."""
+        assert isinstance(self.stored, Pixels)
+        return self.stored.images
+
+    def content(self, index: int, last: int | None = None) -> bytes:
+        """An image as it is stored; only its last so many bytes where a number is given."""
+        return self.stored.content(index, last)
+
+    def called(self, index: int) -> str:
+        """What an image is called in messages."""
+        return self.stored.called(index)
+
+    def pil(self, index: int) -> Image.Image:
+        """One image, RGB; raises as `Stored.pil`."""
+        return self.stored.pil(index)
+
+    def of_classes(self, ids: Sequence[int], digest: str) -> "ImageSplit":
         """The images of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
         part = narrowed(self, ids)
-        images = self.images[part.rows]
-        return Split(self.name, images, part.labels, digest, part.space, part.groups, self.group_names)
+        stored = self.stored.of(part.rows)
+        return ImageSplit(self.name, stored, part.labels, digest, part.space, part.groups, self.group_names)
 
 
 @dataclass(frozen=True, eq=False)

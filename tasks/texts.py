@@ -8,11 +8,12 @@ from string import Formatter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.chance import uniform
 from configs.errors import UserError
 from configs.schema import Task
+from soups.chance import uniform
 from tasks.label_space import LabelSpace
 from tasks.parts import rows_of
 from tasks.split import narrowed
@@ -44,11 +45,34 @@ class TextSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) bytes of each text."""
+        return np.array([len(self.content(row)) for row in range(len(self))], dtype=np.int64)
+
+    def content(self, index: int, last: int | None = None) -> bytes:
+        """What a text says, whatever white space is between its words."""
+        said = said_by(self.fields[index]).encode()
+        return said if last is None else said[-last:]
+
+    def called(self, index: int) -> str:
+        """How it begins."""
+        return repr(" | ".join(self.fields[index])[:40])
+
     def of_classes(self, ids: Sequence[int], digest: str) -> "TextSplit":
         """The texts of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
         part = narrowed(self, ids)
         fields = tuple(self.fields[row] for row in part.rows.tolist())
         return TextSplit(self.name, self.columns, fields, part.labels, digest)
+
+
+def said_by(fields: Sequence[str]) -> str:
+    r"""A text as it is compared with others: its fields, with one space between words.
+
+    >>> said_by(["a  good ", "film"])
+    'a good\x00film'
+    """
+    return "\0".join(" ".join(field.split()) for field in fields)
 
 
 def pieces_of(template: str) -> list[tuple[str, str | None]]:
@@ -72,20 +96,29 @@ def pieces_of(template: str) -> list[tuple[str, str | None]]:
 def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
     """A split from what its file says: all rows, the part of train that is or is not held out, or some of them.
 
-    Which texts are held out, and which `task.take` takes, depends on each text alone, not on those beside it.
+    A text is what the template's columns say; other columns, such as numbers of lines, are left out. Whether a text is
+    held out by `task.held_out_share` depends on it alone, not on those beside it.
 
     Raises:
-        UserError: a template with a column that is not there; other counts than the task's; too few to take.
+        UserError: a template without a column, or with one that is not there; other counts than the task's; too few
+            to take.
     """
-    unknown = [column for _, column in pieces_of(task.template or "") if column and column not in rows.columns]
+    read = [column for _, column in pieces_of(task.template or "") if column]
+    unknown = [column for column in read if column not in rows.columns]
     if unknown:
         raise UserError(f"task.template has {{{unknown[0]}}}, but {rows.source} has {', '.join(rows.columns)}")
+    if not read:
+        raise UserError(f"task.template={task.template!r} reads no column of {rows.source}: {', '.join(rows.columns)}")
+    places = [place for place, column in enumerate(rows.columns) if column in read]
+    fields = [tuple(row[place] for place in places) for row in rows.fields]
+    rows = Rows(tuple(rows.columns[place] for place in places), fields, rows.labels, rows.source)
     labels = np.array(rows.labels, dtype=np.int64)
 
     def key(row: int) -> str:
         return "\0".join(rows.fields[row])
 
-    chosen = rows_of(task, name, labels, task.options, key=key, where=rows.source).tolist()
+    said = [said_by(row) for row in fields]
+    chosen = rows_of(task, name, labels, task.options, key=said.__getitem__, where=rows.source).tolist()
     wanted = (task.take or {}).get(name)
     if wanted is not None:
         if wanted > len(chosen):
@@ -95,5 +128,5 @@ def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
     content = hashlib.blake2b("\0".join(rows.columns).encode(), digest_size=16)
     for row in chosen:
         content.update(f"{key(row)}\0{labels[row]}\n".encode())
-    fields = tuple(rows.fields[row] for row in chosen)
-    return TextSplit(name, rows.columns, fields, torch.from_numpy(labels[chosen]), content.hexdigest())
+    texts = tuple(rows.fields[row] for row in chosen)
+    return TextSplit(name, rows.columns, texts, torch.from_numpy(labels[chosen]), content.hexdigest())

@@ -1,8 +1,11 @@
 """How the tests are spread over processes, and what they need of the machine."""
 
+import multiprocessing.spawn
 import os
 import shutil
+import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
@@ -11,6 +14,8 @@ from xdist.scheduler import LoadFileScheduling
 # wait for each other. Before anything loads torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOM = 6 * 10**9  # bytes; all tests at once have been seen to hold 3.8e9
+ROOT = Path(__file__).resolve().parents[1]
+IN_RUNS = {"finetune", "eval", "soups", "analysis", "slurm.status", "slurm.retry", "reproduce.py"}  # commands
 
 
 class OneCluster(LoadFileScheduling):
@@ -35,3 +40,61 @@ def pytest_sessionstart(session):
             "folder elsewhere with TMPDIR=FOLDER",
             returncode=2,
         )
+
+
+def reads_the_clones_runs(words, cwd):
+    """Whether a command would work in the clone's runs/, which may hold a person's results."""
+    if isinstance(words, str | bytes | os.PathLike) or Path(cwd or Path.cwd()).resolve() != ROOT:
+        return False
+    typed = [str(word) for word in words]
+    if "--help" in typed or not any(word.startswith("experiment=") for word in typed):
+        return False
+    return not IN_RUNS.isdisjoint(typed) and not any(word.startswith("paths.runs=") for word in typed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_workers():
+    """A worker process that a test's own process starts is spared the import of libraries, as commands are."""
+    from tests.commands import python
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.spawn, "get_executable", lambda: os.fsencode(python()))
+        yield
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """What a command would spread over processes is done in the test's own, where patches hold."""
+    from tests.pools import Here
+
+    monkeypatch.setattr("store.workers._pool", lambda workers, threads: Here())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def foreign_runs(tmp_path_factory):
+    """Work in a folder whose runs/ has rows of other settings under the name of every experiment.
+
+    A test that forgets paths.runs reads them and fails, as it would after `make demo`; a command that it starts in the
+    clone must name its runs; and nothing may be written here.
+    """
+    folder = tmp_path_factory.mktemp("elsewhere")
+    from configs.registered import experiments  # Hydra is not loaded where no test runs
+
+    for name in experiments():
+        for own in ("", "seed0", "seed1", "seed2"):
+            for made in ("ingredients/000", "ingredients/001", "zero_shot"):
+                row = folder / "runs" / name / own / made
+                row.mkdir(parents=True)
+                (row / "done.json").write_text('{"identity": "foreign"}')
+    before = sorted(folder.rglob("*"))
+    start = subprocess.Popen.__init__
+
+    def checked(process, args, *others, **named):
+        assert not reads_the_clones_runs(args, named.get("cwd")), f"without paths.runs it works in the clone's: {args}"
+        start(process, args, *others, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(subprocess.Popen, "__init__", checked)
+        yield folder / "runs"
+    assert sorted(folder.rglob("*")) == before, "a test wrote into the runs/ of its working directory"

@@ -1,18 +1,26 @@
 """The experiment files, what must be typed to compose some of them, and what a hub would have of their networks."""
 
+from functools import cache
 from pathlib import Path
 
 from transformers import AutoConfig, EfficientNetImageProcessor
 
+from configs.registered import experiments
 from configs.schema import load
 from tests.readers import OF_T5, SPECIAL, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
+EXPERIMENTS = list(experiments())
 TYPED = {
     "own_images": ("task.folder=images", "task.num_classes=3"),
     "own_text": ("task.folder=texts", "task.num_classes=2", "task.options=[a,b]", "task.template='{text}'"),
 }
+
+
+@cache
+def loaded(name):
+    """An experiment's settings, composed once in a process."""
+    return load(name, *TYPED.get(name, ()))
 
 
 def hub_folders(folder):

@@ -11,9 +11,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ResNetConfig
 
 from configs.schema import dump, load
 from models.classifier import architecture
-from store.atomic import write_json, write_jsonl
+from soups.files.atomic import write_json, write_jsonl
+from soups.files.weights import save_weights
 from store.runs import RunFolder, record_config
-from store.weights import save_weights
 
 SMALL = "a-small-clip"
 
@@ -54,19 +54,19 @@ def network_of(kind, folder):
     """What is typed for a network of one of the libraries; of transformers there are an image network and a CLIP."""
     match kind:
         case "timm":
-            return "demo", ["model=any_timm", "model.name=test_vit", "model.image_size=160"]
+            return "demo", ["model=timm", "model.name=test_vit", "model.image_size=160"]
         case "open_clip":
             named = [f"model.name={SMALL}", f"model.weights={open_clip_file(folder)}", "model.templates=null"]
-            return "demo", ["model=any_open_clip", "model.image_size=32", *named]
+            return "demo", ["model=open_clip", "model.image_size=32", *named]
         case "dual" | "resnet":
             weights = (clip_folder if kind == "dual" else resnet_folder)(folder)
             sizes = ["model.image_size=32", "model.eval_resize=40", f"model.normalize={str(kind == 'dual').lower()}"]
             named = ["model.name=small", f"model.weights={weights}", "model.templates=null"]
-            return "demo", ["model=any_transformers", *named, *sizes]
+            return "demo", ["model=transformers", *named, *sizes]
         case "text_encoder":
-            weights = encoder_folder(folder)
-            return "demo_text", ["model=any_text_encoder", "model.name=small", f"model.weights={weights}"]
-    weights = (bert_folder if kind == "masked_lm" else t5_folder)(folder)
+            weights = encoder_folder(folder, num_hidden_layers=1)
+            return "demo_text", ["model=text_encoder", "model.name=small", f"model.weights={weights}"]
+    weights = bert_folder(folder, num_hidden_layers=1) if kind == "masked_lm" else t5_folder(folder, num_layers=1)
     model = "bert_base" if kind == "masked_lm" else "t5_small"
     return "demo_text", [f"model={model}", f"model.weights={weights}", "optim.loss=likelihood"]
 
@@ -81,7 +81,7 @@ def finished_soup(kind, folder, *more):
     run = RunFolder.of(config)
     record_config(run.ingredient(0), dump(config))
     torch.manual_seed(1)
-    network = architecture(config.model, config.task.size, config.task.options).eval()
+    network = architecture(config.model, config.task.size, config.task.answers).eval()
     network.load_state_dict(moved(network.state_dict(), 1, 0.1))
     digest = save_weights(run.soup("greedy") / "weights.safetensors", network.state_dict())
     done = {"drawn": {"optim.lr": 0.001}, "held_out": {"correct": 30, "n": 40}, "digest": "0", "status": "done"}

@@ -72,7 +72,7 @@ def save_food101(root):
         items = [f"{name}/{number}" for name in ("apple_pie", "beef_tartare") for number in numbers]
         write(root / f"meta/{split}.txt", "\n".join(items))
         for i, item in enumerate(items):
-            save_jpeg(root / f"images/{item}.jpg", i)
+            save_jpeg(root / f"images/{item}.jpg", i + 100 * (split == "test"))
     return settings("food101", root, 2, held_out_per_class=1)
 
 
@@ -83,7 +83,7 @@ def save_sun397(root):
         files = [f"{name}/sun_{number}.jpg" for name in reversed(classes) for number in numbers]
         write(root / f"{split}.txt", "\n".join(files))
         for i, file in enumerate(files):
-            save_jpeg(root / f"SUN397{file}", i)
+            save_jpeg(root / f"SUN397{file}", i + 100 * (split == "Testing_01"))
     return settings("sun397", root, 3, held_out_per_class=1, folders={"train": "Training_01", "test": "Testing_01"})
 
 
@@ -99,7 +99,7 @@ def save_cars(root):
         rows = [(5, label, f"{i:05d}.jpg") for i, label in enumerate(labels, 1)]
         savemat(root / path, {"annotations": np.array([rows], dtype=fields)})
         for i, row in enumerate(rows):
-            save_jpeg(root / folder / row[2], i)
+            save_jpeg(root / folder / row[2], i + 100 * (folder == "cars_test"))
     return settings("cars", root, 2, held_out_per_class=1)
 
 
@@ -152,7 +152,8 @@ def save_parquet(root):
 
     features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=["red_fox", "hare"])})
     for split, labels in (("train", [0, 1, 1, 0]), ("validation", [1])):
-        images = [{"bytes": encoded(i), "path": None} for i in range(len(labels))]
+        first = 100 * (split == "validation")
+        images = [{"bytes": encoded(first + i), "path": None} for i in range(len(labels))]
         table = datasets.Dataset.from_dict({"img": images, "fine": labels}, features=features)
         (root / "data").mkdir(parents=True, exist_ok=True)
         table.to_parquet(root / f"data/{split}-00000-of-00001.parquet")

@@ -39,12 +39,12 @@ def save_kinds(folder):
 
 def save_tree(root, per_class=3, classes=CLASSES, splits=("train", "test")):
     """<root>/<split>/<class>/<image>, images of many sizes."""
-    for split in splits:
+    for s, split in enumerate(splits):
         for c, name in enumerate(classes):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(per_class):
-                rgb(20 + 7 * i + c, 40 - 3 * i, 10 * c + i).save(folder / f"{i}.jpg")
+                rgb(20 + 7 * i + c, 40 - 3 * i, 1000 * s + 10 * c + i).save(folder / f"{i}.jpg")
     return root
 
 

@@ -1,20 +1,33 @@
 """Finished sweeps without training: an initialisation, and rows that were moved away from it."""
 
+from concurrent.futures import Future
+
 import torch
 
 from configs.schema import load
 from eval.forward import Evaluator
 from models.classifier import pretrained, pretrained_network
-from store.atomic import write_json
-from store.runs import RunFolder, digest_of
-from store.weights import save_weights
+from soups.files.atomic import write_json
+from soups.files.weights import save_weights
+from store.rows import identity
+from store.runs import RunFolder
 from tasks.load import class_names
+
+
+class Here:
+    """A pool of workers that does each call at once, in this process."""
+
+    def submit(self, call):
+        future = Future()
+        future.set_result(call())
+        return future
 
 
 def record(config, row, digest, status="done"):
     """Write the done.json of a row."""
     scores = {"split": "held_out", "correct": 10 + row, "n": 40}
     done = {"drawn": {}, "held_out": scores, "status": status, "seconds": 1.0, "digest": digest}
+    done["identity"] = identity(config, row)
     folder = RunFolder.of(config).ingredient(row)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "done.json", done)
@@ -28,7 +41,7 @@ def recorded_pool(config, diverged=()):
 
 def moved_pool(config, step=0.05):
     """Row -> weights: row 0 is the zero-shot model, and each of the others moved on its own, in matrices alone."""
-    start = pretrained_network(config.model, class_names(config.task)).state_dict()
+    start = pretrained_network(config.model, class_names(config.task), config.task.answers).state_dict()
     weights = {}
     for row in range(config.sweep.size + 1):
         generator = torch.Generator().manual_seed(row)
@@ -66,6 +79,7 @@ def finished_pool(runs, *overrides, experiment="demo_tiny", classes=10, scale=0.
         digest = save_weights(folder / "weights.safetensors", moved(start, row, scale) if row else start)
         logits = evaluator.logits_of_file(digest, folder / "weights.safetensors", config.task.held_out)
         done = {"status": "done", "row": row, "digest": digest, "ingredient": "raw", "variants": {}, "seconds": 0}
-        done |= {"held_out": evaluator.scored(logits, config.task.held_out), "drawn": {}, "identity": digest_of(row)}
+        done |= {"held_out": evaluator.scored(logits, config.task.held_out), "drawn": {}}
+        done["identity"] = identity(config, row)
         write_json(folder / "done.json", done)
     return config, evaluator

@@ -44,11 +44,11 @@ def bert_folder(folder, seed=0, **changes):
     return folder
 
 
-def encoder_folder(folder, seed=0):
+def encoder_folder(folder, seed=0, **changes):
     """A BertModel."""
     words = tokenizer(SPECIAL)
     torch.manual_seed(seed)
-    BertModel(BertConfig(vocab_size=len(words), **SIZES)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(words), **(SIZES | changes))).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
@@ -71,3 +71,16 @@ def prompted_model(kind, folder, **changes):
     """Settings of a language model in a folder."""
     values = {"image_size": 1, "normalize": False, "head": "prompt", "probe_c": (1.0,), "max_length": 40} | changes
     return Model(kind=kind, name="small", weights=folder, **values)
+
+
+GOOD, BAD = ("the film is good", "a good film", "good , not bad"), ("the film was bad", "not a good film", "bad")
+
+
+def cola_folder(folder):
+    """CoLA's layout, with sentences of which a small network can learn something."""
+    (folder / "CoLA").mkdir(parents=True)
+    for file, n in (("train", 60), ("dev", 24)):
+        rows = [f"{(GOOD if i % 3 else BAD)[i % len(GOOD)]}{i % 4 * ' .'} {file}{i}" for i in range(n)]  # no two alike
+        text = "".join(f"gj04\t{int(bool(i % 3))}\t\t{row}\n" for i, row in enumerate(rows))
+        (folder / "CoLA" / f"{file}.tsv").write_text(text)
+    return folder

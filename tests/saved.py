@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from store.checkpoints import INDEX
+from soups.files.checkpoints import INDEX
 
 
 def save(folder, name, state, how="safetensors"):

@@ -1,17 +1,20 @@
 """Tables and figures say what the numbers say."""
 
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 import pytest
 
 from analysis.figures import STYLE, coefficients_map, figure1, save
-from analysis.report import DRAWN_WITH_BARS
+from analysis.means import axis_labels
+from analysis.report import DRAWN_WITH_BARS, note
 from analysis.results import SHIFT_MEAN
 from analysis.seeds import seeds_table
-from analysis.tables import NAMES, table3, write_table
+from analysis.tables import NAMES, caption, table3, write_table
 from configs.schema import load
 
+TASK = load("demo").task
 METHODS = {"best": 0.53, "greedy": 0.586}
 
 
@@ -38,11 +41,43 @@ def tidy_of(accuracies):
 
 
 def test_a_row_shows_percent_and_the_difference_to_the_best_with_its_interval():
-    table = table3(tidy_of(METHODS)).set_index("Method")
+    table = table3(tidy_of(METHODS), TASK).set_index("Method")
     greedy = table.loc["Greedy soup"]
     assert (greedy["Test"], greedy["Mean of shifts"]) == ("58.6", "48.6")
     assert greedy["Test − best"] == "+5.6 [+2.6, +8.6]"
     assert table.loc["Best individual model", "Test − best"] == ""
+
+
+@pytest.mark.parametrize(
+    ("experiment", "shifts", "named"),
+    [
+        ("demo", "v2 r sketch objectnet a", "V2 R Sketch ObjectNet-like A-like"),
+        ("table4_vitg", "v2 r sketch objectnet a", "IN-V2 IN-R IN-Sketch ObjectNet IN-A"),
+        ("figureg2_cifar10", "cifar10_1", "CIFAR-10.1"),
+        ("figureg1_fmow", "ood", "OOD"),
+    ],
+)
+def test_columns_are_called_as_their_task_says(experiment, shifts, named):
+    task = load(experiment).task
+    row = {"method": "best", "models": 1, "held_out": 0.6, "n": 9, "accuracy": 0.5, "spread": float("nan")}
+    row |= {"difference": 0.0, "low": 0.0, "high": 0.0}
+    tidy = pd.DataFrame([row | {"column": column} for column in ("test", *shifts.split(), SHIFT_MEAN)])
+    heads = " ".join(table3(tidy, task).columns)
+    assert f"Test {named} Mean of shifts" in heads
+    assert f"Test 9, {', '.join(f'{name} 9' for name in named.split())}." in caption(tidy, "", "it", task)
+
+
+def test_a_benchmark_is_called_by_its_title_wherever_its_folder_is(monkeypatch):
+    monkeypatch.setenv("IMAGENET", "/scratch/ilsvrc")
+    config = load("table3_clip_b32")
+    assert note(config).startswith("Benchmark ImageNet; ")
+    assert list(axis_labels(config).values()) == [
+        "ImageNet test, top-1 accuracy (%)",
+        "Mean of 5 shifts, top-1 accuracy (%)",
+    ]
+    assert axis_labels(load("figureg2_cifar10"))[SHIFT_MEAN] == "CIFAR-10.1, top-1 accuracy (%)"
+    named = replace(config.task, title=None, titles={"test": "Validation", "v2": "Version 2"})
+    assert (named.name, named.split_title("test"), named.split_title("v2")) == ("ilsvrc", "Validation", "Version 2")
 
 
 def test_every_recipe_has_a_name_and_every_drawn_one_a_marker():
@@ -52,7 +87,7 @@ def test_every_recipe_has_a_name_and_every_drawn_one_a_marker():
 
 
 def test_random_orders_show_their_standard_deviation():
-    table = table3(tidy_of(METHODS | {"greedy_random_order": 0.57})).set_index("Method")
+    table = table3(tidy_of(METHODS | {"greedy_random_order": 0.57}), TASK).set_index("Method")
     assert table.loc["Greedy soup (random order)", "Test"] == "57.0 (0.4)"
     assert table.loc["Greedy soup", "Test"] == "58.6"
 
@@ -67,7 +102,7 @@ def test_the_map_of_coefficients_has_a_row_for_each_group_and_a_column_for_each_
 
 def test_a_table_is_written_as_markdown_latex_and_csv_with_n_and_proxies(tmp_path):
     tidy = tidy_of(METHODS)
-    files = write_table(table3(tidy), tidy, tmp_path / "table3", "A proxy for ImageNet.")
+    files = write_table(table3(tidy, TASK), tidy, tmp_path / "table3", "A proxy for ImageNet.", TASK)
     markdown, latex, csv = (file.read_text() for file in files)
     assert "| Greedy soup" in markdown
     assert "n: Test 620, V2 620" in markdown
@@ -81,7 +116,7 @@ def test_a_table_is_written_as_markdown_latex_and_csv_with_n_and_proxies(tmp_pat
 
 def test_seeds_are_summarised_by_mean_spread_and_how_often_the_interval_excludes_zero():
     tables = {0: tidy_of(METHODS), 1: tidy_of({"best": 0.53, "greedy": 0.55})}
-    row = seeds_table(tables, "test").set_index("Method").loc["Greedy soup"]
+    row = seeds_table(tables, TASK).set_index("Method").loc["Greedy soup"]
     assert row["Test"] == "56.8 (2.5)"
     assert row["Test − best, per seed"] == "+5.6, +2.0"
     assert row["Test: interval above 0"] == "1 of 2"

@@ -22,13 +22,13 @@ from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator, forward
 from soups.conformance import Layout
-from soups.pool import usable_pool
-from store.checkpoints import Entry
+from soups.experiment.pool import usable_pool
+from soups.files.checkpoints import Entry
 from store.runs import RunFolder
 from tests.pools import moved_pool, recorded_pool
 
 BLOCK, GAIN, HEAD = "tower.blocks.0.fc.weight", "tower.blocks.0.norm.weight", "head.weight"
-FEW = ["cluster.workers=1", "analysis.resamples=100"]
+FEW = ["task.classes=8", "cluster.workers=1", "analysis.resamples=100"]
 
 
 @pytest.mark.parametrize(

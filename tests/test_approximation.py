@@ -20,10 +20,16 @@ from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
 from eval.metrics import nll
-from soups.pool import usable_pool
+from soups.experiment.pool import usable_pool
 from tests.pools import finished_pool, recorded_pool
 
 TWO = ["sweep.listed=[{augment: {kind: minimal}}]", "sweep.grid.optim.lr=[1.0e-2, 1.0e-3]", "cluster.workers=1"]
+TWO += ["task.shifts=[r]"]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr("analysis.approximation.RESAMPLES", 100)
 
 
 @pytest.mark.parametrize("name", ["demo_extreme_lp", "extreme_lp"])
@@ -82,7 +88,7 @@ def test_a_row_adds_both_terms_and_subtracts_the_ensemble(finished):
     assert (tidy["approximation"] == tidy["convexity_term"] + tidy["variance_term"]).all()
     assert (tidy["loss_difference"] == tidy["soup_loss"] - tidy["ensemble_loss"]).all()
     assert set(tidy.loc[tidy["what"] == "plain", "beta"]) == {1.0}
-    assert len(tidy) == 5 * 6 * 9 * 2  # pairs of 2 rates, 1 level and 2 seeds; splits, alphas, betas
+    assert len(tidy) == 5 * 2 * 9 * 2  # pairs of 2 rates, 1 level and 2 seeds; splits, alphas, betas
 
 
 def planted(slope_of_error):

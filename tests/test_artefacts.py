@@ -1,7 +1,6 @@
 """The paper's 33 artefacts are all there, and made of experiments that exist."""
 
 import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -10,7 +9,8 @@ from analysis.artefacts import ARTEFACTS, draw, named, paper_numbers, parts_of
 from configs.cli import parts_of as parts_of_experiment
 from configs.errors import UserError
 from configs.schema import load
-from soups.cook import cook_all
+from soups.experiment.cook import cook_all
+from tests.commands import python
 from tests.experiments import EXPERIMENTS, ROOT
 from tests.pools import finished_pool
 
@@ -71,7 +71,7 @@ def test_an_artefact_is_drawn_recorded_and_published(tmp_path):
 
 
 def analysis(*arguments):
-    call = [sys.executable, "-m", "analysis", *arguments]
+    call = [python(), "-m", "analysis", *arguments]
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -93,7 +93,7 @@ def test_an_artefact_of_another_experiment_says_which_it_is_made_of(tmp_path):
 def test_an_experiment_of_parts_runs_draws_and_reports_each(tmp_path):
     own = [f"paths.runs={tmp_path}", "recipes=[best,uniform,greedy]"]
     words = ["experiment=demo_full", "parts=[demo_tiny]", *own]
-    call = [sys.executable, "reproduce.py", *words]
+    call = [python(), "reproduce.py", *words]
     answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "artefact=all experiment=demo_full" in answer.stdout

@@ -1,4 +1,4 @@
-"""The running average in memory keeps to the policy of soups.files."""
+"""The running average in memory keeps to the policy of soups.mean."""
 
 from collections.abc import Mapping
 from itertools import permutations
@@ -6,7 +6,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from soups.average import Average, rounded
+from soups.average import Average, mixture, rounded
+from soups.errors import UserError
 from soups.recipes import mean_of
 
 
@@ -25,8 +26,8 @@ def test_tied_tensors_are_summed_once_and_stay_tied():
         return {"head": w, "embedding": w, "other": w.clone()}
 
     average = Average.of(tied(1.0)).plus(tied(4.0))
-    assert average.ties == {"head": "embedding"}
     assert len({id(total) for total in average.sums.values()}) == 2
+    assert list(average.sums) == ["head", "embedding", "other"]
     weights = average.weights()
     assert weights["head"].data_ptr() == weights["embedding"].data_ptr() != weights["other"].data_ptr()
     assert weights["head"].tolist() == [2.5, 2.5]
@@ -36,7 +37,7 @@ def test_a_file_that_holds_both_names_fits_to_a_tied_model_while_they_are_equal(
     w = torch.ones(2)
     loaded = {"a": torch.zeros(2), "b": torch.zeros(2)}
     assert mean({"a": w, "b": w}, loaded)["b"].tolist() == [0.5, 0.5]
-    with pytest.raises(ValueError, match="'b' is tied to 'a' in one model, but differs from it in another"):
+    with pytest.raises(UserError, match="model 1: 'a' and 'b' are two tensors, but tied in another"):
         mean({"a": w, "b": w}, loaded | {"b": torch.ones(2)})
 
 
@@ -49,7 +50,7 @@ def test_sixteen_bits_are_rounded_to_once():
 
 
 class ReadWhenAsked(Mapping):
-    """Weights whose tensors are made at each access, as `FileWeights` reads them."""
+    """Weights whose tensors are made at each access, as `LazyWeights` reads them."""
 
     def __init__(self, numbers):
         self.numbers = numbers
@@ -68,3 +69,22 @@ def test_tensors_that_are_read_when_asked_for_are_not_taken_for_tied():
     one, other = ({f"w{i}": float(i + shift) for i in range(20)} for shift in (0, 2))
     mean = Average.of(ReadWhenAsked(one)).plus(ReadWhenAsked(other)).weights()
     assert [mean[f"w{i}"][0].item() for i in range(20)] == [i + 1.0 for i in range(20)]
+
+
+def test_several_kinds_become_the_narrowest_that_holds_all_and_infinities_of_all_are_kept():
+    mask = torch.tensor([0.0, -torch.inf])
+    half = {"w": torch.tensor([1.0]).half(), "n": torch.tensor([1.0]), "mask": mask}
+    brain = {"w": torch.tensor([1 + 2.0**-7]).bfloat16(), "n": torch.tensor([2.0]), "mask": mask}
+    for found in (mean(half, brain), mixture([half, brain], lambda name: (0.5, 0.5))):
+        assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(half, torch.float32)
+        assert (found["w"].item(), found["n"].item()) == (1 + 2.0**-8, 1.5)
+        assert torch.equal(found["mask"], mask)
+    with pytest.raises(UserError, match="model 1: tensor 'mask' holds NaN or infinity"):
+        mean(half | {"mask": torch.zeros(2)}, brain)
+
+
+def test_the_order_of_adding_is_the_order_of_summing():
+    # As in the experiments: 2**60 + 1 - 2**60 is 0, and 2**60 - 2**60 + 1 is 1.
+    states = [{"w": torch.tensor([value], dtype=torch.float64)} for value in (2.0**60, 1.0, -(2.0**60))]
+    assert mean(*states)["w"].item() == 0
+    assert mean(states[0], states[2], states[1])["w"].item() * 3 == 1

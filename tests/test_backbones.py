@@ -29,8 +29,9 @@ from transformers import (
 from configs.errors import UserError
 from configs.schema import CONFIGS, load
 from configs.training import Model
-from finetune.loop import ALONE
-from finetune.parallel import blocks, prepare
+from finetune.dist import blocks, wrap
+from finetune.train import ALONE
+from models.backbones import preprocessing, skeleton
 from models.classifier import architecture, pretrained, random_head
 
 NAMES = ("red fox", "tea pot", "grand piano")
@@ -118,6 +119,37 @@ def test_a_timm_file_gives_timms_own_pooled_features_under_its_own_mean(timm_fil
         seen = (images / 255 - mean) / std
         expected = network.forward_head(network.forward_features(seen), pre_logits=True)
         torch.testing.assert_close(classifier.features(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lcnet_050", "ghostnet_050", "vgg11", "mobilenetv3_small_050", "hgnetv2_b0"])
+def test_a_head_is_as_wide_as_what_comes_out_where_the_last_layer_is_not(name):
+    with torch.device("meta"):
+        network = architecture(replace(ANY, name=name, image_size=64), 3)
+        assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "squash"),
+    [
+        ("ViT-B-16-SigLIP", (0.5, 0.5, 0.5), True),
+        ("MobileCLIP-S1", (0.0, 0.0, 0.0), False),
+        ("ViT-B-32", open_clip.OPENAI_DATASET_MEAN, False),
+        ("ViT-L-14", open_clip.OPENAI_DATASET_MEAN, False),  # of its weights one had other statistics
+        ("ViT-S-32-alt", open_clip.OPENAI_DATASET_MEAN, False),  # has no published weights
+    ],
+)
+def test_without_the_weights_name_images_are_normalised_as_all_published_weights_want_it(name, mean, squash):
+    seen = preprocessing(name)
+    assert tuple(seen["mean"]) == mean
+    assert (seen["resize_mode"] == "squash") == squash
+
+
+def test_the_weights_name_and_the_tower_say_how_images_are_normalised():
+    assert preprocessing("ViT-L-14", "laion2b_s32b_b82k")["mean"] == (0.5, 0.5, 0.5)
+    values = {"kind": "open_clip", "image_size": 224, "normalize": True, "head": "random", "probe_c": (1.0,)}
+    with torch.device("meta"):
+        backbone = skeleton(Model(name="ViT-B-16-SigLIP", **values))
+    assert tuple(backbone.mean) == tuple(backbone.std) == (0.5, 0.5, 0.5)
 
 
 def test_a_random_head_is_small_and_the_same_for_the_same_sizes(timm_file):
@@ -226,7 +258,7 @@ def test_recomputed_activations_give_the_same_gradients_block_by_block(kind, dep
     compute, gradients, calls = load("demo_tiny").compute, [], []
     for recompute in (False, True):
         classifier = pretrained(model, NAMES)
-        network = prepare(classifier, replace(compute, gradient_checkpointing=recompute), ALONE).train()
+        network = wrap(classifier, replace(compute, gradient_checkpointing=recompute), ALONE).train()
         parts = blocks(classifier)
         assert len(parts) == depth
         count = [0]
@@ -238,6 +270,17 @@ def test_recomputed_activations_give_the_same_gradients_block_by_block(kind, dep
     assert calls == [1, 2]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_no_block_of_a_shallow_network_is_inside_another(depth):
+    def mlp():
+        return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+
+    repeated = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.LayerNorm(4), mlp()) for _ in range(depth)])
+    assert blocks(torch.nn.Sequential(torch.nn.Linear(3, 4), repeated)) == list(repeated)
+    stages = torch.nn.ModuleList([torch.nn.Sequential(mlp(), mlp()) for _ in range(2)])  # two lists of two in two
+    assert blocks(stages) == list(stages)
 
 
 @pytest.mark.parametrize(
@@ -265,22 +308,27 @@ def test_a_truncated_or_foreign_file_is_named(kind, clip_file, timm_file, tmp_pa
             pretrained(replace(model, weights=path), NAMES)
 
 
-@pytest.mark.parametrize(
-    ("settings", "command"),
-    [
-        ("kind='open_clip', name='ViT-B-32-quickgelu', pretrained='openai'", "timm/vit_base_patch32_clip_224.openai"),
-        ("kind='timm', name='vit_base_patch32_224.augreg_in21k'", "timm/vit_base_patch32_224.augreg_in21k"),
-        ("kind='transformers', name='kakaobrain/align-base'", "kakaobrain/align-base config.json"),
-    ],
-)
-def test_without_internet_the_error_says_what_to_download_and_where_to_name_it(settings, command, tmp_path):
-    code = (
-        "from configs.training import Model\nfrom models.classifier import pretrained\n"
-        f"pretrained(Model({settings}, image_size=224, normalize=True, head='random', probe_c=(1,)), ('a', 'b'))"
-    )
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(CONFIGS.parent)}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=offline)
-    said = ended.stderr.splitlines()[-1]
-    assert said.startswith("configs.errors.UserError"), ended.stderr[-2000:]
-    assert f"`hf download {command}" in said
-    assert "then set model.weights=FOLDER" in said
+def test_without_internet_the_error_says_what_to_download_and_where_to_name_it(tmp_path):
+    files = {
+        "timm/vit_base_patch32_clip_224.openai": "kind='open_clip', name='ViT-B-32-quickgelu', pretrained='openai'",
+        "timm/vit_base_patch32_224.augreg_in21k": "kind='timm', name='vit_base_patch32_224.augreg_in21k'",
+        "kakaobrain/align-base config.json": "kind='transformers', name='kakaobrain/align-base'",
+    }
+    made = [f"Model({words}, image_size=224, normalize=True, head='random', probe_c=(1,))" for words in files.values()]
+    code = f"""
+from configs.training import Model
+from models.classifier import pretrained
+from soups.errors import UserError
+for model in ({", ".join(made)}):
+    try:
+        pretrained(model, ("a", "b"))
+    except UserError as error:
+        print(repr(str(error)))
+"""
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    call = [sys.executable, "-c", code]
+    ended = subprocess.run(call, cwd=CONFIGS.parent, capture_output=True, text=True, check=False, env=offline)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for file, said in zip(files, ended.stdout.splitlines(), strict=True):
+        assert f"`hf download {file}" in said
+        assert "then set model.weights=FOLDER" in said

@@ -12,18 +12,19 @@ from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
 from finetune.train import train_row
-from soups.backbones import measure, run
-from soups.cook import cook
-from store.weights import load_weights
+from soups.experiment.backbones import measure, run
+from soups.experiment.cook import cook
+from soups.files.weights import load_weights
 
-SMALL = ["recipes=[best]", "optim.epochs=1", "optim.warmup_steps=2", "analysis.resamples=100", "cluster.workers=1"]
+SMALL = ["recipes=[best]", "optim.epochs=1", "optim.warmup_steps=2", "optim.batch_size=8", "analysis.resamples=100"]
+SMALL += ["cluster.workers=1", "task.classes=60", "sweep.listed=[{task:{parts:6,part:0}},{task:{parts:6,part:1}}]"]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     torch.set_num_threads(1)
     config = load("demo_cross_dataset", *SMALL, f"paths.runs={tmp_path_factory.mktemp('runs')}")
-    for row in range(6):
+    for row in range(3):
         train_row(config, row)
     return config
 
@@ -78,5 +79,5 @@ def test_a_zero_shot_initialisation_stands_in_a_table_once_and_under_its_name(co
     cook("best", evaluator)
     _, methods = results.measure(config, evaluator)
     assert [method.name for method in methods] == ["initialisation", "best"]
-    table = table3(results.tidy(config, methods, evaluator), config.model.head)
+    table = table3(results.tidy(config, methods, evaluator), config.task, config.model.head)
     assert list(table["Method"]) == ["Initialisation (zero-shot)", "Best individual model"]

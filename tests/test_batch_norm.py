@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from soups.batch_norm import recompute_batch_norm
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,6 +54,37 @@ def test_without_data_nothing_changes_and_it_is_said():
     assert statistics(model) == before
 
 
+def test_a_failure_in_the_midst_leaves_everything_as_it_was():
+    model = network().eval()
+    model[1].running_mean.fill_(7)
+    before = statistics(model)
+
+    def broken():
+        yield batches(1)[0]
+        raise OSError("a damaged picture")
+
+    with pytest.raises(OSError, match="a damaged picture"):
+        recompute_batch_norm(model, broken())
+    assert statistics(model) == before
+    assert (model.training, model[1].training, model[4].momentum) == (False, False, 0.3)
+
+
+def test_batches_may_be_dicts_of_arguments_alone_or_in_a_tuple():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, pixels, scale):
+            return self.inner(pixels * scale)
+
+    plain, named = network(), Named()
+    recompute_batch_norm(plain, [2 * x for x in batches(3)])
+    dicts = [{"pixels": x, "scale": 2, "labels": torch.zeros(8)} for x in batches(3)]
+    assert recompute_batch_norm(named, [dicts[0], (dicts[1], "label"), [dicts[2]]]) == 3
+    assert statistics(named.inner) == statistics(plain)
+
+
 RANK = """
 import json, sys
 import torch.distributed as dist
@@ -78,7 +109,7 @@ def test_two_ranks_with_uneven_shares_get_what_one_process_gets_from_all_batches
     recompute_batch_norm(alone, batches(5))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meeting"), wrap],
+            [python(), "-c", RANK, str(rank), str(tmp_path / "meeting"), wrap],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,

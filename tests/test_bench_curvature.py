@@ -1,17 +1,15 @@
 """The benchmark of curvatures asks all contenders the same, and runs from end to end."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from benchmarks.curvature import CONTENDERS, differences, double_backward, ours, problem
+from benchmarks.curvature import CONTENDERS, differences, double_backward, main, ours, problem
+from tests.commands import python
 
 pytestmark = pytest.mark.slow  # a benchmark runs
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_ours_and_double_backward_answer_alike_and_differences_nearly():
@@ -22,22 +20,11 @@ def test_ours_and_double_backward_answer_alike_and_differences_nearly():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-def test_every_contender_is_measured(tmp_path):
-    options = [
-        "--network",
-        "test_resnet",
-        "--batch",
-        "2",
-        "--rounds",
-        "1",
-        "--threads",
-        "1",
-        "--out",
-        tmp_path / "b.csv",
-    ]
-    command = [sys.executable, "-m", "benchmarks.curvature", *map(str, options)]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
+def test_every_contender_is_measured(tmp_path, monkeypatch):
+    words = "--network test_resnet --batch 2 --rounds 1 --threads 1 --out"
+    monkeypatch.setattr(sys, "argv", ["curvature", *words.split(), str(tmp_path / "b.csv")])
+    monkeypatch.setattr(sys, "executable", python())  # of the processes whose memory is measured
+    main()
     rows = pd.read_csv(tmp_path / "b.csv").set_index("contender")
     assert list(rows.index) == list(CONTENDERS)
     assert rows.times_double_backward["double_backward"] == 1

@@ -1,7 +1,6 @@
 """The benchmark of loaders runs from end to end on small pictures, and its own pictures are of ImageNet's size."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.data import BATCH, SIZE, WAYS, Contender, make_folder, save_photograph, table
+from tests.commands import python
 
 pytestmark = pytest.mark.slow  # a benchmark runs
 
@@ -44,7 +44,7 @@ def test_the_ratio_is_the_median_of_those_within_rounds(tmp_path):
 
 def test_every_contender_loads_and_is_measured(tmp_path):
     options = ["--images", "100", "--width", "40", "--height", "30", "--rounds", "1", "--out", tmp_path / "bench.csv"]
-    command = [sys.executable, "-m", "benchmarks.data", *map(str, options)]
+    command = [python(), "-m", "benchmarks.data", *map(str, options)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     rows = pd.read_csv(tmp_path / "bench.csv")

@@ -1,7 +1,6 @@
 """The benchmark of averaging runs from end to end on files of a few kilobytes, and has the shapes it speaks of."""
 
 import subprocess
-import sys
 from math import prod
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.soups import shapes
+from tests.commands import python
 
 pytestmark = pytest.mark.slow  # a benchmark runs
 
@@ -24,8 +24,21 @@ def test_the_synthetic_checkpoints_are_of_vit_b_32():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_every_contender_averages_and_is_measured(tmp_path):
-    options = ["--folder", tmp_path, "--models", "2", "--width", "12", "--rounds", "1", "--out", tmp_path / "bench.csv"]
-    command = [sys.executable, "-m", "benchmarks.soups", *map(str, options)]
+    options = [
+        "--folder",
+        tmp_path,
+        "--models",
+        "3",
+        "--files",
+        "2",
+        "--width",
+        "12",
+        "--rounds",
+        "1",
+        "--out",
+        tmp_path / "bench.csv",
+    ]
+    command = [python(), "-m", "benchmarks.soups", *map(str, options)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "mergekit is left out: no environment that has it was named" in answer.stdout
@@ -40,3 +53,16 @@ def test_every_contender_averages_and_is_measured(tmp_path):
         assert ours.keys() == theirs.keys()
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_greedy_soups_are_measured_beside_their_forward_passes(tmp_path):
+    small = ["--network", "test_resnet", "--models", "2", "--pictures", "12", "--rounds", "1"]
+    large = ["--large-models", "2", "--large-width", "12"]
+    options = ["--folder", tmp_path, *small, *large, "--out", tmp_path / "bench.csv"]
+    command = [python(), "-m", "benchmarks.greedy", *map(str, options)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    (row,) = pd.read_csv(tmp_path / "bench.csv").to_dict("records")
+    assert row["times_forward_passes"] > 1
+    assert row["large_peak_anonymous_mib"] > 1

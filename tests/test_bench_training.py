@@ -1,7 +1,6 @@
 """The benchmark of the training loop compares two loops that do the same, and runs from end to end."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +9,7 @@ import torch
 
 from benchmarks.training import Step, one_round, settings
 from tasks.load import load_split
+from tests.commands import python
 
 pytestmark = pytest.mark.slow  # a benchmark runs
 
@@ -33,7 +33,7 @@ def test_both_loops_end_with_the_same_weights():
 
 def test_the_benchmark_measures_and_writes_its_table(tmp_path):
     options = ["--experiment", "demo_tiny", "--rounds", "1", "--steps", "4", "--out", tmp_path / "bench.csv"]
-    command = [sys.executable, "-m", "benchmarks.training", *map(str, options)]
+    command = [python(), "-m", "benchmarks.training", *map(str, options)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     (row,) = pd.read_csv(tmp_path / "bench.csv").to_dict("records")

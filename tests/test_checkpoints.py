@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from soups.files import average_files
-from store.checkpoints import INDEX, digest_file, opened
+from soups.files.checkpoints import INDEX, digest_file, opened
+from soups.mean import average_files
 from tests.saved import save
 
 
@@ -49,7 +49,7 @@ def write_header(path, text):
 def test_a_damaged_file_is_named(tmp_path, how):
     path = save(tmp_path, "a", {"w": torch.zeros(2)})
     damage(path, how)
-    with pytest.raises(UserError, match=r"a.safetensors (is truncated|is damaged|does not exist)") as error:
+    with pytest.raises(UserError, match=r"a.safetensors (is truncated|is damaged|is empty|does not exist)") as error:
         average_files([path], tmp_path / "soup.safetensors")
     assert "\n" not in str(error.value)
 
@@ -112,8 +112,8 @@ def test_a_state_dict_inside_a_training_checkpoint_is_found_and_said(tmp_path, k
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"w": torch.ones(2), "epoch": 3}, "not a state dict.*'epoch' is a int, not a tensor"),
-        ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, "several state dicts .state_dict, model"),
+        ({"w": torch.ones(2), "epoch": [3]}, "not a state dict.*'epoch' is a list, not a tensor"),
+        ({"optimizer": {"state": {"w": torch.ones(2)}, "param_groups": []}}, "'optimizer' is a dict, not a tensor"),
         ([1, 2], "holds a list, not a state dict"),
         ({}, "it is empty"),
         ({"w": torch.ones(2).to_sparse()}, "'w' is sparse"),
@@ -129,7 +129,7 @@ def test_old_and_truncated_archives_are_refused_in_one_line(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     torch.save({"w": torch.ones(2)}, tmp_path / "cut.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-50])
-    for name, words in (("old.pt", "load it and save it again"), ("cut.pt", "truncated, damaged")):
+    for name, words in (("old.pt", "load it with torch and save it again"), ("cut.pt", "truncated, damaged")):
         with pytest.raises(UserError, match=words) as error:
             average_files([tmp_path / name], tmp_path / "soup.safetensors")
         assert "\n" not in str(error.value)
@@ -145,3 +145,16 @@ def test_a_digest_names_the_content_and_not_the_format(tmp_path):
         *same, w, n = [digest_file(checkpoint) for checkpoint in found]
     assert len(set(same)) == 1
     assert len({same[0], w, n}) == 3
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"), (b"", "is empty")],
+)
+def test_files_that_were_not_fetched_say_so(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as error, opened([path]):
+        pass
+    assert str(error.value).startswith(str(path))

@@ -6,7 +6,7 @@ import pytest
 from analysis.compared import figurel1, figurel2, figurel3, methods_figure, styles
 from configs.errors import UserError
 from configs.schema import load
-from soups.cook import cook
+from soups.experiment.cook import cook
 from tests.pools import finished_pool
 
 ONE = ("sweep.rows=2", "recipes=[best,uniform]", "model.templates=null", "cluster.workers=1")

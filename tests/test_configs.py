@@ -4,35 +4,41 @@ import csv
 import json
 import re
 import subprocess
-import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 
 import open_clip
 import pytest
 import timm
+import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from torch import nn
 
+from analysis.artefacts import ARTEFACTS, GLUE
+from analysis.report import note
+from configs import schema
 from configs.errors import UserError
-from configs.schema import CONFIGS, Task, dump, load, parse_values, replicate
+from configs.figures import Angles, Pairs, Plane, Theory
+from configs.registered import experiments, neutral
+from configs.schema import CONFIGS, Analysis, Experiment, Task, dump, load, parse, parse_values, replicate
 from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
-from finetune.augment import augmentation
 from finetune.averages import Averages
-from finetune.optimisers import build, learning_rate
-from finetune.rows import row_config
+from finetune.data import augmentation, training_batches
+from finetune.length import Length
+from finetune.optim import build, learning_rate
+from models.classifier import architecture
+from models.prompts import question
 from slurm.plan import paper_experiments
-from tests.experiments import EXPERIMENTS, ROOT, TYPED
+from store.processes import alone
+from store.rows import identity, row_config
+from tasks.parts import own_name
+from tasks.split import ImageSplit, Pixels
+from tests.commands import python
+from tests.experiments import EXPERIMENTS, ROOT, loaded
 
 PAPER = paper_experiments()
-OF_OWN_POOLS = ("timm", "open_clip", "transformers", "function", "image_folder", "text_file")  # for configs/own.yaml
 PUBLISHED = ROOT.parent / "shared/reference/released/hparam_info.json"
-
-
-@cache
-def loaded(name):
-    """An experiment's settings."""
-    return load(name, *TYPED.get(name, ()))
 
 
 @cache
@@ -64,15 +70,83 @@ def test_every_row_parses_and_its_augmentation_and_optimiser_build(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_file_is_global_and_carries_its_command(name):
-    first, *rest = (ROOT / f"configs/experiment/{name}.yaml").read_text().splitlines()
-    assert first == "# @package _global_"  # Hydra ignores a file without it silently
-    head = "\n".join(line for line in rest if line.startswith("#"))
-    assert f"experiment={name}" in head[head.index("Run:") :] or f"make {name}" in head
+    file = experiments()[name]
+    lines = file.read_text().splitlines()
+    head = "\n".join(line for line in lines if line.startswith("#"))
+    commands = head[head.index("Run:") :]
+    if file.parent.name == "series":  # one of its names stands for all of them
+        assert any(f"experiment={other}" in commands for other in EXPERIMENTS if experiments()[other] == file)
+    else:
+        assert lines[0] == "# @package _global_"  # Hydra ignores a file without it silently
+        assert f"experiment={name}" in commands or f"make {name}" in head
+
+
+def test_what_an_experiment_chooses_for_itself_stands_above_what_it_shares_with_others():
+    cars, dtd, parent = (loaded(name) for name in ("figuree1_cars", "figuree1_dtd", "extreme_lp"))
+    assert (cars.task.kind, dtd.task.kind, parent.task.title) == ("cars", "dtd", "ImageNet")
+    assert (cars.optim.warmup_steps, dtd.optim.warmup_steps) == (50, 20) and cars.optim.lr == dtd.optim.lr == 3e-5
+    assert (cars.augment.kind, cars.sweep.rows) == ("minimal", 1)
+    assert replace(cars, task=dtd.task, optim=dtd.optim, name=dtd.name) == dtd
+
+
+def test_the_laws_of_a_sweep_can_be_typed_as_the_docs_show_them():
+    page = (ROOT / "docs/training.md").read_text()
+    typed = re.findall(r"`'(\+?sweep\.draw\.[^']+)'`", page)
+    kinds = set()
+    for word in typed:
+        _, _, group, field = word.split("=")[0].split(".")
+        kinds.add(load("demo", word).sweep.draw[group][field].kind)
+    assert kinds == {"log10_uniform", "zero_or_uniform", "integers", "choice"}
+
+
+WORDS = [
+    (),
+    ("optim.warmup_steps=3", "sweep.rows=2", "paths.runs=/tmp/x y"),
+    ("model.probe_c=[1,2]", "+analysis.sets.both=[1,2]", "analysis.labels=[a,b,c]", "sweep.rows=3"),
+    ("optim=sgd", "~sweep.draw.optim.lr", "optim.lr=0.1"),
+    ("augment=emoji_medium", "~sweep.draw.augment.kind", "~sweep.draw.augment.crop", "augment.crop=0.4"),
+    ("+task.folders.test=val", "task=image_folder", "task.folder=x", "task.num_classes=3"),
+    ("optim.epochs=2", "~sweep.draw.optim.epochs"),
+]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_field_set_in_a_kept_answer_is_what_hydra_makes_of_all_words(words):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        whole = compose("config", ["experiment=demo", *words])
+    assert load("demo", *words) == load("demo", *words) == parse(whole, words)
+
+
+@pytest.mark.parametrize("word", ["optim.foo=1", "optim.lr", "optim.lr=1,2", "optim@model=sgd", "model=none_such"])
+def test_a_wrong_word_is_refused_by_hydra_whether_or_not_its_answer_is_kept(word):
+    load("demo")
+    with pytest.raises(HydraException):
+        load("demo", word)
+
+
+def test_an_answer_is_kept_until_a_file_changes(monkeypatch):
+    composed = []
+    monkeypatch.setattr(schema, "compose", lambda *words: composed.append(words) or compose(*words))
+    now = schema._last_change()
+    monkeypatch.setattr(schema, "_last_change", lambda: now + len(changes))
+    changes = [1]
+    first = load("demo", "optim.seed=1")
+    assert load("demo", "optim.seed=2").optim.seed == 2 and first.optim.seed == 1 and len(composed) == 1
+    changes.append(2)
+    assert load("demo", "optim.seed=1") == first and len(composed) == 2
+
+
+def test_a_setting_that_no_file_has_is_its_dataclass_default_and_one_without_a_default_must_be_typed(tmp_path):
+    assert loaded("demo").optim.momentum == Optim.__pydantic_fields__["momentum"].default == 0.9
+    assert loaded("demo").analysis == Analysis(angles=Angles(), pairs=Pairs(), plane=Plane(), theory=Theory())
+    with pytest.raises(UserError, match=r"this experiment leaves it to you: type task\.num_classes="):
+        load("own_images", "task.folder=images")
+    assert neutral(Optim)["lr"] == "???" and neutral(Experiment)["cooking"]["learned"]["lr"] == "???"
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_every_experiment_of_the_paper_says_what_it_costs_and_what_the_paper_has(name):
-    text = (ROOT / f"configs/experiment/{name}.yaml").read_text()
+    text = experiments()[name].read_text()
     assert "# Cost: about" in text and "an estimate" in text
     assert "# Paper:" in text
 
@@ -93,8 +167,6 @@ def test_every_setting_of_a_group_can_be_typed_whichever_file_is_chosen(group, s
     names = {field.name for field in fields(settings)}
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for path in sorted((CONFIGS / group).glob("*.yaml")):
-            if path.stem in OF_OWN_POOLS:
-                continue
             composed = compose("config", [f"{group}={path.stem}"], return_hydra_config=False)
             assert set(composed[group]) == names, path
 
@@ -102,14 +174,14 @@ def test_every_setting_of_a_group_can_be_typed_whichever_file_is_chosen(group, s
 def of_group(model):
     """Settings with a model of configs/model, on a task that it takes."""
     if "kind: masked_lm" in (text := (CONFIGS / f"model/{model}.yaml").read_text()) or "kind: seq2seq_lm" in text:
-        return load("table5_bert_rte", f"model={model}")
+        return load("tablej1_bert_base_rte", f"model={model}")
     return load("demo_text" if model == "minilm" else "demo", f"model={model}")
 
 
 def test_every_model_of_open_clip_and_timm_is_one_that_they_know():
     for path in sorted((CONFIGS / "model").glob("*.yaml")):
-        if path.stem in ("base", *OF_OWN_POOLS) or path.stem.startswith("any_"):
-            continue
+        if "name: ???" in path.read_text():
+            continue  # the user names the network
         model = of_group(path.stem).model
         if model.kind == "open_clip":
             assert (model.name, model.pretrained) in open_clip.list_pretrained()
@@ -151,11 +223,128 @@ def test_a_sweep_has_as_many_rows_as_the_paper_or_its_file_says(name, count):
     assert loaded(name).sweep.size == count
 
 
-TEXT = [name for name in EXPERIMENTS if name.startswith(("table5_", "tablej1_"))]
+TEXT = [name for name in EXPERIMENTS if name.startswith("tablej1_")]
 
 
-def test_tables_5_and_j1_have_8_and_20_experiments():
-    assert [sum(name.startswith(table) for name in TEXT) for table in ("table5_", "tablej1_")] == [8, 20]
+def test_table_5_shows_eight_of_the_twenty_experiments_of_table_j1_which_all_have_draws_of_their_own():
+    assert set(loaded("tablej1").parts) == set(TEXT) and len(TEXT) == 20
+    assert set(loaded("table5").parts) == {name for name in TEXT if "_base_" in name}
+    assert ARTEFACTS["table5"].paper == tuple(f"tablej1_{n}_base_{t}" for n in ("bert", "t5") for t in GLUE)
+    assert len({loaded(name).sweep.seed for name in TEXT}) == 20
+    assert len({tuple(row.optim.lr for row in rows(name)) for name in TEXT}) == 20
+    parts = [name for name in loaded("paper").parts if not loaded(name).parts]
+    assert len(parts) == len(set(parts)) and set(TEXT) < set(parts)
+
+
+@pytest.mark.parametrize(
+    ("task", "asked"),
+    [
+        ("sst2", "options: A) positive B) negative | label:"),  # the two that Appendix J.5 prints
+        ("cola", "options: A) acceptable B) unacceptable | label:"),
+        ("mrpc", "options: A) equivalent B) different | label:"),
+        ("rte", "options: A) true B) false | label:"),
+    ],
+)
+def test_a_prompt_lists_options_in_the_order_of_the_paper_and_answers_keep_their_class_ids(task, asked):
+    glue = loaded(f"tablej1_bert_base_{task}").task
+    assert question(glue.answers) == f" | {asked}"
+    assert [answer[3:] for answer in glue.answers] == list(glue.options)
+
+
+def test_an_order_of_options_names_every_class_once_and_letters_are_enough():
+    with pytest.raises(UserError, match=r"task.asked=\[1, 1\]: not each class id below 2 once"):
+        load("tablej1_bert_base_cola", "task.asked=[1,1]")
+    with pytest.raises(UserError, match=r"task\.asked is for task\.kind=glue, sentences, sentiment, not for emoji"):
+        load("demo", "task.asked=[0]")
+    many = [f"word{i}" for i in range(27)]
+    with pytest.raises(UserError, match=r"27 task\.options are more than a prompt has letters"):
+        load("own_text", "task.folder=x", "task.num_classes=27", f"task.options=[{','.join(many)}]", *PROMPT)
+    few = load("own_text", "task.folder=x", "task.num_classes=3", "task.options=[a,b,c]", "task.asked=[2,1,0]", *PROMPT)
+    assert few.task.answers == ("C) a", "B) b", "A) c")
+    assert load_like(few, classes=2).task.answers == ("B) a", "A) b")
+
+
+def load_like(config, **task):
+    """The same with other settings of the task."""
+    return replace(config, task=replace(config.task, **task))
+
+
+PROMPT = ("task.template='{text}'", "model=bert_base", "optim=text_prompt")
+
+
+def test_by_the_papers_protocol_for_glue_held_out_is_what_reports_and_names_say_so():
+    ours, paper = loaded("tablej1_bert_base_cola"), load("tablej1_bert_base_cola", *PROTOCOL)
+    assert [own_name(ours.task, split) for split in ("train", "held_out", "test")] == ["train", "train", "validation"]
+    assert [own_name(paper.task, split) for split in ("train", "held_out", "test")] == [
+        "train",
+        "validation",
+        "validation",
+    ]
+    assert "selected on" not in note(ours) and "(selected on the reported split)" in note(paper)
+    assert paper.task.split_title("test") == "Test (selected on it)"
+    assert identity(ours, 1) != identity(paper, 1)
+    with pytest.raises(UserError, match=r"type task\.held_out_share=null too"):
+        load("tablej1_bert_base_cola", "task.protocol=paper")
+    with pytest.raises(UserError, match=r"task\.protocol is for task\.kind=glue, not for"):
+        load("demo", "task.protocol=paper")
+
+
+PROTOCOL = ("task.protocol=paper", "task.held_out_share=null")
+
+
+def test_table_3_is_evaluated_in_float32_with_one_coefficient_a_tensor_beside_one_a_layer():
+    for name in ("table3_clip_b32", "released", "released_sweep"):
+        config = loaded(name)
+        assert (config.compute.precision, config.compute.evaluates_in) == ("bf16", "fp32")
+        assert {"learned", "learned_by_layer", "learned_by_tensor"} < set(config.recipes)
+    assert loaded("standard_lp").compute.evaluates_in == "bf16"
+    assert loaded("demo").compute.evaluates_in == "fp32"
+
+
+def test_clip_decays_all_parameters_as_the_authors_script_does_and_the_embedded_model_weights_alone():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    model[1].bias.requires_grad_(False)
+    by_default, theirs = (build(loaded(name).optim, model).param_groups for name in ("demo", "table3_clip_b32"))
+    assert [(group["weight_decay"], len(group["params"])) for group in by_default] == [(0.0, 2), (0.1, 1)]
+    assert [(group["weight_decay"], len(group["params"])) for group in theirs] == [(0.1, 3)]
+
+
+def test_the_optimisers_of_figure_f1_are_those_of_the_appendix_and_rmsprop_has_no_momentum():
+    settings = [(row.optim.kind, row.optim.lr, row.optim.momentum) for row in rows("figuref1_optimizer")]
+    assert settings[:2] == [("sgd", 0.1, 0.9), ("rmsprop", 3e-5, 0.0)]
+    assert build(rows("figuref1_optimizer")[1].optim, nn.Linear(2, 2)).defaults["momentum"] == 0
+
+
+def test_randaugment_fills_with_the_models_mean_in_the_papers_experiments_and_with_white_in_the_embedded_ones():
+    for name in (each for each in EXPERIMENTS if not loaded(each).parts):
+        for augment in (each for row in rows(name) for each in (row.augment, *row.augment.among)):
+            if augment.kind in ("rand", "auto"):
+                assert augment.fill == ("white" if name.startswith("demo") else "mean"), name
+
+
+def test_what_comes_from_beyond_an_image_has_the_colour_that_the_model_subtracts():
+    fills = {}
+    for fill in ("white", "mean"):
+        steps = augmentation(Augment(kind="rand", layers=1, magnitude=9, fill=fill), 64, (0.25, 0.5, 1.0)).transforms
+        fills[fill] = {op.kwargs["fillcolor"] for op in next(step.ops for step in steps if hasattr(step, "ops"))}
+    assert fills == {"white": {(255, 255, 255)}, "mean": {(64, 128, 255)}}
+    model = architecture(loaded("demo").model, 3)
+    assert torch.allclose(255 * torch.tensor(model.subtracted), model.mean.flatten())
+    train = ImageSplit(
+        "train", Pixels(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)), torch.zeros(4, dtype=torch.int64), "x"
+    )
+    length = Length.of(loaded("demo").optim, 64)
+    told = {"run_seed": 0, "processes": alone(), "first": 0, "mean": model.subtracted}
+    assert training_batches(train, loaded("demo"), length, **told).mean == model.subtracted
+
+
+def test_images_of_your_own_are_trained_as_their_sweep_means_it_on_a_cluster_file_that_has_a_gpu():
+    config, searched = loaded("own_images"), {row.augment.kind: row.augment for row in rows("own_images")}
+    published = {row.augment.kind: row.augment for row in rows("table3_clip_b32")}
+    assert replace(searched["rand"], magnitude=0, layers=0) == replace(published["rand"], magnitude=0, layers=0)
+    assert searched["minimal"].crop is None
+    assert config.cluster == load("demo", "cluster=gpu").cluster
+    assert config.compute.precision == "bf16"
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -277,7 +466,7 @@ def test_the_released_rows_are_the_authors_own():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("+optim.learning_rate=1", "optim.learning_rate: unknown key"),
+        ("+optim.learning_rate=1", "optim.learning_rate: there is no such setting"),
         ("optim.clip_norm=-1", "optim.clip_norm: Input should be greater than 0"),
         ("optim.batch_size=63", "optim.batch_size: Input should be a multiple of 2"),
         ("task.held_out=test", "each split has one role"),
@@ -315,7 +504,7 @@ def test_a_replicate_differs_in_its_seed_and_its_folder_only():
 
 def test_an_entry_point_answers_a_wrong_setting_in_one_line(tmp_path):
     command = [
-        sys.executable,
+        python(),
         "reproduce.py",
         "experiment=demo_tiny",
         "task.held_out=test",
@@ -329,7 +518,7 @@ def test_an_entry_point_answers_a_wrong_setting_in_one_line(tmp_path):
 
 
 def test_a_stage_without_an_experiment_says_how_to_name_one():
-    answer = subprocess.run([sys.executable, "-m", "finetune"], cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = subprocess.run([python(), "-m", "finetune"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: bad config: Missing mandatory value: name; an experiment sets it")
     assert len(answer.stderr.splitlines()) == 1
@@ -338,3 +527,11 @@ def test_a_stage_without_an_experiment_says_how_to_name_one():
 def test_what_an_experiment_leaves_to_its_user_is_named_whole():
     with pytest.raises(UserError, match=r"this experiment leaves it to you: type task\.folder=\.\.\."):
         load("own_images")
+
+
+def test_splits_without_titles_are_spelled_as_words_beside_those_with():
+    task = load(
+        "own_images", "task.folder=pacs", "task.num_classes=7", "task.shifts=[art_painting,sketch,v2]",
+        "+task.titles.v2=V2",
+    ).task  # fmt: skip
+    assert [task.split_title(split) for split in task.reported] == ["Test", "Art painting", "Sketch", "V2"]

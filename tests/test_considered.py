@@ -8,7 +8,7 @@ from analysis.considered import best_of_first, considered_figure, considered_tab
 from analysis.means import RunningMean, axis_labels, key_of_mean
 from analysis.results import SHIFT_MEAN
 from eval.forward import Evaluator
-from soups.pool import ingredients_of
+from soups.experiment.pool import ingredients_of
 from soups.recipes import greedy
 from store.runs import RunFolder
 from tests.pools import finished_pool

@@ -1,6 +1,10 @@
 """From a pool on disk to soups: only the held-out split chooses, and a stop in between costs nothing."""
 
+import json
+import os
 import shutil
+import socket
+import subprocess
 from dataclasses import replace
 from typing import get_args
 
@@ -11,16 +15,19 @@ from rich.console import Console
 
 from analysis.results import measure, refuse_leak
 from configs.errors import UserError
-from configs.schema import Recipe, load
+from configs.schema import CONFIGS, Recipe, load
 from eval.forward import Evaluator
-from finetune.train import initialise
-from soups.cook import ENSEMBLES, cook, dishes, logits_of
-from soups.doctor import examine_experiment
+from finetune.start import initialise
+from soups.experiment.cook import ENSEMBLES, cook, dishes, logits_of
+from soups.experiment.doctor import examine_experiment
+from soups.experiment.pool import RECIPES, usable_pool
+from soups.files.atomic import read_json, write_json
+from soups.files.weights import load_weights, save_weights
 from soups.journal import Journal
-from soups.pool import RECIPES, usable_pool
-from store.atomic import read_json, write_json
+from store.rows import identity
 from store.runs import RunFolder
-from store.weights import load_weights, save_weights
+from tests.commands import python
+from tests.pools import finished_pool
 
 ROWS = 4
 ORDER = [2, 4, 0, 1, 3]  # best first on held-out, as planted below
@@ -30,7 +37,7 @@ ORDER = [2, 4, 0, 1, 3]  # best first on held-out, as planted below
 def pool_config(tmp_path_factory):
     """A pool of the initialisation and four noisy copies of it, with planted held-out scores."""
     torch.set_num_threads(1)
-    config = load("demo_tiny", f"sweep.rows={ROWS}", f"paths.runs={tmp_path_factory.mktemp('runs')}")
+    config = load("demo_tiny", "task.classes=20", f"sweep.rows={ROWS}", f"paths.runs={tmp_path_factory.mktemp('runs')}")
     done = initialise(config)
     run = RunFolder.of(config)
     start = load_weights(run.ingredient(0) / "weights.safetensors")
@@ -39,7 +46,9 @@ def pool_config(tmp_path_factory):
         head = start["head.weight"]
         noisy = start | {"head.weight": head + head.std() * torch.randn(head.shape, generator=generator)}
         digest = save_weights(run.ingredient(row) / "weights.safetensors", noisy)
-        write_json(run.ingredient(row) / "done.json", done | {"row": row, "digest": digest})
+        write_json(
+            run.ingredient(row) / "done.json", done | {"row": row, "digest": digest, "identity": identity(config, row)}
+        )
     for place, row in enumerate(ORDER):
         path = run.ingredient(row) / "done.json"
         record = read_json(path)
@@ -71,14 +80,28 @@ def all_dishes(config):
     return [name for recipe in config.recipes for name in dishes(config, recipe)]
 
 
-def test_no_recipe_looks_at_any_split_but_held_out(config):
+def test_no_recipe_looks_at_any_split_but_held_out_and_a_table_of_all_is_measured_once_and_refuses_a_leak(config):
     config = replace(config, cooking=replace(config.cooking, rows=(1, 3)))
+    evaluator = Watched(config)
     names = [*all_dishes(config), *(set(RECIPES) - set(config.recipes))]
     assert "wise_ft" in names
     for name in names:
-        evaluator = Watched(config)
+        evaluator.asked.clear()
         cook(name, evaluator)
         assert evaluator.asked == {"held_out"}, name
+    first, _ = measure(config, evaluator)
+
+    class Refusing(Evaluator):
+        def fresh_logits(self, weights, split, rows=None):
+            raise AssertionError(f"a forward pass on {split}")
+
+    second, _ = measure(config, Refusing(config))
+    assert [m.accuracy("test") for m in first] == [m.accuracy("test") for m in second]
+    path = RunFolder.of(config).soup("best") / "soup.json"
+    write_json(path, read_json(path) | {"selected_on": {"split": "test", "digest": "0"}})
+    with pytest.raises(UserError, match="recipe best selected on 'test', not on the held-out split"):
+        measure(config, evaluator)
+    refuse_leak(config, {"recipe": "best", "selected_on": {"split": "held_out"}})
 
 
 def test_every_recipe_of_the_schema_can_be_cooked():
@@ -172,7 +195,7 @@ def test_a_diverged_row_is_left_out(config):
 
 def test_an_unfinished_pool_is_refused_with_its_missing_rows(config):
     more = replace(config, sweep=replace(config.sweep, rows=ROWS + 2))
-    with pytest.raises(UserError, match=r"rows \[5, 6\] of .* are not finished: run python -m finetune"):
+    with pytest.raises(UserError, match=r"rows 5, 6 of .* are not finished: run python -m finetune"):
         cook("uniform", Evaluator(more))
 
 
@@ -188,32 +211,6 @@ def test_a_damaged_ingredient_is_named(config):
     assert not (RunFolder.of(config).soup("uniform") / "soup.json").exists()
 
 
-def test_a_table_refuses_a_recipe_that_selected_on_a_reporting_split(config):
-    evaluator = Evaluator(config)
-    for name in all_dishes(config):
-        cook(name, evaluator)
-    measure(config, evaluator)
-    path = RunFolder.of(config).soup("best") / "soup.json"
-    write_json(path, read_json(path) | {"selected_on": {"split": "test", "digest": "0"}})
-    with pytest.raises(UserError, match="recipe best selected on 'test', not on the held-out split"):
-        measure(config, evaluator)
-    refuse_leak(config, {"recipe": "best", "selected_on": {"split": "held_out"}})
-
-
-def test_a_second_look_does_no_forward_pass(config):
-    evaluator = Evaluator(config)
-    for name in all_dishes(config):
-        cook(name, evaluator)
-    first, _ = measure(config, evaluator)
-
-    class Refusing(Evaluator):
-        def fresh_logits(self, weights, split, rows=None):
-            raise AssertionError(f"a forward pass on {split}")
-
-    second, _ = measure(config, Refusing(config))
-    assert pd.Series([m.accuracy("test") for m in first]).equals(pd.Series([m.accuracy("test") for m in second]))
-
-
 def with_cooking(config, **changes):
     return replace(config, cooking=replace(config.cooking, **changes))
 
@@ -224,8 +221,8 @@ def honest(config):
     evaluator, run = Evaluator(config), RunFolder.of(config)
     planted = {row: read_json(run.ingredient(row) / "done.json") for row in range(ROWS + 1)}
     for ingredient in usable_pool(config):
-        count = evaluator.count(evaluator.logits(ingredient.digest, ingredient.load, "held_out"), "held_out")
-        score = {"split": "held_out", "correct": count.correct, "n": count.n}
+        right, n = evaluator.count(evaluator.logits(ingredient.digest, ingredient.load, "held_out"), "held_out")
+        score = {"split": "held_out", "correct": right, "n": n}
         write_json(ingredient.folder / "done.json", planted[ingredient.row] | {"held_out": score})
     yield config
     for row, record in planted.items():
@@ -236,7 +233,7 @@ def honest(config):
 def test_a_shortcut_takes_the_decisions_of_plain_greedy_on_real_forward_passes(honest, shortcut):
     config = honest
     plain = cook("greedy", Evaluator(config))
-    short = with_cooking(config, shortcut=shortcut, ahead=2, chunk=8)
+    short = with_cooking(config, shortcut=shortcut, ahead=2, chunk=4)
     cooked = cook("greedy", Evaluator(short))
     decisions = [(trial["row"], trial["accepted"]) for trial in plain["trials"]]
     assert [(trial["row"], trial["accepted"]) for trial in cooked["trials"]] == decisions
@@ -310,11 +307,46 @@ def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config)
     assert len(set(cooked["betas"])) > 1
 
 
-def test_the_doctor_examines_an_experiment_and_its_midpoints(config, capsys):
+def test_the_doctor_examines_an_experiment_and_its_midpoints(config, capsys, monkeypatch):
+    typed, three = [], replace(config, sweep=replace(config.sweep, rows=3))
+    monkeypatch.setattr("soups.experiment.doctor.load", lambda *words: typed.append(words) or three)
     console = Console(width=200)
     examine_experiment("demo_tiny", config.paths.runs, barriers=True, console=console)
     output = capsys.readouterr().out
+    assert typed == [("demo_tiny", f"paths.runs={config.paths.runs}")]
     assert "distances and angles to weights.safetensors" in output
     assert all(f"{row:03d}" in output for row in (1, 2, 3))
     assert "6 evaluations on held_out" in output
     assert output.count("the midpoint is") == 3
+
+
+def test_two_processes_share_the_candidates_of_greedy_and_cook_the_soup_of_one(tmp_path):
+    words = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200", "recipe=greedy"]
+    finished_pool(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    plain = cook("greedy", Evaluator(load("demo_tiny", f"paths.runs={tmp_path / 'one'}", *words[1:])))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    words += [f"paths.runs={tmp_path / 'two'}", "cooking.shortcut=speculative", "cooking.ahead=1", "cluster.threads=1"]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [python(), "-m", "soups", *words],
+            cwd=CONFIGS.parent,
+            env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    said = [process.communicate(timeout=110)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    folder = tmp_path / "two/demo_tiny/soups/greedy"
+    made = json.loads((folder / "soup.json").read_text())
+    assert [made[key] for key in ("digest", "ingredients", "trials")] == [
+        plain[key] for key in ("digest", "ingredients", "trials")
+    ]
+    assert made["spent"]["rounds"] < made["spent"]["evaluations"]
+    assert (folder / "journal.1.jsonl").exists()

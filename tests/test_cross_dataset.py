@@ -1,8 +1,11 @@
 """Soups of backbones along random orders: which sets are evaluated, and what a data set's model changes."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
+import reproduce
 from analysis.cross_dataset import (
     cross_figure,
     cross_table,
@@ -16,9 +19,9 @@ from analysis.cross_dataset import (
 from analysis.means import axis_labels
 from configs.errors import UserError
 from soups.average import Average
-from store.atomic import read_json, write_json
+from soups.files.atomic import read_json, write_json
+from soups.files.weights import load_weights
 from store.runs import RunFolder
-from store.weights import load_weights
 from tests.pools import finished_pool
 
 
@@ -30,7 +33,9 @@ def finished(tmp_path_factory):
     for row in range(1, 6):
         folder = RunFolder.of(config).ingredient(row)
         task = (
-            {"kind": "emoji", "folder": "x", "parts": 6, "part": row - 1} if row < 5 else {"kind": "dtd", "folder": "x"}
+            {"kind": "emoji", "folder": "x", "parts": 6, "part": row - 1}
+            if row < 5
+            else {"kind": "dtd", "folder": "x", "title": "DTD"}
         )
         write_json(folder / "config.json", {"task": task})
     return config, evaluator
@@ -44,14 +49,14 @@ def table(finished):
 
 def test_towers_are_named_by_their_data_set_and_apart_where_it_is_the_same(finished):
     config, _ = finished
-    assert [tower.name for tower in towers_of(config)] == ["part 1", "part 2", "part 3", "part 4", "dtd"]
+    assert [tower.name for tower in towers_of(config)] == ["part 1", "part 2", "part 3", "part 4", "DTD"]
     folder = RunFolder.of(config).ingredient(2)
-    write_json(folder / "config.json", {"task": {"kind": "dtd", "folder": "x"}})
+    write_json(folder / "config.json", {"task": {"kind": "dtd", "folder": "x", "title": "DTD"}})
     try:
         names = [tower.name for tower in towers_of(config)]
     finally:
         write_json(folder / "config.json", {"task": {"kind": "emoji", "folder": "x", "parts": 6, "part": 1}})
-    assert names == ["part 1", "dtd, demo_cross_dataset 2", "part 3", "part 4", "dtd, demo_cross_dataset 5"]
+    assert names == ["part 1", "DTD, demo_cross_dataset 2", "part 3", "part 4", "DTD, demo_cross_dataset 5"]
 
 
 def test_each_set_is_evaluated_once_however_many_orders_reach_it():
@@ -107,12 +112,17 @@ def test_the_changes_of_an_order_sum_to_what_all_of_it_gains(table):
         assert order["change"].sum() == pytest.approx(order["difference"].iloc[-1])
 
 
-def test_what_is_no_pool_of_backbones_is_refused_and_files_are_written(finished, tmp_path):
+def test_what_is_no_pool_of_backbones_is_refused_and_files_are_written(finished, tmp_path, capsys, monkeypatch):
     config, _ = finished
     assert [file.name for file in figuree1(config)] == ["figuree1.pdf", "figuree1.png", "figuree1.csv"]
     assert list(axis_labels(config)) == ["test", "shift_mean"]
     done = RunFolder.of(config).ingredient(1) / "done.json"
     assert read_json(done)["status"] == "done"
+    rows = [RunFolder.of(config).ingredient(row) for row in range(1, 6)]
+    monkeypatch.setattr(reproduce, "run_one", None)  # nothing is trained: the figure alone is drawn
+    reproduce.run(replace(config, towers=tuple(rows)))
+    written = [str(RunFolder.of(config).analysis / f"figuree1{end}") for end in (".pdf", ".png", ".csv")]
+    assert capsys.readouterr().out.split()[-4:-1] == written
     probed, _ = finished_pool(tmp_path, "sweep.rows=1")
     with pytest.raises(UserError, match="heads from class names"):
         figuree1(probed)

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+
+from analysis.artefacts import ARTEFACTS
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "tasks/README.md", ROOT / "slurm/README.md"])
@@ -40,11 +44,51 @@ def test_a_mark_says_what_is_needed():
     assert [(bool(block["mark"]), block["code"]) for block in found] == [(True, "false\n"), (False, "true\n")]
 
 
+def test_readme_is_for_five_minutes_and_every_page_is_in_the_index():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1500
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    absent = [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name}" not in index]
+    assert absent == ["README.md"]
+
+
+def test_every_notebook_and_figure_is_in_the_index_of_notebooks():
+    index = (ROOT / "docs/notebooks.md").read_text(encoding="utf-8")
+    assert all(f"(../notebooks/{path.name})" in index for path in (ROOT / "notebooks").glob("*.ipynb"))
+    rows = " ".join(line.split("|")[1] for line in index.splitlines() if line.startswith("| "))
+    named = {word.strip(",;").lower().replace(".", "") for word in rows.split()}
+    assert {name.removeprefix("figure").removeprefix("table") for name in ARTEFACTS} <= named
+
+
+def test_the_table_of_readme_is_what_the_file_behind_it_says():
+    scores = pd.read_csv(ROOT / "results/measured/demo_seeds_seeds.csv")
+    methods = {"Best single model": "best", "Uniform soup": "uniform", "**Greedy soup**": "greedy"}
+    methods |= {"Learned soup": "learned", "Ensemble (13 times the cost)": "ensemble"}
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    cells = {words[1].strip(): words[2:4] for line in lines if len(words := line.split("|")) == 7}
+    for title, method in methods.items():
+        for cell, column in zip(cells[title], ("test", "shift_mean"), strict=True):
+            found = 100 * scores[(scores.method == method) & (scores.column == column)].accuracy
+            assert cell.strip() == f"{found.mean():.1f} ({found.std(ddof=1):.1f})", title
+
+
 def test_links_lead_to_files():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tests_and_experiments_that_stand_beside_the_papers_text_exist():
+    lines = (ROOT / "docs/experiments.md").read_text(encoding="utf-8").partition("## Where the paper's text decides")[2]
+    rows = [line.split("|")[1:5] for line in lines.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 14
+    for _, _, setting, tests in rows:
+        for file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests):
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+        assert "::" in tests
+        for field in re.findall(r"`(?:task|model|optim|augment|compute|cooking|regularizer|sweep)\.(\w+)", setting):
+            schema = "".join((ROOT / "configs" / f"{name}.py").read_text() for name in ("schema", "data", "training"))
+            assert f"    {field}: " in schema, field
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +106,18 @@ def clone(tmp_path_factory):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    command = folder.parent / "bin/soups"  # as pip installs it
+    command.parent.mkdir()
+    command.write_text('#!/bin/sh\nexec python -m soups "$@"\n')
+    command.chmod(0o755)
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(page, clone):
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    places = [clone.parent / "bin", Path(python()).parent, Path(sys.executable).parent, os.environ["PATH"]]
+    environment = os.environ | {"PATH": os.pathsep.join(map(str, places))}
     for script in blocks(page)[0]:
         answer = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", in_small(script)],

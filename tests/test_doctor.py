@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,10 @@ from soups import geometry as geometry_module
 from soups.barriers import midpoint_barriers
 from soups.conformance import common_layout
 from soups.doctor import examine, read_scores, show
+from soups.files.checkpoints import opened
+from soups.files.reading import Reading
 from soups.geometry import geometry
-from store.checkpoints import opened
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +56,25 @@ def test_a_healthy_pool_has_no_findings(pool, with_init):
     report = examine(files(pool), pool / "init.safetensors" if with_init else None)
     assert report.findings == ()
     assert len(report.sound) == 4
+
+
+def test_a_model_in_another_kind_of_numbers_is_read_as_what_it_is(pool):
+    before = examine(files(pool), pool / "init.safetensors").geometry
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tuned(2).items()}
+    save_file(halves | {"bn.running_var": tuned(2)["bn.running_var"]}, pool / "m2.safetensors")
+    after = examine(files(pool), pool / "init.safetensors").geometry
+    np.testing.assert_allclose(after.distances, before.distances, rtol=1e-2)
+
+
+def test_what_is_left_out_of_the_mean_is_left_out_of_the_doctors_distances(pool):
+    before = examine(files(pool), pool / "init.safetensors")
+    for i, path in enumerate(files(pool)):
+        save_file(tuned(i + 1) | {"head": torch.full((i + 1,), 9.0)}, path)
+    assert all("head" in model.problem for model in examine(files(pool)).models[1:])
+    for reading in (Reading(exclude="head"), Reading(only_common=True)):
+        found = examine(files(pool), pool / "init.safetensors", reading=reading)
+        assert [model.problem for model in found.models] == [""] * 4
+        np.testing.assert_allclose(found.geometry.distances, before.geometry.distances)
 
 
 def test_distances_and_angles_are_those_of_the_whole_vectors(pool, monkeypatch):
@@ -118,7 +138,7 @@ def planted(pool, kind):
         ("shape", "x.safetensors: tensor 'h' is BF16 (31,), but BF16 (30,) in "),
         ("key", "x.safetensors: tensor 'extra' is not in "),
         ("damaged", "x.safetensors is truncated or not a safetensors file"),
-        ("stranger", "x.safetensors started elsewhere: its weights have a cosine of "),
+        ("stranger", "x.safetensors: not fine-tuned from the same checkpoint; its weights have a cosine of "),
         ("far", "x.safetensors went far: "),
     ],
 )
@@ -134,7 +154,7 @@ def test_two_models_of_different_origin_are_both_named(tmp_path):
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     save_file(state(0), paths[0])
     save_file({k: v + (0.3 * state(0)[k]).to(v.dtype) for k, v in state(1).items()}, paths[1])  # a cosine of 0.3
-    assert ["started elsewhere" in line for line in examine(paths).findings] == [True, True]
+    assert ["not fine-tuned from the same checkpoint" in line for line in examine(paths).findings] == [True, True]
 
 
 def test_weak_models_and_models_that_are_all_the_same_explain_a_soup(pool):
@@ -153,10 +173,10 @@ def test_the_command_prints_a_table_and_writes_nothing(pool):
     (pool / "scores.json").write_text(json.dumps({"m1.safetensors": 0.8123}))
     before = sorted(pool.iterdir())
     arguments = [*files(pool), "--init", pool / "init.safetensors", "--scores", pool / "scores.json"]
-    command = [sys.executable, "-m", "soups.doctor", *map(str, arguments)]
+    command = [python(), "-m", "soups.doctor", *map(str, arguments)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    for words in ("m3.safetensors", "81.23 %", "started elsewhere"):
+    for words in ("m3.safetensors", "81.23 %", "not fine-tuned from the same checkpoint"):
         assert words in answer.stdout
     assert sorted(pool.iterdir()) == before
 
@@ -178,7 +198,7 @@ def test_a_pool_without_a_sound_model_is_shown(pool):
     (pool / "x.safetensors").write_bytes(b"")
     console = Console(record=True, width=120)
     show(examine([pool / "x.safetensors"]), console)
-    assert "x.safetensors is truncated" in console.export_text()
+    assert "x.safetensors is empty" in console.export_text()
 
 
 def test_a_barrier_is_how_far_the_middle_is_below_the_mean_of_the_ends():

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.emoji.concepts import match, plain, vocabulary
-from tasks.emoji.duplicates import confusable, distinct, near
-from tasks.emoji.icons import PACKAGES, FetchError, IconSet, fetch, iconify_svg, over, read_iconify, render
-from tasks.emoji.keyed import draw
+from configs.errors import UserError
+from embedded import build
+from embedded.concepts import match, plain, vocabulary
+from embedded.duplicates import confusable, distinct, near
+from embedded.icons import PACKAGES, FetchError, IconSet, check_tools, fetch, iconify_svg, over, read_iconify, render
+from embedded.keyed import draw
+from embedded.shifts import place, ridge_errors
+from soups.errors import one_line_errors
 from tasks.emoji.load import DATA, SPLITS, DataError, class_names, load_split, read_manifest, read_table
 
 LICENCES = {"Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0"}
@@ -49,6 +53,13 @@ def test_every_split_has_the_size_and_digest_of_the_manifest(splits):
         assert split.images.shape == (entry["count"], 3, 64, 64) and split.images.dtype == torch.uint8
         assert split.labels.shape == (entry["count"],) and split.labels.dtype == torch.int64
         assert len(split) == entry["count"] and split.digest == entry["sha256"]
+
+
+def test_images_of_some_classes_are_those_among_all(splits):
+    whole, part = splits["held_out"], load_split("held_out", DATA, range(3, 40))
+    among = (whole.labels >= 3) & (whole.labels < 40)
+    assert torch.equal(part.images, whole.images[among]) and torch.equal(part.labels, whole.labels[among])
+    assert part.digest == whole.digest and 0 < len(part) < len(whole)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +231,7 @@ def test_a_broken_or_missing_manifest_is_named(copy):
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'val' is not one of train, held_out"):
+    with pytest.raises(DataError, match="'val' is not one of train, held_out"):
         load_split("val")
 
 
@@ -315,6 +326,19 @@ def test_without_npm_the_error_says_so(tmp_path, monkeypatch):
         fetch("toy", "1.0.0", tmp_path / "cache")
 
 
+def test_a_build_without_npm_or_a_package_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match=r"^no_such_module cannot be imported: type pip install -r requirements-build"):
+        check_tools("json", "no_such_module")
+    monkeypatch.setattr(build, "check_tools", lambda *modules: None)
+    monkeypatch.setattr("sys.argv", ["build", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        one_line_errors(build.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "npm is not installed: install Node.js" in line
+    assert not (tmp_path / "out").exists()
+
+
 # matching, chance, duplicates
 
 
@@ -360,8 +384,6 @@ def test_a_concept_is_confusable_if_two_designs_draw_it_like_an_earlier_one_or_i
 
 def test_the_ridge_filter_keeps_what_a_model_of_shape_and_colour_gets_wrong():
     pytest.importorskip("skimage")
-    from tasks.emoji.shifts import ridge_errors
-
     noise = np.random.default_rng(0).integers(0, 20, (8, 64, 64, 3), dtype=np.uint8)
     train = noise + np.array([0, 200] * 4, np.uint8)[:, None, None, None]  # dark is 0, bright is 1
     wrong = ridge_errors(train, np.array([0, 1] * 4), train[:3], np.array([0, 1, 1]))
@@ -370,8 +392,6 @@ def test_the_ridge_filter_keeps_what_a_model_of_shape_and_colour_gets_wrong():
 
 def test_a_placed_drawing_covers_the_middle_without_a_dark_or_coloured_edge():
     pytest.importorskip("skimage")
-    from tasks.emoji.shifts import place
-
     red = np.full((192, 192, 4), (0, 255, 0, 0), np.uint8)  # what is transparent has a colour that must not show
     red[24:168, 24:168] = (255, 0, 0, 255)  # 3/4 of the side
     for i in range(20):
@@ -388,12 +408,10 @@ def test_the_packages_give_the_committed_bytes(tmp_path):
     pytest.importorskip("skimage")
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
-    from tasks.emoji.build import build, differences
-
     try:
-        build(tmp_path)
+        build.build(tmp_path)
     except FetchError as error:
         pytest.skip(str(error))
     if json.loads((tmp_path / "manifest.json").read_text())["built_with"] != read_manifest()["built_with"]:
         pytest.skip("other versions of the encoders are installed")
-    assert differences(tmp_path, DATA) == []
+    assert build.differences(tmp_path, DATA) == []

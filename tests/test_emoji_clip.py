@@ -1,5 +1,6 @@
 """The embedded CLIP: its weights, its tokens, its pairs, and whether it knows anything."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.emoji_clip import training
+from configs.errors import UserError
+from embedded import training
+from embedded.concepts import GROUPS
+from embedded.pairs import (
+    Drawing,
+    at_most,
+    copies,
+    drawings_of,
+    look,
+    read_sources,
+    spoken,
+)
 from models.emoji_clip.imagenet import PACKAGE, imagenet_file, load_imagenet, rename_in_order
 from models.emoji_clip.model import (
     CONTEXT,
@@ -25,16 +37,8 @@ from models.emoji_clip.model import (
     text_features,
     tokenize,
 )
+from soups.files.atomic import replacing
 from tasks.emoji.load import DATA, class_names, load_split
-from tasks.icons.pairs import (
-    Drawing,
-    at_most,
-    copies,
-    drawings_of,
-    look,
-    read_sources,
-    spoken,
-)
 
 needs_weights = pytest.mark.skipif(not (WEIGHTS.exists() and VOCABULARY.exists()), reason="no pretrained weights yet")
 needs_data = pytest.mark.skipif(not (DATA / "manifest.json").exists(), reason="the benchmark is not there")
@@ -96,7 +100,7 @@ def test_weights_cut_short_are_one_clear_error(share, tmp_path):
 
 
 def test_missing_weights_are_one_clear_error_with_the_remedy(tmp_path):
-    with pytest.raises(WeightsError, match=r"none\.safetensors is missing; .*python -m models\.emoji_clip\.pretrain"):
+    with pytest.raises(WeightsError, match=r"none\.safetensors is missing; .*python -m embedded\.pretrain"):
         load(tmp_path / "none.safetensors")
 
 
@@ -134,9 +138,9 @@ def test_tensors_are_named_in_order_and_a_shape_that_differs_is_said():
     theirs = {"_conv.weight": torch.ones(2, 3), "_conv.bias": torch.zeros(2)}
     ours = {"stem.weight": torch.empty(2, 3), "stem.bias": torch.empty(2)}
     assert list(rename_in_order(theirs, ours)) == ["stem.weight", "stem.bias"]
-    with pytest.raises(ValueError, match=r"_conv\.bias \(2,\) is not stem\.bias \(4,\)"):
+    with pytest.raises(UserError, match=r"_conv\.bias \(2,\) is not stem\.bias \(4,\)"):
         rename_in_order(theirs, {**ours, "stem.bias": torch.empty(4)})
-    with pytest.raises(ValueError, match="2 tensors cannot be named as 1"):
+    with pytest.raises(UserError, match="2 tensors cannot be named as 1"):
         rename_in_order(theirs, {"stem.weight": torch.empty(2, 3)})
 
 
@@ -214,8 +218,7 @@ def test_a_copy_is_found_in_other_colours_and_another_drawing_is_not():
 
 @needs_data
 def test_no_caption_of_an_emoji_among_the_pairs_can_be_a_class():
-    concepts = pytest.importorskip("tasks.emoji.concepts")
-    assert set(concepts.GROUPS).isdisjoint({0, 1, 2, 8, 9})  # the groups that other_emoji() takes
+    assert set(GROUPS).isdisjoint({0, 1, 2, 8, 9})  # the groups that other_emoji() takes
     assert "grinning face" not in {spoken(name) for name in class_names()}
 
 
@@ -273,13 +276,14 @@ def test_pretraining_stopped_and_continued_ends_where_it_would_have_ended(tmp_pa
     class StoppedError(Exception):
         pass
 
-    def save_and_stop(path, save):
-        write(path, save)
+    @contextmanager
+    def save_and_stop(path):
+        with replacing(path) as temporary:
+            yield temporary
         raise StoppedError
 
-    write = training.write
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(training, "write", save_and_stop)
+        patch.setattr(training, "replacing", save_and_stop)
         training.train(FewPairs(), settings, tmp_path / "state.pt", state_every=1, quiet=True)
     resumed, again = training.train(FewPairs(), settings, tmp_path / "state.pt", state_every=99, quiet=True)
     assert [row[1] for row in again] == pytest.approx([row[1] for row in curve])

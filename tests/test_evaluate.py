@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from configs.errors import UserError
 from configs.schema import load
 from eval import forward as passes
 from eval.forward import Evaluator
 from eval.pool import evaluate
 from finetune.train import train_row
+from store.processes import Processes
 from store.runs import RunFolder
+from tasks.load import check_annotations
 
 CLASSES = ("cat", "dog", "fox", "owl")
 
@@ -44,7 +48,7 @@ def config(tmp_path_factory):
         "+task.subsets.r=2",
         f"+task.annotations.real={folder / 'right.json'}",
         "task.held_out_per_class=2",
-        "model=any_timm",
+        "model=timm",
         "model.name=test_vit.r160_in1k",
         "model.image_size=32",
         "model.probe_c=[1]",
@@ -87,11 +91,37 @@ def test_annotations_count_only_images_that_have_an_answer(config, folder):
     assert (row["correct"], row["n"]) == (4, 4)  # one of each class is annotated, and every answer is right
 
 
+def test_multilabel_accuracy_is_the_mean_over_classes_and_real_accuracy_over_images(config, tmp_path):
+    names = [f"{name}_{i}.png" for name in CLASSES for i in range(3)]
+    answers = {name: [0] for name in ("cat_0.png", "cat_1.png", "cat_2.png")} | {"dog_0.png": [1], "dog_1.png": []}
+    (tmp_path / "right.json").write_text(json.dumps(answers))
+    files = {"real": tmp_path / "right.json", "multilabel": tmp_path / "right.json"}
+    evaluator = Evaluator(replace(config, task=replace(config.task, annotations=files)))
+    logits = torch.zeros(len(names), 4)
+    logits[:3, 0] = logits[3:, 2] = 1.0  # all cats are right, the dog that counts is not
+    found = evaluator.annotated(logits)
+    assert found["real"].accuracy == 3 / 4
+    assert found["multilabel"].accuracy == (1 + 0) / 2
+
+
+def test_a_missing_file_of_answers_is_told_before_any_work_and_null_is_no_column(config):
+    there = load("table4_vitg").task
+    assert set(there.annotations) == set(load("tablec1_basic").task.annotations) == {"real", "multilabel"}
+    missing = replace(config.task, annotations={"real": Path("nowhere/real.json")})
+    with pytest.raises(UserError, match=r"no nowhere/real.json.*\+\+task.annotations.real=null"):
+        check_annotations(missing)
+    check_annotations(replace(missing, folder=Path("nowhere")))  # where the data are not, they are on another machine
+    assert set(load("table4_vitg", "++task.annotations.real=null").task.annotations) == {"multilabel"}
+    assert not load("demo", "++task.annotations.real=null").task.annotations
+    with pytest.raises(UserError, match="annotations"):
+        load("table4_vitg", "+task.annotations.reel=real.json")
+
+
 def test_what_was_looked_at_is_not_looked_at_again(config, folder, monkeypatch):
     evaluate(config, folder)
     seen = []
-    original = passes._look
-    monkeypatch.setattr(passes, "_look", lambda *args, **kwargs: seen.append(1) or original(*args, **kwargs))
+    original = passes._outputs
+    monkeypatch.setattr(passes, "_outputs", lambda *args, **kwargs: seen.append(1) or original(*args, **kwargs))
     evaluate(config, folder)
     assert not seen
     for cached in (RunFolder.of(config).root / "logits/test").glob("*.npy"):
@@ -106,3 +136,47 @@ def test_decoded_copies_are_kept_of_all_splits_but_the_training_one(config, tmp_
     for split in ("train", "held_out", "test", "r"):
         list(evaluator.batches(split))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_features_are_filled_shard_by_shard_by_several_processes_and_survive_a_kill(config, monkeypatch, capsys):
+    config = replace(config, name="shards", compute=replace(config.compute, eval_batch=3))
+    reference = Evaluator(replace(config, name="whole"))
+    weights, expected = reference.model.state_dict(), reference.features("train")  # of 16 images
+    monkeypatch.setattr(passes, "FEATURES_SHARD", 4)  # images, which are no whole number of batches
+    monkeypatch.setattr(passes, "wait_for_all", lambda processes: None)
+    monkeypatch.setattr(passes, "any_of", lambda flag, processes: True)
+    original, looks = passes.extract_features, []
+
+    def extract(model, batches, precision):
+        looks.append(len(batches[0]))
+        if sum(looks) > killed_after:
+            raise KeyboardInterrupt
+        return original(model, batches, precision)
+
+    monkeypatch.setattr(passes, "extract_features", extract)
+
+    def of_process(rank, world):
+        evaluator = Evaluator(config, Processes(rank, world, torch.device("cpu")))
+        evaluator.model.load_state_dict(weights)
+        looks.clear()
+        return evaluator
+
+    def shards():
+        return sorted(path.name for path in (RunFolder.of(config).root / "features").rglob("*.npy"))
+
+    killed_after = 6
+    with pytest.raises(KeyboardInterrupt):
+        of_process(1, 2).fill_features("train")
+    assert shards() == ["00001.npy"]  # of the second process's 1 and 3
+    killed_after = 100
+    of_process(1, 2).fill_features("train")
+    assert shards() == ["00001.npy", "00003.npy"] and sum(looks) == 4
+    alone = of_process(0, 1)  # which takes what others have filled
+    torch.testing.assert_close(alone.features("train"), expected, atol=1e-5, rtol=1e-5)
+    assert len(shards()) == 4 and sum(looks) == 8
+
+    path = next((RunFolder.of(config).root / "features").rglob("00002.npy"))
+    np.save(path, np.load(path)[:, ::-1])
+    again = of_process(0, 1)
+    torch.testing.assert_close(again.features("train"), expected, atol=1e-5, rtol=1e-5)
+    assert sum(looks) == 4 and "00002.npy is damaged" in capsys.readouterr().out

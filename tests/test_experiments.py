@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 import torch
 
-from finetune.optimisers import build
-from finetune.rows import row_config
+from finetune.optim import build
 from models.classifier import architecture
+from store.rows import row_config
 from tests.experiments import EXPERIMENTS, hub_folders, loaded_locally
 
 
@@ -23,12 +23,23 @@ def network(model, num_classes, options):
         return architecture(model, num_classes, options)
 
 
+# Searches whose pool holds the initialisation: the random one, as the released pool does, the extreme one and ALIGN's.
+WITH_START = (
+    *("table3_clip_b32", "released", "released_sweep", "figureg1_fmow", "figureg1_iwildcam", "figureg2_cifar10"),
+    *("figureg3_in22k", "extreme_lp", "extreme_zeroshot", "figure5_align"),
+)
+TWO_AVERAGES = ("table4_vitg", "tablec1_basic")
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_network_and_the_optimiser_of_every_row_are_built(name, folders):
     config = loaded_locally(name, folders)
+    if not name.startswith(("demo", "own_")) and not config.parts:  # Sections 3.3.2, J.2; Appendix H
+        assert config.cooking.initialisation == (name in WITH_START)
+        assert len(config.cooking.individuals) == (2 if name in TWO_AVERAGES else 0)
     rows = [row_config(config, row) for row in range(1, config.sweep.size + 1)]
-    for model, classes, options in {(row.model, row.task.size, row.task.options) for row in rows}:
-        built = network(model, classes, options)
+    for model, classes, answers in {(row.model, row.task.size, row.task.answers) for row in rows}:
+        built = network(model, classes, answers)
         parameters = list(built.parameters())
         assert all(parameter.is_meta for parameter in parameters)
         assert built.num_classes == classes

@@ -1,13 +1,14 @@
 """Downloads from a real server: whole or absent, continued, in parallel, and in one line where they cannot be."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from servers import serving
 
 from configs.errors import UserError
-from store.fetch import CHUNK, Download, fetch, fetch_all
+from soups.experiment.released.fetch import CHUNK, Download, _total, fetch, fetch_all
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 3 * CHUNK + 7, dtype=np.uint8).tobytes()
 
@@ -56,6 +57,12 @@ def test_a_file_that_never_becomes_as_long_as_it_should_does_not_appear(tmp_path
     with serving({"a.bin": CONTENT}, cut_after=0, cuts=100) as served, pytest.raises(UserError, match="came of"):
         get(served, tmp_path)
     assert not (tmp_path / "a.bin").exists()
+
+
+def test_a_range_of_a_file_of_unknown_length_must_be_as_long_as_its_own_header_says():
+    headers = {"Content-Range": "bytes 5-9/*", "Content-Length": "5"}
+    assert _total(SimpleNamespace(status=206, headers=headers), 5) == 10
+    assert _total(SimpleNamespace(status=206, headers=headers | {"Content-Range": "bytes 5-9/20"}), 5) == 20
 
 
 def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(tmp_path):

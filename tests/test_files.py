@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from configs.errors import UserError
-from soups import files as files_module
+from soups import mean as files_module
 from soups.average import Average
-from soups.files import average_files
-from store import checkpoints
-from store.checkpoints import INDEX, digest_file, opened
-from store.dtypes import round_once
+from soups.files import checkpoints
+from soups.files.checkpoints import INDEX, digest_file, opened
+from soups.files.dtypes import round_once
+from soups.files.reading import Reading
+from soups.mean import average_files
+from soups.verify import verify
 from tests.saved import save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,8 +156,9 @@ def test_the_same_model_with_two_weights_is_summed_in_one_order(tmp_path):
     rest = [save(tmp_path, f"n{i}", state) for i, state in enumerate(others)]
     one, two = save(tmp_path / "a", "m", twin), save(tmp_path / "b", "m", twin)
     weights = [0.1 * i + 0.05 for i in range(7)]
-    average_files([one, two, *rest], tmp_path / "x.safetensors", weights=[0.3, 0.6, *weights])
-    average_files([one, two, *rest], tmp_path / "y.safetensors", weights=[0.6, 0.3, *weights])
+    names = ["m", "m", *(f"n{i}" for i in range(7))]  # else their folders would tell the twins apart in the record
+    average_files([one, two, *rest], tmp_path / "x.safetensors", weights=[0.3, 0.6, *weights], names=names)
+    average_files([one, two, *rest], tmp_path / "y.safetensors", weights=[0.6, 0.3, *weights], names=names)
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
@@ -197,22 +200,23 @@ def test_the_output_kind_is_the_one_asked_for_and_integers_keep_theirs(tmp_path)
 def test_tied_tensors_are_counted_once_and_stay_tied(tmp_path):
     paths = []
     for i in range(3):
-        w = torch.full((4, 3), float(i))
+        w = torch.arange(12.0).reshape(4, 3) + i
         paths.append(save(tmp_path, f"m{i}", {"head": w, "embedding": w, "t": w.t(), "b": torch.zeros(2)}, "pt"))
     soup = average_files(paths, tmp_path / "soup.safetensors")
     assert soup.layout.ties == {"head": "embedding"}
     assert soup.layout.parameters == 12 + 12 + 2  # a transposed view is a tensor of its own
     written = load_file(tmp_path / "soup.safetensors")
-    assert written.keys() == {"embedding", "t", "b"}
-    with opened([tmp_path / "soup.safetensors"]) as (again,):
-        assert again.ties == {"head": "embedding"}
+    assert written.keys() == {"embedding", "head", "t", "b"}  # a network with both names loads it strictly
+    assert torch.equal(written["head"], written["embedding"])
     # A file of transformers, which drops one of the names, fits to it; a soup can be an ingredient.
-    dropped = save(tmp_path, "dropped", {"head": torch.full((4, 3), 5.0), "t": torch.zeros(3, 4), "b": torch.zeros(2)})
+    lone = torch.arange(12.0).reshape(4, 3) + 5
+    dropped = save(tmp_path, "dropped", {"head": lone, "t": torch.zeros(3, 4), "b": torch.zeros(2)})
     mixed = average_files([tmp_path / "soup.safetensors", dropped], tmp_path / "mixed.safetensors")
     assert mixed.layout.ties == {"embedding": "head"}
     with opened([tmp_path / "soup.safetensors", dropped]) as found:
         assert {i.digest for i in mixed.ingredients} == {digest_file(checkpoint) for checkpoint in found}
-    assert load_file(tmp_path / "mixed.safetensors")["head"].unique().tolist() == [3.0]
+    for name in ("head", "embedding"):
+        assert torch.equal(load_file(tmp_path / "mixed.safetensors")[name], torch.arange(12.0).reshape(4, 3) + 3)
 
 
 def test_a_tensor_tied_here_and_separate_there_is_refused(tmp_path):
@@ -246,7 +250,7 @@ def test_batch_norm_statistics_are_averaged_or_kept_and_counters_take_the_larges
         ({"w": torch.zeros(2)}, r"b.safetensors: tensor 'n' of .*a.safetensors is missing"),
         ({"w": torch.zeros(2), "n": torch.tensor(1), "v": torch.zeros(1)}, r"b.safetensors: tensor 'v' is not in .*a"),
         ({"w": torch.zeros(3), "n": torch.tensor(1)}, r"b.safetensors: tensor 'w' is F32 \(3,\), but F32 \(2,\) in"),
-        ({"w": torch.zeros(2).half(), "n": torch.tensor(1)}, r"'w' is F16 \(2,\), but F32 \(2,\) in"),
+        ({"w": torch.zeros(2).int(), "n": torch.tensor(1)}, r"'w' is I32 \(2,\), but F32 \(2,\) in"),
         ({"w": torch.tensor([0, float("nan")]), "n": torch.tensor(1)}, "b.safetensors: tensor 'w' holds NaN or inf"),
         ({"w": torch.tensor([0, -float("inf")]), "n": torch.tensor(1)}, "b.safetensors: tensor 'w' holds NaN or inf"),
         ({"w": torch.zeros(2), "n": torch.tensor(2)}, "integer tensor 'n' differs from that of"),
@@ -276,7 +280,7 @@ def test_kinds_without_a_meaningful_mean_are_refused(tmp_path, dtype, how):
     path = save(tmp_path, "a", {"w": torch.zeros(2).to(dtype)}, how)
     with pytest.raises(UserError, match=r"tensor .w. is .*, which cannot be averaged: convert it"):
         average_files([path], tmp_path / "soup.safetensors")
-    with pytest.raises(ValueError, match=r"parameter 'w' is .*, which cannot be averaged"):
+    with pytest.raises(UserError, match=r"model 0: tensor 'w' is .*, which cannot be averaged"):
         Average.of({"w": torch.zeros(2).to(dtype)})
 
 
@@ -291,7 +295,7 @@ def test_wrong_weights_and_wrong_names_are_refused(tmp_path):
         average_files([path], tmp_path / "soup.pt")
     with pytest.raises(UserError, match="no ingredients"):
         average_files([], tmp_path / "soup.safetensors")
-    (tmp_path / "a.onnx").touch()
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x07 of another library")
     with pytest.raises(UserError, match=r"a.onnx: not a weight file"):
         average_files([tmp_path / "a.onnx"], tmp_path / "soup.safetensors")
 
@@ -310,7 +314,8 @@ def test_the_soup_is_read_by_the_usual_tools(tmp_path):
 PEAK = """
 import sys, threading, time
 from pathlib import Path
-from soups.files import average_files
+from soups.mean import average_files
+from soups.verify import verify
 peak = 0
 def watch():
     global peak
@@ -344,3 +349,92 @@ def test_memory_does_not_grow_with_the_number_of_models_nor_with_their_size(tmp_
         peaks[models] = int(answer.stdout) / 1024
     assert max(peaks.values()) < 16  # MiB: two threads' blocks
     assert abs(peaks[16] - peaks[4]) < 6
+
+
+def test_a_layer_of_zeros_that_a_file_lacks_is_no_copy_of_another(tmp_path):
+    one = save(tmp_path, "a", {"w": torch.zeros(2, 2), "v": torch.zeros(2, 2)})
+    two = save(tmp_path, "b", {"w": torch.zeros(2, 2)})
+    with pytest.raises(UserError, match=r"b.safetensors: tensor 'v' of .*a.safetensors is missing .--only-common"):
+        average_files([one, two], tmp_path / "soup.safetensors")
+
+
+def heads(tmp_path):
+    """Two models of one backbone: the second has another head and no position_ids."""
+    body = {"body": torch.ones(2), "position_ids": torch.arange(3)}
+    return [
+        save(tmp_path, "a", body | {"head.w": torch.ones(2, 2)}),
+        save(tmp_path, "b", {"body": torch.zeros(2), "head.w": torch.zeros(3, 2), "extra": torch.zeros(1)}),
+    ]
+
+
+@pytest.mark.parametrize("reading", [Reading(only_common=True), Reading(exclude="^head|position_ids|extra")])
+def test_tensors_that_are_not_averaged_are_kept_of_one_file_and_listed(tmp_path, reading):
+    paths, out = heads(tmp_path), tmp_path / "soup.safetensors"
+    for first, head, kept, dropped in (
+        (0, torch.ones(2, 2), ("head.w", "position_ids"), ("extra",)),
+        (1, torch.zeros(3, 2), ("extra", "head.w"), ("position_ids",)),
+    ):
+        soup = average_files(paths, out, reading=reading, first=first)
+        assert (soup.layout.kept, soup.layout.dropped) == (kept, dropped)
+        written = load_file(out)
+        assert written.keys() == {"body", *kept}
+        assert torch.equal(written["body"], torch.full((2,), 0.5))
+        assert torch.equal(written["head.w"], head)
+        with opened(paths) as found:  # digests are those of whole files
+            assert {i.digest for i in soup.ingredients} == {digest_file(checkpoint) for checkpoint in found}
+        assert verify(out) == ""
+
+
+def test_a_pattern_that_finds_nothing_or_everything_or_is_none_is_refused(tmp_path):
+    paths = heads(tmp_path)
+    for pattern, words in (("heed", "finds no tensor"), ("(", "not a regular expression"), (".", "no tensors to av")):
+        with pytest.raises(UserError, match=words):
+            average_files(paths, tmp_path / "soup.safetensors", reading=Reading(exclude=pattern))
+
+
+def test_several_kinds_are_averaged_in_float64_and_written_in_the_narrowest_that_holds_them(tmp_path):
+    for kinds, written in (
+        ((torch.float16, torch.bfloat16), torch.float32),
+        ((torch.float32, torch.float16), torch.float32),
+        ((torch.float16, torch.float64), torch.float64),
+    ):
+        values = (torch.tensor([1 + 2.0**-7, 3.0]), torch.tensor([1.0, 2.0]))
+        paths = [save(tmp_path, f"m{i}", {"w": v.to(k)}) for i, (v, k) in enumerate(zip(values, kinds, strict=True))]
+        soup = average_files(paths, tmp_path / "soup.safetensors")
+        mean = load_file(tmp_path / "soup.safetensors")["w"]
+        assert (mean.dtype, mean.tolist()) == (written, [1 + 2.0**-8, 2.5])
+        assert soup.kind == {torch.float32: "F32", torch.float64: "F64"}[written]
+    assert average_files(paths[:1], tmp_path / "soup.safetensors").kind == ""
+
+
+def test_infinities_that_all_models_have_in_one_place_are_a_masks(tmp_path):
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    paths = [save(tmp_path, f"m{i}", {"mask": mask, "w": torch.ones(1) * i}) for i in range(2)]
+    average_files(paths, tmp_path / "soup.safetensors", weights=[1, 0])
+    assert torch.equal(load_file(tmp_path / "soup.safetensors")["mask"], mask)
+    other = save(tmp_path, "other", {"mask": -mask, "w": torch.ones(1)})
+    with pytest.raises(UserError, match=r"tensor 'mask' holds NaN or infinity"):
+        average_files([*paths, other], tmp_path / "soup.safetensors")
+
+
+def test_weights_may_be_negative_where_their_sum_is_not(tmp_path):
+    paths = [save(tmp_path, f"m{v}", {"w": torch.tensor([v])}) for v in (1.0, 5.0)]
+    average_files(paths, tmp_path / "soup.safetensors", weights=[-1, 2])
+    assert load_file(tmp_path / "soup.safetensors")["w"].item() == 9.0
+
+
+FORMAT_1 = {  # written before format 2, of m0.pt and m1.pt below: tied names once, prefixes kept, sums from 0
+    "m0": {"module.w": [-0.0, 1.0], "module.e": [[1.0, 2.0]]},
+    "m1": {"module.w": [-0.0, 2.0], "module.e": [[3.0, 4.0]]},
+}
+
+
+def test_a_soup_of_format_1_is_verified_to_the_byte(tmp_path):
+    for name, state in FORMAT_1.items():
+        tensors = {key: torch.tensor(value) for key, value in state.items()}
+        torch.save(tensors | {"module.head": tensors["module.e"]}, tmp_path / f"{name}.pt")
+    (tmp_path / "soup.safetensors").write_bytes((Path(__file__).parent / "data/format_1.safetensors").read_bytes())
+    assert verify(tmp_path / "soup.safetensors") == ""
+    average_files([tmp_path / "m0.pt", tmp_path / "m1.pt"], tmp_path / "new.safetensors")
+    assert load_file(tmp_path / "new.safetensors").keys() == {"w", "e", "head"}
+    assert load_file(tmp_path / "new.safetensors")["w"].view(torch.int32)[0] == torch.iinfo(torch.int32).min  # -0.0

@@ -1,6 +1,7 @@
 """Training: seeded by what a sample is, resumable to the bit, honest about divergence."""
 
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +12,15 @@ from PIL import Image
 from configs.chance import seed_globals
 from configs.errors import UserError
 from configs.schema import load
-from configs.training import Augment
-from finetune.augment import augmentation
-from finetune.batches import TrainingBatches, epoch_order
+from configs.training import Augment, Distill, Regularizer
+from eval.forward import Evaluator
+from finetune.data import TrainingBatches, augmentation, epoch_order, mixed_batch
+from finetune.dist import DivergedError, LateLosses
 from finetune.length import Length
-from finetune.loop import ALONE, fine_tune
-from finetune.optimisers import learning_rate
+from finetune.optim import learning_rate
+from finetune.train import ALONE, fine_tune, held_out_correct
 from models.classifier import Classifier, pretrained, zero_shot_head
-from models.probe import linear_probe
-from store.processes import Processes
+from store.processes import Processes, use_kernels
 from tasks.ahead import made_ahead
 from tasks.load import class_names, load_split
 
@@ -171,6 +172,105 @@ def test_a_loss_that_is_not_finite_ends_training_and_says_so(model, train, confi
     assert not run(model, train, config, tmp_path).finite
 
 
+@pytest.mark.parametrize("groups", [{}, {"regularizer": Regularizer(ema=(0.5,))}], ids=["raw", "with an average"])
+def test_a_last_step_that_no_loss_sees_ends_as_diverged_too(model, train, config, tmp_path, groups):
+    huge = {"kind": "sgd", "lr": 1e30, "weight_decay": 1e38}
+    ended = run(model, train, config, tmp_path, warmup_steps=0, steps=1, **huge, **groups)
+    assert not ended.finite
+    assert ended.weights == {}
+
+
+def test_a_look_at_logits_that_are_no_numbers_ends_as_diverged(model, train, config, tmp_path):
+    looks = iter([(3, 10), None])
+    rows = []
+    ended = run(
+        model, train, config, tmp_path, steps=3, evaluate_every=1, held_out=lambda model: next(looks), log=rows.append
+    )
+    assert not ended.finite
+    assert [row["step"] for row in rows if "weights" in row] == [1]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_process_says_so_where_the_logits_of_a_look_are_no_numbers(model, config, monkeypatch, world):
+    evaluator = Evaluator(config)
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.nan
+    monkeypatch.setattr("finetune.train.sum_over", lambda both: both)
+    assert [
+        held_out_correct(evaluator, Processes(rank, world, torch.device("cpu")), model) for rank in range(world)
+    ] == ([None] * world)
+
+
+def test_a_loss_is_read_one_step_late_unless_something_is_made_of_it():
+    losses = LateLosses(ALONE)
+    losses.add(torch.tensor(1.0), stop=False)
+    assert losses.read(newest=False) == []
+    losses.add(torch.tensor(2.0), stop=True)
+    assert losses.read(newest=False) == [(1.0, False)]
+    assert losses.read(newest=True) == [(2.0, True)]
+    losses.add(torch.tensor(math.nan), stop=False)
+    assert losses.read(newest=False) == []
+    with pytest.raises(DivergedError):
+        losses.read(newest=True)
+
+
+def test_dropout_on_gpus_has_a_seed_of_run_step_and_process(monkeypatch):
+    seeds = []
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seeds.append)
+    leave = lambda inputs, labels: (inputs, labels)  # noqa: E731
+
+    def last_seed(run_seed, step, rank, world):
+        processes = Processes(rank, world, torch.device("cpu"))
+        mixed_batch(torch.zeros(2, 4), torch.zeros(2), leave, run_seed=run_seed, step=step, processes=processes)
+        return seeds[-1]
+
+    keys = [(run, step, rank, 2) for run in (1, 2) for step in (0, 7) for rank in (0, 1)] + [(1, 0, 0, 1), (1, 7, 0, 1)]
+    found = {key: last_seed(*key) for key in keys}
+    assert len(set(found.values())) == len(keys)
+    assert found == {key: last_seed(*key) for key in keys}  # whatever was drawn before, as after a restart
+
+
+def test_gradients_are_not_looked_at_where_nothing_is_clipped(model, train, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: pytest.fail("a pass over all gradients"))
+    assert run(model, train, config, tmp_path, steps=1, clip_norm=None).finite
+
+
+def test_a_teacher_computes_in_the_precision_of_its_student(model, train, config, tmp_path):
+    precisions = []
+
+    def teacher(images):
+        precisions.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return torch.zeros(len(images), model.num_classes, dtype=torch.bfloat16)
+
+    taught = Regularizer(distill=Distill(rows=(1,)))
+    compute = replace(config.compute, precision="bf16")
+    assert run(model, train, config, tmp_path, steps=1, teacher=teacher, regularizer=taught, compute=compute).finite
+    assert precisions == [torch.bfloat16]
+
+
+def test_a_gpu_computes_as_the_settings_say_and_a_cpu_is_left_alone(config, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def now():
+        cuda, cudnn = flags
+        return cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+
+    before = now()
+    use_kernels(replace(config.compute, tf32=True, deterministic=True), torch.device("cpu"))
+    assert now() == before
+    try:
+        use_kernels(replace(config.compute, tf32=True, deterministic=True), torch.device("cuda"))
+        assert now() == (True, True, False, True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        use_kernels(config.compute, torch.device("cuda"))
+        assert now() == (False, False, True, False)
+    finally:
+        flags[0].allow_tf32, flags[1].allow_tf32, flags[1].benchmark = before[:3]
+        torch.use_deterministic_algorithms(before[3])
+
+
 def test_a_damaged_state_is_named(model, train, config, tmp_path):
     run(model, train, config, tmp_path, epochs=1)
     state = tmp_path / "state.pt"
@@ -221,21 +321,3 @@ def test_zero_frozen_stages_leave_the_model_whole(config):
     whole = pretrained(replace(config.model, frozen_stages=0), class_names(config.task))
     assert all(parameter.requires_grad for parameter in whole.parameters())
     assert isinstance(whole, Classifier)
-
-
-def test_a_linear_probe_separates_what_is_separable_and_chooses_on_held_out():
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(5)
-    labels = torch.arange(5).repeat(20)
-    features = centres[labels] + 0.1 * torch.randn(100, 5, generator=generator)
-    probe = linear_probe((features, labels), (features, labels), 5, [1e-6, 10])
-    assert ((features @ probe.weight.T + probe.bias).argmax(dim=1) == labels).float().mean() > 0.95
-    assert {c for c, _ in probe.tried} == {1e-6, 10}
-    shuffled = labels.roll(1)
-    opposite = linear_probe((features, labels), (features, shuffled), 5, [1e-6, 10])
-    assert dict(opposite.tried) != dict(probe.tried)
-
-
-def test_a_linear_probe_refuses_a_class_without_examples():
-    with pytest.raises(ValueError, match=r"classes \[2\] have no training example"):
-        linear_probe((torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(1, 3), torch.tensor([0])), 3, [1])

@@ -57,14 +57,15 @@ def test_rows_of_the_real_files_are_what_the_files_say():
 
 
 @REAL
-@pytest.mark.parametrize("experiment", ["table5_bert_rte", "table5_t5_cola"])
+@pytest.mark.parametrize("experiment", ["tablej1_bert_base_rte", "tablej1_t5_base_cola"])
 def test_the_paper_s_experiments_load_the_real_files_and_check_their_counts(experiment):
     task = load(experiment, f"task.folder={SHARED}").task
     train, held_out, test = (load_split(task, name) for name in ("train", "held_out", "test"))
     assert len(train) + len(held_out) == task.counts["train"]
     assert len(test) == task.counts["test"]
     shares = [torch.bincount(split.labels).double() / len(split) for split in (train, held_out)]
-    torch.testing.assert_close(*shares, atol=0.005, rtol=0)  # held-out has the classes of train
+    torch.testing.assert_close(*shares, atol=0.05, rtol=0)  # held-out has the classes of train, as far as draws do
+    assert len(held_out) / task.counts["train"] == pytest.approx(0.1, abs=0.01)
 
 
 def test_quotes_and_characters_that_end_lines_elsewhere_are_part_of_a_sentence(tmp_path):
@@ -124,12 +125,12 @@ def test_a_file_with_rows_missing_is_refused(tmp_path):
 
 
 def test_held_out_is_a_share_of_each_class_and_the_rest_of_train(tmp_path):
-    text = "sentence\tlabel\n" + "".join(f"text {i}\t{int(i < 4)}\n" for i in range(16))
+    text = "sentence\tlabel\n" + "".join(f"text {i}\t{int(i < 100)}\n" for i in range(400))
     task = settings("sst2", written(tmp_path, "SST-2", text))
     train, held_out = (load_split(task, name) for name in ("train", "held_out"))
-    assert held_out.labels.bincount().tolist() == [3, 1]
-    assert train.labels.bincount().tolist() == [9, 3]
-    assert {row[0] for row in train.fields + held_out.fields} == {f"text {i}" for i in range(16)}
+    shares = held_out.labels.bincount() / torch.tensor([300, 100])
+    assert ((shares > 0.15) & (shares < 0.35)).all()
+    assert sorted(row[0] for row in train.fields + held_out.fields) == sorted(f"text {i}" for i in range(400))
     assert class_names(task) == ("x", "y")
 
 

@@ -7,7 +7,7 @@ import torch
 from analysis.grids import best_in_range, figuref1, grids_figure, grids_of, grids_table
 from analysis.results import SHIFT_MEAN
 from configs.errors import UserError
-from store.atomic import read_json, write_json
+from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder
 from tests.pools import finished_pool
 

@@ -9,15 +9,16 @@ import pandas as pd
 import pytest
 
 from analysis.landscape import figure2
+from analysis.page.cells import Interval
 from analysis.page.files import pictures
-from analysis.page.write import write_report
+from analysis.page.write import ENVIRONMENT, write_report
 from analysis.reliability import figure_reliability, reliability_rows
 from analysis.report import analyse
 from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import calibrate
-from soups.cook import cook, dishes, logits_of
-from store.atomic import read_json, write_json
+from soups.experiment.cook import cook, dishes, logits_of
+from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder, read_pool, write_manifest
 from tests.pages import Page, browse
 from tests.pools import finished_pool
@@ -66,7 +67,7 @@ def finished(tmp_path_factory):
         path = run.ingredient(row) / "done.json"
         drawn = {"optim.lr": lr, "augment.kind": HOSTILE if row == 1 else "rand"}
         write_json(path, read_json(path) | {"drawn": drawn, "seed": 2**60 + row})
-    write_manifest(run, read_pool(run, config.sweep.size))
+    write_manifest(run, read_pool(config))
     for recipe in config.recipes:
         for dish in dishes(config, recipe):
             cook(dish, evaluator)
@@ -192,6 +193,12 @@ def test_it_loads_nothing_and_forbids_the_rest(page, path):
     assert len(text) < 3_000_000
 
 
+def test_a_difference_of_nothing_is_a_line_at_zero_and_one_that_is_far_away_an_arrow():
+    drawn = ENVIRONMENT.get_template("macros.html.j2").module.interval
+    assert "beyond" not in drawn(Interval(50, 50, 50, 50)) and "mean" in drawn(Interval(50, 50, 50, 50))
+    assert "beyond" in drawn(Interval(0, 0, 0, 50)) and "beyond" in drawn(Interval(100, 100, 100, 50))
+
+
 def test_a_name_is_never_code(page, path):
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert "<script>throw" not in path.read_text()
@@ -273,11 +280,10 @@ def test_reliability_is_of_test_with_temperatures_of_held_out(finished, path):
 
 
 def test_a_browser_runs_its_script_and_its_console_says_nothing(path, tmp_path):
-    for width in (390, 1280):
-        said, shown = browse(path, tmp_path, f"--window-size={width},900")
-        assert said == []
-        assert re.search(r'class="mark mixture chosen" data-key="greedy"', shown)
-        assert "<button" in shown
+    said, shown = browse(path, tmp_path, "--window-size=390,900")
+    assert said == []
+    assert re.search(r'class="mark mixture chosen" data-key="greedy"', shown)
+    assert "<button" in shown
 
 
 def test_a_planted_script_is_refused_by_the_policy(path, tmp_path):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -11,19 +12,25 @@ import pytest
 import torch
 from open_clip import IMAGENET_CLASSNAMES
 from pictures import CLASSES, rgb, save_kinds, save_tree, task
+from PIL import Image
 from pydantic import ValidationError
 from torchvision.datasets import ImageFolder
 
 from configs.errors import UserError
 from configs.schema import load
-from tasks.files import Names
-from tasks.image_folder import FolderSplit, load_split
+from models.classifier import pretrained
+from tasks import content, image_folder
+from tasks.files import Files, Names
+from tasks.image_folder import load_split
 from tasks.load import class_names
 from tasks.load import load_split as load_task_split
+from tasks.split import ImageSplit
+
+SPLITS = ("train", "test")
 
 
 def files(split):
-    return [str(split.path(i).relative_to(split.root)) for i in range(len(split))]
+    return [str(split.stored.path(i).relative_to(split.stored.root)) for i in range(len(split))]
 
 
 @pytest.fixture
@@ -42,11 +49,40 @@ def test_images_of_every_kind_are_those_of_torchvision_in_its_order(tree):
     (tree / "train/Öl/alone.jpg").symlink_to(tree / "linked/x.jpg")
     (tree / "train/readme.txt").write_text("no class")
     split, theirs = load_split(task(tree), "train"), ImageFolder(str(tree / "train"))
-    assert [(str(split.path(i)), label) for i, label in enumerate(split.labels.tolist())] == theirs.samples
-    assert len(split) == len(theirs) == 12 + 4 * 9 + 2
-    for i in range(len(theirs)):
+    seen = [i for i, (file, _) in enumerate(theirs.samples) if "/." not in file]  # theirs reads hidden files too
+    ours = [(str(split.stored.path(i)), label) for i, label in enumerate(split.labels.tolist())]
+    assert ours == [theirs.samples[i] for i in seen]
+    assert len(split) == len(theirs) - 4 == 12 + 4 * 8 + 2
+    for i, their in enumerate(seen):
         assert split.pil(i).mode == "RGB"
-        assert np.array_equal(np.asarray(split.pil(i)), np.asarray(theirs[i][0])), split.path(i)
+        assert np.array_equal(np.asarray(split.pil(i)), np.asarray(theirs[their][0])), split.stored.path(i)
+
+
+def test_hidden_names_and_a_macs_leftovers_are_no_classes_and_no_images(tree):
+    before = {name: (files(load_split(task(tree), name)), load_split(task(tree), name).digest) for name in SPLITS}
+    for name in SPLITS:
+        for junk in (".ipynb_checkpoints", "__MACOSX", "a b/.thumbnails", "a b/__MACOSX/deep"):
+            (tree / name / junk).mkdir(parents=True)
+            rgb(9, 8).save(tree / name / junk / "x.jpg")
+        (tree / name / "a b/._0.jpg").write_bytes(b"a fork of resources")
+    after = {name: (files(load_split(task(tree), name)), load_split(task(tree), name).digest) for name in SPLITS}
+    assert after == before
+    assert class_names(task(tree)) == tuple(re.sub("[_-]", " ", name) for name in sorted({"a b", "n-o_t", "Öl", "ß"}))
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    for name in SPLITS:
+        for number in range(11):
+            (tmp_path / name / str(number)).mkdir(parents=True)
+            rgb(9, 8).save(tmp_path / name / str(number) / "x.png")
+    config = task(tmp_path, num_classes=11)
+    assert class_names(config) == tuple(map(str, range(11)))
+    assert files(load_split(config, "test")) == [f"{number}/x.png" for number in range(11)]
+
+
+def test_wordnet_ids_are_no_words_to_a_zero_shot_head():
+    with pytest.raises(UserError, match=r"called n01440764, .*task\.names=imagenet"):
+        pretrained(load("demo").model, ("n01440764", "n01443537"))
 
 
 def test_labels_follow_the_training_folder_whatever_a_split_is_called(tree):
@@ -54,7 +90,7 @@ def test_labels_follow_the_training_folder_whatever_a_split_is_called(tree):
     split = load_split(task(tree, folders={"test": "val"}), "test")
     assert split.labels.dtype == torch.int64
     assert split.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-    assert split.classes == ("a b", "n-o_t", "Öl", "ß")
+    assert [Path(split.called(row)).parts[1] for row in (0, 3, 6, 9)] == ["a b", "n-o_t", "Öl", "ß"]
 
 
 @pytest.mark.parametrize("keep", ["half", "head", "nothing", "garbage"])
@@ -192,14 +228,42 @@ def test_held_out_has_one_rule():
 def test_a_digest_names_the_files_and_not_the_machine(tmp_path):
     one, two = save_tree(tmp_path / "one"), save_tree(tmp_path / "elsewhere")
     digests = {load_split(task(root), split).digest for root in (one, two) for split in ("train", "test")}
-    assert len(digests) == 1
+    assert len(digests) == 2
     settings = task(one, held_out_per_class=1)
     digests |= {load_split(settings, name).digest for name in ("train", "held_out")}
-    assert len(digests) == 3
+    assert len(digests) == 4
     (two / "test/a b/1.jpg").rename(two / "test/a b/1b.jpg")
     (two / "train/a b/1.jpg").write_bytes(b"another size")
     three = shutil.copytree(two, tmp_path / "three")
     assert digests.isdisjoint({load_split(task(three), "test").digest, load_split(task(three), "train").digest})
+
+
+def test_a_digest_tells_splits_of_the_same_names_and_sizes_apart_by_their_content(tmp_path, monkeypatch):
+    settings = task(tmp_path, num_classes=2, shifts=("night", "snow"))
+    for split, value in (("train", 10), ("night", 40), ("snow", 200)):
+        for c in ("cat", "dog"):
+            (tmp_path / split / c).mkdir(parents=True)
+            for i in range(30):
+                Image.new("RGB", (8, 8), (value + i,) * 3).save(tmp_path / split / c / f"{i:02d}.bmp")
+    night = load_split(settings, "night").digest
+    assert night != load_split(settings, "snow").digest
+    same = Path(shutil.copytree(tmp_path / "night", tmp_path / "snow", dirs_exist_ok=True))
+    assert night != load_split(settings, "snow").digest  # equal content under another split's name
+
+    def edited():
+        (same / "cat/07.bmp").write_bytes((same / "dog/11.bmp").read_bytes())
+        return load_split(settings, "snow").digest
+
+    assert load_split(settings, "snow").digest != edited()  # one file of the same size
+    # Of a large set some files are read, and only their ends: a keyed choice, so the same in each process.
+    monkeypatch.setattr(content, "MANY", 5)
+    monkeypatch.setattr(content, "SAMPLE", 20)
+    read = []
+    monkeypatch.setattr(image_folder, "read_file", lambda path, last: read.append((path.name, last)) or b"")
+    assert load_split(settings, "snow").digest == load_split(settings, "snow").digest
+    assert 10 < len(read) // 2 <= 20
+    assert sorted(read[: len(read) // 2]) == sorted(read[len(read) // 2 :])
+    assert {last for _, last in read} == {content.PIECE}
 
 
 def test_class_names_are_those_of_folders_of_a_file_or_of_imagenet(tree):
@@ -264,11 +328,12 @@ def test_the_embedded_data_must_have_as_many_classes_as_the_settings_say():
 
 def test_a_big_split_is_cheap_to_send_to_another_process():
     n = 200_000
-    names = Names.of([f"n{i % 1000:08d}_{i}.JPEG" for i in range(n)])
-    classes = tuple(f"n{i:08d}" for i in range(1000))
-    split = FolderSplit("train", Path("/data/train"), classes, torch.arange(n) // 200, names, "0" * 32)
+    names = Names.of([f"n{i // 200:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(n)])
+    split = ImageSplit(
+        "train", Files(Path("/data/train"), names, np.zeros(n, np.int64)), torch.arange(n) // 200, "0" * 32
+    )
     assert len(pickle.dumps(split)) < 20e6
     with multiprocessing.get_context("spawn").Pool(1) as other:
-        first, last = other.map(split.path, [0, n - 1])
+        first, last = other.map(split.stored.path, [0, n - 1])
     assert first == Path("/data/train/n00000000/n00000000_0.JPEG")
     assert last == Path(f"/data/train/n00000999/n00000999_{n - 1}.JPEG")

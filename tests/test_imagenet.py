@@ -65,7 +65,7 @@ def whole(tmp_path_factory):
 
 def settings(root, *typed, subsets="task.subsets.objectnet=3"):
     """The task of Table 3 over this miniature."""
-    small = ["task.counts=null", "task.held_out_per_class=1"]
+    small = ["task.counts=null", "task.held_out_per_class=1", f"paths.runs={root.parent / (root.name + '-runs')}"]
     return load("table3_clip_b32", f"task.folder={root}", *small, subsets, *typed).task
 
 
@@ -75,14 +75,14 @@ def test_classes_of_a_subset_are_those_that_timm_publishes(whole, split, images)
     assert found.space == LabelSpace.subset(published(split)[1], 1000)
     assert len(found) == images
     for row in (0, 57, images - 1):
-        assert found.path(row).parent.name == WNIDS[found.space.ids[found.labels[row]][0]]
+        assert found.stored.path(row).parent.name == WNIDS[found.space.ids[found.labels[row]][0]]
 
 
 def test_the_folders_of_v2_are_class_ids_and_not_sorted_as_text(whole):
     found = load_split(settings(whole), "v2")
     assert found.space is None
     assert found.labels.tolist() == list(range(1000))
-    assert found.path(10).parent.name == "10"
+    assert found.stored.path(10).parent.name == "10"
 
 
 def test_every_other_split_is_over_all_classes(whole):
@@ -91,14 +91,14 @@ def test_every_other_split_is_over_all_classes(whole):
         found = load_split(task, name)
         assert found.space is None
         assert found.labels.tolist() == list(range(1000))
-        assert found.path(10).parent.name == WNIDS[10]
+        assert found.stored.path(10).parent.name == WNIDS[10]
 
 
 def test_objectnet_has_the_images_of_the_overlap_and_joins_the_ids_of_a_class(whole):
     found = load_split(settings(whole), "objectnet")
     # name 764 is class id 409 and name 885 is 530, name 354 is 999 and name 355 is 0
     assert found.space.ids == ((409, 530), (999,), (0,))
-    assert found.classes == ("alarm_clock", "ant", "chair")
+    assert [found.stored.path(row).parent.name for row in (0, 2, 4)] == ["alarm_clock", "ant", "chair"]
     assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
     logits = torch.zeros(1, 1000)
     logits[0, [530, 999, 0, 1]] = torch.tensor([3.0, 2.0, 1.0, 9.0])
@@ -118,10 +118,10 @@ def test_the_border_of_objectnet_is_cut_only_where_the_settings_say_so(whole):
 def test_a_network_of_some_classes_is_evaluated_on_theirs(whole):
     few = settings(whole, "task.classes=6")
     assert load_split(few, "r").space.ids == ((1,), (2,), (4,))
-    assert load_split(few, "r").path(2).parent.name == WNIDS[4]
+    assert load_split(few, "r").stored.path(2).parent.name == WNIDS[4]
     chairs = load_split(few, "objectnet")
     assert chairs.space.ids == ((0,),)
-    assert [chairs.path(row).parent.name for row in range(len(chairs))] == ["chair", "chair"]
+    assert [chairs.stored.path(row).parent.name for row in range(len(chairs))] == ["chair", "chair"]
     with pytest.raises(UserError, match="leave a split without any class"):
         load_split(few, "a")
 
@@ -232,11 +232,33 @@ def test_answers_in_a_list_follow_the_numbers_of_the_files_and_not_their_order(w
 
 def test_answers_by_file_name_may_leave_images_out(whole):
     name = "ILSVRC2012_val_{:08d}.JPEG"
-    fields = {"correct_multi_labels": [4], "unclear_multi_labels": [6], "wrong_multi_labels": [7], "is_problematic": 0}
-    right = annotated(whole, {name.format(1000): [5, 8], name.format(998): fields})
+    right = annotated(whole, {name.format(1000): [5, 8]})
     assert right[0].nonzero().flatten().tolist() == [5, 8]
+    assert int(right.any(dim=1).sum()) == 1
+
+
+def multilabel(source="imagenet2012_multilabel:2.0.0", **more):
+    fields = {"correct_multi_labels": [4], "unclear_multi_labels": [6], "wrong_multi_labels": [7]} | more
+    return {"source": source, "answers": {"ILSVRC2012_val_00000998.JPEG": fields}}
+
+
+def test_unclear_labels_count_as_right_and_problematic_images_do_not_count(whole):
+    right = annotated(whole, multilabel(is_problematic=False))
     assert right[2].nonzero().flatten().tolist() == [4, 6]
-    assert int(right.any(dim=1).sum()) == 2
+    assert int(right.any(dim=1).sum()) == 1
+    assert not annotated(whole, multilabel(is_problematic=True)).any()
+
+
+def test_labels_that_were_corrected_after_the_paper_are_refused(whole):
+    for answers in (multilabel("imagenet2012_multilabel:3.0.0", is_problematic=False), multilabel()["answers"]):
+        with pytest.raises(UserError, match=r"not those of imagenet2012_multilabel:2\.0\.0"):
+            annotated(whole, answers)
+    with pytest.raises(UserError, match=r"whether ILSVRC2012_val_00000998\.JPEG is problematic"):
+        annotated(whole, multilabel())
+    published_answers = json.loads((INFO / "imagenet_real_labels.json").read_text())
+    published_answers[0] = [*published_answers[0], 1]
+    with pytest.raises(UserError, match=r"57,554 labels of 46,838 images, and ReaL's real\.json of 2020 has 57,553"):
+        annotated(whole, published_answers)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,8 @@ from analysis.derivatives import along
 from analysis.theory import Line, curvature
 from models.classifier import Classifier
 from models.emoji_clip import model as emoji_clip
-from models.hub import HubTower
+from models.hub import HubTower, SentenceTower
 from models.prompts import MaskedPrompt, Seq2SeqPrompt
-from models.readers import SentenceTower
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = SIZES | {"image_size": 32, "patch_size": 8}

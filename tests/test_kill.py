@@ -5,31 +5,32 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-from configs.chance import uniform
 from configs.schema import CONFIGS
-from store.atomic import read_jsonl
+from soups.chance import uniform
+from soups.files.atomic import read_jsonl
+from tests.commands import python
 
 ROOT = CONFIGS.parent
 KILLS = 20
 SETTINGS = ["experiment=demo_tiny", "sweep.rows=1", "~sweep.draw.optim.epochs", "optim.epochs=12"]
-SETTINGS += ["compute.save_every=1", "regularizer.ema=[0.9]", "augment=emoji_medium", "~sweep.draw.augment"]
+SETTINGS += ["regularizer.ema=[0.9]", "augment=emoji_medium", "~sweep.draw.augment"]
 FILES = ("weights.safetensors", "ema_0.9.safetensors", "metrics.jsonl")
 
 
-def start(runs, row, *settings):
-    """In a session of its own, so that a signal can be sent to all of its processes."""
-    call = [sys.executable, "-m", "finetune", *SETTINGS, *settings, f"paths.runs={runs}", f"sweep.index={row}"]
+def start(runs, row, *settings, every=1):
+    """In a session of its own, so that a signal can be sent to all of its processes; saved after so many steps."""
+    own = [*settings, f"compute.save_every={every}", f"paths.runs={runs}", f"sweep.index={row}"]
+    call = [python(), "-m", "finetune", *SETTINGS, *own]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(call, cwd=ROOT, start_new_session=True, **pipes)
 
 
 def finish(runs, row):
-    process = start(runs, row)
+    process = start(runs, row, every=0)  # which saves at the end of an epoch only
     said = process.communicate()[0]
     assert process.returncode == 0, said
 

@@ -5,7 +5,7 @@ import torch
 
 from configs.errors import UserError
 from tasks.label_space import LabelSpace, project
-from tasks.split import Split
+from tasks.split import ImageSplit, Pixels
 
 LOGITS = torch.tensor([[5.0, 1.0, 2.0, 0.0], [0.0, 3.0, 2.0, 4.0]])
 
@@ -60,7 +60,9 @@ def test_a_network_of_some_classes_reports_what_is_left_of_each():
 def test_images_follow_the_reported_classes_that_are_left():
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 2)
     space = LabelSpace(((1, 2), (0,), (3,)), 4)
-    whole = Split("r", images, torch.tensor([2, 1, 0, 2, 1]), "d", space, torch.tensor([0, 1, 0, 1, -1]), ("a", "b"))
+    whole = ImageSplit(
+        "r", Pixels(images), torch.tensor([2, 1, 0, 2, 1]), "d", space, torch.tensor([0, 1, 0, 1, -1]), ("a", "b")
+    )
     part = whole.of_classes([1, 3], "e")
     assert part.images[:, 0, 0, 0].tolist() == [0, 2, 3]
     assert part.labels.tolist() == [1, 0, 1]

@@ -1,11 +1,12 @@
 """Figures 2 and J.1: the plane by hand, its three models where they belong, and a grid that survives a kill."""
 
 import os
+import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.collections import PathCollection
+from rich.console import Console
 from safetensors.torch import save_file
 
 from analysis.contours import LEVELS, landscape_figure, levels
@@ -24,19 +26,21 @@ from configs.schema import load
 from eval.forward import Evaluator
 from eval.metrics import nll
 from soups.conformance import common_layout
+from soups.files.checkpoints import opened
 from soups.geometry import geometry
-from store.checkpoints import opened
 from store.runs import RunFolder
+from tests.commands import python
 from tests.pools import moved_pool, recorded_pool
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
     "cluster.workers=1",
+    "task.classes=10",
     "analysis.plane.rows=[[1,2]]",
     "analysis.plane.size=3",
     "analysis.plane.longest=3",
-    "analysis.plane.train_examples=60",
-    "analysis.plane.chunk=40",
+    "analysis.plane.train_examples=15",
+    "analysis.plane.chunk=8",
 )
 
 
@@ -154,7 +158,10 @@ def configured(runs, *settings):
 def measured(tmp_path_factory):
     config = configured(tmp_path_factory.mktemp("runs"))
     weights = moved_pool(config)
-    return config, weights, figure2(config)
+    log = Console(file=StringIO(), width=200)
+    files = figure2(config, log)
+    assert re.match(r"\d+ planes? of \d+ points: [\d,]+ forward passes, about \d+ s", log.file.getvalue())
+    return config, weights, files
 
 
 def test_the_three_models_have_their_own_loss_and_errors(measured):
@@ -162,7 +169,7 @@ def test_the_three_models_have_their_own_loss_and_errors(measured):
     assert [file.name for file in files] == ["figure2.pdf", "figure2.png", "figure2.csv"]
     tidy, evaluator = pd.read_csv(files[-1]), Evaluator(config)
     assert tidy["point"].tolist() == ["initialisation", "first", "second"] + ["grid"] * 9
-    rows = training_rows(len(evaluator.split("train")), 60, 0)
+    rows = training_rows(len(evaluator.split("train")), 15, 0)
     for row, point in enumerate(tidy.iloc[:3].itertuples()):
         evaluator.model.load_state_dict(weights[row])
         logits = evaluator.fresh_logits(weights[row], "train", rows)
@@ -172,7 +179,7 @@ def test_the_three_models_have_their_own_loss_and_errors(measured):
             errors.append(1 - evaluator.score(evaluator.fresh_logits(weights[row], split), split))
             assert getattr(point, f"error_{split}") == pytest.approx(errors[-1])
         assert point.error_shift_mean == pytest.approx(sum(errors[1:]) / 5)
-    assert (tidy["train_n"] == 60).all()
+    assert (tidy["train_n"] == 15).all()
     assert tidy[["share_0", "share_1", "share_2"]].sum(axis=1).tolist() == pytest.approx([1] * 12)
 
 
@@ -201,14 +208,9 @@ def test_a_killed_grid_continues_to_the_same_csv(measured, tmp_path):
     config = configured(tmp_path)
     moved_pool(config)
     folder = RunFolder.of(config).root / "landscape"
-    code = (
-        "from pathlib import Path; from analysis.landscape import figure2; from configs.schema import load\n"
-        f"if __name__ == '__main__': figure2(load('demo_tiny', 'paths.runs={tmp_path}', *{SETTINGS!r}))"
-    )
-    script = tmp_path / "draw.py"
-    script.write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    code = "from analysis.landscape import figure2; from configs.schema import load\n"
+    code += f"figure2(load('demo_tiny', 'paths.runs={tmp_path}', *{SETTINGS!r}))"
+    process = subprocess.Popen([python(), "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(folder.rglob("*.npy")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)

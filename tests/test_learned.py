@@ -9,11 +9,12 @@ from torch import nn
 from torch.func import functional_call
 
 from configs.errors import UserError
+from soups.descent import Layout, LearnedSettings, State, learned, shuffled, step
+from soups.files.tensors import LazyWeights
+from soups.files.weights import save_weights
 from soups.groups import layer_of
-from soups.learned import AUTHORS_SCRIPT, Layout, LearnedSettings, State, learned, shuffled, step
+from soups.placement import settle
 from soups.recipes import mean_of
-from soups.residents import FileWeights, settle
-from store.weights import save_weights
 
 EVERY = ["model", "layer", "tensor"]
 
@@ -87,8 +88,8 @@ def test_the_gradient_is_that_of_autograd_through_a_mix_of_all_ingredients(per, 
     logits, beta = (tensor.detach().clone().requires_grad_() for tensor in (state.logits, state.beta))
     naive = naive_loss(Network().eval(), weights, (logits, beta), layout, batch)
     naive.backward()
-    residents = settle(loaders(weights), layout.targets, weights[0].keys(), place=place)
-    step(network, layout, residents, state, batch)
+    placement = settle(loaders(weights), layout.targets, weights[0], place=place)
+    step(network, layout, placement, state, batch)
     assert logits.grad.abs().max() > 1e-3
     torch.testing.assert_close(state.logits.grad, logits.grad, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(state.beta.grad, beta.grad, rtol=1e-5, atol=1e-7)
@@ -211,26 +212,37 @@ def test_minibatches_cover_the_split_in_an_order_of_their_key_and_epoch_alone():
     assert [y.tolist() for _, y in shuffled(inputs, labels, 4, "other")(0)] != first
 
 
-def test_the_authors_script_differs_from_the_paper_in_rate_epochs_and_grouping():
+def test_the_settings_are_the_papers_and_the_batch_and_the_decay_the_authors_scripts():
     paper = LearnedSettings()
-    assert (paper.per, paper.lr, paper.epochs, paper.weight_decay) == ("model", 0.1, 3, 0.0)
-    assert (AUTHORS_SCRIPT.per, AUTHORS_SCRIPT.lr, AUTHORS_SCRIPT.epochs) == ("tensor", 0.05, 5)
-    assert (AUTHORS_SCRIPT.batch_size, AUTHORS_SCRIPT.weight_decay) == (256, 0.0)
+    assert (paper.per, paper.lr, paper.epochs, paper.weight_decay, paper.batch_size) == ("model", 0.1, 3, 0.0, 256)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"blocks.0.bias": torch.zeros(9)}, r"ingredient 1, parameter 'blocks.0.bias': \(9,\) and \(8,\)"),
-        ({"blocks.0.bias": torch.full((8,), torch.inf)}, "ingredient 1, parameter 'blocks.0.bias' holds NaN"),
-        ({"extra": torch.zeros(1)}, "ingredient 1 and the network have different tensors; 'extra'"),
-        ({"norm.weight": torch.ones(8).double()}, r"'norm.weight': torch.float32 and torch.float64"),
+        (
+            {"blocks.0.bias": torch.zeros(9)},
+            r"ingredient 1: tensor 'blocks.0.bias' is F32 \(9,\), but F32 \(8,\) in",
+        ),
+        ({"blocks.0.bias": torch.tensor([1.0] * 7 + [torch.inf])}, "ingredient 1: tensor 'blocks.0.bias' holds NaN"),
+        ({"extra": torch.zeros(1)}, "ingredient 1: tensor 'extra' is not in the network"),
     ],
 )
 def test_ingredients_that_do_not_fit_are_refused_by_name(changes, words):
     good, other = pool(2)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         learned(Network(), loaders([good, other | changes]), shuffled(*data(), 32, 0), LearnedSettings(epochs=1))
+
+
+def test_ingredients_in_several_kinds_of_numbers_are_learned_as_in_one():
+    good, other = pool(2)
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in other.items()}
+    same, mixed = (
+        learned(Network(), loaders([good, each]), shuffled(*data(), 32, 0), LearnedSettings(epochs=1))
+        for each in (other, wide)
+    )
+    for name, tensor in same.weights.items():
+        torch.testing.assert_close(mixed.weights[name].float(), tensor.float(), msg=name)
 
 
 def test_no_ingredients_and_differences_that_stream_are_refused():
@@ -265,7 +277,7 @@ def test_files_are_read_tensor_by_tensor_and_tied_names_with_them(tmp_path):
     weights = pool(2, tied=False)
     for i, w in enumerate(weights):
         save_weights(tmp_path / f"{i}.safetensors", w)
-    files = [FileWeights(tmp_path / f"{i}.safetensors") for i in range(2)]
+    files = [LazyWeights(tmp_path / f"{i}.safetensors") for i in range(2)]
     assert files[0].keys() == weights[0].keys()
     assert all(torch.equal(files[1][name], tensor) for name, tensor in weights[1].items())
     batches, settings = shuffled(*data(), 32, 0), LearnedSettings(per="tensor")
@@ -273,6 +285,6 @@ def test_files_are_read_tensor_by_tensor_and_tied_names_with_them(tmp_path):
     held = learned(Network(False), loaders(weights), batches, settings)
     assert all(torch.equal(streamed.weights[name], held.weights[name]) for name in weights[0])
     torch.save({"a": weights[0]["embed.weight"], "b": weights[0]["embed.weight"]}, tmp_path / "tied.pt")
-    tied = FileWeights(tmp_path / "tied.pt")
+    tied = LazyWeights(tmp_path / "tied.pt")
     assert sorted(tied) == ["a", "b"]
     assert torch.equal(tied["a"], tied["b"])

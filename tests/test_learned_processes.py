@@ -1,17 +1,16 @@
 """Learned soups in processes of their own: killed and started again, on two ranks, and measured for memory."""
 
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from soups.learned import LearnedSettings, learned, shuffled
-from store.weights import save_weights
+from soups.descent import LearnedSettings, learned, shuffled
+from soups.files.weights import save_weights
+from tests.commands import python
 from tests.test_learned import Network, data, loaders, pool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,8 +22,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from soups.learned import LearnedSettings, learned, shuffled
-from store.weights import save_weights
+from soups.descent import LearnedSettings, learned, shuffled
+from soups.files.weights import save_weights
 from tests.test_learned import Network, data, loaders, pool
 folder, kill_at, seen = Path(sys.argv[1]), int(sys.argv[2]), []
 ordered = shuffled(*data(), 16, 0)
@@ -42,8 +41,7 @@ save_weights(folder / "soup.safetensors", soup.weights)
 
 
 def child(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([python(), *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path):
@@ -67,7 +65,7 @@ import sys
 from pathlib import Path
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-from soups.learned import learned, shuffled
+from soups.descent import learned, shuffled
 from tests.test_learned import Network, data, loaders, pool
 from tests.test_learned_processes import RANKS
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -107,8 +105,8 @@ from pathlib import Path
 import torch
 from torch import nn
 torch.set_num_threads(1)
-from soups.learned import LearnedSettings, learned
-from soups.residents import FileWeights
+from soups.descent import LearnedSettings, learned
+from soups.files.tensors import LazyWeights
 from store.workers import little_memory
 network = nn.Sequential(*[nn.Linear(800, 800) for _ in range(12)])
 def anonymous():
@@ -123,7 +121,7 @@ def watch():
         time.sleep(0.001)
 thread = threading.Thread(target=watch)
 thread.start()
-models = [lambda i=i: FileWeights(Path(sys.argv[1]) / f"{i % 2}.safetensors") for i in range(int(sys.argv[2]))]
+models = [lambda i=i: LazyWeights(Path(sys.argv[1]) / f"{i % 2}.safetensors") for i in range(int(sys.argv[2]))]
 with little_memory():
     learned(network, models, lambda epoch: [batch], LearnedSettings(per="layer", epochs=1))
 done.append(1)

@@ -4,7 +4,6 @@ import multiprocessing
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image
 from configs.errors import UserError
 from tasks.check import check
 from tasks.load import class_names, load_split
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED = {
@@ -48,7 +48,7 @@ def splits(task):
     found = {}
     for name in (task.train, task.held_out, *task.reported):
         split = load_split(task, name)
-        files = [str(split.path(row).relative_to(split.root)) for row in range(len(split))]
+        files = [str(split.stored.path(row).relative_to(split.stored.root)) for row in range(len(split))]
         found[name] = dict(zip(files, split.labels.tolist(), strict=True))
     return found
 
@@ -134,6 +134,68 @@ def test_satellite_images_are_split_by_year_and_grouped_by_region(tmp_path):
     assert ood.groups.tolist() == [1, -1, 0], "a country without a region is in no group"
 
 
+CARD = """---
+dataset_info:
+  features:
+  - {name: img, dtype: image}
+  - name: fine
+    dtype: {class_label: {names: {'0': red_fox, '1': hare}}}
+  splits:
+  - {name: train, num_bytes: 400, num_examples: 4}
+  - {name: validation, num_bytes: 400, num_examples: 1}
+  download_size: 1000
+  dataset_size: 800
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: validation, path: data/validation-*}
+---
+"""
+
+
+def test_parquet_of_two_folders_of_one_name_and_card_is_not_mixed_up(tmp_path):
+    folders = [SAVED["parquet"](tmp_path / place / "set").folder for place in "ab"]
+    other = datasets.Dataset.from_dict({"img": [{"bytes": miniatures.encoded(9), "path": None}], "fine": [0]})
+    other = other.cast_column("img", datasets.Image()).cast_column("fine", datasets.ClassLabel(names=["fox", "hare"]))
+    other.to_parquet(folders[1] / "data/validation-00000-of-00001.parquet")
+    found = []
+    for folder in folders:
+        (folder / "README.md").write_text(CARD)
+        for junk in (
+            "._validation-1.parquet",
+            ".ipynb_checkpoints/validation-2.parquet",
+            "__MACOSX/validation-3.parquet",
+        ):
+            (folder / "data" / junk).parent.mkdir(exist_ok=True)
+            (folder / "data" / junk).write_bytes(b"no table")
+        split = load_split(
+            miniatures.settings("parquet", folder, 2, label="fine", folders={"test": "validation"}), "test"
+        )
+        found.append((split.labels.tolist(), split.content(0), split.digest))
+    assert found[0][:2] == ([1], miniatures.encoded(100))
+    assert found[1][:2] == ([0], miniatures.encoded(9))
+    assert found[0][2] != found[1][2]
+
+
+@pytest.mark.parametrize("name", ["dtd", "food101", "sun397", "iwildcam"])
+def test_a_list_that_names_hidden_files_is_read_without_them(name, tmp_path):
+    task = SAVED[name](tmp_path / "data")
+    before = splits(task)
+    lists = {
+        "dtd": ("labels/train1.txt", "._banded/._banded_0000.jpg\n"),
+        "food101": ("meta/train.txt", "__MACOSX/apple_pie/1\n"),
+        "sun397": ("Training_01.txt", "/a/.ipynb_checkpoints/sun_a.jpg\n"),
+        "iwildcam": ("metadata.csv", "train,9,._a.jpg,1\n"),
+    }
+    file, line = lists[name]
+    with (tmp_path / "data" / file).open("a") as listed:
+        listed.write(f"\n{line}")
+    load_split.cache_clear()
+    assert splits(task) == before
+    assert class_names(task)
+
+
 def test_satellite_images_of_the_years_between_are_a_split_that_selects_nothing(tmp_path):
     folder = SAVED["fmow"](tmp_path / "data").folder
     between = miniatures.settings("fmow", folder, 2, **(miniatures.WILDS | {"shifts": ("val",)}))
@@ -173,8 +235,8 @@ def test_images_in_parquet_are_decoded_when_they_are_asked_for(tmp_path):
     test, train, held_out = (load_split(task, name) for name in ("test", "train", "held_out"))
     assert test.labels.tolist() == [1]
     assert sorted(held_out.labels.tolist()) == sorted(train.labels.tolist()) == [0, 1]
-    assert sorted([*train.rows, *held_out.rows]) == [0, 1, 2, 3]
-    (tmp_path / "own.jpg").write_bytes(miniatures.encoded(int(held_out.rows[1])))
+    assert sorted([*train.stored.rows, *held_out.stored.rows]) == [0, 1, 2, 3]
+    (tmp_path / "own.jpg").write_bytes(miniatures.encoded(int(held_out.stored.rows[1])))
     assert np.array_equal(np.asarray(held_out.pil(1)), np.asarray(Image.open(tmp_path / "own.jpg")))
     with multiprocessing.get_context("spawn").Pool(1) as other:  # as a loader's process decodes it
         assert np.array_equal(np.asarray(other.apply(held_out.pil, (1,))), np.asarray(held_out.pil(1)))
@@ -357,13 +419,13 @@ def test_a_split_of_some_classes_keeps_its_files_and_groups(tmp_path):
     first = miniatures.settings("fmow", task.folder, 2, parts=2, part=1, **miniatures.WILDS)
     assert class_names(first) == ("zoo",)
     ood = load_split(first, "ood")
-    assert [ood.path(row).name for row in range(len(ood))] == ["rgb_img_7.png", "rgb_img_8.png"]
+    assert [ood.stored.path(row).name for row in range(len(ood))] == ["rgb_img_7.png", "rgb_img_8.png"]
     assert (ood.labels.tolist(), ood.groups.tolist()) == ([0, 0], [-1, 0])
     hare = load_split(
         miniatures.settings("parquet", SAVED["parquet"](tmp_path / "p").folder, 2, label="fine", parts=2, part=1),
         "train",
     )
-    assert (hare.rows.tolist(), hare.labels.tolist()) == ([1, 2], [0, 0])
+    assert (hare.stored.rows.tolist(), hare.labels.tolist()) == ([1, 2], [0, 0])
 
 
 def test_columns_of_parquet_that_are_not_images_and_labels_are_named(tmp_path):
@@ -373,7 +435,7 @@ def test_columns_of_parquet_that_are_not_images_and_labels_are_named(tmp_path):
 
 
 def run_check(*typed):
-    command = [sys.executable, "-m", "tasks.check", *typed]
+    command = [python(), "-m", "tasks.check", *typed]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -390,10 +452,35 @@ def test_a_check_needs_no_experiment_and_ends_with_ok_or_one_line(tmp_path):
     assert "labels/train1.txt has 2 images, but split 'train' has 1,880" in bad.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("task=imagenett", "error: there is no task=imagenett, but imagenet"),
+        ("task.foldr=x", "error: there is no setting task.foldr"),
+        ("task=image_folder", "this experiment leaves it to you: type task."),
+        ("+task.counts.tset=3", "task.counts names the split 'tset', which the task has not: it has train, held_out,"),
+    ],
+)
+def test_a_check_of_mistyped_settings_is_one_line(typed, said):
+    answer = run_check("task=dtd", typed) if typed.startswith("+") else run_check(typed)
+    assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
+    assert said in answer.stderr
+
+
+def test_a_task_of_texts_is_checked_whatever_model_reads_it(tmp_path):
+    for split in ("train", "test"):
+        lines = [f"{label}\t{split} says {label} {i}" for label in ("no", "yes") for i in range(4)]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(["label\ttext", *lines]) + "\n")
+    words = ("task=sentences", f"task.folder={tmp_path}", "task.num_classes=2", "task.options=[no,yes]")
+    answer = run_check(*words, "task.template='{text}'", "task.held_out_share=0.3")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.splitlines()[-1] == "OK: 3 splits"
+
+
 def test_the_readme_says_where_every_data_set_is_from_and_how_many_images_it_has():
     text = (ROOT / "tasks/README.md").read_text()
     for path in sorted((ROOT / "configs/task").glob("*.yaml")):
-        if path.stem not in ("base", "glue", "image_folder", "text_file"):  # completed by others, or of own pools
+        if path.stem not in ("glue", "image_folder", "text_file"):  # completed by others, or of own pools
             assert f"task={path.stem}" in text, path
         for count in re.findall(r"^counts: \{(.*)\}", path.read_text(), re.M):
             for number in re.findall(r": (\d+)", count):

@@ -1,9 +1,18 @@
 """Souped adapters, compared with the updates that they stand for."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from soups.lora import scaling_of, soup_lora, truncated
+import soups
+from soups.cli import main
+from soups.errors import UserError
+from soups.lora import scaling_of, soup_folders, soup_lora, truncated
+from soups.verify import verify
+from tests.commands import python
 
 MODULE = "base_model.model.encoder.layer.0.attention.query"
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
@@ -128,3 +137,191 @@ def test_one_scaling_per_adapter_is_needed_and_adapters_of_another_kind_have_non
         soup_lora([adapter(0), adapter(1)], [1.0])
     with pytest.raises(ValueError, match="use_dora"):
         scaling_of({"r": 8, "lora_alpha": 8, "use_dora": True})
+
+
+CONFIG = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "some/base",
+    "task_type": "CAUSAL_LM",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["query"],
+}
+
+
+def adapter_folder(place, weights, **config):
+    place.mkdir(parents=True)
+    save_file(weights, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    return place
+
+
+def update_of(folder, module=MODULE):
+    """What peft adds to a module's weight: its scaling, from the config, times B A."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    a, b = (weights[f"{module}.lora_{side}.weight"].double() for side in "AB")
+    return scaling_of(config, module.removeprefix("base_model.model.")) * b @ a
+
+
+def test_folders_of_peft_become_one_that_has_the_mean_of_their_updates(tmp_path):
+    folders = [
+        adapter_folder(tmp_path / "a", adapter(0)),
+        adapter_folder(tmp_path / "b", adapter(1, rank=3), r=3, lora_alpha=6, use_rslora=True),
+    ]
+    (folders[0] / "tokenizer.json").write_text("{}")
+    out = tmp_path / "soup"
+    assert soup_folders(folders, out, weights=[3, 1]) == f"{out}: 2 adapters, rank 5, exact"
+    torch.testing.assert_close(update_of(out), 0.75 * update_of(folders[0]) + 0.25 * update_of(folders[1]))
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (5, 5, False)
+    assert config["target_modules"] == ["query"]
+    assert (out / "tokenizer.json").exists()
+    assert 'base_model: "some/base"' in (out / "README.md").read_text()
+    assert "rank 2, largest relative error of a module" in soup_folders(folders, tmp_path / "small", rank=2)
+
+
+def test_modules_may_have_ranks_and_scalings_of_their_own(tmp_path):
+    value = MODULE.replace("query", "value")
+    folders = []
+    for i in range(2):
+        other = {name.replace("query", "value"): tensor for name, tensor in adapter(i + 5, rank=4).items()}
+        patterns = {"rank_pattern": {"value": 4}, "alpha_pattern": {"layer.0.attention.value": 1}}
+        folders.append(adapter_folder(tmp_path / f"m{i}", adapter(i) | other, **patterns))
+    soup_folders(folders, tmp_path / "soup")
+    for module, scaling in ((MODULE, 2.0), (value, 0.25)):
+        mean = sum(update_of(folder, module) for folder in folders) / 2
+        torch.testing.assert_close(update_of(tmp_path / "soup", module), mean)
+        slow = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+        a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        torch.testing.assert_close(mean, sum(scaling * w[b].double() @ w[a].double() for w in slow) / 2)
+
+
+def test_peft_itself_computes_the_mean_of_the_updates(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+
+    def base():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+
+    x, effects = torch.randn(3, 7), []
+    for i, rank in enumerate((2, 3)):
+        config = peft.LoraConfig(r=rank, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
+        torch.manual_seed(i)
+        model = peft.get_peft_model(base(), config)
+        model.save_pretrained(tmp_path / f"m{i}")
+        effects.append(model.base_model.model[0](x).detach())
+    soup_folders([tmp_path / "m0", tmp_path / "m1"], tmp_path / "soup")
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "soup")
+    torch.testing.assert_close(loaded.base_model.model[0](x), (effects[0] + effects[1]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"base_model_name_or_path": "another/base"}, "base_model_name_or_path is 'another/base', but 'some/base' in"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
+        ({"use_dora": True}, "adapters with use_dora cannot be averaged"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"bias": "all"}, "bias is 'all'"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused_by_file_and_setting(config, words, tmp_path):
+    folders = [adapter_folder(tmp_path / "a", adapter(0)), adapter_folder(tmp_path / "b", adapter(1), **config)]
+    with pytest.raises(UserError, match=words):
+        soup_folders(folders, tmp_path / "soup")
+    assert not (tmp_path / "soup").exists()
+
+
+def test_a_folder_that_is_no_adapter_a_taken_place_and_odd_weights_are_refused(tmp_path):
+    folder = adapter_folder(tmp_path / "a", adapter(0))
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"model/adapter_config\.json is missing"):
+        soup_folders([folder, tmp_path / "model"], tmp_path / "soup")
+    with pytest.raises(UserError, match="is there already"):
+        soup_folders([folder], tmp_path / "a")
+    with pytest.raises(UserError, match="need one of at least 0 for each of 1 adapters"):
+        soup_folders([folder], tmp_path / "soup", weights=[-1.0])
+    with pytest.raises(UserError, match=r"rank must be in \[1, 2\]"):
+        soup_folders([folder], tmp_path / "soup", rank=3)
+
+
+def of_size(weights):
+    """The size of a module's update, as a function of a person sees it: the scaling is in the factors."""
+    return update(weights).norm().item()
+
+
+def test_greedy_chooses_among_adapters_by_a_command_or_a_function(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = [adapter_folder(tmp_path / f"run{i}", adapter(i), lora_alpha=(2, 2, 40)[i]) for i in range(3)]
+    sizes = [update_of(folder).norm().item() for folder in folders]
+    soup = soups.greedy("run*", of_size, "min", quiet=True)
+    assert [soup.alone[f"run{i}"] for i in range(3)] == pytest.approx(sizes)
+    assert len(soup.shares) == 2  # the mean of two updates of one size is smaller than each
+    mean = sum(update_of(tmp_path / name) for name in soup.shares) / 2
+    assert soup.score == pytest.approx(mean.norm().item())
+    assert update(soup.weights).norm().item() == pytest.approx(soup.score)
+    with pytest.raises(UserError, match="a soup of LoRA adapters is a folder"):
+        soup.save("soup.safetensors")
+    torch.testing.assert_close(update_of(soup.save("by_function")), mean)
+    # The same by a command, which gets folders as peft writes them.
+    (tmp_path / "size.py").write_text(
+        "import json, sys; from safetensors.torch import load_file\n"
+        "w, c = load_file(sys.argv[1] + '/adapter_model.safetensors'), json.load(open(sys.argv[1] + "
+        "'/adapter_config.json'))\n"
+        f"print((c['lora_alpha'] / c['r'] * w['{B}'].double() @ w['{A}'].double()).norm().item())\n"
+    )
+    main(["greedy", "run*", "--score", f"{python()} size.py {{soup}}", "--goal", "min", "--out", "by_command"])
+    assert "greedy: 2 of 3 models" in capsys.readouterr().out
+    torch.testing.assert_close(update_of(tmp_path / "by_command"), mean)
+    record = json.loads(safe_open(tmp_path / "by_command/adapter_model.safetensors", "pt").metadata()["soup"])
+    assert record["note"]["recipe"] == "greedy"
+    assert len(record["note"]["decisions"]) == 3
+    for made in ("by_function", "by_command"):
+        assert verify(tmp_path / made) == ""
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_soup_of_adapters_is_verified(tmp_path, rank):
+    folders = [adapter_folder(tmp_path / f"run{i}", adapter(i)) for i in range(2)]
+    soup_folders(folders, tmp_path / "soup", weights=[3, 1], rank=rank)
+    assert verify(tmp_path / "soup") == ""
+    assert verify(tmp_path / "soup/adapter_model.safetensors") == ""
+    config = tmp_path / "soup/adapter_config.json"
+    before = config.read_text()
+    config.write_text(before.replace('"lora_alpha": ', '"lora_alpha": 1'))
+    assert "it differs" in verify(tmp_path / "soup")
+    config.write_text(before)
+    (folders[1] / "adapter_config.json").write_text(json.dumps(CONFIG | {"lora_alpha": 5}))
+    assert "run1 was changed" in verify(tmp_path / "soup")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dtype": "F16"}, "--dtype is for whole models"),
+        ({"exclude": "A"}, "--exclude is for whole models"),
+        ({"threads": 1}, "--threads is for whole models"),
+        ({"score": soups.perplexity("text.txt")}, "--perplexity scores whole models, and these are LoRA adapters"),
+    ],
+)
+def test_what_adapters_cannot_have_is_refused(settings, words, tmp_path):
+    for i in range(2):
+        adapter_folder(tmp_path / f"run{i}", adapter(i))
+    with pytest.raises(UserError, match=words):
+        soups.greedy(
+            f"{tmp_path}/run*", **{"score": of_size, "goal": None if "score" in settings else "min"} | settings
+        )
+    with pytest.raises(UserError, match="type `soups lora`"):
+        soups.uniform(f"{tmp_path}/run*")
+
+
+def test_adapters_of_other_modules_or_with_nan_are_refused_before_any_score(tmp_path):
+    adapter_folder(tmp_path / "run0", adapter(0))
+    adapter_folder(tmp_path / "run1", {name.replace("query", "key"): t for name, t in adapter(1).items()})
+    adapter_folder(tmp_path / "run2", {name: torch.full_like(t, torch.nan) for name, t in adapter(1).items()})
+    for others, words in (("01", r"run1: tensor .*key.* not in both"), ("02", r"run2: tensor .* holds NaN")):
+        with pytest.raises(UserError, match=words):
+            paths = [tmp_path / f"run{i}" for i in others]
+            soups.greedy(paths, lambda weights: pytest.fail("it was scored"), "min", quiet=True)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from finetune.meter import Meter, peak_flops, progress, training_flops
+from finetune.log import Meter, peak_flops, show_progress, training_flops
 from models.classifier import pretrained_network
 from tests.readers import FOLDERS, prompted_model
 
@@ -37,7 +37,7 @@ def take(meter, clock, steps, seconds, images=8):
 def lines_of(meter, clock, steps, seconds, width=200, **console):
     """What is printed while a training takes its steps."""
     out = io.StringIO()
-    with progress(meter, "row 3", Console(file=out, width=width, **console)) as tell:
+    with show_progress(meter, "row 3", Console(file=out, width=width, **console)) as tell:
         for step in range(meter.first + 1, meter.first + steps + 1):
             take(meter, clock, 1, seconds)
             tell(step, 1 / step)
@@ -97,7 +97,7 @@ def image(size):
 
 @pytest.mark.parametrize("kind", ["masked_lm", "seq2seq_lm"])
 def test_the_flops_of_a_language_model_are_counted_and_it_attends_as_before(kind, tmp_path):
-    network = pretrained_network(prompted_model(kind, FOLDERS[kind](tmp_path)), ("no", "yes"))
+    network = pretrained_network(prompted_model(kind, FOLDERS[kind](tmp_path)), ("no", "yes"), ("A) no", "B) yes"))
     before = network.network.config._attn_implementation
     length, width, inner, layers, masks = 16, 32, 64, 2, 3
     found = training_flops(network, torch.ones(1, length, dtype=torch.int64))
@@ -188,7 +188,7 @@ def test_a_log_of_a_resumed_training_goes_on_from_its_step(clock):
 
 def test_a_training_that_fails_says_where_it_was(clock):
     out, meter = io.StringIO(), Meter(total=100, clock=clock)
-    with pytest.raises(ValueError, match="broken"), progress(meter, "row 3", Console(file=out, width=200)) as tell:
+    with pytest.raises(ValueError, match="broken"), show_progress(meter, "row 3", Console(file=out, width=200)) as tell:
         take(meter, clock, 1, seconds=1)
         tell(1, 0.5)
         raise ValueError("broken")

@@ -1,11 +1,14 @@
 """Notebooks run from what is committed, draw something, train nothing and define nothing."""
 
 import ast
+import json
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -37,11 +40,22 @@ def test_what_is_committed_shows_pictures_or_tables_and_no_warning_of_a_machine(
     assert not [each for each in outputs if each.output_type == "error" or each.get("name") == "stderr"]
 
 
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """The name of a kernel whose libraries are loaded already."""
+    words = [python(), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    place = tmp_path / "kernels/quick/kernel.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"argv": words, "display_name": "quick", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    return "quick"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_a_clone_and_shows_what_it_draws(path, tmp_path):
+def test_a_notebook_runs_from_a_clone_and_shows_what_it_draws(path, kernel):
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}})
+    client = NotebookClient(notebook, timeout=120, kernel_name=kernel, resources={"metadata": {"path": path.parent}})
     client.execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
     kinds = {kind for output in shown for kind in output["data"]}

@@ -10,8 +10,8 @@ from analysis.results import SHIFT_MEAN
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator, forward
-from eval.scores import score
-from soups.pool import usable_pool
+from soups.experiment.pool import usable_pool
+from soups.scorers.metrics import score
 from store.runs import RunFolder
 from tests.pools import moved_pool, recorded_pool
 
@@ -59,7 +59,9 @@ def test_a_pair_has_one_name_whichever_comes_first(tmp_path):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    config = load("demo_tiny", f"paths.runs={tmp_path_factory.mktemp('runs')}", "analysis.pairs.count=2", *FEW)
+    config = load(
+        "demo_tiny", f"paths.runs={tmp_path_factory.mktemp('runs')}", "task.classes=8", "analysis.pairs.count=2", *FEW
+    )
     weights = moved_pool(config)
     return config, weights, figure4(config)
 

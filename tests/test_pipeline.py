@@ -2,21 +2,24 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import reproduce
 from configs.errors import UserError
 from configs.schema import load
-from finetune.rows import identity
 from finetune.sweep import train_sweep
-from store.atomic import read_json, read_jsonl
+from soups.files.atomic import read_json, read_jsonl
+from soups.files.weights import load_weights
+from store.rows import identity
 from store.runs import RunFolder, sole_writer
-from store.weights import load_weights
+from tests.commands import python
+from tests.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow  # the whole story, several times over
@@ -24,7 +27,7 @@ RESULTS = ("table3.md", "table3.tex", "table3.csv", "figure1.pdf", "figure1.png"
 
 
 def command(runs, *overrides, program=("reproduce.py",)):
-    return [sys.executable, *program, "experiment=demo_tiny", f"paths.runs={runs}", *overrides]
+    return [python(), *program, "experiment=demo_tiny", f"paths.runs={runs}", *overrides]
 
 
 def finish(runs, *overrides, program=("reproduce.py",)):
@@ -71,13 +74,28 @@ def test_the_story_ends_with_a_table_the_files_and_what_to_do_next(undisturbed):
     run, output = undisturbed
     for name in RESULTS:
         assert (run / "analysis" / name).stat().st_size > 0
-        assert name in output.replace("\n", "")
-    assert "Greedy soup" in output
-    assert "Next:" in output
+    said = " ".join(output.split())
+    sentence = r"Greedy soup of \d: test \d+\.\d % \(n = 40\), [+-]\d+\.\d \[.*?\] over the best single model: \w+"
+    assert re.search(sentence, said)
+    assert "with 95 % paired-bootstrap intervals" in said and "its numbers mean nothing" in said
+    assert (run / "report.html").stat().st_size > 0 and "Look at " in output and "report.html" in output
+    assert "Next: python reproduce.py experiment=demo " in output
     manifest = (run / "manifest.csv").read_text().splitlines()
     assert manifest[0].startswith("row,")
     assert "optim.lr" in manifest[0]
     assert len(manifest) == 1 + 4
+
+
+def test_every_command_of_the_report_runs(undisturbed):
+    run, _ = undisturbed
+    page = Page((run / "report.html").read_text())
+    commands = {cell.words for line in page.lines("parts") for cell in line if cell.words.startswith("python ")}
+    assert len(commands) >= 6
+    for each in sorted(commands):
+        assert f"run={run}" in each
+        call = [python(), *shlex.split(each)[1:]]
+        answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert answer.returncode == 0, (each, answer.stdout, answer.stderr)
 
 
 def test_every_result_says_where_it_comes_from(undisturbed):
@@ -133,7 +151,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(undisturbed, tmp_path
     for name in RESULTS:
         assert (run / "analysis" / name).read_bytes() == (expected / "analysis" / name).read_bytes(), name
     weights = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
-    assert len(weights) == 4 + 1 + 11  # rows, zero-shot, soups
+    assert len(weights) == 4 + 1 + 12  # rows, zero-shot, soups
     for path in weights:
         assert (run / path).read_bytes() == (expected / path).read_bytes(), path
     assert not list((run / "ingredients").rglob(".*.tmp*"))
@@ -182,6 +200,12 @@ def test_wrong_input_is_refused_before_anything_is_written(undisturbed, tmp_path
     with pytest.raises(UserError, match=re.escape(words)):
         train_sweep(load("demo_tiny", override, f"paths.runs={runs}"))
     assert not list(tmp_path.rglob("done.json"))
+
+
+def test_one_recipe_is_refused_where_all_are_cooked(tmp_path):
+    with pytest.raises(UserError, match=r"recipe=wise_ft is for python -m soups: here type recipes=\[wise_ft\]"):
+        reproduce.run(load("demo_tiny", "recipe=wise_ft", f"paths.runs={tmp_path}"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_is_killed_ends_the_stage_with_one_line(tmp_path):

@@ -6,16 +6,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM, T5ForConditionalGeneration
 
+from configs.data import lettered
 from configs.errors import UserError
 from models.classifier import architecture, pretrained_network
-from models.prompts import answers, question
-from models.readers import tokenizer_of
+from models.hub import tokenizer_of
+from models.prompts import question
 from models.tokens import TokenSplit
 from soups.average import Average
-from store.weights import load_weights, save_weights
+from soups.files.weights import load_weights, save_weights
 from tests.readers import FOLDERS, SPECIAL, prompted_model, tokenizer
 
 OPTIONS = ("negative", "not good", "positive")  # answers of unequal length
+ANSWERS = lettered(OPTIONS)
 TEXTS = ["the film is good", "the film was bad , not good .", "c"]
 PIECES = [("sentence : ", "sentence")]
 KINDS = ("masked_lm", "seq2seq_lm")
@@ -28,8 +30,8 @@ def model(request, tmp_path_factory):
     return prompted_model(request.param, FOLDERS[request.param](folder))
 
 
-def tokens(model, texts=TEXTS, options=OPTIONS):
-    words = tokenizer_of(model, options)
+def tokens(model, texts=TEXTS, options=OPTIONS, order=()):
+    words = tokenizer_of(model, lettered(options, order))
     ids = words.encode(PIECES, ["sentence"], [[text] for text in texts])
     return TokenSplit(ids, torch.zeros(len(texts), dtype=torch.long), words.pad, "")
 
@@ -53,16 +55,23 @@ def slowly(model, text, option):
 
 
 def test_prompt_and_answers_are_those_of_the_paper():
-    text = "sentence: The best movie I’ve ever seen!" + question(["positive", "negative"])
+    text = "sentence: The best movie I’ve ever seen!" + question(["A) positive", "B) negative"])
     assert text == "sentence: The best movie I’ve ever seen! | options: A) positive B) negative | label:"
-    assert answers(["acceptable", "unacceptable"])[0] == "A) acceptable"
-    with pytest.raises(UserError, match="more than there are"):
-        answers(["x"] * 27)
 
 
 @torch.no_grad()
+def test_an_order_of_options_changes_letters_and_not_which_logit_is_which_class(model):
+    words = AutoTokenizer.from_pretrained(model.weights)
+    said = words.decode(tokens(model, order=(2, 1, 0)).ids[0])
+    assert said.index("positive") < said.index("not good") < said.index("negative")
+    network = pretrained_network(model, OPTIONS, lettered(OPTIONS, (2, 1, 0)))
+    for answer, said in zip(network.options, ("C) negative", "B) not good", "A) positive"), strict=True):
+        ids = words(said, add_special_tokens=False)["input_ids"]
+        assert answer[: len(ids)].tolist() == ids
+
+
 def test_logits_are_the_log_probabilities_of_the_answers_computed_the_slow_way(model):
-    network, split = pretrained_network(model, OPTIONS).eval(), tokens(model)
+    network, split = pretrained_network(model, OPTIONS, ANSWERS).eval(), tokens(model)
     logits = network(split.batch(torch.arange(3)))  # padded together
     expected = torch.tensor([[slowly(model, text, option) for option in OPTIONS] for text in TEXTS])
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -71,14 +80,14 @@ def test_logits_are_the_log_probabilities_of_the_answers_computed_the_slow_way(m
 
 @torch.no_grad()
 def test_padding_changes_no_answer(model):
-    network, split = pretrained_network(model, OPTIONS).eval(), tokens(model)
+    network, split = pretrained_network(model, OPTIONS, ANSWERS).eval(), tokens(model)
     together = network(split.batch(torch.arange(3)))
     alone = torch.cat([network(split.batch(torch.tensor([row]))) for row in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_no_parameter_is_added_and_a_tied_one_stands_once(model):
-    network = pretrained_network(model, OPTIONS)
+    network = pretrained_network(model, OPTIONS, ANSWERS)
     library = LIBRARY[model.kind].from_pretrained(model.weights)
     assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in library.parameters())
     assert {f"network.{name}" for name, _ in library.named_parameters()} == set(network.state_dict())
@@ -87,7 +96,7 @@ def test_no_parameter_is_added_and_a_tied_one_stands_once(model):
 
 
 def test_one_step_moves_the_loss_towards_the_answer(model):
-    network, split = pretrained_network(model, OPTIONS).eval(), tokens(model)
+    network, split = pretrained_network(model, OPTIONS, ANSWERS).eval(), tokens(model)
     batch = split.batch(torch.arange(3))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     before = -network(batch)[:, 2].mean()
@@ -102,7 +111,7 @@ def test_one_step_moves_the_loss_towards_the_answer(model):
 def averaged_with_another(model, tmp_path):
     """Two networks of one kind, the state dict of their mean, and the mean of each tensor by hand."""
     other = replace(model, weights=FOLDERS[model.kind](tmp_path / "other", seed=1))
-    two = [pretrained_network(each, OPTIONS) for each in (model, other)]
+    two = [pretrained_network(each, OPTIONS, ANSWERS) for each in (model, other)]
     states = [network.state_dict() for network in two]
     mean = Average.of(states[0]).plus(states[1]).weights()
     return two, mean, {name: (states[0][name].double() + states[1][name].double()) / 2 for name in states[0]}
@@ -129,7 +138,7 @@ def test_saved_and_loaded_by_the_library_the_soup_is_the_same_and_tied(model, tm
     _, mean, _ = averaged_with_another(model, tmp_path)
     file = tmp_path / "soup.safetensors"
     save_weights(file, mean)
-    soup = architecture(model, 3, OPTIONS)
+    soup = architecture(model, 3, ANSWERS)
     soup.load_state_dict(load_weights(file), strict=True)
     soup.network.save_pretrained(tmp_path / "library")
     back = LIBRARY[model.kind].from_pretrained(tmp_path / "library")
@@ -139,7 +148,7 @@ def test_saved_and_loaded_by_the_library_the_soup_is_the_same_and_tied(model, tm
 
 
 def test_integer_buffers_are_neither_averaged_nor_lost(model):
-    network = pretrained_network(model, OPTIONS)
+    network = pretrained_network(model, OPTIONS, ANSWERS)
     network.network.register_buffer("position_ids", torch.arange(512))
     state = network.state_dict()
     mean = Average.of(state).plus(state).weights()
@@ -162,10 +171,10 @@ def test_a_masked_language_model_that_is_no_bert_is_refused(tmp_path):
     ).save_pretrained(tmp_path)
     tokenizer(SPECIAL).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="takes BertForMaskedLM"):
-        pretrained_network(prompted_model("masked_lm", tmp_path), OPTIONS)
+        pretrained_network(prompted_model("masked_lm", tmp_path), OPTIONS, ANSWERS)
 
 
 def test_a_model_that_is_nowhere_is_one_line_with_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable was read long ago
     with pytest.raises(UserError, match=r"hf download small config\.json"):
-        pretrained_network(replace(prompted_model("masked_lm", tmp_path), weights=None), OPTIONS)
+        pretrained_network(replace(prompted_model("masked_lm", tmp_path), weights=None), OPTIONS, ANSWERS)

@@ -10,18 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soups.average import Average
+from soups.errors import UserError
 from soups.recipes import (
     best,
     greedy,
     greedy_random_order,
     greedy_with_replacement,
     mean_of,
-    random_order,
     second_best,
     subset,
     uniform,
     wise_ft,
 )
+from soups.selection import Result, add_in_order, add_with_replacement, best_first, random_order
 
 RELEASED = Path(__file__).resolve().parents[2] / "shared/reference/released"
 
@@ -212,10 +213,10 @@ def test_wise_ft_does_not_extrapolate(alpha):
 
 
 def test_wise_ft_refuses_models_that_do_not_fit_together():
-    with pytest.raises(ValueError, match="'v' is not in all of them"):
+    with pytest.raises(UserError, match=r"model 1: tensor 'v' is not in model 0$"):
         wise_ft(model(0.0), lambda: {"v": torch.zeros(1)}, 0.5)
-    with pytest.raises(ValueError, match=r"'w': torch.float32 and torch.float64"):
-        wise_ft(model(0.0), lambda: {"w": torch.zeros(1, dtype=torch.float64)}, 0.5)
+    with pytest.raises(UserError, match=r"model 1: tensor 'w' is I64 \(1,\), but F32 \(1,\) in model 0"):
+        wise_ft(model(0.0), lambda: {"w": torch.zeros(1, dtype=torch.int64)}, 0.5)
 
 
 def test_the_same_recipes_make_ensembles_of_logits():
@@ -267,21 +268,20 @@ def test_integer_buffers_are_kept_when_equal_and_refused_when_not():
         return lambda: {"n": torch.tensor(value), "mask": torch.tensor([True])}
 
     assert mean_of([counter(3), counter(3)])["n"].item() == 3
-    with pytest.raises(ValueError, match="integer buffer 'n' differs"):
+    with pytest.raises(UserError, match="model 1: integer tensor 'n' differs"):
         mean_of([counter(3), counter(4)])
 
 
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"v": torch.zeros(2)}, "'v' is not in all of them"),
-        ({"w": torch.zeros(3)}, r"'w': \(2,\) torch.float32 and \(3,\) torch.float32"),
-        ({"w": torch.zeros(2).half()}, r"torch.float32 and \(2,\) torch.float16"),
+        ({"v": torch.zeros(2)}, "model 1: tensor 'v' is not in the models before"),
+        ({"w": torch.zeros(3)}, r"model 1: tensor 'w' is F32 \(3,\), but F64 \(2,\)"),
         ({"w": torch.tensor([1.0, float("nan")])}, "'w' holds NaN or infinity"),
     ],
 )
 def test_models_that_do_not_fit_together_are_refused_by_name(other, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         Average.of({"w": torch.zeros(2)}).plus(other)
 
 
@@ -300,3 +300,37 @@ def test_the_authors_published_scores_and_decisions_give_their_soup():
     soup = greedy([model(0.0)] * 72, held_out, lambda weights: next(scores))
     assert {names[i] for i in soup.ingredients} == {43, 44, 32, 47, 50}
     assert next(scores, None) is None
+
+
+def test_a_score_that_is_nan_is_refused_by_number_and_not_sorted():
+    with pytest.raises(ValueError, match="the score of model 1 is NaN"):
+        best_first([0.5, float("nan"), 0.9])
+    with pytest.raises(ValueError, match="mixture is NaN"):
+        add_in_order([0, 1], 0.5, lambda mixtures, to_beat: [Result(float("nan"))])
+
+
+LOSSES = {(0,): 3.0, (1,): 2.0, (2,): 4.0, (1, 0): 1.5, (1, 2): 2.5, (1, 0, 2): 1.5, (1, 1): 2.0}
+
+
+def test_a_score_that_is_to_be_low_turns_every_decision_around():
+    def score(mixtures, to_beat):
+        return [Result(LOSSES[mixture]) for mixture in mixtures]
+
+    order = best_first([3.0, 2.0, 4.0], "min")
+    assert order == [1, 0, 2]
+    for ahead in (1, 2, 5):
+        kept = add_in_order(order, 2.0, score, ahead=ahead, goal="min")
+        assert kept.mixture == (1, 0, 2)  # the tie is kept
+        assert add_in_order(order, 2.0, score, ahead=ahead, goal="min", ties="drop").mixture == (1, 0)
+    assert add_with_replacement([3.0, 2.0, 4.0], score, rounds=1, goal="min").mixture == (1, 0)
+
+
+def test_a_round_says_what_its_mixtures_have_to_reach():
+    asked = []
+
+    def score(mixtures, to_beat):
+        asked.append((list(mixtures), to_beat))
+        return [Result(0.9 if mixture == (0, 1) else 0.1) for mixture in mixtures]
+
+    assert add_in_order([0, 1, 2, 3], 0.5, score, ahead=2).mixture == (0, 1)
+    assert asked == [([(0, 1), (0, 2)], 0.5), ([(0, 1, 2), (0, 1, 3)], 0.9)]

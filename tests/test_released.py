@@ -103,7 +103,7 @@ def test_there_is_no_mean_of_shifts_where_one_is_missing(tmp_path):
 
 
 def test_what_was_not_published_is_empty():
-    learned = released_tidy().query("method == 'learned_by_layer'").set_index("column")["accuracy"]
+    learned = released_tidy().query("method == 'learned_by_tensor'").set_index("column")["accuracy"]
     assert learned["test"] == 0.8138
     assert learned.drop("test").isna().all()
 

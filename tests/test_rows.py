@@ -1,21 +1,55 @@
 """Rows of a sweep are keyed: the same for ever, whatever is added beside them."""
 
 import io
+import re
 import subprocess
-import sys
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
-from configs.chance import seed, uniform
+from analysis.page.files import read_results
+from analysis.results import measure
+from analysis.sets import variants
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import load
-from configs.training import Choice, Integers, LogUniform, ZeroOrUniform
-from finetune.listing import differing, print_rows
-from finetune.rows import draw, identity, inverse, row_config
+from configs.schema import dump, load
+from configs.training import (
+    Augment,
+    Choice,
+    Distill,
+    Integers,
+    LogUniform,
+    Model,
+    Optim,
+    Regularizer,
+    Sam,
+    Swa,
+    ZeroOrUniform,
+    closed,
+)
+from eval.forward import Evaluator
+from eval.pool import model_folders
+from finetune.rows import differing, print_rows
+from finetune.start import other_head, refuse_other_data
+from finetune.sweep import train_sweep
+from finetune.train import train_row
+from slurm.jobs import jobs_of
+from slurm.status import pace
+from soups.chance import seed, uniform
+from soups.experiment.cook import cook
+from soups.experiment.pool import usable_pool
+from soups.files.atomic import digest_of, read_json, write_json
+from soups.files.weights import load_weights, save_weights
+from store.rows import draw, identity, inverse, meaning, require_trainable, row_config
+from store.runs import RunFolder, done_row, read_pool, record_config
+from tasks.load import load_split
+from tests.commands import python
+from tests.experiments import TYPED
+from tests.pools import finished_pool, record, recorded_pool
 
 
 def test_the_keyed_numbers_are_the_ones_of_every_earlier_run():
@@ -81,6 +115,284 @@ def test_a_row_is_identified_by_what_changes_its_weights_and_by_nothing_else():
     assert identity(texts, 3) != identity(load("demo_text", "task.take.train=1500"), 3)
 
 
+def test_where_things_lie_is_no_setting_of_a_row():
+    moved = {
+        "table3_clip_b32": ("task.folder=/scratch/imagenet",),
+        "released": ("sweep.imported=/scratch/released", "compute.decoded=/scratch/decoded"),
+        "tablej1_bert_base_rte": ("task.folder=/scratch/glue", "paths.runs=/scratch"),
+        "own_text": ("task.folder=/scratch/texts", "task.label=label"),
+    }
+    for name, places in moved.items():
+        config, elsewhere = load(name, *TYPED.get(name, ())), load(name, *TYPED.get(name, ()), *places)
+        for row in (0, 1):
+            assert identity(config, row) == identity(elsewhere, row), name
+    listed = load("released", "task.held_out_index=/a/imagenet_98_idxs.npy")
+    assert identity(listed, 1) == identity(load("released", "task.held_out_index=/b/imagenet_98_idxs.npy"), 1)
+    assert identity(listed, 1) != identity(load("released", "task.held_out_index=/a/other.npy"), 1)
+    local = load("table3_clip_b32", "model.weights=/a/clip.safetensors")
+    assert identity(local, 1) == identity(load("table3_clip_b32", "model.weights=/b/clip.safetensors"), 1)
+    for other in (("model.weights=/a/other.safetensors",), ()):  # other weights to start from
+        assert identity(local, 0) != identity(load("table3_clip_b32", *other), 0)
+
+
+def test_what_scores_held_out_is_part_of_a_row_since_recipes_sort_by_it():
+    assert identity(load("demo"), 1) != identity(load("demo", "+task.metrics.held_out=macro_f1"), 1)
+
+
+@closed
+class GrownTask(Task):
+    added: int = 7
+
+
+@closed
+class GrownModel(Model):
+    added: str | None = None
+
+
+@closed
+class GrownOptim(Optim):
+    added: dict[str, int] = field(default_factory=dict)
+
+
+@closed
+class GrownAugment(Augment):
+    among: tuple["GrownAugment", ...] = ()
+    added: float = 0.5
+
+
+@closed
+class GrownSwa(Swa):
+    added: bool = False
+
+
+@closed
+class GrownSam(Sam):
+    added: bool = False
+
+
+@closed
+class GrownDistill(Distill):
+    added: bool = False
+
+
+@closed
+class GrownRegularizer(Regularizer):
+    swa: GrownSwa | None = None
+    sam: GrownSam | None = None
+    distill: GrownDistill | None = None
+    added: tuple[int, ...] = (1,)
+
+
+GROWN = {
+    "task": GrownTask,
+    "model": GrownModel,
+    "optim": GrownOptim,
+    "augment": GrownAugment,
+    "regularizer": GrownRegularizer,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [("demo", 1), ("demo_text", 2), ("figurel1_clip", 1), ("tablel1_distill", 7), ("tablel3_sam", 3)]
+)
+def test_a_setting_that_is_added_with_a_default_makes_no_finished_row_foreign(name, row, monkeypatch):
+    config = load(name)
+    own, before = dump(row_config(config, row)), identity(config, row)
+    monkeypatch.setattr("store.rows.GROUPS", GROWN)
+    grown = {group: kind(**own[group]) for group, kind in GROWN.items()}
+    told = {"row": row, "sweep_seed": config.sweep.seed, "imported": False}
+    told |= {"precision": config.compute.precision, "evaluated": config.compute.evaluates_in}
+    assert digest_of(meaning(grown, **told)) == before
+    set_otherwise = grown | {"optim": GrownOptim(**own["optim"], added={"x": 1})}
+    assert digest_of(meaning(set_otherwise, **told)) != before
+
+
+PINNED = {  # of rows as they have been named from the first version on that leaves defaults out
+    "demo": {0: "d24ca8672b446da2d7eb4cc09aade444", 1: "f72bec7bc3e1418528fa621b6e92fe45"},
+    "demo_tiny": {2: "3547064269e42874cbd095e74e63e652"},
+    "demo_text": {0: "d382769b69c9fc8a12d3e59e5f0b39f4", 1: "1a45f429ad1e849c65bcf919c8cc2097"},
+    "demo_ema_swa": {2: "3a0ba4e4fae750bc7f83fb54a87091b1"},
+    "demo_cross_dataset": {3: "fdc2fe37f7a013e1dda6936fcd6ecfe4"},
+    "table3_clip_b32": {0: "fe2ac32b517d1ee73edc013fea7f1e2e", 1: "259858b493112615bebc48a4b2c7a14a"},
+    "released": {0: "739a453a9109719a5f99f366820629bc", 1: "5985a44df20c405894fe4c1d139ecbee"},
+    "figurel1_clip": {3: "de9ba4c68d8b1402670cf7cf12155099"},
+    "tablel1_distill": {7: "177668e21664ac5271a598036edd2db2"},
+    "table4_vitg": {57: "a58c92d868d519e39bb898d02519252f"},
+    "tablej1_bert_base_rte": {1: "5fffd71a96b4157c76c5260b6d6422c5"},
+    "figureg1_fmow": {1: "f24ef174a44dd5f9cc4d7d8fb86d4c30"},
+    "own_images": {1: "b8b8b472d2f4bcea5b66c6ccab2f2fb6"},
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_rows_keep_their_names(name):
+    """A change here makes finished rows foreign, or takes rows that mean something else for these."""
+    config = load(name, *TYPED.get(name, ()))
+    assert {row: identity(config, row) for row in PINNED[name]} == PINNED[name]
+
+
+DEFAULTS = {  # of settings that rows depend on
+    "Task": {
+        "folders": {},
+        "counts": None,
+        "names": "folder",
+        "label": "label",
+        "subset": None,
+        "template": None,
+        "options": (),
+        "asked": (),
+        "take": None,
+        "subsets": {},
+        "numbered": (),
+        "objectnet": None,
+        "objectnet_border": False,
+        "annotations": {},
+        "held_out_per_class": None,
+        "held_out_share": None,
+        "held_out_index": None,
+        "protocol": "apart",
+        "overlap_allowed": 0,
+        "metrics": {},
+        "title": None,
+        "titles": {},
+        "proxy_for": None,
+        "bootstrap_unit": "image",
+        "classes": None,
+        "parts": 1,
+        "part": 0,
+    },
+    "Model": {
+        "name": None,
+        "pretrained": None,
+        "weights": None,
+        "proxy_for": None,
+        "max_length": 128,
+        "eval_size": None,
+        "eval_resize": None,
+        "squash": False,
+        "templates": None,
+        "train_head": True,
+        "frozen_stages": 0,
+        "frozen_batch_norm": True,
+    },
+    "Optim": {
+        "kind": "adamw",
+        "decay": "weights",
+        "momentum": 0.9,
+        "schedule": "cosine",
+        "cycles": 1,
+        "steps": None,
+        "loss": "softmax",
+        "cutmix": 0.0,
+        "seed": None,
+        "evaluate_every": 0,
+        "keep": "last",
+    },
+    "Augment": {
+        "crop": None,
+        "aspect": 0.75,
+        "flip": 0.5,
+        "color_jitter": 0.0,
+        "magnitude": 0,
+        "layers": 0,
+        "magnitude_max": 10,
+        "increasing": True,
+        "fill": "white",
+        "last_epochs_minimal": 0,
+        "among": (),
+    },
+    "Regularizer": {
+        "ema": (),
+        "ema_ramp": False,
+        "swa": None,
+        "sam": None,
+        "distill": None,
+        "ingredient": "raw",
+    },
+    "Swa": {},
+    "Sam": {},
+    "Distill": {
+        "temperature": 1.0,
+        "weight": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [Task, Model, Optim, Augment, Regularizer, Swa, Sam, Distill])
+def test_defaults_which_identities_leave_out_never_change(kind):
+    """Where another default is better, yaml files have it: a row that leaves one out must always mean the same."""
+    now = {name: at.get_default(call_default_factory=True) for name, at in kind.__pydantic_fields__.items()}
+    assert {name: now[name] for name in DEFAULTS[kind.__name__]} == DEFAULTS[kind.__name__]
+
+
+def as_before(config, row):
+    """The identity that rows had when it was a digest of all settings, defaults and places too."""
+    values = dump(row_config(config, row))
+    parts = {name: values[name] for name in ("task", "model", "optim", "augment", "regularizer")}
+    return digest_of(parts | {"precision": values["compute"]["precision"], "seed": config.sweep.seed, "row": row})
+
+
+def test_rows_of_earlier_versions_are_known_by_their_config_json_and_others_refused(tmp_path):
+    config = load("demo", f"paths.runs={tmp_path}", "sweep.rows=2")
+    run = RunFolder.of(config)
+    for row in range(3):
+        record(config, row, str(row))
+        done = read_json(run.ingredient(row) / "done.json")
+        write_json(run.ingredient(row) / "done.json", done | {"identity": as_before(config, row)})
+        values = dump(row_config(config, row))
+        values["task"]["folder"] = "elsewhere"
+        del values["optim"]["cutmix"], values["analysis"]  # not known yet
+        write_json(run.ingredient(row) / "config.json", values)
+    assert [each.row for each in read_pool(config)] == [0, 1, 2]
+    assert done_row(config, 1)["digest"] == "1"
+    other = load("demo", f"paths.runs={tmp_path}", "sweep.rows=2", "optim.clip_norm=9")
+    with pytest.raises(UserError, match=r"rows 1, 2 of .*demo were made with other settings.*name=demo_mine"):
+        read_pool(other)
+    with pytest.raises(UserError, match=r"001 was made with other settings"):
+        done_row(other, 1)
+    assert done_row(other, 0)["digest"] == "0"
+
+
+def test_data_that_moved_are_the_same_and_other_data_under_the_same_name_are_refused(tmp_path):
+    for place, words in (("one", "text"), ("moved", "text"), ("other", "word")):
+        for split in ("train", "held_out", "test"):
+            lines = ["text\tlabel", *(f"{split} {words} {i}\t{i % 2}" for i in range(4))]
+            (tmp_path / place).mkdir(exist_ok=True)
+            (tmp_path / place / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    one, moved, other = (
+        load("own_text", f"task.folder={tmp_path / place}", *TYPED["own_text"][1:], f"paths.runs={tmp_path / 'runs'}")
+        for place in ("one", "moved", "other")
+    )
+    record_config(RunFolder.of(one).ingredient(0), dump(one))
+    done = {"data": {split: load_split(one.task, split).digest for split in ("train", "held_out")}}
+    for same in (one, moved):
+        refuse_other_data(same, done)
+    refuse_other_data(other, {})  # of an earlier version, which recorded no digests
+    with pytest.raises(UserError, match=r"made from other examples than those of task\.folder=.*other.*name=demo_mine"):
+        refuse_other_data(other, done)
+
+
+def test_every_reader_refuses_rows_that_were_made_with_other_settings(tmp_path):
+    words = [f"paths.runs={tmp_path}", "sweep.rows=2", "cluster=slurm_cpu"]
+    recorded_pool(load("demo", *words))
+    other = load("demo", *words, "optim.clip_norm=9")
+    readers = {
+        "pool": read_pool,
+        "evaluation": model_folders,
+        "recipes": usable_pool,
+        "a recipe": lambda config: cook("uniform", Evaluator(config)),
+        "tables": lambda config: measure(config, Evaluator(config)),
+        "a table of rows": variants,
+        "the page": lambda config: read_results(config).done,
+        "plan": lambda config: jobs_of(config, []),
+        "pace": pace,
+    }
+    for name, read in readers.items():
+        with pytest.raises(UserError, match="made with other settings"):
+            read(other)
+            pytest.fail(name)
+
+
 def test_a_sweep_over_a_field_that_does_not_exist_is_refused():
     config = load("demo")
     sweep = replace(config.sweep, draw={"optim": {"learning_rate": Integers(kind="integers", low=1, high=2)}})
@@ -121,8 +433,115 @@ def test_rows_of_each_replicate_are_listed():
 
 
 def test_the_command_lists_rows_and_says_what_to_run_next():
-    command = [sys.executable, "-m", "finetune.rows", "experiment=demo", "optim.clip_norm=2"]
+    command = [python(), "-m", "finetune.rows", "experiment=demo", "optim.clip_norm=2"]
     root = Path(__file__).resolve().parents[1]
     answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "python -m finetune experiment=demo optim.clip_norm=2 sweep.index=1" in answer.stdout
     assert max(map(len, answer.stdout.splitlines())) > 80
+
+
+def searched(runs, scores):
+    """A finished search of three rows in `runs`, with their held-out scores; of None the row diverged."""
+    search = load("figureg3_in22k", "sweep.rows=3", f"paths.runs={runs}")
+    for row, score in enumerate((0.9, *scores)):
+        folder = RunFolder.of(search).ingredient(row)
+        write_json(folder / "config.json", dump(row_config(search, row)))
+        held_out = {"correct": int(100 * (score or 0)), "n": 100}
+        write_json(folder / "done.json", {"status": "diverged" if score is None else "done", "held_out": held_out})
+    return search
+
+
+def test_seeds_take_the_settings_of_the_best_row_of_the_search(tmp_path):
+    config = load("figureg4_in22k", f"paths.runs={tmp_path}")
+    before = [identity(config, row) for row in range(3)]
+    assert row_config(config, 1).optim.epochs == 11  # stands for them in plans
+    with pytest.raises(UserError, match=r"row 0 of .*figureg3_in22k is not finished.*experiment=figureg3_in22k first"):
+        require_trainable(config)
+    search = searched(tmp_path, (0.5, 0.7, 0.7))
+    best = row_config(search, 2)
+    require_trainable(config)
+    for row in (1, 5):
+        own = row_config(config, row)
+        assert own.augment == best.augment
+        assert own.optim == replace(best.optim, seed=row - 1)
+    assert identity(config, 0) == before[0]  # the initialisation is the same
+    assert identity(config, 1) != before[1]
+    with pytest.raises(UserError, match=r"optim.lr is that of the best row .*sweep.best_of=null"):
+        load("figureg4_in22k", "optim.lr=1e-5")
+    assert load("figureg4_in22k", "optim.lr=1e-5", "sweep.best_of=null").optim.lr == 1e-5
+
+
+def test_a_search_that_ended_badly_or_not_at_all_has_no_best_row(tmp_path):
+    config = load("figureg4_in22k", f"paths.runs={tmp_path}")
+    search = searched(tmp_path, (None, None, None))
+    with pytest.raises(UserError, match=r"every row of .*figureg3_in22k diverged"):
+        require_trainable(config)
+    (RunFolder.of(search).ingredient(3) / "done.json").unlink()
+    with pytest.raises(UserError, match=r"row 3 of .* is not finished"):
+        require_trainable(config)
+
+
+def test_an_experiment_of_other_experiments_rows_trains_nothing():
+    with pytest.raises(UserError, match="figuree1_soups trains nothing"):
+        train_sweep(load("figuree1_soups"))
+    with pytest.raises(UserError, match="figuree1_soups trains nothing"):
+        train_row(load("figuree1_soups"), 0)
+
+
+def test_a_row_may_start_with_the_head_of_another_run(tmp_path):
+    listed = ("sweep=cross_dataset", "~sweep.draw", "sweep.rows=null", "sweep.listed=[{model: {head_of: other}}, {}]")
+    other, _ = finished_pool(tmp_path, "sweep.rows=1", "name=other", classes=10)
+    config, _ = finished_pool(tmp_path, *listed, classes=10)
+    folder = RunFolder.of(other).ingredient(0)
+    weights = load_weights(folder / "weights.safetensors", read_json(folder / "done.json")["digest"])
+    weights["head.bias"] = weights["head.bias"] + 1
+    digest = save_weights(folder / "weights.safetensors", weights)
+    write_json(folder / "done.json", read_json(folder / "done.json") | {"digest": digest})
+    head = other_head(config, row_config(config, 1), 1)
+    assert set(head) == {"head.weight", "head.bias"}
+    assert torch.equal(head["head.bias"], weights["head.bias"])
+    assert other_head(config, row_config(config, 2), 2) == {}
+    require_trainable(config)
+    (folder / "done.json").unlink()
+    with pytest.raises(UserError, match=r"model\.head_of=other: .*other/ingredients/000 holds no finished row 0"):
+        require_trainable(config)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("optm.lr", "optm.lr, but rows can differ in task, model, optim, augment, regularizer only"),
+        ("optim.lr.x", "optim.lr.x, which is not a setting; configs/training.py lists them"),
+        ("task.clases", "task.clases, which is not a setting; configs/data.py lists them"),
+    ],
+)
+def test_what_is_no_setting_is_refused_with_the_file_that_lists_them(tmp_path, column, words):
+    (tmp_path / "rows.csv").write_text(f"{column}\n1\n")
+    config = load("demo", "~sweep.draw", f"sweep.file={tmp_path / 'rows.csv'}", "sweep.rows=1")
+    with pytest.raises(UserError, match=re.escape(f"the sweep varies {words}")):
+        row_config(config, 1)
+
+
+def test_row_0_is_probed_by_the_loss_that_is_set(tmp_path, monkeypatch):
+    class EnoughError(Exception):
+        """The probe was asked for."""
+
+    def asked(*args, loss, **more):
+        raise EnoughError(loss)
+
+    monkeypatch.setattr("finetune.start.linear_probe", asked)
+    config = load("demo_tiny", f"paths.runs={tmp_path}", "task.classes=5", "model.probe_loss=bce")
+    with pytest.raises(EnoughError, match="bce"):
+        train_row(config, 0)
+    with pytest.raises(UserError, match=r"probe_loss"):
+        load("demo_tiny", "model.probe_loss=bce", "model.head=zero_shot")
+
+
+def test_the_optional_probes_of_vit_g_are_of_its_58_rows_and_named_where_they_come_from():
+    plain, probed = (load("table4_vitg", f"sweep={name}") for name in ("vit_g", "vit_g_probes"))
+    assert plain.sweep.size == probed.sweep.size == 58
+    rows = [row_config(probed, row) for row in range(1, 59)]
+    heads = [row.model.head_of for row in rows]
+    assert {head: heads.count(head) for head in set(heads)} == {None: 42, "table4_vitg_bce": 8, "table4_vitg_224": 8}
+    assert all((row.optim.loss == "bce") == (row.model.head_of == "table4_vitg_bce") for row in rows)
+    assert [row.optim for row in rows] == [row_config(plain, row).optim for row in range(1, 59)]

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from eval.metrics import macro_f1, top1, worst_group
-from eval.scores import Answers, bootstrap_scores, score
-from eval.significance import paired_bootstrap
+from eval.significance import Answers, bootstrap_scores, paired_bootstrap
+from soups.scorers.metrics import score
 
 
 def random_answers(n=400, classes=7, right=0.5, seed=0):
@@ -25,12 +24,31 @@ def test_scores_agree_with_scikit_learn(seed):
     assert score("macro_f1", predicted, labels) == pytest.approx(macro, abs=1e-9)
 
 
-def test_scores_of_answers_are_the_metrics_of_their_logits():
-    predicted, labels = random_answers()
-    logits, groups = torch.nn.functional.one_hot(predicted, 7).float(), torch.arange(400) % 5
-    assert score("top1", predicted, labels) == pytest.approx(top1(logits, labels))
-    assert score("macro_f1", predicted, labels) == pytest.approx(macro_f1(logits, labels))
-    assert score("worst_group", predicted, labels, groups) == worst_group(logits, labels, groups).accuracy
+@pytest.mark.parametrize("seed", range(3))
+def test_matthews_and_mrpcs_metric_agree_with_scikit_learn(seed):
+    for classes in (2, 7):
+        predicted, labels = random_answers(classes=classes, seed=seed)
+        assert score("matthews", predicted, labels) == pytest.approx(matthews_corrcoef(labels, predicted), abs=1e-9)
+    predicted, labels = random_answers(classes=2, seed=seed)
+    both = (accuracy_score(labels, predicted) + f1_score(labels, predicted)) / 2
+    assert score("accuracy_and_f1", predicted, labels) == pytest.approx(both, abs=1e-9)
+
+
+def test_scores_worked_out_by_hand():
+    def scored(metric, predicted, labels):
+        return score(metric, torch.tensor(predicted), torch.tensor(labels))
+
+    # Class 0: tp 1, fn 1: 2/3. Class 1: tp 1: 1. Class 2 is predicted once and never right; its 0 does not count.
+    assert scored("macro_f1", [0, 2, 1], [0, 0, 1]) == pytest.approx((2 / 3 + 1) / 2)
+    # tp 2, tn 1, fp 1, fn 0: (2 x 1 - 0) / sqrt(3 x 2 x 2 x 1).
+    assert scored("matthews", [1, 1, 1, 0], [1, 1, 0, 0]) == pytest.approx(2 / 12**0.5)
+    assert scored("matthews", [1, 1], [0, 1]) == 0.0
+    assert scored("matthews", [0, 1], [1, 0]) == -1.0
+    # 3 of 4 right; class 1 has precision 2/3 and recall 1, F1 4/5.
+    assert scored("accuracy_and_f1", [1, 1, 1, 0], [1, 1, 0, 0]) == pytest.approx((0.75 + 0.8) / 2)
+    assert scored("accuracy_and_f1", [0], [0]) == 0.5
+    with pytest.raises(ValueError, match="one of two classes"):
+        scored("accuracy_and_f1", [0], [2])
 
 
 def test_weights_count_an_image_as_often_as_it_is_drawn():

@@ -18,7 +18,7 @@ from analysis.seeds_only import (
 from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import expected_calibration_error, fit_beta
-from soups.pool import usable_pool
+from soups.experiment.pool import usable_pool
 from store.runs import Ingredient
 from tests.pools import finished_pool
 

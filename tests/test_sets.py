@@ -9,9 +9,11 @@ from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
-from store.atomic import write_json
+from soups.files.atomic import write_json
+from soups.files.weights import save_weights
+from store.rows import identity
 from store.runs import RunFolder
-from store.weights import save_weights
+from tests.pools import record
 
 LABELS = "analysis.labels=[minimal,medium,strong]"
 
@@ -20,15 +22,18 @@ LABELS = "analysis.labels=[minimal,medium,strong]"
 def finished(tmp_path_factory):
     """Two finished rows with an EMA each and a third that diverged; each weight moved a little, by row and kind."""
     runs = tmp_path_factory.mktemp("runs")
-    config = load("demo_tiny", f"paths.runs={runs}", LABELS, "+analysis.sets.both=[1,2]", "+analysis.sets.gone=[1,3]")
+    sets = ("+analysis.sets.both=[1,2]", "+analysis.sets.gone=[1,3]")
+    config = load("demo_tiny", f"paths.runs={runs}", "task.classes=8", "analysis.resamples=100", LABELS, *sets)
     evaluator = Evaluator(config)
     start = {name: tensor.clone() for name, tensor in evaluator.model.state_dict().items()}
     kept = {}
+    record(config, 0, "0")
     for row in (1, 2, 3):
         folder = RunFolder.of(config).ingredient(row)
         folder.mkdir(parents=True)
         scores = {"held_out": {"split": "held_out", "correct": 10 * row, "n": 40}}
         done = {"status": "diverged" if row == 3 else "done", "ingredient": "raw", "variants": {}} | scores
+        done |= {"drawn": {}, "seconds": 1.0, "identity": identity(config, row)}
         for kind, file in (("raw", "weights"), ("ema_0.9", "ema_0.9")):
             generator = torch.Generator().manual_seed(10 * row + len(kind))
             noise = {
@@ -45,6 +50,11 @@ def finished(tmp_path_factory):
     return config, evaluator, kept
 
 
+@pytest.fixture(scope="module")
+def measured(finished):
+    return measure_sets(*finished[:2])
+
+
 def hits(evaluator, weights, split):
     evaluator.model.load_state_dict(weights)
     return correct(forward(evaluator.model, evaluator.split(split).images), evaluator.split(split).labels)
@@ -55,9 +65,9 @@ def test_every_kind_of_weights_of_every_row_that_did_not_diverge_is_there(finish
     assert [(v.row, v.kind) for v in variants(config)] == [(1, "raw"), (1, "ema_0.9"), (2, "raw"), (2, "ema_0.9")]
 
 
-def test_soups_average_weights_and_ensembles_logits_within_a_kind(finished):
-    config, evaluator, kept = finished
-    methods = {method.name: method for method in measure_sets(config, evaluator)[0]}
+def test_soups_average_weights_and_ensembles_logits_within_a_kind(finished, measured):
+    _, evaluator, kept = finished
+    methods = {method.name: method for method in measured[0]}
     assert list(methods) == [
         f"{name} ({kind})"
         for kind in ("last weights", "EMA 0.9")
@@ -77,23 +87,23 @@ def test_soups_average_weights_and_ensembles_logits_within_a_kind(finished):
         assert methods[f"Ensemble of both ({title})"].models == 2
 
 
-def test_differences_are_to_the_first_row_and_the_table_leaves_its_own_empty(finished):
+def test_differences_are_to_the_first_row_and_the_table_leaves_its_own_empty(finished, measured):
     config, evaluator, _ = finished
-    methods, notes = measure_sets(config, evaluator)
+    methods, notes = measured
     tidy = tidy_sets(config, methods, notes, evaluator)
     first = tidy[tidy["method"] == methods[0].name].set_index("column")
     soup = tidy[tidy["method"] == "Soup of both (last weights)"].set_index("column")
     for column in ("test", SHIFT_MEAN):
         gap = soup.loc[column, "accuracy"] - first.loc[column, "accuracy"]
         assert soup.loc[column, "difference"] == pytest.approx(gap)
-    table = sets_table(tidy, "test").set_index("Method")
+    table = sets_table(tidy, config.task).set_index("Method")
     assert table.loc["minimal (last weights)", "Test − first"] == ""
     assert table.loc["Soup of both (last weights)", "Test"] == f"{100 * soup.loc['test', 'accuracy']:.1f}"
 
 
-def test_the_figure_has_a_point_for_every_method(finished):
+def test_the_figure_has_a_point_for_every_method(finished, measured):
     config, evaluator, _ = finished
-    tidy = tidy_sets(config, *measure_sets(config, evaluator), evaluator)
+    tidy = tidy_sets(config, *measured, evaluator)
     axes = sets_figure(tidy, "test", "Emoji").axes[0]
     assert sum(len(points.get_offsets()) for points in axes.collections) == tidy["method"].nunique() == 8
 

@@ -1,8 +1,6 @@
 """Shortcuts for greedy: every decision is that of the plain loop, for less."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.significance import Paired
+from soups.paired import Paired
 from soups.recipes import greedy
 from soups.shortcuts import greedy_counted, greedy_speculative, hard_images_first, on_all_ranks
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -173,7 +172,7 @@ def test_speculation_throws_away_what_came_after_an_accept_and_tries_it_again():
 
 
 def test_shortcuts_refuse_what_does_not_belong_together():
-    with pytest.raises(ValueError, match="asked for 1 accuracies and got 0"):
+    with pytest.raises(ValueError, match="asked for 1 scores and got 0"):
         greedy_speculative([model(0.0)] * 2, [0.5, 0.4], lambda candidates: [], ahead=1)
     with pytest.raises(ValueError, match="at least one candidate ahead"):
         greedy_speculative([model(0.0)] * 2, [0.5, 0.4], lambda candidates: [], ahead=0)
@@ -201,11 +200,8 @@ dist.destroy_process_group()
 
 
 def test_two_processes_share_the_candidates_and_take_the_same_decisions(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RANK, str(tmp_path / "rendezvous")]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
+    command = [python(), "-c", RANK, str(tmp_path / "rendezvous")]
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
     said = [rank.communicate(timeout=120)[0].strip().rsplit(" ", 2) for rank in ranks]
     values, held_out = (0.9, 1.2, 0.7, 1.3, 0.8), [0.9, 0.8, 0.7, 0.7, 0.8]
     plain = greedy([model(v) for v in values], held_out, lambda weights: 1 - abs(weights["w"].item() - 1))

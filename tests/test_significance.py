@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from eval.significance import Paired, paired, paired_bootstrap, paired_permutation
+from eval.significance import paired_bootstrap, paired_permutation
+from soups.paired import Paired, paired
 
 
 def hits(*values):

@@ -6,12 +6,13 @@ import time
 
 import pytest
 
+from configs.cli import parts_of
 from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import load
 from configs.slurm import requeueing, wait_in_array
 from eval.pool import model_folders
-from soups.cook import own_recipes
-from store.atomic import write_json
+from soups.experiment.cook import own_recipes
+from tests.pools import record
 
 
 @pytest.fixture
@@ -56,6 +57,56 @@ def test_outside_of_slurm_nobody_waits_and_signals_stay_what_they_are(monkeypatc
         assert signal.getsignal(signal.SIGUSR1) is before
 
 
+def client(folder, name, says, status=0):
+    """A client of SLURM that prints something and notes that it was called."""
+    file = folder / name
+    file.write_text(f"#!/bin/sh\necho \"$@\" >> {folder}/{name}.calls\nprintf '{says}'\nexit {status}\n")
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def waiting(job, monkeypatch, tmp_path):
+    """A task whose clients of SLURM are those of a test, asked without a pause."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("POLL_SECONDS", "ASK_SECONDS"):
+        monkeypatch.setattr(f"configs.slurm.{name}", 0.01)
+    monkeypatch.setattr("configs.slurm.UNKNOWN_SECONDS", 0.2)
+    client(tmp_path, "squeue", "", status=1)  # slurm_load_jobs error: Invalid job id specified
+    return tmp_path
+
+
+def test_a_task_that_the_queue_has_forgotten_is_looked_up_in_the_accounts(waiting):
+    client(waiting, "sacct", "12_0|CANCELLED by 1000|None\\n")
+    with pytest.raises(UserError, match=r"row 0 is not there, and task 12_0 has ended \(CANCELLED\)"):
+        wait_in_array(lambda: False, 0, "row 0")
+
+
+@pytest.mark.parametrize(
+    ("accounts", "known"),
+    [("", "neither squeue nor sacct knows it"), ("12_0|COMPLETED|None\\n", "SLURM says COMPLETED")],
+)
+@pytest.mark.parametrize("stale", ["", "12_7|RUNNING|None\\n"])
+def test_a_task_of_which_nothing_is_known_is_not_waited_for_without_end(waiting, accounts, known, stale):
+    client(waiting, "sacct", accounts + stale)
+    with pytest.raises(UserError, match=f"task 12_0, which would make it, is not in the queue .{known}.: make row 0 "):
+        wait_in_array(lambda: False, 0, "row 0")
+
+
+def test_a_task_that_is_in_the_queue_is_waited_for_and_the_accounts_are_not_asked(waiting):
+    client(waiting, "squeue", "PENDING\\n")
+    client(waiting, "sacct", "")
+    until = time.monotonic() + 0.5  # longer than what is unknown is waited for
+    wait_in_array(lambda: time.monotonic() > until, 0, "row 0")
+    assert not (waiting / "sacct.calls").exists()
+
+
+def test_the_index_of_a_task_is_counted_from_where_its_array_begins(waiting, monkeypatch):
+    monkeypatch.setenv("MODEL_SOUPS_FIRST", "1001")
+    client(waiting, "squeue", "FAILED\\n")
+    with pytest.raises(UserError, match="task 12_7 has ended"):
+        wait_in_array(lambda: False, 1008, "row 1008")
+
+
 def test_tasks_share_the_recipes_and_an_interpolation_goes_with_its_soup():
     words = ["recipes=[best,greedy,learned,wise_ft]", "cooking.of=greedy", "share.of=3"]
     shares = [own_recipes(load("demo_tiny", *words, f"share.index={index}")) for index in range(3)]
@@ -64,9 +115,9 @@ def test_tasks_share_the_recipes_and_an_interpolation_goes_with_its_soup():
 
 
 def test_tasks_share_the_models_so_that_a_missing_one_moves_no_other(tmp_path):
-    for row in (0, 1, 3):  # row 2 is not trained
-        write_json(tmp_path / f"demo_tiny/ingredients/{row:03d}/done.json", {"digest": str(row)})
     words = [f"paths.runs={tmp_path}", "sweep.rows=3", "share.of=2"]
+    for row in (0, 1, 3):  # row 2 is not trained
+        record(load("demo_tiny", *words), row, str(row))
     shares = [model_folders(load("demo_tiny", *words, f"share.index={index}")) for index in range(2)]
     assert [[folder.name for folder in share] for share in shares] == [["000"], ["001", "003"]]
 
@@ -74,3 +125,10 @@ def test_tasks_share_the_models_so_that_a_missing_one_moves_no_other(tmp_path):
 def test_a_share_past_the_last_is_refused():
     with pytest.raises(UserError, match="index=3 is past the last of 2 shares"):
         load("demo_tiny", "share.index=3", "share.of=2")
+
+
+def test_an_experiment_made_of_others_takes_no_name_that_they_would_share():
+    whole = load("table5", "name=mine")
+    with pytest.raises(UserError, match=r"is made of 8 experiments, which keep their own names.*paths\.runs=runs/mine"):
+        parts_of(whole, ["experiment=table5", "name=mine"])
+    assert [part.name for part in parts_of(load("demo", "name=mine"), ["name=mine"])] == ["mine"]

@@ -1,7 +1,9 @@
 """Files are whole or absent, and say so when they are damaged."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,12 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from store.arrays import cached_array
-from store.atomic import read_json, read_jsonl, replacing, write_json, write_jsonl, write_text
+from soups.files.atomic import read_json, read_jsonl, replacing, write_json, write_jsonl, write_text
+from soups.files.weights import digest, load_weights, save_weights
+from store.arrays import cached_array, write_array
 from store.provenance import provenance
 from store.runs import finished, sole_writer
-from store.weights import digest, load_weights, save_weights
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "c": torch.tensor(0.5, dtype=torch.bfloat16)}
@@ -36,7 +39,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from configs.cli import one_line_errors
-from store.weights import save_weights
+from soups.files.weights import save_weights
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 one_line_errors(lambda: save_weights(Path(sys.argv[1]), {"w": torch.zeros(10_000_000)}))
 """
@@ -51,7 +54,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written():
     try:
         if mounted != 0:
             pytest.skip("mounting a 1 MiB file system needs root")
-        command = [sys.executable, "-c", FULL_DISK, str(folder / "weights.safetensors")]
+        command = [python(), "-c", FULL_DISK, str(folder / "weights.safetensors")]
         answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert answer.returncode == 2, answer.stderr
         assert answer.stderr.startswith("error: no space left on the disk for ")
@@ -125,17 +128,45 @@ def test_logits_are_computed_once(tmp_path):
     assert len(calls) == 1
 
 
-def test_damaged_or_foreign_logits_are_named(tmp_path):
-    path = tmp_path / "abc.npy"
-    cached_array(path, (2, 3), lambda: torch.zeros(2, 3))
-    with pytest.raises(UserError, match=r"abc.npy: float32 \(2, 3\), not float32 \(4, 3\)"):
-        cached_array(path, (4, 3), lambda: torch.zeros(4, 3))
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"abc.npy is damaged"):
-        cached_array(path, (2, 3), lambda: torch.zeros(2, 3))
-    np.save(path, np.array([{"a": 1}]), allow_pickle=True)
-    with pytest.raises(UserError, match=r"abc.npy is damaged"):
-        cached_array(path, (1, 1), lambda: torch.zeros(1, 1))
+def damage_by_reversing(path):
+    np.save(path, np.load(path)[:, ::-1])  # a whole file of the same shape, without a digest
+
+
+def damage_by_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[128] ^= 1  # the first number begins there
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (damage_by_reversing, "it ends without the digest of its content"),
+        (damage_by_a_bit, "its content is not what was written"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-4]), ""),
+        (lambda path: path.write_bytes(path.read_bytes()[:140]), ""),
+        (lambda path: path.write_bytes(b""), ""),
+        (lambda path: path.write_bytes(b"no array at all"), ""),
+        (lambda path: write_array(path, np.zeros((3, 3), np.float32)), r"float32 \(3, 3\), not float32 \(2, 3\)"),
+        (lambda path: write_array(path, np.zeros((2, 3))), r"float64 \(2, 3\), not float32 \(2, 3\)"),
+        (lambda path: np.save(path, np.array([{"a": 1}]), allow_pickle=True), "Python objects"),
+    ],
+)
+def test_damaged_or_foreign_logits_are_computed_anew_with_a_word(tmp_path, capsys, damage, why):
+    path, right = tmp_path / "abc.npy", torch.arange(6.0).view(2, 3)
+    cached_array(path, (2, 3), lambda: right)
+    damage(path)
+    assert torch.equal(cached_array(path, (2, 3), lambda: right), right)
+    assert re.search(rf"cached array .*abc.npy is damaged \(.*{why}.*\): computing it anew", capsys.readouterr().out)
+    assert torch.equal(cached_array(path, (2, 3), lambda: torch.zeros(2, 3)), right)  # whole again
+    assert capsys.readouterr().out == ""
+
+
+def test_an_array_is_read_by_numpy_alone_and_whatever_its_layout(tmp_path):
+    path, right = tmp_path / "abc.npy", torch.arange(6.0).view(3, 2).T
+    cached_array(path, (2, 3), lambda: right)
+    assert np.array_equal(np.load(path), right.numpy())
+    assert torch.equal(cached_array(path, (2, 3), lambda: torch.zeros(2, 3)), right)
 
 
 HOLD = """
@@ -171,6 +202,34 @@ def test_the_next_writer_deletes_what_a_killed_one_left_half_written(tmp_path):
     assert (tmp_path / "weights.safetensors").read_bytes() == b"whole"
 
 
+def test_the_next_writer_deletes_a_folder_that_was_left_half_written(tmp_path):
+    half = tmp_path / ".export.123.abcd.tmp"
+    half.mkdir()
+    (half / "part").write_bytes(b"half")
+    with sole_writer(tmp_path):
+        assert not half.exists()
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    def without(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    words = r"lock cannot be locked \(No locks available\): type paths\.runs=FOLDER"
+    with pytest.raises(UserError, match=words), sole_writer(tmp_path):
+        pass
+
+
+def test_numbers_of_another_type_are_the_same_when_they_are_computed_and_when_they_are_read(tmp_path):
+    wide = torch.tensor([[1 / 3, 2 / 3]], dtype=torch.float64)
+    computed, read = (cached_array(tmp_path / "a.npy", (1, 2), lambda: wide) for _ in range(2))
+    assert computed.dtype == read.dtype == torch.float32
+    assert torch.equal(computed, read)
+    with pytest.raises(ValueError, match=r"b\.npy: need \(1, 3\) numbers, got \(1, 2\)"):
+        cached_array(tmp_path / "b.npy", (1, 3), lambda: wide)
+    assert not (tmp_path / "b.npy").exists()
+
+
 def test_finished_work_with_other_settings_is_refused_and_not_overwritten(tmp_path):
     assert finished(tmp_path, "a") is None
     write_json(tmp_path / "done.json", {"identity": "a", "row": 1})
@@ -185,3 +244,11 @@ def test_provenance_says_where_a_result_comes_from():
     assert record["machine"]["cores"] >= 1
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert record["commit"] == (commit.stdout.strip() if commit.returncode == 0 else None)
+
+
+def test_provenance_goes_without_git_and_without_a_package(monkeypatch):
+    monkeypatch.setattr("store.provenance.PACKAGES", ("torch", "a-package-that-is-absent"))
+    monkeypatch.setenv("PATH", "")
+    record = provenance.__wrapped__()
+    assert (record["commit"], record["modified"], record["versions"]["a-package-that-is-absent"]) == (None, None, None)
+    assert record["versions"]["torch"] is not None

@@ -16,19 +16,18 @@ from configs.errors import UserError
 from configs.schema import load
 from configs.training import Augment, Distill, Optim, Regularizer, Sam, Swa
 from eval.forward import Evaluator
-from finetune.augment import augment_of_epoch, augmentation
+from finetune.__main__ import run as finetune
 from finetune.averages import Averages
-from finetune.loop import fine_tune
-from finetune.losses import classification_loss, distillation_loss
-from finetune.optimisers import build, learning_rate
-from finetune.parallel import prepare, share
-from finetune.sharpness import perturbed
-from finetune.train import _held_out
+from finetune.data import augmentation, augmentation_of_epoch, local_batch
+from finetune.dist import wrap
+from finetune.length import largest_world, refuse_unequal_shares
+from finetune.optim import build, classification_loss, distillation_loss, learning_rate, perturbed
+from finetune.train import fine_tune, held_out_correct
 from models.classifier import pretrained
-from store.atomic import read_jsonl
+from soups.files.atomic import read_jsonl
 from store.processes import Processes
 from tasks.load import class_names, load_split
-from tasks.split import Split
+from tasks.split import ImageSplit
 
 OPTIM = Optim(
     lr=0.1, weight_decay=0.0, epochs=1, batch_size=2, warmup_steps=0, clip_norm=None, label_smoothing=0.0, mixup=0.0
@@ -70,7 +69,7 @@ def plain(config, train, tmp_path_factory):
         ("adam", 1 - 0.1),  # bias-corrected moments cancel: the sign of the gradient
         ("adamw", 1 - 0.1),
         ("rmsprop", 1 - 0.1 * 2 / math.sqrt(0.01 * 4)),
-        ("adafactor", 1 - 0.1),  # the update has root mean square 1, the step is lr x max(1e-3, |w|)
+        ("adafactor", 1 - 0.1 * 0.1),  # the gradient over its root mean square, of which the momentum takes a tenth
     ],
 )
 def test_each_optimiser_takes_the_step_of_its_definition(kind, after):
@@ -81,6 +80,36 @@ def test_each_optimiser_takes_the_step_of_its_definition(kind, after):
     layer.weight.grad = torch.tensor([[2.0]])
     optimizer.step()
     assert layer.weight.item() == pytest.approx(after, abs=1e-4)
+
+
+def test_adafactor_moves_small_weights_as_far_as_adamw_does():
+    # Big Vision's steps are of the size of lr; torch's are lr times the weights' size, and would hardly move these.
+    moved = {}
+    for kind in ("adamw", "adafactor"):
+        generator = torch.Generator().manual_seed(0)
+        layer = torch.nn.Linear(64, 64, bias=False)
+        start = 0.02 * torch.randn(64, 64, generator=generator)
+        layer.weight.data.copy_(start)
+        optimizer = build(replace(OPTIM, kind=kind, lr=3e-5), layer)
+        towards = torch.randn(64, 64, generator=generator)
+        for _ in range(200):
+            layer.weight.grad = 0.1 * towards + torch.randn(64, 64, generator=generator)
+            optimizer.step()
+        moved[kind] = ((layer.weight - start).norm() / start.norm()).item()
+    assert 0.02 < moved["adamw"] < 0.1
+    assert moved["adafactor"] == pytest.approx(moved["adamw"], rel=0.3)
+
+
+def test_adafactor_has_a_momentum_only_where_one_is_set():
+    states = {}
+    for momentum in (0.0, 0.9):
+        layer = torch.nn.Linear(40, 40)
+        optimizer = build(replace(OPTIM, kind="adafactor", momentum=momentum), layer)
+        layer.weight.grad = torch.ones(40, 40)
+        optimizer.step()
+        states[momentum] = optimizer.state[layer.weight]
+    assert states[0.0].keys() == {"step", "exp_avg_sq_r", "exp_avg_sq_c"}
+    assert states[0.9]["exp_avg"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "rmsprop", "adafactor"])
@@ -162,6 +191,19 @@ def test_an_ema_is_its_closed_form_at_several_decays_at_once():
     for decay in (0.9, 0.5):
         closed = decay**3 * values[0] + sum((1 - decay) * decay ** (3 - i) * values[i] for i in (1, 2, 3))
         assert averages.weights()[f"ema_{decay}"]["w"].item() == pytest.approx(closed)
+
+
+def test_averages_of_one_precision_move_together_and_to_the_same_bits(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: {str(i): torch.randn(7, 5, generator=generator) for i in range(3)} | {"n": torch.tensor(4)}  # noqa: E731
+    start, weights, moved = draw(), draw(), []
+    together = torch._foreach_lerp_
+    monkeypatch.setattr("torch._foreach_lerp_", lambda *call: (moved.append(len(call[0])), together(*call))[1])
+    averages = Averages.of(start, Regularizer(ema=(0.9, 0.9999999)), steps=3)
+    averages.update(weights, 0)
+    assert moved == [3]  # the other average is float64, and takes one wide copy of the weights at a time
+    for key in "012":
+        assert torch.equal(averages.ema["ema_0.9"][key], start[key].clone().lerp_(weights[key], 1 - 0.9))
 
 
 def test_a_ramp_starts_with_low_decays_and_ends_with_the_full_one():
@@ -357,7 +399,7 @@ def test_a_look_at_an_average_sees_its_weights_and_leaves_the_model_its_own(conf
 
 def test_fix_aug_switches_at_the_last_epoch_and_only_then():
     strong = Augment(kind="rand", crop=0.5, layers=2, magnitude=9, last_epochs_minimal=1)
-    kinds = [augment_of_epoch(strong, epoch, 5) for epoch in range(5)]
+    kinds = [augmentation_of_epoch(strong, epoch, 5) for epoch in range(5)]
     assert kinds[:4] == [strong] * 4
     assert (kinds[4].kind, kinds[4].crop) == ("minimal", 0.9)
 
@@ -416,19 +458,10 @@ def test_points_of_the_loss_curve_come_as_often_as_tracking_says(config, train, 
     assert [row["loss"] for row in points] == [row["loss"] for row in kept if "epoch" not in row]
 
 
-def test_perturbations_of_each_process_are_refused_where_parameters_are_shards(config, train, tmp_path):
-    groups = {
-        "compute": replace(config.compute, strategy="fsdp"),
-        "regularizer": Regularizer(sam=Sam(rho=0.1, synchronised=False)),
-    }
-    with pytest.raises(UserError, match=r"sam.synchronised=false needs whole gradients: set compute.strategy=ddp"):
-        train_some(config, train, tmp_path, groups=groups)
-
-
 def test_batch_norms_that_move_are_refused_on_several_processes_without_gpus(config):
     model = pretrained(replace(config.model, frozen_batch_norm=False), class_names(config.task))
     with pytest.raises(UserError, match=r"frozen_batch_norm=false on several processes needs GPUs"):
-        prepare(model, config.compute, Processes(0, 2, torch.device("cpu")))
+        wrap(model, config.compute, Processes(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -439,11 +472,13 @@ def test_each_process_counts_its_own_held_out_images_and_no_extra_one(world, con
         evaluator.model.head.bias.zero_()
     labels = evaluator.split("held_out").labels
     right = int((labels == 0).sum())
-    whole = Split("held_out", evaluator.split("held_out").images, torch.zeros_like(labels), "all of class 0")
+    whole = ImageSplit("held_out", evaluator.split("held_out").stored, torch.zeros_like(labels), "all of class 0")
     counts = {}
     for name, split in (("some", evaluator.split("held_out")), ("all", whole)):
         evaluator._splits["held_out"] = split
-        parts = [_held_out(evaluator, Processes(r, world, torch.device("cpu")), evaluator.model) for r in range(world)]
+        parts = [
+            held_out_correct(evaluator, Processes(r, world, torch.device("cpu")), evaluator.model) for r in range(world)
+        ]
         assert {n for _, n in parts} == {len(labels)}
         counts[name] = sum(correct for correct, _ in parts)
     assert counts == {"some": right, "all": len(labels)}
@@ -453,11 +488,35 @@ def test_each_process_counts_its_own_held_out_images_and_no_extra_one(world, con
 def test_a_share_of_a_batch_keeps_mixups_pairs_and_shares_make_up_the_batch():
     batch = torch.arange(100, 114)
     for world in (1, 2, 3):
-        parts = [share(batch, Processes(rank, world, torch.device("cpu"))) for rank in range(world)]
+        parts = [local_batch(batch, Processes(rank, world, torch.device("cpu"))) for rank in range(world)]
         assert sorted(itertools.chain(*(part.tolist() for part in parts))) == batch.tolist()
         for part in parts:
             assert ((part + part.flip(0)) == 213).all()  # image i with image B - 1 - i
-    assert torch.equal(share(batch, Processes(0, 1, torch.device("cpu"))), batch)
+    assert torch.equal(local_batch(batch, Processes(0, 1, torch.device("cpu"))), batch)
+
+
+@pytest.mark.parametrize("batch_size", [2, 6, 8, 16, 24, 512])
+def test_processes_share_a_batch_exactly_where_their_shares_are_of_one_size(batch_size):
+    optim = replace(OPTIM, batch_size=batch_size)
+    for world in range(1, 13):
+        if batch_size % (2 * world) == 0:
+            parts = [
+                local_batch(torch.arange(batch_size), Processes(r, world, torch.device("cpu"))) for r in range(world)
+            ]
+            assert {len(part) for part in parts} == {batch_size // world}
+            refuse_unequal_shares(optim, world)
+            assert largest_world(optim, world) == world
+        else:
+            with pytest.raises(UserError, match=rf"{world} processes cannot share optim.batch_size={batch_size} equal"):
+                refuse_unequal_shares(optim, world)
+            refuse_unequal_shares(optim, largest_world(optim, world))
+
+
+def test_a_row_that_its_processes_cannot_share_is_refused_before_one_waits_for_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr("store.processes.start_processes", lambda: pytest.fail("a process waits for the others"))
+    with pytest.raises(UserError, match=r"4 processes cannot share optim.batch_size=6 equally.*: start 3, or make"):
+        finetune(load("demo_tiny", "sweep.index=1", "optim.batch_size=6", "optim.steps=1", f"paths.runs={tmp_path}"))
 
 
 @pytest.mark.parametrize(

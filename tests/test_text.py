@@ -1,8 +1,5 @@
 """Texts go through the same stages as images: rows, interruptions, metrics that select, recipes, tables."""
 
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,34 +12,27 @@ from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import fit_beta
 from eval.forward import Evaluator
-from eval.metrics import matthews
 from eval.tokens import token_split
-from finetune.loop import _mixed, fine_tune, mixing
-from finetune.train import initialise, train_row
+from finetune.data import mixed_batch, mixing
+from finetune.start import initialise
+from finetune.train import fine_tune, train_row
 from models.classifier import pretrained, pretrained_network
-from soups.cook import cook, logits_of
-from soups.pool import ingredients_of, usable_pool
-from store.atomic import read_json, read_jsonl
+from soups.experiment.cook import cook, logits_of
+from soups.experiment.pool import ingredients_of, usable_pool
+from soups.files.atomic import read_json
+from soups.scorers.metrics import score
 from store.processes import Processes
-from store.runs import RunFolder, read_pool, score_of, write_manifest
-from store.weights import load_weights
+from store.rows import score_of
+from store.runs import RunFolder, read_pool, write_manifest
 from tasks.load import class_names
-from tests.readers import bert_folder, encoder_folder, t5_folder
+from tests.readers import BAD, GOOD, bert_folder, cola_folder, encoder_folder, t5_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-GOOD, BAD = ("the film is good", "a good film", "good , not bad"), ("the film was bad", "not a good film", "bad")
 
 
 @pytest.fixture(scope="module")
 def cola(tmp_path_factory):
-    """CoLA's layout, with sentences of which a small network can learn something."""
-    folder = tmp_path_factory.mktemp("glue")
-    (folder / "CoLA").mkdir()
-    for file, n in (("train", 60), ("dev", 24)):
-        rows = [(GOOD if i % 3 else BAD)[i % len(GOOD)] + i % 4 * " ." for i in range(n)]
-        text = "".join(f"gj04\t{int(bool(i % 3))}\t\t{row}\n" for i, row in enumerate(rows))
-        (folder / "CoLA" / f"{file}.tsv").write_text(text)
-    return folder
+    return cola_folder(tmp_path_factory.mktemp("glue"))
 
 
 SMALL = [
@@ -61,7 +51,7 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module", params=["table5_bert_cola", "table5_t5_cola"])
+@pytest.fixture(scope="module", params=["tablej1_bert_base_cola", "tablej1_t5_base_cola"])
 def config(request, cola, tmp_path_factory):
     torch.set_num_threads(1)
     network = tmp_path_factory.mktemp("network")
@@ -88,7 +78,7 @@ def test_every_stage_leaves_its_files_and_table_5_names_its_metric(config, run):
     text = (run.analysis / "table5.md").read_text()
     assert "Matthews correlation in %, n: Test 24." in text
     assert "Initialisation (pretrained, asked)" in text
-    manifest = pd.read_csv(write_manifest(run, read_pool(run, 3)))
+    manifest = pd.read_csv(write_manifest(run, read_pool(config)))
     assert (manifest["held_out_score"].abs() <= 1).all()
 
 
@@ -98,7 +88,7 @@ def test_held_out_is_scored_and_sorted_by_the_metric_that_is_reported(config, ru
     for ingredient in usable_pool(config):
         logits = evaluator.logits(ingredient.digest, ingredient.load, "held_out")
         assert ingredient.held_out["metric"] == "matthews"
-        assert ingredient.held_out_score == pytest.approx(matthews(logits, labels))
+        assert ingredient.held_out_score == pytest.approx(score("matthews", logits.argmax(dim=1), labels))
     best = read_json(run.soup("best") / "soup.json")
     rows = {ingredient.row: ingredient.held_out_score for ingredient in ingredients_of(config)}
     assert score_of(best["held_out"]) == max(rows.values())
@@ -159,7 +149,7 @@ def test_a_training_that_was_cut_and_continued_ends_with_the_same_bits_dropout_i
     train, names = evaluator.inputs("train"), class_names(config.task)
 
     def trained(folder, **more):
-        network = pretrained_network(config.model, names)
+        network = pretrained_network(config.model, names, config.task.answers)
         folder.mkdir(exist_ok=True)
         return fine_tune(network, train, config, run_seed=7, folder=folder, **more).weights["raw"]
 
@@ -170,15 +160,22 @@ def test_a_training_that_was_cut_and_continued_ends_with_the_same_bits_dropout_i
     often = replace(config, compute=replace(config.compute, save_every=1))
     whole = trained(tmp_path / "whole")
     with pytest.raises(StoppedError):
-        fine_tune(pretrained_network(config.model, names), train, often, run_seed=7, folder=tmp_path, after_step=stop)
+        fine_tune(
+            pretrained_network(config.model, names, config.task.answers),
+            train,
+            often,
+            run_seed=7,
+            folder=tmp_path,
+            after_step=stop,
+        )
     continued = trained(tmp_path)
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
-    start = pretrained_network(config.model, names).state_dict()
+    start = pretrained_network(config.model, names, config.task.answers).state_dict()
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
 
 
 def test_processes_share_the_texts_of_a_step(config, run):
-    from finetune.batches import training_batches
+    from finetune.data import training_batches
     from finetune.length import Length
 
     train = Evaluator(config).inputs("train")
@@ -186,7 +183,7 @@ def test_processes_share_the_texts_of_a_step(config, run):
 
     def texts(rank, world):
         processes = Processes(rank, world, torch.device("cpu"))
-        batches = training_batches(train, config, length, run_seed=1, processes=processes, first=0)
+        batches = training_batches(train, config, length, run_seed=1, processes=processes, first=0, mean=())
         return sorted(batches.indices(2).tolist())
 
     assert sorted(texts(0, 2) + texts(1, 2)) == texts(0, 1)
@@ -205,15 +202,15 @@ def test_forward_passes_in_bfloat16_give_answers_close_to_those_in_float32(confi
 
 def test_an_encoder_of_one_s_own_gets_a_probe_on_texts_of_one_s_own(tmp_path):
     for split, n in (("train", 40), ("forum", 12), ("test", 12)):
-        rows = [(GOOD if i % 2 else BAD)[i % 3] for i in range(n)]
+        rows = [f"{(GOOD if i % 2 else BAD)[i % 3]} {split}{i}" for i in range(n)]  # no two alike
         lines = "".join(f"{row}\t{['no', 'yes'][i % 2]}\n" for i, row in enumerate(rows))
         (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + lines)
     typed = [f"task.folder={tmp_path}", "task.num_classes=2", "task.options=[no,yes]", "task.template='{text}'"]
     typed += ["task.held_out_share=0.2", "task.shifts=[forum]", f"paths.runs={tmp_path / 'runs'}", "model.name=small"]
-    own = load("own_text", *typed, "model=any_text_encoder", f"model.weights={encoder_folder(tmp_path / 'net')}")
+    own = load("own_text", *typed, "model=text_encoder", f"model.weights={encoder_folder(tmp_path / 'net')}")
     done = initialise(own)
-    assert done["held_out"]["n"] == 8
-    assert done["held_out"]["correct"] >= 6  # the sentences are told apart by their words
+    assert 4 <= done["held_out"]["n"] <= 16
+    assert done["held_out"]["correct"] >= 0.75 * done["held_out"]["n"]  # the sentences are told apart by their words
     learned = pretrained(own.model, class_names(own.task))
     ids = Evaluator(own).inputs("test").batch(torch.tensor([0, 1]))
     assert (ids == 0).any()  # one of them is padded
@@ -235,10 +232,10 @@ def test_cached_logits_are_named_by_the_prompt_that_they_answer(config):
 
 def test_mixing_is_one_of_all_processes_and_dropout_each_one_s_own():
     made, labels = torch.arange(4 * 3, dtype=torch.uint8).view(4, 3, 1, 1), torch.tensor([0, 1, 0, 1])
-    mixed = mixing(load("demo", "~sweep.draw.optim.mixup", "optim.mixup=0.5").optim, 2)
+    mix = mixing(load("demo", "~sweep.draw.optim.mixup", "optim.mixup=0.5").optim, 2)
 
     def of(rank):
-        batch = _mixed(made, labels, mixed, (7, 3), Processes(rank, 2, torch.device("cpu")))
+        batch = mixed_batch(made, labels, mix, run_seed=7, step=3, processes=Processes(rank, 2, torch.device("cpu")))
         return batch, torch.rand(4)
 
     (first, drawn), (second, other) = of(0), of(1)
@@ -255,7 +252,7 @@ def test_mixing_is_one_of_all_processes_and_dropout_each_one_s_own():
         (["optim.mixup=0.2"], "mixup and CutMix mix pixels"),
         (["optim.loss=likelihood"], "belongs to it"),
         (["task.options=[a,b,c]"], "task.num_classes=2 task.options"),
-        (["task.subset=rte"], "belong together"),
+        (["task.subset=rte"], "task.subset is for task.kind=glue, not for sentiment"),
     ],
 )
 def test_what_does_not_go_with_texts_is_refused_before_any_work(typed, said):
@@ -264,31 +261,7 @@ def test_what_does_not_go_with_texts_is_refused_before_any_work(typed, said):
 
 
 def test_what_is_of_texts_is_refused_with_images():
-    with pytest.raises(UserError, match=r"task\.template is for texts"):
+    with pytest.raises(UserError, match=r"task\.template is for task\.kind=glue, sentences, sentiment, not for emoji"):
         load("demo", "task.template='{a}'")
     with pytest.raises(UserError, match="augment=none is for texts"):
         load("demo", "augment=none")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_tied_weights_as_one_does(strategy, cola, tmp_path):
-    network = t5_folder(tmp_path / "net", dropout_rate=0.0)
-    words = ["experiment=table5_t5_cola", *SMALL, f"task.folder={cola}", f"model.weights={network}"]
-    words += ["sweep.index=1", "~sweep.draw.optim.lr", "optim.lr=1e-4", "tracking.every=1"]
-    initialise(load(words[0].split("=")[1], *words[1:], f"paths.runs={tmp_path / 'one'}"))
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for runs, call in (("one", [sys.executable]), ("two", torchrun)):
-        own = [f"paths.runs={tmp_path / runs}", *([f"compute.strategy={strategy}"] if runs == "two" else [])]
-        subprocess.run([*call, "-m", "finetune", *words, *own], cwd=ROOT, check=True, capture_output=True)
-    folders = [tmp_path / runs / "table5_t5_cola/ingredients/001" for runs in ("one", "two")]
-    losses = [[row["loss"] for row in read_jsonl(folder / "metrics.jsonl")] for folder in folders]
-    assert len(losses[0]) > 8
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    one, two = (load_weights(folder / "weights.safetensors") for folder in folders)
-    assert one.keys() == two.keys()  # a tied tensor once, whoever wrote it
-    start = load_weights(tmp_path / "one/table5_t5_cola/ingredients/000/weights.safetensors")
-    moved = max((one[name] - start[name]).abs().max().item() for name in one)
-    apart = max((one[name] - two[name]).abs().max().item() for name in one)
-    assert apart < moved / 20

@@ -22,6 +22,7 @@ from analysis.theory import (
     point,
     variance,
 )
+from configs.errors import UserError
 from eval.calibration import fit_beta
 from models.classifier import Classifier
 from tasks.label_space import LabelSpace
@@ -226,7 +227,7 @@ def test_a_classifier_in_the_label_space_of_a_split_needs_no_more_than_its_weigh
 def test_what_makes_no_point_is_refused():
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         compare(Square(), PAIR, lambda: [X], Y, 1.5)
-    with pytest.raises(ValueError, match="'v'"):
+    with pytest.raises(UserError, match="tensor 'v' is not in model 0"):
         compare(Square(), (PAIR[0], {"v": torch.zeros(())}), lambda: [X], Y, 0.5, ends=(X[:, None], X[:, None]))
     with pytest.raises(ValueError, match="class ids"):
         point(0.5, (torch.zeros(3, 2), torch.zeros(3, 2)), torch.zeros(3, 2), Y + 1, lambda beta: (0.0, None))

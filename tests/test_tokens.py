@@ -33,6 +33,17 @@ def test_the_longest_field_is_shortened_and_the_others_are_whole():
     assert " ".join(tokens) == "[CLS] premise : bad film | hypothesis : good good good [SEP]"
 
 
+@pytest.mark.parametrize("template", ["{a} again: {a}", "{a} : {b} : {a}", "{a} {a} {a} {b}"])
+def test_a_column_that_a_template_names_twice_counts_twice(template):
+    words = Tokenizer(WORDS, 16, (WORDS.cls_token_id,), (WORDS.sep_token_id,))
+    (ids,) = words.encode(pieces_of(template), ["a", "b"], [["good " * 50, "bad"]])
+    assert 14 <= len(ids) <= 16
+    (short,) = words.encode(pieces_of(template), ["a", "b"], [["good", "bad"]])
+    assert WORDS.convert_ids_to_tokens(short.tolist()).count("good") == template.count("{a}")
+    with pytest.raises(UserError, match="leaves no room"):
+        Tokenizer(WORDS, 3, (1,), (2,)).encode(pieces_of("{a} {a}"), ["a"], [["good"]])
+
+
 def test_a_template_without_room_for_fields_is_refused():
     with pytest.raises(UserError, match=r"model\.max_length=8 leaves no room"):
         encoded(8, "the film", "good")

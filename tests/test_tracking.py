@@ -1,5 +1,6 @@
 """W&B gets the curves of each row, and never stands in the way of a training."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,12 +12,14 @@ import pytest
 
 from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import load
-from finetune.tracking import run_id, tracked
+from finetune.log import run_id, tracked
+from store.rows import row_config
 
 wandb = pytest.importorskip("wandb")
 ROOT = Path(__file__).resolve().parents[1]
 POINT = {"step": 2, "loss": 0.5, "lr": 0.1, "examples_per_second": 64.0, "mfu": None}
 LOOK = {"step": 2, "weights": "ema_0.999", "held_out_correct": 3, "held_out_n": 4}
+DONE = {"status": "done", "seconds": 9.5, "ingredient": "raw", "held_out": {"correct": 3, "n": 4}, "variants": {}}
 END = {"epoch": 1, "step": 2, "loss": 0.75, "lr": 0.1}
 
 
@@ -75,9 +78,9 @@ def service():
 
 
 def test_an_offline_run_holds_the_group_the_settings_the_drawn_values_and_the_curves(tmp_path, capfd):
-    config = experiment(tmp_path, "tracking.mode=offline")
+    config = row_config(experiment(tmp_path, "tracking.mode=offline"), 3)
     with tracked(config, 3, {"optim.lr": 0.25}, tmp_path / "003") as log:
-        for metrics in (POINT, LOOK, END):
+        for metrics in (POINT, LOOK, END, DONE):
             log(metrics)
     (file,) = runs_in(tmp_path / "003")
     found = records(file)
@@ -90,7 +93,9 @@ def test_an_offline_run_holds_the_group_the_settings_the_drawn_values_and_the_cu
     )
     settings = {item.key: item.value_json for item in run.config.update}
     assert settings["drawn"] == '{"optim.lr":0.25}'
-    assert '"epochs"' in settings["optim"]
+    assert json.loads(settings["optim"])["lr"] == config.optim.lr != experiment(tmp_path).optim.lr
+    summary = {item.key: item.value_json for record in found for item in record.summary.update}
+    assert (summary["final/held_out/raw"], summary["status"]) == ("0.75", '"done"')
     points = [
         {".".join(item.nested_key) or item.key: float(item.value_json) for item in record.history.item}
         for record in found
@@ -136,7 +141,7 @@ def test_without_a_login_one_error_says_what_to_do_before_anything_trains(tmp_pa
 def test_without_a_network_the_error_comes_in_bounded_time(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the port of "discard"
-    monkeypatch.setattr("finetune.tracking.INIT_SECONDS", 2)
+    monkeypatch.setattr("finetune.log.INIT_SECONDS", 2)
     started = time.monotonic()
     with (
         pytest.raises(UserError, match=r"W&B cannot track row 3 .*tracking\.mode=offline"),
@@ -180,7 +185,7 @@ def test_without_tracking_nothing_is_written_and_wandb_is_not_even_imported(tmp_
 import sys
 from pathlib import Path
 from configs.schema import load
-from finetune.tracking import tracked
+from finetune.log import tracked
 with tracked(load("demo"), 3, {{}}, Path({str(tmp_path / "003")!r})) as log:
     log({POINT!r})
 assert "wandb" not in sys.modules

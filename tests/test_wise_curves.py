@@ -8,8 +8,8 @@ from analysis.results import SHIFT_MEAN
 from analysis.wise_curves import ALPHAS, ends_of, figured1, is_augmentation_varied, wise_figure, wise_table
 from configs.errors import UserError
 from configs.schema import load
-from soups.cook import cook
-from soups.pool import usable_pool
+from soups.experiment.cook import cook
+from soups.experiment.pool import usable_pool
 from tests.pools import finished_pool
 
 SOUPS = ("recipes=[best,uniform,greedy]", "sweep.rows=2", "cluster.workers=1")

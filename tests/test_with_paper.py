@@ -17,9 +17,14 @@ from analysis.text_tables import network_of, texts_with_paper
 from analysis.with_paper import methods_with_paper, rows_with_paper, with_significance
 from configs.errors import UserError
 from configs.schema import load
-from eval.significance import paired
-from soups.cook import cook_all
-from tests.pools import finished_pool
+from eval.pool import evaluate, is_scored
+from soups.experiment.cook import cook_all
+from soups.experiment.pool import individuals_of
+from soups.files.atomic import read_json, read_jsonl, write_json
+from soups.files.weights import load_weights, save_weights
+from soups.paired import paired
+from store.runs import RunFolder
+from tests.pools import finished_pool, moved
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,114 @@ def test_an_oracle_is_never_bold_and_stands_where_the_paper_has_one(finished):
     assert "**" in said
     assert r"\textbf{" in latex.read_text()
     assert "**" not in latex.read_text()
+
+
+@pytest.mark.parametrize(
+    ("table", "alone"),
+    [
+        ("table1", {"ViT-G/14 (Zhai et al. 2021)": "90.45", "CoAtNet-7 (Dai et al. 2021)": "90.88"}),
+        ("table4", {"ViT-G/14 (Zhai et al. 2021, re-evaluated)": "90.47", "CoAtNet-7 (Dai et al. 2021)": "90.88"}),
+        ("tablec1", {"CoCa (Yu et al. 2022)": "91.00†"}),
+        ("table3", {"Second best model": "79.89†", "Learned soup (by layer: every tensor)": "81.37"}),
+    ],
+)
+def test_what_only_the_paper_has_is_printed_as_the_papers(finished, table, alone):
+    markdown, _, csv = methods_with_paper(finished[0], table)
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in _rows_of(markdown)]
+    by_name = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+    for name, value in alone.items():
+        row = by_name[f"{name}, paper only"]
+        assert (row["Test"], row["Test, paper"], row["Test − paper"], row["Test − best"]) == ("", value, "", "")
+    assert "paper only" not in " ".join(name for name in by_name if name.startswith("Best individual model"))
+    numbers = pd.read_csv(csv)
+    there = set(paper_table(table).query("column == 'test'")["row"])
+    assert there == set(numbers[numbers["paper"].notna() & (numbers["column"] == "test")]["method"])
+
+
+def _rows_of(markdown):
+    return [line for line in markdown.read_text().splitlines() if line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def two_averages(tmp_path_factory):
+    """Rows with a low and a high EMA; the high one of row 2 is the best of all, the zero-shot weights but a little."""
+    runs = tmp_path_factory.mktemp("runs")
+    settings = ["sweep.rows=3", "recipes=[best,second_best,uniform,ensemble]", "model.templates=null"]
+    settings += ["regularizer.ema=[0.9,0.99]", "regularizer.ingredient=ema_0.9", "cluster.workers=1"]
+    settings += ["cooking.individuals=[ema_0.9,ema_0.99]", "cooking.initialisation=false"]
+    config, evaluator = finished_pool(runs, *settings, classes=20)
+    run = RunFolder.of(config)
+    start = load_weights(
+        run.ingredient(0) / "weights.safetensors", read_json(run.ingredient(0) / "done.json")["digest"]
+    )
+    for row, scale in ((1, 0.4), (2, 0.01), (3, 0.4)):
+        folder = run.ingredient(row)
+        digest = save_weights(folder / "ema_0.99.safetensors", moved(start, row, scale))
+        logits = evaluator.logits_of_file(digest, folder / "ema_0.99.safetensors", "held_out")
+        high = {"digest": digest, "held_out": evaluator.scored(logits, "held_out")}
+        done = read_json(folder / "done.json") | {"ingredient": "ema_0.9", "variants": {"raw": high, "ema_0.99": high}}
+        write_json(folder / "done.json", done)
+    cook_all(config, config.recipes, Console(quiet=True))
+    return config, evaluator
+
+
+def test_single_models_are_chosen_of_both_averages_and_soups_are_of_the_low_one(two_averages):
+    config, evaluator = two_averages
+    soups = {name: read_json(RunFolder.of(config).soup(name) / "soup.json") for name in config.recipes}
+    best = soups["best"]["ingredients"][0]
+    assert (best["row"], best["kind"]) == (2, "ema_0.99")
+    assert soups["best"]["digest"] == best["digest"]
+    for name in ("uniform", "ensemble"):
+        assert [(each["row"], each["kind"]) for each in soups[name]["ingredients"]] == [
+            (i, "ema_0.9") for i in (1, 2, 3)
+        ]
+    pool, methods = measure(config, evaluator, with_oracle=True)
+    by_name = {method.name: method for method in methods}
+    assert by_name["oracle"].accuracy("test") == by_name["best"].accuracy("test")
+    assert by_name["best"].accuracy("test") > max(method.accuracy("test") for method in pool[1:])
+    assert pool[0].accuracy("test") >= by_name["oracle"].accuracy("test")  # the initialisation is no candidate
+    said = methods_with_paper(config, "table4")[0].read_text()
+    assert "without the initialisation, soups and ensembles of ema_0.9, best of ema_0.9, ema_0.99" in said
+
+
+def test_both_averages_are_evaluated_with_their_row(two_averages):
+    config, _ = two_averages
+    folder = RunFolder.of(config).ingredient(1)
+    alone = replace(config, cooking=replace(config.cooking, individuals=()))
+    evaluate(alone, folder)
+    assert is_scored(alone, folder)
+    assert not is_scored(config, folder)
+    assert evaluate(config, folder).startswith("ingredients/001: test ")
+    assert is_scored(config, folder)
+    done = read_json(folder / "done.json")
+    assert [row["weights"] for row in read_jsonl(folder / "scores.jsonl") if row["split"] == "a"] == [
+        done["digest"],
+        done["variants"]["ema_0.99"]["digest"],
+    ]
+
+
+def test_an_average_that_rows_do_not_leave_is_refused(two_averages):
+    with pytest.raises(UserError, match=r"cooking.individuals: ema_0.5 is not made"):
+        load("table4_vitg", "cooking.individuals=[ema_0.999,ema_0.5]")
+    with pytest.raises(UserError, match=r"leaves out ema_0\.999"):
+        load("table4_vitg", "cooking.individuals=[ema_0.9999999]")
+    config, _ = two_averages
+    file = RunFolder.of(config).ingredient(3) / "done.json"
+    done = read_json(file)
+    write_json(file, done | {"variants": {}})
+    try:
+        with pytest.raises(UserError, match=r"ingredients/003 has no weights of kind ema_0\.99,"):
+            individuals_of(config)
+    finally:
+        write_json(file, done)
+
+
+def test_81_37_stands_beside_one_coefficient_for_each_tensor():
+    paper = paper_table("table3").set_index(["row", "column"])["value"]
+    assert paper["learned_by_tensor", "test"] == 81.37
+    assert "learned_by_layer" not in paper.index.get_level_values("row")
+    for experiment in ("table3_clip_b32", "released", "released_sweep", "demo"):
+        assert {"learned_by_tensor", "learned_by_layer"} <= set(load(experiment).recipes)
 
 
 def test_the_papers_gain_is_its_row_minus_its_best(finished):

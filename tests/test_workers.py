@@ -3,14 +3,18 @@
 import importlib
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
+import pytest
 import torch
+from rich.console import Console
 from threadpoolctl import threadpool_info
 
-from store.workers import _start, gpus_of_workers
+from store.workers import _start, gpus_of_workers, spread
+from tests.pools import Here
 
 
 def seen(folder):
@@ -29,7 +33,9 @@ def pools(_):
     return torch.get_num_threads(), {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
 
 
-def test_a_worker_computes_with_the_threads_it_is_given():
+def test_a_worker_computes_with_the_threads_it_is_given(monkeypatch):
+    # A new interpreter, which loads SciPy last.
+    monkeypatch.setattr(multiprocessing.spawn, "get_executable", lambda: os.fsencode(sys.executable))
     context = multiprocessing.get_context("spawn")
     for threads in (1, 2):
         with ProcessPoolExecutor(1, context, initializer=_start, initargs=(os.getpid(), threads, None)) as pool:
@@ -37,6 +43,17 @@ def test_a_worker_computes_with_the_threads_it_is_given():
         assert of_torch == threads
         assert len(found) >= 3  # torch's OpenMP, and an OpenBLAS each of NumPy and SciPy
         assert set(found.values()) == {threads}, found
+
+
+def test_a_process_gives_back_a_gpus_memory_before_workers_take_it(monkeypatch):
+    done = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("freed"))
+    monkeypatch.setattr("store.workers._pool", lambda workers, threads: pytest.fail("started") if not done else Here())
+    show = Console(quiet=True)
+    numbers = {"workers": 1, "threads": 1, "units": 1, "done_units": lambda: 0, "report": str, "console": show}
+    assert spread("title", [lambda: 3], **numbers) == [3]
+    assert done == ["freed"]
 
 
 def test_workers_take_gpus_in_turn_by_the_names_that_this_process_sees():

@@ -8,8 +8,10 @@ import pandas as pd
 from analysis.page.cells import Cell, number, percentage, short, text
 from analysis.page.charts import Mark
 from analysis.page.files import Results
-from analysis.page.tables import by_method, gain, method_name, row_name, split_name
+from analysis.page.tables import by_method, gain, method_name, row_name
 from analysis.results import SHIFT_MEAN
+from analysis.tables import column_title
+from configs.schema import Task
 
 MOST = 16  # members that are listed one by one
 
@@ -30,19 +32,19 @@ class Detail:
 def details(results: Results, marks: tuple[Mark, ...]) -> tuple[Detail, ...]:
     """One for each mark, in their order."""
     lines = {words["name"]: words for _, words in results.points.words.iterrows()}
-    rows = {f"row-{row}": row for row in results.done}
+    rows, task = {f"row-{row}": row for row in results.done}, results.config.task
     found = []
     for mark in marks:
         if mark.kind == "individual":
             row = rows[mark.key]
-            found.append(_of_model(results, mark, row, _scores(lines[f"row {row}"])))
+            found.append(_of_model(results, mark, row, _scores(task, lines[f"row {row}"])))
         else:
-            found.append(_of_method(results, mark, _scores(lines[mark.key])))
+            found.append(_of_method(results, mark, _scores(task, lines[mark.key])))
     return tuple(found)
 
 
-def _scores(words: pd.Series) -> list[tuple[str, Cell]]:
-    named = {"test": "Test", SHIFT_MEAN: split_name(SHIFT_MEAN), "held_out": "Held-out"}
+def _scores(task: Task, words: pd.Series) -> list[tuple[str, Cell]]:
+    named = {"test": column_title(task, task.test), SHIFT_MEAN: column_title(task, SHIFT_MEAN), "held_out": "Held-out"}
     shown = [(title, words[column]) for column, title in named.items() if words[column]]
     return [(f"{title} (%)", number(word, percentage(word))) for title, word in shown]
 
@@ -74,7 +76,7 @@ def _of_method(results: Results, mark: Mark, scores: list[tuple[str, Cell]]) -> 
     config, cells = results.config, dict(by_method(results.scores))[mark.key]
     for column in (config.task.test, SHIFT_MEAN):
         if column in cells and mark.key != "best":
-            scores.append((f"{split_name(column)} − best", gain(*cells[column])))
+            scores.append((f"{column_title(config.task, column)} − best", gain(*cells[column])))
     models = cells[config.task.test][0]["models"]
     scores.append(("Models at inference", text(models)))
     dishes = {dish: soup for dish, soup in results.soups.items() if dish.partition("/")[0] == mark.key}

@@ -10,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+from configs.cli import COMMAND
 from configs.errors import UserError
 from configs.schema import Experiment
-from store.atomic import read_json
-from store.runs import RunFolder
+from soups.files.atomic import read_json
+from store.runs import RunFolder, done_rows
 
 IMAGES = 2_000_000  # bytes of pictures on one page, before base64 makes them a third larger
 
@@ -26,12 +27,13 @@ class Commands:
 
     @classmethod
     def of(cls, config: Experiment, typed: Sequence[str]) -> "Commands":
-        """From what was typed, or where that is not known from the experiment's name.
+        """By the run's folder where it has the words that make it, else from what was typed.
 
         A sweep seed of several is named in full, so that a command makes this one alone.
         """
         parent, _, seed = config.name.partition("/")
-        words = list(typed) or [f"experiment={parent}"]
+        folder = config.paths.runs / parent
+        words = [f"run={folder}"] if (folder / COMMAND).exists() else list(typed) or [f"experiment={parent}"]
         if seed:
             words += [f"name={config.name}", f"sweep.seed={config.sweep.seed}", "replicates=[]"]
         return cls(shlex.join(words))
@@ -134,9 +136,8 @@ def read_results(config: Experiment, typed: Sequence[str] = ()) -> Results:
     """
     if config.replicates:
         raise UserError(f"{config.name} is {len(config.replicates)} sweeps, each with a page of its own")
-    run, commands = RunFolder.of(config), Commands.of(config, typed)
+    run, commands, done = RunFolder.of(config), Commands.of(config, typed), done_rows(config)
     headline = run.analysis / ("table5.csv" if config.task.is_text else "table3.csv")
-    folders = sorted((run.root / "ingredients").glob("*/done.json"))
     coefficients = {recipe: run.soup(recipe) / "coefficients.csv" for recipe in config.recipes}
     return Results(
         config=config,
@@ -145,7 +146,7 @@ def read_results(config: Experiment, typed: Sequence[str] = ()) -> Results:
         manifest=read_csv(_needed(run.root / "manifest.csv", commands.stage("finetune"))),
         scores=read_csv(_needed(headline, commands.stage("analysis"))),
         points=read_csv(_needed(run.analysis / "figure1.csv", commands.stage("analysis"))),
-        done={int(path.parent.name): read_json(path) for path in folders},
+        done=done,
         soups=_soups(config, run),
         shares={recipe: read_csv(path) for recipe, path in coefficients.items() if path.exists()},
         provenance=read_json(_needed(run.analysis / "provenance.json", commands.stage("analysis"))),

@@ -9,7 +9,7 @@ from analysis.page.cells import Cell, Interval, Table, cells_of, number, percent
 from analysis.page.files import Results, Texts
 from analysis.report import note
 from analysis.results import SHIFT_MEAN
-from analysis.tables import BEST, HEADS, NAMES, SPLITS, caption, points
+from analysis.tables import BEST, HEADS, NAMES, caption, column_title, points
 from configs.schema import Experiment
 
 STARTS = ("zero-shot", "initialisation")  # far below what is fine-tuned; no scale is made for them
@@ -29,11 +29,6 @@ def row_name(config: Experiment, row: int) -> str:
         return "Initialisation"
     labels = config.analysis.labels
     return f"Row {row}" + (f": {labels[row - 1]}" if row <= len(labels) else "")
-
-
-def split_name(column: str) -> str:
-    """What a column is called."""
-    return "Mean of shifts" if column == SHIFT_MEAN else SPLITS.get(column, column)
 
 
 def gain(words: pd.Series, numbers: pd.Series, ends: tuple[float, float] | None = None) -> Cell:
@@ -93,7 +88,7 @@ def headline(results: Results) -> Table:
     columns = (config.task.test, SHIFT_MEAN) if config.task.shifts else (config.task.test,)
     heads = ["Method"]
     for column in columns:
-        heads += [f"{split_name(column)} (%)", f"{split_name(column)} − best"]
+        heads += [f"{column_title(config.task, column)} (%)", f"{column_title(config.task, column)} − best"]
     scale, lines = ends_of(scores, columns), []
     for method, cells in by_method(scores):
         line = [text(method_name(config, method), "star" if method == "greedy" else "")]
@@ -103,7 +98,7 @@ def headline(results: Results) -> Table:
         words = cells[config.task.test][0]
         line += [number(words["held_out"], percentage(words["held_out"])), number(words["models"], words["models"])]
         lines.append(tuple(line))
-    said = caption(scores.numbers, note(config), BEST, config.task.metrics)
+    said = caption(scores.numbers, note(config), BEST, config.task)
     drawn = f" Lines show the intervals from {100 * scale[0]:+.1f} to {100 * scale[1]:+.1f} points."
     return Table(said + drawn, (*heads, "Held-out (%)", "Models at inference"), tuple(lines), kind="headline")
 
@@ -119,7 +114,7 @@ def splits(results: Results) -> Table:
             words, numbers = cells[column]
             line.append(Cell((*accuracy(words).parts, ("\n", None), *gain(words, numbers).parts), kind="number both"))
         lines.append(tuple(line))
-    heads = ("Method", *(f"{split_name(column)} (n = {sizes[column]})" for column in columns))
+    heads = ("Method", *(f"{column_title(config.task, column)} (n = {sizes[column]})" for column in columns))
     said = "In %; below, the difference to the best individual model in points with its 95 % interval."
     return Table(said, heads, tuple(lines), kind="dense")
 

@@ -22,7 +22,7 @@ from analysis.page.origin import made_by, parts, seeds
 from analysis.report import note
 from analysis.results import SHIFT_MEAN
 from configs.schema import Experiment, dump
-from store.atomic import write_text
+from soups.files.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
 LANDSCAPES, CALIBRATIONS = ("figure2", "figurej1"), ("reliability", "figureb2")

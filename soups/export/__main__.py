@@ -1,24 +1,8 @@
-"""A soup for other libraries:  python -m soups.export soup=runs/demo/soups/greedy to=onnx out=DIR
+"""What `python -m soups.export` is now."""
 
-Reads   the soup, the settings in its run folder, and the names of the classes from the data
-Writes  DIR: weights, settings of images or texts, class names and README.md, a model card for the hub. DIR gets its
-        name only after the library has loaded it by its own call and given the soup's logits.
+from soups.errors import refuse
 
-A soup of one's own files, of a timm network:  python -m soups.export soup=s.safetensors to=onnx out=DIR \\
-    model=timm model.name=resnet50 'classes=[cat,dog]'
-"""
-
-from configs.cli import export_entry_point
-from configs.exporting import Export
-
-
-def run(settings: Export) -> None:
-    """Export and say what was compared."""
-    # Imported here, since --help needs none of it, and torch alone takes seconds.
-    from soups.export.written import export  # noqa: PLC0415
-
-    print(export(settings))
-
-
-if __name__ == "__main__":
-    export_entry_point(run)()
+refuse(
+    "python -m soups.export is now `soups export SOUP --to LIBRARY --out DIR` for soups of your files, and "
+    "`python -m soups.experiment.export soup=runs/NAME/soups/RECIPE to=LIBRARY out=DIR` for those of a sweep"
+)

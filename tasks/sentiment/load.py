@@ -9,9 +9,9 @@ import tarfile
 from functools import lru_cache
 from pathlib import Path
 
-from configs.chance import uniform
 from configs.errors import UserError
 from configs.schema import Task
+from soups.chance import uniform
 from tasks.files import ROOT
 from tasks.sentiment.fetch import COMMAND, FILE, FOLDER, is_whole
 from tasks.texts import Rows, TextSplit, text_split

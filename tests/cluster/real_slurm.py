@@ -49,7 +49,7 @@ JobAcctGatherType=jobacct_gather/none
 MailProg=/bin/true
 GresTypes=gpu
 KillWait=10
-MinJobAge=86400
+MinJobAge=300
 InactiveLimit=0
 ReturnToService=2
 SelectType=select/cons_tres
@@ -137,11 +137,19 @@ class Cluster:
         return words[field]
 
     def states(self, job: str) -> set[str]:
-        """The states of all tasks of a job."""
-        lines = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%T", f"--jobs={job}")
+        """The states of all tasks of a job, which the queue forgets five minutes after their end."""
+        try:
+            lines = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%T", f"--jobs={job}")
+        except RuntimeError as error:
+            if "Invalid job id" not in str(error):
+                raise
+            lines = ""
+        if not lines and self.has_accounting:
+            words = ("--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job}")
+            lines = "\n".join(line.split()[0] for line in self.run("sacct", *words).splitlines())
         return set(lines.split())
 
-    def wait(self, job: str, *states: str, seconds: float = 120) -> None:
+    def wait(self, job: str, *states: str, seconds: float = 300) -> None:
         """Until all tasks of a job are in one of some states; COMPLETED where none is named."""
         wanted = set(states or ("COMPLETED",))
         failed = {"FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"} - wanted

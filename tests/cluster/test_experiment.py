@@ -15,19 +15,21 @@ from real_slurm import start_node, stop_node, until
 from safetensors.torch import load_file
 
 from configs.schema import CONFIGS
-from store.atomic import read_json, read_jsonl
+from configs.slurm import accounted
+from soups.files.atomic import read_json, read_jsonl
+from tests.commands import python
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROOT = CONFIGS.parent
-TINY = ["experiment=demo_tiny", "recipes=[best,uniform,greedy,ensemble]", "analysis.resamples=100"]
+TINY = ["experiment=demo_tiny", "recipes=[best,greedy]", "analysis.resamples=100"]
 TABLES = ("table3.md", "table3.csv", "table3.tex", "figure1.csv", "figure1.png")
 ROWS = 6
 
 
 def command(cluster, module, runs, *settings):
     """A command of the project on the login node; what it printed."""
-    words = [sys.executable, *module.split(), *settings, f"paths.runs={runs}"]
-    own = cluster.environment | {"PYTHON": sys.executable, "COLUMNS": "200"}
+    words = [python(), *module.split(), *settings, f"paths.runs={runs}"]
+    own = cluster.environment | {"PYTHON": sys.executable, "COLUMNS": "200"}  # jobs are trees of Slurm's own processes
     ended = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
@@ -51,6 +53,14 @@ def status(cluster, runs, *settings):
     return said, counts
 
 
+def accounts(cluster, job):
+    """What this project reads in the accounts of a job."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
+        return accounted([job])
+
+
 def all_over(cluster, runs):
     ids = {row["job"] for row in read_jsonl(runs / "demo_tiny/slurm/sent.jsonl")}
     over = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}
@@ -67,40 +77,46 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
     broken.mkdir(parents=True)
     (broken / "state.pt").write_bytes(b"no state of a training")
     stages = ["initialise", "fine-tune", "evaluate", "recipes", "evaluate soups", "analysis"]
-    assert list(submitted(cluster, there, *TINY)) == stages
+    sent = submitted(cluster, there, *TINY, "cluster.slurm.options=[--hold]")  # none is over before the queue is seen
+    assert list(sent) == stages
     assert submitted(cluster, there, *TINY) == {}  # all of it is in the queue
+    cluster.run("scontrol", "release", ",".join(sent.values()))
     command(cluster, "reproduce.py", here, *TINY, "cluster=local", "cluster.workers=1")
-    until(lambda: all_over(cluster, there), 240, "the end of all jobs")
+    until(lambda: all_over(cluster, there), 600, "the end of all jobs")
 
     said, counts = status(cluster, there, *TINY)
     assert counts["fine-tune"] == [2, 0, 0, 1, 0]
     (line,) = [line for line in said.splitlines() if "fine-tune 2" in line]
     assert "FAILED" in line and "state.pt is damaged" in line and "delete the file to start this row anew" in line
+    failed = f"{sent['fine-tune']}_2"
+    until(lambda: failed in accounts(cluster, failed), 30, "the accounts of SLURM")
+    assert accounts(cluster, failed)[failed] == ("FAILED", "None")  # what there is after the queue has forgotten it
+    assert (ingredient(there, 1) / "scores.jsonl").exists()  # the other rows were evaluated all the same
     (broken / "state.pt").unlink()
     said = command(cluster, "-m slurm.retry", there, *TINY, "cluster=slurm_test")
     assert said.count("job ") == 1 and "fine-tune, tasks 2" in said
     ids = submitted(cluster, there, *TINY)
     assert list(ids) == stages[2:]  # the row is in the queue
-    until(lambda: all_over(cluster, there), 240, "the end of all jobs")
+    until(lambda: all_over(cluster, there), 600, "the end of all jobs")
 
     assert cluster.states(ids["analysis"]) == {"COMPLETED"}
     for name in TABLES:
         assert (there / "demo_tiny/analysis" / name).read_bytes() == (here / "demo_tiny/analysis" / name).read_bytes()
     made = [{str(file.relative_to(runs)) for file in runs.rglob("*") if file.is_file()} for runs in (here, there)]
-    assert made[0] - made[1] <= {"demo_tiny/manifest.csv"}  # which no single row writes
+    assert made[0] - made[1] <= {"demo_tiny/manifest.csv", "demo_tiny/report.html"}  # which no single job writes
     assert status(cluster, there, *TINY)[1]["fine-tune"] == [3, 0, 0, 0, 0]
     assert "nothing is left to do" in command(cluster, "reproduce.py", there, *TINY, "cluster=slurm_test")
     assert "no row has failed" in command(cluster, "-m slurm.retry", there, *TINY, "cluster=slurm_test")
 
 
-LONG = [*TINY, f"sweep.rows={ROWS}", "~sweep.draw.optim.epochs", "optim.epochs=14", "compute.save_every=1"]
+LONG = [*TINY, f"sweep.rows={ROWS}", "~sweep.draw.optim.epochs", "optim.epochs=14", "compute.save_every=3"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, tmp_path_factory):
     """All rows, trained on this machine one after the other."""
     runs = tmp_path_factory.mktemp("undisturbed")
-    command(cluster, "-m finetune", runs, *LONG, "cluster=local", "cluster.workers=2")
+    command(cluster, "-m finetune", runs, *LONG[:-1], "cluster=local", "cluster.workers=2")  # nothing interrupts it
     return runs
 
 
@@ -133,8 +149,9 @@ class Faults:
         mark = f"sweep.index={row}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                if words[1:3] == [b"-m", b"finetune"] and mark in words and str(self.runs).encode() in b" ".join(words):
+                line = (process / "cmdline").read_bytes()
+                words = line.split(b"\0")
+                if b"\0-m\0finetune\0" in line and mark in words and str(self.runs).encode() in line:
                     os.kill(int(process.name), signal.SIGKILL)
             except OSError:
                 continue

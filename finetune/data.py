@@ -1,0 +1,247 @@
+"""Training batches: augmented images or padded texts. A sample depends on its key, not on who makes it or when."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.transforms import RandomResizedCropAndInterpolation, ToNumpy
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip
+
+from configs.chance import seed_globals, seed_sample
+from configs.schema import Experiment
+from configs.training import Augment, Compute, Optim
+from finetune.length import Length
+from models.tokens import TokenSplit, alike_in_length
+from soups.chance import seed
+from store.processes import Processes
+from tasks.split import Images
+
+WHITE = (1.0, 1.0, 1.0)
+MINIMAL_CROP = 0.9  # Appendix J.2.1: crops of 90 % and more of the image
+TIMM_CROP = 0.08  # timm's default for ImageNet, which all stronger kinds start from
+WINDOW = 50  # batches of texts within which those of like length meet
+
+Transform = Callable[[Image.Image], object]
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs and labels to inputs and (b, C) targets
+
+
+def augmentation_of_epoch(augment: Augment, epoch: int, epochs: int) -> Augment:
+    """The augmentation of an epoch, counted from 0: fix-aug ends with epochs of minimal augmentation (Table L.2).
+
+    >>> strong = Augment(kind="rand", layers=2, magnitude=15, last_epochs_minimal=1)
+    >>> [augmentation_of_epoch(strong, epoch, 3).kind for epoch in range(3)]
+    ['rand', 'rand', 'minimal']
+    """
+    if epoch < epochs - augment.last_epochs_minimal:
+        return augment
+    return Augment(kind="minimal", crop=MINIMAL_CROP)  # type: ignore[call-arg]  # mypy sees no dataclass in `closed`
+
+
+def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE) -> Transform:
+    """PIL image to a (3, size, size) uint8 array, by timm's and torchvision's augmentations.
+
+    All kinds crop at random. `minimal` does nothing else; `medium` adds a flip and colour jitter, timm's default for
+    ImageNet; `rand` a flip and RandAugment as timm reads "rand-m{M}-n{N}" (each operation fires with probability 0.5,
+    and M acts up to `magnitude_max`); `auto` a flip and AutoAugment's policy for ImageNet; `stochastic` chooses one
+    of several anew for each sample. Geometric operations fill what comes from beyond the edges, by `augment.fill`.
+
+    Args:
+        augment: the settings.
+        size: pixels, square.
+        mean: RGB in [0, 1] that the model subtracts, for `fill: mean`.
+
+    Source: Appendices J.2 and L; the released hyperparameters name timm's strings. Cubuk et al. 2019, 2020.
+    """
+    if augment.kind == "stochastic":
+        return _OneOf([augmentation(each, size, mean) for each in augment.among])
+    ratio = (augment.aspect, 1 / augment.aspect)
+    interpolation = "random" if augment.kind == "medium" else "bicubic"
+    crop = augment.crop or (MINIMAL_CROP if augment.kind == "minimal" else TIMM_CROP)
+    steps = [RandomResizedCropAndInterpolation(size, (crop, 1.0), ratio, interpolation)]
+    if augment.kind != "minimal":
+        steps.append(RandomHorizontalFlip(augment.flip))
+    fill = tuple(min(255, round(255 * value)) for value in (mean if augment.fill == "mean" else WHITE))
+    settings = {"img_mean": fill, "translate_const": int(0.45 * size)}
+    match augment.kind:
+        case "medium":
+            steps.append(ColorJitter(*3 * (augment.color_jitter,)))
+        case "rand":
+            policy = f"rand-m{augment.magnitude}-mmax{augment.magnitude_max}-n{augment.layers}"
+            policy += "-inc1" if augment.increasing else ""
+            steps.append(rand_augment_transform(policy, settings))
+        case "auto":
+            steps.append(auto_augment_transform("original", settings))
+    return Compose([*steps, ToNumpy()])
+
+
+class _OneOf:
+    """A transform that is one of several, equally likely; a class, since loaders send it to other processes."""
+
+    def __init__(self, transforms: Sequence[Transform]):
+        self.transforms = transforms
+
+    def __call__(self, image: Image.Image) -> object:
+        return random.choice(self.transforms)(image)
+
+
+def local_batch(indices: Tensor, processes: Processes) -> Tensor:
+    """This process's part of a batch: every W-th image of the first half, and their partners.
+
+    Mixup pairs image i of a batch of B with image B - 1 - i. Each process gets whole pairs, in an order in which its
+    part pairs them in the same way, so that all processes together see the very batch that one alone would see.
+
+    Args:
+        indices: (B,), B even.
+        processes: this one among W.
+
+    >>> local_batch(torch.arange(6), Processes(1, 2, torch.device("cpu")))
+    tensor([1, 4])
+    """
+    first = torch.arange(processes.rank, len(indices) // 2, processes.world)
+    return indices[torch.cat([first, len(indices) - 1 - first.flip(0)])]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, run_seed: int, epoch: int) -> Tensor:
+    """(n,) the order of the training images in an epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed(run_seed, "order", epoch)))
+
+
+@lru_cache(maxsize=2)
+def text_order(texts: TokenSplit, batch: int, run_seed: int, epoch: int) -> Tensor:
+    """(n,) the order of the training texts in an epoch, whose batches are alike in length."""
+    generator = torch.Generator().manual_seed(seed(run_seed, "batches", epoch))
+    return alike_in_length(epoch_order(len(texts), run_seed, epoch), texts.lengths, batch, WINDOW, generator)
+
+
+class _Batches(Dataset[Tensor]):
+    """Which examples each step of a training takes."""
+
+    length: Length
+    processes: Processes
+    first: int  # the step of batch 0
+
+    def order(self, epoch: int) -> Tensor:
+        """(n,) the order of all examples in an epoch."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.length.steps - self.first
+
+    def indices(self, step: int) -> Tensor:
+        """(b,) which examples this process takes in a step, counted from 0."""
+        epoch, batch = divmod(step, self.length.steps_per_epoch)
+        order, size = self.order(epoch), self.length.batch_size
+        return local_batch(order[batch * size : (batch + 1) * size], self.processes)
+
+
+@dataclass(frozen=True)
+class TrainingBatches(_Batches):
+    """This process's images of each step, augmented; a step's batch is made whole by one worker."""
+
+    images: Images
+    augment: Augment
+    size: int  # pixels, square
+    length: Length
+    run_seed: int  # of order and augmentation
+    processes: Processes
+    first: int = 0
+    mean: tuple[float, ...] = WHITE  # RGB in [0, 1] that the model subtracts
+
+    def order(self, epoch: int) -> Tensor:
+        """(n,) the order of all images in an epoch."""
+        return epoch_order(self.length.images, self.run_seed, epoch)
+
+    def workers(self, compute: Compute) -> int:
+        """Processes that make batches ahead."""
+        return compute.loader_workers
+
+    @property
+    def bytes_each(self) -> int:
+        """Size of this process's part of a batch."""
+        return 3 * self.size**2 * (self.length.batch_size // self.processes.world)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        """(b, 3, size, size) uint8."""
+        step = self.first + batch
+        epoch = step // self.length.steps_per_epoch
+        transform = augmentation(augmentation_of_epoch(self.augment, epoch, self.length.epochs), self.size, self.mean)
+        samples = []
+        for index in self.indices(step).tolist():
+            seed_sample(self.run_seed, "image", epoch, index)
+            samples.append(torch.as_tensor(transform(self.images.pil(index))))
+        return default_collate(samples)  # stacks them, a worker at once where the other process will read them
+
+
+@dataclass(frozen=True)
+class TextBatches(_Batches):
+    """This process's texts of each step, as token ids that are padded to the longest of them."""
+
+    texts: TokenSplit
+    length: Length
+    run_seed: int  # of the order
+    processes: Processes
+    first: int = 0
+    bytes_each = 0  # in shared memory, where texts are not put
+
+    def order(self, epoch: int) -> Tensor:
+        """(n,) the order of all texts in an epoch."""
+        return text_order(self.texts, self.length.batch_size, self.run_seed, epoch)
+
+    def workers(self, compute: Compute) -> int:
+        """None: texts are in memory, and padding them is no work for another process."""
+        return 0
+
+    def __getitem__(self, batch: int) -> Tensor:
+        """(b, L) int64."""
+        return self.texts.batch(self.indices(self.first + batch))
+
+
+def training_batches(
+    train: Images | TokenSplit,
+    config: Experiment,
+    length: Length,
+    *,
+    run_seed: int,
+    processes: Processes,
+    first: int,
+    mean: tuple[float, ...],
+) -> TrainingBatches | TextBatches:
+    """The batches of a training from step `first` on, of images, from which the model subtracts `mean`, or of texts."""
+    if isinstance(train, TokenSplit):
+        return TextBatches(train, length, run_seed, processes, first)
+    return TrainingBatches(train, config.augment, config.model.image_size, length, run_seed, processes, first, mean)
+
+
+def mixing(optim: Optim, classes: int) -> Mix:
+    """timm's mixup and CutMix of a batch, which also smooth the labels; one coefficient a batch."""
+    return Mixup(
+        optim.mixup,
+        optim.cutmix,
+        prob=float(optim.mixup > 0 or optim.cutmix > 0),
+        label_smoothing=optim.label_smoothing,
+        num_classes=classes,
+    )
+
+
+def mixed_batch(
+    batch: Tensor, labels: Tensor, mix: Mix, *, run_seed: int, step: int, processes: Processes
+) -> tuple[Tensor, Tensor]:
+    """Inputs and (b, C) targets of a step on this process's device; uint8 pixels become float32 and are mixed.
+
+    Mixing is seeded by run and step, so all processes mix alike; what is drawn later, as by dropout, by process too.
+    """
+    seed_globals(run_seed, "mixup", step)
+    inputs = batch.to(processes.device, non_blocking=True)
+    inputs = inputs.float() if inputs.dtype == torch.uint8 else inputs
+    found = mix(inputs, labels.to(processes.device, non_blocking=True))
+    if processes.world > 1:
+        seed_globals(run_seed, "dropout", step, processes.rank)
+    return found

@@ -1,0 +1,271 @@
+"""What the rows of a sweep start from: row 0, checkpoints that were trained elsewhere, heads and teachers."""
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Experiment, dump
+from configs.slurm import wait_in_array
+from configs.tables import ROOT
+from eval.forward import Evaluator
+from finetune.finish import complete, save_trained, sole_writers
+from finetune.state import Interruption
+from models.classifier import Classifier, pretrained, pretrained_network, set_head
+from models.probe import linear_probe
+from models.released import convert
+from soups.files.atomic import digest_of, read_json
+from soups.files.weights import load_weights
+from store.processes import Processes, first_decides, start_processes
+from store.rows import draw, identity, require_head, row_config, teachers
+from store.runs import RAW, WEIGHTS, RunFolder, done_row, record_config
+from tasks.load import class_names
+
+HEAD = ("head.weight", "head.bias")
+
+
+def initialise(config: Experiment) -> dict[str, Any]:
+    """Row 0: the pretrained network with the head that all rows start from; the zero-shot model beside it, if any.
+
+    Skipped where it is done. Started by torchrun, the first process makes it, and all compute features and score it.
+    Returns row 0's done.json.
+
+    Raises:
+        UserError: missing or damaged data or weights; made before with other settings; being made by another process.
+    """
+    if config.sweep.imported is not None:
+        return import_row(config, 0)
+    processes, run, name = start_processes(), RunFolder.of(config), identity(config, 0)
+    base, folder = {"identity": name, "status": "done", "drawn": {}}, run.ingredient(0)
+
+    @cache
+    def start() -> dict[str, Tensor]:
+        for split in (config.task.train, config.task.held_out):
+            Evaluator(config).split(split)  # damaged data are refused before anything is made
+        return pretrained_network(config.model, class_names(config.task), config.task.answers).state_dict()
+
+    def zero_shot() -> dict[str, Any]:
+        started = time.monotonic()
+        record_config(run.zero_shot, dump(config))
+        return save_trained(config, run.zero_shot, base | {"row": None, "head": "zero_shot"}, started, {RAW: start()})
+
+    def make_row_0() -> dict[str, Any]:
+        started, weights = time.monotonic(), start()
+        probe: dict[str, Any] = {}
+        if config.model.head == "linear_probe":
+            weights, probe = _fit_probe(config, weights)
+        record_config(folder, dump(row_config(config, 0)))
+        own = base | {"row": 0, "head": config.model.head, "data": _digests(config)} | probe
+        return save_trained(config, folder, own, started, {RAW: weights})
+
+    def row_0() -> dict[str, Any]:
+        if config.model.head == "linear_probe" and processes.world > 1:
+            evaluator = Evaluator(config, processes)
+            evaluator.load_on_all(start)
+            for split in (config.task.train, config.task.held_out):
+                evaluator.fill_features(split)
+        return first_decides(make_row_0, processes)
+
+    with sole_writers(folder, processes):
+        if config.model.templates is not None:
+            complete(config, run.zero_shot, name, partial(first_decides, zero_shot, processes), processes)
+        done = complete(config, folder, name, row_0, processes)
+    refuse_other_data(config, done)
+    return done
+
+
+def _fit_probe(config: Experiment, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights with a linear probe in the place of their head, and what row 0's done.json says of it."""
+    evaluator = Evaluator(config)
+    evaluator.model.load_state_dict(start)
+    splits = (config.task.train, config.task.held_out)
+    # Relative, so that a run may be moved.
+    places = [str(evaluator.features_place(split).relative_to(evaluator.run.root)) for split in splits]
+    train, held_out = ((evaluator.features(split), evaluator.split(split).labels) for split in splits)
+    with Interruption().listening() as interruption:
+        probe = linear_probe(
+            train,
+            held_out,
+            config.task.size,
+            config.model.probe_c,
+            evaluator.run.root / "probe" / digest_of(places),
+            loss=config.model.probe_loss,
+            device=evaluator.processes.device,
+            check=interruption.check,
+        )
+    assert isinstance(evaluator.model, Classifier)  # a prompted language model has no head to be probed
+    set_head(evaluator.model, probe.weight, probe.bias)
+    weights = {name: tensor.cpu().clone() for name, tensor in evaluator.model.state_dict().items()}
+    return weights, {"probe": {"c": probe.c, "tried": [{"c": c, "held_out_top1": score} for c, score in probe.tried]}}
+
+
+def _digests(config: Experiment) -> dict[str, str]:
+    """The digests of the examples that rows are trained on and selected by, wherever they lie."""
+    return {split: Evaluator(config).split(split).digest for split in (config.task.train, config.task.held_out)}
+
+
+def refuse_other_data(config: Experiment, start: dict[str, Any]) -> None:
+    """Refuse a data set elsewhere that is not the one row 0 was made from; the same one may be moved.
+
+    Args:
+        config: of the experiment.
+        start: row 0's done.json, of earlier versions without digests of its data.
+
+    Raises:
+        UserError: the examples are others.
+    """
+    folder = RunFolder.of(config).ingredient(0)
+    if "data" not in start or Path(read_json(folder / "config.json")["task"]["folder"]) == config.task.folder:
+        return
+    if start["data"] != _digests(config):
+        raise UserError(
+            f"{folder} was made from other examples than those of task.folder={config.task.folder}: give this "
+            "experiment another name, e.g. name=demo_mine, or delete that folder"
+        )
+
+
+def _released_file(config: Experiment, row: int) -> Path:
+    """A row's checkpoint in the folder `sweep.imported`; a UserError where it is missing."""
+    assert config.sweep.imported is not None
+    path = ROOT / config.sweep.imported / f"model_{row}.pt"
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing: python -m soups.experiment.released download --folder {config.sweep.imported}"
+        )
+    return path
+
+
+def check_imports(config: Experiment) -> None:
+    """Refuse an import that lacks a checkpoint or the list of held-out images, before anything is done.
+
+    Raises:
+        UserError: names the first one.
+    """
+    if config.sweep.imported is None:
+        return
+    for row in range(config.sweep.size + 1):
+        _released_file(config, row)
+    index = config.task.held_out_index
+    if index is not None and not (ROOT / index).exists():
+        raise UserError(
+            f"task.held_out_index={index} is missing: python -m soups.experiment.released download brings it"
+        )
+
+
+def import_row(config: Experiment, row: int) -> dict[str, Any]:
+    """A row whose weights are a released checkpoint, scored on held-out; skipped where it is done.
+
+    Returns the row's done.json.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of another network than the experiment's; missing data; made
+            before with other settings; being made by another process.
+    """
+    processes, started, model = start_processes(), time.monotonic(), config.model
+    folder, name = RunFolder.of(config).ingredient(row), identity(config, row)
+
+    def convert_file() -> dict[str, Any]:
+        if (model.kind, model.name, model.normalize) != ("open_clip", "ViT-B-32-quickgelu", True):
+            raise UserError("sweep.imported: the released checkpoints are of model=clip_vit_b32, of no other network")
+        path = _released_file(config, row)
+        weights, dropped = convert(path)
+        record_config(folder, dump(row_config(config, row)))
+        source = {"imported": {"file": path.name, "bytes": path.stat().st_size, "dropped": sorted(dropped)}}
+        base = {"identity": name, "status": "done", "row": row, "drawn": draw(config, row)} | source
+        kind = config.regularizer.ingredient if row else RAW
+        return save_trained(config, folder, base, started, {kind: dict(weights)})
+
+    with sole_writers(folder, processes):
+        return complete(config, folder, name, partial(first_decides, convert_file, processes), processes)
+
+
+def _is_done(config: Experiment, row: int) -> bool:
+    return done_row(config, row) is not None
+
+
+def wait_for_starts(config: Experiment, row: int, processes: Processes) -> None:
+    """Wait for the rows that this one starts from, which other tasks of the job array train.
+
+    Among several processes the first one asks.
+
+    Raises:
+        UserError: such a row was made with other settings, or its task ended without it.
+    """
+
+    def wait() -> None:
+        for needed in (0, *teachers(config, row)) if row else ():
+            wait_in_array(partial(_is_done, config, needed), needed, f"row {needed}")
+
+    first_decides(wait, processes)
+
+
+def teacher_of(config: Experiment, row: int, processes: Processes) -> Callable[[Tensor], Tensor] | None:
+    """The mean logits of a row's teachers, or None where it has none.
+
+    Raises:
+        UserError: a teacher is not trained yet, or diverged.
+    """
+    rows = teachers(config, row)
+    if not rows:
+        return None
+    run, models = RunFolder.of(config), []
+
+    def weights_of(number: int) -> dict[str, Tensor]:
+        done = done_row(config, number)
+        if done is None or done["status"] != "done":
+            raise UserError(f"row {row} is distilled from row {number}, which is not trained: train that one first")
+        return load_weights(run.ingredient(number) / WEIGHTS, done["digest"])
+
+    for number in rows:
+        evaluator = Evaluator(config, processes)
+        evaluator.load_on_all(partial(weights_of, number))
+        models.append(evaluator.model.eval())
+
+    @torch.no_grad()
+    def mean_logits(inputs: Tensor) -> Tensor:
+        return torch.stack([model(inputs) for model in models]).mean(dim=0)
+
+    return mean_logits
+
+
+def other_head(config: Experiment, settings: Experiment, row: int) -> dict[str, Tensor]:
+    """The head that a row starts with in the place of row 0's, if any.
+
+    A row that learns a task of its own has the zero-shot head of that task, and is saved with the head of the
+    experiment's, from which it saw no image (Appendix E). `model.head_of` takes the head of another run's row 0.
+
+    Raises:
+        UserError: heads that are trained or have no class names to be made from; as `_head_of`.
+    """
+    if settings.model.head_of is not None:
+        return _head_of(config, settings.model.head_of)
+    if settings.task == config.task:
+        return {}
+    if config.model.head != "zero_shot" or config.model.train_head:
+        raise UserError(f"row {row} learns a task of its own: set model.head=zero_shot model.train_head=false")
+    weights = pretrained(settings.model, class_names(settings.task)).state_dict()
+    return {name: weights[name] for name in HEAD}
+
+
+def _head_of(config: Experiment, run: str) -> dict[str, Tensor]:
+    """The head of row 0 of another run, such as a linear probe at another resolution (Appendix J.2.3).
+
+    Raises:
+        UserError: there is none, or it is of other features or classes.
+    """
+    require_head(config, run)
+    other, own = (RunFolder(config.paths.runs / name).ingredient(0) for name in (run, config.name))
+    head, shapes = (
+        {name: load_weights(folder / WEIGHTS, read_json(folder / "done.json")["digest"])[name] for name in HEAD}
+        for folder in (other, own)
+    )
+    for name, tensor in head.items():
+        if tensor.shape != shapes[name].shape:
+            sizes = f"{tuple(tensor.shape)} and {tuple(shapes[name].shape)}"
+            raise UserError(f"model.head_of={run}: {name} of {other} and of {own} are of shapes {sizes}")
+    return head

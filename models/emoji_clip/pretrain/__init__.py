@@ -1,1 +1,0 @@
-"""Pretraining as a command: see __main__.py."""

@@ -1,0 +1,95 @@
+"""What finished runs can do without:  python -m slurm.clean experiment=table4_vitg [KIND ...] [delete=true]
+
+Prints the size of each kind of files; with delete=true it deletes the kinds that are named. Weights of rows and soups,
+records, tables and figures are never deleted.
+
+states    of rows that are done (also half-written files): nothing needs them
+features  that a linear probe was fitted to: a forward pass over train makes them again
+decoded   copies of images, of all experiments that share compute.decoded: made again at the next evaluation
+logits    of finished tables: evaluation makes them again, for hours where models are large
+variants  EMA, SWA and other weights beside the row's ingredient, of finished tables: only training makes them again
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from configs.cli import entry_point, parts_of
+from configs.errors import UserError
+from configs.schema import Experiment
+from slurm.plan import gigabytes
+from store.runs import WEIGHTS, RunFolder
+
+KINDS = ("states", "features", "decoded", "logits", "variants")
+AFTER_TABLES = ("logits", "variants")  # which the tables are made from
+
+
+def removable(config: Experiment, kind: str) -> list[Path]:
+    """Files and folders of a kind that an experiment can do without by now.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    run = RunFolder.of(config)
+    done_rows = [done.parent for done in sorted((run.root / "ingredients").glob("*/done.json"))]
+    if kind in AFTER_TABLES and not (run.analysis / "provenance.json").exists():
+        return []
+    match kind:
+        case "states":
+            return [file for row in done_rows for file in (*row.glob("state.pt"), *row.glob(".*.tmp*"))]
+        case "features":
+            is_fitted = (run.ingredient(0) / "done.json").exists()
+            return [run.root / "features"] if is_fitted and (run.root / "features").exists() else []
+        case "decoded":
+            folder = config.compute.decoded
+            return [folder] if folder is not None and folder.exists() else []
+        case "logits":
+            return [run.root / "logits"] if (run.root / "logits").exists() else []
+        case "variants":
+            return [file for row in done_rows for file in row.glob("*.safetensors") if file.name != WEIGHTS]
+    raise UserError(f"{kind} is no kind of files that can be deleted; type one of {', '.join(KINDS)}")
+
+
+def clean(config: Experiment, kinds: tuple[str, ...], *, delete: bool) -> None:
+    """Print what there is of each kind, and delete what is named.
+
+    Args:
+        config: of the experiment.
+        kinds: of `KINDS`; all of them are printed where none is named.
+        delete: whether to delete.
+
+    Raises:
+        UserError: there is no such kind; something is to be deleted and none is named.
+    """
+    if delete and not kinds:
+        raise UserError(f"say what to delete: python -m slurm.clean {', '.join(KINDS)} ... delete=true")
+    for kind in kinds or KINDS:
+        found = removable(config, kind)
+        files = [file for path in found for file in (path, *path.rglob("*")) if file.is_file()]
+        size = gigabytes(sum(file.stat().st_size for file in files))
+        for path in found if delete else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        hint = "" if found or kind not in AFTER_TABLES else " (none before the tables are there: python -m analysis)"
+        print(f"{config.name}: {kind}: {size}{' deleted' if delete else ''}{hint}")
+    if not delete:
+        print("Nothing was deleted. Next: name kinds, and delete=true")
+
+
+def main() -> None:
+    """Kinds are words without a value; the rest are settings."""
+    kinds = tuple(word for word in sys.argv[1:] if "=" not in word and not word.startswith("-"))
+    delete = "delete=true" in sys.argv[1:]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in (*kinds, "delete=true")]
+
+    def clean_parts(config: Experiment) -> None:
+        for part in parts_of(config, sys.argv[1:]):
+            clean(part, kinds, delete=delete)
+
+    entry_point(clean_parts)()
+
+
+if __name__ == "__main__":
+    main()

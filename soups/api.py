@@ -1,0 +1,296 @@
+"""The recipes as functions of models in any form: paths, patterns, dicts, modules, loaders, in any mixture.
+
+`import soups` has them, as in `soups.greedy("run/*.ckpt", score=wer, goal="min").save("soup/")`. Beside its own each
+takes the settings of `soups.averaging.Averaging`: dtype, batch_norm, init, key, exclude, only_common, allow_unrelated
+and threads; and `images=soups.images(...)`, on which batch_norm="recompute" measures.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import fsum, isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soups.averaging import Averaging, Models, by_tensor, open_pool, writer
+from soups.errors import UserError
+from soups.files.checkpoints import opened
+from soups.files.reading import Reading
+from soups.heldout import HeldOut
+from soups.journal import Journal
+from soups.ranks import this_rank
+from soups.scores import Given, Scores, digests_of, given_scores, reduced, to_stderr
+from soups.scoring import Gain, Scorer, gain_of
+from soups.selection import Goal, Mixture, Selection, Ties, add_in_order, add_with_replacement, best_first
+from soups.selection import random_order as random_places
+from soups.soup import Decision, Soup
+from soups.sources import Pool, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Score = str | Callable[..., Any] | Scorer | HeldOut
+
+
+def _mixed(recipe: str, pool: Pool, weights: Sequence[float], how: Averaging, **note: Any) -> Soup:
+    """A soup of one weight a model."""
+    total = fsum(weights)
+    shares = {name: weight / total for name, weight in zip(pool.names, weights, strict=True)}
+    return Soup(recipe, pool, writer(pool, list(weights), how), shares, note)
+
+
+def load(path: str | Path, *, key: str | None = None) -> "Mapping[str, Tensor]":
+    """The weights of a file or folder, whatever wrote it: a mapping that reads each tensor when it is asked for.
+
+    Raises:
+        UserError: it is missing, damaged, or no weights.
+    """
+    from soups.files.tensors import LazyWeights  # noqa: PLC0415  # torch takes seconds
+
+    return LazyWeights(Path(path), reading=Reading(key=key))
+
+
+def uniform(models: Models, **settings: Any) -> Soup:
+    """The equal-weight mean of all models (Table 2)."""
+    pool, how, _ = open_pool(models, settings)
+    return _mixed("uniform", pool, [1.0] * len(pool), how)
+
+
+def weighted(models: Models, weights: Sequence[float], **settings: Any) -> Soup:
+    """The mean with a weight for each model, in the order in which they are given, in any scale.
+
+    Raises:
+        UserError: not one weight a model; not finite, below 0, or all of them 0.
+    """
+    pool, how, _ = open_pool(models, settings)
+    if len(weights) != len(pool):
+        raise UserError(f"weights: need one for each of {len(pool)} models, got {len(weights)}")
+    values = [float(weight) for weight in weights]
+    if not all(isfinite(value) and value >= 0 for value in values) or not fsum(values) > 0:
+        raise UserError(f"weights: need finite numbers of at least 0 whose sum is above 0, got {values}")
+    return _mixed("weighted", pool, values, how)
+
+
+def wise_ft(start: Source, models: Models, alpha: float = 0.5, **settings: Any) -> Soup:
+    """(1 - alpha) of the initialisation and alpha of the mean of the models (Wortsman et al. 2021).
+
+    Args:
+        start: the initialisation.
+        models: fine-tuned from it.
+        alpha: in [0, 1].
+        settings: of the averaging; `batch_norm="keep"` keeps the statistics of `start`.
+
+    Raises:
+        UserError: alpha outside [0, 1], or models that do not fit together.
+    """
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha is in [0, 1], 0 for the initialisation and 1 for the models; got {alpha}")
+    pool, how, first = open_pool(models, settings, start)
+    assert first is not None  # start is one
+    weights = [1 - alpha, *[alpha / len(pool)] * len(pool)]
+    shares = dict(zip([first.names[0], *pool.names], weights, strict=True))
+    note = {"alpha": alpha, "init": first.names[0]}
+    return Soup("wise_ft", pool, writer(pool, weights, how, start=first), shares, note)
+
+
+def model_stock(start: Source, models: Models, **settings: Any) -> Soup:
+    """Between the initialisation and the mean of the models, tensor by tensor, as the angles between them say.
+
+    Args:
+        start: the initialisation.
+        models: at least two, fine-tuned from it.
+        settings: of the averaging.
+
+    Source: Jang et al. 2024, Section 4.
+    """
+    from soups.files.tensors import LazyWeights  # noqa: PLC0415
+    from soups.stock import ratio, stock_cosines  # noqa: PLC0415
+
+    pool, how, first = open_pool(models, settings, start)
+    assert first is not None  # start is one
+    if len(pool) < 2:
+        raise UserError("model_stock needs at least two fine-tuned models, whose angle says how far to go")
+    with opened([*first.paths, *pool.paths], how.reading) as checkpoints:
+        begin, *ends = [LazyWeights(checkpoint) for checkpoint in checkpoints]
+        ratios = {name: ratio(cosine, len(pool)) for name, cosine in stock_cosines(begin, ends, how.reading).items()}
+
+    def row(name: str) -> list[float]:
+        share = ratios.get(name, 1.0)
+        return [1 - share, *[share / len(pool)] * len(pool)]
+
+    weights = by_tensor(pool, first.paths, how, row)
+    shares: dict[str, float | None] = dict.fromkeys([first.names[0], *pool.names])
+    note = {"init": first.names[0], "mean_ratio": fsum(ratios.values()) / max(1, len(ratios))}
+    return Soup("model_stock", pool, writer(pool, weights, how, start=first), shares, note)
+
+
+def _scores(
+    pool: Pool,
+    how: Averaging,
+    score: Score,
+    goal: Goal | None,
+    *,
+    given: Given = None,
+    journal: str | Path | None,
+    quiet: bool,
+) -> Scores:
+    """How the pool is scored, with every file read once before the first forward pass.
+
+    Raises:
+        UserError: a score that is none, or a model with NaN or infinity.
+    """
+    if isinstance(score, HeldOut):
+        scorer = score.scorer(pool)
+        if goal is not None and goal != scorer.goal:
+            raise UserError(f"{score.kind} is a score whose goal is {scorer.goal}: leave the goal away")
+    else:
+        from soups.scorers.outside import scorer_of  # noqa: PLC0415
+
+        scorer = scorer_of(score, goal)
+    if how.batch_norm == "recompute" and how.measured_on is None:
+        how = replace(how, measured_on=scorer)
+    known = given_scores(given, pool)
+    place = Path(journal) if journal is not None else None
+    said = (lambda line: None) if quiet else to_stderr
+    return Scores(pool, scorer, how, Journal(place), digests_of(pool, pool.paths), known, said)
+
+
+def _chosen(recipe: str, scores: Scores, selection: Selection, alone: Mapping[int, float], **note: Any) -> Soup:
+    """A greedy recipe's soup, with its table and what it gains."""
+    pool, scorer = scores.pool, scores.scorer
+    counts = reduced(selection.mixture)
+    weights = [float(counts.get(i, 0)) for i in range(len(pool))]
+    total = fsum(weights)
+    decisions = tuple(
+        Decision(pool.names[trial.candidate], alone.get(trial.candidate), trial.score, trial.accepted)
+        for trial in selection.trials
+    )
+    (found,) = scores.of([selection.mixture])
+    gain: Gain | None = None
+    if len(alone) == len(pool):
+        best = best_first([alone[i] for i in range(len(pool))], scorer.goal)[0]
+        (single,) = scores.of([(best,)])
+        gain = gain_of(scorer, found, single)
+    return Soup(
+        recipe,
+        pool,
+        writer(pool, weights, scores.how),
+        {pool.names[i]: weights[i] / total for i in counts},
+        note,
+        decisions,
+        {pool.names[i]: value for i, value in alone.items()},
+        found.value,
+        scorer.metric,
+        scorer.goal,
+        scorer.n,
+        gain,
+    )
+
+
+def _alone(scores: Scores) -> dict[int, float]:
+    """Of every model by itself."""
+    singles: list[Mixture] = [(i,) for i in range(len(scores.pool))]
+    return {i: found.value for i, found in enumerate(scores.of(singles))}
+
+
+def greedy(
+    models: Models,
+    score: Score,
+    goal: Goal | None = None,
+    *,
+    scores: Given = None,
+    ties: Ties = "keep",
+    journal: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Soup:
+    """Add models best-first, keeping each one that does not make the held-out score worse (Recipe 1).
+
+    Under torchrun the next candidates are scored ahead, one by each process; the decisions are those of one.
+
+    Args:
+        models: of which at least one ends up in the soup.
+        score: a function of a state dict to a number, or to one number for each example; a shell command with {soup}
+            in it that prints a number as its last line; "module:function"; or `soups.images(...)` and its like.
+        goal: "max" or "min"; of held-out examples it is known.
+        scores: scores of single models that are known: a dict, or a .json, .jsonl or .csv file. Others are computed.
+        ties: what becomes of a model that leaves the score exactly as it was; the paper keeps it, the authors' script
+            drops it.
+        journal: a file for every score as it comes; the same call continues from it.
+        quiet: print no score as it comes.
+        settings: of the averaging.
+
+    Raises:
+        UserError: models that do not fit together, or a score that fails or is NaN.
+
+    Source: Wortsman et al. 2022, Recipe 1.
+    """
+    pool, how, _ = open_pool(models, settings, score=score)
+    found = _scores(pool, how, score, goal, given=scores, journal=journal, quiet=quiet)
+    alone, aim = _alone(found), found.scorer.goal
+    order = best_first([alone[i] for i in range(len(pool))], aim)
+    ahead = this_rank()[1]
+    chosen = add_in_order(order, alone[order[0]], found.results, ahead=ahead, ties=ties, goal=aim)
+    return _chosen("greedy", found, chosen, alone, ties=ties)
+
+
+def random_order(
+    models: Models,
+    score: Score,
+    goal: Goal | None = None,
+    *,
+    seed: int = 0,
+    ties: Ties = "keep",
+    journal: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Soup:
+    """The same from a pool that is not sorted by its scores, but in an order that `seed` draws (Table 3).
+
+    The first model always enters, so the soup may be worse than the best model; other models are not scored alone.
+    """
+    pool, how, _ = open_pool(models, settings, score=score)
+    found = _scores(pool, how, score, goal, journal=journal, quiet=quiet)
+    order = random_places(len(pool), seed, 0)
+    (first,) = found.of([(order[0],)])
+    chosen = add_in_order(order, first.value, found.results, ahead=this_rank()[1], ties=ties, goal=found.scorer.goal)
+    return _chosen("random_order", found, chosen, {order[0]: first.value}, seed=seed, ties=ties)
+
+
+def with_replacement(
+    models: Models,
+    score: Score,
+    goal: Goal | None = None,
+    *,
+    scores: Given = None,
+    rounds: int = 20,
+    journal: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Soup:
+    """Add, again and again, the model of the whole pool that helps most; one that is added twice weighs twice."""
+    pool, how, _ = open_pool(models, settings, score=score)
+    found = _scores(pool, how, score, goal, given=scores, journal=journal, quiet=quiet)
+    alone = _alone(found)
+    values = [alone[i] for i in range(len(pool))]
+    chosen = add_with_replacement(values, found.results, rounds=rounds, goal=found.scorer.goal)
+    return _chosen("with_replacement", found, chosen, alone, rounds=rounds)
+
+
+def images(root: str | Path, network: str, **settings: Any) -> HeldOut:
+    """Labelled images as a score: root/<class>/<image>, by the network timm:NAME, open_clip:NAME, ..."""
+    return HeldOut("images", Path(root), network, **settings)
+
+
+def texts(path: str | Path, network: str | None = None, **settings: Any) -> HeldOut:
+    """Labelled texts in a .tsv, .csv or .jsonl as a score, by a classifier of transformers."""
+    return HeldOut("texts", Path(path), network, **settings)
+
+
+def choices(path: str | Path, network: str | None = None, **settings: Any) -> HeldOut:
+    """Multiple choice in a .jsonl as a score, by a causal or masked language model of transformers."""
+    return HeldOut("choices", Path(path), network, **settings)
+
+
+def perplexity(path: str | Path, network: str | None = None, **settings: Any) -> HeldOut:
+    """Perplexity on a text or .jsonl file as a score, by a causal or masked language model of transformers."""
+    return HeldOut("perplexity", Path(path), network, **settings)

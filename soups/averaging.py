@@ -1,0 +1,270 @@
+"""How the models of a pool are averaged, whatever the recipe."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soups.checks import refuse_unsuitable
+from soups.conformance import common_layout
+from soups.errors import UserError
+from soups.files.atomic import replacing
+from soups.files.checkpoints import opened
+from soups.files.dtypes import OutputDtype
+from soups.files.folders import is_adapter
+from soups.files.reading import Reading
+from soups.mean import Mixing, average_files
+from soups.merging import Merging
+from soups.ranks import this_rank
+from soups.record import FileSoup
+from soups.scoring import Scorer, Statistics
+from soups.sources import Pool, Source, pool_of
+
+if TYPE_CHECKING:
+    from soups.lora import LoraSoup
+
+Models = Source | Iterable[Source]
+# A .safetensors file, or of adapters a folder; and what its metadata is to say beside.
+Writer = Callable[[Path, Mapping[str, Any]], "FileSoup | LoraSoup"]
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How models are averaged, whatever the recipe.
+
+    Args:
+        dtype: of the floating-point tensors written; "keep" is the ingredients'.
+        batch_norm: running means and variances: the average; "keep", those of `init`; or "recompute", measured with
+            the soup's weights on the images that the recipe scores by, or that its setting `images` names.
+        init: the initialisation that the models were fine-tuned from, for `batch_norm="keep"`.
+        key: where a file has several state dicts, which: "state_dict", "ema", ...
+        exclude: a regular expression; tensors with such names are the first model's.
+        only_common: average what all models of the pool have; other tensors are the first model's, or dropped.
+        allow_unrelated: average models that were not fine-tuned from the same checkpoint all the same.
+        threads: that read and add; the result does not depend on them.
+    """
+
+    dtype: OutputDtype = "keep"
+    batch_norm: str = "average"
+    init: Path | None = None
+    key: str | None = None
+    exclude: str | None = None
+    only_common: bool = False
+    allow_unrelated: bool = False
+    threads: int = 2
+    measured_on: "Scorer | None" = None  # of batch_norm="recompute": whose images
+    set_aside: tuple[str, ...] = ()  # of only_common: tensors that some model of the pool lacks
+
+    def __post_init__(self) -> None:
+        if self.batch_norm not in ("average", "keep", "recompute"):
+            raise UserError(f"batch_norm={self.batch_norm!r}: write average, keep or recompute")
+        if (self.batch_norm == "keep") != (self.init is not None):
+            raise UserError("batch_norm=keep and the initialisation, init=FILE, belong together")
+
+    @property
+    def reading(self) -> Reading:
+        """How files are read."""
+        return Reading(self.key, self.exclude, self.only_common, set_aside=self.set_aside)
+
+
+def average(
+    pool: Pool,
+    weights: Mixing,
+    how: Averaging,
+    out: Path,
+    note: Mapping[str, Any] | None = None,
+    *,
+    start: Pool | None = None,
+    merging: Merging | None = None,
+    sync: bool = True,
+) -> FileSoup:
+    """Write the weighted mean of a pool's files.
+
+    Args:
+        pool: the models.
+        weights: of `start` and the models, in this order.
+        how: they are averaged.
+        out: a .safetensors file.
+        note: what its metadata says beside.
+        start: the initialisation, where the recipe has one.
+        merging: what takes the place of the mean, of recipes on changes from `start`.
+        sync: as in `average_files`.
+
+    Raises:
+        UserError: as `average_files`.
+    """
+    begin = start or Pool([], [], pool.reading, pool.temporary)
+    paths, names, keep_from = [*begin.paths, *pool.paths], [*begin.names, *pool.names], None
+    if how.init is not None and how.init not in paths:
+        paths, names = [how.init, *paths], [how.init.name, *names]
+        weights = (
+            {name: [0.0, *row] for name, row in weights.items()} if isinstance(weights, Mapping) else [0.0, *weights]
+        )
+    if how.init is not None:
+        keep_from = paths.index(how.init)
+    if merging is None and not isinstance(weights, Mapping):
+        used = [i for i, weight in enumerate(weights) if weight or i == keep_from]
+        paths, names, weights = [paths[i] for i in used], [names[i] for i in used], [weights[i] for i in used]
+        keep_from = None if keep_from is None else used.index(keep_from)
+    facts: dict[str, Any] = {"batch_norm": how.batch_norm, **(note or {})}
+    if how.allow_unrelated:
+        facts["unrelated"] = "average"
+    write = partial(
+        average_files,
+        paths,
+        weights=weights,
+        dtype=how.dtype,
+        keep_from=keep_from,
+        threads=how.threads,
+        note=facts,
+        names=names,
+        reading=how.reading,
+        first=next((i for i, path in enumerate(paths) if path in pool.paths), 0),  # of what is not averaged, a model's
+        sync=sync,
+        merging=merging,
+    )
+    if how.measured_on is None or how.measured_on.statistics is None or len(paths) < 2:
+        return write(out)  # a model by itself keeps its own statistics
+    with replacing(out) as temporary:
+        soup = write(temporary)
+        renew(temporary, how.measured_on.statistics)
+    return replace(soup, path=out)
+
+
+def renew(path: Path, statistics: Statistics) -> None:
+    """Overwrite batch-norm statistics in a .safetensors file by those that were measured with its weights."""
+    from soups.files.tensors import DTYPES, INTEGERS, LazyWeights  # noqa: PLC0415
+
+    fresh = statistics(LazyWeights(path))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for name, tensor in fresh.items():
+            dtype = DTYPES[header[name]["dtype"]]
+            stored = tensor.detach().cpu().to(dtype).contiguous()
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.write(stored.view(INTEGERS[stored.itemsize]).numpy().tobytes())
+
+
+def open_pool(
+    models: Models,
+    settings: Mapping[str, Any],
+    start: Source | None = None,
+    *,
+    score: Any = None,
+) -> tuple[Pool, Averaging, Pool | None]:
+    """The models, how they are averaged, and the initialisation as a pool of one.
+
+    Args:
+        models: of the pool.
+        settings: of the averaging; `images` are those on which batch_norm="recompute" measures.
+        start: the initialisation, where the recipe needs one.
+        score: what the recipe scores or learns by, if anything; adapters need one.
+
+    Raises:
+        UserError: settings or models that do not fit together.
+    """
+    values = dict(settings)
+    images = values.pop("images", None)
+    reading = Reading(values.get("key"), values.get("exclude"), values.get("only_common", False))
+    pool = pool_of(models, reading)
+    first = None if start is None else pool_of(start, reading)
+    if first is not None and values.get("batch_norm") == "keep":
+        values["init"] = first.paths[0]
+    elif values.get("init") is not None:
+        beside = pool_of(values["init"], reading)
+        if len(beside) > 1:
+            raise UserError(f"init is one model, not {len(beside)}: {', '.join(beside.names[:3])}")
+        pool.beside.append(beside)
+        values["init"] = beside.paths[0]
+    how = Averaging(**values)
+    if score is not None and all(map(is_adapter, pool.paths)):
+        _as_adapters(pool, how, score)
+        _with_statistics(how, pool, images, score)
+        return pool, how, first
+    ends = [] if first is None else first.paths
+    if len(ends) > 1:
+        raise UserError(f"the initialisation is one model, not {len(ends)}: {', '.join(map(str, ends[:3]))}")
+    starts = list({path.resolve(): path for path in [*ends, *([how.init] if how.init else [])]}.values())
+    for path in starts:
+        if path.resolve() in [each.resolve() for each in pool.paths]:
+            raise UserError(f"{path} is the initialisation and one of the models too: name it once")
+    if first is not None:
+        pool.beside.append(first)
+        first.names = [str(first.paths[0]) if first.names[0] in pool.names else first.names[0]]
+    layout = refuse_unsuitable([*starts, *pool.paths], unrelated=how.allow_unrelated, reading=reading)
+    if how.only_common:  # of the whole pool, whichever of its models a soup is of
+        aside = {*layout.kept, *layout.dropped}
+        aside |= {name for name, stands in layout.ties.items() if stands in aside}
+        pool.reading = replace(reading, set_aside=tuple(sorted(aside)))
+        how = replace(how, set_aside=pool.reading.set_aside)
+    return pool, _with_statistics(how, pool, images, score), first
+
+
+def _with_statistics(how: Averaging, pool: Pool, images: Any, score: Any) -> Averaging:
+    """The averaging with what measures batch-norm statistics, where `images` are given for it.
+
+    Raises:
+        UserError: there are no images to measure on, or nobody asked for it.
+    """
+    if how.batch_norm != "recompute":
+        if images is not None:
+            raise UserError("--images is for --batch-norm recompute (batch_norm='recompute'), and would be ignored")
+        return how
+    if getattr(images or score, "kind", None) != "images":
+        raise UserError(
+            "batch_norm=recompute measures the statistics on images: type --images DIR --network NAME "
+            "(images=soups.images(DIR, NAME) in Python), or choose --batch-norm average or keep"
+        )
+    if this_rank()[1] > 1:
+        raise UserError("batch_norm=recompute is for one process, and each would measure on all images: leave torchrun")
+    return how if images is None else replace(how, measured_on=images.scorer(pool))
+
+
+def _as_adapters(pool: Pool, how: Averaging, score: Any) -> None:
+    """Take the folders of a pool for LoRA adapters.
+
+    Raises:
+        UserError: adapters that do not fit together, a setting or a score that is for whole models.
+    """
+    from soups.lora import check_folders  # noqa: PLC0415  # torch takes seconds
+
+    usual = Averaging()
+    for each in fields(Averaging):
+        if getattr(how, each.name) != getattr(usual, each.name):
+            raise UserError(f"--{each.name.replace('_', '-')} is for whole models, and these are LoRA adapters")
+    if hasattr(score, "kind"):
+        raise UserError(
+            f"--{score.kind} scores whole models, and these are LoRA adapters: write --score 'COMMAND {{soup}}', which "
+            "gets a folder for peft, or merge each into its model with merge_and_unload"
+        )
+    check_folders(pool.paths)
+    pool.adapters = True
+
+
+def writer(
+    pool: Pool, weights: Mixing, how: Averaging, *, start: Pool | None = None, merging: Merging | None = None
+) -> Writer:
+    """The soup of such weights as a function that writes it."""
+    if pool.adapters:
+        assert not isinstance(weights, Mapping)  # recipes of adapters have one weight a model
+        return partial(_write_adapters, pool, weights)
+    return lambda out, note: average(pool, weights, how, out, note, start=start, merging=merging)
+
+
+def _write_adapters(pool: Pool, weights: Sequence[float], out: Path, note: Mapping[str, Any]) -> "LoraSoup":
+    from soups.lora import write_folder  # noqa: PLC0415
+
+    used = [i for i, weight in enumerate(weights) if weight]
+    names, shares = [pool.names[i] for i in used], [weights[i] for i in used]
+    return write_folder([pool.paths[i] for i in used], out, weights=shares, note=note, names=names)
+
+
+def by_tensor(
+    pool: Pool, more: Sequence[Path], how: Averaging, row: Callable[[str], list[float]]
+) -> dict[str, list[float]]:
+    """Weights of the models for every tensor that the soup has."""
+    with opened([*more, *pool.paths], how.reading) as checkpoints:
+        return {name: row(name) for name in common_layout(checkpoints, how.reading, len(more)).entries}

@@ -1,0 +1,150 @@
+"""What is scored: a model of a pool or a mixture of several, as weights, as a file or as a folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from soups.averaging import Averaging, average, writer
+from soups.files.atomic import replacing
+from soups.files.checkpoints import PICKLED, Checkpoint, opened
+from soups.files.dtypes import STORED
+from soups.files.folders import ADAPTER
+from soups.files.reading import Reading
+from soups.folder import WEIGHTS, companions
+from soups.sources import Pool
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def mapped(path: Path) -> "dict[str, Tensor]":
+    """The tensors of a .safetensors file, each in memory that is the file's own pages; tied names share theirs."""
+    import torch  # noqa: PLC0415
+
+    from soups.files.tensors import DTYPES  # noqa: PLC0415
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    metadata, found = header.pop("__metadata__", {}), {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        kind = STORED[entry["dtype"]]
+        if start == end:
+            found[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+            continue
+        stored = np.memmap(path, kind, "c", 8 + length + start, ((end - start) // kind.itemsize,))
+        found[name] = torch.from_numpy(stored).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    ties = json.loads(metadata["soup"])["tied"] if "soup" in metadata else {}
+    return found | {name: found[kept] for name, kept in ties.items()}
+
+
+def write_pickled(weights: Path, out: Path, like: Checkpoint | None) -> None:
+    """A .safetensors file as torch.save writes it, under the key and the names that `like` has in its file."""
+    import torch  # noqa: PLC0415
+
+    state: dict[str, Any] = mapped(weights)
+    if like is not None:
+        state = {like.original.get(name, name): tensor for name, tensor in state.items()} | like.others
+        for key in reversed(like.unwrapped.split(".") if like.unwrapped else []):
+            state = {key: state}
+    with replacing(out) as temporary, temporary.open("wb") as file:  # an archive is called as its file, this as none
+        torch.save(state, file)
+
+
+@dataclass
+class Candidate:
+    """One model of a pool, or a mixture of several, while it is scored."""
+
+    pool: Pool
+    weights_of: Mapping[int, float]  # index -> how often it counts
+    how: Averaging
+    place: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = self.pool.workplace / ("-".join(map(str, sorted(self.weights_of)))[:80] + f".{os.getpid()}")
+
+    @property
+    def name(self) -> str:
+        """What it is of, for messages."""
+        *others, last = [self.pool.names[i] for i in self.weights_of]
+        some = others if len(others) < 4 else [*others[:2], f"{len(others) - 2} more"]
+        return f"{last} with {', '.join(some)}" if others else last
+
+    @property
+    def original(self) -> Path | None:
+        """The ingredient's own file, where that is all that it is."""
+        single = len(self.weights_of) == 1 and self.how.reading == Reading() and self.how.dtype == "keep"
+        return self.pool.paths[next(iter(self.weights_of))] if single else None
+
+    @cached_property
+    def averaged(self) -> Path:
+        """A .safetensors file of it."""
+        self.place.mkdir(exist_ok=True)
+        out = self.place / "soup.safetensors"
+        how = self.how
+        if len(self.weights_of) == 1:  # a model by itself keeps its own statistics
+            how = replace(how, batch_norm="average", init=None, measured_on=None)
+        average(self.pool, self._shares, how, out, sync=False)
+        return out
+
+    @property
+    def _shares(self) -> list[float]:
+        return [self.weights_of.get(i, 0.0) for i in range(len(self.pool))]
+
+    @cached_property
+    def adapter(self) -> Path:
+        """A folder of peft of it, whose scaling is 1."""
+        self.place.mkdir(exist_ok=True)
+        return writer(self.pool, self._shares, self.how)(self.place / "adapter", {}).path
+
+    def weights(self) -> "Mapping[str, Tensor]":
+        """Its tensors, each read when it is asked for; of an adapter the factors, whose product is the whole update."""
+        from soups.files.tensors import LazyWeights  # noqa: PLC0415
+
+        if self.pool.adapters:
+            return LazyWeights(self.adapter / ADAPTER)
+        return LazyWeights(self.original or self.averaged)
+
+    def file(self) -> Path:
+        """A file or folder of it, in the form that the ingredients have."""
+        if self.original is not None:
+            return self.original
+        if self.pool.adapters:
+            return self.adapter
+        like = self.pool.paths[0]
+        if like.is_dir():
+            return self.folder(like)
+        if like.suffix not in PICKLED:
+            return self.averaged
+        with opened([like], self.how.reading) as checkpoints:
+            out = self.place / f"soup{like.suffix}"
+            if not out.exists():
+                write_pickled(self.averaged, out, checkpoints[0])
+        return out
+
+    def folder(self, like: Path) -> Path:
+        """A folder of it with the config and the tokenizer that are in the folder `like`."""
+        if self.original is not None and (self.original / "config.json").is_file():
+            return self.original
+        folder = self.place / "folder"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for file in companions(like):
+                (folder / file.name).symlink_to(file.resolve())
+            source = self.original if self.original and self.original.suffix == ".safetensors" else self.averaged
+            (folder / WEIGHTS).symlink_to(source.resolve())
+        return folder
+
+    def forget(self) -> None:
+        """Delete what was written."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        for made in ("averaged", "adapter"):
+            self.__dict__.pop(made, None)

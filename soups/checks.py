@@ -1,0 +1,212 @@
+"""What is wrong with files, told before they are averaged: numbers, names, configs and angles give it away."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from soups.conformance import Layout, common_layout
+from soups.errors import UserError
+from soups.files.checkpoints import BLOCK, Checkpoint, content_digest, hash_tensor, opened
+from soups.files.dtypes import FLOATS, STORED, widen
+from soups.files.reading import Reading
+from soups.geometry import ANOTHER_ORIGIN, medians_of_others
+
+ADAPTER = re.compile(r"(^|\.)(lora_|hada_|lokr_|oft_|ia3_|vera_)")
+DOWN = re.compile(r"\.lora_(embedding_)?A(\.|$)")
+# Of GPTQ, AWQ, bitsandbytes, and float8 with scales.
+QUANTISED = re.compile(r"\.(qweight|qzeros|absmax|quant_map|nested_absmax|SCB|weight_scale|weight_scale_inv)$")
+LOOKED_AT = 1 << 16  # of each tensor, the first elements
+AT_ONCE = 1 << 22  # elements, over all models
+
+
+def looked_through(checkpoint: Checkpoint) -> tuple[str, str]:
+    """The digest of a file's content, and the first tensor in it with NaN or infinity or an empty string.
+
+    A mask, of zeros and infinities alone, is no fault.
+    """
+    buffer, tensors, strange = np.empty(8 * BLOCK, np.uint8), {}, ""
+    for name, entry in checkpoint.entries.items():
+        running, finite = hash_tensor(), True
+        for block in checkpoint.blocks(name, buffer):
+            running.update(block.data)
+            finite = finite and (entry.dtype not in FLOATS or bool(np.isfinite(widen(block, entry.dtype)).all()))
+        tensors[name] = running.hexdigest()
+        if not finite and not strange and not _is_mask(checkpoint, name, buffer):
+            strange = name
+    return content_digest(checkpoint, tensors), strange
+
+
+def _is_mask(checkpoint: Checkpoint, name: str, buffer: np.ndarray) -> bool:
+    blocks = (widen(block, checkpoint.entries[name].dtype) for block in checkpoint.blocks(name, buffer))
+    return all(bool((np.isinf(values) | (values == 0)).all()) for values in blocks)
+
+
+def refuse_adapters(checkpoints: Sequence[Checkpoint]) -> None:
+    """Factors of low rank are not averaged one by one.
+
+    Raises:
+        UserError: an ingredient is an adapter; says so where their ranks differ.
+    """
+    ranks: dict[int, Path] = {}
+    factors: list[tuple[Path, str]] = []
+    for checkpoint in checkpoints:
+        factors += [(checkpoint.path, name) for name in checkpoint.entries if ADAPTER.search(name)]
+        for name, entry in checkpoint.entries.items():
+            if DOWN.search(name) and entry.shape:
+                ranks.setdefault(entry.shape[0], checkpoint.path)
+    if not factors:
+        return
+    what = f"are in {factors[0][0]} ({factors[0][1]!r})"
+    if len(ranks) > 1:
+        what = "are of different rank, " + " and ".join(f"{rank} in {path}" for rank, path in list(ranks.items())[:2])
+    raise UserError(
+        f"LoRA adapters {what}: the mean of their factors is not the mean of their updates. Merge each into its model "
+        "first (peft's merge_and_unload) and soup those, or type `soups lora` and their folders, which is exact"
+    )
+
+
+def refuse_quantised(checkpoints: Sequence[Checkpoint]) -> None:
+    """Codes of quantised weights have no mean.
+
+    Raises:
+        UserError: an ingredient has tensors that only quantised models have, or matrices of integers as weights.
+    """
+    for checkpoint in checkpoints:
+        for name, entry in checkpoint.entries.items():
+            is_code = entry.dtype not in FLOATS and name.endswith("weight") and len(entry.shape) > 1
+            if is_code or QUANTISED.search(name):
+                raise UserError(
+                    f"{checkpoint.path}: tensor {name!r} ({entry}) is of quantised weights, whose codes have no mean: "
+                    "soup the models as they were before, or dequantise them first"
+                )
+
+
+def config_beside(path: Path) -> Path | None:
+    """config.json in the folder that an ingredient is, or that it lies in."""
+    found = (path if path.is_dir() else path.parent) / "config.json"
+    return found if found.exists() else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        UserError: damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a dict")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return values
+
+
+def refuse_other_configs(paths: Sequence[Path]) -> None:
+    """Models of transformers or timm whose config.json speak of different networks or classes.
+
+    Raises:
+        UserError: names two files and the setting; equal shapes with classes in another order are seen here alone.
+    """
+    first: tuple[Path, dict[str, Any]] | None = None
+    for path in paths:
+        file = config_beside(path)
+        if file is None:
+            continue
+        values = read_config(file)
+        if first is None:
+            first = file, values
+            continue
+        for key in ("model_type", "architectures", "architecture", "id2label", "problem_type", "quantization_config"):
+            if values.get(key) != first[1].get(key):
+                raise UserError(
+                    f"{file} and {first[0]} differ in {key!r} ({_short(values.get(key))} and "
+                    f"{_short(first[1].get(key))}): models of another network or label space have no common soup"
+                )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def sampled_cosines(checkpoints: Sequence[Checkpoint], layout: Layout) -> np.ndarray:
+    """(K, K) cosines of K models' weights, each the median over all elements of matrices; 1 without any.
+
+    An element's cosine is that of its matrix, told by the first elements, so layers of a few elements that are new in
+    each model count for little. The doctor reads all elements and sums over tensors; here a new head, which may be
+    long, is one tensor among many.
+    """
+    count = len(checkpoints)
+    found, sizes, width = [], [], max(1, min(LOOKED_AT, AT_ONCE // count))
+    for name, entry in layout.entries.items():
+        if entry.dtype not in FLOATS or len(entry.shape) < 2 or name in layout.kept:
+            continue
+        rows = np.empty((count, min(width, entry.size)))
+        for row, checkpoint in zip(rows, checkpoints, strict=True):
+            kind = checkpoint.entries[checkpoint.own(name)].dtype
+            stored = np.empty(rows.shape[1], STORED[kind])
+            checkpoint.read(name, 0, stored)
+            row[:] = widen(stored, kind)
+        products = rows @ rows.T
+        lengths = np.sqrt(products.diagonal())
+        if (lengths > 0).all():
+            found.append(products / np.outer(lengths, lengths))
+            sizes.append(entry.size)
+    return _weighted_median(np.array(found), np.array(sizes)) if found else np.ones((count, count))
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of (T, ...) values along the first axis: half of the weight lies on values that are at most this.
+
+    >>> _weighted_median(np.array([0.0, 0.1, 1.0]), np.array([1, 1, 8])).item()
+    1.0
+    """
+    order = values.argsort(axis=0, kind="stable")
+    before = weights[order].cumsum(axis=0)
+    middle = (2 * before < weights.sum()).sum(axis=0, keepdims=True)
+    return np.take_along_axis(np.take_along_axis(values, order, axis=0), middle, axis=0)[0]
+
+
+def refuse_unrelated(checkpoints: Sequence[Checkpoint], layout: Layout) -> None:
+    """Models that were not fine-tuned from the same weights lie behind a barrier: their mean is of no use.
+
+    Raises:
+        UserError: names those whose weights are at a wide angle to the others'.
+    """
+    cosines = medians_of_others(sampled_cosines(checkpoints, layout))
+    unrelated = cosines < ANOTHER_ORIGIN
+    if unrelated.any():
+        names = [str(checkpoint.path) for checkpoint, is_so in zip(checkpoints, unrelated, strict=True) if is_so]
+        raise UserError(
+            f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: not fine-tuned from the same checkpoint; "
+            f"weights have a cosine of {cosines[unrelated].min():.2f} with the other models (median). Leave them out "
+            "(soups doctor tells more), or average them all the same with --allow-unrelated"
+        )
+
+
+def refuse_unsuitable(
+    sources: Sequence[Path | Checkpoint], *, unrelated: bool = False, reading: Reading | None = None
+) -> Layout:
+    """Every refusal, before anything is averaged; returns what is averaged.
+
+    Args:
+        sources: of the ingredients, as in `average_files`.
+        unrelated: average models that were not fine-tuned from the same checkpoint all the same.
+        reading: as in `average_files`.
+
+    Raises:
+        UserError: as the functions above, or as `common_layout`.
+    """
+    refuse_other_configs([source for source in sources if isinstance(source, Path)])
+    with opened(sources, reading) as checkpoints:
+        refuse_adapters(checkpoints)
+        refuse_quantised(checkpoints)
+        layout = common_layout(checkpoints, reading or Reading())
+        if not unrelated:
+            refuse_unrelated(checkpoints, layout)
+        return layout

@@ -1,0 +1,383 @@
+"""The command `soups`: recipes on your files of weights, and whether they belong together.
+
+    soups greedy run/*.ckpt --score 'python eval.py {soup}' --goal max --out soup.safetensors
+    soups uniform run/*.safetensors --out soup.safetensors
+    soups doctor run/*.safetensors --init start.safetensors
+
+`soups RECIPE --help` has the settings and examples of each. In a clone of the repository, `python -m soups` is the same
+command, and `python -m soups experiment=NAME` makes the soups of a sweep.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from soups.commands import EXAMPLES, TITLES
+from soups.errors import UserError, one_line_errors, refuse
+from soups.ranks import end, start, this_rank
+
+FILES = "weight files, folders of save_pretrained, or patterns in quotes; run2 comes before run10"
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong words are one line, as all that a person can mend."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        refuse(f"{message}; {self.prog} --help has the settings and examples")
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers with commas between them.
+
+    >>> _numbers("3,1,-0.5")
+    [3.0, 1.0, -0.5]
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"write numbers with commas between them, as in 3,1; got {text!r}") from None
+
+
+def _with_files(parser: Parser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
+    parser.add_argument("--out", type=Path, required=True, help="a .safetensors, .pt, .pth or .ckpt file, or a folder")
+    parser.add_argument("--force", action="store_true", help="overwrite --out if it is a file that is there")
+
+
+def _with_tensors(parser: Parser) -> "argparse._ArgumentGroup":
+    group = parser.add_argument_group("what is averaged")
+    group.add_argument("--key", help="which state dict, where a file has several: state_dict, ema, ...")
+    group.add_argument("--exclude", metavar="REGEX", help="tensors with such names are the first model's")
+    group.add_argument(
+        "--only-common",
+        action="store_true",
+        help="average what all models have; other tensors are the first model's, or dropped",
+    )
+    return group
+
+
+def _with_reading(parser: Parser) -> None:
+    group = _with_tensors(parser)
+    group.add_argument("--dtype", default="keep", choices=("keep", "F64", "F32", "F16", "BF16"), help="that is written")
+    group.add_argument("--allow-unrelated", action="store_true", help="models not fine-tuned from one checkpoint, too")
+    group.add_argument("--threads", type=int, default=2, choices=range(1, 65), metavar="N", help="that read and add")
+
+
+def _with_batch_norm(parser: Parser, *, init: bool = True, images: bool = True) -> None:
+    what = "running means and variances: their average, those of --init, or measured anew on --images"
+    parser.add_argument("--batch-norm", default="average", choices=("average", "keep", "recompute"), help=what)
+    if init:
+        parser.add_argument("--init", type=Path, help="the initialisation, for --batch-norm keep")
+    if images:
+        group = parser.add_argument_group("images on which --batch-norm recompute measures")
+        group.add_argument("--images", type=Path, metavar="DIR", help="a folder of images for each class")
+        _with_network(group)
+
+
+def _with_network(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--network", help="timm:NAME, open_clip:NAME, transformers:FOLDER or function:module:name")
+    group.add_argument("--batch-size", type=int, help="examples at once")
+    group.add_argument("--image-size", type=int, help="of --images: pixels, where the network does not say")
+    group.add_argument("--workers", type=int, help="of --images: processes that decode")
+
+
+def _with_examples(parser: Parser, *, scored: bool) -> None:
+    group = parser.add_argument_group("held-out examples, which neither trained the models nor will test the soup")
+    one = group.add_mutually_exclusive_group(required=True)
+    if scored:
+        one.add_argument(
+            "--score", metavar="COMMAND", help="prints a number as its last line for {soup}; or module:function"
+        )
+    else:
+        one.add_argument("--loss", metavar="MODULE:FUNCTION", help="a function; returns network, batches, loss")
+    one.add_argument("--images", type=Path, metavar="DIR", help="a folder of images for each class")
+    one.add_argument("--texts", type=Path, metavar="FILE", help="labelled texts: .tsv, .csv or .jsonl")
+    one.add_argument("--perplexity", type=Path, metavar="FILE", help="a text, or a .jsonl with a text in each line")
+    if scored:
+        one.add_argument(
+            "--choices", type=Path, metavar="FILE", help="multiple choice: a .jsonl with prompt, choices, answer"
+        )
+        group.add_argument("--goal", choices=("max", "min"), help="of --score: whether it is to be high or low")
+        group.add_argument("--journal", type=Path, help="a file of scores as they come; by default beside --out")
+        group.add_argument("--metric", choices=("top1", "macro_f1", "matthews", "accuracy_and_f1"), help="of classes")
+        group.add_argument(
+            "--per-token", action="store_true", help="of --choices: mean likelihoods of a token, not sums"
+        )
+    _with_network(group)
+    group.add_argument(
+        "--templates", choices=("openai", "name"), help="of open_clip without a head: around class names"
+    )
+    group.add_argument("--columns", help="of --texts: what is read, such as text or premise,hypothesis")
+    group.add_argument("--label", help="of --texts: the column of class numbers or names")
+    group.add_argument("--max-length", type=int, help="of texts: tokens")
+
+
+USES = {  # settings of held-out examples -> where they mean something
+    "network": ("images", "texts", "perplexity", "choices"),
+    "batch_size": ("images", "texts", "perplexity", "choices"),
+    "image_size": ("images",),
+    "templates": ("images",),
+    "workers": ("images",),
+    "metric": ("images", "texts"),
+    "columns": ("texts",),
+    "label": ("texts",),
+    "max_length": ("texts", "perplexity", "choices"),
+    "per_token": ("choices",),
+}
+
+
+def _held_out(arguments: argparse.Namespace) -> Any:
+    """The score that was asked for.
+
+    Raises:
+        UserError: a setting that this kind of score would ignore.
+    """
+    from soups.heldout import HeldOut  # noqa: PLC0415
+
+    values = vars(arguments)
+    kinds = ("score", "loss", "images", "texts", "perplexity", "choices")
+    kind: Any = next((kind for kind in kinds if values.get(kind)), None)
+    given = {name: values[name] for name in USES if values.get(name)}
+    for name in given:
+        if kind is None:
+            raise UserError(f"--{name.replace('_', '-')} is for --images, which --batch-norm recompute needs")
+        if kind not in USES[name]:
+            flags = " and ".join(f"--{each}" for each in USES[name])
+            raise UserError(f"--{name.replace('_', '-')} is for {flags}, and --{kind} would ignore it")
+    if kind is None or kind in ("score", "loss"):
+        return values.get(kind)
+    if "columns" in given:
+        given["columns"] = tuple(given["columns"].split(","))
+    return HeldOut(kind, values[kind], **given)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the models are averaged."""
+    how = ("dtype", "batch_norm", "init", "key", "exclude", "only_common", "allow_unrelated", "threads")
+    found = _given(arguments, *how)
+    if arguments.command not in SCORED:
+        images = _held_out(arguments)
+        found |= {} if images is None else {"images": images}
+    return found
+
+
+def _finish(soup: Any, out: Path) -> None:
+    """Print and save, by the first process alone."""
+    if this_rank()[0] == 0:
+        print(soup)
+        path = soup.save(out)
+        print(*soup.remarks, path, sep="\n")
+
+
+def _files(arguments: argparse.Namespace, *, as_typed: bool = False) -> list[Path]:
+    """The models; a shell sorts run10 before run2, so they are sorted anew where their order means nothing.
+
+    Raises:
+        UserError: --out is one of them, or is there already.
+    """
+    from soups.soup import refuse_out  # noqa: PLC0415
+    from soups.sources import in_natural_order, matches  # noqa: PLC0415
+
+    found = [path for pattern in arguments.files for path in matches(pattern)]
+    refuse_out(arguments.out, found, force=arguments.force)
+    return found if as_typed else in_natural_order(found)
+
+
+def _recipe(arguments: argparse.Namespace) -> Callable[..., Any]:
+    """The recipe as Python has it; its module is loaded here, which --help and wrong words need not wait for."""
+    recipe: Callable[..., Any] = getattr(import_module("soups"), arguments.command.replace("-", "_"))
+    return recipe
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of some settings that the recipe has."""
+    return {name: vars(arguments)[name] for name in names if name in vars(arguments)}
+
+
+def _unscored(arguments: argparse.Namespace) -> None:
+    """The recipes that need no examples; a weight for each file is for files as they were typed."""
+    files = _files(arguments, as_typed=arguments.command in ("weighted", "arithmetic"))
+    more, settings = _given(arguments, "weights", "alpha", "scales", "density", "scale", "seed"), _settings(arguments)
+    started = () if arguments.command in ("uniform", "weighted") else (settings.pop("init"),)
+    _finish(_recipe(arguments)(*started, files, **more, **settings), arguments.out)
+
+
+def _scored(arguments: argparse.Namespace) -> None:
+    """The recipes that ask for scores of candidates."""
+    files, score = _files(arguments), _held_out(arguments)
+    if arguments.goal is not None and arguments.score is None:
+        raise UserError("--goal is for --score; of held-out examples it is known")
+    journal = arguments.journal or arguments.out.with_name(f"{arguments.out.name}.journal.jsonl")
+    more = _given(arguments, "scores", "ties", "rounds", "seed") | _settings(arguments)
+    _finish(_recipe(arguments)(files, score, arguments.goal, journal=journal, **more), arguments.out)
+    if arguments.journal is None and this_rank()[0] == 0:
+        journal.unlink(missing_ok=True)  # its scores are in the soup's record
+
+
+def _learned(arguments: argparse.Namespace) -> None:
+    more = _given(arguments, "per", "lr", "epochs", "weight_decay", "place") | _settings(arguments)
+    state = arguments.out.with_name(f"{arguments.out.name}.state.safetensors")
+    _finish(_recipe(arguments)(_files(arguments), _held_out(arguments), state=state, **more), arguments.out)
+    if this_rank()[0] == 0:
+        state.unlink(missing_ok=True)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    from soups.doctor import examine, read_scores, show  # noqa: PLC0415
+    from soups.files.reading import Reading  # noqa: PLC0415
+    from soups.sources import in_natural_order, matches  # noqa: PLC0415
+
+    files = in_natural_order([path for pattern in arguments.files for path in matches(pattern)])
+    scores = read_scores(arguments.scores) if arguments.scores else {}
+    reading = Reading(arguments.key, arguments.exclude, arguments.only_common)
+    show(examine(files, arguments.init, scores, reading), Console())
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from soups.verify import answer  # noqa: PLC0415
+
+    is_so, line = answer(arguments.soup, arguments.folder)
+    print(line)
+    sys.exit(0 if is_so else 1)
+
+
+def _lora(arguments: argparse.Namespace) -> None:
+    from soups.lora import soup_folders  # noqa: PLC0415
+
+    files = _files(arguments, as_typed=arguments.weights is not None)
+    print(soup_folders(files, arguments.out, weights=arguments.weights, rank=arguments.rank))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from soups.export.files import export_soup  # noqa: PLC0415
+
+    classes = arguments.classes.split(",") if arguments.classes else ()
+    words = (arguments.soup, arguments.to, arguments.out)
+    print(export_soup(*words, network=arguments.network, classes=classes, licence=arguments.license))
+
+
+def _with_folders(lora: Parser, export: Parser) -> None:
+    _with_files(lora)
+    lora.add_argument("--weights", type=_numbers, help="one for each folder, as typed; equal if left out")
+    lora.add_argument("--rank", type=int, help="of the soup; left out it is the sum of theirs, which is exact")
+    export.add_argument("soup", type=Path, help="a file or a folder that a recipe wrote, or any weights")
+    export.add_argument("--to", required=True, choices=("timm", "open_clip", "transformers", "onnx"))
+    export.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+    network = "timm:NAME, open_clip:NAME or transformers:FOLDER; not needed where a config lies beside the soup"
+    export.add_argument("--network", help=network)
+    export.add_argument("--classes", metavar="NAMES", help="of the head, in its order, with commas between them")
+    export.add_argument("--license", default="other", help="of the weights, as the hub names licences")
+
+
+def _parser() -> Parser:
+    """All commands and their settings."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = Parser("soups", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    kinds = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    made = {}
+    for name in RUN:
+        title = TITLES[name]
+        lines = "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())
+        made[name] = kinds.add_parser(
+            name,
+            help=title,
+            description=f"{title[0].upper()}{title[1:]}.",
+            epilog=f"examples:\n{lines}",
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+    for name in ("uniform", "weighted"):
+        _with_files(made[name])
+        _with_batch_norm(made[name])
+    made["weighted"].add_argument("--weights", type=_numbers, required=True, help="one for each file, as typed: 3,1,1")
+    for name in ("wise-ft", "model-stock", "arithmetic", "ties", "dare"):
+        _with_files(made[name])
+        made[name].add_argument("--init", type=Path, required=True, help="the initialisation of the models")
+        _with_batch_norm(made[name], init=False)
+    made["arithmetic"].add_argument("--scales", type=_numbers, required=True, help="one for each file: 0.5,-0.2")
+    for name, density in (("ties", 0.2), ("dare", 0.1)):
+        made[name].add_argument("--density", type=float, default=density, help="share of the changes that is kept")
+        made[name].add_argument("--scale", type=float, default=1.0, help="what the merged changes are multiplied by")
+    made["dare"].add_argument("--seed", type=int, default=0, help="of the choice of changes")
+    made["wise-ft"].add_argument("--alpha", type=float, default=0.5, help="0 is the initialisation, 1 the models' mean")
+    for name in ("greedy", "random-order", "with-replacement"):
+        _with_files(made[name])
+        _with_examples(made[name], scored=True)
+        _with_batch_norm(made[name], images=False)
+        if name != "with-replacement":
+            made[name].add_argument(
+                "--ties", default="keep", choices=("keep", "drop"), help="a model that changes nothing"
+            )
+        if name != "random-order":
+            made[name].add_argument("--scores", help="scores of single models that are known: .json, .jsonl or .csv")
+    made["random-order"].add_argument("--seed", type=int, default=0, help="of the order")
+    made["with-replacement"].add_argument("--rounds", type=int, default=20, help="the most models that are added")
+    learned = made["learned"]
+    _with_files(learned)
+    _with_examples(learned, scored=False)
+    _with_batch_norm(learned, images=False)
+    learned.add_argument(
+        "--per", default="model", choices=("model", "layer", "tensor"), help="what shares a coefficient"
+    )
+    learned.add_argument("--lr", type=float, default=0.1, help="of AdamW")
+    learned.add_argument("--epochs", type=int, default=3)
+    learned.add_argument("--weight-decay", type=float, default=0.0)
+    learned.add_argument("--place", default="stream", choices=("stream", "host", "device"), help="of the models")
+    for name in made.keys() - {"lora", "export", "doctor", "verify"}:
+        _with_reading(made[name])
+    _with_folders(made["lora"], made["export"])
+    made["doctor"].add_argument("files", nargs="+", metavar="FILE", help=FILES)
+    made["doctor"].add_argument("--init", type=Path, help="the weights that the models were fine-tuned from")
+    made["doctor"].add_argument("--scores", type=Path, help="a .json of held-out scores by file name")
+    _with_tensors(made["doctor"])
+    made["verify"].add_argument("soup", type=Path)
+    made["verify"].add_argument("--folder", type=Path, help="where the ingredients are; by default beside the soup")
+    return top
+
+
+RUN: dict[str, Callable[[argparse.Namespace], None]] = {
+    "uniform": _unscored,
+    "weighted": _unscored,
+    "wise-ft": _unscored,
+    "greedy": _scored,
+    "random-order": _scored,
+    "with-replacement": _scored,
+    "learned": _learned,
+    "model-stock": _unscored,
+    "arithmetic": _unscored,
+    "ties": _unscored,
+    "dare": _unscored,
+    "lora": _lora,
+    "export": _export,
+    "doctor": _doctor,
+    "verify": _verify,
+}
+SCORED = ("greedy", "random-order", "with-replacement", "learned")  # by held-out examples
+SHARED = SCORED  # what several processes do together
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The command, with the words of the command line."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words:
+        words = ["--help"]
+    arguments = _parser().parse_args(words)
+
+    def work() -> None:
+        start()
+        try:
+            RUN[arguments.command](arguments)
+        finally:
+            end()
+
+    one_line_errors(work, several=arguments.command in SHARED)
+
+
+if __name__ == "__main__":
+    main()

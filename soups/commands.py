@@ -1,0 +1,42 @@
+"""What each command is for, and examples of it, which a test runs."""
+
+EXAMPLES = {
+    "uniform": "soups uniform run/*.safetensors --out soup.safetensors",
+    "weighted": "soups weighted a.pt b.pt --weights 3,1 --out soup.pt",
+    "wise-ft": "soups wise-ft run/*.safetensors --init start.safetensors --alpha 0.5 --out soup.safetensors",
+    "greedy": """soups greedy run/*.ckpt --score 'python eval.py {soup}' --goal max --out soup.safetensors
+soups greedy run/*.safetensors --score my_eval:accuracy --goal max --out soup.safetensors
+soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out soup.safetensors
+soups greedy run/checkpoint-* --texts held_out.tsv --out soup
+soups greedy llama-*/ --perplexity held_out.txt --out soup
+soups greedy llama-*/ --choices questions.jsonl --out soup
+torchrun --nproc-per-node 8 -m soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out s.pt""",
+    "random-order": "soups random-order run/*.pt --score my_eval:loss --goal min --seed 1 --out soup.pt",
+    "with-replacement": "soups with-replacement run/*.pt --score my_eval:loss --goal min --rounds 10 --out soup.pt",
+    "learned": "soups learned run/*.safetensors --images held_out --network timm:resnet50 --per layer --out s.pt",
+    "model-stock": "soups model-stock run/*.safetensors --init start.safetensors --out soup.safetensors",
+    "arithmetic": "soups arithmetic run/*.pt --init start.pt --scales 0.5,-0.2 --out soup.safetensors",
+    "ties": "soups ties run/*.safetensors --init start.safetensors --density 0.2 --out soup.safetensors",
+    "dare": "soups dare run/*.safetensors --init start.safetensors --density 0.1 --out soup.safetensors",
+    "lora": "soups lora adapters/* --out adapter",
+    "doctor": "soups doctor run/*.safetensors --init start.safetensors --scores scores.json",
+    "verify": "soups verify soup.safetensors --folder run",
+    "export": "soups export soup.safetensors --to timm --network timm:resnet50 --out exported",
+}
+TITLES = {
+    "uniform": "the equal-weight mean of all models",
+    "weighted": "the mean with a weight for each model",
+    "wise-ft": "between the initialisation and the mean of the models",
+    "greedy": "add models best-first, keeping each one that does not make the score worse (Recipe 1)",
+    "random-order": "the same in a random order, scoring no model alone but the first",
+    "with-replacement": "add the model that helps most, again and again; one added twice weighs twice",
+    "learned": "learn how much each model weighs by gradient descent on held-out examples",
+    "model-stock": "between the initialisation and the mean, as the angles between models say; needs no examples",
+    "arithmetic": "the initialisation plus scaled changes of the models; scales may be negative",
+    "ties": "trimmed changes that agree in sign, added to the initialisation",
+    "dare": "random parts of the changes, scaled up, added to the initialisation",
+    "lora": "one LoRA adapter whose update is the mean of the adapters' updates, of folders of PEFT",
+    "doctor": "whether models belong in one soup: duplicates, NaN, distances, angles",
+    "verify": "make a soup again from its ingredients and compare every byte",
+    "export": "a soup as a folder that timm, open_clip, transformers or ONNX loads",
+}

@@ -1,0 +1,80 @@
+"""The one exception that means: the input is wrong and its message says what to do; commands print it alone."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+OWN = (  # packages of this repository, whose absence is a bug
+    *("analysis", "benchmarks", "configs", "embedded", "eval", "finetune"),
+    *("models", "slurm", "soups", "store", "tasks"),
+)
+
+
+class UserError(RuntimeError):
+    """Wrong input, data or files. The message is one sentence naming the culprit and the remedy.
+
+    Entry points print it without a traceback and exit with status 2; anything else is a bug and keeps its traceback.
+    """
+
+
+class InterruptedBySignalError(BaseException):
+    """A signal asked for an end; what was done is on disk, and the same command continues.
+
+    Like KeyboardInterrupt it is no `Exception`, which libraries catch and take for a failure of their own.
+
+    Args:
+        signum: of the signal; the process ends with status 128 + signum, as shells expect.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def refuse(line: str) -> NoReturn:
+    """End with a line on stderr and status 2."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line_errors(work: Callable[[], None], *, several: bool = False) -> None:
+    """Run `work`; what its user can mend becomes one line on stderr and exit status 2, Ctrl-C status 130.
+
+    That is a `UserError`, a full or forbidden disk, a package that is not installed, or torchrun for a single process.
+
+    A stage that a signal asked to end, and that has saved its state, ends with status 128 + the signal's number.
+
+    Args:
+        work: of the command.
+        several: whether processes that torchrun started do it together; else each would do all of it, and they would
+            overwrite each other's files.
+    """
+    try:
+        if not several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "this command is one process: start it with python, not with torchrun, whose processes share the work "
+                "of python -m finetune, python -m eval, and soups greedy, random-order, with-replacement and learned"
+            )
+        work()
+    except UserError as error:
+        refuse(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in OWN:
+            raise
+        refuse(f"the package {error.name} is not installed: run `make setup`, or pip install -r requirements.txt")
+    except InterruptedBySignalError as error:
+        print("interrupted by a signal, and saved: run the same command again to continue", file=sys.stderr)
+        sys.exit(128 + error.signum)
+    except OSError as error:
+        if error.errno in FULL:
+            refuse(f"no space left on the disk of {error.filename}: free some and run again")
+        if error.errno in FORBIDDEN and error.filename:
+            refuse(f"{error.filename} cannot be read or written ({error.strerror}): name another place, or change that")
+        raise
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        sys.exit(130)

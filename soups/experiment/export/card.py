@@ -1,0 +1,122 @@
+"""The model card of an export: README.md with the front matter that Hugging Face's hub reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.exporting import Target
+from soups.card import Card, interval
+from soups.experiment.export.source import Part, Source
+
+METRICS = {"top1": "accuracy", "matthews": "matthews_correlation", "macro_f1": "f1"}
+
+
+def _dataset(source: Source) -> str:
+    task = source.task
+    return task.subset or (task.kind if task.kind in ("emoji", "sentiment") else task.folder.name)
+
+
+def _pipeline(source: Source) -> str:
+    return "text-classification" if source.model.is_reader else "image-classification"
+
+
+def results_of(source: Source) -> list[dict[str, Any]]:
+    """The scores, as the hub shows and searches them."""
+    data = _dataset(source)
+    return [
+        {
+            "task": {"type": _pipeline(source)},
+            "dataset": {"name": data, "type": data, "split": row["split"]},
+            "metrics": [{"type": METRICS.get(row["metric"], row["metric"]), "value": round(row["score"], 4)}],
+        }
+        for row in source.scores
+    ]
+
+
+def _scores(source: Source) -> list[str]:
+    if not source.scores:
+        return ["It was not evaluated here."]
+    role = {source.task.held_out: "selected on", source.task.test: "test"}
+    lines = ["| split | role | metric | score | top-1 | 95 % interval of top-1 | n |", "|---|---|---|---|---|---|---|"]
+    for row in source.scores:
+        low, high = interval(row["correct"], row["n"])
+        lines.append(
+            f"| {row['split']} | {role.get(row['split'], 'shift')} | {row['metric']} | {row['score']:.4f} "
+            f"| {100 * row['top1']:.1f} % | {100 * low:.1f} to {100 * high:.1f} % | {row['n']:,} |"
+        )
+    return [*lines, "", "Intervals are Wilson's, which take examples as independent. Held-out chose the ingredients."]
+
+
+def _part(part: Part) -> str:
+    share = "by tensor" if part.weight is None else f"{part.weight:.4g}"
+    held_out = "" if part.held_out is None else f"{100 * part.held_out:.1f} %"
+    drawn = ", ".join(f"{name}={_short(value)}" for name, value in part.drawn.items())
+    return f"| {part.name} | {share} | {held_out} | {drawn} |"
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _ingredients(source: Source) -> list[str]:
+    if not source.parts:
+        return ["One fine-tuned model, not an average."]
+    head = ["| ingredient | share | held-out | settings |", "|---|---|---|---|"]
+    return head + [_part(part) for part in source.parts if part.weight != 0]
+
+
+def _proxies(source: Source) -> list[str]:
+    named = [("model", source.model.proxy_for), ("benchmark", source.task.proxy_for)]
+    lines = [f"- The {what} stands in the place of the paper's: a proxy for {name}." for what, name in named if name]
+    if source.task.protocol == "paper":
+        lines.append("- Models were selected on the split that is reported (task.protocol=paper).")
+    return lines or ["- No proxy: model and data are what they are called."]
+
+
+def _licence(source: Source, licence: str) -> str:
+    start = source.model.name or source.model.kind
+    said = "is set by whoever publishes it" if licence == "other" else f"was set to {licence} by whoever exported it"
+    text = (
+        f"The licence of the weights {said}. They come from the pretrained weights {start} and from the data "
+        f"{_dataset(source)}, whose licences hold for what is made of them."
+    )
+    return text + (" DATA_LICENSES.md of the code lists those of the icons." if _dataset(source) == "emoji" else "")
+
+
+def write_card(source: Source, to: Target, licence: str, use: str, folder: Path) -> None:
+    """README.md: front matter, how to load it, recipe, ingredients, scores, proxies, licence, provenance.
+
+    Args:
+        source: what was exported.
+        to: the library.
+        licence: of the weights, as the hub names licences.
+        use: Python that loads the folder and computes logits.
+        folder: where it goes.
+    """
+    name = source.model.name or source.model.kind
+    is_on_hub = source.model.kind not in ("timm", "open_clip") and "/" in name
+    Card(
+        title=source.title,
+        library=to,
+        recipe=source.recipe,
+        about=f"Network: {name}; {len(source.class_names)} classes.",
+        use=use,
+        sections={
+            "Ingredients": _ingredients(source),
+            "Scores": _scores(source),
+            "What was a proxy": _proxies(source),
+            "Licence": [_licence(source, licence)],
+            "Provenance": _provenance(source.provenance),
+        },
+        pipeline=_pipeline(source),
+        licence=licence,
+        results=results_of(source),
+        more={"base_model": name} if is_on_hub else {},
+    ).write(folder)
+
+
+def _provenance(record: Mapping[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    commit = record.get("commit")
+    lines = [f"- commit {commit}{', with changes' if record.get('modified') else ''}"] if commit else []
+    return [*lines, f"- cooked with {versions}"] if versions else lines or ["- not recorded"]

@@ -1,0 +1,315 @@
+"""Each recipe, run over the pool of an experiment. The only split that is looked at here is held-out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Cooking, Experiment
+from eval.calibration import fit_beta
+from eval.forward import Evaluator
+from eval.metrics import correct
+from soups.average import Loader
+from soups.descent import LearnedSettings, learned, shuffled
+from soups.files.tensors import LazyWeights
+from soups.files.weights import Weights, load_weights
+from soups.journal import Journal
+from soups.ranks import this_rank
+from soups.recipes import (
+    Soup,
+    best,
+    equal,
+    greedy,
+    greedy_random_order,
+    greedy_with_replacement,
+    second_best,
+    subset,
+    uniform,
+    wise_ft,
+)
+from soups.shortcuts import greedy_counted, greedy_speculative, on_all_ranks
+from soups.stock import model_stock
+from store.runs import Ingredient, RunFolder, read_pool
+from store.workers import little_memory
+
+SINGLE = ("best", "second_best")  # recipes that give one of the models
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What a recipe gave, and what only this recipe has to say."""
+
+    soup: Soup
+    notes: dict[str, Any] = field(default_factory=dict)  # of soup.json
+    coefficients: tuple[tuple[str, ...], Tensor] | None = None  # groups (G) and (G, K) of a learned soup
+
+
+def usable_pool(config: Experiment) -> list[Ingredient]:
+    """The initialisation and the rows that did not diverge.
+
+    Raises:
+        UserError: rows are missing, of other settings, or all of them diverged.
+    """
+    pool = [ingredient for ingredient in read_pool(config) if ingredient.usable]
+    if not pool:
+        raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
+    return pool
+
+
+def ingredients_of(config: Experiment) -> list[Ingredient]:
+    """What recipes choose from: the usable pool, without the initialisation where `cooking` leaves it out.
+
+    Raises:
+        UserError: as `usable_pool`, or nothing but the initialisation is usable and it is left out.
+    """
+    pool = [each for each in usable_pool(config) if each.row or config.cooking.initialisation]
+    if not pool:
+        raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
+    return pool
+
+
+def individuals_of(config: Experiment) -> list[Ingredient]:
+    """What single models are chosen from: the ingredients, or of each row every kind of `cooking.individuals`.
+
+    Raises:
+        UserError: as `ingredients_of`, or a row has no weights of such a kind.
+
+    Source: Wortsman et al. 2022, Section 3.3.2: the best single model is of either EMA, soups are of the low one.
+    """
+    kinds, found = config.cooking.individuals, []
+    for each in ingredients_of(config):
+        own = each.kinds() if kinds and each.row else {}  # row 0 is not trained: there is one kind of it
+        missing = [kind for kind in kinds if kind not in own] if each.row else []
+        if missing:
+            raise UserError(f"{each.folder} has no weights of kind {missing[0]}, which cooking.individuals names")
+        found += [own[kind] for kind in kinds] if own else [each]
+    return found
+
+
+def pool_of(config: Experiment, recipe: str) -> list[Ingredient]:
+    """What a recipe chooses from; raises as `individuals_of`."""
+    return individuals_of(config) if recipe in SINGLE else ingredients_of(config)
+
+
+def member_logits(evaluator: Evaluator, ingredient: Ingredient, split: str) -> Weights:
+    """Cached logits of a member of an ensemble, in the form that recipes take."""
+    return {"logits": evaluator.logits(ingredient.digest, ingredient.load, split)}
+
+
+@dataclass
+class Kitchen:
+    """What a recipe works with."""
+
+    pool: list[Ingredient]
+    evaluator: Evaluator
+    folder: Path  # for the journal or state from which a killed recipe continues
+    identity: str  # names recipe, settings, pool and held-out split
+    order: int  # of greedy_random_order, which of its orders
+
+    @cached_property
+    def start(self) -> Ingredient:
+        """The initialisation, row 0, whether it is in the pool or not."""
+        return usable_pool(self.evaluator.config)[0]
+
+    @property
+    def cooking(self) -> Cooking:
+        """The settings of all recipes."""
+        return self.evaluator.config.cooking
+
+    @property
+    def split(self) -> str:
+        """The held-out split."""
+        return self.evaluator.config.task.held_out
+
+    @property
+    def held_out(self) -> list[float]:
+        """(K,) held-out scores, by the task's metric, that models are sorted by."""
+        return [ingredient.held_out_score for ingredient in self.pool]
+
+    @property
+    def models(self) -> list[Loader]:
+        """Loaders of weights, for soups."""
+        return [ingredient.load for ingredient in self.pool]
+
+    @property
+    def logits(self) -> list[Loader]:
+        """Loaders of held-out logits, for ensembles."""
+        return [partial(member_logits, self.evaluator, ingredient, self.split) for ingredient in self.pool]
+
+    @cached_property
+    def journal(self) -> Journal:
+        """Candidates tried before a stop."""
+        rank = this_rank()[0]  # one writer a file
+        return Journal(self.folder / (f"journal.{rank}.jsonl" if rank else "journal.jsonl"))
+
+    @property
+    def accuracy(self) -> Callable[[Weights], float]:
+        """Held-out score of candidate weights, by a forward pass unless the journal has it."""
+        return self.journal.remembered(
+            lambda weights: self.evaluator.score(self.evaluator.fresh_logits(weights, self.split), self.split)
+        )
+
+    def ensemble_accuracy(self, mean: Weights) -> float:
+        """Held-out score of mean logits."""
+        return self.evaluator.score(mean["logits"], self.split)
+
+
+def chosen_rows(cooking: Cooking, pool: list[Ingredient]) -> list[int]:
+    """Positions in the pool of the rows that `cooking.rows` names.
+
+    Raises:
+        UserError: no rows named, or one that is not in the pool.
+    """
+    places = {ingredient.row: place for place, ingredient in enumerate(pool)}
+    missing = [row for row in cooking.rows if row not in places]
+    if missing or not cooking.rows:
+        raise UserError(f"recipe=subset needs cooking.rows=[...] of rows {sorted(places)}; got {list(cooking.rows)}")
+    return [places[row] for row in cooking.rows]
+
+
+def _greedy(kitchen: Kitchen) -> Mixed:
+    """Recipe 1, plain or by a shortcut that takes the same decisions."""
+    cooking, evaluator, split = kitchen.cooking, kitchen.evaluator, kitchen.evaluator.split(kitchen.split)
+    match cooking.shortcut:
+        case "none":
+            return Mixed(greedy(kitchen.models, kitchen.held_out, kitchen.accuracy, ties=cooking.ties))
+        case "speculative":
+            soup, spent = greedy_speculative(
+                kitchen.models,
+                kitchen.held_out,
+                on_all_ranks(kitchen.accuracy),
+                ahead=-(-cooking.ahead // this_rank()[1]) * this_rank()[1],  # no process without a candidate
+                ties=cooking.ties,
+            )
+        case "hard_first":
+            metric = evaluator.config.task.metrics.get(kitchen.split, "top1")
+            if metric != "top1":
+                raise UserError(f"cooking.shortcut=hard_first counts right answers, and {metric} is no such count")
+            known = torch.stack([correct(load()["logits"], split.labels) for load in kitchen.logits])
+
+            def images_correct(weights: Weights, images: Tensor) -> Tensor:
+                return correct(evaluator.fresh_logits(weights, kitchen.split, images), split.labels[images])
+
+            soup, spent = greedy_counted(
+                kitchen.models,
+                known,
+                kitchen.journal.remembered_images(images_correct),
+                ties=cooking.ties,
+                chunk=cooking.chunk,
+                significance=cooking.significance,
+                min_sigma=cooking.min_sigma,
+            )
+    return Mixed(soup, {"shortcut": cooking.shortcut, "spent": vars(spent)})
+
+
+def _random_order(kitchen: Kitchen) -> Mixed:
+    """One order of Table 3's three; each has a seed of its own, so that it can be cooked alone."""
+    seed, ties = kitchen.evaluator.config.sweep.seed + kitchen.order, kitchen.cooking.ties
+    orders = greedy_random_order(kitchen.models, kitchen.held_out, kitchen.accuracy, seed=seed, orders=1, ties=ties)
+    return Mixed(orders[0], {"order": kitchen.order})
+
+
+def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixed:
+    """Appendix I; the coefficients of all groups are kept, and their mean is what soup.json lists."""
+    split, settings = kitchen.evaluator.split(kitchen.split), kitchen.cooking.learned
+    files: list[Loader] = [partial(LazyWeights, i.folder / "weights.safetensors") for i in kitchen.pool]
+    images, labels = kitchen.evaluator.together(kitchen.split), split.labels.to(kitchen.evaluator.model.device)
+    descent = LearnedSettings(
+        per=per,
+        lr=settings.lr,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        weight_decay=settings.weight_decay,
+        place=settings.place,
+    )
+    with little_memory():
+        learnt = learned(
+            kitchen.evaluator.model,
+            files,
+            shuffled(images, labels, settings.batch_size, kitchen.identity),
+            descent,
+            state_path=kitchen.folder / "state.safetensors",
+            identity=kitchen.identity,
+        )
+    shares = tuple(learnt.coefficients.mean(dim=0).tolist())
+    notes = {"beta": learnt.beta, "first_loss": learnt.losses[0], "last_loss": learnt.losses[-1]}
+    return Mixed(Soup(learnt.weights, tuple(range(len(shares))), shares), notes, (learnt.groups, learnt.coefficients))
+
+
+def _model_stock(kitchen: Kitchen) -> Mixed:
+    """Of the fine-tuned models and the initialisation, row 0."""
+    tuned = [place for place, ingredient in enumerate(kitchen.pool) if ingredient.row]
+    stock = model_stock(kitchen.start.load, [kitchen.pool[place].load for place in tuned])
+    moved = [ratio for name, ratio in stock.ratios.items() if stock.cosines[name] < 1]
+    soup = Soup(stock.weights, tuple(tuned), equal(len(tuned)))
+    return Mixed(soup, {"mean_ratio": sum(moved) / max(1, len(moved))})
+
+
+def _wise_ft(kitchen: Kitchen) -> Mixed:
+    """Between row 0 and a soup that was cooked before."""
+    cooking = kitchen.cooking
+    file = RunFolder.of(kitchen.evaluator.config).soup(cooking.of) / "weights.safetensors"
+    if not file.exists():
+        raise UserError(f"{file} is missing: run python -m soups recipe={cooking.of} first, or choose cooking.of")
+    weights = wise_ft(kitchen.start.load, lambda: load_weights(file), cooking.alpha)
+    return Mixed(Soup(weights, (0,), (1.0,)), {"of": cooking.of, "alpha": cooking.alpha})
+
+
+def _calibrated(kitchen: Kitchen) -> Mixed:
+    """All members, each scaled by its own inverse temperature before the mean."""
+    labels = kitchen.evaluator.split(kitchen.split).labels
+    betas = [fit_beta(load()["logits"], labels) for load in kitchen.logits]
+    scaled: list[Loader] = [partial(_times, load, beta) for load, beta in zip(kitchen.logits, betas, strict=True)]
+    soup = uniform(scaled, kitchen.held_out)
+    return Mixed(soup, {"betas": [betas[i] for i in soup.ingredients]})
+
+
+def _times(load: Loader, beta: float) -> Weights:
+    return {"logits": beta * load()["logits"]}
+
+
+RECIPES: dict[str, Callable[[Kitchen], Mixed]] = {
+    "best": lambda k: Mixed(best(k.models, k.held_out)),
+    "second_best": lambda k: Mixed(second_best(k.models, k.held_out)),
+    "uniform": lambda k: Mixed(uniform(k.models, k.held_out)),
+    "subset": lambda k: Mixed(subset(k.models, k.held_out, chosen_rows(k.cooking, k.pool))),
+    "greedy": _greedy,
+    "greedy_random_order": _random_order,
+    "greedy_with_replacement": lambda k: Mixed(
+        greedy_with_replacement(k.models, k.held_out, k.accuracy, rounds=k.cooking.rounds)
+    ),
+    "learned": partial(_learned, "model"),
+    "learned_by_layer": partial(_learned, "layer"),
+    "learned_by_tensor": partial(_learned, "tensor"),
+    "model_stock": _model_stock,
+    "wise_ft": _wise_ft,
+    "ensemble": lambda k: Mixed(uniform(k.logits, k.held_out)),
+    "calibrated_ensemble": _calibrated,
+    "greedy_ensemble": lambda k: Mixed(greedy(k.logits, k.held_out, k.ensemble_accuracy, ties=k.cooking.ties)),
+    "ensemble_with_replacement": lambda k: Mixed(
+        greedy_with_replacement(k.logits, k.held_out, k.ensemble_accuracy, rounds=k.cooking.rounds)
+    ),
+}
+
+
+def mix(name: str, pool: list[Ingredient], evaluator: Evaluator, folder: Path, identity: str) -> Mixed:
+    """Run one recipe.
+
+    Args:
+        name: a recipe; of greedy_random_order one of its orders, as in `greedy_random_order/2`.
+        pool: the ingredients.
+        evaluator: of the experiment.
+        folder: for the journal or state from which a killed recipe continues.
+        identity: names recipe, settings, pool and held-out split.
+
+    Raises:
+        ValueError: models that do not fit together.
+        UserError: settings that this pool cannot meet.
+    """
+    recipe, _, order = name.partition("/")
+    return RECIPES[recipe](Kitchen(pool, evaluator, folder, identity, int(order or 0)))

@@ -1,0 +1,80 @@
+"""Which file of a folder is the model, and folders of the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from soups.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+# In the order in which transformers and open_clip look for them.
+WEIGHTS = (
+    "model.safetensors",
+    INDEX,
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.(safetensors|bin)$")
+ADAPTER = "adapter_model.safetensors"
+_OF_ADAPTER = re.compile(r"^adapter_(model|config)\.")
+HUB = "hf:"
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is one of several that make a model together."""
+    return SHARD.search(path.name) is not None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft, and no model."""
+    return (folder / "adapter_config.json").is_file() and not any((folder / name).exists() for name in WEIGHTS)
+
+
+def in_folder(folder: Path) -> Path:
+    """The weights of a folder as Hugging Face's libraries and open_clip write it.
+
+    Raises:
+        UserError: none, a shard without its index, an adapter, or several files of which one has to be named.
+    """
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return folder / name
+    indices = sorted(folder.glob("*.index.json"))
+    if len(indices) == 1:
+        return indices[0]
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
+    shards = [file for file in [*files, *sorted(folder.glob("*.bin"))] if is_shard(file)]
+    if shards:
+        raise UserError(
+            f"{folder} has the shard {shards[0].name} without its index: copy {INDEX} beside it, or save the model "
+            "again with save_pretrained"
+        )
+    whole = [file for file in files if not _OF_ADAPTER.search(file.name)]
+    if len(whole) == 1:
+        return whole[0]
+    if not whole and any(_OF_ADAPTER.search(file.name) for file in folder.iterdir()):
+        raise UserError(
+            f"{folder} holds an adapter, not a model: type `soups lora` for a soup of adapters, or merge it into its "
+            "model with peft's merge_and_unload"
+        )
+    raise UserError(f"{folder} is a folder without {INDEX}: name a file in it")
+
+
+def from_hub(name: str) -> Path:
+    """The local folder of `hf:org/model` or `hf:org/model@revision`, downloaded where it is not there yet.
+
+    Raises:
+        UserError: huggingface_hub is not installed, or the model cannot be had.
+    """
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415  # needed for this alone
+    except ModuleNotFoundError:
+        raise UserError(f"{name}: models of the hub need the package huggingface_hub; pip install it") from None
+    patterns = ["*.safetensors", "*.bin", "*.json", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # of the network, of the hub, of a name: each has a class of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name} cannot be had from the hub: {reason}") from None

@@ -1,0 +1,355 @@
+"""Checkpoints that torch.save wrote, read without torch and without running anything in them.
+
+The archive is a zip of a pickle and of tensors' bytes, uncompressed. The pickle is read with a few functions of our own
+in place of torch's; every other class or function that it names becomes an inert stand-in, so a checkpoint may hold
+an argparse.Namespace or the settings of a Lightning module, and a malicious one does nothing.
+"""
+
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from soups.errors import UserError
+from soups.files.checkpoints import Checkpoint, Entry, pread
+from soups.files.dtypes import FLOATS, STORED
+from soups.files.reading import Reading, is_ema
+
+KINDS = {  # as torch calls them -> as safetensors does
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "torch.complex64",
+    "ComplexDoubleStorage": "torch.complex128",
+}
+PLAIN = (type(None), bool, int, float, str, bytes)
+DEPTH = 3  # dicts within dicts that are looked through for weights
+
+
+class Inert:
+    """What stands for an object of a class that is not read: it takes whatever a pickle does to it and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":  # noqa: D102
+        # copyreg._reconstructor and numpy's _reconstruct make an object of the class that is their first argument.
+        of_class = args[0] if args and isinstance(args[0], type) and issubclass(args[0], Inert) else cls
+        return object.__new__(of_class)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":  # noqa: D102
+        return self
+
+    def _ignore(self, item: Any) -> None:
+        pass
+
+    append = extend = add = _ignore  # of a list, of a set
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in the archive; equal for tensors that are one, the same memory seen in the same way."""
+
+    dtype: str
+    storage: str  # name of the bytes in the archive
+    numel: int  # elements of the storage
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many elements."""
+        return Entry(self.dtype, self.shape).size
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements follow each other in memory."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
+
+
+class Unreadable(Inert):
+    """A sparse or quantised tensor."""
+
+
+def _tensor(storage: tuple[str, str, int], start: int, shape: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
+    dtype, name, numel = storage
+    return Tensor(dtype, name, numel, start, tuple(shape), tuple(stride))
+
+
+def _typed_tensor(
+    storage: tuple[str, str, int], start: int, shape: Sequence[int], stride: Sequence[int], _1: Any, _2: Any, dtype: str
+) -> Tensor:
+    width = STORED[dtype].itemsize if dtype in STORED else 1
+    return Tensor(dtype, storage[1], storage[2] // width, start, tuple(shape), tuple(stride))
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _of_type(function: Callable[..., Any], _: Any, args: Any, __: Any) -> Any:
+    return function(*args)
+
+
+READ: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): lambda *_: {},
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+    ("torch.tensor", "_rebuild_from_type"): _of_type,
+    ("torch._utils", "_rebuild_sparse_tensor"): Unreadable,
+    ("torch._utils", "_rebuild_qtensor"): Unreadable,
+    ("torch._utils", "_rebuild_nested_tensor"): Unreadable,
+    ("torch.storage", "UntypedStorage"): "U8",
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain values, `Tensor`s and stand-ins."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in READ:
+            return READ[module, name]
+        if module == "torch" and name.endswith("Storage"):
+            return STORAGES.get(name, f"torch.{name}")
+        if module == "torch" and (name in KINDS or name.startswith(("complex", "float8", "float4"))):
+            return KINDS.get(name, f"torch.{name}")
+        return type(name, (Inert,), {"__module__": module})
+
+    def persistent_load(self, pid: Any) -> tuple[str, str, int]:
+        what, dtype, name, _, numel = pid
+        if what != "storage" or not isinstance(dtype, str):
+            raise ValueError(f"{what!r} is no storage of numbers")
+        return dtype, name, numel
+
+
+def _unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
+    """What the archive holds, and its top folder."""
+    names = archive.namelist()
+    root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
+    if root is None:
+        raise UserError(f"{path} is a zip, but no checkpoint of torch.save: it has no data.pkl")
+    if f"{root}constants.pkl" in names:
+        raise UserError(f"{path} is TorchScript: load it with torch.jit.load, and torch.save its state_dict()")
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        raise UserError(f"{path} was saved on a big-endian machine: load it with torch and save it again")
+    return _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8").load(), root
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Whether it may stand in a state dict."""
+    return isinstance(value, (Tensor, Unreadable, *PLAIN)) or name.endswith("_extra_state")
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) and _is_number(name, item) for name, item in value.items())
+        and any(isinstance(item, (Tensor, Unreadable)) for item in value.values())
+    )
+
+
+def _is_network(value: Any) -> bool:
+    """Whether numbers in a state dict are a network's, not those of a random generator or a metric."""
+    return _is_state_dict(value) and any(
+        isinstance(item, Unreadable) or (isinstance(item, Tensor) and item.shape and item.dtype in FLOATS)
+        for item in value.values()
+    )
+
+
+def _state_dicts(value: Mapping[Any, Any], depth: int = DEPTH) -> dict[str, Mapping[str, Any]]:
+    """Every state dict of a network within a dict, by its path of keys; an optimizer's is none."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for key, item in value.items():
+        if not isinstance(key, str) or not isinstance(item, Mapping) or "param_groups" in item:
+            continue
+        if _is_network(item):
+            found[key] = item
+        elif depth > 1:
+            found |= {f"{key}.{name}": state for name, state in _state_dicts(item, depth - 1).items()}
+    return found
+
+
+def _choose(path: Path, found: Mapping[str, Any], key: str | None) -> str:
+    """The path of keys that is meant."""
+    if key is None:
+        if len(found) == 1:
+            return next(iter(found))
+        ways = " or ".join(f"--key {name}" for name in found)
+        raise UserError(f"{path} holds several sets of weights ({', '.join(found)}): say which with {ways}")
+    fitting = [name for name in found if name == key]
+    fitting = fitting or [name for name in found if (is_ema(name) if key == "ema" else name.split(".")[-1] == key)]
+    if len(fitting) != 1:
+        what = "several" if fitting else "no"
+        raise UserError(f"{path} holds {what} weights that --key {key} means; there are {', '.join(found)}")
+    return fitting[0]
+
+
+def _unwrap(path: Path, value: Any, key: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
+    """The state dict, the path of keys it was under or an empty string, and what else the file holds."""
+    if isinstance(value, Inert):
+        raise UserError(f"{path} holds {_object(value)}")
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a state dict")
+    if _is_state_dict(value):
+        if key is not None:
+            raise UserError(f"{path} is one state dict by itself, without the weights that --key {key} means")
+        return value, "", ()
+    found = _state_dicts(value)
+    if found:
+        chosen = _choose(path, found, key)
+        return found[chosen], chosen, tuple(str(name) for name in value if name != chosen.split(".")[0])
+    if "param_groups" in value:
+        raise UserError(f"{path} holds the state of an optimizer, not a model: name the file with the weights")
+    for name, item in value.items():
+        if isinstance(item, Inert):
+            raise UserError(f"{path} is not a state dict, nor does it hold one: {name!r} is {_object(item)}")
+    culprit = next((name for name, item in value.items() if not isinstance(item, Tensor)), None)
+    what = "it is empty" if culprit is None else f"{culprit!r} is a {type(value[culprit]).__name__}, not a tensor"
+    raise UserError(f"{path} is not a state dict, nor does it hold one: {what}")
+
+
+def _object(value: Inert) -> str:
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    if kind == "numpy.ndarray":
+        return "an array of numpy: save a dict of tensors, as torch.from_numpy makes them, with torch.save"
+    return (
+        f"a whole object ({kind}), not its weights: save its state_dict() with torch.save where it was made. "
+        "Unpickling it whole executes whatever code it holds: do that only where you trust who made it"
+    )
+
+
+def _start_of(path: Path, descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor) -> int:
+    """Where a storage's bytes begin in the file, having checked that the tensor lies within them."""
+    info = archive.getinfo(f"{root}data/{tensor.storage}")
+    last = tensor.start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
+    fits = info.file_size == tensor.numel * STORED[tensor.dtype].itemsize and min(tensor.stride, default=0) >= 0
+    if info.compress_type != zipfile.ZIP_STORED or not fits or (tensor.size and not 0 <= last < tensor.numel):
+        raise ValueError(f"storage {tensor.storage} does not hold what it should")
+    header = os.pread(descriptor, 30, info.header_offset)
+    if header[:4] != b"PK\x03\x04":
+        raise ValueError(f"storage {tensor.storage} is not where it should be")
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return info.header_offset + 30 + name + extra
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """Reads tensors of an open file."""
+
+    path: Path
+    descriptor: int
+    places: dict[str, tuple[Tensor, int]]  # by name: the tensor, and where its storage begins
+
+    def fill(self, name: str, offset: int, view: memoryview) -> None:
+        """Copy a tensor's bytes from an offset on."""
+        tensor, begin = self.places[name]
+        width = STORED[tensor.dtype].itemsize
+        if tensor.is_contiguous:
+            pread(self.path, name, self.descriptor, begin + tensor.start * width + offset, view)
+            return
+        # A transposed or channels-last tensor is gathered element by element.
+        flat = np.frombuffer(view, f"V{width}")
+        flat[:] = self._strided(tensor, begin, width).flat[offset // width : offset // width + len(flat)]
+
+    def _strided(self, tensor: Tensor, begin: int, width: int) -> NDArray:
+        numbers = np.memmap(self.path, f"V{width}", "r", begin + tensor.start * width, tensor.numel - tensor.start)
+        steps = [stride * width for stride in tensor.stride]
+        return np.lib.stride_tricks.as_strided(numbers, tensor.shape, steps)
+
+
+def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
+    """Open a checkpoint of torch.save; its weights are read when they are asked for.
+
+    Raises:
+        UserError: damaged, a whole module, several sets of weights, or no state dict in it.
+        FileNotFoundError: it is not there.
+    """
+    file = stack.enter_context(path.open("rb"))
+    if file.read(2) == b"\x80\x02":
+        raise UserError(f"{path} is not an archive of torch.save as of 1.6: load it with torch and save it again")
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        value, root = _unpickled(path, archive)
+        state, unwrapped, dropped = _unwrap(path, value, reading.key)
+        tensors = {name: item for name, item in state.items() if isinstance(item, (Tensor, Unreadable))}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Unreadable):
+                raise UserError(f"{path}: tensor {name!r} is sparse or quantized, which cannot be averaged")
+        names = {name: tensor for name, tensor in sorted(tensors.items()) if isinstance(tensor, Tensor)}
+        ties = _ties(names)
+        kept = {name: tensor for name, tensor in names.items() if name not in ties}
+        entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
+        places = {
+            name: (tensor, _start_of(path, file.fileno(), archive, root, tensor))
+            for name, tensor in kept.items()
+            if tensor.dtype in STORED
+        }
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive or pickle may fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is truncated, damaged or not a state dict: {reason}") from None
+    others = {name: item for name, item in state.items() if isinstance(item, PLAIN)}
+    inert = tuple(name for name, item in state.items() if isinstance(item, Inert))
+    fill = _Archive(path, file.fileno(), places).fill
+    return Checkpoint(path, entries, ties, fill, unwrapped, others=others, dropped=(*dropped, *inert))
+
+
+def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    first: dict[Tensor, str] = {}
+    ties = {}
+    for name, tensor in tensors.items():
+        if tensor.size:
+            kept = first.setdefault(tensor, name)
+            if kept != name:
+                ties[name] = kept
+    return ties

@@ -1,0 +1,126 @@
+"""Tensors of torch beside those of files: a file as weights that are read when asked for, a dict as an open file."""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soups.errors import UserError
+from soups.files.checkpoints import Checkpoint, Entry, open_checkpoint, supported
+from soups.files.dtypes import STORED
+from soups.files.pickled import KINDS
+from soups.files.reading import Reading
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, kind) for kind, name in KINDS.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def same_storage(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are one: the same memory seen in the same way."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every further name of a tensor that has several -> its first name in alphabetical order.
+
+    >>> w = torch.zeros(2)
+    >>> tied_names({"head": w, "embedding": w, "bias": torch.zeros(2)})
+    {'head': 'embedding'}
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    ties = {}
+    for name in sorted(tensors):
+        if tensors[name].numel():
+            kept = first.setdefault(same_storage(tensors[name]), name)
+            if kept != name:
+                ties[name] = kept
+    return ties
+
+
+def _bits(tensor: Tensor) -> NDArray:
+    """The tensor's memory as integers of its width; numpy has no bfloat16."""
+    return tensor.detach().cpu().view(INTEGERS[tensor.itemsize]).numpy()
+
+
+def checkpoint_of(name: str, weights: Mapping[str, Any]) -> Checkpoint:
+    """Weights in memory as an open checkpoint; a `LazyWeights` gives its own.
+
+    Args:
+        name: what messages call it, as a file's path.
+        weights: tensors by name; numbers and None beside them are kept as a state dict's are.
+
+    Raises:
+        UserError: something else in it, or a tensor of a kind that cannot be averaged.
+    """
+    if isinstance(weights, LazyWeights):
+        return weights.checkpoint
+    # All at once: of a mapping that reads when asked, a tensor may lie where the one before it was freed, and would
+    # pass for tied to it.
+    tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+    others = {key: value for key, value in weights.items() if not isinstance(value, Tensor)}
+    for key, value in others.items():
+        if not isinstance(value, (bool, int, float, str, bytes, type(None))):
+            raise UserError(f"{name}: {key!r} is a {type(value).__name__}, not a tensor")
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise UserError(f"{name}: tensor {key!r} is sparse or quantized, which cannot be averaged")
+    ties = tied_names(tensors)
+    kept = {key: tensors[key] for key in sorted(tensors) if key not in ties}
+    entries = {key: Entry(NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in kept.items()}
+
+    def fill(key: str, offset: int, view: memoryview) -> None:
+        stored = _bits(kept[key])
+        start, count = offset // stored.itemsize, len(view) // stored.itemsize
+        # A transposed or channels-last tensor is gathered element by element, not copied as a whole.
+        flat = stored.reshape(-1) if stored.flags.c_contiguous else stored.flat
+        view[:] = np.ascontiguousarray(flat[start : start + count]).view(np.uint8).data
+
+    return supported(Checkpoint(Path(name), entries, ties, fill, others=others))
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """A weight file of any kind that can be averaged, as weights that are read one tensor at a time, when asked for."""
+
+    def __init__(self, source: Path | Checkpoint, reading: Reading | None = None):
+        stack = ExitStack()
+        self.checkpoint = open_checkpoint(source, stack, reading)
+        self._names = frozenset(self.checkpoint.names)
+        weakref.finalize(self, stack.close)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.checkpoint.entries[self.checkpoint.own(name)]
+        stored = np.empty(entry.size, STORED[entry.dtype])
+        self.checkpoint.read(name, 0, stored)
+        return torch.from_numpy(stored).view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self.checkpoint.entries[self.checkpoint.own(name)].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, without reading it."""
+        return DTYPES[self.checkpoint.entries[self.checkpoint.own(name)].dtype]
+
+    def blocks(self, name: str, buffer: NDArray[np.uint8], elements: int) -> Iterator[Tensor]:
+        """The elements of a tensor in order, so many at a time; each block is a view of `buffer`, good until the next.
+
+        A buffer used again costs neither the memory nor the page faults of a fresh tensor for every reading.
+        """
+        for stored in self.checkpoint.blocks(name, buffer[: elements * self.dtype(name).itemsize]):
+            yield torch.from_numpy(stored).view(self.dtype(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,190 @@
+"""A soup as a folder that the ingredients' library loads: weights, config, tokenizer and a model card."""
+
+import json
+import re
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from soups.card import Card, interval
+from soups.files.atomic import write_json
+from soups.files.checkpoints import BLOCK, INDEX, Checkpoint, Entry, open_checkpoint
+from soups.files.dtypes import FLOATS, STORED
+from soups.files.streamed import streamed
+
+if TYPE_CHECKING:
+    from soups.soup import Soup
+
+WEIGHTS = "model.safetensors"
+OPEN_CLIP = "open_clip_model.safetensors"
+# What libraries read beside the weights. Lists of shards speak of the ingredient's files, and a trainer's state of how
+# it was made.
+COMPANIONS = re.compile(r".*\.(json|jinja|model|tiktoken|py)|(merges|vocab|special_tokens_map|bpe\.codes)\.txt")
+NOT_COPIED = re.compile(r"(.*\.(index|soup)|trainer_state|all_results|train_results|eval_results|adapter_config)\.json")
+SHARES = ("top1", "accuracy")  # metrics that are a share of n examples
+PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForConditionalGeneration": "text2text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForMultipleChoice": "multiple-choice",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def source_folder(like: Path) -> Path | None:
+    """The folder whose library's config describes an ingredient; None of a file of weights alone."""
+    folder = like if like.is_dir() else like.parent
+    names = ("config.json", "open_clip_config.json")
+    return folder if any((folder / name).exists() for name in names) else None
+
+
+def complete(folder: Path, like: Path, soup: "Soup") -> None:
+    """Turn a folder with model.safetensors into one that the ingredients' library loads.
+
+    Config, tokenizer and generation settings are the first ingredient's; weights get the name that its library reads,
+    and are in shards where its are.
+
+    Args:
+        folder: being written, with the soup as model.safetensors.
+        like: the first ingredient.
+        soup: for the model card.
+
+    Raises:
+        UserError: a full disk, or an index of `like` that is damaged.
+    """
+    source = source_folder(like)
+    config: dict[str, Any] = {}
+    if source is not None:
+        copy_companions(source, folder)
+        if (folder / "open_clip_config.json").exists():
+            (folder / WEIGHTS).rename(folder / OPEN_CLIP)
+        elif (folder / "config.json").exists():
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            _renew_dtype(folder, config)
+            index = source / INDEX
+            if index.exists():
+                split(folder / WEIGHTS, json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    _card(folder, config, soup).write(folder)
+
+
+def companions(source: Path) -> list[Path]:
+    """What libraries read beside the weights of a folder: configs, tokenizers and code, which is never executed."""
+    files = [file for file in sorted(source.iterdir()) if file.is_file() and COMPANIONS.fullmatch(file.name)]
+    return [file for file in files if not NOT_COPIED.fullmatch(file.name)]
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Put those of one folder into another."""
+    for file in companions(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _renew_dtype(folder: Path, config: dict[str, Any]) -> None:
+    """config.json names the kind of number that most elements of the soup are; transformers loads them as that."""
+    with ExitStack() as stack:
+        entries = open_checkpoint(folder / WEIGHTS, stack).entries.values()
+        sizes = {kind: sum(entry.size for entry in entries if entry.dtype == kind) for kind in FLOATS}
+    usual = DTYPES[max(sizes, key=lambda kind: sizes[kind])]
+    keys = [key for key in ("dtype", "torch_dtype") if config.get(key) not in (None, usual)]
+    if keys:
+        write_json(folder / "config.json", config | dict.fromkeys(keys, usual))
+
+
+def split(weights: Path, places: dict[str, str]) -> None:
+    """Replace a .safetensors by shards and their index.
+
+    Args:
+        weights: the file, which is deleted.
+        places: tensor -> the file that it goes to; what is not named goes to the last.
+    """
+    last = max(places.values())
+    with ExitStack() as stack:
+        checkpoint = open_checkpoint(weights, stack)
+        files = sorted({places.get(name, last) for name in checkpoint.entries})
+        shards = {file: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files)}
+        where = {name: shards[places.get(name, last)] for name in checkpoint.entries}
+        for i, shard in enumerate(shards.values()):
+            entries = {name: entry for name, entry in checkpoint.entries.items() if where[name] == shard}
+            # The record of how it was made stands in the first: readers put the metadata of all shards together.
+            _copy(checkpoint, entries, weights.with_name(shard), checkpoint.metadata if i == 0 else {"format": "pt"})
+        total = sum(entry.size * STORED[entry.dtype].itemsize for entry in checkpoint.entries.values())
+        listed = {name: where[name] for name in sorted(where)}
+        write_json(weights.with_name(INDEX), {"metadata": {"total_size": total}, "weight_map": listed})
+    weights.unlink()
+
+
+def _copy(checkpoint: Checkpoint, entries: dict[str, Entry], path: Path, metadata: dict[str, str]) -> None:
+    buffer = np.empty(8 * BLOCK, np.uint8)
+    with streamed(path, entries, lambda: metadata) as file:
+        for name in entries:
+            start = 0
+            for block in checkpoint.blocks(name, buffer):
+                file.write(name, start, block)
+                start += len(block)
+
+
+def _card(folder: Path, config: dict[str, Any], soup: "Soup") -> Card:
+    made = (config.get("architectures") or [""])[0]
+    pipeline = next((name for end, name in PIPELINES.items() if made.endswith(end)), "")
+    if (folder / "open_clip_config.json").exists():
+        library, pipeline = "open_clip", "zero-shot-image-classification"
+        use = 'import open_clip\n\nmodel, _, transform = open_clip.create_model_and_transforms("local-dir:FOLDER")'
+    elif made:
+        library = "transformers"
+        use = f'from transformers import {made}\n\nmodel = {made}.from_pretrained("FOLDER")'
+    elif "architecture" in config:
+        library, pipeline = "timm", "image-classification"
+        use = 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)'
+    else:
+        library = "pytorch"
+        use = f'from safetensors.torch import load_file\n\nweights = load_file("FOLDER/{WEIGHTS}")'
+    score = _score(soup)
+    table = ["| ingredient | share | alone |", "|---|---|---|"]
+    for name in sorted(soup.names, key=lambda name: name not in soup.shares):
+        share = _number(soup.shares[name], "by tensor") if name in soup.shares else "left out"
+        table.append(f"| {name} | {share} | {_number(soup.alone.get(name), '')} |")
+    return Card(
+        title=f"{soup.recipe} soup of {len(soup.shares)} models",
+        library=library,
+        pipeline=pipeline,
+        recipe=soup.recipe,
+        about=f"Network: {made or config.get('architecture') or 'as the ingredients'}.",
+        use=use,
+        sections={
+            "Ingredients": table,
+            "Score": score,
+            "Licence": [
+                "The licence of the weights is set by whoever publishes them. They come from the pretrained weights "
+                "and the data of the ingredients, whose licences hold for what is made of them."
+            ],
+        },
+    )
+
+
+def _number(value: float | None, otherwise: str) -> str:
+    return otherwise if value is None else f"{value:.4g}"
+
+
+def _score(soup: "Soup") -> list[str]:
+    if soup.score is None:
+        return ["It was not evaluated."]
+    line = f"{soup.metric} {soup.score:.4g}"
+    if soup.n is not None:
+        line += f" on n = {soup.n:,} examples"
+        if soup.metric in SHARES:
+            low, high = interval(soup.score * soup.n, soup.n)
+            line += f" (95 % interval {low:.4g} to {high:.4g}, Wilson's, which takes examples as independent)"
+    lines = [line + ". The same examples selected the ingredients: test it on others."]
+    if soup.gain is not None:
+        ends = soup.gain.low, soup.gain.high
+        told = "" if None in ends else " (95 % interval {:+.4g} to {:+.4g}, paired)".format(*ends)
+        lines += ["", f"Over the best single model: {soup.gain.mean:+.4g}{told}."]
+    return lines

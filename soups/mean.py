@@ -1,0 +1,391 @@
+"""The weighted mean of models, block by block: any number of them, in files or in memory, in a few blocks' memory.
+
+What happens to a tensor depends on its kind:
+
+- floating point (parameters and buffers): the weighted mean, summed in float64 and rounded once to the output's kind;
+  where models have several kinds, the narrowest that holds all of them;
+- integer and boolean: must be equal in all models, and is kept; of counters (`num_batches_tracked`) the largest;
+- tied (one tensor under several names): counted once. It is written under each name that a file holds, since a
+  network that asks for all of them is loaded strictly; names that no file holds are recorded in the soup's metadata;
+- batch-norm statistics (`running_mean`, ...): averaged, or those of one file; `soups.batch_norm` measures them anew;
+- NaN, infinities that are not the same in all models, float8 and complex numbers, and models that do not fit together
+  are refused by file and tensor.
+
+The order in which files are named changes no bit. Sums of rounded numbers depend on their order, so they are summed in
+an order of their own: by a hash of each tensor's first bytes, then, where that is equal, by the digest of the whole
+content, then by weight.
+"""
+
+import json
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from soups.conformance import LEAVE_OUT, Layout, common_layout
+from soups.errors import UserError
+from soups.files.checkpoints import (
+    BLOCK,
+    Checkpoint,
+    Entry,
+    content_digest,
+    digest_file,
+    hash_tensor,
+    opened,
+    sample,
+    tensor_digests,
+)
+from soups.files.dtypes import FLOATS, STORED, OutputDtype, round_once, widen
+from soups.files.names import short_names
+from soups.files.reading import COUNTERS, Reading
+from soups.files.streamed import streamed
+from soups.record import FORMAT, NO_DIGEST, FileSoup, Ingredient, Record, check_of, versions
+
+STATISTICS = ("running_mean", "running_var")
+
+Mixing = Sequence[float] | Mapping[str, Sequence[float]]  # one weight a model, or for every tensor one weight a model
+
+
+@dataclass(frozen=True)
+class Term:
+    """A model in a sum."""
+
+    checkpoint: Checkpoint
+    weights: Mapping[str, float] | float = 1.0  # of each tensor or of all, in any scale
+    name: str = ""
+    keeps: bool = False  # the batch-norm statistics are this one's
+    digests: dict[str, str] | None = None  # of its tensors as they are read, where wanted
+
+    def weight(self, tensor: str) -> float:
+        """Of this model in the mean of a tensor."""
+        return self.weights if isinstance(self.weights, float) else self.weights[tensor]
+
+
+class _Buffers(threading.local):
+    """What one thread computes in: 6 MiB."""
+
+    def __init__(self) -> None:
+        self.stored = np.empty(8 * BLOCK, np.uint8)
+        self.total = np.empty(BLOCK, np.float64)
+        self.term = np.empty(BLOCK, np.float64)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The weighted mean of some models, tensor by tensor and block by block."""
+
+    terms: Sequence[Term]  # in the order in which they are summed
+    layout: Layout
+    dtype: OutputDtype | Mapping[str, str] = "keep"  # of the floats that come out; a mapping has each tensor's
+    total: float | None = None  # what sums are divided by; that of the weights if None
+    first: int = 0  # index of the model whose tensors stand in for those that are not averaged
+    format: Literal[1, 2] = FORMAT
+    buffers: _Buffers = field(default_factory=_Buffers)
+
+    def entry(self, name: str) -> Entry:
+        """What a tensor of the mean is."""
+        entry = self.layout.entries[name]
+        if entry.dtype not in FLOATS or self.dtype == "keep":
+            return entry
+        return Entry(self.dtype if isinstance(self.dtype, str) else self.dtype[name], entry.shape)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, NDArray]]:
+        """Where each block of a tensor begins, and its elements, which are good until the next is asked for.
+
+        Raises:
+            UserError: NaN, infinities, integers that differ, or a mean that its kind cannot hold; names the file.
+        """
+        entry = self.layout.entries[name]
+        hashes = [hash_tensor() for _ in self.terms]
+        for start in range(0, entry.size, BLOCK):
+            count = min(BLOCK, entry.size - start)
+            if name in self.layout.kept:
+                ((_, stored),) = self._stored(name, start, count, [self.terms[self.first]], None)
+                kind = self._kind(self.terms[self.first], name)
+                yield start, self._rounded(name, widen(stored, kind)) if kind in FLOATS else stored
+            elif entry.dtype in FLOATS:
+                yield start, self._mean(name, start, count, hashes)
+            else:
+                yield start, self._equal(name, start, count, hashes)
+        if name not in self.layout.kept:
+            for term, running in zip(self.terms, hashes, strict=True):
+                if term.digests is not None:
+                    term.digests[term.checkpoint.own(name)] = running.hexdigest()
+
+    def _kind(self, term: Term, name: str) -> str:
+        return term.checkpoint.entries[term.checkpoint.own(name)].dtype
+
+    def _stored(
+        self, name: str, start: int, count: int, terms: Sequence[Term], hashes: Sequence[Any] | None
+    ) -> Iterator[tuple[Term, NDArray]]:
+        """The same elements of each model in turn, in one reused buffer."""
+        for i, term in enumerate(terms):
+            kind = STORED[self._kind(term, name)]
+            buffer = self.buffers.stored[: count * kind.itemsize].view(kind)
+            term.checkpoint.read(name, start, buffer)
+            if hashes is not None and term.digests is not None:
+                hashes[i].update(buffer.data)
+            yield term, buffer
+
+    def weight(self, term: Term, name: str) -> float:
+        """Of a model in a tensor's mean."""
+        if name.endswith(STATISTICS) and any(other.keeps for other in self.terms):
+            return float(term.keeps)
+        return term.weight(name)
+
+    def _mean(self, name: str, start: int, count: int, hashes: Sequence[Any]) -> NDArray:
+        """The weighted mean of `count` elements, in the soup's kind."""
+        total, product = self.buffers.total[:count], self.buffers.term[:count]
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, (term, stored) in enumerate(self._stored(name, start, count, self.terms, hashes)):
+                values, weight = widen(stored, self._kind(term, name)), self.weight(term, name)
+                if i == 0:
+                    np.multiply(values, weight, out=total, dtype=np.float64)
+                elif weight == 1:
+                    np.add(total, values, out=total)
+                else:
+                    np.multiply(values, weight, out=product, dtype=np.float64)
+                    np.add(total, product, out=total)
+            total /= self.total or math.fsum(self.weight(term, name) for term in self.terms)
+        if self.format == 1:
+            total += 0.0  # its sums began with 0, and had no -0
+        if not np.isfinite(total).all():
+            self._keep_infinities(name, start, total)
+        return self._rounded(name, total)
+
+    def _rounded(self, name: str, values: NDArray) -> NDArray:
+        kind = self.entry(name).dtype
+        rounded = round_once(values.astype(np.float64, copy=False), kind)
+        finite = np.isfinite(widen(rounded, kind))
+        if not finite.all() and np.isfinite(values[~finite]).any():
+            largest = np.abs(values[np.isfinite(values)]).max()
+            raise UserError(f"tensor {name!r}: {largest:.3g} is past what {kind} can hold")
+        return rounded
+
+    def _keep_infinities(self, name: str, start: int, total: NDArray) -> None:
+        """Put infinities that all models have in the same place into the mean, as a mask's; refuse all others."""
+        first: NDArray | None = None
+        for term, stored in self._stored(name, start, len(total), self.terms, None):
+            values = widen(stored, self._kind(term, name)).astype(np.float64)
+            infinities = np.where(np.isinf(values), values, 0)
+            first = infinities if first is None else first
+            if np.isnan(values).any() or not np.array_equal(infinities, first):
+                culprit = next(
+                    other
+                    for other, block in self._stored(name, start, len(total), self.terms, None)
+                    if not np.isfinite(widen(block, self._kind(other, name))).all()
+                )
+                raise UserError(f"{culprit.checkpoint.path}: tensor {name!r} holds NaN or infinity")
+        assert first is not None  # there is a model
+        total[np.isinf(first)] = first[np.isinf(first)]
+        if not np.isfinite(total[first == 0]).all():
+            raise UserError(f"tensor {name!r}: the sum over the models is past what float64 can hold")
+
+    def _equal(self, name: str, start: int, count: int, hashes: Sequence[Any]) -> NDArray:
+        """Integers that are equal in all models, or for counters the largest."""
+        kept: NDArray = np.empty(0)
+        for i, (term, stored) in enumerate(self._stored(name, start, count, self.terms, hashes)):
+            if i == 0:
+                kept = stored.copy()
+            elif name.endswith(COUNTERS):
+                np.maximum(kept, stored, out=kept)
+            elif not np.array_equal(kept, stored):
+                raise UserError(
+                    f"{term.checkpoint.path}: integer tensor {name!r} differs from that of "
+                    f"{self.terms[0].checkpoint.path}, and has no meaningful average"
+                    + (f" ({LEAVE_OUT})" if term.digests is not None else "")
+                )
+        return kept
+
+
+def _checked(weights: Sequence[float], models: int, where: str) -> list[float]:
+    """Weights as they are given: dividing the sum once by theirs is rounded less than dividing each."""
+    if len(weights) != models:
+        raise UserError(f"weights{where}: need one per model, got {len(weights)} for {models}")
+    values = [float(weight) for weight in weights]
+    if not all(map(math.isfinite, values)) or math.fsum(values) <= 0:
+        raise UserError(f"weights{where}: need finite numbers whose sum is above 0, got {values}")
+    return values
+
+
+def _terms(
+    checkpoints: Sequence[Checkpoint],
+    names: Sequence[str],
+    weights: Mixing | None,
+    keep_from: int | None,
+    layout: Layout,
+) -> tuple[list[Term], list[int]]:
+    """The models in the order in which they are summed, and their indices as they were named."""
+    count = len(checkpoints)
+    shares: list[Mapping[str, float] | float]
+    if isinstance(weights, Mapping):
+        odd = sorted(weights.keys() ^ layout.entries.keys())
+        if odd:
+            raise UserError(f"weights: need a list for every tensor and nothing else, but see {odd[0]!r}")
+        rows = {name: _checked(row, count, f" of {name!r}") for name, row in weights.items()}
+        shares = [{name: row[i] for name, row in rows.items()} for i in range(count)]
+    else:
+        shares = list(_checked([1.0] * count if weights is None else weights, count, ""))
+    contents = _contents(checkpoints)
+    keys = []
+    for i in range(count):
+        share = shares[i]
+        weight = [share] if isinstance(share, float) else [share[name] for name in layout.entries]
+        keys.append((*contents[i], weight, names[i], i == keep_from))
+    order = sorted(range(count), key=keys.__getitem__)
+    return [Term(checkpoints[i], shares[i], names[i], i == keep_from, {}) for i in order], order
+
+
+def _contents(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, str]]:
+    """For each model a hash of its tensors' first bytes and, where models that agree in that are several files, one
+    of everything in it.
+    """
+    samples = [sample(checkpoint) for checkpoint in checkpoints]
+    files = [_identity(checkpoint) for checkpoint in checkpoints]
+    distinct = Counter(first for first, _ in set(zip(samples, files, strict=True)))
+    digests: dict[Any, str] = {}
+    for first, file, checkpoint in zip(samples, files, checkpoints, strict=True):
+        if distinct[first] > 1 and file not in digests:
+            digests[file] = digest_file(checkpoint)
+    return [(first, digests.get(file, "")) for first, file in zip(samples, files, strict=True)]
+
+
+def _identity(checkpoint: Checkpoint) -> Any:
+    """The same for two names of one file."""
+    try:
+        status = checkpoint.path.stat()
+    except OSError:
+        return id(checkpoint)  # in memory
+    return status.st_dev, status.st_ino, checkpoint.unwrapped
+
+
+def _recorded(terms: Sequence[Term]) -> tuple[Ingredient, ...]:
+    """Each ingredient; its digest is zeros until all of its tensors were read."""
+    total = math.fsum(term.weights for term in terms if isinstance(term.weights, float))
+    found = []
+    for term in terms:
+        digests = term.digests or {}
+        complete = digests.keys() == term.checkpoint.entries.keys()
+        digest = content_digest(term.checkpoint, digests) if complete else NO_DIGEST
+        share = term.weights / total if isinstance(term.weights, float) else None
+        found.append(Ingredient(term.name, digest, share, term.keeps))
+    return tuple(found)
+
+
+def _record(mean: Mean, reading: Reading | None, dtype: OutputDtype, note: Mapping[str, Any]) -> dict[str, str]:
+    """The soup's metadata: its record, a hash of that, and the "format" that transformers ask for."""
+    weights: list[float] | dict[str, list[float]]
+    if all(isinstance(term.weights, float) for term in mean.terms):
+        weights = [term.weight("") for term in mean.terms]
+    else:
+        weights = {name: [term.weight(name) for term in mean.terms] for name in mean.layout.entries}
+    first = mean.first if mean.layout.kept or mean.layout.dropped else None
+    record = Record(
+        mean.format, _recorded(mean.terms), weights, dtype, mean.layout.ties, dict(note), reading or Reading(), first
+    )
+    values = asdict(record)
+    if not values["reading"]["set_aside"]:
+        del values["reading"]["set_aside"]  # records have it where it says something
+    if mean.format == 1:
+        values = {name: value for name, value in values.items() if name not in ("reading", "first")}
+    text = json.dumps(values, sort_keys=True)
+    return {"format": "pt", "soup": text, "soup_check": check_of(text)}
+
+
+def average_files(
+    sources: Sequence[Path | Checkpoint],
+    out: Path,
+    *,
+    weights: Mixing | None = None,
+    dtype: OutputDtype = "keep",
+    keep_from: int | None = None,
+    threads: int = 2,
+    note: Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+    reading: Reading | None = None,
+    first: int = 0,
+    sync: bool = True,
+    merging: Callable[[Mean, Sequence[int]], Mean] | None = None,
+    format: Literal[1, 2] = FORMAT,  # as the record calls it
+) -> FileSoup:
+    """Write the weighted mean of K weight files; the policy per kind of tensor stands at the top of this module.
+
+    Every file is read once, in blocks of 2**18 elements, and hashed on the way. Memory: 8 MiB a thread, whatever K is.
+
+    Args:
+        sources: K files of any kind that `open_checkpoint` reads, or open checkpoints.
+        out: a .safetensors file; its metadata records ingredients, digests, weights and `note`.
+        weights: of the models, in any scale, with a sum above 0; equal if None. A mapping has a list for each tensor
+            of the soup (by the name under which a tied one is kept), as a learned soup by layer needs.
+        dtype: of the floating-point tensors written; "keep" is the ingredients'.
+        keep_from: index of the file whose batch-norm statistics are kept, instead of averaging them.
+        threads: that read and add; the result does not depend on them.
+        note: JSON values to record beside, such as the recipe and its decisions.
+        names: to record for the files; by default the shortest ends of their paths that tell them apart.
+        reading: which weights of the files, and which tensors of them.
+        first: index of the file whose tensors stand in for those that are not averaged.
+        sync: as in `replacing`.
+        merging: what takes the place of the mean of models in this order; see `soups.merging`.
+        format: of the record; 1 writes what a soup of that format was.
+
+    Raises:
+        UserError: a bad file, models that do not fit together, NaN or infinity, bad weights, or a full disk.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: a soup is written as .safetensors")
+    with opened(sources, reading) as checkpoints:
+        layout = common_layout(checkpoints, reading or Reading(), first)
+        names = names or short_names([s.path if isinstance(s, Checkpoint) else s for s in sources])
+        terms, order = _terms(checkpoints, names, weights, keep_from, layout)
+        mean = Mean(terms, layout, dtype, first=order.index(first), format=format)
+        mean = mean if merging is None else merging(mean, order)
+        written = {name: [name] if format == 1 else layout.names_of(name) for name in layout.entries}
+        entries = {other: mean.entry(name) for name, others in written.items() for other in others}
+        facts = {"versions": versions()} | dict(note or {})
+        with streamed(out, entries, lambda: _record(mean, reading, dtype, facts), sync=sync) as file:
+
+            def mix(name: str) -> None:
+                for start, block in mean.blocks(name):
+                    for other in written[name]:
+                        file.write(other, start, block)
+
+            def hash_rest(term: Term) -> None:
+                assert term.digests is not None
+                rest = term.checkpoint.entries.keys() - term.digests.keys()
+                term.digests.update(tensor_digests(term.checkpoint, rest))
+
+            largest_first = sorted(layout.entries, key=lambda name: -layout.entries[name].size)
+            _in_threads(threads, mix, largest_first)
+            _in_threads(threads, hash_rest, terms)  # copies of tied tensors, and what is not averaged
+        floats = {entries[name].dtype for name in layout.entries if entries[name].dtype in FLOATS}
+        several = dtype == "keep" and any(
+            checkpoint.entries[checkpoint.own(name)].dtype != entry.dtype
+            for name, entry in layout.entries.items()
+            if name not in layout.kept
+            for checkpoint in checkpoints
+        )
+        return FileSoup(
+            out,
+            layout,
+            _recorded(terms),
+            {term.name: term.checkpoint.unwrapped for term in terms if term.checkpoint.unwrapped},
+            {term.name: term.checkpoint.dropped for term in terms if term.checkpoint.dropped},
+            " and ".join(sorted(floats)) if several else "",
+        )
+
+
+def _in_threads(threads: int, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

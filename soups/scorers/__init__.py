@@ -1,0 +1,1 @@
+"""Scores of candidates: a command, a function, labelled images, labelled texts, language models."""

@@ -1,0 +1,333 @@
+"""Labelled images, a folder for each class: decoded once for all candidates, in worker processes."""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from soups.errors import UserError
+from soups.scorers.metrics import score
+from soups.scorers.networks import (
+    ImageNetwork,
+    NetworkName,
+    device,
+    first_line,
+    image_network,
+    load_into,
+    matched,
+)
+from soups.scoring import Candidate, Learning, Metric, Scored, Scorer, key_of
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+WORDNET = re.compile(r"n\d{8}")
+LEARNED_BATCH = 256  # images of a step of a learned soup, as the authors' script has it
+TOGETHER = 32  # images that a worker decodes at a time
+
+
+def is_data(name: str) -> bool:
+    """Whether a file or folder holds data: not hidden, and no part of a Mac's archive."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the class folders: sorted, as numbers where all of them are.
+
+    Raises:
+        UserError: no such folder, none in it, or some numbers with leading zeros and some without.
+    """
+    if not root.is_dir():
+        raise UserError(f"--images {root}: no such folder; it has a folder of images for each class")
+    names = sorted(entry.name for entry in os.scandir(root) if is_data(entry.name) and entry.is_dir())
+    if not names:
+        raise UserError(f"--images {root} has no folders: it needs a folder of images for each class")
+    if all(name.isdecimal() for name in names):
+        if len({int(name) for name in names}) < len(names):
+            raise UserError(f"--images {root}: two class folders are the same number, such as 1 and 01: rename one")
+        names.sort(key=int)
+    return names
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes as the network knows them."""
+
+    names: list[str]  # in the order of their numbers
+    ids: dict[str, int]  # folder -> class number
+
+
+def labels_of(root: Path, head: int | None) -> Labels:
+    """What each folder's number is.
+
+    Args:
+        root: of the images.
+        head: classes that the ingredients' head has; None: not known.
+
+    Raises:
+        UserError: WordNet ids that are not ImageNet's.
+    """
+    folders = class_folders(root)
+    if not all(WORDNET.fullmatch(name) for name in folders):
+        return Labels(folders, {name: i for i, name in enumerate(folders)})
+    from timm.data import ImageNetInfo  # noqa: PLC0415
+
+    imagenet = ImageNetInfo("imagenet-1k")
+    known = list(imagenet.label_names())
+    strange = [name for name in folders if name not in known]
+    if strange:
+        raise UserError(
+            f"--images {root}: {strange[0]} is a WordNet id that ImageNet's 1,000 classes do not have: name the "
+            "folders as the classes"
+        )
+    words = [imagenet.label_name_to_description(name).split(",")[0] for name in known]
+    if head == len(known) or len(folders) == len(known):
+        return Labels(words, {name: known.index(name) for name in folders})
+    return Labels([words[known.index(name)] for name in folders], {name: i for i, name in enumerate(folders)})
+
+
+def files_of(root: Path, folders: Sequence[str]) -> list[tuple[Path, str]]:
+    """Every image below the class folders, sorted, and its folder.
+
+    Raises:
+        UserError: a class without an image.
+    """
+    found = []
+    for folder in folders:
+        mine = []
+        for place, below, names in os.walk(root / folder, followlinks=True):
+            below[:] = sorted(filter(is_data, below))
+            mine += [Path(place, name) for name in names if is_data(name) and name.lower().endswith(ENDINGS)]
+        if not mine:
+            raise UserError(f"--images {root}: the class folder {folder!r} has no image ({' '.join(ENDINGS)})")
+        found += [(path, folder) for path in sorted(mine)]
+    return found
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A preparation of images split where they are still bytes: those are kept, four times smaller than floats."""
+
+    first: Callable[[Any], Any]  # an image of PIL to an image, or to a tensor
+    mean: Tensor | None = None  # (3, 1, 1); None: `first` does everything
+    std: Tensor | None = None
+
+    def __call__(self, path: Path) -> NDArray[Any]:
+        """What is kept of one image.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            with Image.open(path) as image:
+                kept = self.first(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} is damaged or no image ({first_line(error)}): repair or delete it") from None
+        return kept.numpy() if isinstance(kept, Tensor) else np.asarray(kept).transpose(2, 0, 1)
+
+    def batch(self, kept: NDArray[Any]) -> Tensor:
+        """(b, 3, H, W) as the network sees them, on its device."""
+        images = torch.from_numpy(np.array(kept)).to(device())
+        if self.mean is None or self.std is None:
+            return images
+        return images.float().div_(255).sub_(self.mean.to(images.device)).div_(self.std.to(images.device))
+
+
+def split_preparation(prepare: Callable[[Any], Any]) -> Prepared:
+    """torchvision's `Compose(..., ToTensor, Normalize)`, as timm and open_clip build it, split at ToTensor."""
+    steps = list(getattr(prepare, "transforms", []))
+    kinds = [type(step).__name__ for step in steps]
+    if kinds[-2:] not in (["ToTensor", "Normalize"], ["MaybeToTensor", "Normalize"]):
+        return Prepared(prepare)
+    mean, std = (torch.as_tensor(getattr(steps[-1], name)).view(-1, 1, 1) for name in ("mean", "std"))
+    compose: Any = type(prepare)
+    return Prepared(compose(steps[:-2]), mean, std)
+
+
+def _decoded(prepared: Prepared, paths: Sequence[Path]) -> NDArray[Any] | str:
+    try:
+        return np.stack([prepared(path) for path in paths])
+    except UserError as error:
+        return str(error)  # an error of a worker would bring its traceback along
+
+
+_prepared: list[Prepared] = []  # of a worker, which inherits it: some preparations cannot be pickled
+
+
+def _start_worker(prepared: Prepared) -> None:
+    torch.set_num_threads(1)
+    _prepared[:] = [prepared]
+
+
+def _decoded_by_worker(paths: Sequence[Path]) -> NDArray[Any] | str:
+    return _decoded(_prepared[0], paths)
+
+
+def decoded(prepared: Prepared, paths: Sequence[Path], workers: int) -> NDArray[Any]:
+    """(N, 3, H, W) of all images, in a file without a name: memory that the system can take back.
+
+    Raises:
+        UserError: an image cannot be read; names it.
+    """
+    parts = [list(paths[start : start + TOGETHER]) for start in range(0, len(paths), TOGETHER)]
+    kept: NDArray[Any] | None = None
+    place = 0
+
+    def keep(found: NDArray[Any] | str) -> None:
+        nonlocal kept, place
+        if isinstance(found, str):
+            raise UserError(found)
+        if kept is None:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - it is the memory of the array
+            kept = np.memmap(file, found.dtype, "w+", shape=(len(paths), *found.shape[1:]))
+        if found.shape[1:] != kept.shape[1:]:
+            raise UserError(f"{paths[place]} is prepared as {found.shape[1:]}, the first image as {kept.shape[1:]}")
+        kept[place : place + len(found)] = found
+        place += len(found)
+
+    if workers < 2 or len(parts) < 2 * workers:
+        for part in parts:
+            keep(_decoded(prepared, part))
+    else:
+        with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (prepared,)) as pool:
+            for found in pool.map(_decoded_by_worker, parts):
+                keep(found)
+    assert kept is not None  # files_of found an image
+    return kept
+
+
+@dataclass
+class Images:
+    """Labelled images for one network."""
+
+    network: ImageNetwork
+    paths: list[Path]
+    labels: Tensor  # (N,)
+    batch_size: int
+    workers: int
+    _kept: tuple[Prepared, NDArray[Any]] | None = None
+
+    def kept(self) -> tuple[Prepared, NDArray[Any]]:
+        """All images, decoded when they are first asked for, and what makes batches of them."""
+        if self._kept is None:
+            prepared = split_preparation(self.network.prepare)
+            self._kept = prepared, decoded(prepared, self.paths, self.workers)
+        return self._kept
+
+    def batches(self) -> Iterator[Tensor]:
+        """All images, in order, as the network sees them."""
+        prepared, kept = self.kept()
+        for start in range(0, len(kept), self.batch_size):
+            yield prepared.batch(kept[start : start + self.batch_size])
+
+    def learning(self, batch_size: int | None) -> Learning:
+        """Labelled minibatches in an order that depends on the epoch alone, and their cross-entropy.
+
+        Raises:
+            UserError: a network that answers by class names, whose text tower gets no gradient.
+        """
+        from soups.descent import cross_entropy, shuffled  # noqa: PLC0415
+
+        network, (prepared, kept) = self.network, self.kept()
+        if network.zero_shot:
+            raise UserError("learned needs a network with a head: a zero-shot answer is made of the text tower too")
+        module = network.module.to(device())
+        order = shuffled(torch.arange(len(kept)), self.labels, batch_size or LEARNED_BATCH, "images")
+
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for rows, labels in order(epoch):
+                yield prepared.batch(kept[rows.numpy()]), labels.to(device())
+
+        def loss(module: Any, batch: tuple[Tensor, Tensor], beta: Tensor) -> tuple[Tensor, int]:
+            return cross_entropy(lambda images: network.logits(module, images), batch, beta)  # type: ignore[arg-type]
+
+        return Learning(module, batches, loss, network.rename)
+
+    def statistics(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Batch-norm statistics of some weights, measured on all images, by the names in the file.
+
+        Raises:
+            UserError: the network has no batch norm.
+        """
+        from soups.batch_norm import recompute_batch_norm, statistics_of  # noqa: PLC0415
+
+        module = self.network.module
+        load_into(module, weights, "the soup", self.network.rename)
+        if not recompute_batch_norm(module.to(device()), self.batches()):
+            raise UserError("the network has no batch norm with running statistics: leave out batch_norm=recompute")
+        fresh, renamed = statistics_of(module), {name: self.network.rename(name) for name in weights}
+        own = matched([new for new in renamed.values() if new is not None], module.state_dict())
+        return {name: fresh[own[new]] for name, new in renamed.items() if new is not None and own[new] in fresh}
+
+    @torch.inference_mode()
+    def predicted(self, candidate: Candidate) -> Tensor:
+        """(N,) class numbers."""
+        batches = self.batches()
+        first = next(batches)  # a damaged image is found before weights are loaded
+        module = self.network.load(candidate)
+        found = [self.network.logits(module, first).argmax(dim=1).cpu()]
+        return torch.cat([*found, *(self.network.logits(module, batch).argmax(dim=1).cpu() for batch in batches)])
+
+
+def of_images(
+    root: Path,
+    asked: NetworkName,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    *,
+    head: int | None = None,
+    metric: Metric = "top1",
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> Scorer:
+    """A metric of a network's answers to labelled images.
+
+    Args:
+        root: root/<class>/<image>; images may lie deeper.
+        asked: the network.
+        paths: the ingredients.
+        names: of the first ingredient's tensors.
+        head: classes that the ingredients' head has, where it is known.
+        metric: what is counted.
+        batch_size: images a forward pass.
+        workers: processes that decode; None: one for each core, at most 8.
+
+    Raises:
+        UserError: folders, images or a network that do not fit.
+    """
+    labels = labels_of(root, head)
+    network = image_network(asked, paths, names, labels.names)
+    ids = labels.ids
+    if network.class_ids is not None:
+        strange = sorted(set(ids) - network.class_ids.keys())
+        if strange:
+            raise UserError(
+                f"--images {root}: the folder {strange[0]!r} is not a class in the network's config.json: name the "
+                "folders as id2label does"
+            )
+        ids = network.class_ids
+    files = files_of(root, list(labels.ids))
+    known = torch.tensor([ids[folder] for _, folder in files])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(8, cores) if workers is None else workers
+    images = Images(network, [path for path, _ in files], known, batch_size, workers)
+    relative = [(str(path.relative_to(root)), ids[folder]) for path, folder in files]
+    key = key_of("images", network.key, metric, relative, *images.paths)
+
+    def measure(candidate: Candidate) -> Scored:
+        answers = images.predicted(candidate)
+        return Scored(score(metric, answers, known), answers.to(torch.int32).numpy())
+
+    def value(answers: NDArray[Any], times: NDArray[Any]) -> float:
+        return score(metric, torch.from_numpy(answers).long(), known, weights=torch.from_numpy(times))
+
+    return Scorer(measure, "max", metric, key, value, len(known), images.learning, images.statistics)

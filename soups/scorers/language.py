@@ -1,0 +1,307 @@
+"""Perplexity and multiple choice of causal and masked language models of transformers."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soups.errors import UserError
+from soups.scorers.networks import NetworkName, device, first_line, from_pretrained, read_source, settings_in
+from soups.scorers.texts import read_objects, read_text
+from soups.scoring import Candidate, Learning, Scored, Scorer, key_of, mean_of_answers
+
+LONGEST = 1024  # tokens of a window, where the network can read more
+MASKED_AT_ONCE = 128  # tokens of a window of a masked model, each of which takes a forward pass of the window
+KINDS = "ForCausalLM|LMHeadModel|ForMaskedLM"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens, and which of them are scored."""
+
+    tokens: tuple[int, ...]
+    first: int  # the first token that is scored
+    last: int  # one after the last
+    of: int  # number of the document, or of the answer, that it belongs to
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A language model's tokenizer and what kind of model it is."""
+
+    source: Path
+    tokenizer: Any
+    masked: bool  # BERT's kind, which sees both sides of a token that is masked
+    max_length: int
+    batch_size: int
+
+    def spans(self, text: str, document: int) -> list[Span]:
+        """A text in windows of at most `max_length` tokens; of a causal model the first token of each is not scored.
+
+        A masked model has its special tokens around each window.
+        """
+        tokens = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not self.masked:
+            begin = self.tokenizer.bos_token_id
+            head = [] if begin is None else [begin]
+            width = self.max_length - len(head)
+            windows = [[*head, *tokens[start : start + width]] for start in range(0, len(tokens), width)]
+            return [Span(tuple(each), 1, len(each), document) for each in windows if len(each) > 1]
+        before, after = self.around()
+        width = self.max_length - len(before) - len(after)
+        parts = [tokens[start : start + width] for start in range(0, len(tokens), width)]
+        return [Span((*before, *part, *after), len(before), len(before) + len(part), document) for part in parts]
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """Special tokens before and after a text."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a")["input_ids"]
+        place = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+        return full[:place], full[place + len(plain) :]
+
+    def answer(self, prompt: str, choice: str, number: int) -> Span:
+        """A prompt with one choice behind it, of which the choice is scored.
+
+        Raises:
+            UserError: together they are longer than the network reads.
+        """
+        joined = prompt if not prompt or prompt[-1].isspace() or choice[:1].isspace() else prompt + " "
+        read = self.tokenizer(joined + choice, return_offsets_mapping=True)
+        tokens, places = read["input_ids"], read["offset_mapping"]
+        if len(tokens) > self.max_length:
+            raise UserError(f"{len(tokens)} tokens of {joined[:40]!r}... are more than --max-length {self.max_length}")
+        # Special tokens stand at no place, (0, 0); a space before the choice may be a part of its first token.
+        inside = [i for i, (start, end) in enumerate(places) if end > max(start, len(joined.rstrip()))]
+        first = max(inside[0], 0 if self.masked else 1)
+        return Span(tuple(tokens), first, inside[-1] + 1, number)
+
+    def scored_tokens(self, network: Any, spans: Sequence[Span]) -> Iterator[tuple[int, float]]:
+        """The number of a span's document and the log-likelihood of one of its tokens, for each token scored."""
+        jobs = [(span, i) for span in spans for i in (range(span.first, span.last) if self.masked else [span.first])]
+        order = sorted(range(len(jobs)), key=lambda place: len(jobs[place][0].tokens))  # little padding
+        for start in range(0, len(order), self.batch_size):
+            batch = [jobs[place] for place in order[start : start + self.batch_size]]
+            width = max(len(span.tokens) for span, _ in batch)
+            tokens = torch.zeros(len(batch), width, dtype=torch.long)
+            there = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, (span, place) in enumerate(batch):
+                tokens[row, : len(span.tokens)] = torch.tensor(span.tokens)
+                there[row, : len(span.tokens)] = 1
+                if self.masked:
+                    tokens[row, place] = self.tokenizer.mask_token_id
+            logits = network(input_ids=tokens.to(device()), attention_mask=there.to(device())).logits
+            for row, (span, place) in enumerate(batch):
+                wanted = [place] if self.masked else list(range(span.first, span.last))
+                seen = logits[row, wanted if self.masked else [i - 1 for i in wanted]].float().log_softmax(dim=-1)
+                right = torch.tensor([span.tokens[i] for i in wanted], device=seen.device)
+                for found in seen.gather(1, right[:, None]).flatten().tolist():
+                    yield span.of, found
+
+    @torch.inference_mode()
+    def likelihoods(self, candidate: Candidate, spans: Sequence[Span], number: int) -> NDArray[np.float64]:
+        """(number, 2) sums of log-likelihoods and counts of tokens."""
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM  # noqa: PLC0415
+
+        library = AutoModelForMaskedLM if self.masked else AutoModelForCausalLM
+        network = from_pretrained(library, candidate.folder(self.source), candidate.name).eval().to(device())
+        sums: list[list[float]] = [[] for _ in range(number)]
+        for of, found in self.scored_tokens(network, spans):
+            sums[of].append(found)
+        # Sorted, so that the sum does not depend on the order in which batches were made.
+        return np.array([[sum(sorted(found)), len(found)] for found in sums])
+
+
+def reader_of(asked: NetworkName | None, paths: Sequence[Path], max_length: int | None, batch_size: int) -> Reader:
+    """The tokenizer beside the ingredients.
+
+    Raises:
+        UserError: no config or tokenizer, no language model, or a model that reads fewer tokens than asked for.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    source, config = read_source(asked, paths, KINDS)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no tokenizer beside the weights: {first_line(error)}") from None
+    masked = (config.architectures or [""])[0].endswith("ForMaskedLM")
+    if masked and tokenizer.mask_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no token for what is masked")
+    reads = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LONGEST
+    if max_length is not None and max_length > reads:
+        raise UserError(f"--max-length {max_length}: {source} reads {reads} tokens")
+    usual = MASKED_AT_ONCE if masked else LONGEST
+    return Reader(source, tokenizer, masked, max_length or min(reads, usual), batch_size)
+
+
+def _key(kind: str, reader: Reader, path: Path, *more: Any) -> str:
+    version = importlib.import_module("transformers").__version__
+    return key_of(kind, version, reader.max_length, *more, path, *settings_in(reader.source))
+
+
+def perplexity_of(answers: NDArray[Any], times: NDArray[Any]) -> float:
+    """exp of minus the mean log-likelihood of a token, over (N, 2) windows that count (N,) times."""
+    total, tokens = times @ answers
+    return float(np.exp(-total / tokens))
+
+
+def of_perplexity(
+    path: Path,
+    asked: NetworkName | None,
+    paths: Sequence[Path],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> Scorer:
+    """Perplexity of a token, lower is better; of a masked model pseudo-perplexity, each token masked once.
+
+    A text file is one document, a .jsonl has one in `text` of each line. Documents are cut into windows that do not
+    overlap, and each window is an example of the interval.
+
+    Args:
+        path: of the file.
+        asked: --network transformers:FOLDER, where the config does not lie beside the ingredients.
+        paths: the ingredients.
+        max_length: tokens of a window; None: what the network reads, at most 1,024 (of a masked model 128).
+        batch_size: windows a forward pass.
+
+    Raises:
+        UserError: no text, or no language model.
+
+    Source: for masked models Salazar et al. 2020.
+    """
+    reader = reader_of(asked, paths, max_length, batch_size)
+    texts = [read_text(path)]
+    if path.suffix == ".jsonl":
+        rows = read_objects(path)
+        missing = [i for i, row in enumerate(rows, start=1) if not isinstance(row.get("text"), str)]
+        if missing:
+            raise UserError(f'{path}, object {missing[0]}: it has no "text"')
+        texts = [row["text"] for row in rows]
+    spans = [span for text in texts for span in reader.spans(text, 0)]
+    spans = [Span(span.tokens, span.first, span.last, i) for i, span in enumerate(spans)]
+    if not spans:
+        raise UserError(f"{path} has no text of two tokens")
+    once = np.ones(len(spans))
+
+    def measure(candidate: Candidate) -> Scored:
+        found = reader.likelihoods(candidate, spans, len(spans))
+        value = perplexity_of(found, once)
+        if np.isnan(value):
+            raise UserError(f"the perplexity of {candidate.name} is NaN: leave that model out")
+        return Scored(value, found)
+
+    def learning(size: int | None) -> Learning:
+        return _learning(reader, spans, size or batch_size)
+
+    key = _key("perplexity", reader, path)
+    return Scorer(measure, "min", "perplexity", key, perplexity_of, len(spans), learning)
+
+
+def _learning(reader: Reader, spans: Sequence[Span], batch_size: int) -> Learning:
+    """Windows in an order that depends on the epoch alone, and the cross-entropy of their tokens.
+
+    Raises:
+        UserError: a masked model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+
+    from soups.descent import next_token, shuffled  # noqa: PLC0415
+
+    if reader.masked:
+        raise UserError("learned takes causal language models by --perplexity; for a masked one write --loss")
+    module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(reader.source)).float().to(device())
+    order = shuffled(torch.arange(len(spans)), torch.arange(len(spans)), batch_size, "windows")
+
+    def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
+        for rows, _ in order(epoch):
+            some = [torch.tensor(spans[row].tokens) for row in rows.tolist()]
+            there = [torch.ones_like(tokens) for tokens in some]
+            padded = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True).to(device()) for each in (some, there))
+            yield dict(zip(("input_ids", "attention_mask"), padded, strict=True))
+
+    return Learning(module, batches, next_token)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, its choices and the number of the right one."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Lines as {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}.
+
+    `question` may stand for `prompt`, and the answer may be the right choice itself.
+
+    Raises:
+        UserError: a line is something else; says which.
+    """
+    found = []
+    for number, row in enumerate(read_objects(path), start=1):
+        prompt: Any = row.get("prompt", row.get("question"))
+        choices: Any = row.get("choices")
+        answer: Any = row.get("answer")
+        good = isinstance(prompt, str) and isinstance(choices, list) and len(choices) > 1
+        good = good and all(isinstance(choice, str) and choice.strip() for choice in choices)
+        if good and isinstance(answer, str) and answer in choices:
+            answer = choices.index(answer)
+        if not (good and isinstance(answer, int) and 0 <= answer < len(choices)):
+            raise UserError(
+                f'{path}, object {number}: need {{"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}}'
+            )
+        found.append(Question(prompt, tuple(choices), answer))
+    return found
+
+
+def of_choices(
+    path: Path,
+    asked: NetworkName | None,
+    paths: Sequence[Path],
+    *,
+    per_token: bool = False,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> Scorer:
+    """The share of questions whose right choice is the most likely text behind the prompt.
+
+    Args:
+        path: a .jsonl, as `read_questions` has it.
+        asked: --network transformers:FOLDER, where the config does not lie beside the ingredients.
+        paths: the ingredients.
+        per_token: compare mean log-likelihoods of a token, not sums, which favour short choices.
+        max_length: tokens of a prompt with a choice; None: what the network reads, at most 1,024 (masked: 128).
+        batch_size: texts a forward pass.
+
+    Raises:
+        UserError: a question that is none, or no language model.
+    """
+    reader, questions = reader_of(asked, paths, max_length, batch_size), read_questions(path)
+    if not reader.tokenizer.is_fast:
+        raise UserError(f"{reader.source}: its tokenizer does not say where tokens stand; a tokenizer.json is needed")
+    pairs = [(question, choice) for question in questions for choice in question.choices]
+    spans = [reader.answer(question.prompt, choice, i) for i, (question, choice) in enumerate(pairs)]
+
+    def measure(candidate: Candidate) -> Scored:
+        found = reader.likelihoods(candidate, spans, len(spans))
+        values, place, hits = found[:, 0] / found[:, 1] if per_token else found[:, 0], 0, []
+        if np.isnan(values).any():
+            raise UserError(f"a likelihood of {candidate.name} is NaN: leave that model out")
+        for question in questions:
+            mine = values[place : place + len(question.choices)]
+            hits.append(int(mine.argmax()) == question.answer)
+            place += len(mine)
+        answers = np.array(hits)
+        return Scored(float(answers.mean()), answers)
+
+    key = _key("choices", reader, path, per_token)
+    return Scorer(measure, "max", "accuracy", key, mean_of_answers, len(questions))

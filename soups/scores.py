@@ -1,0 +1,200 @@
+"""Scores of the models of a pool and of their mixtures: given, found in the journal, or computed by all processes."""
+
+import base64
+import csv
+import io
+import json
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd, isnan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from soups.averaging import Averaging
+from soups.candidates import Candidate
+from soups.checks import looked_through
+from soups.errors import UserError
+from soups.files.checkpoints import opened
+from soups.journal import Journal
+from soups.ranks import from_first, spread, this_rank
+from soups.scoring import Scored, Scorer, key_of
+from soups.selection import Mixture, Result
+from soups.sources import Pool
+
+Given = Mapping[str, float] | str | Path | None
+
+
+def digests_of(pool: Pool, paths: Sequence[Path]) -> list[str]:
+    """A name for the content of each file, which is read once.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity; names file and tensor.
+    """
+    if pool.adapters:
+        from soups.lora import digest_of_folder  # noqa: PLC0415  # torch takes seconds
+
+        return [digest_of_folder(path) for path in paths]
+    found = []
+    for path in paths:
+        with opened([path], pool.reading) as checkpoints:
+            digest, infinite = looked_through(checkpoints[0])
+        if infinite:
+            raise UserError(f"{path}: tensor {infinite!r} holds NaN or infinity: leave that model out")
+        found.append(digest)
+    return found
+
+
+def _rows(path: Path) -> list[tuple[str, Any]]:
+    """Names and scores as a file has them: .json, .jsonl with "file" and "score", or .csv with these columns."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        return list(json.loads(text).items())
+    if path.suffix == ".jsonl":
+        rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    return [(row["file"], row["score"]) for row in rows]
+
+
+def given_scores(given: Given, pool: Pool) -> dict[int, float]:
+    """Scores that are known, by the model's number; a model is named by its file, as short as tells it apart.
+
+    Args:
+        given: a dict, or the path of a .json dict, a .jsonl with "file" and "score", or a .csv with these columns.
+        pool: the models.
+
+    Raises:
+        UserError: a name that is none of the models', or a score that is no number.
+    """
+    if given is None:
+        return {}
+    where = "scores"
+    if isinstance(given, Mapping):
+        rows: list[tuple[str, Any]] = list(given.items())
+    else:
+        where = str(given)
+        try:
+            rows = _rows(Path(given))
+        except FileNotFoundError:
+            raise UserError(f"{given} does not exist") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f'{given}: need lines with "file" and "score" ({type(error).__name__}: {error})') from None
+    found: dict[int, float] = {}
+    for name, value in rows:
+        fits = [
+            i for i, (path, short) in enumerate(zip(pool.paths, pool.names, strict=True)) if name in _calls(path, short)
+        ]
+        if len(fits) != 1:
+            what = "is none of the models" if not fits else f"may be any of {len(fits)} models"
+            raise UserError(f"{where}: {name!r} {what}, which are {', '.join(pool.names[:4])}")
+        try:
+            found[fits[0]] = float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: the score of {name} is {value!r}, not a number") from None
+        if isnan(found[fits[0]]):
+            raise UserError(f"{where}: the score of {name} is NaN: leave that model out")
+    return found
+
+
+def _calls(path: Path, short: str) -> set[str]:
+    return {short, str(path), path.name, str(path.resolve())}
+
+
+def _packed(found: Scored) -> dict[str, Any]:
+    packed: dict[str, Any] = {"score": found.value}
+    if found.answers is not None:
+        buffer = io.BytesIO()
+        np.save(buffer, found.answers, allow_pickle=False)
+        packed["answers"] = base64.b64encode(zlib.compress(buffer.getvalue())).decode()
+    return packed
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Scored:
+    if "answers" not in packed:
+        return Scored(packed["score"])
+    content = zlib.decompress(base64.b64decode(packed["answers"]))
+    return Scored(packed["score"], np.load(io.BytesIO(content), allow_pickle=False))
+
+
+def reduced(mixture: Mixture) -> dict[int, int]:
+    """How often each model counts, in lowest terms: two of the same are that one.
+
+    >>> reduced((3, 1, 3, 1)), reduced((2, 2, 2))
+    ({3: 1, 1: 1}, {2: 1})
+    """
+    counts = Counter(mixture)
+    common = gcd(*counts.values())
+    return {i: count // common for i, count in counts.items()}
+
+
+@dataclass
+class Scores:
+    """The scores of one pool by one scorer."""
+
+    pool: Pool
+    scorer: Scorer
+    how: Averaging
+    journal: Journal
+    digests: list[str]
+    given: dict[int, float]
+    told: Callable[[str], None]
+    settings: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        init = digests_of(self.pool, [self.how.init]) if self.how.init else []
+        how = [self.how.dtype, self.how.batch_norm, init, self.how.exclude, self.how.set_aside]
+        how.append(self.how.measured_on.key if self.how.measured_on else None)
+        self.settings = key_of(self.scorer.key, self.scorer.metric, self.scorer.goal, how)
+        rows = from_first(self.journal.rows)  # every process knows what the first one knows
+        self.journal.known = {row["key"]: row["result"] for row in rows}
+        if this_rank()[0]:
+            self.journal.path = None  # one writer
+
+    def key(self, mixture: Mixture) -> str:
+        """Names the weights of a mixture and all else that its score depends on."""
+        parts = sorted((self.digests[i], count) for i, count in reduced(mixture).items())
+        return key_of(self.settings, parts)
+
+    def of(self, mixtures: Sequence[Mixture]) -> list[Scored]:
+        """Scores, computed by all processes where neither given nor known.
+
+        Raises:
+            UserError: the scorer's; names the model.
+        """
+        keys = {mixture: self.key(mixture) for mixture in mixtures}
+        missing = [m for m in dict.fromkeys(mixtures) if keys[m] not in self.journal.known and not self._given(m)]
+        missing = list({keys[mixture]: mixture for mixture in missing}.values())
+        for start in range(0, len(missing), this_rank()[1]):
+            some = missing[start : start + this_rank()[1]]
+            for mixture, packed in zip(some, spread(self._measure, some), strict=True):
+                self.journal.keep(keys[mixture], packed)
+                self.told(f"{Candidate(self.pool, reduced(mixture), self.how).name}: {packed['score']:.6g}")
+        return [
+            Scored(self.given[mixture[0]]) if self._given(mixture) else _unpacked(self.journal.known[keys[mixture]])
+            for mixture in mixtures
+        ]
+
+    def _given(self, mixture: Mixture) -> bool:
+        return len(reduced(mixture)) == 1 and mixture[0] in self.given
+
+    def _measure(self, mixture: Mixture) -> dict[str, Any]:
+        candidate = Candidate(self.pool, reduced(mixture), self.how)
+        try:
+            return _packed(self.scorer.measure(candidate))
+        finally:
+            candidate.forget()
+
+    def results(self, mixtures: Sequence[Mixture], to_beat: float) -> list[Result]:
+        """The same as the greedy loop asks for it."""
+        return [Result(found.value) for found in self.of(mixtures)]
+
+
+def to_stderr(line: str) -> None:
+    """Progress, where a person sees it: the first process's."""
+    if this_rank()[0] == 0:
+        print(line, file=sys.stderr, flush=True)

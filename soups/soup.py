@@ -1,0 +1,251 @@
+"""A soup: which models it is of, how each decision was taken, what it gains, and the file or folder that it becomes."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soups.averaging import Writer
+from soups.candidates import write_pickled
+from soups.errors import UserError
+from soups.files.atomic import replacing_folder, write_json
+from soups.files.checkpoints import PICKLED, opened
+from soups.files.folders import ADAPTER
+from soups.folder import WEIGHTS, complete
+from soups.record import record_beside
+from soups.scoring import Gain
+from soups.selection import Goal
+from soups.sources import Pool
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One line of a greedy recipe's table."""
+
+    file: str
+    alone: float | None  # its score by itself, where that is known
+    score: float  # with it in the soup
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Soup:
+    """A recipe's answer: nothing is averaged before it is saved or its weights are asked for."""
+
+    recipe: str
+    pool: Pool = field(repr=False)
+    write: Writer = field(repr=False)
+    shares: Mapping[str, float | None]  # name of a model that is in it -> its weight, or None: one for each tensor
+    note: Mapping[str, Any] = field(repr=False, default_factory=dict)  # settings of the recipe, for the metadata
+    decisions: tuple[Decision, ...] = ()
+    alone: Mapping[str, float] = field(default_factory=dict)  # scores of single models
+    score: float | None = None
+    metric: str = ""
+    goal: Goal = "max"
+    n: int | None = None  # examples that the score is of
+    gain: Gain | None = None  # over the best single model
+    remarks: list[str] = field(repr=False, default_factory=list)  # once it is saved: what files hold beside
+
+    @property
+    def names(self) -> list[str]:
+        """Of all models of the pool."""
+        return self.pool.names
+
+    @property
+    def best(self) -> str | None:
+        """The best single model, where scores are known."""
+        choose = max if self.goal == "max" else min
+        return choose(self.alone, key=lambda name: self.alone[name]) if self.alone else None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the metadata of its file says beside ingredients and weights."""
+        note: dict[str, Any] = {"recipe": self.recipe, **self.note}
+        if self.decisions:
+            note["decisions"] = [
+                {"file": each.file, "score": each.score, "accepted": each.accepted} for each in self.decisions
+            ]
+        if self.score is not None:
+            note["held_out"] = {"score": self.score, "n": self.n, "metric": self.metric, "goal": self.goal}
+            if self.gain is not None:
+                note["gain"] = {"mean": self.gain.mean, "low": self.gain.low, "high": self.gain.high}
+        return note
+
+    @cached_property
+    def weights(self) -> "Mapping[str, Tensor]":
+        """Its tensors, each read when it is asked for, from a file that goes when the soup does."""
+        from soups.files.tensors import LazyWeights  # noqa: PLC0415
+
+        out = self.pool.workplace / ("adapter" if self.pool.adapters else "weights.safetensors")
+        self.write(out, self.record)
+        return LazyWeights(out / ADAPTER if self.pool.adapters else out)
+
+    def save(self, out: str | Path) -> Path:
+        """Write it: a .safetensors file, a file of torch.save (.pt, .pth, .bin, .ckpt), or else a folder.
+
+        A file of torch.save has the names and the outer key of the first model's file, and its record of how it was
+        made in <out>.soup.json beside it. A folder has the config, the tokenizer and a model card beside the weights,
+        so that its library loads it. A soup of adapters is a folder that peft loads.
+
+        Raises:
+            UserError: `out` is one of the models, or a folder that is there; or as the averaging.
+        """
+        path, like = Path(out), self.pool.paths[0]
+        refuse_out(path, self.pool.paths, force=True)
+        if self.pool.adapters:
+            if path.suffix in (".safetensors", *PICKLED):
+                raise UserError(f"--out {path}: a soup of LoRA adapters is a folder: leave out {path.suffix}")
+            self._write(path)
+        elif path.suffix == ".safetensors":
+            self._write(path)
+        elif path.suffix in PICKLED:
+            self.pool.workplace.mkdir(exist_ok=True)
+            between = self.pool.workplace / "to-pickle.safetensors"
+            self._write(between)
+            if like.is_file() and like.suffix in PICKLED:
+                with opened([like], self.pool.reading) as checkpoints:
+                    write_pickled(between, path, checkpoints[0])
+            else:
+                write_pickled(between, path, None)
+            with opened([between]) as (made,):
+                write_json(record_beside(path), {key: made.metadata[key] for key in ("soup", "soup_check")})
+            between.unlink()
+        else:
+            with replacing_folder(path) as folder:
+                self._write(folder / WEIGHTS)
+                complete(folder, like, self)
+        return path
+
+    def _write(self, path: Path) -> None:
+        self.remarks[:] = self.write(path, self.record).remarks()
+
+    def __str__(self) -> str:
+        return "\n".join([*_table(self), *_summary(self)])
+
+
+def refuse_out(path: Path, models: Sequence[Path], *, force: bool = False) -> None:
+    """Before any work: a soup overwrites no model, no folder, and another soup only if it is told to.
+
+    Args:
+        path: where the soup is to be written.
+        models: that it is made of.
+        force: whether a file that is there is overwritten.
+
+    Raises:
+        UserError: it would; or the name ends as no file of weights does.
+    """
+    resolved = path.resolve()
+    if any(resolved == each.resolve() or resolved in each.resolve().parents for each in models):
+        raise UserError(f"--out {path} is one of the models or holds one, and would be overwritten: name another place")
+    is_file = path.suffix in (".safetensors", *PICKLED)
+    if not is_file and path.suffix[1:2].isalpha():  # a folder may be called llama-3.1-8b
+        known = ", ".join((".safetensors", *PICKLED))
+        raise UserError(f"--out {path}: a soup is written as {known}, or as a folder, whose name ends in none of these")
+    if path.exists() and path.is_dir() and (is_file or any(path.iterdir())):
+        raise UserError(f"--out {path} is a folder with files in it: name one that is not there yet, or delete it")
+    if path.is_file() and not is_file:
+        raise UserError(f"--out {path} is a file: a soup is a .safetensors, a .pt or a folder")
+    if path.is_file() and not force:
+        raise UserError(f"--out {path} is there already: name another file, or type --force to overwrite it")
+
+
+def decimals(values: Iterable[float]) -> int:
+    """How many decimals tell these numbers apart, and each from 0: at least 4, of numbers past 1,000 at least 1.
+
+    >>> decimals([0.5, 0.25]), decimals([0.0001, 0.00012]), decimals([2500.251, 2500.254]), decimals([0.3, 0.1 + 0.2])
+    (4, 5, 3, 17)
+    """
+    different = {value for value in values if isfinite(value)} | {0.0}
+    usual = 4 if max(map(abs, different)) < 1000 else 1
+    enough = (places for places in range(usual, 17) if len({round(v, places) for v in different}) == len(different))
+    return next(enough, 17)
+
+
+def _numbers(soup: Soup) -> Callable[[float | None], str]:
+    """How the scores of a soup are printed, all with as many decimals."""
+    known = [*soup.alone.values(), *(each.score for each in soup.decisions)]
+    known += [] if soup.score is None else [soup.score]
+    places = decimals(known)
+    return lambda value: "" if value is None else f"{value:.{places}f}"
+
+
+def _table(soup: Soup) -> list[str]:
+    """Lines of columns: of every decision, or of every model with its weight."""
+    number = _numbers(soup)
+    if soup.decisions:
+        rows = [["file", "weight", "alone", "with it", ""]]
+        kept: set[str] = set()
+        for each in soup.decisions:
+            share = soup.shares.get(each.file) if each.accepted and each.file not in kept else None
+            kept |= {each.file} if each.accepted else set()
+            told = "kept" if each.accepted else "left out"
+            weight = "" if share is None else f"{share:.4g}"
+            rows.append([each.file, weight, number(each.alone), number(each.score), told])
+    else:
+        rows = [["file", "weight", *(["alone"] if soup.alone else [])]]
+        for name in dict.fromkeys([*soup.shares, *soup.names]):
+            share = soup.shares.get(name, 0.0)
+            weight = "by tensor" if share is None else f"{share:.4g}"
+            rows.append([name, weight, *([number(soup.alone.get(name))] if soup.alone else [])])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    words = (0, 4)  # the columns that are not of numbers
+    return [cell.ljust(widths[i]) if i in words else cell.rjust(widths[i]) for i, cell in enumerate(row)]
+
+
+def _summary(soup: Soup) -> list[str]:
+    used = [name for name, share in soup.shares.items() if share != 0 and name in soup.names]
+    beside = " and the initialisation" if soup.shares.keys() - set(soup.names) else ""
+    what = f"{soup.recipe.replace('_', ' ')}: {len(used)} of {len(soup.names)} models{beside}"
+    if soup.score is None:
+        return [what]
+    number = _numbers(soup)
+    counted = f", n = {soup.n}" if soup.n else ""
+    better = "higher" if soup.goal == "max" else "lower"
+    lines = [f"{what}, {soup.metric} {number(soup.score)} ({better} is better{counted})"]
+    best = soup.best
+    if best is None or soup.gain is None:
+        return lines
+    if used == [best]:
+        lines.append(f"{soup.recipe} kept only the best single model, {best}: {_why_alone(soup)}")
+        return lines
+    single = f"best single model: {best}, {number(soup.alone[best])}; the soup"
+    return [*lines, f"{single} {_gained(soup.gain)}"]
+
+
+def _gained(gain: Gain) -> str:
+    """What is known about the difference to the best single model."""
+    if gain.low is None or gain.high is None:
+        told = f"gains {gain.mean:+.{decimals([gain.mean])}f}"
+        return f"{told} (no interval: it needs the answer to each example, and a score alone is known)"
+    if gain.mean == gain.low == gain.high == 0:
+        return "gains nothing: both answer every example equally well"
+    places = decimals([gain.mean, gain.low, gain.high])
+    told = f"gains {gain.mean:+.{places}f} [{gain.low:+.{places}f}, {gain.high:+.{places}f}]"
+    return told + (", which is not significantly different from 0" if gain.low <= 0 <= gain.high else "")
+
+
+def _why_alone(soup: Soup) -> str:
+    """What is known about why no other model was added."""
+    tried = [each for each in soup.decisions if not each.accepted]
+    if not tried:
+        return "there is no other model"
+    sign = 1 if soup.goal == "max" else -1
+    nearest = max(tried, key=lambda each: sign * each.score)
+    assert soup.score is not None  # it was tried
+    lost = sign * (soup.score - nearest.score)
+    by = f"{lost:.{decimals([lost])}f}"
+    how = f"the nearest, {nearest.file}, by {by}" if lost else f"the nearest, {nearest.file}, left it as it was"
+    return (
+        f"each of the other {len({each.file for each in tried})} made the score worse ({how}). Usual reasons: they "
+        "are not fine-tuned from the same checkpoint, went too far (a high learning rate), or there are too few "
+        "examples to tell. `soups doctor FILES` says which; docs/worse.md has what to do"
+    )

@@ -1,0 +1,293 @@
+"""The rows of a sweep, and what names each: row i is a pure function of (sweep seed, i, field name)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from configs.data import Task
+from configs.errors import UserError
+from configs.schema import SEARCHED, Experiment, checked, dump, parse_values
+from configs.tables import read_table
+from configs.training import (
+    Augment,
+    Choice,
+    Distribution,
+    Integers,
+    LogUniform,
+    Model,
+    Optim,
+    Regularizer,
+    Sweep,
+    ZeroOrUniform,
+    arithmetic,
+)
+from soups.chance import uniform
+from soups.files.atomic import digest_of, read_json
+
+GROUPS = {"task": Task, "model": Model, "optim": Optim, "augment": Augment, "regularizer": Regularizer}
+# What does not change a row's weights: where things lie on a disk, what their owners call them, and what only reports.
+LEFT_OUT = {
+    "task": {
+        "folder",
+        "test",
+        "shifts",
+        "counts",
+        "annotations",
+        "subsets",
+        "numbered",
+        "objectnet",
+        "objectnet_border",
+        "overlap_allowed",
+        "bootstrap_unit",
+        "title",
+        "titles",
+        "proxy_for",
+        "listings",
+        "path_column",
+        "split_column",
+    },
+    "model": {"proxy_for"},
+}
+BY_SPLIT = ("folders", "take", "metrics")  # of a task: only those of the splits that train and select
+# a file's name counts, its folder does not
+FILES = {"task": ("names", "held_out_index", "table"), "model": ("weights",)}
+
+
+def score_of(held_out: dict[str, Any]) -> float:
+    """A model's score in a record of held-out: by the task's metric, else the share of right answers."""
+    return held_out["score"] if "score" in held_out else held_out["correct"] / held_out["n"]
+
+
+def inverse(distribution: Distribution, u: float) -> float | int | str:
+    """The value below which a share `u` in [0, 1) of the distribution lies.
+
+    >>> inverse(Integers(kind="integers", low=4, high=7), 0.999)
+    7
+    >>> inverse(ZeroOrUniform(kind="zero_or_uniform", zero=0.5, low=0.0, high=1.0), 0.75)
+    0.5
+    """
+    match distribution:
+        case LogUniform():
+            return 10 ** (distribution.low + u * (distribution.high - distribution.low))
+        case ZeroOrUniform():
+            if u < distribution.zero:
+                return 0.0
+            rest = (u - distribution.zero) / (1 - distribution.zero)
+            return distribution.low + rest * (distribution.high - distribution.low)
+        case Integers():
+            return distribution.low + math.floor(u * (distribution.high - distribution.low + 1))
+        case Choice():
+            return distribution.values[math.floor(u * len(distribution.values))]
+
+
+def _listed(sweep: Sweep) -> Sequence[dict[Any, dict[str, Any]]]:
+    """The nested values of each line of the sweep's file, or its own list."""
+    if sweep.file is None:
+        return sweep.listed or ({},)
+    table = read_table(sweep.file)
+    if len(table) != sweep.rows:
+        raise UserError(f"{sweep.file} has {len(table)} rows, but sweep.rows={sweep.rows}")
+    return table
+
+
+def draw(config: Experiment, row: int) -> dict[str, Any]:
+    """The values that only this row has, by dotted field name; none of row 0, the initialisation.
+
+    Of a random sweep these are draws. Of a list times a grid, row 1 + i x G + j is the i-th of the list with the j-th
+    of the grid's G combinations, whose last field changes fastest.
+
+    Raises:
+        UserError: the sweep's file is missing, damaged, or has another number of rows than the sweep.
+    """
+    if row == 0:
+        return {}
+    sweep = config.sweep
+    laws = {f"{group}.{field}": law for group, fields in sweep.draw.items() for field, law in fields.items()}
+    if laws:
+        return {field: inverse(law, uniform(sweep.seed, row, field)) for field, law in laws.items()}
+    axes = {f"{group}.{field}": values for group, fields in sweep.grid.items() for field, values in fields.items()}
+    listed = _listed(sweep)
+    combinations = list(product(*axes.values()))
+    if sweep.file is None and not sweep.listed and not axes:
+        return {}
+    i, j = divmod(row - 1, len(combinations))
+    own = {f"{group}.{field}": value for group, fields in listed[i].items() for field, value in fields.items()}
+    return own | dict(zip(axes, combinations[j], strict=True))
+
+
+@cache
+def _best_settings(run: Path) -> dict[str, Any]:
+    """`optim` and `augment` of the row of a finished search that is best on held-out, of equals the first.
+
+    Raises:
+        UserError: no such search, or rows that are not finished or all diverged.
+    """
+
+    def read(row: int, name: str) -> Any:
+        path = run / "ingredients" / f"{row:03d}" / name
+        if not path.exists():
+            raise UserError(
+                f"sweep.best_of: row {row} of {run} is not finished, so that its best settings are not known; run "
+                f"python reproduce.py experiment={run.name} first"
+            )
+        return read_json(path)
+
+    rows = range(1, checked(Sweep, read(0, "config.json")["sweep"]).size + 1)
+    done = {row: read(row, "done.json") for row in rows}
+    scores = {row: score_of(each["held_out"]) for row, each in done.items() if each["status"] == "done"}
+    if not scores:
+        raise UserError(f"sweep.best_of: every row of {run} diverged")
+    best = read(max(scores, key=lambda row: (scores[row], -row)), "config.json")
+    return {group: best[group] for group in SEARCHED}
+
+
+def require_trainable(config: Experiment) -> None:
+    """Refuse an experiment without rows of its own, or whose rows take their settings from an unfinished search.
+
+    Raises:
+        UserError: it is made of other experiments' rows; or as `_best_settings` and `require_head`.
+    """
+    if config.towers:
+        raise UserError(
+            f"{config.name} trains nothing, it is made of the rows that `towers` names: python -m analysis "
+            f"artefact=figuree1 experiment={config.name}"
+        )
+    if config.sweep.best_of is not None:
+        _best_settings(config.sweep.best_of)
+    if config.model.head_of or "model.head_of" in config.sweep.varied:
+        rows = range(1, config.sweep.size + 1)
+        for run in dict.fromkeys(row_config(config, row).model.head_of for row in rows):
+            if run is not None:
+                require_head(config, run)
+
+
+def require_head(config: Experiment, run: str) -> None:
+    """Refuse rows with a head of another run that is not there; raises a `UserError`."""
+    folder = config.paths.runs / run / "ingredients" / "000"
+    if not (folder / "done.json").exists():
+        raise UserError(
+            f"model.head_of={run}: {folder} holds no finished row 0: make it first (configs/sweep/vit_g_probes.yaml)"
+        )
+
+
+def _settled(config: Experiment) -> dict[str, Any]:
+    """The experiment's settings, with those of the best row of `sweep.best_of` once that search is finished.
+
+    Until then the experiment's own stand for them, so that it can be planned; training asks `require_trainable`.
+    """
+    values = dump(config)
+    if config.sweep.best_of is not None:
+        with suppress(UserError):
+            values |= _best_settings(config.sweep.best_of)
+    return values
+
+
+def row_config(config: Experiment, row: int) -> Experiment:
+    """The experiment with a row's own values in place.
+
+    Raises:
+        UserError: a varied field does not exist, or a value is outside its limits.
+    """
+    values = _settled(config)
+    values["sweep"]["index"] = row
+    for field, value in draw(config, row).items():
+        group, _, name = field.partition(".")
+        if group not in GROUPS:
+            raise UserError(f"the sweep varies {field}, but rows can differ in {', '.join(GROUPS)} only")
+        if name not in values[group]:
+            listed = f"{GROUPS[group].__module__.replace('.', '/')}.py"
+            raise UserError(f"the sweep varies {field}, which is not a setting; {listed} lists them")
+        values[group][name] = value
+    return parse_values(values)
+
+
+def teachers(config: Experiment, row: int) -> tuple[int, ...]:
+    """The rows that must be trained before this one, since it is distilled from them."""
+    distill = row_config(config, row).regularizer.distill if row else None
+    return distill.rows if distill is not None else ()
+
+
+def meaning(
+    own: Mapping[str, Any], *, row: int, sweep_seed: int, precision: str, evaluated: str, imported: bool
+) -> dict[str, Any]:
+    """The settings on which a row's weights depend, without those that have their default.
+
+    A setting that is added later, with a default, is therefore in no earlier row's.
+
+    Args:
+        own: `GROUPS`, parsed, of the row.
+        row: its number; 0 is the initialisation, of which training's settings are left out.
+        sweep_seed: names its random streams.
+        precision: of training's forward passes.
+        evaluated: the precision of evaluation's, by which the probe is made and recipes sort.
+        imported: whether its weights are read, not trained.
+    """
+    parts: dict[str, Any] = {}
+    for group, kind in GROUPS.items() if row else [("task", Task), ("model", Model)]:
+        dumped = TypeAdapter(kind).dump_python(own[group], mode="json", exclude_defaults=True)
+        parts[group] = {name: value for name, value in dumped.items() if name not in LEFT_OUT.get(group, ())}
+    task, used = parts["task"], (own["task"].train, own["task"].held_out)
+    for name in BY_SPLIT:
+        found = {split: value for split, value in task.pop(name, {}).items() if split in used}
+        task |= {name: found} if found else {}
+    for group, names in FILES.items():
+        parts[group] |= {name: Path(parts[group][name]).name for name in names if name in parts[group]}
+    if row:
+        parts |= {"precision": precision, "seed": sweep_seed, "row": row}
+    parts |= {"evaluated": evaluated} if evaluated != precision else {}
+    return parts | ({"imported": True, "row": row} if imported else {})
+
+
+def identity(config: Experiment, row: int) -> str:
+    """32 hex digits that name what training this row means.
+
+    Settings that cannot change its weights on one machine (where it runs and where its data lie, how many rows there
+    are, which splits report, recipes, tables) are left out, so that a sweep can grow and move.
+    """
+    own = row_config(config, row)
+    return digest_of(
+        meaning(
+            {group: getattr(own, group) for group in GROUPS},
+            row=row,
+            sweep_seed=config.sweep.seed,
+            precision=arithmetic(own.compute.precision, tf32=own.compute.tf32),
+            evaluated=arithmetic(own.compute.evaluates_in, tf32=own.compute.tf32),
+            imported=config.sweep.imported is not None,
+        )
+    )
+
+
+def recorded_identity(folder: Path) -> str | None:
+    """The identity of a finished row by the config.json in its folder, whatever version of the project wrote it.
+
+    None where the file is missing, or has settings that there are not any more.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    values = read_json(path)
+    try:
+        own = {group: checked(kind, values[group]) for group, kind in GROUPS.items()}
+        sweep, compute = values["sweep"], values["compute"]
+        tf32 = compute.get("tf32", False)
+        return digest_of(
+            meaning(
+                own,
+                row=sweep["index"] or 0,
+                sweep_seed=sweep["seed"],
+                precision=arithmetic(compute["precision"], tf32=tf32),
+                evaluated=arithmetic(compute.get("eval_precision") or compute["precision"], tf32=tf32),
+                imported=sweep.get("imported") is not None,
+            )
+        )
+    except (UserError, KeyError):
+        return None

@@ -1,1 +1,0 @@
-"""Icons of general sets and their names: what the embedded model is pretrained on."""

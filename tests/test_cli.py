@@ -1,0 +1,339 @@
+"""The command `soups`: words, names of files, refusals, a killed run, two processes, and every example of its help."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_scorers import language  # noqa: F401 - a fixture
+
+from soups.__main__ import main as entry
+from soups.__main__ import typed_now
+from soups.cli import EXAMPLES, RUN, main
+from soups.made_up import make, moved
+from soups.verify import verify
+from tests.commands import python
+from tests.kinds import model
+
+ROOT = Path(__file__).resolve().parents[1]
+SEE = """import os, struct, sys, time
+with open("calls", "a") as file:
+    print(os.environ.get("CUDA_VISIBLE_DEVICES", ""), file=file)
+time.sleep(float(os.environ.get("PAUSE", "0")))
+print("loading ...")
+print(abs(struct.unpack("<f", open(sys.argv[1], "rb").read()[-4:])[0] - 1.4))
+"""  # the last four bytes of a file of one number are the number
+SCORE = ["--score", f"{sys.executable} -S see.py {{soup}}", "--goal", "min"]
+
+
+@pytest.fixture
+def pool(tmp_path, monkeypatch):
+    """Models of one number under the names that Lightning gives them, and a program that scores them."""
+    for i, value in enumerate((2.0, 1.0, 6.0)):
+        save_file({"w": torch.tensor([value])}, tmp_path / f"epoch={i}-step=(1 {i}).safetensors")
+    (tmp_path / "see.py").write_text(SEE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ended(words, capsys):
+    """Exit status, and what was printed."""
+    status = 0
+    try:
+        main(words)
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def files():
+    return sorted(str(path) for path in Path().glob("epoch=*"))
+
+
+def note_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["soup"])["note"]
+
+
+def test_greedy_by_a_command_prints_its_table_and_keeps_it_in_the_file(pool, capsys):
+    status, out, err = ended(["greedy", *files(), *SCORE, "--out", "soup.safetensors"], capsys)
+    assert status == 0, err
+    assert [line.split()[-2:] for line in out.splitlines()[1:4]] == [
+        ["0.4000", "kept"],
+        ["0.1000", "kept"],
+        ["left", "out"],
+    ]
+    assert out.splitlines()[-1] == "soup.safetensors"
+    assert load_file("soup.safetensors")["w"].item() == 1.5
+    assert [(each["file"], each["accepted"]) for each in note_of("soup.safetensors")["decisions"]] == [
+        ("epoch=1-step=(1 1).safetensors", True),
+        ("epoch=0-step=(1 0).safetensors", True),
+        ("epoch=2-step=(1 2).safetensors", False),
+    ]
+    assert len((pool / "calls").read_text().splitlines()) == 5
+    assert not list(pool.glob("*.journal.jsonl"))
+    assert ended(["verify", "soup.safetensors"], capsys)[0] == 0
+
+
+def test_weights_are_printed_beside_their_files_and_counted_as_typed(pool, capsys):
+    first, _, third = files()
+    _, out, _ = ended(["weighted", third, first, "--weights", "3,1", "--out", "soup.safetensors"], capsys)
+    assert [line.split()[-1] for line in out.splitlines()[1:3]] == ["0.75", "0.25"]
+    assert out.splitlines()[1].startswith("epoch=2-step=(1 2).safetensors")
+    assert load_file("soup.safetensors")["w"].item() == 5.0
+
+
+def test_models_are_sorted_as_people_count_and_a_pattern_in_quotes_is_read(pool, capsys):
+    for i in (10, 9):
+        shutil.copy(files()[0], f"run{i}.safetensors")
+    _, out, _ = ended(["uniform", "run10.safetensors", "run9.safetensors", "--out", "s.safetensors"], capsys)
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["run9.safetensors", "run10.safetensors"]
+    assert ended(["uniform", "epoch=*", "--out", "s.safetensors", "--force"], capsys)[0] == 0
+    assert load_file("s.safetensors")["w"].item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["greedy", "--out", "s.pt"], "the following arguments are required: FILE"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["greedy", "epoch=*", "--out", "s.pt"], "one of the arguments --score --images"),
+        (["greedy", "epoch=*", "--out", "s.pt", "--score", "f {soup}"], "--goal max or --goal min"),
+        (["greedy", "epoch=*", "--out", "s.pt", "--score", "f {soup}", "--goal", "max", "--columns", "a"],
+         "--columns is for --texts, and --score would ignore it"),
+        (["greedy", "epoch=*", "--out", "s.pt", "--images", "x", "--goal", "max"], "--goal is for --score"),
+        (["greedy", "epoch=*", "--out", "s.pt", "--images", "nowhere", "--network", "timm:x"], "nowhere does not"),
+        (["greedy", "epoch=*", "--out", "s.pt", "--images", "."], "--images needs --network"),
+        (["greedy", "epoch=*", "--out", "s.pt", *SCORE, "--batch-norm", "keep"], "init=FILE, belong together"),
+        (["uniform", "epoch=*", "--out", "s.pt", "--alpha", "0.5"], "unrecognized arguments: --alpha 0.5"),
+        (["uniform", "nothing*.pt", "--out", "s.pt"], "no file matches 'nothing*.pt'"),
+        (["uniform", "nothing.pt", "--out", "s.pt"], "nothing.pt does not exist"),
+        (["uniform", "epoch=*", "--out", "."], "holds one, and would be overwritten"),
+        (["uniform", "epoch=*", "--out", "s.onnx"], "a soup is written as .safetensors, .pt"),
+        (["greedy", "epoch=*", *SCORE, "--out", "old.pt"], "is there already: name another file, or type --force"),
+        (["weighted", "epoch=*", "--weights", "a", "--out", "s.pt"], "numbers with commas between them"),
+    ],
+)  # fmt: skip
+def test_wrong_words_are_one_line_and_status_2_before_any_work(pool, capsys, words, error):
+    (pool / "old.pt").write_bytes(b"of yesterday")
+    status, _, err = ended(words, capsys)
+    assert (status, len(err.splitlines())) == (2, 1), err
+    assert error in err
+    assert not (pool / "calls").exists()
+    assert (pool / "old.pt").read_bytes() == b"of yesterday"
+
+
+def test_the_words_of_before_are_refused_with_what_to_type_now(capsys, monkeypatch):
+    words = ["recipe=greedy", "ingredients=[run/*.pt]", "out=s.pt", "task=image_folder", "task.root=held_out"]
+    assert typed_now([*words, "model=timm", "model.name=resnet50"]) == (
+        "python -m soups greedy run/*.pt --images held_out --network timm:resnet50 --out s.pt"
+    )
+    monkeypatch.setattr(sys, "argv", ["soups", *words])
+    with pytest.raises(SystemExit) as end:
+        entry()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: files are named without ingredients=[...] now: python -m soups g")
+
+
+def test_the_doctor_reads_what_the_recipes_read(pool, capsys):
+    for i in range(2):
+        torch.save({"model": {"w": torch.tensor([1.0])}, "ema": {"w": torch.tensor([2.0 + i])}}, f"m{i}.pt")
+    said = ended(["doctor", "m0.pt", "m1.pt"], capsys)[1]
+    assert "holds several sets of weights" in said
+    assert "nothing wrong was found" in ended(["doctor", "m0.pt", "m1.pt", "--key", "ema"], capsys)[1]
+    assert "are the same model" in ended(["doctor", "m0.pt", "m1.pt", "--key", "model"], capsys)[1]
+
+
+def start(*words, cwd, **environment):
+    more = {"PYTHONPATH": str(ROOT)} | environment
+    call = [python(), "-m", "soups", *words]
+    return subprocess.Popen(
+        call, cwd=cwd, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_greedy_run_that_was_killed_goes_on_and_gives_the_same_bytes(pool, capsys):
+    words = ["greedy", *files(), *SCORE]
+    assert ended([*words, "--out", "whole.safetensors"], capsys)[0] == 0
+    (pool / "calls").unlink()
+    run = start(*words, "--out", "soup.safetensors", cwd=pool, PAUSE="0.3")
+    journal = pool / "soup.safetensors.journal.jsonl"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and len(journal.read_text().splitlines()) == 2):
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    scored = len(journal.read_text().splitlines())
+    time.sleep(0.4)  # the command that was being waited for ends by itself
+    (pool / "calls").write_text("")
+    assert ended([*words, "--out", "soup.safetensors"], capsys)[0] == 0
+    assert len((pool / "calls").read_text().splitlines()) == 5 - scored
+    assert (pool / "soup.safetensors").read_bytes() == (pool / "whole.safetensors").read_bytes()
+
+
+def pair(*words, cwd):
+    """Exit status, output and errors of two processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [start(*words, cwd=cwd, RANK=str(i), LOCAL_RANK=str(i), **shared) for i in (0, 1)]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    return [(rank.returncode, *each) for rank, each in zip(ranks, said, strict=True)]
+
+
+@pytest.mark.parametrize("recipe", ["greedy", "with-replacement"])
+def test_two_processes_of_torchrun_share_candidates_and_take_the_decisions_of_one(recipe, pool, capsys):
+    save_file({"w": torch.tensor([1.1])}, pool / "epoch=3-step=(1 3).safetensors")
+    words = [recipe, *files(), *SCORE]
+    assert ended([*words, "--out", "one.safetensors"], capsys)[0] == 0
+    alone = len((pool / "calls").read_text().splitlines())
+    (pool / "calls").unlink()
+    said = pair(*words, "--out", "two.safetensors", cwd=pool)
+    assert [status for status, _, _ in said] == [0, 0], said
+    assert said[1][1] == ""
+    assert (pool / "two.safetensors").read_bytes() == (pool / "one.safetensors").read_bytes()
+    calls = (pool / "calls").read_text().splitlines()
+    assert set(calls) == {"0", "1"}
+    assert alone <= len(calls) <= alone + 2
+
+
+PARTS = """import torch
+from tests.kinds import network
+
+def parts(examples=7):
+    images = torch.randn(examples, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    return network(), [(images, torch.arange(examples) % 3)] * 2
+
+def one_example():
+    return *parts(1), lambda network, batch: network(batch[0]).square().mean()
+"""
+
+
+def test_two_processes_of_torchrun_learn_what_one_learns(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        torch.save(model(i), f"m{i}.pt")
+    (tmp_path / "parts_of_it.py").write_text(PARTS)
+    words = ["learned", "m0.pt", "m1.pt", "m2.pt", "--per", "layer"]
+    assert ended([*words, "--loss", "parts_of_it:parts", "--out", "one.safetensors"], capsys)[0] == 0
+    said = pair(*words, "--loss", "parts_of_it:parts", "--out", "two.safetensors", cwd=tmp_path)
+    assert [status for status, _, _ in said] == [0, 0], said
+    assert said[0][1].startswith("file")
+    assert said[1][1] == ""
+    # Sums over processes are rounded in another order: the same to some digits, and not to the bit.
+    one, two = (load_file(f"{name}.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    uniform = {name: sum(model(i)[name] for i in range(3)) / 3 for name in ("conv.weight", "fc.weight")}
+    assert all((one[name] - mean).abs().max() > 1e-3 for name, mean in uniform.items())  # there was something to learn
+    assert verify(tmp_path / "two.safetensors") == ""
+    assert not list(tmp_path.glob("*.state.safetensors"))
+    few = pair(*words, "--loss", "parts_of_it:one_example", "--out", "few.safetensors", cwd=tmp_path)
+    assert [status for status, _, _ in few] == [2, 2]
+    assert all("a batch of 1 examples has none for some of 2 processes" in each for _, _, each in few)
+
+
+def test_an_error_of_one_process_ends_both_with_one_line(pool):
+    (pool / "see.py").write_text("print('no score')")
+    said = pair("greedy", *files()[:1], *SCORE, "--out", "s.safetensors", cwd=pool)
+    assert [status for status, _, _ in said] == [2, 2]
+    assert all("its last line is 'no score', not a number" in each for _, _, each in said)
+
+
+def test_the_export_of_before_says_what_to_type_now(pool):
+    call = [python(), "-m", "soups.export", "soup=runs/demo/soups/greedy", "to=timm"]
+    answer = subprocess.run(
+        call, cwd=pool, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert (answer.returncode, len(answer.stderr.splitlines())) == (2, 1), answer.stderr
+    assert "is now `soups export SOUP --to LIBRARY --out DIR`" in answer.stderr
+
+
+# Examples of --help.
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory, language):  # noqa: F811
+    """A folder with everything that the examples name."""
+    root = tmp_path_factory.mktemp("examples")
+    make(root / "made")
+    shutil.copytree(root / "made/timm", root / "run")
+    (root / "run/start.safetensors").rename(root / "start.safetensors")
+    start = load_file(root / "start.safetensors")
+    torch.save(start, root / "start.pt")
+    for i, name in enumerate(("run/0.pt", "run/1.pt", "a.pt", "b.pt", "run/0.ckpt", "run/1.ckpt")):
+        torch.save(moved(start, i), root / name)
+    shutil.copytree(root / "made/held_out", root / "held_out")
+    shutil.copy(root / "made/held_out.tsv", root)
+    for i in range(2):
+        shutil.copytree(root / f"made/texts/checkpoint-{i}", root / f"run/checkpoint-{i}")
+        shutil.copytree(language / f"llama{i}", root / f"llama-{i}")
+    shutil.copy(language / "text.txt", root / "held_out.txt")
+    shutil.copy(language / "questions.jsonl", root)
+    (root / "my_eval.py").write_text(
+        "def loss(weights):\n    return weights['head.bias'].double().norm()\naccuracy = lambda w: -loss(w)\n"
+    )
+    (root / "eval.py").write_text("print(0.5)\n")
+    shutil.copytree(root / "made/adapters", root / "adapters")
+    (root / "scores.json").write_text(
+        json.dumps({"run0.safetensors": 0.5, "run1.safetensors": 0.6, "run2.safetensors": 0.4})
+    )
+    return root
+
+
+LINES = [(name, line) for name in RUN for line in EXAMPLES[name].splitlines() if line.startswith("soups ")]
+
+
+@pytest.mark.parametrize(("name", "line"), LINES, ids=[line for _, line in LINES])
+def test_an_example_of_the_help_runs(name, line, examples, monkeypatch, capsys):
+    monkeypatch.chdir(examples)
+    monkeypatch.setenv("PATH", f"{Path(python()).parent}{os.pathsep}{os.environ['PATH']}")
+    words = shlex.split(line.replace("resnet50", "test_vit"))[1:]
+    out = Path(words[words.index("--out") + 1]) if "--out" in words else None
+    if name in ("verify", "export"):
+        main(["uniform", "run/*.safetensors", "--out", "soup.safetensors", "--force"])
+        capsys.readouterr()
+    status, said, err = ended(words, capsys)
+    assert status == 0, err
+    assert said
+    if out is not None:
+        assert out.exists()
+        if out.suffix == ".safetensors":
+            assert verify(out, examples / "run") in ("",) or "--init" in words
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_help_of_a_command_has_its_examples(name, capsys):
+    status, out, _ = ended([name, "--help"], capsys)
+    assert status == 0
+    assert all(line in out for line in EXAMPLES[name].splitlines())
+
+
+def test_files_are_averaged_without_torch(pool):
+    code = "import sys; from soups.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    call = [sys.executable, "-c", code, "uniform", *files(), "--out", "s.safetensors"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(call, cwd=pool, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == "False"
+
+
+def test_the_soup_of_timm_files_loads_in_timm(examples, monkeypatch, capsys):
+    monkeypatch.chdir(examples)
+    words = ["greedy", "run/run*.safetensors", "--images", "held_out", "--network", "timm:test_vit"]
+    assert ended([*words, "--out", "greedy.pth"], capsys)[0] == 0
+    timm.create_model("test_vit", num_classes=3).load_state_dict(torch.load("greedy.pth"))

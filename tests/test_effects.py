@@ -1,0 +1,279 @@
+"""No setting is accepted and ignored: each changes something, or is refused by its name."""
+
+import re
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import miniatures
+import pytest
+import torch
+from pictures import rgb
+from pydantic import ValidationError
+
+from analysis.report import note
+from analysis.results import bootstrap_groups
+from configs.data import KINDS_OF, Task
+from configs.errors import UserError
+from configs.schema import dump, load, parse_values
+from configs.training import Integers, LogUniform, ZeroOrUniform
+from eval.forward import Evaluator
+from store.rows import row_config
+from tasks.load import class_names, load_annotations, load_split
+from tasks.texts import pieces_of
+from tests.experiments import TYPED
+
+
+def save_image_folder(root):
+    for split in ("train", "held_out", "test"):
+        for label, name in enumerate(("cat", "dog", "fox")):
+            for image in range(2 + label):
+                path = root / split / name / f"{image}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                rgb(8, 8, hash_of(split, name, image)).save(path)
+    return miniatures.settings("image_folder", root, 3)
+
+
+def save_image_table(root):
+    lines = ["path,label,split"]
+    for split in ("train", "held_out", "test"):
+        for label, name in enumerate(("cat", "dog", "fox")):
+            for image in range(2 + label):
+                path = root / f"{split}_{name}_{image}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                rgb(8, 8, hash_of(split, name, image)).save(path)
+                lines.append(f"{path.name},{name},{split}")
+    miniatures.write(root / "all.csv", "\n".join(lines) + "\n")
+    return miniatures.settings("image_table", root, 3, table=Path("all.csv"))
+
+
+def hash_of(*words):
+    return sum(map(ord, "".join(map(str, words))))
+
+
+def save_glue(root):
+    for file, rows in (("train", 40), ("dev", 4)):
+        lines = [f"source\t{i % 2}\t*\tthe {file} sentence {i}" for i in range(rows)]
+        miniatures.write(root / "CoLA" / f"{file}.tsv", "\n".join(lines) + "\n")
+    own = {"subset": "cola", "template": "{sentence}", "options": ("no", "yes"), "held_out_share": 0.25}
+    return miniatures.settings("glue", root, 2, folders={"test": "validation"}, **own)
+
+
+def save_sentences(root):
+    for split, rows in (("train", 12), ("test", 4)):
+        lines = ["text\tlabel", *(f"{split} {i}\t{i % 2}" for i in range(rows))]
+        miniatures.write(root / f"{split}.tsv", "\n".join(lines) + "\n")
+    own = {"template": "{text}", "options": ("no", "yes"), "held_out_share": 0.25}
+    return miniatures.settings("sentences", root, 2, **own)
+
+
+SAVED = {
+    "emoji": lambda root: replace(load("demo").task, classes=20, shifts=("v2",)),
+    "sentiment": lambda root: replace(load("demo_text").task, shifts=("nyt",), take={"test": 20, "nyt": 20}),
+    "image_folder": save_image_folder,
+    "image_table": save_image_table,
+    "glue": save_glue,
+    "sentences": save_sentences,
+} | {
+    name: getattr(miniatures, f"save_{name}")
+    for name in ("cifar10", "cifar100", "dtd", "food101", "sun397", "cars", "fmow", "iwildcam", "parquet")
+}
+CHANGED = {  # another value of each setting of a task
+    "folder": lambda task: Path("tests"),  # which has no data
+    "folders": lambda task: task.folders | {task.test: "nowhere"},
+    "num_classes": lambda task: task.num_classes + 1,
+    "counts": lambda task: (task.counts or {}) | {task.train: 1},
+    "names": lambda task: "nowhere.txt",
+    "label": lambda task: "another",
+    "table": lambda task: Path("nowhere.csv"),
+    "path_column": lambda task: "another",
+    "split_column": lambda task: "another",
+    "subset": lambda task: "rte",
+    "template": lambda task: "again: {sentence}{text}",
+    "options": lambda task: tuple(reversed(task.options)) or ("a", "b"),
+    "asked": lambda task: tuple(reversed(range(task.num_classes))),
+    "take": lambda task: {task.test: 2},
+    "subsets": lambda task: {task.test: 1},
+    "numbered": lambda task: (task.test,),
+    "objectnet": lambda task: task.test,
+    "objectnet_border": lambda task: True,
+    "annotations": lambda task: {"real": Path("nowhere.json")},
+    "held_out_per_class": lambda task: (task.held_out_per_class or 0) + 1,
+    "held_out_share": lambda task: 0.5,
+    "held_out_index": lambda task: Path("nowhere.npy"),
+    "listings": lambda task: task.folder.parent / "kept",
+    "protocol": lambda task: "paper",
+    "train": lambda task: "elsewhere",
+    "held_out": lambda task: "elsewhere",
+    "test": lambda task: "elsewhere",
+    "shifts": lambda task: ("elsewhere",),
+    "metrics": lambda task: {task.test: "matthews"},
+    "title": lambda task: "Another",
+    "titles": lambda task: {task.test: "Another"},
+    "proxy_for": lambda task: "another",
+    "bootstrap_unit": lambda task: "image" if task.bootstrap_unit == "class" else "class",
+    "classes": lambda task: 10 if task.classes else task.num_classes + 1,
+    "parts": lambda task: 2,
+    "part": lambda task: 1,
+}
+
+
+load_once = cache(load)
+
+
+def observed(task, runs):
+    """Everything that a task's settings are read for: examples, labels, names, texts, scores, intervals, captions."""
+    found = []
+    config = SimpleNamespace(**vars(load_once("demo")) | {"task": task, "paths": SimpleNamespace(runs=runs)})
+    evaluator = Evaluator(config)
+    try:
+        for split in (task.train, task.held_out, *task.reported):
+            examples = load_split(task, split)
+            found += [split, examples.labels.tolist(), examples.digest]
+        labels = load_split(task, task.test).labels
+        all_first = torch.eye(task.size)[torch.zeros(len(labels), dtype=torch.long)]
+        found += [class_names(task), task.answers, pieces_of(task.template or "")]
+        found += [evaluator.score(said, task.test) for said in (all_first, torch.eye(task.size)[labels])]
+        found.append(len(load_annotations(task)))
+        found += [group.tolist() for group in bootstrap_groups(config, evaluator, (task.train,))]
+        found += [note(config), task.split_title(task.test)]
+        found.append(task.listings is not None and any(task.listings.iterdir()))
+    except (UserError, ValueError) as error:  # the second of a metric over no example
+        found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_every_setting_of_every_kind_of_task_changes_something_or_is_refused(kind, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    task = SAVED[kind](tmp_path / "data")
+    before = observed(task, tmp_path)
+    assert all(isinstance(part, str) for part in before[:1]) and len(before) > 10, before[-1]
+    elsewhere = {"kind", "overlap_allowed"}  # of the second see tests/test_overlaps.py: no image here stands twice
+    for setting in (each.name for each in fields(Task) if each.name not in elsewhere):
+        value = CHANGED[setting](task)
+        assert value != getattr(task, setting), setting
+        try:
+            other = replace(task, **{setting: value})
+        except ValidationError as error:
+            assert any(setting in (*each["loc"], *re.findall(r"\w+", each["msg"])) for each in error.errors()), setting
+        else:
+            assert kind in KINDS_OF.get(setting, SAVED)
+            assert observed(other, tmp_path) != before, setting
+
+
+@pytest.mark.parametrize(
+    ("experiment", "typed", "words"),
+    [
+        # What the sweep gives its rows, by whatever way it does.
+        ("released_sweep", "optim.lr=0.5", r"optim\.lr is varied by the sweep, by the column optim\.lr of"),
+        ("released_sweep", "augment.magnitude=3", r"augment\.magnitude is varied by the sweep, by the column"),
+        (
+            "figurel1_clip",
+            "regularizer.swa.every=7",
+            r"regularizer\.swa\.every is varied by .* by sweep\.listed",
+        ),
+        ("tablel3_sam", "+regularizer.sam.rho=1", r"regularizer\.sam"),
+        ("standard_lp", "optim.lr=1", r"optim\.lr is varied by the sweep; .*'~sweep\.grid\.optim\.lr'"),
+        ("released", "optim.batch_size=64", "optim needs rows that are trained"),
+        ("demo", "sweep.draw.optim.epochs={kind: integers, low: 9, high: 4}", "low=9 is above high=4"),
+        # A task's.
+        ("demo", "task.held_out_per_class=1", r"task\.held_out_per_class is for task\.kind="),
+        ("demo", "+task.counts.train=5", r"task\.counts is for task\.kind="),
+        ("demo", "+task.folders.train=x", r"task\.folders is for task\.kind="),
+        ("demo", "task.classes=900", r"task\.classes=900 is more than there are"),
+        ("demo", "+task.metrics.tset=macro_f1", r"task\.metrics names the split 'tset'"),
+        ("table3_clip_b32", "task.objectnet=o", r"task\.objectnet names the split 'o'"),
+        ("own_text", "task.options=[a,a]", r"task\.options has 'a' for two classes"),
+        ("own_text", "task.options=['1','0']", r"task\.options calls class 0 '1', which is also the id of another"),
+        ("demo_text", "task.asked=[1,0]", r"task\.asked needs model\.head=prompt"),
+        # A network's.
+        ("demo", "model.max_length=64", r"model\.max_length needs a model that reads texts"),
+        ("demo_text", "model.image_size=32", r"model\.image_size needs a model of images"),
+        ("demo_text", "model.squash=true", r"model\.squash needs a model of images"),
+        ("demo_text", "compute.loader_workers=3", r"compute\.loader_workers needs a model of images"),
+        ("demo_grid_zeroshot", "model.probe_c=[1]", r"model\.probe_c needs model\.head=linear_probe"),
+        ("tablej1_t5_small_rte", "model.train_head=false", r"model\.train_head needs a head"),
+        ("demo_imagenet_init", "model.weights=x", r"model\.weights needs another model\.kind"),
+        # An optimiser's.
+        ("demo", "optim.momentum=0.5", r"optim\.momentum needs optim\.kind=sgd or rmsprop"),
+        ("demo", "optim.momentum=0.9", r"optim\.momentum needs optim\.kind=sgd or rmsprop"),
+        ("demo", "optim.cycles=3", r"optim\.cycles needs optim\.schedule=cosine_restarts"),
+        ("table4_vitg", "optim.epochs=3", r"optim\.epochs needs optim\.steps=null"),
+        ("tablej1_t5_small_rte", "optim.label_smoothing=0.1", r"optim\.label_smoothing needs optim\.loss=softmax"),
+        ("demo_text", "optim.decay=all", r"optim\.decay needs optim\.weight_decay above 0"),
+        # An augmentation's.
+        ("demo_sam", "augment.magnitude=3", r"augment\.magnitude needs augment\.kind=rand"),
+        ("demo_sam", "augment.fill=mean", r"augment\.fill needs augment\.kind=rand or auto"),
+        ("demo", "augment.color_jitter=0.1", r"augment\.color_jitter needs augment\.kind=medium"),
+        ("demo_cross_dataset", "augment.flip=0.1", r"augment\.flip needs augment\.kind=medium, rand or auto"),
+        ("demo_text", "augment.crop=0.5", r"augment\.crop needs augment\.kind="),
+        ("demo_text", "augment.last_epochs_minimal=1", r"augment\.last_epochs_minimal needs an augmentation of images"),
+        # And of the rest.
+        ("demo", "regularizer.ema_ramp=true", r"regularizer\.ema_ramp needs regularizer\.ema"),
+        ("demo", "tracking.mode=offline", r"tracking\.mode needs tracking\.kind=wandb"),
+        ("demo", "cluster.restarts=3", r"cluster\.restarts needs cluster\.kind=slurm"),
+        ("demo", "submit=true", r"submit needs cluster\.kind=slurm"),
+        ("demo", "cooking.rows=[1]", r"cooking\.rows needs recipe=subset"),
+        ("demo", "cooking.alpha=0.3", r"cooking\.alpha needs recipe=wise_ft"),
+        ("demo_text", "cooking.rounds=3", r"cooking\.rounds needs recipe=greedy_with_replacement"),
+        ("demo_text", "cooking.learned.lr=1", r"cooking\.learned needs a learned recipe"),
+        ("demo", "cooking.ahead=3", r"cooking\.ahead needs cooking\.shortcut=speculative"),
+        ("demo", "cooking.chunk=3", r"cooking\.chunk needs cooking\.shortcut=hard_first"),
+    ],
+)
+def test_a_setting_that_the_others_leave_without_effect_is_refused(experiment, typed, words):
+    own = [word for word in TYPED.get(experiment, ()) if word.split("=")[0] != typed.split("=")[0]]
+    with pytest.raises(UserError, match=words):
+        load(experiment, *own, typed)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "typed"),
+    [
+        ("demo", ["optim.kind=sgd", "optim.momentum=0.5"]),
+        ("demo_grids", ["optim.momentum=0.5"]),  # rows 1 and 2 have one
+        ("demo", ["optim.schedule=cosine_restarts", "optim.cycles=3"]),
+        ("demo_ema_swa", ["optim.cycles=3"]),
+        ("demo", ["recipe=subset", "cooking.rows=[1]"]),
+        ("demo", ["recipe=wise_ft", "cooking.alpha=0.3"]),
+        ("demo", ["augment.flip=0.1"]),
+        ("figurel1_clip", ["regularizer.ema=[0.99]", "regularizer.ingredient=raw"]),
+        ("standard_lp", ["~sweep.grid.optim.lr", "optim.lr=1e-5"]),
+        ("demo", ["+task.metrics.test=macro_f1", "task.shifts=[r]"]),
+        ("demo", ["cluster=slurm_cpu", "submit=true", "cluster.restarts=3"]),
+    ],
+)
+def test_a_setting_that_some_row_needs_is_taken(experiment, typed):
+    config = load(experiment, *typed)
+    assert parse_values(dump(config)) == config
+    assert row_config(config, 1).sweep.index == 1
+
+
+def test_rows_that_are_imported_need_no_settings_of_their_training(tmp_path):
+    (tmp_path / "rows.csv").write_text("model,optim.lr\nmodel_1,1e-5\n")  # and no column says how it was augmented
+    config = load("released", f"sweep.imported={tmp_path}", f"sweep.file={tmp_path / 'rows.csv'}", "sweep.rows=1")
+    assert row_config(config, 1).optim.lr == 1e-5
+    with pytest.raises(UserError) as refused:
+        load("released", f"sweep.imported={tmp_path}", "augment.crop=0.5")
+    assert "rows that are trained" in str(refused.value)
+
+
+def test_an_error_about_all_settings_does_not_print_them():
+    values = dump(load("demo"))
+    values["regularizer"]["ema_ramp"] = True
+    with pytest.raises(UserError) as refused:
+        parse_values(values)
+    assert str(refused.value) == "bad config: regularizer.ema_ramp needs regularizer.ema: here it would have no effect"
+
+
+@pytest.mark.parametrize("law", [LogUniform, ZeroOrUniform, Integers])
+def test_a_distribution_ends_where_it_begins_or_later(law):
+    kind = {LogUniform: "log10_uniform", ZeroOrUniform: "zero_or_uniform", Integers: "integers"}[law]
+    own = {"kind": kind} | ({"zero": 0.5} if law is ZeroOrUniform else {})
+    assert law(**own, low=3, high=3).low == 3
+    with pytest.raises(ValidationError, match="low=4 is above high=3"):
+        law(**own, low=4, high=3)

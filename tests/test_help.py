@@ -1,0 +1,152 @@
+"""What is typed: --help of each command and group, the settings nearest to a mistyped one, and run=FOLDER."""
+
+import shlex
+import sys
+
+import pytest
+
+import eval.__main__ as evaluation
+import finetune.__main__ as training
+from configs.cli import COMMAND, helped, parts_as_typed, record_words, typed_right, with_run
+from configs.errors import UserError
+from configs.help import GROUPS, comments_of, nearest_setting, options_of, settings_of, summary_of, topic_help
+from configs.schema import Experiment, load
+from configs.training import Optim, Sweep
+from soups.files.atomic import read_json, write_json
+
+
+def test_each_command_has_a_help_of_its_own_with_groups_and_an_experiment_a_line():
+    helps = [helped(["--help"], module.__doc__) for module in (training, evaluation)]
+    assert helps[0].startswith("Fine-tune a sweep:") and helps[1].startswith("Evaluate every finished model")
+    for text in helps:
+        lines = text.splitlines()
+        assert all(len(line) <= 120 for line in lines)
+        assert [line.split()[0] for line in lines if line.startswith("  demo ")] == ["demo"]
+        assert all(any(line.startswith(f"  {group} ") for line in lines) for group in GROUPS)
+
+
+def test_every_experiment_has_a_line_that_says_what_it_is():
+    lines = helped(["--help", "experiment"], "").splitlines()
+    assert [line.split()[0] for line in lines] == options_of("experiment")
+    assert all(len(summary_of(name)) > 8 for name in options_of("experiment"))
+
+
+def test_help_of_a_group_has_each_setting_with_its_value_meaning_and_limits():
+    text = helped(["--help", "optim", "experiment=demo", "optim.clip_norm=null"], "")
+    assert "  optim.clip_norm=null\n      of the whole gradient; null: not clipped (number > 0 or null)" in text
+    assert "optim=NAME takes all from configs/optim/NAME.yaml: adam, adamw," in text
+    assert "adamw, adam, rmsprop, sgd or adafactor" in text
+    one = helped(["--help", "optim.batch_size"], "").splitlines()
+    assert one[0] == "  optim.batch_size=64" and "(integer >= 2 and a multiple of 2)" in one[1]
+    assert "  recipes=[best,second_best," in helped(["--help", "general"], "")
+
+
+def test_a_comment_belongs_to_the_field_that_it_stands_beside_or_above():
+    assert comments_of(Optim)["loss"].endswith("of the answer's tokens over the whole vocabulary, of prompts")
+    assert comments_of(Optim).get("label_smoothing", "") == ""
+    assert comments_of(Sweep)["index"] == "train this row only, as an array job does"
+
+
+def test_every_group_of_settings_is_in_the_help():
+    groups = {each.name.split(".")[0] for each in settings_of(Experiment) if "." in each.name}
+    assert groups == set(GROUPS)
+    assert all(topic_help(group, Experiment, {}) for group in GROUPS)
+
+
+def test_help_on_what_is_not_there_names_what_is_near():
+    with pytest.raises(UserError, match="--help optm: there is no such group or setting, but optim"):
+        helped(["--help", "optm"], "")
+    with pytest.raises(UserError, match=r"there is no such group or setting, but optim.momentum"):
+        helped(["--help", "optim.momentun"], "")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("task.fodler", "task.folder, task.folders"), ("optim.folder", "task.folder"), ("zzz.yyy", "")],
+)
+def test_the_nearest_setting(name, near):
+    assert nearest_setting(name, Experiment) == near
+
+
+def ended(words, main, capsys, monkeypatch):
+    """The line on stderr that a command with these words ends with; main gets what is left of them."""
+    monkeypatch.setattr("sys.argv", ["command", *words])
+    with pytest.raises(SystemExit) as end:
+        typed_right(main, "A command.")()
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_word_without_a_value_is_taken_for_an_experiment(capsys, monkeypatch):
+    said = ended(["demo_tinny"], lambda: None, capsys, monkeypatch)
+    assert said == "error: 'demo_tinny' is no setting: type experiment=demo_tiny\n"
+
+
+def test_values_near_to_a_wrong_one_and_unknown_keys_are_named():
+    with pytest.raises(UserError, match=r"got 'gredy'; near is greedy"):
+        load("demo", "recipe=gredy")
+    with pytest.raises(UserError, match=r"task.fodler: there is no such setting; near is task.folder"):
+        load("demo", "+task.fodler=x")
+
+
+# run=FOLDER
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A run of own images whose words were kept, and its configuration."""
+    words = ["experiment=own_images", "name=pets", f"task.folder={tmp_path}", "task.num_classes=3", "sweep.rows=2"]
+    config = load(words[0].partition("=")[2], *words[1:], f"paths.runs={tmp_path / 'runs'}")
+    record_words(config, [*words, f"paths.runs={tmp_path / 'runs'}", "sweep.index=1", "recipe=greedy"])
+    return config, tmp_path / "runs/pets"
+
+
+def test_a_run_gives_back_every_setting_that_made_it(pets):
+    config, folder = pets
+    words = with_run([f"run={folder}"])
+    experiment, *settings = words
+    assert load(experiment.partition("=")[2], *settings) == config
+    assert not any(word.startswith(("sweep.index", "recipe")) for word in words)
+
+
+def test_what_is_typed_beside_a_run_wins_and_a_moved_run_is_found_where_it_is(pets, tmp_path):
+    _, folder = pets
+    assert with_run([f"run={folder}", "sweep.rows=4", "recipe=greedy"])[-2:] == ["sweep.rows=4", "recipe=greedy"]
+    assert "sweep.rows=2" not in with_run([f"run={folder}", "sweep.rows=4"])
+    folder.rename(tmp_path / "cats")
+    moved = with_run([f"run={tmp_path / 'cats'}"])
+    config = load("own_images", *moved[1:])
+    assert config.paths.runs / config.name == tmp_path / "cats"
+
+
+def test_a_folder_without_a_run_is_refused_with_the_nearest_one(pets, tmp_path):
+    with pytest.raises(UserError, match=r"runs/pest does not exist, .* there is \S+/runs/pets"):
+        with_run([f"run={tmp_path}/runs/pest"])
+    (tmp_path / "runs/pets/seed0").mkdir()
+    with pytest.raises(UserError, match=r"is one of several sweeps: type run=\S+/runs/pets"):
+        with_run([f"run={tmp_path}/runs/pets/seed0"])
+
+
+def test_every_stage_gets_the_words_of_its_run(pets, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["command", f"run={pets[1]}", "recipe=greedy"])
+    typed_right(lambda: seen.extend(sys.argv), "A command.")()
+    assert "experiment=own_images" in seen and "recipe=greedy" in seen and shlex.join(seen).count("run=") == 0
+    assert "does not exist" in ended(["run=nowhere"], lambda: None, capsys, monkeypatch)
+
+
+def test_words_are_written_only_where_they_differ(pets, tmp_path):
+    config, folder = pets
+    before = (folder / COMMAND).stat().st_mtime_ns
+    record_words(config, read_json(folder / COMMAND)["words"])
+    assert (folder / COMMAND).stat().st_mtime_ns == before
+    write_json(folder / COMMAND, {"words": ["experiment=demo"]})
+    record_words(config, ["experiment=own_images"])
+    assert read_json(folder / COMMAND)["words"] == ["experiment=own_images"]
+
+
+def test_the_words_of_a_part_make_it_alone():
+    words = ["experiment=demo_full", "parts=[demo_tiny,demo]", "cluster.workers=1"]
+    config = load("demo_full", *words[1:])
+    made = [typed for _, typed in parts_as_typed(config, words)]
+    assert made == [["experiment=demo_tiny", "cluster.workers=1"], ["experiment=demo", "cluster.workers=1"]]

@@ -1,0 +1,187 @@
+"""Examples that stand in two splits are found by their content and refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import save_tree, task
+
+from configs.data import Task
+from configs.errors import UserError
+from configs.schema import load
+from eval.forward import Evaluator
+from tasks import overlaps as module
+from tasks.check import check
+from tasks.image_folder import _listing
+from tasks.load import load_split
+from tasks.overlaps import overlaps, refuse_overlaps, refused
+from tasks.split import ImageSplit, Pixels
+from tasks.texts import Rows, text_split
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three images of each of four classes in each split, no two alike."""
+    return save_tree(tmp_path / "data", splits=("train", "held_out", "test", "night"))
+
+
+def images(root, **settings):
+    for cached in (load_split, _listing, refuse_overlaps):
+        cached.cache_clear()
+    return task(root, shifts=("night",), **settings)
+
+
+def found(settings):
+    return [(each.first, each.second, each.count, each.n) for each in overlaps(settings)]
+
+
+def test_an_image_in_two_splits_is_found_under_any_name_and_class(tree):
+    assert found(images(tree)) == []
+    shutil.copy(tree / "train/a b/0.jpg", tree / "test/Öl/other.jpg")
+    shutil.copy(tree / "held_out/Öl/1.jpg", tree / "night/a b/7.jpg")
+    shutil.copy(tree / "held_out/Öl/1.jpg", tree / "night/a b/8.jpg")
+    settings = images(tree)
+    assert found(settings) == [("train", "test", 1, 13), ("held_out", "night", 2, 14)]
+    one, two = refused(settings, overlaps(settings))
+    assert "1 of the 13 images of split 'test' stand in split 'train' too" in one
+    assert "train/a b/0.jpg of train is test/Öl/other.jpg of test" in one
+    assert one.endswith("task.overlap_allowed=0.077")
+    assert "2 of the 14 images of split 'night' stand in split 'held_out' too" in two
+    assert len(refused(images(tree, overlap_allowed=0.077), overlaps(settings))) == 1
+    assert refused(images(tree, overlap_allowed=0.15), overlaps(settings)) == []
+
+
+def test_equal_sizes_and_equal_ends_are_not_equal_images(tree, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 16)
+    content = (tree / "train/a b/0.jpg").read_bytes()
+    (tree / "test/a b/same_size.jpg").write_bytes(content[::-1])
+    (tree / "test/a b/same_end.jpg").write_bytes(b"other" + content[5:])
+    assert found(images(tree)) == []
+
+
+def test_only_what_can_be_equal_is_read(tree, monkeypatch):
+    """Sizes of all; ends of those with a size of another split; all bytes of those with its end too."""
+    read = []
+    monkeypatch.setattr("tasks.files.read_file", lambda path, last=None: read.append(last) or path.read_bytes())
+    settings = images(tree)
+    for name in ("train", "held_out", "test", "night"):
+        load_split(settings, name)
+    read.clear()
+    sizes = [set(load_split(settings, name).sizes.tolist()) for name in ("train", "held_out", "test", "night")]
+    shared = {size for i, own in enumerate(sizes) for j, other in enumerate(sizes) if i != j for size in own & other}
+    assert overlaps(settings) == []
+    assert len(read) < 12 if not shared else len(read) < 48
+    assert None not in read
+
+
+def test_every_stage_and_the_check_refuse_and_splits_that_report_may_share(tree, tmp_path, capsys):
+    shutil.copy(tree / "test/a b/0.jpg", tree / "night/a b/copy.jpg")
+    settings = images(tree)
+    refuse_overlaps(settings, tmp_path / "runs")
+    check(settings)
+    assert "test and night: 1 of the latter's 13 images stand in both" in capsys.readouterr().out
+    shutil.copy(tree / "train/a b/0.jpg", tree / "test/a b/copy.jpg")
+    typed = ["task.folder=" + str(tree), "task.num_classes=4", "task.shifts=[night]", f"paths.runs={tmp_path / 'runs'}"]
+    config = load("own_images", *typed)
+    images(tree)
+    words = r"1 of the 13 images of split 'test' stand in split 'train' too"
+    with pytest.raises(UserError, match=words):
+        Evaluator(config).split("held_out")
+    with pytest.raises(UserError, match=words):
+        Evaluator(config).inputs("train")
+    with pytest.raises(UserError, match=words):
+        check(config.task)
+
+
+def test_what_was_compared_is_not_compared_again(tree, tmp_path, monkeypatch):
+    shutil.copy(tree / "train/a b/0.jpg", tree / "test/a b/copy.jpg")
+    with pytest.raises(UserError, match="1 of the 13"):
+        refuse_overlaps(images(tree), tmp_path)
+    monkeypatch.setattr(module, "overlaps", lambda task, names: pytest.fail("compared again"))
+    with pytest.raises(UserError, match="1 of the 13"):
+        refuse_overlaps(images(tree), tmp_path)
+    moved = Path(shutil.copytree(tree, tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="1 of the 13"):  # the same content at another place
+        refuse_overlaps(images(moved), tmp_path)
+
+
+def test_training_needs_no_test_set_that_is_not_there_yet(tree, tmp_path):
+    shutil.move(tree / "night", tmp_path / "night")
+    refuse_overlaps(images(tree), tmp_path / "runs")
+    shutil.copy(tree / "train/a b/0.jpg", tmp_path / "night/a b/copy.jpg")
+    shutil.move(tmp_path / "night", tree / "night")
+    with pytest.raises(UserError, match="1 of the 13 images of split 'night'"):
+        refuse_overlaps(images(tree), tmp_path / "runs")
+
+
+def test_images_in_memory_are_compared_by_their_pixels(monkeypatch):
+    pixels = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    parts = {"train": pixels[:5], "held_out": pixels[5:7], "test": pixels[[7, 2]]}
+    splits = {
+        name: ImageSplit(name, Pixels(part), torch.zeros(len(part), dtype=torch.int64), name)
+        for name, part in parts.items()
+    }
+    monkeypatch.setattr(module, "load_split", lambda task, name: splits[name])
+    assert found(task("x")) == [("train", "test", 1, 2)]
+
+
+def texts(**settings):
+    values = {"kind": "sentences", "folder": "x", "num_classes": 2, "template": "{t}", "options": ("no", "yes")}
+    return Task(**(values | {"train": "train", "held_out": "held_out", "test": "test", "shifts": ()} | settings))
+
+
+def parted(settings, said, labels=None):
+    labels = labels or [0, 1] * (len(said) // 2)
+    rows = Rows(("id", "t"), [(str(i), text) for i, text in enumerate(said)], labels, Path("x"))
+    return [{field for (field,) in text_split(settings, name, rows).fields} for name in ("held_out", "train")]
+
+
+@pytest.mark.parametrize("rule", [{"held_out_share": 0.25}, {"held_out_per_class": 10}], ids=str)
+def test_texts_that_stand_twice_are_in_one_split_whatever_their_labels_lines_and_white_space(rule):
+    said = [f"text {i // 3}" + " " * (i % 3 == 1) for i in range(120)]
+    held_out, train = parted(texts(**rule), said, [int(i % 9 > 3) for i in range(120)])
+    assert held_out and train
+    assert {text.strip() for text in held_out}.isdisjoint(text.strip() for text in train)
+
+
+def test_a_text_keeps_its_split_when_others_are_added():
+    some = [f"text {i}" for i in range(40)]
+    before, _ = parted(texts(held_out_share=0.25), some)
+    after, _ = parted(texts(held_out_share=0.25), some + [f"extra {i}" for i in range(400)])
+    assert before == {text for text in after if text in some}
+    assert 0.18 < len(after) / 440 < 0.32
+
+
+def test_a_class_without_a_low_draw_still_has_a_text_held_out_and_one_to_train():
+    settings = texts(held_out_share=0.001)
+    held_out, train = parted(settings, [f"text {i}" for i in range(12)])
+    assert len(held_out) == 2
+    assert len(train) == 10
+    with pytest.raises(UserError, match=r"leaves none of the 1 texts of class 'yes'"):
+        parted(settings, ["a", "b", "c"], [0, 0, 1])
+
+
+def test_texts_of_two_splits_are_compared_by_what_the_template_reads(tmp_path):
+    for name, rows in {
+        "train": ["1\tgood  film\t1", "2\tbad\t0"],
+        "held_out": ["3\tfine\t1"],
+        "test": ["4\tgood film\t0"],
+    }.items():
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["id\tt\tlabel", *rows]) + "\n")
+    settings = texts(folder=tmp_path)
+    load_split.cache_clear()
+    assert found(settings) == [("train", "test", 1, 1)]
+    with pytest.raises(UserError, match=r"1 of the 1 texts of split 'test' .*'good  film' of train is 'good film' of"):
+        refuse_overlaps(settings, tmp_path / "runs")
+    with pytest.raises(UserError, match="reads no column"):
+        load_split(texts(folder=tmp_path, template="yes or no?"), "train")
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_text"])
+def test_the_embedded_benchmarks_have_no_example_in_two_splits_but_two_in_two_shifts(name):
+    settings = load(name).task
+    assert module.is_embedded(settings)
+    expected = {"demo": [("sketch", "a", 2, 761)], "demo_text": []}
+    assert found(settings) == expected[name]
+    assert refused(settings, overlaps(settings)) == []

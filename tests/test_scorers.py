@@ -1,0 +1,420 @@
+"""Scores by commands, images, texts and language models, beside the slow obvious way."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import soups
+from soups.averaging import Averaging
+from soups.batch_norm import recompute_batch_norm
+from soups.candidates import Candidate
+from soups.cli import main
+from soups.errors import UserError
+from soups.made_up import CLASSES, make, moved
+from soups.scorers.images import class_folders, files_of, labels_of
+from soups.scorers.outside import number_in, of_command
+from soups.scores import reduced
+from soups.sources import pool_of
+from soups.verify import answer
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pools")
+    make(folder)
+    return folder
+
+
+def alone(held_out, paths):
+    """The score of each model by itself."""
+    pool = pool_of(paths)
+    scorer, how = held_out.scorer(pool), Averaging()
+    return [scorer.measure(Candidate(pool, {i: 1}, how)).value for i in range(len(pool))]
+
+
+def pictures(folder):
+    return [
+        (Image.open(path).convert("RGB"), CLASSES.index(path.parent.name))
+        for path in sorted((folder / "held_out").rglob("*.png"))
+    ]
+
+
+@torch.no_grad()
+def share_right(pools, answer):
+    found = [int(answer(image).argmax()) == label for image, label in pictures(pools)]
+    return sum(found) / len(found)
+
+
+def test_a_timm_pool_is_scored_as_timm_does(pools):
+    paths, theirs = sorted((pools / "timm").glob("run*")), []
+    for path in paths:
+        network = timm.create_model("test_vit", num_classes=3).eval()
+        network.load_state_dict(load_file(path))
+        see = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
+        theirs.append(share_right(pools, lambda image, n=network, s=see: n(s(image)[None])))
+    assert alone(soups.images(pools / "held_out", "timm:test_vit"), paths) == theirs
+    assert alone(soups.images(pools / "held_out", "timm:test_vit", workers=2, batch_size=5), paths) == theirs
+
+
+def test_image_models_of_transformers_are_scored_as_transformers_does_and_by_names_of_classes(pools, tmp_path):
+    paths, theirs = sorted((pools / "images").iterdir()), []
+    for path in paths:
+        network = AutoModelForImageClassification.from_pretrained(path).eval()
+        reader = AutoImageProcessor.from_pretrained(path)
+        theirs.append(share_right(pools, lambda image, n=network, r=reader: n(**r(image, return_tensors="pt")).logits))
+    assert alone(soups.images(pools / "held_out", "transformers"), paths) == theirs
+    shutil.copytree(paths[0], tmp_path / "other")
+    order, weights = [2, 0, 1], load_file(paths[0] / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = weights[name][order].contiguous()
+    save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
+    config = json.loads((paths[0] / "config.json").read_text())
+    config["id2label"] = {str(i): CLASSES[j] for i, j in enumerate(order)}
+    config["label2id"] = {CLASSES[j]: i for i, j in enumerate(order)}
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    assert alone(soups.images(pools / "held_out", "transformers"), [tmp_path / "other"]) == theirs[:1]
+
+
+def test_an_open_clip_pool_and_a_function_are_scored(pools):
+    clip = soups.images(pools / "held_out", "open_clip", templates="name")
+    assert all(0 <= score <= 1 for score in alone(clip, sorted((pools / "open_clip").iterdir())))
+    plain = soups.images(pools / "held_out", "function:torchvision.models:squeezenet1_1", image_size=64)
+    assert all(0 <= score <= 1 for score in alone(plain, sorted((pools / "plain").iterdir())))
+
+
+def test_text_models_are_scored_as_transformers_does_from_every_kind_of_table(pools, tmp_path):
+    paths = sorted((pools / "texts").iterdir())
+    lines = [line.split("\t") for line in (pools / "held_out.tsv").read_text().splitlines()[1:]]
+    theirs = []
+    for path in paths:
+        network = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        words = AutoTokenizer.from_pretrained(path)
+        with torch.no_grad():
+            found = [int(network(**words(text, return_tensors="pt")).logits.argmax()) for text, _ in lines]
+        theirs.append(sum(network.config.id2label[i] == label for i, (_, label) in zip(found, lines, strict=True)) / 8)
+    (tmp_path / "t.csv").write_text("text,label\n" + "\n".join(f'"{text}",{label}' for text, label in lines) + "\n")
+    rows = [json.dumps({"text": text, "label": label}) for text, label in lines]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    for file in (pools / "held_out.tsv", tmp_path / "t.csv", tmp_path / "t.jsonl"):
+        assert alone(soups.texts(file), paths) == theirs
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away", "red", "blue", "green"]
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """Two small Llamas and two small BERTs with a tokenizer of words."""
+    folder = tmp_path_factory.mktemp("language")
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "mask_token": "[MASK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
+    known = {word: i for i, word in enumerate([*special.values(), *WORDS])}
+    words = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    small = {"vocab_size": len(known), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 16, "max_position_embeddings": 32, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    for kind, network in (
+        ("llama", LlamaForCausalLM(LlamaConfig(**small))),
+        ("bert", BertForMaskedLM(BertConfig(**small))),
+    ):
+        for i in range(2):
+            with torch.no_grad():
+                for weight in network.parameters():
+                    weight.add_(0.02 * torch.randn_like(weight))
+            network.save_pretrained(folder / f"{kind}{i}")
+            tokenizer.save_pretrained(folder / f"{kind}{i}")
+    (folder / "text.txt").write_text("the cat sat on a mat and the dog ran far away\n" * 5)
+    questions = [{"prompt": "the cat", "choices": ["sat", "ran far away"], "answer": 0}] * 2
+    questions += [{"question": "a dog", "choices": ["red", "blue", "green"], "answer": "blue"}]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    return folder
+
+
+@torch.no_grad()
+def test_perplexity_of_a_causal_model_is_exp_of_its_loss_over_windows(language):
+    network = LlamaForCausalLM.from_pretrained(language / "llama0").eval()
+    tokens = AutoTokenizer.from_pretrained(language / "llama0")((language / "text.txt").read_text())["input_ids"]
+    total = count = 0
+    for start in range(0, len(tokens), 10):
+        window = torch.tensor([tokens[start : start + 10]])
+        if window.shape[1] > 1:
+            total += network(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
+            count += window.shape[1] - 1
+    held_out = soups.perplexity(language / "text.txt", max_length=10, batch_size=3)
+    assert alone(held_out, [language / "llama0"]) == pytest.approx([np.exp(total / count)], rel=1e-4)
+
+
+@torch.no_grad()
+def test_perplexity_of_a_masked_model_masks_each_token_once(language, tmp_path):
+    network = BertForMaskedLM.from_pretrained(language / "bert0").eval()
+    words = AutoTokenizer.from_pretrained(language / "bert0")
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "the cat sat on"}))
+    tokens, total = words("the cat sat on", return_tensors="pt")["input_ids"], 0.0
+    for place in range(4):
+        masked = tokens.clone()
+        masked[0, place] = words.mask_token_id
+        total += network(input_ids=masked).logits[0, place].log_softmax(-1)[tokens[0, place]].item()
+    found = alone(soups.perplexity(tmp_path / "one.jsonl"), [language / "bert0"])
+    assert found == pytest.approx([np.exp(-total / 4)], rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_token", [False, True])
+def test_multiple_choice_takes_the_most_likely_text_behind_the_prompt(language, per_token):
+    network = LlamaForCausalLM.from_pretrained(language / "llama0").eval()
+    words = AutoTokenizer.from_pretrained(language / "llama0")
+
+    def likelihood(prompt, choice):
+        tokens, before = words(f"{prompt} {choice}", return_tensors="pt")["input_ids"], len(words(prompt)["input_ids"])
+        seen = network(input_ids=tokens).logits[0].log_softmax(-1)
+        found = [seen[i - 1, tokens[0, i]].item() for i in range(before, tokens.shape[1])]
+        return sum(found) / (len(found) if per_token else 1)
+
+    first = max(range(2), key=lambda i: likelihood("the cat", ["sat", "ran far away"][i])) == 0
+    second = max(range(3), key=lambda i: likelihood("a dog", ["red", "blue", "green"][i])) == 1
+    held_out = soups.choices(language / "questions.jsonl", per_token=per_token)
+    assert alone(held_out, [language / "llama0"]) == [(2 * first + second) / 3]
+    assert all(0 <= score <= 1 for score in alone(held_out, [language / "bert0"]))
+
+
+def test_a_soup_is_learned_on_a_causal_language_model(language):
+    held_out = soups.perplexity(language / "text.txt", batch_size=4, max_length=12)
+    soup = soups.learned([language / "llama0", language / "llama1"], held_out, lr=0.5, epochs=2)
+    assert soup.record["last_loss"] < soup.record["first_loss"]
+    assert sum(soup.shares.values()) == pytest.approx(1)
+    with pytest.raises(UserError, match="learned takes causal language models"):
+        soups.learned([language / "bert0", language / "bert1"], soups.perplexity(language / "text.txt"))
+
+
+def test_a_soup_is_learned_on_images_and_on_texts(pools):
+    images = soups.images(pools / "held_out", "timm:test_vit")
+    soup = soups.learned(sorted((pools / "timm").glob("run*")), images, epochs=1, per="layer")
+    assert set(soup.shares) == {"run0.safetensors", "run1.safetensors", "run2.safetensors"}
+    texts = soups.learned(sorted((pools / "texts").iterdir()), soups.texts(pools / "held_out.tsv"), epochs=1)
+    assert sum(texts.shares.values()) == pytest.approx(1)
+
+
+# Labels, and what is wrong with examples.
+
+
+def folders(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / name / "0.png")
+    return root
+
+
+def test_class_folders_that_are_numbers_are_ordered_as_numbers_and_hidden_ones_are_none(tmp_path):
+    folders(tmp_path / "a", *map(str, range(12)), ".thumbnails", "__MACOSX")
+    assert class_folders(tmp_path / "a") == [str(i) for i in range(12)]
+    (tmp_path / "a/3/._0.png").write_bytes(b"x")
+    assert len(files_of(tmp_path / "a", ["3"])) == 1
+    with pytest.raises(UserError, match="the same number, such as 1 and 01"):
+        class_folders(folders(tmp_path / "b", "1", "01"))
+
+
+def test_wordnet_ids_get_imagenets_names_and_numbers_or_are_refused(tmp_path):
+    some = labels_of(folders(tmp_path / "a", "n02123045", "n01440764"), None)
+    assert (some.names, some.ids) == (["tench", "tabby"], {"n01440764": 0, "n02123045": 1})
+    whole = labels_of(tmp_path / "a", 1000)
+    assert whole.ids == {"n01440764": 0, "n02123045": 281}
+    assert whole.names[281] == "tabby"
+    with pytest.raises(UserError, match="n00000001 is a WordNet id that ImageNet's 1,000 classes do not have"):
+        labels_of(folders(tmp_path / "b", "n00000001", "n01440764"), None)
+
+
+def test_a_damaged_picture_is_one_line_with_its_file_before_any_network_runs(pools, tmp_path, monkeypatch):
+    shutil.copytree(pools / "held_out", tmp_path / "held_out")
+    (tmp_path / "held_out/green/2.png").write_bytes(b"no picture")
+    monkeypatch.setattr("soups.scorers.networks.ImageNetwork.load", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=r"green/2\.png is damaged or no image") as caught:
+        alone(soups.images(tmp_path / "held_out", "timm:test_vit", workers=2), sorted((pools / "timm").glob("run*")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ("timm", "--network timm:NAME is needed"),
+        ("timm:nothing", "timm:nothing"),
+        ("timm:test_resnet", "is not of this network: .* is in the file alone"),
+        ("keras:x", "write timm:NAME, open_clip:NAME"),
+        ("function:torchvision.models", "write function:module:name"),
+        ("function:torchvision.models:nothing", "has no attribute 'nothing'"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_one_line(pools, network, words):
+    with pytest.raises(UserError, match=words) as caught:
+        alone(soups.images(pools / "held_out", network), [pools / "timm/run0.safetensors"])
+    assert "\n" not in str(caught.value)
+
+
+def test_another_number_of_classes_is_refused_by_shape(pools, tmp_path):
+    shutil.copytree(pools / "held_out", tmp_path / "held_out")
+    folders(tmp_path / "held_out", "white")
+    with pytest.raises(UserError, match=r"'head\.weight' is \(3, 64\), the network has \(4, 64\)"):
+        alone(soups.images(tmp_path / "held_out", "timm:test_vit"), [pools / "timm/run0.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("", "it printed nothing"), ("0.5\nacc 0.81\n", "its last line is 'acc 0.81', not a number"), ("nan\n", "is NaN")],
+)
+def test_the_last_line_of_a_command_is_a_number(output, words):
+    assert number_in("epoch 1\n 0.25 \n\n", "x") == 0.25
+    with pytest.raises(UserError, match=words):
+        number_in(output, "x")
+
+
+@pytest.fixture
+def files(tmp_path):
+    for i, value in enumerate((1.0, 2.0)):
+        torch.save({"ema": {"module.w": torch.tensor([value])}, "epoch": i}, tmp_path / f"a b{i}.pt")
+    (tmp_path / "see.py").write_text("import sys, torch\nprint(torch.load(sys.argv[1])['ema']['module.w'].item())\n")
+    return pool_of(sorted(tmp_path.glob("*.pt")))
+
+
+def test_a_command_gets_the_file_itself_or_a_mixture_in_the_form_of_the_files(files, tmp_path):
+    scorer = of_command(f"echo {{soup}} > {tmp_path}/seen && echo 0.5", "max")
+    single = Candidate(files, {0: 1}, Averaging())
+    assert scorer.measure(single).value == 0.5
+    assert (tmp_path / "seen").read_text().strip() == str(files.paths[0])
+    mixed = Candidate(files, reduced((0, 1)), Averaging())
+    assert torch.load(mixed.file()) == {"ema": {"module.w": torch.tensor([1.5])}}
+    mixed.forget()
+    assert [path.name for path in files.workplace.iterdir()] == []
+
+
+def test_a_command_that_fails_is_one_line_with_what_it_said_last(files):
+    scorer = of_command("echo 'no module' >&2; exit 3; {soup}", "max")
+    with pytest.raises(UserError, match=r"a b0\.pt: the command ended with status 3: no module"):
+        scorer.measure(Candidate(files, {0: 1}, Averaging()))
+
+
+def test_the_key_of_a_command_knows_the_files_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("eval.py").write_text("print(1)")
+    before = of_command("python eval.py {soup}", "max").key
+    assert of_command("python eval.py {soup}", "max").key == before
+    assert of_command("python eval.py --fast {soup}", "max").key != before
+    Path("eval.py").write_text("print(2)")
+    assert of_command("python eval.py {soup}", "max").key != before
+
+
+def test_the_key_of_texts_knows_how_long_they_may_be_and_that_of_images_every_picture(pools, tmp_path):
+    pool = pool_of(sorted((pools / "texts").iterdir()))
+    keys = {soups.texts(pools / "held_out.tsv", max_length=n).scorer(pool).key for n in (8, 16, 16)}
+    assert len(keys) == 2
+    shutil.copytree(pools / "held_out", tmp_path / "held_out")
+    vits = pool_of(sorted((pools / "timm").glob("run*")))
+
+    def key():
+        return soups.images(tmp_path / "held_out", "timm:test_vit").scorer(vits).key
+
+    before = key()
+    assert key() == before
+    Image.new("RGB", (40, 40)).save(tmp_path / "held_out/red/0.png")
+    assert key() != before
+
+
+def test_statistics_of_batch_norms_are_measured_anew_for_every_mixture_and_saved(pools, tmp_path):
+    torch.manual_seed(0)
+    start = timm.create_model("test_resnet", num_classes=3).state_dict()
+    for i in range(2):
+        save_file(moved(start, i), tmp_path / f"{i}.safetensors")
+    held_out, paths = soups.images(pools / "held_out", "timm:test_resnet"), sorted(tmp_path.glob("*.safetensors"))
+    soup = soups.greedy(paths, held_out, batch_norm="recompute", scores={path.name: 0.0 for path in paths}, quiet=True)
+    assert len(soup.shares) == 2  # the mixture is no worse than 0
+    network = timm.create_model("test_resnet", num_classes=3)
+    plain = soups.uniform(paths).weights
+    network.load_state_dict(dict(plain))
+    see = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
+    recompute_batch_norm(network, [torch.stack([see(image) for image, _ in pictures(pools)])])
+    saved = load_file(soup.save(tmp_path / "soup/s.safetensors"))
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(saved["stem.bn.running_mean"] if "stem.bn.running_mean" in saved else
+                           saved["bn1.running_mean"], plain["bn1.running_mean"])  # fmt: skip
+    network.eval()
+    assert soup.score == share_right(pools, lambda image: network(see(image)[None]))
+    with pytest.raises(UserError, match="has no batch norm"):
+        vits = sorted((pools / "timm").glob("run*"))
+        soups.greedy(vits, soups.images(pools / "held_out", "timm:test_vit"), batch_norm="recompute", quiet=True)
+    with pytest.raises(UserError, match="batch_norm=recompute measures the statistics on images: type --images DIR"):
+        soups.greedy(vits, lambda weights: 0.0, "max", batch_norm="recompute", quiet=True)
+
+
+def test_statistics_are_measured_anew_by_recipes_that_score_nothing_and_verify_says_what_it_cannot_prove(
+    pools, tmp_path, monkeypatch, capsys
+):
+    torch.manual_seed(0)
+    start = timm.create_model("test_resnet", num_classes=3).state_dict()
+    save_file(dict(start), tmp_path / "start.safetensors")
+    for i in range(2):
+        save_file(moved(start, i), tmp_path / f"m{i}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    images = soups.images(pools / "held_out", "timm:test_resnet")
+    network = timm.create_model("test_resnet", num_classes=3)
+    see = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
+    batch = torch.stack([see(image) for image, _ in pictures(pools)])
+    recipes = {
+        "uniform": [],
+        "weighted": ["--weights", "3,1"],
+        "wise-ft": ["--init", "start.safetensors"],
+        "model-stock": ["--init", "start.safetensors"],
+        "arithmetic": ["--init", "start.safetensors", "--scales", "0.5,0.25"],
+        "ties": ["--init", "start.safetensors"],
+        "dare": ["--init", "start.safetensors"],
+        "learned": ["--epochs", "1"],
+    }
+    for recipe, more in recipes.items():
+        words = [recipe, "m0.safetensors", "m1.safetensors", *more, "--images", str(images.path)]
+        words += ["--network", images.network, "--batch-norm"]
+        main([*words, "recompute", "--out", f"{recipe}.safetensors"])
+        saved = load_file(f"{recipe}.safetensors")
+        network.load_state_dict(saved)
+        recompute_batch_norm(network, [batch])
+        for name, tensor in network.state_dict().items():
+            torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{recipe}, {name}")
+        assert answer(tmp_path / f"{recipe}.safetensors") == (
+            True,
+            f"{tmp_path / recipe}.safetensors: equal to the byte when made again from its ingredients, but for its "
+            "batch-norm statistics: they were measured on images, and nothing here proves them",
+        )
+    name = next(name for name in saved if name.endswith("weight"))
+    save_file({**saved, name: saved[name] + 1}, "m1.safetensors")
+    assert answer(tmp_path / "uniform.safetensors")[0] is False
+    for words, line in (
+        (["--images", str(images.path)], "--images is for --batch-norm recompute"),
+        (["--network", "timm:test_resnet"], "--network is for --images"),
+        (["--batch-norm", "recompute"], "type --images DIR --network NAME"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["uniform", "m0.safetensors", "--out", "s.safetensors", *words])
+        assert line in capsys.readouterr().err

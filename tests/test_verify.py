@@ -1,0 +1,108 @@
+"""Whether a soup is what its metadata says."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import soups
+from soups.cli import main
+from soups.errors import UserError
+from soups.verify import verify
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Three models of one number and one of a batch norm's."""
+    for i, value in enumerate([1.0, 2.0, 6.0]):
+        save_file(
+            {"w": torch.tensor([value]), "bn.running_mean": torch.tensor([value])}, tmp_path / f"m{i}.safetensors"
+        )
+    return tmp_path
+
+
+def cook(pool):
+    return soups.uniform(str(pool / "m*.safetensors")).save(pool / "soup.safetensors")
+
+
+def test_the_metadata_carries_names_digests_weights_and_no_clock_or_path(pool):
+    soups.weighted(str(pool / "m*.safetensors"), [1, 1, 2]).save(pool / "soup.safetensors")
+    with safe_open(pool / "soup.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["soup"])
+    assert sorted((i["file"], i["weight"]) for i in record["ingredients"]) == [
+        ("m0.safetensors", 0.25),
+        ("m1.safetensors", 0.25),
+        ("m2.safetensors", 0.5),
+    ]
+    assert len({i["digest"] for i in record["ingredients"]}) == 3
+    assert record["note"]["recipe"] == "weighted"
+    assert str(pool) not in json.dumps(record)
+
+
+def test_the_same_models_in_another_order_give_the_same_bytes(pool):
+    first = cook(pool).read_bytes()
+    backwards = [pool / f"m{i}.safetensors" for i in (2, 0, 1)]
+    assert soups.uniform(backwards, threads=1).save(pool / "other/soup.safetensors").read_bytes() == first
+
+
+def test_ingredients_are_found_by_content_wherever_they_are_and_however_they_are_called(pool):
+    cook(pool)
+    other = pool / "elsewhere"
+    other.mkdir()
+    for i in range(3):
+        (pool / f"m{i}.safetensors").rename(other / f"renamed{i}.safetensors")
+    assert "m0.safetensors is missing" in verify(pool / "soup.safetensors")
+    assert verify(pool / "soup.safetensors", other) == ""
+    with pytest.raises(UserError, match="is not a folder"):
+        verify(pool / "soup.safetensors", pool / "nowhere")
+
+
+def test_a_missing_and_a_changed_ingredient_are_named(pool):
+    cook(pool)
+    (pool / "m0.safetensors").unlink()
+    save_file({"w": torch.tensor([2.5]), "bn.running_mean": torch.zeros(1)}, pool / "m1.safetensors")
+    problem = verify(pool / "soup.safetensors")
+    assert "m0.safetensors is missing" in problem
+    assert "m1.safetensors was changed" in problem
+    assert "\n" not in problem
+
+
+def test_every_flipped_byte_of_a_soup_is_noticed(pool):
+    cook(pool)
+    path = pool / "soup.safetensors"
+    content = path.read_bytes()
+    for place in [*range(0, len(content), 13), len(content) - 1]:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            problem = verify(path)
+        except UserError as error:
+            problem = str(error)
+        assert problem, f"byte {place} of {len(content)}"
+        assert "\n" not in problem
+
+
+def test_a_record_that_names_other_files_is_noticed(pool):
+    cook(pool)
+    path = pool / "soup.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"m0.safetensors", b"n0.safetensors"))
+    with pytest.raises(UserError, match="no whole record of how it was made"):
+        verify(path)
+
+
+@pytest.mark.parametrize("how", ["missing", "not a soup", "flipped"])
+def test_verify_answers_what_it_cannot_make_in_one_line_and_status_1(pool, how, capsys):
+    cook(pool)
+    path = pool / "soup.safetensors"
+    match how:
+        case "missing":
+            path.unlink()
+        case "not a soup":
+            save_file({"w": torch.zeros(1)}, path)
+        case "flipped":
+            path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(path)])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err, len(said.out.splitlines())) == (1, "", 1)
