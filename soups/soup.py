@@ -157,10 +157,12 @@ def refuse_out(path: Path, models: Sequence[Path], *, force: bool = False) -> No
 def decimals(values: Iterable[float]) -> int:
     """How many decimals tell these numbers apart, and each from 0: at least 4, of numbers past 1,000 at least 1.
 
+    Numbers that differ by the rounding of a sum alone are one number here.
+
     >>> decimals([0.5, 0.25]), decimals([0.0001, 0.00012]), decimals([2500.251, 2500.254]), decimals([0.3, 0.1 + 0.2])
-    (4, 5, 3, 17)
+    (4, 5, 3, 4)
     """
-    different = {value for value in values if isfinite(value)} | {0.0}
+    different = {float(f"{value:.12g}") for value in values if isfinite(value)} | {0.0}
     usual = 4 if max(map(abs, different)) < 1000 else 1
     enough = (places for places in range(usual, 17) if len({round(v, places) for v in different}) == len(different))
     return next(enough, 17)
