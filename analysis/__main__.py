@@ -13,8 +13,9 @@ With replicates (experiment=demo_seeds) their tables, and seeds.{md,csv} over al
 
 import sys
 
-from configs.cli import entry_point, one_line_errors
+from configs.cli import entry_point
 from configs.schema import Experiment
+from soups.errors import one_line_errors
 
 # What works is imported when it is asked for, so that --help and mistyped settings are answered at once: torch and the
 # models take seconds.

@@ -16,10 +16,10 @@ from analysis.paper import beside, beside_table, legend
 from analysis.report import publish
 from analysis.results import SHIFT_MEAN
 from analysis.tables import NAMES, write_cells
-from configs.cli import one_line_errors
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.selection import best_on_held_out
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.runs import RunFolder
 

@@ -5,7 +5,8 @@ import pandas as pd
 from analysis.report import Report, publish
 from analysis.results import SHIFT_MEAN
 from analysis.tables import NAMES, column_title, percent
-from configs.schema import Experiment, Task
+from configs.data import Task
+from configs.schema import Experiment
 from soups.files.atomic import replacing, write_text
 from store.runs import RunFolder
 

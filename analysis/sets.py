@@ -13,7 +13,8 @@ from torch import Tensor
 from analysis.figures import SETTINGS, save
 from analysis.results import SHIFT_MEAN, Method, accuracy_in, columns_of, compare, method_of, titled
 from analysis.tables import column_title, percent, points, write_table
-from configs.schema import Experiment, Task
+from configs.data import Task
+from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.average import Average
 from soups.experiment.pool import usable_pool

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.results import SHIFT_MEAN
-from configs.schema import Task
+from configs.data import Task
 from soups.files.atomic import replacing, write_text
 
 NAMES = {

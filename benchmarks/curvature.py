@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.derivatives import along
 from analysis.theory import Line, central_difference, curvature
-from configs.cli import one_line_errors
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.workers import little_memory

@@ -44,12 +44,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from configs.cli import one_line_errors
-from configs.schema import Task
+from configs.data import Task
 from configs.training import Augment
 from finetune.data import TrainingBatches
 from finetune.length import Length
 from finetune.train import ALONE
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.workers import use_threads

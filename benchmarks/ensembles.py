@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.soups import ROOT, Run, measure
-from configs.cli import one_line_errors
 from eval.metrics import correct
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from soups.recipes import greedy, uniform
 from store.arrays import cached_array

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from configs.cli import one_line_errors
 from configs.data import Task
 from configs.training import Model
 from eval.forward import forward
 from models.classifier import Classifier
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.workers import use_threads

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.soups import ROOT, Run, measure
-from configs.cli import one_line_errors
 from soups.descent import LearnedSettings, learned
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing, write_json
 from soups.files.tensors import LazyWeights
 from store.provenance import provenance_columns

@@ -22,8 +22,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from configs.cli import one_line_errors
 from models.probe import linear_probe
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.workers import use_threads

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.averaging_peers import PEERS
-from configs.cli import one_line_errors
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from soups.files.checkpoints import BLOCK, Entry
 from soups.files.streamed import streamed

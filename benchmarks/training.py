@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs.cli import one_line_errors
 from configs.schema import Experiment, load
 from finetune.data import TrainingBatches
 from finetune.length import Length
 from finetune.optim import build
 from finetune.train import ALONE, fine_tune
 from models.classifier import pretrained
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.rows import row_config

@@ -32,7 +32,8 @@ from configs.help import (
     settings_of,
     topic_help,
 )
-from configs.schema import CONFIGS, Experiment, fields_of, load, parse
+from configs.registered import CONFIGS
+from configs.schema import Experiment, fields_of, load, parse
 from configs.slurm import requeueing
 from soups.errors import one_line_errors, refuse
 from soups.files.atomic import read_json, write_json

@@ -365,7 +365,8 @@ def _of_files(words: tuple[str, ...], changed: int | None) -> DictConfig:
 
 def dump(config: Experiment) -> dict[str, Any]:
     """Plain JSON-able containers, the inverse of `parse_values`."""
-    return TypeAdapter(Experiment).dump_python(config, mode="json")
+    plain: dict[str, Any] = TypeAdapter(Experiment).dump_python(config, mode="json")
+    return plain
 
 
 def replicate(config: Experiment, sweep_seed: int) -> Experiment:

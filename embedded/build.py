@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from configs.cli import one_line_errors
 from embedded.concepts import DESIGNS, MIN_DESIGNS, Concept, match, read_concepts, read_sets, read_vocabulary
 from embedded.duplicates import confusable, distinct, near
 from embedded.icons import CACHE, PACKAGES, IconSet, check_tools, fetch_pinned, render, render_rgba
 from embedded.keyed import draw
 from embedded.shifts import background, photos, place, ridge_errors
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing, write_text
 from tasks.emoji.load import DATA, SPLITS
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from configs.cli import one_line_errors
 from embedded.keyed import draw
+from soups.errors import one_line_errors
 from tasks.emoji.load import DATA, SIZE, SPLITS, class_names, load_split
 from tasks.split import ImageSplit
 

@@ -11,8 +11,8 @@ import scipy  # its parts are loaded when they are named
 import torch
 from torch import Tensor
 
-from configs.data import Metric
 from soups.scorers.metrics import score
+from soups.scoring import Metric
 
 
 @dataclass(frozen=True)

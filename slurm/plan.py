@@ -15,12 +15,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from configs.cli import entry_point, one_line_errors
+from configs.cli import entry_point
 from configs.errors import UserError
 from configs.registered import experiments
 from configs.schema import Experiment, load
 from finetune.log import peak_flops
 from slurm.cost import GIGA, Costs, Stage, costs, gpus_per_row
+from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 
 GPUS = (1, 8, 64)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from soups.conformance import Layout, common_layout
 from soups.errors import UserError
@@ -40,7 +41,7 @@ def looked_through(checkpoint: Checkpoint) -> tuple[str, str]:
     return content_digest(checkpoint, tensors), strange
 
 
-def _is_mask(checkpoint: Checkpoint, name: str, buffer: np.ndarray) -> bool:
+def _is_mask(checkpoint: Checkpoint, name: str, buffer: NDArray[Any]) -> bool:
     blocks = (widen(block, checkpoint.entries[name].dtype) for block in checkpoint.blocks(name, buffer))
     return all(bool((np.isinf(values) | (values == 0)).all()) for values in blocks)
 
@@ -134,7 +135,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def sampled_cosines(checkpoints: Sequence[Checkpoint], layout: Layout) -> np.ndarray:
+def sampled_cosines(checkpoints: Sequence[Checkpoint], layout: Layout) -> NDArray[Any]:
     """(K, K) cosines of K models' weights, each the median over all elements of matrices; 1 without any.
 
     An element's cosine is that of its matrix, told by the first elements, so layers of a few elements that are new in
@@ -160,7 +161,7 @@ def sampled_cosines(checkpoints: Sequence[Checkpoint], layout: Layout) -> np.nda
     return _weighted_median(np.array(found), np.array(sizes)) if found else np.ones((count, count))
 
 
-def _weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _weighted_median(values: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
     """Of (T, ...) values along the first axis: half of the weight lies on values that are at most this.
 
     >>> _weighted_median(np.array([0.0, 0.1, 1.0]), np.array([1, 1, 8])).item()
@@ -169,7 +170,8 @@ def _weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     order = values.argsort(axis=0, kind="stable")
     before = weights[order].cumsum(axis=0)
     middle = (2 * before < weights.sum()).sum(axis=0, keepdims=True)
-    return np.take_along_axis(np.take_along_axis(values, order, axis=0), middle, axis=0)[0]
+    medians: NDArray[Any] = np.take_along_axis(np.take_along_axis(values, order, axis=0), middle, axis=0)[0]
+    return medians
 
 
 def refuse_unrelated(checkpoints: Sequence[Checkpoint], layout: Layout) -> None:

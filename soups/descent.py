@@ -147,7 +147,8 @@ class Layout:
             if name is not None and tensor.is_floating_point():
                 owner[name] = first.setdefault(id(tensor), name)
                 targets[owner[name]] = tensor
-        label = {"model": lambda name: "all", "layer": group, "tensor": lambda name: name}[per]
+        by: dict[str, Callable[[str], str]] = {"model": lambda name: "all", "layer": group, "tensor": str}
+        label = by[per]
         labels = {name: label(name) for name in targets}
         groups = tuple(dict.fromkeys(labels.values()))
         return cls(targets, owner, groups, {name: groups.index(labels[name]) for name in targets})

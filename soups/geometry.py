@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ class Geometry:
         return _divide(self.crossed + self.reference, lengths * np.sqrt(self.reference))
 
 
-def _divide(above: NDArray, below: NDArray | float) -> NDArray:
+def _divide(above: NDArray[Any], below: NDArray[Any] | float) -> NDArray[Any]:
     with np.errstate(divide="ignore", invalid="ignore"):
         return above / below
 

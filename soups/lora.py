@@ -160,7 +160,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
             raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be averaged")
         scaling_of(config)

@@ -96,7 +96,7 @@ class Mean:
             return entry
         return Entry(self.dtype if isinstance(self.dtype, str) else self.dtype[name], entry.shape)
 
-    def blocks(self, name: str) -> Iterator[tuple[int, NDArray]]:
+    def blocks(self, name: str) -> Iterator[tuple[int, NDArray[Any]]]:
         """Where each block of a tensor begins, and its elements, which are good until the next is asked for.
 
         Raises:
@@ -124,7 +124,7 @@ class Mean:
 
     def _stored(
         self, name: str, start: int, count: int, terms: Sequence[Term], hashes: Sequence[Any] | None
-    ) -> Iterator[tuple[Term, NDArray]]:
+    ) -> Iterator[tuple[Term, NDArray[Any]]]:
         """The same elements of each model in turn, in one reused buffer."""
         for i, term in enumerate(terms):
             kind = STORED[self._kind(term, name)]
@@ -140,7 +140,7 @@ class Mean:
             return float(term.keeps)
         return term.weight(name)
 
-    def _mean(self, name: str, start: int, count: int, hashes: Sequence[Any]) -> NDArray:
+    def _mean(self, name: str, start: int, count: int, hashes: Sequence[Any]) -> NDArray[Any]:
         """The weighted mean of `count` elements, in the soup's kind."""
         total, product = self.buffers.total[:count], self.buffers.term[:count]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -160,7 +160,7 @@ class Mean:
             self._keep_infinities(name, start, total)
         return self._rounded(name, total)
 
-    def _rounded(self, name: str, values: NDArray) -> NDArray:
+    def _rounded(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         kind = self.entry(name).dtype
         rounded = round_once(values.astype(np.float64, copy=False), kind)
         finite = np.isfinite(widen(rounded, kind))
@@ -169,9 +169,9 @@ class Mean:
             raise UserError(f"tensor {name!r}: {largest:.3g} is past what {kind} can hold")
         return rounded
 
-    def _keep_infinities(self, name: str, start: int, total: NDArray) -> None:
+    def _keep_infinities(self, name: str, start: int, total: NDArray[Any]) -> None:
         """Put infinities that all models have in the same place into the mean, as a mask's; refuse all others."""
-        first: NDArray | None = None
+        first: NDArray[Any] | None = None
         for term, stored in self._stored(name, start, len(total), self.terms, None):
             values = widen(stored, self._kind(term, name)).astype(np.float64)
             infinities = np.where(np.isinf(values), values, 0)
@@ -188,9 +188,9 @@ class Mean:
         if not np.isfinite(total[first == 0]).all():
             raise UserError(f"tensor {name!r}: the sum over the models is past what float64 can hold")
 
-    def _equal(self, name: str, start: int, count: int, hashes: Sequence[Any]) -> NDArray:
+    def _equal(self, name: str, start: int, count: int, hashes: Sequence[Any]) -> NDArray[Any]:
         """Integers that are equal in all models, or for counters the largest."""
-        kept: NDArray = np.empty(0)
+        kept: NDArray[Any] = np.empty(0)
         for i, (term, stored) in enumerate(self._stored(name, start, count, self.terms, hashes)):
             if i == 0:
                 kept = stored.copy()

@@ -91,12 +91,14 @@ class Ties:
     def __call__(self, name: str, start: int, changes: Changes) -> Floats:
         """The mean of those trimmed changes whose sign is that of their sum."""
         sign: Floats = np.sign(sum(self._trimmed(changes)))
-        total, count = np.zeros_like(sign), np.zeros_like(sign)
+        total: Floats = np.zeros_like(sign)
+        count: Floats = np.zeros_like(sign)
         for change in self._trimmed(changes):
             agrees = np.sign(change) * sign > 0
             total += np.where(agrees, change, 0)
             count += agrees
-        return self.scale * total / np.maximum(count, 1)
+        merged: Floats = self.scale * total / np.maximum(count, 1)
+        return merged
 
     def _trimmed(self, changes: Changes) -> Iterator[Floats]:
         for change, threshold in zip(changes(), self.thresholds, strict=True):
@@ -160,7 +162,7 @@ class Merged(Mean):
                 for start in range(0, entry.size, BLOCK):
                     yield from self.changes(name, start, min(BLOCK, entry.size - start))
 
-    def _mean(self, name: str, start: int, count: int, hashes: Sequence[Any]) -> NDArray:
+    def _mean(self, name: str, start: int, count: int, hashes: Sequence[Any]) -> NDArray[Any]:
         if name.endswith(STATISTICS):
             return super()._mean(name, start, count, hashes)
         strange = np.zeros(count, dtype=bool)

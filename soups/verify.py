@@ -14,7 +14,6 @@ from pathlib import Path
 from soups.errors import UserError
 from soups.files.atomic import read_json
 from soups.files.checkpoints import (
-    INDEX,
     PICKLED,
     Checkpoint,
     Entry,
@@ -23,7 +22,7 @@ from soups.files.checkpoints import (
     opened,
     tensor_digests,
 )
-from soups.files.folders import ADAPTER, is_adapter
+from soups.files.folders import ADAPTER, INDEX, is_adapter
 from soups.files.reading import COUNTERS, Reading
 from soups.mean import STATISTICS, average_files
 from soups.merging import Merging

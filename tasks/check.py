@@ -10,9 +10,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from configs.cli import one_line_errors, typed_right
+from configs.cli import typed_right
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import CONFIGS, Task, parse_task
+from configs.registered import CONFIGS
+from configs.schema import parse_task
+from soups.errors import one_line_errors
 from tasks.files import Files
 from tasks.load import class_names, load_annotations, load_split
 from tasks.overlaps import overlaps, refused

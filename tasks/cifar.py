@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from tasks.files import ROOT, lines
 from tasks.parts import own_name, rows_of
 from tasks.split import ImageSplit, Pixels

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from tasks.files import ROOT
 from tasks.parts import own_name
 from tasks.tables import labelled, read_tsv

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from tasks import objectnet
 from tasks.content import content_digest, is_data, read_file
 from tasks.files import ROOT, Files, Names

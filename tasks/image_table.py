@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from tasks.files import ROOT, Listed, Lists, label_of
 from tasks.image_folder import in_order
 from tasks.parts import own_name

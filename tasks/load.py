@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from tasks import annotations, cars, cifar, glue, image_folder, image_table, listings, parquet, wilds
 from tasks.emoji.load import class_names as emoji_class_names
 from tasks.emoji.load import load_split as load_emoji_split

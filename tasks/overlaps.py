@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from soups.files.atomic import digest_of, read_json, write_json
 from store.runs import lock
 from tasks.content import READERS

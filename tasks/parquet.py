@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from tasks.content import content_digest, is_data, read_file
 from tasks.files import ROOT
 from tasks.parts import own_name, rows_of

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from soups.chance import uniform
 
 

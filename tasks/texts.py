@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from soups.chance import uniform
 from tasks.label_space import LabelSpace
 from tasks.parts import rows_of

@@ -6,7 +6,7 @@ import numpy as np
 from pictures import rgb
 from scipy.io import savemat
 
-from configs.schema import Task
+from configs.data import Task
 
 PLACES = ("Asia", "Europe", "Other")
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from configs.schema import Task
+from configs.data import Task
 
 CLASSES = ("a b", "n-o_t", "Öl", "ß/inner")  # the last has its images in a folder of its own, as ImageFolder allows
 

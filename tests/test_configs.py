@@ -18,10 +18,11 @@ from torch import nn
 from analysis.artefacts import ARTEFACTS, GLUE
 from analysis.report import note
 from configs import schema
+from configs.data import Task
 from configs.errors import UserError
 from configs.figures import Angles, Pairs, Plane, Theory
 from configs.registered import experiments, neutral
-from configs.schema import CONFIGS, Analysis, Experiment, Task, dump, load, parse, parse_values, replicate
+from configs.schema import CONFIGS, Analysis, Experiment, dump, load, parse, parse_values, replicate
 from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
 from finetune.averages import Averages
 from finetune.data import augmentation, training_batches

@@ -247,7 +247,7 @@ def test_a_place_that_may_not_be_written_is_one_line(tmp_path):
 
 FORBIDDEN = """
 import errno
-from configs.cli import one_line_errors
+from soups.errors import one_line_errors
 def work():
     raise PermissionError(errno.EACCES, "Permission denied", "/a/b")
 one_line_errors(work)
@@ -265,7 +265,7 @@ one_line_errors(work)
 )
 def test_exit_statuses(raised, status):
     code = (
-        "from configs.cli import one_line_errors\nfrom configs.errors import UserError\n"
+        "from soups.errors import one_line_errors\nfrom configs.errors import UserError\n"
         f"def work():\n    raise {raised}\none_line_errors(work)"
     )
     answer = start(python(), ["-c", code])

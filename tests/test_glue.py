@@ -6,8 +6,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task, load
+from configs.schema import load
 from tasks.glue import read_local
 from tasks.load import class_names, load_split
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from configs.schema import Experiment, Model, Sweep, Task, load
+from configs.data import Task
+from configs.schema import Experiment, Model, Sweep, load
 from configs.training import Augment, Swa
 from eval.batch_size import largest_input
 from finetune.dist import DTYPES, wrap

@@ -38,7 +38,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from configs.cli import one_line_errors
+from soups.errors import one_line_errors
 from soups.files.weights import save_weights
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 one_line_errors(lambda: save_weights(Path(sys.argv[1]), {"w": torch.zeros(10_000_000)}))

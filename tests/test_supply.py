@@ -325,7 +325,7 @@ import sys, tempfile, time, os
 os.environ["HF_HOME"] = tempfile.mkdtemp()
 time.sleep = lambda seconds: None  # the hub's client tries again for most of a minute
 import torch
-from configs.cli import one_line_errors
+from soups.errors import one_line_errors
 from configs.schema import load
 from models.backbones import pretrained_backbone
 name, *typed = sys.argv[1:]

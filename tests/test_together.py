@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from configs.cli import one_line_errors
 from configs.errors import UserError
 from configs.schema import CONFIGS, load
 from eval.batch_size import found_by_all
 from finetune.start import initialise
 from finetune.state import State
 from finetune.train import evaluation_settings, train_row
+from soups.errors import one_line_errors
 from soups.files.atomic import read_jsonl
 from soups.files.weights import load_weights
 from store.processes import COLLECTIVE_TIMEOUT, Processes, alone, start_processes

@@ -11,7 +11,7 @@ from analysis.page.files import Results
 from analysis.page.tables import by_method, gain, method_name, row_name
 from analysis.results import SHIFT_MEAN
 from analysis.tables import column_title
-from configs.schema import Task
+from configs.data import Task
 
 MOST = 16  # members that are listed one by one
 

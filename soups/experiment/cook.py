@@ -89,7 +89,7 @@ def cook(name: str, evaluator: Evaluator) -> dict[str, Any]:
     identity = identity_of(config, name, pool, evaluator.split(split).digest)
     with sole_writer(folder):
         if (folder / "soup.json").exists():
-            cooked = read_json(folder / "soup.json")
+            cooked: dict[str, Any] = read_json(folder / "soup.json")
             if cooked["identity"] == identity:
                 return cooked
             _clear(folder)
@@ -223,7 +223,7 @@ def is_cooked(config: Experiment, name: str) -> bool:
     if not path.exists():
         return False
     digest = Evaluator(config).split(config.task.held_out).digest
-    return read_json(path)["identity"] == identity_of(config, name, pool_of(config, name), digest)
+    return bool(read_json(path)["identity"] == identity_of(config, name, pool_of(config, name), digest))
 
 
 def cook_all(config: Experiment, recipes: tuple[str, ...], console: Console | None = None) -> None:

@@ -114,7 +114,8 @@ def graph_of(network: Network) -> Network:
 
 
 def _first(module: nn.Module, inputs: Inputs) -> Tensor:
-    return module(next(iter(inputs.values())))
+    answered: Tensor = module(next(iter(inputs.values())))
+    return answered
 
 
 def facts_of(network: Network) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def _seen(module: nn.Module) -> Images:
 
 
 def _answer(module: nn.Module, inputs: Inputs) -> Tensor:
-    return module(inputs["images"])
+    answered: Tensor = module(inputs["images"])
+    return answered
 
 
 def _inputs(size: int) -> Any:

@@ -102,7 +102,8 @@ def _inputs(module: Any, size: int | None) -> Any:
 def _answer(module: nn.Module, inputs: Inputs) -> Tensor:
     dtype = next(module.parameters()).dtype
     found = module(**{name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()})
-    return found.logits if "logits" in found else found[0]
+    logits: Tensor = found.logits if "logits" in found else found[0]
+    return logits
 
 
 def write(network: Network, folder: Path) -> None:

@@ -114,4 +114,5 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read one JSON object a line; raises as `read_json`."""
-    return _read(path, lambda text: [json.loads(line) for line in text.splitlines()])
+    rows: list[dict[str, Any]] = _read(path, lambda text: [json.loads(line) for line in text.splitlines()])
+    return rows

@@ -71,11 +71,11 @@ class Checkpoint:
         """The name in `entries` of the tensor that `name` means."""
         return self.ties.get(name, name)
 
-    def read(self, name: str, start: int, buffer: NDArray) -> None:
+    def read(self, name: str, start: int, buffer: NDArray[Any]) -> None:
         """Fill `buffer` with the stored elements of a tensor from element `start` on."""
         self.fill(self.own(name), start * buffer.itemsize, buffer.view(np.uint8).data)
 
-    def blocks(self, name: str, buffer: NDArray[np.uint8]) -> Iterator[NDArray]:
+    def blocks(self, name: str, buffer: NDArray[np.uint8]) -> Iterator[NDArray[Any]]:
         """The stored elements of a tensor, as many as fit at a time in `buffer`, whose content is overwritten."""
         entry = self.entries[self.own(name)]
         stored = buffer[: len(buffer) // 8 * 8].view(STORED[entry.dtype])

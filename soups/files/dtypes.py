@@ -3,14 +3,14 @@
 bfloat16, which numpy does not know, is handled as its 16 bits.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 OutputDtype = Literal["keep", "F64", "F32", "F16", "BF16"]
 
-STORED: dict[str, np.dtype] = {  # how the bytes of each kind are held; little-endian, as the format says
+STORED: dict[str, np.dtype[Any]] = {  # how the bytes of each kind are held; little-endian, as the format says
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -28,7 +28,7 @@ STORED: dict[str, np.dtype] = {  # how the bytes of each kind are held; little-e
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def widen(stored: NDArray, dtype: str) -> NDArray:
+def widen(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Stored numbers as floats that numpy can compute with; a view, except for bfloat16.
 
     >>> widen(np.array([0x3F80, 0xC000], np.uint16), "BF16")
@@ -39,7 +39,7 @@ def widen(stored: NDArray, dtype: str) -> NDArray:
     return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def round_once(values: NDArray[np.float64], dtype: str) -> NDArray:
+def round_once(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
     """Finite float64 to a stored kind, to nearest, ties to even, in one rounding; too large becomes infinite.
 
     The usual way to bfloat16 leads over float32 and rounds twice: 1 + 2**-8 + 2**-40 is above the middle of two

@@ -300,7 +300,7 @@ class _Archive:
         flat = np.frombuffer(view, f"V{width}")
         flat[:] = self._strided(tensor, begin, width).flat[offset // width : offset // width + len(flat)]
 
-    def _strided(self, tensor: Tensor, begin: int, width: int) -> NDArray:
+    def _strided(self, tensor: Tensor, begin: int, width: int) -> NDArray[Any]:
         numbers = np.memmap(self.path, f"V{width}", "r", begin + tensor.start * width, tensor.numel - tensor.start)
         steps = [stride * width for stride in tensor.stride]
         return np.lib.stride_tricks.as_strided(numbers, tensor.shape, steps)

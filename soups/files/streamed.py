@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ class StreamedFile:
     descriptor: int
     offsets: dict[str, int]
 
-    def write(self, name: str, start: int, stored: NDArray) -> None:
+    def write(self, name: str, start: int, stored: NDArray[Any]) -> None:
         """Put stored elements of a tensor from element `start` on; threads may write different blocks."""
         _pwrite(self.descriptor, stored.view(np.uint8).data, self.offsets[name] + start * stored.itemsize)
 

@@ -44,7 +44,7 @@ def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
-def _bits(tensor: Tensor) -> NDArray:
+def _bits(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory as integers of its width; numpy has no bfloat16."""
     return tensor.detach().cpu().view(INTEGERS[tensor.itemsize]).numpy()
 

@@ -79,7 +79,7 @@ def labels_of(root: Path, head: int | None) -> Labels:
     folders = class_folders(root)
     if not all(WORDNET.fullmatch(name) for name in folders):
         return Labels(folders, {name: i for i, name in enumerate(folders)})
-    from timm.data import ImageNetInfo  # noqa: PLC0415
+    from timm.data.imagenet_info import ImageNetInfo  # noqa: PLC0415
 
     imagenet = ImageNetInfo("imagenet-1k")
     known = list(imagenet.label_names())

@@ -230,7 +230,8 @@ def _function(asked: NetworkName, paths: Sequence[Path], names: Sequence[str], c
 
 
 def _call(module: nn.Module, images: Tensor) -> Tensor:
-    return module(images)
+    logits: Tensor = module(images)
+    return logits
 
 
 class TowerWithHead(nn.Module):
@@ -242,7 +243,8 @@ class TowerWithHead(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, C) logits."""
-        return self.head(F.normalize(self.tower(images), dim=-1))
+        answered: Tensor = self.head(F.normalize(self.tower(images), dim=-1))
+        return answered
 
 
 def tower_name(name: str) -> str | None:
@@ -288,7 +290,8 @@ def _open_clip(asked: NetworkName, paths: Sequence[Path], names: Sequence[str], 
         heads[:] = [open_clip.build_zero_shot_classifier(network, tokenizer, words, templates, device=device())]
 
     def logits(module: Any, images: Tensor) -> Tensor:
-        return module.encode_image(images, normalize=True) @ heads[0]
+        answered: Tensor = module.encode_image(images, normalize=True) @ heads[0]
+        return answered
 
     return ImageNetwork(network, transform, logits, key, ready=ready, zero_shot=True)
 
@@ -320,10 +323,12 @@ def _transformers(
         raise UserError(f"{source}: no image classifier of transformers: {first_line(error)}") from None
 
     def prepare(image: Any) -> Tensor:
-        return reader(image, return_tensors="pt")["pixel_values"][0]
+        pixels: Tensor = reader(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
 
     def logits(module: Any, images: Tensor) -> Tensor:
-        return module(pixel_values=images).logits
+        answered: Tensor = module(pixel_values=images).logits
+        return answered
 
     ids = {label: i for i, label in config.id2label.items()}
     generic = ids.keys() == {f"LABEL_{i}" for i in ids.values()}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from soups.errors import UserError
-from soups.scoring import Candidate, Goal, Scored, Scorer, key_of, mean_of_answers, scored
+from soups.scoring import Candidate, Scored, Scorer, key_of, mean_of_answers, scored
+from soups.selection import Goal
 
 PLACE = "{soup}"
 

@@ -9,8 +9,8 @@ import tarfile
 from functools import lru_cache
 from pathlib import Path
 
+from configs.data import Task
 from configs.errors import UserError
-from configs.schema import Task
 from soups.chance import uniform
 from tasks.files import ROOT
 from tasks.sentiment.fetch import COMMAND, FILE, FOLDER, is_whole

@@ -76,7 +76,8 @@ def _network_of(source: Source, module: nn.Module, config: Mapping[str, Any] | N
 
 
 def _first(module: nn.Module, inputs: Inputs) -> Tensor:
-    return module(next(iter(inputs.values())))
+    answered: Tensor = module(next(iter(inputs.values())))
+    return answered
 
 
 def read_timm(source: Source, folder: Path) -> Callable[[Tensor], Tensor]:
@@ -189,11 +190,12 @@ def write_transformers(source: Source, folder: Path) -> None:
 def _network(source: Source) -> nn.Module:
     """The network of transformers in the tower, with the text tower that was taken out of it."""
     tower: Any = source.classifier.tower
+    network: nn.Module = tower.network
     if isinstance(tower, hub.HubTower) and tower.is_dual:
         whole = hub.load_network(source.model, weights=True)
-        whole.load_state_dict(tower.network.state_dict(), strict=False)
+        whole.load_state_dict(network.state_dict(), strict=False)
         return whole
-    return tower.network
+    return network
 
 
 def read_transformers(source: Source, folder: Path) -> Callable[[Tensor], Tensor]:

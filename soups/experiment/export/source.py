@@ -89,7 +89,8 @@ class Source:
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
         """(N, C) of the soup itself."""
-        return self.network(inputs)
+        answered: Tensor = self.network(inputs)
+        return answered
 
 
 def _run_of(folder: Path) -> Path | None:

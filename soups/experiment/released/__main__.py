@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs.cli import entry_point, one_line_errors
-from configs.errors import UserError
+from configs.cli import entry_point
 from configs.schema import Experiment
+from soups.errors import UserError, one_line_errors
 from soups.experiment.released.files import FOLDER, MODELS, MODELS_URL, SPLIT_URL, convert_all, download
 
 
