@@ -21,9 +21,10 @@ from tests.commands import python
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROOT = CONFIGS.parent
-TINY = ["experiment=demo_tiny", "recipes=[best,greedy]", "analysis.resamples=100"]
+TINY = ["experiment=demo_tiny", "task.classes=10", "task.shifts=[v2]", "recipes=[best,greedy]"]
+TINY += ["analysis.resamples=100"]
 TABLES = ("table3.md", "table3.csv", "table3.tex", "figure1.csv", "figure1.png")
-ROWS = 6
+ROWS = 4
 
 
 def command(cluster, module, runs, *settings):
@@ -71,6 +72,10 @@ def ingredient(runs, row):
     return runs / f"demo_tiny/ingredients/{row:03d}"
 
 
+def logits(runs):
+    return {file: file.stat().st_mtime_ns for file in (runs / "demo_tiny/logits").rglob("*.npy")}
+
+
 def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_one_machine(cluster, tmp_path):
     here, there = tmp_path / "local", tmp_path / "slurm"
     broken = ingredient(there, 2)
@@ -93,6 +98,7 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
     assert accounts(cluster, failed)[failed] == ("FAILED", "None")  # what there is after the queue has forgotten it
     assert (ingredient(there, 1) / "scores.jsonl").exists()  # the other rows were evaluated all the same
     (broken / "state.pt").unlink()
+    early = logits(there)
     said = command(cluster, "-m slurm.retry", there, *TINY, "cluster=slurm_test")
     assert said.count("job ") == 1 and "fine-tune, tasks 2" in said
     ids = submitted(cluster, there, *TINY)
@@ -100,6 +106,7 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
     until(lambda: all_over(cluster, there), 600, "the end of all jobs")
 
     assert cluster.states(ids["analysis"]) == {"COMPLETED"}
+    assert early and early.items() < logits(there).items()  # none is computed twice
     for name in TABLES:
         assert (there / "demo_tiny/analysis" / name).read_bytes() == (here / "demo_tiny/analysis" / name).read_bytes()
     made = [{str(file.relative_to(runs)) for file in runs.rglob("*") if file.is_file()} for runs in (here, there)]
@@ -224,8 +231,18 @@ def test_after_all_faults_every_row_is_done_with_the_bytes_of_an_undisturbed_run
         assert read_json(ours / "done.json")["digest"] == read_json(theirs / "done.json")["digest"]
 
 
+def logs_of(runs):
+    return [log.read_text(errors="replace") for log in (runs / "demo_tiny/slurm/logs").glob("*fine-tune*.out")]
+
+
+def test_rows_that_slurm_stopped_saved_their_state_and_count_their_restarts(disturbed):
+    assert any("interrupted by a signal, and saved" in log for log in logs_of(disturbed[0]))
+    told = [read_json(ingredient(disturbed[0], row) / "done.json")["slurm"] for row in range(1, ROWS + 1)]
+    assert any(each["restarts"] for each in told), told
+
+
 def test_no_row_ran_twice_to_its_end(disturbed):
-    logs = [log.read_text(errors="replace") for log in (disturbed[0] / "demo_tiny/slurm/logs").glob("*fine-tune*.out")]
+    logs = logs_of(disturbed[0])
     lines = [line for log in logs for line in log.splitlines() if line.startswith("row ") and "held-out" in line]
     # A job that is preempted between its row's end and its own says the row's line again, with the same seconds.
     ends = Counter(line.split(":")[0] for line in set(lines))
