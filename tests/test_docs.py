@@ -106,6 +106,10 @@ def clone(tmp_path_factory):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    tiny = folder / "configs/experiment/demo_tiny.yaml"  # smaller still: pages show commands, not numbers
+    text = tiny.read_text(encoding="utf-8")
+    tiny.write_text(text.replace("task: {classes: 40}", "task: {classes: 10, shifts: [v2]}"), encoding="utf-8")
+    assert tiny.read_text(encoding="utf-8") != text
     command = folder.parent / "bin/soups"  # as pip installs it
     command.parent.mkdir()
     command.write_text('#!/bin/sh\nexec python -m soups "$@"\n')

@@ -85,9 +85,12 @@ def cooked(runs):
 
 @pytest.fixture(scope="module")
 def trained(cluster, tmp_path_factory):
-    """Rows 0 and 1, by an array whose tasks start together."""
+    """Rows 0 and 1, by an array whose first task starts when the second one waits for it."""
     runs = tmp_path_factory.mktemp("trained")
-    sent = send(cluster, "finetune", runs, options=["--array=0-1"])
+    sent = send(cluster, "finetune", runs, options=["--array=0-1", "--hold"])
+    cluster.run("scontrol", "release", f"{sent.job}_1")
+    sent.until(lambda: "waiting for row 0" in sent.said, "a row that waits")
+    cluster.run("scontrol", "release", f"{sent.job}_0")
     sent.wait()
     return runs, sent
 
