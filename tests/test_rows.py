@@ -33,7 +33,7 @@ from configs.training import (
 )
 from eval.forward import Evaluator
 from eval.pool import model_folders
-from finetune.rows import differing, print_rows
+from finetune.rows import cell, differing, print_rows
 from finetune.start import other_head, refuse_other_data
 from finetune.sweep import train_sweep
 from finetune.train import train_row
@@ -412,6 +412,7 @@ def test_the_list_of_rows_has_the_settings_that_differ_and_no_others():
     assert names == ["optim.seed", "regularizer.sam"]
     sam = {"rho": 0.05, "synchronised": True}
     assert values == [[0, None], [1, None], [0, sam], [1, sam]]
+    assert [cell(value) for value in (0, 0.0, None, False, sam)] == ["0", "0", "", "", "rho 0.05, synchronised"]
 
 
 def test_the_list_of_rows_is_not_cut_in_a_log_and_starts_with_the_initialisation():
