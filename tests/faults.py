@@ -15,8 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,22 +53,16 @@ def copy_tree(copy: Path) -> None:
             shutil.copy2(ROOT / name, copy / name)
 
 
-@contextmanager
-def planted(fault: Fault, copy: Path) -> Iterator[None]:
-    """Let the copy have the fault while the block lasts.
+def planted(fault: Fault) -> str:
+    """The text of the file with the fault in it.
 
     Raises:
         ValueError: what is to be replaced does not stand there exactly once.
     """
-    place = copy / fault.file
-    text = place.read_text(encoding="utf-8")
+    text = (ROOT / fault.file).read_text(encoding="utf-8")
     if text.count(fault.before) != 1:
         raise ValueError(f"{fault.file} has {fault.before!r} {text.count(fault.before)} times")
-    place.write_text(text.replace(fault.before, fault.after), encoding="utf-8")
-    try:
-        yield
-    finally:
-        shutil.copy2(ROOT / fault.file, place)  # with its time, by which Python knows what it has compiled
+    return text.replace(fault.before, fault.after)
 
 
 def run_tests(python: str, copy: Path, tests: Sequence[str], *options: str) -> tuple[int, list[str], str]:
@@ -89,6 +82,9 @@ def main(words: Sequence[str]) -> int:
 
     chosen = [fault for fault in faults() if not words or fault.file.startswith(tuple(words))]
     tests = list(dict.fromkeys(fault.test for fault in chosen))
+    if not chosen:
+        print(f"no fault is in a file whose path begins with {' or '.join(words)}")
+        return 1
     caught = 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         copy = Path(folder)
@@ -98,11 +94,13 @@ def main(words: Sequence[str]) -> int:
             print(text)
             return 1
         for fault in chosen:
-            if proves_nothing := [test for test in broken if test.startswith(fault.test)]:
+            own = f"{fault.test}::"
+            if proves_nothing := [test for test in broken if f"{test.partition('[')[0]}::".startswith(own)]:
                 print(f"REFUSED {fault.file}: {proves_nothing[0]} fails without the fault", flush=True)
                 continue
-            with planted(fault, copy):
-                status, failed, text = run_tests(python(), copy, [fault.test], "-x")
+            (copy / fault.file).write_text(planted(fault), encoding="utf-8")
+            status, failed, text = run_tests(python(), copy, [fault.test], "-x")
+            shutil.copy2(ROOT / fault.file, copy / fault.file)  # with its time, by which Python knows what it compiled
             if status == FAILED:
                 caught += 1
                 print(f"{fault.file}: {fault.claim}: {failed[0]}", flush=True)
