@@ -141,10 +141,12 @@ def test_a_digest_names_the_content_and_not_the_format(tmp_path):
     paths = [save(tmp_path, "a", state, how) for how in ("safetensors", "pt", "shards")]
     torch.save(turned, tmp_path / "turned.pt")
     changed = [save(tmp_path, f"changed-{name}", state | {name: state[name] + 1}) for name in state]
+    others = {"shape": state["w"].reshape(3, 5), "kind": state["w"].view(torch.int16)}  # of the same bytes
+    changed += [save(tmp_path, f"other-{what}", state | {"w": tensor}) for what, tensor in others.items()]
     with opened([*paths, tmp_path / "turned.pt", *changed]) as found:
-        *same, w, n = [digest_file(checkpoint) for checkpoint in found]
+        *same, w, n, shape, kind = [digest_file(checkpoint) for checkpoint in found]
     assert len(set(same)) == 1
-    assert len({same[0], w, n}) == 3
+    assert len({same[0], w, n, shape, kind}) == 5
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a"])

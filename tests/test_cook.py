@@ -20,7 +20,7 @@ from eval.forward import Evaluator
 from finetune.start import initialise
 from soups.experiment.cook import ENSEMBLES, cook, dishes, logits_of
 from soups.experiment.doctor import examine_experiment
-from soups.experiment.pool import RECIPES, usable_pool
+from soups.experiment.pool import RECIPES, mix, usable_pool
 from soups.files.atomic import read_json, write_json
 from soups.files.weights import load_weights, save_weights
 from soups.journal import Journal
@@ -295,7 +295,7 @@ def test_a_changed_setting_of_a_recipe_cooks_it_again_and_only_it(config):
     assert after["uniform"] == before["uniform"]
 
 
-def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config):
+def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config, tmp_path):
     evaluator = Evaluator(config)
     cooked = cook("calibrated_ensemble", evaluator)
     pool = {ingredient.row: ingredient for ingredient in usable_pool(config)}
@@ -305,6 +305,9 @@ def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config)
     )
     torch.testing.assert_close(logits_of(cooked, "test", evaluator), expected.float(), rtol=1e-5, atol=1e-5)
     assert len(set(cooked["betas"])) > 1
+    on_held_out = logits_of(cooked, config.task.held_out, evaluator)
+    mixed = mix("calibrated_ensemble", usable_pool(config), evaluator, tmp_path, "")
+    torch.testing.assert_close(mixed.soup.weights["logits"], on_held_out, rtol=1e-5, atol=1e-5)
 
 
 def test_the_doctor_examines_an_experiment_and_its_midpoints(config, capsys, monkeypatch):

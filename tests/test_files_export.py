@@ -115,6 +115,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(case, pools, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        export_soup(tmp_path / "soup.safetensors", "timm", tmp_path, network="timm:test_vit")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_a_folder_with_other_outputs_than_the_soup_is_refused(pools, tmp_path, monkeypatch):
     from soups.export import timm as to_timm
 
@@ -123,7 +130,8 @@ def test_a_folder_with_other_outputs_than_the_soup_is_refused(pools, tmp_path, m
     def wrong(network, folder):
         write(network, folder)
         state = load_file(folder / "model.safetensors")
-        save_file(state | {"head.bias": state["head.bias"] + 0.01}, folder / "model.safetensors", {"format": "pt"})
+        state["head.bias"][0] += 0.01  # of one class; the other outputs are the soup's
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(to_timm, "write", wrong)
     with pytest.raises(UserError, match=r"its outputs differ by 0\.01"):

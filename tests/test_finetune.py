@@ -12,7 +12,7 @@ from PIL import Image
 from configs.chance import seed_globals
 from configs.errors import UserError
 from configs.schema import load
-from configs.training import Augment, Distill, Regularizer
+from configs.training import Augment, Distill, Regularizer, Swa
 from eval.forward import Evaluator
 from finetune.data import TrainingBatches, augmentation, epoch_order, mixed_batch
 from finetune.dist import DivergedError, LateLosses
@@ -95,6 +95,12 @@ def test_a_sample_looks_different_in_another_epoch_and_under_a_stronger_augmenta
     assert not torch.equal(first[0], later[place % 8])
 
 
+def test_an_epoch_that_the_steps_cut_short_is_one(config):
+    length = Length.of(replace(config.optim, batch_size=4, steps=7), 12)
+    assert (length.steps_per_epoch, length.epochs) == (3, 3)
+    assert Length.of(replace(config.optim, batch_size=4, steps=6), 12).epochs == 2
+
+
 def test_the_crop_keeps_the_share_that_it_says():
     # A picture of one white quarter: a crop of at least 0.9 of the area keeps its share near a quarter.
     image = Image.fromarray(np.kron([[255, 0], [0, 0]], np.ones((32, 32))).astype(np.uint8)).convert("RGB")
@@ -143,16 +149,19 @@ def test_an_interrupted_run_ends_with_the_same_bits(config, train, tmp_path):
             raise KilledError
 
     names, often = class_names(config.task), replace(config.compute, save_every=2)
-    whole = pretrained(config.model, names)
-    run(whole, train, config, tmp_path / "whole", mixup=0.3)
+    same = {"mixup": 0.3, "regularizer": Regularizer(ema=(0.9,), swa=Swa(start=0.0, every=1))}
+    whole = run(pretrained(config.model, names), train, config, tmp_path / "whole", **same)
     with pytest.raises(KilledError):
-        run(pretrained(config.model, names), train, config, tmp_path / "cut", mixup=0.3, compute=often, after_step=die)
-    resumed = pretrained(config.model, names)
+        run(pretrained(config.model, names), train, config, tmp_path / "cut", compute=often, after_step=die, **same)
     steps = []
-    run(resumed, train, config, tmp_path / "cut", mixup=0.3, compute=often, after_step=steps.append)
+    resumed = run(
+        pretrained(config.model, names), train, config, tmp_path / "cut", compute=often, after_step=steps.append, **same
+    )
     assert steps[0] == 5  # the state after step 4 was kept
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert whole.weights.keys() == resumed.weights.keys() == {"raw", "ema_0.9", "swa"}
+    for kind, weights in whole.weights.items():
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, resumed.weights[kind][name]), (kind, name)
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
 
 

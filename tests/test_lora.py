@@ -135,6 +135,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(adapters, options, words):
 def test_one_scaling_per_adapter_is_needed_and_adapters_of_another_kind_have_none():
     with pytest.raises(ValueError, match="a scaling"):
         soup_lora([adapter(0), adapter(1)], [1.0])
+    assert scaling_of({"r": 16, "lora_alpha": 32, "use_rslora": True}) == 32 / 4  # the root of the rank
     with pytest.raises(ValueError, match="use_dora"):
         scaling_of({"r": 8, "lora_alpha": 8, "use_dora": True})
 

@@ -189,6 +189,9 @@ def test_it_separates_what_is_separable_and_chooses_on_held_out(tmp_path):
     assert {c for c, _ in probe.tried} == {1e-6, 10}
     opposite = linear_probe((features, labels), (features, labels.roll(1)), 5, [1e-6, 10], tmp_path)
     assert dict(opposite.tried) != dict(probe.tried)
+    equals = linear_probe((features, labels), (features, labels), 5, [10, 1], tmp_path)
+    assert equals.tried[0][1] == equals.tried[1][1]
+    assert equals.c == 1  # the smallest
 
 
 def test_a_class_without_examples_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soups.average import Average
@@ -188,6 +188,7 @@ def test_greedy_with_replacement_takes_the_model_that_is_better_alone_when_two_h
     assert soup.mixing == (1.0,)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.5, 1.5, width=32), min_size=1, max_size=6))
 def test_greedy_with_replacement_is_never_below_the_best_model(values):
     held_out = [closeness_to_one({"w": torch.tensor([v])}) for v in values]
@@ -245,6 +246,7 @@ def test_greedy_refuses_scores_that_do_not_belong_to_the_models():
         greedy([model(1.0)], [0.5, 0.5], closeness_to_one)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40), st.randoms())
 def test_the_mean_is_the_float64_mean_rounded_once_in_any_order(values, random):
     expected = torch.tensor(values, dtype=torch.float64).mean()

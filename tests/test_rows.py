@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 from dataclasses import field, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,13 @@ from configs.training import (
     Regularizer,
     Sam,
     Swa,
+    Sweep,
     ZeroOrUniform,
     closed,
 )
 from eval.forward import Evaluator
 from eval.pool import model_folders
-from finetune.rows import differing, print_rows
+from finetune.rows import cell, differing, print_rows
 from finetune.start import other_head, refuse_other_data
 from finetune.sweep import train_sweep
 from finetune.train import train_row
@@ -84,6 +86,24 @@ def test_adding_a_field_or_a_row_moves_no_other_draw():
         assert {field: new[field] for field in old} == old
 
 
+def test_each_field_of_a_row_has_a_draw_of_its_own():
+    config = load("demo")
+    law = config.sweep.draw["optim"]["lr"]
+    alike = replace(config.sweep, draw={"optim": {"lr": law, "weight_decay": law}})
+    both = draw(replace(config, sweep=alike), 1)
+    assert both["optim.lr"] == draw(config, 1)["optim.lr"] != both["optim.weight_decay"]
+
+
+def test_a_grid_has_a_row_for_every_combination_with_each_line_of_a_list():
+    listed = ({"optim": {"lr": 1e-3}}, {"optim": {"lr": 1e-2}})
+    sweep = Sweep(listed=listed, grid={"optim": {"mixup": (0.0, 0.5), "seed": (0, 1)}})
+    assert sweep.size == 8
+    rows = [draw(replace(load("demo"), sweep=sweep), row) for row in range(1, 9)]
+    assert [(row["optim.lr"], row["optim.mixup"], row["optim.seed"]) for row in rows] == list(
+        product((1e-3, 1e-2), (0.0, 0.5), (0, 1))
+    )
+
+
 def test_rows_and_seeds_differ_and_row_0_is_the_initialisation():
     config = load("demo")
     other = replace(config, sweep=replace(config.sweep, seed=1))
@@ -108,6 +128,8 @@ def test_a_row_is_identified_by_what_changes_its_weights_and_by_nothing_else():
     assert identity(config, 3) != identity(load("demo", "optim.clip_norm=2"), 3)
     assert identity(config, 0) == identity(load("demo", "optim.clip_norm=2"), 0)
     assert identity(config, 3) != identity(load("demo", "sweep.seed=5"), 3)
+    alike = load("demo_seeds_only")  # rows that differ by their random stream alone
+    assert identity(alike, 3) != identity(replace(alike, sweep=replace(alike.sweep, seed=5)), 3)
     assert identity(config, 3) == identity(load("demo", "task.shifts=[v2]", "+task.metrics.test=macro_f1"), 3)
     assert identity(config, 3) != identity(load("demo", "task.held_out=v2", "task.shifts=[r]"), 3)
     texts = load("demo_text")
@@ -412,6 +434,7 @@ def test_the_list_of_rows_has_the_settings_that_differ_and_no_others():
     assert names == ["optim.seed", "regularizer.sam"]
     sam = {"rho": 0.05, "synchronised": True}
     assert values == [[0, None], [1, None], [0, sam], [1, sam]]
+    assert [cell(value) for value in (0, 0.0, None, False, sam)] == ["0", "0", "", "", "rho 0.05, synchronised"]
 
 
 def test_the_list_of_rows_is_not_cut_in_a_log_and_starts_with_the_initialisation():
