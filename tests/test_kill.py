@@ -18,6 +18,7 @@ ROOT = CONFIGS.parent
 KILLS = 20
 SETTINGS = ["experiment=demo_tiny", "sweep.rows=1", "~sweep.draw.optim.epochs", "optim.epochs=12"]
 SETTINGS += ["regularizer.ema=[0.9]", "augment=emoji_medium", "~sweep.draw.augment"]
+SETTINGS += ["task.classes=10", "optim.batch_size=8"]  # short steps
 FILES = ("weights.safetensors", "ema_0.9.safetensors", "metrics.jsonl")
 
 
@@ -60,7 +61,7 @@ def wait_for_state(runs, process):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_byte(undisturbed, tmp_path):
-    finish(tmp_path, 0)
+    shutil.copytree(folder(undisturbed, 0), folder(tmp_path, 0))
     killed = 0
     for attempt in range(KILLS):
         process = start(tmp_path, 1)
@@ -83,7 +84,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(undisturbed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
 def test_a_signal_ends_a_run_with_its_state_saved_and_the_next_one_goes_on(number, undisturbed, tmp_path):
-    finish(tmp_path, 0)
+    shutil.copytree(folder(undisturbed, 0), folder(tmp_path, 0))
     process = start(tmp_path, 1)
     wait_for_state(tmp_path, process)
     process.send_signal(number)
