@@ -241,8 +241,8 @@ def _explain(error: ValidationError, root: type) -> str:
         if problem["type"] == "unexpected_keyword_argument":
             near = nearest_setting(where, root)
             lines.append(f"{where}: there is no such setting" + (f"; near is {near}" if near else ""))
-        elif not where:  # about several settings, which it names
-            lines.append(problem["msg"].removeprefix("Value error, "))
+        elif not where or (problem["type"] == "value_error" and isinstance(problem["input"], dict)):
+            lines.append(problem["msg"].removeprefix("Value error, "))  # about several settings, which it names
         else:
             options = re.findall(r"'([^']*)'", problem["msg"]) if problem["type"] == "literal_error" else []
             close = nearest(str(problem["input"]), options, 1)

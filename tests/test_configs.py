@@ -482,7 +482,7 @@ def test_the_released_rows_are_the_authors_own():
 def test_a_wrong_setting_is_named(override, words):
     with pytest.raises(UserError, match=words.replace("[", r"\[")) as error:
         load("demo", override)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "{'" not in str(error.value)
 
 
 def test_a_drawn_field_can_be_fixed_by_taking_it_out_of_the_draw():
@@ -513,7 +513,7 @@ def test_an_entry_point_answers_a_wrong_setting_in_one_line(tmp_path):
     ]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
-    assert answer.stderr.startswith("error: bad config: task: Value error, each split has one role")
+    assert answer.stderr.startswith("error: bad config: each split has one role")
     assert len(answer.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
