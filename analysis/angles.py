@@ -28,7 +28,7 @@ from configs.schema import Experiment, dump
 from eval.forward import Evaluator
 from soups.conformance import Layout, common_layout
 from soups.experiment.pool import usable_pool
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.geometry import Geometry, geometry
 from soups.groups import layer_of
 from store.rows import row_config

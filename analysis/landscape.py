@@ -32,7 +32,7 @@ from soups.chance import uniform
 from soups.conformance import common_layout
 from soups.experiment.pool import usable_pool
 from soups.files.atomic import digest_of
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.geometry import geometry
 from soups.scorers.metrics import score
 from store.arrays import cached_array

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from soups.files.checkpoints import Checkpoint, open_checkpoint
+from soups.files.checkpoints import Checkpoint
 from soups.files.dtypes import FLOATS, STORED
+from soups.files.opening import open_checkpoint
 from soups.files.tensors import DTYPES
 
 LEFTOVERS = {  # of the text tower, which the wrapper keeps and never calls

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from soups.averaging import Averaging, Models, by_tensor, open_pool, writer
 from soups.errors import UserError
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.heldout import HeldOut
 from soups.journal import Journal

@@ -11,9 +11,9 @@ from soups.checks import refuse_unsuitable
 from soups.conformance import common_layout
 from soups.errors import UserError
 from soups.files.atomic import replacing
-from soups.files.checkpoints import opened
 from soups.files.dtypes import OutputDtype
 from soups.files.folders import is_adapter
+from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.mean import Mixing, average_files
 from soups.merging import Merging

@@ -13,9 +13,10 @@ import numpy as np
 
 from soups.averaging import Averaging, average, writer
 from soups.files.atomic import replacing
-from soups.files.checkpoints import PICKLED, Checkpoint, opened
+from soups.files.checkpoints import PICKLED, Checkpoint
 from soups.files.dtypes import STORED
 from soups.files.folders import ADAPTER
+from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.folder import WEIGHTS, companions
 from soups.sources import Pool

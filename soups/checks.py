@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from soups.conformance import Layout, common_layout
 from soups.errors import UserError
-from soups.files.checkpoints import BLOCK, Checkpoint, content_digest, hash_tensor, opened
+from soups.files.checkpoints import BLOCK, Checkpoint, content_digest, hash_tensor
 from soups.files.dtypes import FLOATS, STORED, widen
+from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, medians_of_others
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from soups.averaging import Models, by_tensor, open_pool, writer
 from soups.errors import UserError
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.heldout import HeldOut
 from soups.mean import Mixing
 from soups.scores import digests_of

@@ -20,8 +20,9 @@ from rich.table import Table
 from soups.checks import looked_through
 from soups.conformance import common_layout
 from soups.errors import UserError
-from soups.files.checkpoints import Checkpoint, alike, open_checkpoint
+from soups.files.checkpoints import Checkpoint
 from soups.files.names import short_names
+from soups.files.opening import alike, open_checkpoint
 from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, Geometry, geometry, medians_of_others
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from soups.card import Card, interval
 from soups.files.atomic import write_json
-from soups.files.checkpoints import BLOCK, Checkpoint, Entry, open_checkpoint
+from soups.files.checkpoints import BLOCK, Checkpoint, Entry
 from soups.files.dtypes import FLOATS, STORED
 from soups.files.folders import INDEX
+from soups.files.opening import open_checkpoint
 from soups.files.streamed import streamed
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soups.errors import UserError
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.scoring import Metric, Scorer
 from soups.sources import Pool
 

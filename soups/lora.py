@@ -20,9 +20,9 @@ from soups.card import Card
 from soups.checks import looked_through
 from soups.errors import UserError
 from soups.files.atomic import digest_of, replacing_folder, write_json
-from soups.files.checkpoints import opened
 from soups.files.folders import ADAPTER
 from soups.files.names import short_names
+from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.files.tensors import LazyWeights
 from soups.files.weights import Weights

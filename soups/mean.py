@@ -38,12 +38,12 @@ from soups.files.checkpoints import (
     content_digest,
     digest_file,
     hash_tensor,
-    opened,
     sample,
     tensor_digests,
 )
 from soups.files.dtypes import FLOATS, STORED, OutputDtype, round_once, widen
 from soups.files.names import short_names
+from soups.files.opening import opened
 from soups.files.reading import COUNTERS, Reading
 from soups.files.streamed import streamed
 from soups.record import FORMAT, NO_DIGEST, FileSoup, Ingredient, Record, check_of, versions

@@ -19,7 +19,7 @@ from soups.averaging import Averaging
 from soups.candidates import Candidate
 from soups.checks import looked_through
 from soups.errors import UserError
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.journal import Journal
 from soups.ranks import from_first, spread, this_rank
 from soups.scoring import Scored, Scorer, key_of

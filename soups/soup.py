@@ -11,8 +11,9 @@ from soups.averaging import Writer
 from soups.candidates import write_pickled
 from soups.errors import UserError
 from soups.files.atomic import replacing_folder, write_json
-from soups.files.checkpoints import PICKLED, opened
+from soups.files.checkpoints import PICKLED
 from soups.files.folders import ADAPTER
+from soups.files.opening import opened
 from soups.folder import WEIGHTS, complete
 from soups.record import record_beside
 from soups.scoring import Gain

@@ -13,16 +13,9 @@ from pathlib import Path
 
 from soups.errors import UserError
 from soups.files.atomic import read_json
-from soups.files.checkpoints import (
-    PICKLED,
-    Checkpoint,
-    Entry,
-    digest_file,
-    open_checkpoint,
-    opened,
-    tensor_digests,
-)
+from soups.files.checkpoints import PICKLED, Checkpoint, Entry, digest_file, tensor_digests
 from soups.files.folders import ADAPTER, INDEX, is_adapter
+from soups.files.opening import open_checkpoint, opened
 from soups.files.reading import COUNTERS, Reading
 from soups.mean import STATISTICS, average_files
 from soups.merging import Merging

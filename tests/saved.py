@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from soups.files.checkpoints import INDEX
+from soups.files.folders import INDEX
 
 
 def save(folder, name, state, how="safetensors"):

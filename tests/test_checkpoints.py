@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from soups.files.checkpoints import INDEX, digest_file, opened
+from soups.files.checkpoints import digest_file
+from soups.files.folders import INDEX
+from soups.files.opening import opened
 from soups.mean import average_files
 from tests.saved import save
 

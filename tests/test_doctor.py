@@ -15,7 +15,7 @@ from soups import geometry as geometry_module
 from soups.barriers import midpoint_barriers
 from soups.conformance import common_layout
 from soups.doctor import examine, read_scores, show
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.geometry import geometry
 from tests.commands import python

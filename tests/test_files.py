@@ -18,8 +18,10 @@ from configs.errors import UserError
 from soups import mean as files_module
 from soups.average import Average
 from soups.files import checkpoints
-from soups.files.checkpoints import INDEX, digest_file, opened
+from soups.files.checkpoints import digest_file
 from soups.files.dtypes import round_once
+from soups.files.folders import INDEX
+from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.mean import average_files
 from soups.verify import verify

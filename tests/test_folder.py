@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForSequenceClassification, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from soups.card import interval
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.folder import complete
 from soups.made_up import make_hugging_face, make_open_clip
 from soups.mean import average_files

@@ -26,7 +26,7 @@ from configs.schema import load
 from eval.forward import Evaluator
 from eval.metrics import nll
 from soups.conformance import common_layout
-from soups.files.checkpoints import opened
+from soups.files.opening import opened
 from soups.geometry import geometry
 from store.runs import RunFolder
 from tests.commands import python

@@ -57,6 +57,35 @@ def test_nobody_imports_an_entry_point_or_a_whole_stage(path):
         assert name not in ("eval", "soups", "finetune", "analysis"), f"import a part of {name}, not {name}"
 
 
+def does_not_run_on_import(node: ast.AST) -> bool:
+    """Whether it is what a module does as a command, or what type checkers alone read."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+
+
+def files_that_it_needs(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the project that a file imports, at its top or later."""
+    nodes, needed = [ast.parse(path.read_text())], set()
+    while nodes:
+        node = nodes.pop()
+        nodes += [child for child in ast.iter_child_nodes(node) if not does_not_run_on_import(child)]
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in known else node.module for name in whole]
+        needed |= {name for name in names if name in known}
+    return needed
+
+
+def test_no_files_import_each_other_in_a_circle():
+    known = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    needs = {name: files_that_it_needs(path, known) for name, path in known.items()}
+    while free := [name for name, others in needs.items() if not others]:
+        for name in free:
+            del needs[name]
+        needs = {name: others - set(free) for name, others in needs.items()}
+    assert not needs  # what is left is a circle, or needs one
+
+
 def test_no_folder_hides_a_hugging_face_package():
     assert not (ROOT / "datasets").exists()
     assert not (ROOT / "evaluate").exists()

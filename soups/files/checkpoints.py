@@ -1,15 +1,15 @@
-"""Readers of weight files, block by block into the caller's buffer: memory does not depend on the size of a file.
+"""A weight file, read block by block into the caller's buffer: memory does not depend on its size.
 
-Read are: safetensors; checkpoints of torch.save, never executing a pickle; shards of either, named by their index json
-or by its folder; models of the Hugging Face hub. What a file is, its first bytes say. A block of a tensor is read with
-preadv into a reused buffer, since a page of a memory map costs a fault each time it is first touched.
+A block of a tensor is read with preadv into a reused buffer, since a page of a memory map costs a fault each time it is
+first touched. Here are .safetensors; `soups.files.pickled` reads checkpoints of torch.save, and `soups.files.opening`
+says which of them a file is.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from soups.errors import UserError
 from soups.files.dtypes import STORED
-from soups.files.folders import HUB, INDEX, from_hub, in_folder, is_shard
-from soups.files.reading import Reading, only_here, without_wrappers
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 BLOCK = 1 << 18  # elements read at once: the buffers of a block stay in the processor's cache
@@ -199,7 +197,7 @@ def pread(path: Path, name: str, descriptor: int, offset: int, view: memoryview)
         done += count
 
 
-def _recorded_ties(metadata: dict[str, str], names: set[str]) -> dict[str, str]:
+def recorded_ties(metadata: dict[str, str], names: set[str]) -> dict[str, str]:
     """Tied names that are not stored: `{name: stored name}`, as safetensors.torch.save_model and our soups write."""
     pairs: dict[str, Any] = dict(metadata)
     with suppress(ValueError, KeyError, TypeError):  # no soup, or somebody else's
@@ -211,122 +209,18 @@ def _recorded_ties(metadata: dict[str, str], names: set[str]) -> dict[str, str]:
     }
 
 
-def _open_safetensors(path: Path, stack: ExitStack) -> Checkpoint:
+def open_safetensors(path: Path, stack: ExitStack) -> Checkpoint:
+    """Open a .safetensors, which is closed with `stack`; raises UserError where it is truncated or damaged."""
     descriptor = os.open(path, os.O_RDONLY)
     stack.callback(os.close, descriptor)
     header, start = _header(path, descriptor)
     metadata = _metadata(path, header)
     found = _offsets(path, header, start, os.fstat(descriptor).st_size)
     places = {name: (path, descriptor, place) for name, (_, place) in found.items()}
-    ties = _recorded_ties(metadata, set(found))
+    ties = recorded_ties(metadata, set(found))
     entries = {name: entry for name, (entry, _) in found.items()}
     fill = partial(_pread, places)
     return Checkpoint(path, entries, ties, fill, metadata=metadata, absent=frozenset(ties))
-
-
-def _open_index(index: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged or not an index of shards ({type(error).__name__}: {error})") from None
-    outside = [name for name in shards if Path(name).name != name]
-    if outside:
-        raise UserError(f"{index} names a shard outside its folder: {outside[0]!r}")
-    missing = [name for name in shards if not (index.parent / name).exists()]
-    if missing:
-        raise UserError(f"{index}: its shard {missing[0]} is missing")
-    checkpoint = _together(index, [_open_file(index.parent / name, stack, reading) for name in shards])
-    unlike = sorted(listed.keys() ^ (set(checkpoint.names) - checkpoint.absent))
-    if unlike:
-        where = "the index but in no shard" if unlike[0] in listed else "a shard but not in the index"
-        raise UserError(f"{index}: tensor {unlike[0]!r} is in {where}")
-    return checkpoint
-
-
-def _together(path: Path, shards: Sequence[Checkpoint]) -> Checkpoint:
-    """The shards of one model as one checkpoint."""
-    place: dict[str, Checkpoint] = {}
-    metadata: dict[str, str] = {}
-    ties: dict[str, str] = {}
-    for shard in shards:
-        metadata |= shard.metadata
-        for name in (name for name in shard.names if name not in shard.absent):
-            if name in place:
-                raise UserError(f"{shard.path}: tensor {name!r} stands in {place[name].path.name} too")
-            place[name] = shard
-        ties |= {name: kept for name, kept in shard.ties.items() if name not in shard.absent}
-    recorded = _recorded_ties(metadata, set(place))
-    entries = {name: shard.entries[name] for name, shard in sorted(place.items()) if name in shard.entries}
-
-    def fill(name: str, offset: int, view: memoryview) -> None:
-        place[name].fill(name, offset, view)
-
-    return Checkpoint(path, entries, ties | recorded, fill, metadata=metadata, absent=frozenset(recorded))
-
-
-def _open_file(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
-    """A file of weights, told by its first bytes where its name does not say what it is."""
-    if path.suffix == ".json":
-        return _open_index(path, stack, reading)
-    with path.open("rb") as file:
-        first = file.read(9)
-    if first == b"version h":  # of https://git-lfs.github.com/spec/v1
-        raise UserError(f"{path} is a Git LFS pointer, not the weights: git lfs pull fetches them")
-    if not first:
-        raise UserError(f"{path} is empty: copy or download it again")
-    if path.suffix == ".safetensors" or (first[8:] == b"{" and path.suffix not in PICKLED):
-        if reading.key is not None:
-            raise UserError(f"{path} has no keys, so --key {reading.key} means nothing in it")
-        return _open_safetensors(path, stack)
-    if path.suffix in PICKLED or first.startswith((b"PK\x03\x04", b"\x80\x02")):
-        from soups.files.pickled import open_pickled  # noqa: PLC0415  # it imports this module's Checkpoint
-
-        return open_pickled(path, stack, reading)
-    raise UserError(f"{path}: not a weight file; known are .safetensors, {INDEX} and {' '.join(PICKLED)}")
-
-
-def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Reading | None = None) -> Checkpoint:
-    """Open a weight file, an index of shards, a folder that holds one of them, or hf:org/model; closed with `stack`.
-
-    Args:
-        source: one that is open already is given back.
-        stack: closes what is opened.
-        reading: which weights of it, and whether names keep those of wrappers.
-
-    Raises:
-        UserError: missing, truncated, damaged, not weights, or a kind of tensor that cannot be averaged.
-    """
-    if isinstance(source, Checkpoint):
-        return source
-    reading, path = reading or Reading(), source
-    try:
-        if str(path).startswith(HUB):
-            path = from_hub(str(path))
-        if path.is_dir():
-            path = in_folder(path)
-        elif is_shard(path):
-            raise UserError(f"{path} is one shard of a model: name its folder, or the index of the shards")
-        found = supported(_open_file(path, stack, reading))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    return found if reading.as_stored else renamed(found, without_wrappers(found.names, inside=found.unwrapped != ""))
-
-
-def alike(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The checkpoints of a pool, without the `model.` before all names of some of them alone."""
-    changes = only_here([checkpoint.names for checkpoint in checkpoints])
-    return [renamed(checkpoint, names) for checkpoint, names in zip(checkpoints, changes, strict=True)]
-
-
-@contextmanager
-def opened(sources: Sequence[Path | Checkpoint], reading: Reading | None = None) -> Iterator[list[Checkpoint]]:
-    """Several weight files of one pool, open while the block lasts."""
-    with ExitStack() as stack:
-        found = [open_checkpoint(source, stack, reading) for source in sources]
-        yield found if reading is not None and reading.as_stored else alike(found)
 
 
 def hash_tensor() -> "xxhash.xxh3_128":

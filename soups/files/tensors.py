@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soups.errors import UserError
-from soups.files.checkpoints import Checkpoint, Entry, open_checkpoint, supported
+from soups.files.checkpoints import Checkpoint, Entry, supported
 from soups.files.dtypes import STORED
+from soups.files.opening import open_checkpoint
 from soups.files.pickled import KINDS
 from soups.files.reading import Reading
 

@@ -15,7 +15,8 @@ from configs.errors import UserError
 from models.released import LEFTOVERS, check_released, convert
 from soups.experiment.released.fetch import Download, fetch_all
 from soups.files.atomic import read_json, write_json
-from soups.files.checkpoints import digest_file, open_checkpoint
+from soups.files.checkpoints import digest_file
+from soups.files.opening import open_checkpoint
 from soups.files.weights import save_weights
 from store.runs import sole_writer
 
