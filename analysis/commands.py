@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.artefacts import ARTEFACTS, DRAWN, draw, measured_files, named, paper_numbers, parts_of
+from analysis.ending import reminder, verdict
 from analysis.page.write import write_report
 from analysis.released import published_instead, write_instead
 from analysis.report import analyse
@@ -19,15 +20,17 @@ from store.staging import staged
 from store.workers import use_threads
 
 
-def tables(config: Experiment) -> tuple[Path, ...]:
-    """Analyse the experiment, or its replicates and then all of them together."""
+def tables(config: Experiment) -> tuple[list[Path], list[str]]:
+    """Analyse the experiment, or its replicates and then all of them together; what came out, in sentences, too."""
     if published_instead(config):
-        return tuple(write_instead(config))
-    if not config.replicates:
-        return analyse(config).files
+        return write_instead(config), []
     reports = {seed: analyse(replicate(config, seed)) for seed in config.replicates}
-    files = tuple(file for report in reports.values() for file in report.files)
-    return files + over_seeds(config, {seed: report.tidy for seed, report in reports.items()}).files
+    if config.replicates:
+        whole = over_seeds(config, {seed: report.tidy for seed, report in reports.items()})
+    else:
+        whole = analyse(config)
+    files = [file for report in (*reports.values(), whole) for file in report.files]
+    return files, [*verdict(config, whole.tidy), *filter(None, [reminder(config)])]
 
 
 def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> list[Path]:
@@ -88,8 +91,8 @@ def analyse_all(config: Experiment) -> None:
     use_threads(config.cluster.threads)
     parts = [staged(part) for part in cli.parts_of(config, sys.argv[1:])]
     if config.artefact is not None:
-        files = artefacts(config, parts, Console(width=None if sys.stdout.isatty() else 110))
-    else:
-        files = [file for part in parts for file in tables(part)]
-    for file in files:
-        print(file)
+        print(*artefacts(config, parts, Console(width=None if sys.stdout.isatty() else 110)), sep="\n")
+        return
+    for part in parts:
+        files, sentences = tables(part)
+        print(*files, *sentences, sep="\n")

@@ -75,6 +75,7 @@ def test_folders_of_images_go_through_every_stage(settings):
     ended = run("-m", "analysis", *by_f1)
     assert ended.returncode == 0, ended.stderr
     assert "figure1.pdf" not in ended.stdout
+    assert "over the best single model: " in ended.stdout.splitlines()[-1]
     other = pd.read_csv(folder / "runs/own_images/analysis/table3.csv").set_index(["method", "column"])
     assert set(other.index.get_level_values("column")) == {"test"}
     accuracy = table.set_index(["method", "column"]).loc[other.index, "accuracy"]
