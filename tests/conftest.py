@@ -4,6 +4,7 @@ import multiprocessing.spawn
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,16 @@ from xdist.scheduler import LoadFileScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOM = 6 * 10**9  # bytes; all tests at once have been seen to hold 3.8e9
 ROOT = Path(__file__).resolve().parents[1]
-IN_RUNS = {"finetune", "eval", "soups", "analysis", "slurm.status", "slurm.retry", "reproduce.py"}  # commands
+IN_RUNS = {
+    "finetune",
+    "eval",
+    "soups",
+    "analysis",
+    "slurm.status",
+    "slurm.retry",
+    "reproduce.py",
+    "tasks.check",
+}  # commands
 
 
 class OneCluster(LoadFileScheduling):
@@ -47,7 +57,8 @@ def reads_the_clones_runs(words, cwd):
     if isinstance(words, str | bytes | os.PathLike) or Path(cwd or Path.cwd()).resolve() != ROOT:
         return False
     typed = [str(word) for word in words]
-    if "--help" in typed or not any(word.startswith("experiment=") for word in typed):
+    of_data = "tasks.check" in typed and any(word.startswith("task.folder=") for word in typed)  # keeps its lists there
+    if "--help" in typed or not (of_data or any(word.startswith("experiment=") for word in typed)):
         return False
     return not IN_RUNS.isdisjoint(typed) and not any(word.startswith("paths.runs=") for word in typed)
 
@@ -60,6 +71,14 @@ def quick_workers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing.spawn, "get_executable", lambda: os.fsencode(python()))
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_path():
+    """Where modules are found is as it was after each test: a score `module:function` adds the folder that it is in."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture

@@ -441,7 +441,7 @@ def run_check(*typed):
 
 def test_a_check_needs_no_experiment_and_ends_with_ok_or_one_line(tmp_path):
     SAVED["dtd"](tmp_path / "data")
-    small = ("task=dtd", f"task.folder={tmp_path / 'data'}", "task.num_classes=2")
+    small = ("task=dtd", f"task.folder={tmp_path / 'data'}", "task.num_classes=2", f"paths.runs={tmp_path / 'runs'}")
     good = run_check(*small, "task.counts=null")
     assert (good.returncode, good.stderr) == (0, "")
     assert good.stdout.splitlines()[-1] == "OK: 3 splits"
@@ -472,6 +472,7 @@ def test_a_task_of_texts_is_checked_whatever_model_reads_it(tmp_path):
         lines = [f"{label}\t{split} says {label} {i}" for label in ("no", "yes") for i in range(4)]
         (tmp_path / f"{split}.tsv").write_text("\n".join(["label\ttext", *lines]) + "\n")
     words = ("task=sentences", f"task.folder={tmp_path}", "task.num_classes=2", "task.options=[no,yes]")
+    words += (f"paths.runs={tmp_path / 'runs'}",)
     answer = run_check(*words, "task.template='{text}'", "task.held_out_share=0.3")
     assert (answer.returncode, answer.stderr) == (0, "")
     assert answer.stdout.splitlines()[-1] == "OK: 3 splits"
