@@ -93,7 +93,8 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     record = record_of(soup)
     paths, problems = find(record, folder, soup)
     if problems:
-        return f"of its ingredients in {folder}, " + ", ".join(problems)
+        elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""
+        return f"of its ingredients in {folder}, {', '.join(problems)}{elsewhere}"
     with tempfile.TemporaryDirectory() as temporary:
         again = Path(temporary) / "soup.safetensors"
         if "lora" in record.note:

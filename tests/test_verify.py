@@ -53,7 +53,8 @@ def test_ingredients_are_found_by_content_wherever_they_are_and_however_they_are
     other.mkdir()
     for i in range(3):
         (pool / f"m{i}.safetensors").rename(other / f"renamed{i}.safetensors")
-    assert "m0.safetensors is missing" in verify(pool / "soup.safetensors")
+    problem = verify(pool / "soup.safetensors")
+    assert "m0.safetensors is missing" in problem and problem.endswith("; --folder DIR says where they are")
     assert verify(pool / "soup.safetensors", other) == ""
     with pytest.raises(UserError, match="is not a folder"):
         verify(pool / "soup.safetensors", pool / "nowhere")
