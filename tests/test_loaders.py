@@ -452,6 +452,11 @@ def test_a_check_needs_no_experiment_and_ends_with_ok_or_one_line(tmp_path):
     assert "labels/train1.txt has 2 images, but split 'train' has 1,880" in bad.stderr
 
 
+def test_a_test_whose_check_would_keep_its_lists_in_the_clones_runs_fails():
+    with pytest.raises(AssertionError, match=r"without paths\.runs it works in the clone's"):
+        run_check("task=dtd", "task.folder=nowhere")
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
