@@ -12,7 +12,7 @@ from analysis.predictions import read_pools
 from analysis.tables import NAMES, write_cells
 from configs.errors import UserError
 
-POOLS = ("demo72", "evidence_fold1", "evidence_fold2", "evidence_fold3", "evidence_fold4")
+POOLS = ("demo72", "demo72_fold1", "demo72_fold2", "demo72_fold3", "demo72_fold4")
 SHIFTS = ("v2", "r", "sketch", "objectnet", "a")
 UNSEEN = ("held_out", "test")  # either selects and the other reports
 RESAMPLES, SEED = 10_000, 0

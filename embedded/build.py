@@ -177,7 +177,7 @@ def learned_by_filter(dealt: list[Picture]) -> list[Picture]:
 
 
 def near_duplicates(files: Mapping[str, list[Picture]]) -> tuple[list[dict[str, object]], list[list[int]]]:
-    """One row for each near pair of a drawing that folds deal and any picture; and for each drawing, those it is near."""
+    """A row for each near pair of a drawing that folds deal and any picture; and for each drawing, those it is near."""
     stacks = {name: np.stack([p.pixels for p in pictures]) for name, pictures in files.items()}
     ours = files[DRAWINGS]
     rows: list[dict[str, object]] = []

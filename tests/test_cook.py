@@ -306,7 +306,7 @@ def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config,
     torch.testing.assert_close(logits_of(cooked, "test", evaluator), expected.float(), rtol=1e-5, atol=1e-5)
     assert len(set(cooked["betas"])) > 1
     on_held_out = logits_of(cooked, config.task.held_out, evaluator)
-    mixed = mix("calibrated_ensemble", usable_pool(config), evaluator, tmp_path, "", config.task.held_out)
+    mixed = mix("calibrated_ensemble", usable_pool(config), evaluator, tmp_path, "", split=config.task.held_out)
     torch.testing.assert_close(mixed.soup.weights["logits"], on_held_out, rtol=1e-5, atol=1e-5)
 
 

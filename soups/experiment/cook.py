@@ -99,10 +99,10 @@ def cook(name: str, evaluator: Evaluator, split: str | None = None) -> dict[str,
                 return cooked
             _clear(folder)
         try:
-            mixed = mix(name, pool, evaluator, folder, identity, split)
+            mixed = mix(name, pool, evaluator, folder, identity, split=split)
         except (UserError, ValueError) as error:
             raise UserError(f"recipe {name} on {RunFolder.of(config).root}: {error}") from None
-        cooked = _record(name, mixed, pool, evaluator, folder, split) | {"identity": identity}
+        cooked = _record(name, mixed, pool, evaluator, folder, split=split) | {"identity": identity}
         write_json(folder / "soup.json", cooked)
         (folder / "state.safetensors").unlink(missing_ok=True)
         return cooked
@@ -138,11 +138,11 @@ def cook_together(config: Experiment) -> None:
     if is_first:
         cook("greedy", evaluator)
     else:
-        mix("greedy", pool, evaluator, folder, identity, split)
+        mix("greedy", pool, evaluator, folder, identity, split=split)
 
 
 def _record(
-    name: str, mixed: Mixed, pool: list[Ingredient], evaluator: Evaluator, folder: Path, split: str
+    name: str, mixed: Mixed, pool: list[Ingredient], evaluator: Evaluator, folder: Path, *, split: str
 ) -> dict[str, Any]:
     """Write weights and coefficients, score the result on the split that selects; soup.json without its identity."""
     soup = mixed.soup
@@ -210,8 +210,9 @@ def logits_of(cooked: dict[str, Any], split: str, evaluator: Evaluator) -> torch
 def describe(cooked: dict[str, Any]) -> str:
     """One line about a soup or ensemble."""
     score, rows = cooked["held_out"], [member["row"] for member in cooked["ingredients"]]
+    chose = cooked["selected_on"]["split"].replace("_", "-")
     what = f"rows {', '.join(map(str, rows))}" if len(rows) < 9 else f"{len(rows)} models"
-    return f"{cooked['recipe']}: {cooked['selected_on']['split'].replace('_', '-')} {100 * score_of(score):.1f} % (n = {score['n']}), {what}"
+    return f"{cooked['recipe']}: {chose} {100 * score_of(score):.1f} % (n = {score['n']}), {what}"
 
 
 def summary(config: Experiment, recipes: tuple[str, ...]) -> str:

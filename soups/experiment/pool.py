@@ -298,7 +298,7 @@ RECIPES: dict[str, Callable[[Kitchen], Mixed]] = {
 }
 
 
-def mix(name: str, pool: list[Ingredient], evaluator: Evaluator, folder: Path, identity: str, split: str) -> Mixed:
+def mix(name: str, pool: list[Ingredient], evaluator: Evaluator, folder: Path, identity: str, *, split: str) -> Mixed:
     """Run one recipe.
 
     Args:
