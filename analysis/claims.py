@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from analysis.figures import SETTINGS, STYLE, save_with_numbers
 from analysis.predictions import read_pools
 from analysis.tables import NAMES, write_cells
 from configs.errors import UserError
@@ -196,8 +199,50 @@ def caption(pools: Sequence[str]) -> str:
     )
 
 
+def gain_by_pool(pools: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Claims 1 and 2 in each pool (over its classes) and in all: on, pool, difference, low, high; fractions."""
+    rows = []
+    for claim in CLAIMS[:2]:
+        for name, some in [*((name, {name: pool}) for name, pool in pools.items()), ("all pools", pools)]:
+            found = estimated(claim, some)
+            rows.append((claim.on, name, found.mean, found.low, found.high))
+    return pd.DataFrame(rows, columns=["on", "pool", "difference", "low", "high"])
+
+
+def gain_figure(rows: pd.DataFrame) -> Figure:
+    """What the greedy soup gains over the best single model in each pool, with 95 % intervals, beside the paper's.
+
+    Args:
+        rows: from `gain_by_pool`.
+    """
+    titles = {"test": "Test", "shifts": "Mean of the five shifts"}
+    paper = {claim.on: float(claim.paper) for claim in CLAIMS[:2]}
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(5.6, 0.9 + 0.24 * (len(rows) // 2 + 1)))
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (on, drawn) in zip(panels, rows.groupby("on", sort=False), strict=True):
+            for place, (_, row) in enumerate(drawn.iterrows()):
+                whole = row["pool"] == "all pools"
+                colour = STYLE["greedy"][1] if whole else "#555555"
+                axes.plot([100 * row["low"], 100 * row["high"]], [place, place], color=colour, lw=2.4 if whole else 1.2)
+                axes.plot(100 * row["difference"], place, "*" if whole else "o", color=colour, ms=9 if whole else 4)
+            axes.plot(paper[on], len(drawn), "D", color="#0072B2", ms=5)
+            axes.axvline(0, color="black", lw=0.8)
+            axes.set_title(titles[on], fontsize=8)
+            names = [f"fold {POOLS.index(name)}" if name in POOLS else name for name in drawn["pool"]]
+            axes.set_yticks(range(len(drawn) + 1), [*names, "paper, ImageNet"])
+        panels[0].invert_yaxis()
+        figure.supxlabel("greedy soup − best single model (points, 95 % intervals)", fontsize=8)
+        figure.tight_layout()
+        return figure
+
+
 def write_claims(folder: Path) -> list[Path]:
-    """Write claims.{md,tex,csv} into the folder that has the pools' tables of predictions; returns the files."""
+    """Write claims.{md,tex,csv} and claims_gain.{pdf,png,csv} into the folder with the pools' tables of predictions.
+
+    Raises:
+        UserError: no pool's table is there.
+    """
     pools = read_pools(folder, POOLS)
     if not pools:
         raise UserError(
@@ -205,4 +250,6 @@ def write_claims(folder: Path) -> list[Path]:
             f"then python -m analysis predictions experiment=demo72 paths.results={folder}"
         )
     rows = answers(pools)
-    return write_cells(table(rows), rows, folder / "claims", caption(list(pools)))
+    files = write_cells(table(rows), rows, folder / "claims", caption(list(pools)))
+    by_pool = gain_by_pool(pools)
+    return files + save_with_numbers(gain_figure(by_pool), by_pool, folder / "claims_gain")

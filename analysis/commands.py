@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.artefacts import ARTEFACTS, DRAWN, MEASURED, draw, measured_files, named, paper_numbers, parts_of
-from analysis.claims import write_claims
+from analysis.claims import POOLS, write_claims
 from analysis.ending import reminder, verdict
 from analysis.page.write import write_report
 from analysis.predictions import write_pool
 from analysis.released import published_instead, write_instead
 from analysis.report import analyse
 from analysis.seeds import over_seeds
-from analysis.subpools import write_subpools
+from analysis.subpools import write_pays, write_subpools
 from configs import cli
 from configs.errors import UserError
 from configs.schema import Experiment, replicate
@@ -92,7 +92,7 @@ def predictions_of_all(config: Experiment) -> None:
 def claims() -> None:
     """Answer the claims from the pools whose predictions are in results/measured."""
     files = write_claims(MEASURED)
-    print(files[0].read_text(), *files, sep="\n")
+    print(files[0].read_text(), *files, *write_pays(MEASURED, POOLS), sep="\n")
 
 
 def report_all(config: Experiment) -> None:

@@ -11,11 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from analysis.figures import SETTINGS, STYLE, save_with_numbers
 from analysis.report import publish
+from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.metrics import correct
@@ -44,6 +48,7 @@ class Subpool:
 
     kind: str
     number: int
+    share: float  # of the held-out images
     members: tuple[int, ...]
     held_out: tuple[int, ...]  # rows of the split
 
@@ -97,7 +102,7 @@ def subpools(config: Experiment, pool: Sequence[Ingredient], num_held_out: int) 
                 members = first_by_chance(among, size, config.sweep.seed, drawn_as, size, number)
                 chosen = round(share * num_held_out)
                 held_out = first_by_chance(range(num_held_out), chosen, config.sweep.seed, "held-out", number)
-                found.append(Subpool(kind, number, members, held_out))
+                found.append(Subpool(kind, number, share, members, held_out))
     return found
 
 
@@ -147,11 +152,79 @@ def described(config: Experiment, pool: Sequence[Ingredient], subpool: Subpool) 
         "kind": subpool.kind,
         "number": subpool.number,
         "models": len(subpool.members),
+        "share": subpool.share,
         "held_out": len(subpool.held_out),
         "epochs": sum(each.epochs for each in settings) / len(settings),
         "lr spread": rates.std(),  # standard deviation of log10
         "rows": " ".join(str(pool[place].row) for place in subpool.members),
     }
+
+
+TITLES = {  # (kind, models, share of held-out), in the order of the figure
+    ("any", 12, 1.0): "12 models",
+    ("any", 24, 1.0): "24 models",
+    ("short trainings", 12, 1.0): "12 of the third trained shortest",
+    ("long trainings", 12, 1.0): "12 of the third trained longest",
+    ("near learning rates", 12, 1.0): "12 of the third with near rates",
+    ("few held-out", 12, 0.5): "12 models, half of held-out",
+    ("few held-out", 12, 0.25): "12 models, a quarter of held-out",
+    ("few held-out", 12, 0.125): "12 models, an eighth of held-out",
+}
+
+
+def pays(lines: pd.DataFrame) -> pd.DataFrame:
+    """What greedy soups of sub-pools gain over their best model: a line for each kind of sub-pool and column.
+
+    Args:
+        lines: of subpools.csv, of one or more pools.
+
+    Returns kind (in words), on (test or shifts), n, the mean gain and its quartiles, the shares of sub-pools that gain,
+    stay as they are (mostly since the soup is the best model) and lose, and the uniform soup's mean gain; fractions.
+    """
+    rows = []
+    for (kind, models, share), title in TITLES.items():
+        some = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
+        for on in ("test", "shifts"):
+            gain = some[f"greedy {on}"] - some[f"best {on}"]
+            row = {"kind": title, "on": on, "n": len(some), "mean": gain.mean()}
+            row |= {f"quartile {q}": gain.quantile(q / 4) for q in (1, 2, 3)}
+            row |= {"gain": (gain > 0).mean(), "same": (gain == 0).mean(), "lose": (gain < 0).mean()}
+            rows.append(row | {"uniform": (some[f"uniform {on}"] - some[f"best {on}"]).mean()})
+    return pd.DataFrame(rows)
+
+
+def figure_of(lines: pd.DataFrame) -> Figure:
+    """Every sub-pool's gain as a point, by kind, with their mean; test and the mean of the shifts side by side."""
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(6.4, 3.0))
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, on in zip(panels, ("test", "shifts"), strict=True):
+            for place, (kind, models, share) in enumerate(TITLES):
+                some = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
+                gain = 100 * (some[f"greedy {on}"] - some[f"best {on}"])
+                beside = [place + 0.5 * (uniform("beside", i) - 0.5) for i in range(len(gain))]
+                axes.scatter(gain, beside, s=6, color="#999999", linewidths=0)
+                axes.plot(gain.mean(), place, "*", color=STYLE["greedy"][1], ms=9)
+            axes.axvline(0, color="black", lw=0.8)
+            axes.set_title("Test" if on == "test" else "Mean of the five shifts", fontsize=8)
+            axes.set_yticks(range(len(TITLES)), list(TITLES.values()))
+        panels[0].invert_yaxis()
+        figure.supxlabel("greedy soup − best model of the sub-pool (points); stars: means", fontsize=8)
+        figure.tight_layout()
+        return figure
+
+
+def write_pays(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Write subpools_gain.{pdf,png,csv} from the sub-pools of the pools that are in a folder of results.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = [file for name in names if (file := folder / f"{name}_subpools.csv").exists()]
+    if not files:
+        raise UserError(f"{folder} has no <pool>_subpools.csv: python -m analysis predictions writes them")
+    lines = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    return save_with_numbers(figure_of(lines), pays(lines), folder / "subpools_gain")
 
 
 def write_subpools(config: Experiment, console: Console | None = None) -> list[Path]:

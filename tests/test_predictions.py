@@ -6,7 +6,7 @@ import torch
 
 from analysis import subpools as module
 from analysis.predictions import METHODS, models, predictions, write_pool
-from analysis.subpools import Subpool, candidates, measured, subpools, write_subpools
+from analysis.subpools import TITLES, Subpool, candidates, measured, pays, subpools, write_pays, write_subpools
 from configs.errors import UserError
 from configs.schema import load
 from eval.metrics import correct
@@ -120,7 +120,7 @@ def test_near_learning_rates_are_those_around_the_middle():
 
 def test_a_sub_pools_soups_are_those_of_its_models_and_are_found_again(pool, monkeypatch):
     config, members = pool.config, usable_pool(pool.config)
-    subpool = Subpool("any", 0, (1, 2, 4), tuple(range(0, len(pool.split("held_out")), 2)))
+    subpool = Subpool("any", 0, 0.5, (1, 2, 4), tuple(range(0, len(pool.split("held_out")), 2)))
     found = measured(config, subpool)
     rows = torch.tensor(subpool.held_out)
     labels = pool.split("held_out").labels[rows]
@@ -147,3 +147,32 @@ def test_all_sub_pools_come_in_one_table(pool, monkeypatch, in_process):
     assert table["kind"].tolist() == ["any", "any", "few held-out"] and set(table["models"]) == {2}
     assert table["held_out"].tolist() == [len(pool.split("held_out"))] * 2 + [len(pool.split("held_out")) // 2]
     assert table[["best test", "greedy shifts", "uniform held_out"]].notna().all().all()
+
+
+def lines_of_sub_pools():
+    rows = []
+    for kind, size, share in TITLES:
+        for number, (gain, of_uniform) in enumerate([(0.02, 0.01), (0.0, -0.02), (-0.01, -0.05), (0.03, 0.0)]):
+            row = {"kind": kind, "models": size, "share": share, "number": number}
+            for on in ("test", "shifts"):
+                row |= {f"best {on}": 0.5, f"greedy {on}": 0.5 + gain, f"uniform {on}": 0.5 + of_uniform}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_how_often_and_by_how_much_sub_pools_gain():
+    table = pays(lines_of_sub_pools())
+    assert len(table) == 16 and set(table["n"]) == {4}
+    row = table.iloc[0]
+    assert (row["kind"], row["on"]) == ("12 models", "test")
+    assert row["mean"] == pytest.approx(0.01) and row["uniform"] == pytest.approx(-0.015)
+    assert (row["gain"], row["same"], row["lose"]) == (0.5, 0.25, 0.25)
+
+
+def test_the_figure_of_sub_pools_has_its_numbers_beside_it(tmp_path):
+    lines_of_sub_pools().to_csv(tmp_path / "demo72_subpools.csv", index=False)
+    files = write_pays(tmp_path, ["demo72", "demo72_fold1"])
+    assert [file.name for file in files] == ["subpools_gain.pdf", "subpools_gain.png", "subpools_gain.csv"]
+    assert len(pd.read_csv(files[2])) == 16
+    with pytest.raises(UserError, match="python -m analysis predictions writes them"):
+        write_pays(tmp_path, ["another"])
