@@ -29,7 +29,13 @@ def small_network(folder):
     name, weights = "test_efficientnet.r160_in1k", folder / "network.safetensors"
     torch.manual_seed(0)
     save_weights(weights, timm.create_model(name).state_dict())
-    return ["model=timm", f"model.name={name}", f"model.weights={weights}", "model.image_size=64", "model.frozen_stages=0"]
+    return [
+        "model=timm",
+        f"model.name={name}",
+        f"model.weights={weights}",
+        "model.image_size=64",
+        "model.frozen_stages=0",
+    ]
 
 
 def record(config, row, digest, status="done"):
