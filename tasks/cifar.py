@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from configs.data import Task
+from configs.data import Cifar
 from configs.errors import UserError
 from tasks.files import ROOT, lines
 from tasks.parts import own_name, rows_of
@@ -74,7 +74,7 @@ def _arrays(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.in
     return images.transpose(0, 3, 1, 2), labels.astype(np.int64)
 
 
-def class_names(task: Task) -> tuple[str, ...]:
+def class_names(task: Cifar) -> tuple[str, ...]:
     """The names in the data set's own file, with spaces.
 
     Raises:
@@ -85,7 +85,7 @@ def class_names(task: Task) -> tuple[str, ...]:
     return tuple(name.replace("_", " ") for name in found)
 
 
-def load_split(task: Task, name: str) -> ImageSplit:
+def load_split(task: Cifar, name: str) -> ImageSplit:
     """One split in memory: train or test of the binary version, or of CIFAR-10.1, as `task.folders` calls it.
 
     Held-out is drawn by the place of an image in its files.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import ImageFiles
 from configs.errors import UserError
 from tasks.content import content_digest, is_data, read_file
 from tasks.kept import Found, kept
@@ -192,7 +192,7 @@ def _found(listed: Listed) -> Found:
     return Found({"sizes": np.array(sizes, dtype=np.int64)}, [listed.root / parent for parent in folders])
 
 
-def listed_split(task: Task, name: str, lists: Lists) -> ImageSplit:
+def listed_split(task: ImageFiles, name: str, lists: Lists) -> ImageSplit:
     """One split of a data set whose own files list its images.
 
     Held-out is a split of its own, or a part of train. The digest is that of `content_digest`: the same on every

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from configs.data import Task
+from configs.data import ImageTable
 from configs.errors import UserError
 from tasks.files import ROOT, Listed, Lists, label_of
 from tasks.image_folder import in_order
@@ -34,7 +34,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     return table
 
 
-def _lines(task: Task, own: str) -> tuple[Path, pd.DataFrame]:
+def _lines(task: ImageTable, own: str) -> tuple[Path, pd.DataFrame]:
     """The table of a split, and its lines there.
 
     Args:
@@ -66,7 +66,7 @@ def _lines(task: Task, own: str) -> tuple[Path, pd.DataFrame]:
     return path, mine
 
 
-def lists(task: Task) -> Lists:
+def lists(task: ImageTable) -> Lists:
     """How the tables of a task say what is in it.
 
     Classes are the labels of train, by name, or numbers as numbers. Paths are relative to `task.folder`.

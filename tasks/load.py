@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import ImageFiles, Sentences, Task
 from configs.errors import UserError
 from tasks import annotations, cars, cifar, glue, image_folder, image_table, listings, parquet, wilds
 from tasks.emoji.load import class_names as emoji_class_names
@@ -25,22 +26,24 @@ from tasks.texts import TextSplit, text_split
 class Loader:
     """How a kind of task is read."""
 
-    split: Callable[[Task, str], ImageSplit | TextSplit]  # one of its splits, of all classes
-    names: Callable[[Task], tuple[str, ...]]  # what the data call their classes
+    split: Callable[[Any, str], ImageSplit | TextSplit]  # one of its splits, of all classes; of a task of this kind
+    names: Callable[[Any], tuple[str, ...]]  # what the data call their classes
 
 
-def _listed(lists: Callable[[Task], Lists]) -> Loader:
+def _listed(lists: Callable[[Any], Lists]) -> Loader:
     """Images that the data's own files list."""
-    return Loader(
-        lambda task, name: listed_split(task, name, lists(task)), lambda task: lists(task).names(ROOT / task.folder)
-    )
+
+    def split(task: ImageFiles, name: str) -> ImageSplit:
+        return listed_split(task, name, lists(task))
+
+    return Loader(split, lambda task: lists(task).names(ROOT / task.folder))
 
 
-def _texts(split: Callable[[Task, str], TextSplit]) -> Loader:
+def _texts(split: Callable[[Any, str], TextSplit]) -> Loader:
     return Loader(split, lambda task: task.options)
 
 
-def _sentences(task: Task, name: str) -> TextSplit:
+def _sentences(task: Sentences, name: str) -> TextSplit:
     path = ROOT / task.folder / f"{own_name(task, name)}.tsv"
     return text_split(task, name, own_sentences(path, task.label, task.options))
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import Parquet
 from configs.errors import UserError
 from tasks.content import content_digest, is_data, read_file
 from tasks.files import ROOT
@@ -118,7 +118,7 @@ def _local_table(folder: Path, own: str) -> "datasets.Dataset":
     )
 
 
-def _columns(task: Task, own: str) -> tuple["datasets.Dataset", str, Any]:
+def _columns(task: Parquet, own: str) -> tuple["datasets.Dataset", str, Any]:
     """The table, its image column and the feature of its label column."""
     import datasets  # noqa: PLC0415
 
@@ -135,7 +135,7 @@ def _columns(task: Task, own: str) -> tuple["datasets.Dataset", str, Any]:
     return table.cast_column(images[0], datasets.Image(decode=False)), images[0], table.features[task.label]
 
 
-def class_names(task: Task) -> tuple[str, ...]:
+def class_names(task: Parquet) -> tuple[str, ...]:
     """The names of the label column.
 
     Raises:
@@ -150,7 +150,7 @@ def class_names(task: Task) -> tuple[str, ...]:
     return tuple(name.replace("_", " ") for name in names)
 
 
-def load_split(task: Task, name: str) -> ImageSplit:
+def load_split(task: Parquet, name: str) -> ImageSplit:
     """One split, whose images are decoded when they are asked for; held-out is drawn by the place in the table.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import Texts
 from configs.errors import UserError
 from soups.chance import uniform
 from tasks.label_space import LabelSpace
@@ -93,7 +93,7 @@ def pieces_of(template: str) -> list[tuple[str, str | None]]:
     return [(words, column) for words, column, _, _ in parsed]
 
 
-def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
+def text_split(task: Texts, name: str, rows: Rows) -> TextSplit:
     """A split from what its file says: all rows, the part of train that is or is not held out, or some of them.
 
     A text is what the template's columns say; other columns, such as numbers of lines, are left out. Whether a text is
@@ -103,7 +103,7 @@ def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
         UserError: a template without a column, or with one that is not there; other counts than the task's; too few
             to take.
     """
-    read = [column for _, column in pieces_of(task.template or "") if column]
+    read = [column for _, column in pieces_of(task.template) if column]
     unknown = [column for column in read if column not in rows.columns]
     if unknown:
         raise UserError(f"task.template has {{{unknown[0]}}}, but {rows.source} has {', '.join(rows.columns)}")
