@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from configs.data import Cifar
 from configs.errors import UserError
-from tasks.files import ROOT, lines
+from tasks.files import ROOT, lines, spaced
 from tasks.parts import own_name, rows_of
 from tasks.split import ImageSplit, Pixels
 
@@ -81,8 +81,7 @@ def class_names(task: Cifar) -> tuple[str, ...]:
         UserError: the file is missing.
     """
     binary = BINARIES[task.kind]
-    found = lines(ROOT / task.folder / binary.folder / binary.names)
-    return tuple(name.replace("_", " ") for name in found)
+    return spaced(lines(ROOT / task.folder / binary.folder / binary.names))
 
 
 def load_split(task: Cifar, name: str) -> ImageSplit:

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from configs.data import ImageFolder
 from configs.errors import UserError
 from tasks import objectnet
-from tasks.content import content_digest, is_data, read_file
+from tasks.content import content_digest, is_data
 from tasks.files import ROOT, Files, Names
 from tasks.kept import Arrays, Found, kept
 from tasks.label_space import LabelSpace
@@ -48,13 +48,8 @@ class _Listing:
         """The images `rows`, which are sorted, of a split in the folder `place` of the task's."""
         names = [self.files[row] for row in rows]
         paths = [f"{self.classes[self.labels[row]]}/{file}" for row, file in zip(rows, names, strict=True)]
-        sizes = self.sizes[rows]
-        digest = content_digest(
-            [name, place, f"border {folders.border}", *paths],
-            sizes,
-            lambda row, last: read_file(self.root / paths[row], last),
-        )
-        stored = Files(self.root, Names.of(paths), sizes, f"{self.root.name}/", folders.border)
+        stored = Files(self.root, Names.of(paths), self.sizes[rows], f"{self.root.name}/", folders.border)
+        digest = content_digest([name, place, f"border {folders.border}", *paths], stored.sizes, stored.content)
         return ImageSplit(name, stored, torch.from_numpy(self.labels[rows]), digest, folders.space)
 
 

@@ -8,18 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.data import ImageFiles, Sentences, Task
+from configs.data import ImageFiles, Task
 from configs.errors import UserError
-from tasks import annotations, cars, cifar, glue, image_folder, image_table, listings, parquet, wilds
+from tasks import annotations, cifar, glue, image_folder, image_table, parquet, tables
 from tasks.emoji.load import class_names as emoji_class_names
 from tasks.emoji.load import load_split as load_emoji_split
 from tasks.emoji.load import read_table
 from tasks.files import ROOT, Files, Lists, listed_split
-from tasks.parts import own_name
+from tasks.published import PUBLISHED
 from tasks.sentiment import load as sentiment
-from tasks.split import Examples, ImageSplit, narrowed
-from tasks.tables import own_sentences
-from tasks.texts import TextSplit, text_split
+from tasks.split import Examples, ImageSplit
+from tasks.texts import TextSplit
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,6 @@ def _texts(split: Callable[[Any, str], TextSplit]) -> Loader:
     return Loader(split, lambda task: task.options)
 
 
-def _sentences(task: Sentences, name: str) -> TextSplit:
-    path = ROOT / task.folder / f"{own_name(task, name)}.tsv"
-    return text_split(task, name, own_sentences(path, task.label, task.options))
-
-
 LOADERS = {
     "emoji": Loader(
         lambda task, name: load_emoji_split(name, ROOT / task.folder, task.ids),
@@ -57,15 +51,10 @@ LOADERS = {
     "image_table": _listed(image_table.lists),
     "cifar10": Loader(cifar.load_split, cifar.class_names),
     "cifar100": Loader(cifar.load_split, cifar.class_names),
-    "dtd": _listed(lambda _: listings.DTD),
-    "food101": _listed(lambda _: listings.FOOD101),
-    "sun397": _listed(lambda _: listings.SUN397),
-    "cars": _listed(lambda _: cars.CARS),
-    "fmow": _listed(lambda _: wilds.FMOW),
-    "iwildcam": _listed(lambda _: wilds.IWILDCAM),
+    **{kind: _listed(lambda task: PUBLISHED[task.kind]) for kind in PUBLISHED},
     "parquet": Loader(parquet.load_split, parquet.class_names),
     "glue": _texts(glue.load_split),
-    "sentences": _texts(_sentences),
+    "sentences": _texts(tables.load_split),
     "sentiment": _texts(sentiment.load_split),
 }
 
@@ -151,7 +140,7 @@ def load_annotations(task: Task) -> dict[str, Tensor]:
     whole = LOADERS[task.kind].split(task, task.test)
     if not isinstance(whole, ImageSplit) or not isinstance(whole.stored, Files):
         raise UserError(f"task.annotations are matched by file name, which images of task.kind={task.kind} do not have")
-    rows = narrowed(whole, task.ids).rows
+    rows, _, _ = whole.rows_of(task.ids)
     found: dict[str, Tensor] = {}
     for name, path in task.annotations.items():
         answers = annotations.load_annotations(Path(ROOT / path), whole, task.num_classes)
