@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from configs.data import Task
+from configs.data import ImageFolder as FolderTask
 from configs.training import Augment
 from finetune.data import TrainingBatches
 from finetune.length import Length
@@ -92,7 +92,7 @@ def make_folder(root: Path, images: int, width: int, height: int) -> ImageSplit:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_photograph(path, width, height, number)
         path.read_bytes()
-    task = Task(
+    task = FolderTask(
         kind="image_folder", folder=root, num_classes=CLASSES, train="train", held_out="val", test="test", shifts=()
     )
     return load_split(task, "train")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from configs.data import Task
+from configs.data import ImageFolder as FolderTask
 from configs.training import Model
 from eval.forward import forward
 from models.classifier import Classifier
@@ -66,7 +66,7 @@ def networks(count: int) -> list[Classifier]:
 
 def ours(models: list[Classifier], folder: Path, cache: Path) -> list[Tensor]:
     """Logits of all models, each image decoded once."""
-    task = Task(
+    task = FolderTask(
         kind="image_folder",
         folder=folder,
         num_classes=CLASSES,

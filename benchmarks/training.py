@@ -38,7 +38,7 @@ from store.provenance import provenance_columns
 from store.rows import row_config
 from store.workers import use_threads
 from tasks.load import class_names, load_split
-from tasks.split import Images
+from tasks.split import ImageSplit
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0  # of order and augmentation
@@ -75,7 +75,7 @@ def settings(experiment: str, steps: int) -> Experiment:
     return replace(config, optim=optim)  # type: ignore[type-var]
 
 
-def bare_steps(model: nn.Module, train: Images, config: Experiment) -> Callable[[int], tuple[float, float]]:
+def bare_steps(model: nn.Module, train: ImageSplit, config: Experiment) -> Callable[[int], tuple[float, float]]:
     """A bare loop over the batches that ours sees; each call is one step, and returns its seconds and its batch's."""
     optim = config.optim
     batches = TrainingBatches(train, config.augment, config.model.image_size, Length.of(optim, len(train)), SEED, ALONE)
@@ -99,7 +99,7 @@ def bare_steps(model: nn.Module, train: Images, config: Experiment) -> Callable[
     return step
 
 
-def one_round(config: Experiment, train: Images) -> Round:
+def one_round(config: Experiment, train: ImageSplit) -> Round:
     """Train twice from the same weights, ours and the bare loop in turns."""
     names, compute = class_names(config.task), config.compute
     ours, bare = (pretrained(config.model, names).channels_last(compute.channels_last) for _ in range(2))
@@ -120,7 +120,7 @@ def one_round(config: Experiment, train: Images) -> Round:
     return Round(counted, last.ours - statistics.median(step.ours for step in counted), (ours, bare))
 
 
-def table(rounds: list[Round], config: Experiment, train: Images, threads: int) -> pd.DataFrame:
+def table(rounds: list[Round], config: Experiment, train: ImageSplit, threads: int) -> pd.DataFrame:
     """One row: medians over all steps, and the quartiles of the overhead."""
     steps = [step for each in rounds for step in each.steps]
     overheads = [100 * step.overhead for step in steps]

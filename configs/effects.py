@@ -191,7 +191,7 @@ def of_no_split(task: "Task", typed: Iterable[str]) -> str | None:
         key = [split for split in key if split]
         if group != "task" or name not in (*BY_SPLIT, *OF_SPLITS):
             continue
-        named = getattr(task, name) or ()
+        named = getattr(task, name, None) or ()
         named = [named] if isinstance(named, str) else named
         unknown = [split for split in (key or named) if split not in splits]
         if unknown:

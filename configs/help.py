@@ -6,7 +6,7 @@ import re
 import textwrap
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -43,24 +43,33 @@ class Setting:
     name: str  # dotted, as in optim.lr
     values: str  # what it may be
     meaning: str  # the comment beside it
+    kinds: tuple[str, ...]  # of tasks that have it; empty: all have it
 
 
-def settings_of(root: type, group: str = "") -> list[Setting]:
+def settings_of(root: Any, group: str = "") -> list[Setting]:
     """Every setting of a dataclass of the schema and of the dataclasses in it, in their order.
 
     Args:
-        root: the dataclass.
+        root: the dataclass, or a union of several with a field `kind`, whose common settings come first.
         group: the setting that holds it, as in "optim"; empty for the whole experiment.
     """
-    found, comments = [], comments_of(root)
-    for name, annotation in get_type_hints(root, include_extras=True).items():
+    owners: dict[str, list[type]] = {}  # name -> the dataclasses that have it
+    hints = {each: get_type_hints(each, include_extras=True) for each in _dataclasses(root)}
+    for owner in hints:
+        for field in fields(owner):
+            owners.setdefault(field.name, []).append(owner)
+    found = []
+    for name, having in owners.items():
         dotted = f"{group}.{name}" if group else name
-        kinds = [] if get_origin(annotation) in (tuple, dict) else _dataclasses(annotation)
-        for kind in kinds:
-            found += settings_of(kind, dotted)
-        if not kinds:
-            found.append(Setting(dotted, allowed(annotation), comments.get(name, "")))
-    return list({each.name: each for each in found}.values())
+        annotation: Any = Union[tuple(hints[owner][name] for owner in having)]  # noqa: UP007  # which is not known here
+        if get_origin(annotation) not in (tuple, dict) and _dataclasses(annotation):
+            found += settings_of(annotation, dotted)
+            continue
+        meanings = dict.fromkeys(comments_of(owner).get(name, "") for owner in having)
+        some = having if len(having) < len(hints) else []
+        kinds = tuple(kind for owner in some for kind in get_args(hints[owner]["kind"]))
+        found.append(Setting(dotted, allowed(annotation), "; ".join(meanings), kinds))
+    return found
 
 
 def _dataclasses(annotation: Any) -> list[type]:
@@ -161,7 +170,7 @@ def nearest(word: str, options: Sequence[str], most: int = 3) -> list[str]:
     return get_close_matches(word, options, n=most, cutoff=0.6) or [each for each in options if word in each][:most]
 
 
-def nearest_setting(name: str, root: type) -> str:
+def nearest_setting(name: str, root: Any) -> str:
     """The settings nearest to a name that is none, as in "task.folder"; empty where none is like it."""
     names = [each.name for each in settings_of(root)]
     siblings = [each for each in names if each.split(".")[0] == name.split(".", maxsplit=1)[0]]
@@ -243,10 +252,13 @@ def topic_help(topic: str, root: type, values: Mapping[str, Any]) -> str:
     if options_of(topic):
         files = f"{topic}=NAME takes all from configs/{topic}/NAME.yaml: {', '.join(options_of(topic))}."
         lines += textwrap.wrap(files, WIDTH)
-    for each in found:
-        meaning = f"{each.meaning} ({each.values})" if each.meaning else each.values
-        lines.append(f"  {each.name}={_value(values, each.name)}")
-        lines += textwrap.wrap(meaning, WIDTH, initial_indent="      ", subsequent_indent="      ")
+    for kinds in dict.fromkeys(each.kinds for each in found):
+        if kinds:
+            lines += ["", *textwrap.wrap(f"Of task.kind={', '.join(kinds)}:", WIDTH)]
+        for each in (each for each in found if each.kinds == kinds):
+            meaning = f"{each.meaning} ({each.values})" if each.meaning else each.values
+            lines.append(f"  {each.name}={_value(values, each.name)}")
+            lines += textwrap.wrap(meaning, WIDTH, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -16,6 +16,8 @@ CONFIGS = Path(__file__).resolve().parent
 # row, and these have always been in it.
 USUAL: dict[str, dict[str, Any]] = {
     "Task": {"train": "train", "held_out": "held_out", "test": "test", "shifts": []},
+    "Texts": {"template": None, "options": []},
+    "Glue": {"subset": None},
     "Model": {
         "image_size": 224,
         "normalize": True,
@@ -33,18 +35,21 @@ USUAL: dict[str, dict[str, Any]] = {
 }
 
 
-def neutral(settings: type) -> dict[str, Any]:
-    """Every setting of a dataclass at its usual value or default; "???", which must be typed, where it has neither."""
+def neutral(settings: Any) -> dict[str, Any]:
+    """Every setting of a dataclass or union, at its usual value or its default; "???", to be typed, without either."""
     values: dict[str, Any] = {}
-    for name, field in settings.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        default = default_of(settings, name)
-        if default is not PydanticUndefined:
-            values[name] = to_jsonable_python(default)
-        elif isinstance(field.annotation, type) and is_dataclass(field.annotation):
-            values[name] = neutral(field.annotation)
-        else:
-            values[name] = "???"
-    return values | USUAL.get(settings.__name__, {})
+    for kind in get_args(settings) or (settings,):
+        for name, field in kind.__pydantic_fields__.items():
+            default = default_of(kind, name)
+            if default is not PydanticUndefined:
+                values[name] = to_jsonable_python(default)
+            elif all(map(is_dataclass, get_args(field.annotation) or (field.annotation,))):
+                values[name] = neutral(field.annotation)
+            else:
+                values[name] = "???"
+        for each in kind.__mro__:
+            values |= USUAL.get(each.__name__, {})
+    return values
 
 
 def _series(file: Path) -> dict[str, dict[str, Any]]:

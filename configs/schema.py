@@ -20,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from configs.clusters import Cluster, Share
-from configs.data import Task
+from configs.data import KINDS, NEUTRAL, AnyTask
 from configs.effects import of_no_split, without_effect
 from configs.errors import UserError
 from configs.figures import Angles, Pairs, Plane, Theory
@@ -154,7 +154,7 @@ class Experiment:
     """Everything that drives every stage; one experiment is one sweep on one task with one model."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+(/[a-z0-9_]+)?$")]
-    task: Task
+    task: AnyTask
     model: Model
     optim: Optim
     augment: Augment
@@ -230,24 +230,39 @@ class Experiment:
         return self
 
 
+@closed
+class OnlyTask:
+    """What is looked at before there is an experiment."""
+
+    task: AnyTask
+
+
 register(Experiment)
 
 Root = TypeVar("Root")
 
 
+def _named(places: Sequence[int | str]) -> list[str]:
+    """The parts of a setting's name, without a task's kind, which pydantic puts behind "task"."""
+    return [str(part) for i, part in enumerate(places) if not (part in KINDS and i and places[i - 1] == "task")]
+
+
 def _explain(error: ValidationError, root: type) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(_named(problem["loc"]))
         if problem["type"] == "unexpected_keyword_argument":
             near = nearest_setting(where, root)
             lines.append(f"{where}: there is no such setting" + (f"; near is {near}" if near else ""))
         elif not where or (problem["type"] == "value_error" and isinstance(problem["input"], dict)):
             lines.append(problem["msg"].removeprefix("Value error, "))  # about several settings, which it names
         else:
-            options = re.findall(r"'([^']*)'", problem["msg"]) if problem["type"] == "literal_error" else []
-            close = nearest(str(problem["input"]), options, 1)
-            said = f"{where}: {problem['msg']}, got {str(problem['input'])[:80]!r}"
+            got, said = problem["input"], problem["msg"]
+            if problem["type"] == "union_tag_invalid":  # the kind of a task or of a distribution
+                where, got, said = f"{where}.kind", got["kind"], f"Input should be {problem['ctx']['expected_tags']}"
+            options = re.findall(r"'([^']*)'", said) if said.startswith("Input should be '") else []
+            close = nearest(str(got), options, 1)
+            said = f"{where}: {said}, got {str(got)[:80]!r}"
             lines.append(said + (f"; near is {close[0]}" if close else ""))
     return "; ".join(lines)
 
@@ -285,9 +300,9 @@ def fields_of(typed: Iterable[str]) -> list[str]:
     return [override.split("=")[0].lstrip("+~") for override in typed]
 
 
-def parse_task(cfg: DictConfig, typed: Iterable[str]) -> Task:
+def parse_task(cfg: DictConfig, typed: Iterable[str]) -> AnyTask:
     """The task of Hydra's answer, whatever model and sweep stand beside it; raises as `parse`."""
-    task = checked(Task, plain(cfg, "name one with task=, as in task=imagenet")["task"])
+    task = checked(OnlyTask, {"task": plain(cfg, "name one with task=, as in task=imagenet")["task"]}).task
     problem = of_no_split(task, fields_of(typed))
     if problem:
         raise UserError(f"bad config: {problem}")
@@ -365,9 +380,9 @@ def _of_files(words: tuple[str, ...], changed: int | None) -> DictConfig:
 
 
 def dump(config: Experiment) -> dict[str, Any]:
-    """Plain JSON-able containers, the inverse of `parse_values`."""
+    """Plain JSON-able containers, the inverse of `parse_values`; with the settings of other kinds of tasks, neutral."""
     plain: dict[str, Any] = TypeAdapter(Experiment).dump_python(config, mode="json")
-    return plain
+    return plain | {"task": NEUTRAL | plain["task"]}
 
 
 def replicate(config: Experiment, sweep_seed: int) -> Experiment:

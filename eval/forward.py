@@ -39,7 +39,7 @@ from tasks.fixed import fixed_batches, of_model
 from tasks.label_space import project
 from tasks.load import load_annotations, load_split
 from tasks.overlaps import refuse_overlaps
-from tasks.split import Examples, Images
+from tasks.split import Examples, ImageSplit
 
 if TYPE_CHECKING:
     from models.classifier import Classifier, Network
@@ -124,7 +124,7 @@ class Evaluator:
             self._splits[name] = load_split(self.config.task, name)
         return self._splits[name]
 
-    def inputs(self, split: str) -> Images | TokenSplit:
+    def inputs(self, split: str) -> ImageSplit | TokenSplit:
         """The network's inputs, in training and evaluation: images, or texts as token ids."""
         if self.config.task.is_text:
             self.split(split)

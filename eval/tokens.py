@@ -24,11 +24,11 @@ def token_split(model: Model, task: Task, name: str) -> TokenSplit:
 
     texts = load_split(task, name)
     assert isinstance(texts, TextSplit)  # of a task of texts
-    words, pieces = tokenizer_of(model, task.answers), pieces_of(task.template or "")
+    words, pieces = tokenizer_of(model, task.answers), pieces_of(task.template)
     # The kind of model is part of the key, and where its tokenizer is from: another one may split the same text alike.
     parts = {"pieces": pieces, "before": words.before, "after": words.after, "max_length": words.max_length}
     key = digest_of(parts | {"kind": model.kind, "source": source(model) if model.kind != "minilm" else "minilm"})
-    return TokenSplit(words.encode(pieces, texts.columns, texts.fields), texts.labels, words.pad, key)
+    return TokenSplit(words.encode(pieces, texts.stored.columns, texts.fields), texts.labels, words.pad, key)
 
 
 def token_batches(texts: TokenSplit, rows: Tensor, batch: int) -> Iterator[Tensor]:

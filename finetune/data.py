@@ -21,7 +21,7 @@ from finetune.length import Length
 from models.tokens import TokenSplit, alike_in_length
 from soups.chance import seed
 from store.processes import Processes
-from tasks.split import Images
+from tasks.split import ImageSplit
 
 WHITE = (1.0, 1.0, 1.0)
 MINIMAL_CROP = 0.9  # Appendix J.2.1: crops of 90 % and more of the image
@@ -146,7 +146,7 @@ class _Batches(Dataset[Tensor]):
 class TrainingBatches(_Batches):
     """This process's images of each step, augmented; a step's batch is made whole by one worker."""
 
-    images: Images
+    images: ImageSplit
     augment: Augment
     size: int  # pixels, square
     length: Length
@@ -205,7 +205,7 @@ class TextBatches(_Batches):
 
 
 def training_batches(
-    train: Images | TokenSplit,
+    train: ImageSplit | TokenSplit,
     config: Experiment,
     length: Length,
     *,

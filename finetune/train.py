@@ -40,7 +40,7 @@ from store.processes import Processes, first_decides, start_processes, sum_over,
 from store.rows import draw, identity, require_trainable, row_config
 from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished, record_config
 from tasks.ahead import made_ahead
-from tasks.split import Images
+from tasks.split import ImageSplit
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -164,7 +164,7 @@ class Trained:
 
 def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     model: Network,
-    train: Images | TokenSplit,
+    train: ImageSplit | TokenSplit,
     config: Experiment,
     *,
     run_seed: int,

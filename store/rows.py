@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from configs.data import Task
+from configs.data import AnyTask
 from configs.errors import UserError
 from configs.schema import SEARCHED, Experiment, checked, dump, parse_values
 from configs.tables import read_table
@@ -30,7 +30,13 @@ from configs.training import (
 from soups.chance import uniform
 from soups.files.atomic import digest_of, read_json
 
-GROUPS = {"task": Task, "model": Model, "optim": Optim, "augment": Augment, "regularizer": Regularizer}
+GROUPS: dict[str, Any] = {
+    "task": AnyTask,
+    "model": Model,
+    "optim": Optim,
+    "augment": Augment,
+    "regularizer": Regularizer,
+}
 # What does not change a row's weights: where things lie on a disk, what their owners call them, and what only reports.
 LEFT_OUT = {
     "task": {
@@ -201,8 +207,8 @@ def row_config(config: Experiment, row: int) -> Experiment:
         if group not in GROUPS:
             raise UserError(f"the sweep varies {field}, but rows can differ in {', '.join(GROUPS)} only")
         if name not in values[group]:
-            listed = f"{GROUPS[group].__module__.replace('.', '/')}.py"
-            raise UserError(f"the sweep varies {field}, which is not a setting; {listed} lists them")
+            listed = "data" if group == "task" else "training"
+            raise UserError(f"the sweep varies {field}, which is not a setting; configs/{listed}.py lists them")
         values[group][name] = value
     return parse_values(values)
 
@@ -229,8 +235,8 @@ def meaning(
         imported: whether its weights are read, not trained.
     """
     parts: dict[str, Any] = {}
-    for group, kind in GROUPS.items() if row else [("task", Task), ("model", Model)]:
-        dumped = TypeAdapter(kind).dump_python(own[group], mode="json", exclude_defaults=True)
+    for group in GROUPS if row else ("task", "model"):
+        dumped = TypeAdapter(type(own[group])).dump_python(own[group], mode="json", exclude_defaults=True)
         parts[group] = {name: value for name, value in dumped.items() if name not in LEFT_OUT.get(group, ())}
     task, used = parts["task"], (own["task"].train, own["task"].held_out)
     for name in BY_SPLIT:

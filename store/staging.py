@@ -34,8 +34,8 @@ def staged(config: Experiment) -> Experiment:
     variables = (os.environ.get(name) for name in ("SLURM_TMPDIR", "TMPDIR"))
     disk = config.cluster.stage_to or Path(next((value for value in variables if value), "/tmp"))
     folder = _unpacked(source, disk, config.task.folder.name)
-    listings = None if config.task.listings is None else folder.parent / "listings"
-    task = replace(config.task, folder=folder, listings=listings)  # type: ignore[type-var]  # of pydantic
+    kept = {} if config.task.listings is None else {"listings": folder.parent / "listings"}
+    task = replace(config.task, folder=folder, **kept)  # type: ignore[type-var]  # of pydantic
     return replace(config, task=task)  # type: ignore[type-var]  # mypy does not know pydantic's
 
 

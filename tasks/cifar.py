@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from configs.data import Task
+from configs.data import Cifar
 from configs.errors import UserError
-from tasks.files import ROOT, lines
+from tasks.files import ROOT, lines, spaced
 from tasks.parts import own_name, rows_of
 from tasks.split import ImageSplit, Pixels
 
@@ -74,18 +74,17 @@ def _arrays(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.in
     return images.transpose(0, 3, 1, 2), labels.astype(np.int64)
 
 
-def class_names(task: Task) -> tuple[str, ...]:
+def class_names(task: Cifar) -> tuple[str, ...]:
     """The names in the data set's own file, with spaces.
 
     Raises:
         UserError: the file is missing.
     """
     binary = BINARIES[task.kind]
-    found = lines(ROOT / task.folder / binary.folder / binary.names)
-    return tuple(name.replace("_", " ") for name in found)
+    return spaced(lines(ROOT / task.folder / binary.folder / binary.names))
 
 
-def load_split(task: Task, name: str) -> ImageSplit:
+def load_split(task: Cifar, name: str) -> ImageSplit:
     """One split in memory: train or test of the binary version, or of CIFAR-10.1, as `task.folders` calls it.
 
     Held-out is drawn by the place of an image in its files.

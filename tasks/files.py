@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import ImageFiles
 from configs.errors import UserError
 from tasks.content import content_digest, is_data, read_file
 from tasks.kept import Found, kept
@@ -106,18 +106,9 @@ class Listed:
     source: Path  # the file that says it
     root: Path
     files: Sequence[str]  # N, relative to `root`, with slashes
-    labels: NDArray[np.int64]  # (N,) class ids
-    groups: NDArray[np.int64] | None = None  # (N,) group ids, -1 for an image in none
+    labels: Sequence[str | int]  # N names or ids of classes
+    groups: Sequence[int] | None = None  # N group ids, -1 for an image in none
     group_names: tuple[str, ...] = ()
-
-    def of_data(self) -> "Listed":
-        """Without files that a list names and that are no data, such as ._1.jpg of a list made by `find`."""
-        rows = np.array([row for row, file in enumerate(self.files) if is_data(file)], dtype=np.int64)
-        if len(rows) == len(self.files):
-            return self
-        groups = None if self.groups is None else self.groups[rows]
-        files = [self.files[row] for row in rows]
-        return Listed(self.source, self.root, files, self.labels[rows], groups, self.group_names)
 
 
 @dataclass(frozen=True)
@@ -156,29 +147,43 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as JSON ({error}): restore it from the data set") from None
 
 
-def label_of(name: str, classes: dict[str, int], source: Path) -> int:
-    """The id of a class.
+def spaced(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of folders as a prompt has them."""
+    return tuple(name.replace("_", " ") for name in names)
+
+
+def _data_of(listed: Listed, classes: Sequence[str]) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64] | None]:
+    """Files, class ids and groups, without files that a list names and that are no data, as a list by `find` does.
 
     Raises:
-        UserError: the class is unknown.
+        UserError: the class of an image is unknown.
     """
-    if name not in classes:
-        raise UserError(f"{source}: {name!r} is none of the {len(classes)} classes: restore it from the data set")
-    return classes[name]
+    ids: dict[str | int, int] = {name: label for label, name in enumerate(classes)}
+    ids |= {label: label for label in range(len(classes))}
+    rows = [row for row, file in enumerate(listed.files) if is_data(file)]
+    for row in rows:
+        if listed.labels[row] not in ids:
+            raise UserError(
+                f"{listed.source}: {str(listed.labels[row])!r} is none of the {len(classes)} classes: restore it from "
+                "the data set"
+            )
+    labels = np.array([ids[listed.labels[row]] for row in rows], dtype=np.int64)
+    groups = None if listed.groups is None else np.array([listed.groups[row] for row in rows], dtype=np.int64)
+    return [listed.files[row] for row in rows], labels, groups
 
 
-def _sizes(listed: Listed, keep: Path | None) -> NDArray[np.int64]:
+def _sizes(listed: Listed, files: Sequence[str], keep: Path | None) -> NDArray[np.int64]:
     """(N,) bytes of each file, from the list that is kept in `keep` where there is one."""
-    names = hashlib.blake2b("\0".join(listed.files).encode(), digest_size=16).hexdigest()
+    names = hashlib.blake2b("\0".join(files).encode(), digest_size=16).hexdigest()
     key = ("listed files", listed.root.resolve(), names)
-    return kept(keep, key, lambda: _found(listed), lambda _, index: listed.root / listed.files[index])["sizes"]
+    return kept(keep, key, lambda: _found(listed, files), lambda _, index: listed.root / files[index])["sizes"]
 
 
-def _found(listed: Listed) -> Found:
+def _found(listed: Listed, files: Sequence[str]) -> Found:
     """The size of each file; each folder is read once, since to ask for a million files one by one takes long."""
     folders: dict[str, dict[str, os.DirEntry[str]]] = {}
     sizes = []
-    for file in listed.files:
+    for file in files:
         parent, name = str(PurePosixPath(file).parent), PurePosixPath(file).name
         try:
             if parent not in folders:
@@ -192,7 +197,7 @@ def _found(listed: Listed) -> Found:
     return Found({"sizes": np.array(sizes, dtype=np.int64)}, [listed.root / parent for parent in folders])
 
 
-def listed_split(task: Task, name: str, lists: Lists) -> ImageSplit:
+def listed_split(task: ImageFiles, name: str, lists: Lists) -> ImageSplit:
     """One split of a data set whose own files list its images.
 
     Held-out is a split of its own, or a part of train. The digest is that of `content_digest`: the same on every
@@ -206,15 +211,17 @@ def listed_split(task: Task, name: str, lists: Lists) -> ImageSplit:
     classes = lists.classes(folder)
     if len(classes) != task.num_classes:
         raise UserError(f"task.num_classes={task.num_classes}, but {folder} has {len(classes)} classes")
-    listed = lists.split(folder, own_name(task, name)).of_data()
-    rows = rows_of(task, name, listed.labels, classes, key=listed.files.__getitem__, where=listed.source)
-    sizes, paths = _sizes(listed, task.listings)[rows], [listed.files[row] for row in rows]
-    digest = content_digest(
-        [name, own_name(task, name), *(f"{path}\0{listed.labels[row]}" for row, path in zip(rows, paths, strict=True))],
-        sizes,
-        lambda row, last: read_file(listed.root / paths[row], last),
+    listed = lists.split(folder, own_name(task, name))
+    files, labels, groups = _data_of(listed, classes)
+    rows = rows_of(task, name, labels, classes, key=files.__getitem__, where=listed.source)
+    paths = [files[row] for row in rows]
+    stored = Files(listed.root, Names.of(paths), _sizes(listed, files, task.listings)[rows])
+    described = [f"{path}\0{labels[row]}" for row, path in zip(rows, paths, strict=True)]
+    return ImageSplit(
+        name,
+        stored,
+        torch.from_numpy(labels[rows]),
+        content_digest([name, own_name(task, name), *described], stored.sizes, stored.content),
+        groups=None if groups is None else torch.from_numpy(groups[rows]),
+        group_names=listed.group_names,
     )
-    groups = None if listed.groups is None else torch.from_numpy(listed.groups[rows])
-    labels = torch.from_numpy(listed.labels[rows])
-    stored = Files(listed.root, Names.of(paths), sizes)
-    return ImageSplit(name, stored, labels, digest, None, groups, listed.group_names)

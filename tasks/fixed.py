@@ -16,7 +16,7 @@ from configs.training import Model
 from soups.files.atomic import digest_of
 from store.decoded import Shards
 from tasks.ahead import made_ahead
-from tasks.split import Images, ImageSplit, Pixels
+from tasks.split import ImageSplit, Pixels
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def of_model(model: Model) -> FixedTransform:
 class _Batches(Dataset[Tensor]):
     """Batches, each made whole by one process."""
 
-    images: Images
+    images: ImageSplit
     transform: FixedTransform
     parts: Sequence[Tensor]
 
@@ -81,7 +81,7 @@ class _Batches(Dataset[Tensor]):
 class _Missing(Dataset[int]):
     """Shards of decoded images, each written whole by one process."""
 
-    images: Images
+    images: ImageSplit
     transform: FixedTransform
     shards: Shards
     firsts: Sequence[int]
@@ -97,7 +97,7 @@ class _Missing(Dataset[int]):
 
 
 def _decoded_once(
-    images: Images, transform: FixedTransform, parts: Sequence[Tensor], workers: int, folder: Path
+    images: ImageSplit, transform: FixedTransform, parts: Sequence[Tensor], workers: int, folder: Path
 ) -> Iterator[Tensor]:
     """The batches from shards; missing ones are made in the order in which they are needed."""
     key = digest_of({"images": images.digest, "transform": transform.key})
@@ -117,7 +117,7 @@ def _decoded_once(
         yield shards.read(part)
 
 
-def _mend(images: Images, transform: FixedTransform, shards: Shards, first: int) -> None:
+def _mend(images: ImageSplit, transform: FixedTransform, shards: Shards, first: int) -> None:
     """Make a shard anew that is damaged, or has no digest of its content, and say so."""
     try:
         shards.check(first)
@@ -126,12 +126,12 @@ def _mend(images: Images, transform: FixedTransform, shards: Shards, first: int)
         _write(images, transform, shards, first)
 
 
-def _write(images: Images, transform: FixedTransform, shards: Shards, first: int) -> None:
+def _write(images: ImageSplit, transform: FixedTransform, shards: Shards, first: int) -> None:
     shards.write(first, (transform(images.pil(row)).numpy() for row in shards.rows(first)))
 
 
 def fixed_batches(
-    images: Images,
+    images: ImageSplit,
     transform: FixedTransform,
     *,
     batch: int,
@@ -157,7 +157,7 @@ def fixed_batches(
     if len(rows) == 0:
         return
     parts = rows.split(batch)
-    if isinstance(images, ImageSplit) and isinstance(images.stored, Pixels) and transform.keeps(images.images):
+    if isinstance(images.stored, Pixels) and transform.keeps(images.images):
         yield from (images.images[part] for part in parts)
     elif decoded is None:
         yield from made_ahead(_Batches(images, transform, parts), workers)

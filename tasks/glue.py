@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.data import Task
+from configs.data import Glue
 from configs.errors import UserError
 from tasks.files import ROOT
 from tasks.parts import own_name
@@ -88,9 +88,8 @@ def read_hub(name: str, subset: str, split: str) -> Rows:
     return Rows(columns, fields, list(table["label"]), Path(name) / subset / split)
 
 
-def load_split(task: Task, name: str) -> TextSplit:
+def load_split(task: Glue, name: str) -> TextSplit:
     """One split of a task of kind glue; raises as `read_local`, `read_hub` and `tasks.texts.text_split`."""
-    assert task.subset is not None  # of every task of this kind
     folder, split = ROOT / task.folder, own_name(task, name)
     if (folder / LAYOUTS[task.subset].folder).is_dir():
         rows = read_local(folder, task.subset, split)

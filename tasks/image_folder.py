@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from configs.data import Task
+from configs.data import ImageFolder
 from configs.errors import UserError
 from tasks import objectnet
-from tasks.content import content_digest, is_data, read_file
+from tasks.content import content_digest, is_data
 from tasks.files import ROOT, Files, Names
 from tasks.kept import Arrays, Found, kept
 from tasks.label_space import LabelSpace
@@ -48,17 +48,12 @@ class _Listing:
         """The images `rows`, which are sorted, of a split in the folder `place` of the task's."""
         names = [self.files[row] for row in rows]
         paths = [f"{self.classes[self.labels[row]]}/{file}" for row, file in zip(rows, names, strict=True)]
-        sizes = self.sizes[rows]
-        digest = content_digest(
-            [name, place, f"border {folders.border}", *paths],
-            sizes,
-            lambda row, last: read_file(self.root / paths[row], last),
-        )
-        stored = Files(self.root, Names.of(paths), sizes, f"{self.root.name}/", folders.border)
+        stored = Files(self.root, Names.of(paths), self.sizes[rows], f"{self.root.name}/", folders.border)
+        digest = content_digest([name, place, f"border {folders.border}", *paths], stored.sizes, stored.content)
         return ImageSplit(name, stored, torch.from_numpy(self.labels[rows]), digest, folders.space)
 
 
-def _root(task: Task, name: str) -> Path:
+def _root(task: ImageFolder, name: str) -> Path:
     return ROOT / task.folder / own_name(task, name)
 
 
@@ -80,7 +75,7 @@ def _class_folders(root: Path, remedy: str) -> tuple[str, ...]:
         raise UserError(f"image folder {root}: {error.strerror}; {remedy}") from None
 
 
-def _classes(task: Task) -> tuple[str, ...]:
+def _classes(task: ImageFolder) -> tuple[str, ...]:
     """The label space: the class folders of the training split."""
     root = _root(task, task.train)
     where = f"set task.folder, or task.folders.{task.train} if it has another name"
@@ -101,7 +96,7 @@ def _refuse_unlike(own: Sequence[str], expected: Sequence[str], root: Path, owne
     raise UserError(f"image folder {root}: class folder {unlike[0]!r} is missing; {owner} has it{hint}")
 
 
-def _folders(task: Task, name: str, classes: tuple[str, ...]) -> _Folders:
+def _folders(task: ImageFolder, name: str, classes: tuple[str, ...]) -> _Folders:
     """The class folders that a split has and reports, which must be what the task says of it.
 
     Raises:
@@ -214,7 +209,7 @@ def _listed(listing: _Listing, path: Path) -> NDArray[np.bool_]:
     return values == 1
 
 
-def load_split(task: Task, name: str) -> ImageSplit:
+def load_split(task: ImageFolder, name: str) -> ImageSplit:
     """The images and labels of one split.
 
     Its class folders are those of train; or some of them, where `task.subsets` says so; or numbers from 0, of
@@ -244,7 +239,7 @@ def load_split(task: Task, name: str) -> ImageSplit:
     return listing.split(name, own_name(task, name), rows, folders)
 
 
-def class_names(task: Task) -> tuple[str, ...]:
+def class_names(task: ImageFolder) -> tuple[str, ...]:
     """Names of the classes: those of their folders, or with `task.names=imagenet` CLIP's of ImageNet.
 
     Raises:

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from configs.data import Task
+from configs.data import ImageTable
 from configs.errors import UserError
-from tasks.files import ROOT, Listed, Lists, label_of
+from tasks.files import ROOT, Listed, Lists, spaced
 from tasks.image_folder import in_order
 from tasks.parts import own_name
 
@@ -34,7 +33,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     return table
 
 
-def _lines(task: Task, own: str) -> tuple[Path, pd.DataFrame]:
+def _lines(task: ImageTable, own: str) -> tuple[Path, pd.DataFrame]:
     """The table of a split, and its lines there.
 
     Args:
@@ -66,7 +65,7 @@ def _lines(task: Task, own: str) -> tuple[Path, pd.DataFrame]:
     return path, mine
 
 
-def lists(task: Task) -> Lists:
+def lists(task: ImageTable) -> Lists:
     """How the tables of a task say what is in it.
 
     Classes are the labels of train, by name, or numbers as numbers. Paths are relative to `task.folder`.
@@ -81,7 +80,6 @@ def lists(task: Task) -> Lists:
 
     def split(folder: Path, own: str) -> Listed:
         path, table = _lines(task, own)
-        place = {label: i for i, label in enumerate(classes(folder))}
         files = [file.replace("\\", "/") for file in table[task.path_column]]
         twice = pd.Series(files).duplicated().to_numpy()
         if twice.any():
@@ -89,7 +87,6 @@ def lists(task: Task) -> Lists:
         for file in files:
             if Path(file).is_absolute() or ".." in Path(file).parts:
                 raise UserError(f"{path}: {file} is not a path within {folder}: write paths relative to task.folder")
-        labels = np.array([label_of(label, place, path) for label in table[task.label]], dtype=np.int64)
-        return Listed(path, folder, files, labels)
+        return Listed(path, folder, files, list(table[task.label]))
 
-    return Lists(classes, lambda folder: tuple(name.replace("_", " ") for name in classes(folder)), split)
+    return Lists(classes, lambda folder: spaced(classes(folder)), split)

@@ -4,45 +4,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import Emoji, ImageFiles, Task
 from configs.errors import UserError
-from tasks import annotations, cars, cifar, glue, image_folder, image_table, listings, parquet, wilds
+from tasks import annotations, cifar, glue, image_folder, image_table, parquet, tables
 from tasks.emoji.load import class_names as emoji_class_names
 from tasks.emoji.load import load_split as load_emoji_split
 from tasks.emoji.load import read_split
 from tasks.files import ROOT, Files, Lists, listed_split
-from tasks.parts import own_name
+from tasks.published import PUBLISHED
 from tasks.sentiment import load as sentiment
-from tasks.split import Examples, ImageSplit, narrowed
-from tasks.tables import own_sentences
-from tasks.texts import TextSplit, text_split
+from tasks.split import Examples, ImageSplit
+from tasks.texts import TextSplit
 
 
 @dataclass(frozen=True)
 class Loader:
     """How a kind of task is read."""
 
-    split: Callable[[Task, str], ImageSplit | TextSplit]  # one of its splits, of all classes
-    names: Callable[[Task], tuple[str, ...]]  # what the data call their classes
+    split: Callable[[Any, str], ImageSplit | TextSplit]  # one of its splits, of all classes; of a task of this kind
+    names: Callable[[Any], tuple[str, ...]]  # what the data call their classes
 
 
-def _listed(lists: Callable[[Task], Lists]) -> Loader:
+def _listed(lists: Callable[[Any], Lists]) -> Loader:
     """Images that the data's own files list."""
-    return Loader(
-        lambda task, name: listed_split(task, name, lists(task)), lambda task: lists(task).names(ROOT / task.folder)
-    )
+
+    def split(task: ImageFiles, name: str) -> ImageSplit:
+        return listed_split(task, name, lists(task))
+
+    return Loader(split, lambda task: lists(task).names(ROOT / task.folder))
 
 
-def _texts(split: Callable[[Task, str], TextSplit]) -> Loader:
+def _texts(split: Callable[[Any, str], TextSplit]) -> Loader:
     return Loader(split, lambda task: task.options)
-
-
-def _sentences(task: Task, name: str) -> TextSplit:
-    path = ROOT / task.folder / f"{own_name(task, name)}.tsv"
-    return text_split(task, name, own_sentences(path, task.label, task.options))
 
 
 LOADERS = {
@@ -54,15 +51,10 @@ LOADERS = {
     "image_table": _listed(image_table.lists),
     "cifar10": Loader(cifar.load_split, cifar.class_names),
     "cifar100": Loader(cifar.load_split, cifar.class_names),
-    "dtd": _listed(lambda _: listings.DTD),
-    "food101": _listed(lambda _: listings.FOOD101),
-    "sun397": _listed(lambda _: listings.SUN397),
-    "cars": _listed(lambda _: cars.CARS),
-    "fmow": _listed(lambda _: wilds.FMOW),
-    "iwildcam": _listed(lambda _: wilds.IWILDCAM),
+    **{kind: _listed(lambda task: PUBLISHED[task.kind]) for kind in PUBLISHED},
     "parquet": Loader(parquet.load_split, parquet.class_names),
     "glue": _texts(glue.load_split),
-    "sentences": _texts(_sentences),
+    "sentences": _texts(tables.load_split),
     "sentiment": _texts(sentiment.load_split),
 }
 
@@ -114,7 +106,7 @@ def load_split(task: Task, name: str) -> Examples:
 
 def count(task: Task, name: str) -> int:
     """How many examples a split has, as `load_split`, but without decoding the pictures of the embedded benchmark."""
-    if task.kind != "emoji":
+    if not isinstance(task, Emoji):
         return len(load_split(task, name))
     labels = read_split(name, ROOT / task.folder, task.fold)[0]["label"].to_pylist()
     return sum(label in task.ids for label in labels)
@@ -148,7 +140,7 @@ def load_annotations(task: Task) -> dict[str, Tensor]:
     whole = LOADERS[task.kind].split(task, task.test)
     if not isinstance(whole, ImageSplit) or not isinstance(whole.stored, Files):
         raise UserError(f"task.annotations are matched by file name, which images of task.kind={task.kind} do not have")
-    rows = narrowed(whole, task.ids).rows
+    rows, _, _ = whole.rows_of(task.ids)
     found: dict[str, Tensor] = {}
     for name, path in task.annotations.items():
         answers = annotations.load_annotations(Path(ROOT / path), whole, task.num_classes)

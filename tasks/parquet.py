@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import Parquet
 from configs.errors import UserError
 from tasks.content import content_digest, is_data, read_file
-from tasks.files import ROOT
+from tasks.files import ROOT, spaced
 from tasks.parts import own_name, rows_of
 from tasks.split import ImageSplit
 
@@ -118,7 +118,7 @@ def _local_table(folder: Path, own: str) -> "datasets.Dataset":
     )
 
 
-def _columns(task: Task, own: str) -> tuple["datasets.Dataset", str, Any]:
+def _columns(task: Parquet, own: str) -> tuple["datasets.Dataset", str, Any]:
     """The table, its image column and the feature of its label column."""
     import datasets  # noqa: PLC0415
 
@@ -135,22 +135,20 @@ def _columns(task: Task, own: str) -> tuple["datasets.Dataset", str, Any]:
     return table.cast_column(images[0], datasets.Image(decode=False)), images[0], table.features[task.label]
 
 
-def class_names(task: Task) -> tuple[str, ...]:
+def class_names(task: Parquet) -> tuple[str, ...]:
     """The names of the label column.
 
     Raises:
-        UserError: it has none, or not `task.num_classes`.
+        UserError: it has none.
     """
     feature = _columns(task, own_name(task, task.train))[2]
     names = getattr(feature, "names", None)
     if names is None:
         raise UserError(f"column {task.label!r} of {task.folder} has no class names: task.names=FILE gives them")
-    if len(names) != task.num_classes:
-        raise UserError(f"task.num_classes={task.num_classes}, but {task.folder} has {len(names)} classes")
-    return tuple(name.replace("_", " ") for name in names)
+    return spaced(names)
 
 
-def load_split(task: Task, name: str) -> ImageSplit:
+def load_split(task: Parquet, name: str) -> ImageSplit:
     """One split, whose images are decoded when they are asked for; held-out is drawn by the place in the table.
 
     Args:
@@ -172,10 +170,6 @@ def load_split(task: Task, name: str) -> ImageSplit:
     sizes = pc.fill_null(pc.binary_length(encoded), 0).to_numpy().astype(np.int64)
     for row in np.flatnonzero(sizes == 0):  # the table names a file
         sizes[row] = len(_encoded(table, column, int(row)))
-    labels, sizes = labels[rows], sizes[rows]
-    digest = content_digest(
-        [name, own_name(task, name), *map(str, labels)],
-        sizes,
-        lambda i, last: _encoded(table, column, int(rows[i]), last),
-    )
-    return ImageSplit(name, Encoded(name, table, column, rows, sizes), torch.from_numpy(labels), digest)
+    labels, stored = labels[rows], Encoded(name, table, column, rows, sizes[rows])
+    digest = content_digest([name, own_name(task, name), *map(str, labels)], stored.sizes, stored.content)
+    return ImageSplit(name, stored, torch.from_numpy(labels), digest)

@@ -1,8 +1,8 @@
-"""One split of an image benchmark, and what training and evaluation ask of any."""
+"""One split of a benchmark: what training and evaluation ask of any, and images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,29 +12,14 @@ from torch import Tensor
 
 from tasks.label_space import LabelSpace
 
+Split = TypeVar("Split", bound="Examples")
 
-class Examples(Protocol):
-    """Images or texts and labels that are used together."""
 
-    @property
-    def labels(self) -> Tensor:
-        """(N,) int64 class ids, of the reported classes where there is a space."""
+class Stored(Protocol):
+    """Where examples are: images in memory (`Pixels`), in files (tasks.files), in a table (tasks.parquet), or texts.
 
-    @property
-    def space(self) -> LabelSpace | None:
-        """From the task's classes to the reported ones; None where they are the same."""
-
-    @property
-    def groups(self) -> Tensor | None:
-        """(N,) int64 ids of the groups of which the worst is reported, -1 for an example in none; None without."""
-
-    @property
-    def group_names(self) -> tuple[str, ...]:
-        """What the groups are called, in the order of their ids."""
-
-    @property
-    def digest(self) -> str:
-        """Names the split, its examples and labels, by content and not by where they lie."""
+    It is sent to the processes that load images.
+    """
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -46,32 +31,12 @@ class Examples(Protocol):
     def called(self, index: int) -> str:
         """What an example is called in messages."""
 
-    def __len__(self) -> int:
-        """N."""
+    def of(self, rows: Tensor) -> "Stored":
+        """Only the examples `rows`, (n,) int64, in this order."""
 
 
-class Images(Examples, Protocol):
-    """Examples that are images."""
-
-    def pil(self, index: int) -> Image.Image:
-        """One image, RGB, of its own size."""
-
-
-class Stored(Protocol):
-    """Where the images of a split are: in memory (`Pixels`), in files (tasks.files) or in a table (tasks.parquet).
-
-    It is sent to the processes that load images.
-    """
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) bytes of each image as it is stored."""
-
-    def content(self, index: int, last: int | None = None) -> bytes:
-        """An image as it is stored; only its last so many bytes where a number is given."""
-
-    def called(self, index: int) -> str:
-        """What an image is called in messages."""
+class StoredImages(Stored, Protocol):
+    """Where images are."""
 
     def pil(self, index: int) -> Image.Image:
         """One image, RGB.
@@ -79,9 +44,6 @@ class Stored(Protocol):
         Raises:
             UserError: it is missing, or cannot be decoded to its end.
         """
-
-    def of(self, rows: Tensor) -> "Stored":
-        """Only the images `rows`, (n,) int64, in this order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,24 +77,54 @@ class Pixels:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSplit:
-    """Images and labels that are used together, wherever the images are."""
+class Examples:
+    """Images or texts and labels that are used together, wherever they are."""
 
     name: str
     stored: Stored
     labels: Tensor  # (N,) int64 class ids, of the reported classes where there is a space
-    digest: str  # hexadecimal, of the content
-    space: LabelSpace | None = None
-    groups: Tensor | None = None
-    group_names: tuple[str, ...] = ()
+    digest: str  # hexadecimal, of the content and not of the place
+    space: LabelSpace | None = None  # from the task's classes to the reported ones; None where they are the same
+    groups: Tensor | None = None  # (N,) int64 ids of the groups of which the worst is reported, -1 for none
+    group_names: tuple[str, ...] = ()  # in the order of their ids
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(N,) bytes of each image as it is stored."""
+        """(N,) bytes of each example as it is stored."""
         return self.stored.sizes
+
+    def content(self, index: int, last: int | None = None) -> bytes:
+        """An example as it is stored; only its last so many bytes where a number is given."""
+        return self.stored.content(index, last)
+
+    def called(self, index: int) -> str:
+        """What an example is called in messages."""
+        return self.stored.called(index)
+
+    def rows_of(self, ids: Sequence[int]) -> tuple[Tensor, Tensor, LabelSpace | None]:
+        """Which examples are about the task's classes `ids`, their labels among these, and what of them is reported.
+
+        Raises:
+            UserError: the split reports none of them.
+        """
+        space, kept = (None, tuple(ids)) if self.space is None else self.space.of_classes(ids)
+        return (*renumbered(self.labels, kept), space)
+
+    def of_classes(self: Split, ids: Sequence[int], digest: str) -> Split:
+        """The examples of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
+        rows, labels, space = self.rows_of(ids)
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, stored=self.stored.of(rows), labels=labels, digest=digest, space=space, groups=groups)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit(Examples):
+    """Images and labels."""
+
+    stored: StoredImages
 
     @property
     def images(self) -> Tensor:
@@ -140,45 +132,9 @@ class ImageSplit:
         assert isinstance(self.stored, Pixels)
         return self.stored.images
 
-    def content(self, index: int, last: int | None = None) -> bytes:
-        """An image as it is stored; only its last so many bytes where a number is given."""
-        return self.stored.content(index, last)
-
-    def called(self, index: int) -> str:
-        """What an image is called in messages."""
-        return self.stored.called(index)
-
     def pil(self, index: int) -> Image.Image:
-        """One image, RGB; raises as `Stored.pil`."""
+        """One image, RGB; raises as `StoredImages.pil`."""
         return self.stored.pil(index)
-
-    def of_classes(self, ids: Sequence[int], digest: str) -> "ImageSplit":
-        """The images of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
-        part = narrowed(self, ids)
-        stored = self.stored.of(part.rows)
-        return ImageSplit(self.name, stored, part.labels, digest, part.space, part.groups, self.group_names)
-
-
-@dataclass(frozen=True, eq=False)
-class Narrowed:
-    """What a split of some classes has of the whole."""
-
-    rows: Tensor  # (n,) int64, which examples
-    labels: Tensor  # (n,) int64, renumbered
-    space: LabelSpace | None
-    kept: tuple[int, ...]  # the reported classes that are left, as they were numbered
-    groups: Tensor | None
-
-
-def narrowed(images: Examples, ids: Sequence[int]) -> Narrowed:
-    """The part of a split that is about the task's classes `ids`.
-
-    Raises:
-        UserError: the split reports none of them.
-    """
-    space, kept = (None, tuple(ids)) if images.space is None else images.space.of_classes(ids)
-    rows, labels = renumbered(images.labels, kept)
-    return Narrowed(rows, labels, space, kept, None if images.groups is None else images.groups[rows])
 
 
 def renumbered(labels: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from configs.data import Sentences
 from configs.errors import UserError
-from tasks.texts import Rows
+from tasks.files import ROOT
+from tasks.parts import own_name
+from tasks.texts import Rows, TextSplit, text_split
 
 
 def read_tsv(path: Path, header: Sequence[str] | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -77,11 +80,12 @@ def labelled(
     return Rows(columns[:place] + columns[place + 1 :], fields, labels, path)
 
 
-def own_sentences(path: Path, column: str, options: Sequence[str]) -> Rows:
-    """A file of one's own, with a header; labels are class ids or names of the options.
+def load_split(task: Sentences, name: str) -> TextSplit:
+    """One split of texts of your own, from <folder>/<split>.tsv; labels are class ids or names of the options.
 
     Raises:
-        UserError: as `read_tsv` and `labelled`.
+        UserError: as `read_tsv`, `labelled` and `text_split`.
     """
-    ids = {str(i): i for i in range(len(options))} | {option: i for i, option in enumerate(options)}
-    return labelled(path, read_tsv(path), column, ids, first=2)
+    path = ROOT / task.folder / f"{own_name(task, name)}.tsv"
+    ids = {str(i): i for i in range(len(task.options))} | {option: i for i, option in enumerate(task.options)}
+    return text_split(task, name, labelled(path, read_tsv(path), task.label, ids, first=2))

@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import Texts
 from configs.errors import UserError
 from soups.chance import uniform
-from tasks.label_space import LabelSpace
 from tasks.parts import rows_of
-from tasks.split import narrowed
+from tasks.split import Examples
 
 
 @dataclass(frozen=True)
@@ -29,26 +28,17 @@ class Rows:
     source: Path  # for messages
 
 
-@dataclass(frozen=True, eq=False)
-class TextSplit:
-    """Texts and labels that are used together; as `tasks.split.Images`, with columns in place of pixels."""
+@dataclass(frozen=True)
+class TextRows:
+    """Texts in memory, with columns in place of pixels."""
 
-    name: str
     columns: tuple[str, ...]
-    fields: tuple[tuple[str, ...], ...]  # (N) texts, one for each column
-    labels: Tensor  # (N,) int64 class ids
-    digest: str  # of columns, texts and labels
-    space: LabelSpace | None = None
-    groups: Tensor | None = None
-    group_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    fields: tuple[tuple[str, ...], ...]  # N texts, one for each column
 
     @property
     def sizes(self) -> NDArray[np.int64]:
         """(N,) bytes of each text."""
-        return np.array([len(self.content(row)) for row in range(len(self))], dtype=np.int64)
+        return np.array([len(self.content(row)) for row in range(len(self.fields))], dtype=np.int64)
 
     def content(self, index: int, last: int | None = None) -> bytes:
         """What a text says, whatever white space is between its words."""
@@ -59,11 +49,21 @@ class TextSplit:
         """How it begins."""
         return repr(" | ".join(self.fields[index])[:40])
 
-    def of_classes(self, ids: Sequence[int], digest: str) -> "TextSplit":
-        """The texts of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
-        part = narrowed(self, ids)
-        fields = tuple(self.fields[row] for row in part.rows.tolist())
-        return TextSplit(self.name, self.columns, fields, part.labels, digest)
+    def of(self, rows: Tensor) -> "TextRows":
+        """Only some of them."""
+        return TextRows(self.columns, tuple(self.fields[row] for row in rows.tolist()))
+
+
+@dataclass(frozen=True, eq=False)
+class TextSplit(Examples):
+    """Texts and labels."""
+
+    stored: TextRows
+
+    @property
+    def fields(self) -> tuple[tuple[str, ...], ...]:
+        """N texts, one for each column."""
+        return self.stored.fields
 
 
 def said_by(fields: Sequence[str]) -> str:
@@ -93,7 +93,7 @@ def pieces_of(template: str) -> list[tuple[str, str | None]]:
     return [(words, column) for words, column, _, _ in parsed]
 
 
-def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
+def text_split(task: Texts, name: str, rows: Rows) -> TextSplit:
     """A split from what its file says: all rows, the part of train that is or is not held out, or some of them.
 
     A text is what the template's columns say; other columns, such as numbers of lines, are left out. Whether a text is
@@ -103,7 +103,7 @@ def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
         UserError: a template without a column, or with one that is not there; other counts than the task's; too few
             to take.
     """
-    read = [column for _, column in pieces_of(task.template or "") if column]
+    read = [column for _, column in pieces_of(task.template) if column]
     unknown = [column for column in read if column not in rows.columns]
     if unknown:
         raise UserError(f"task.template has {{{unknown[0]}}}, but {rows.source} has {', '.join(rows.columns)}")
@@ -128,5 +128,5 @@ def text_split(task: Task, name: str, rows: Rows) -> TextSplit:
     content = hashlib.blake2b("\0".join(rows.columns).encode(), digest_size=16)
     for row in chosen:
         content.update(f"{key(row)}\0{labels[row]}\n".encode())
-    texts = tuple(rows.fields[row] for row in chosen)
-    return TextSplit(name, rows.columns, texts, torch.from_numpy(labels[chosen]), content.hexdigest())
+    texts = TextRows(rows.columns, tuple(rows.fields[row] for row in chosen))
+    return TextSplit(name, texts, torch.from_numpy(labels[chosen]), content.hexdigest())

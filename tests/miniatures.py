@@ -6,7 +6,7 @@ import numpy as np
 from pictures import rgb
 from scipy.io import savemat
 
-from configs.data import Task
+from configs.data import KINDS
 
 PLACES = ("Asia", "Europe", "Other")
 
@@ -14,7 +14,7 @@ PLACES = ("Asia", "Europe", "Other")
 def settings(kind, folder, num_classes, **values):
     """The settings of a task with train, test and the splits that `folders` names."""
     roles = {"train": "train", "held_out": "held_out", "test": "test", "shifts": ()}
-    return Task(kind=kind, folder=folder, num_classes=num_classes, **(roles | values))
+    return KINDS[kind](kind=kind, folder=folder, num_classes=num_classes, **(roles | values))
 
 
 def save_jpeg(path, seed):

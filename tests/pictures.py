@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from configs.data import Task
+from configs.data import ImageFolder
 
 CLASSES = ("a b", "n-o_t", "Öl", "ß/inner")  # the last has its images in a folder of its own, as ImageFolder allows
 
@@ -51,4 +51,4 @@ def save_tree(root, per_class=3, classes=CLASSES, splits=("train", "test")):
 def task(root, **settings):
     """The settings of a task over such a tree."""
     values = {"num_classes": 4, "train": "train", "held_out": "held_out", "test": "test", "shifts": ()}
-    return Task(kind="image_folder", folder=root, **(values | settings))
+    return ImageFolder(kind="image_folder", folder=root, **(values | settings))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from analysis.report import note
 from analysis.results import bootstrap_groups
-from configs.data import KINDS_OF, Task
+from configs.data import KINDS, kinds_with
 from configs.errors import UserError
 from configs.schema import dump, load, parse_values
 from configs.training import Integers, LogUniform, ZeroOrUniform
@@ -91,7 +91,7 @@ CHANGED = {  # another value of each setting of a task
     "split_column": lambda task: "another",
     "subset": lambda task: "rte",
     "template": lambda task: "again: {sentence}{text}",
-    "options": lambda task: tuple(reversed(task.options)) or ("a", "b"),
+    "options": lambda task: tuple(reversed(task.options)),
     "asked": lambda task: tuple(reversed(range(task.num_classes))),
     "take": lambda task: {task.test: 2},
     "subsets": lambda task: {task.test: 1},
@@ -133,7 +133,7 @@ def observed(task, runs):
             found += [split, examples.labels.tolist(), examples.digest]
         labels = load_split(task, task.test).labels
         all_first = torch.eye(task.size)[torch.zeros(len(labels), dtype=torch.long)]
-        found += [class_names(task), task.answers, pieces_of(task.template or "")]
+        found += [class_names(task), task.answers, pieces_of(task.template)]
         found += [evaluator.score(said, task.test) for said in (all_first, torch.eye(task.size)[labels])]
         found.append(len(load_annotations(task)))
         found += [group.tolist() for group in bootstrap_groups(config, evaluator, (task.train,))]
@@ -153,7 +153,7 @@ def test_every_setting_of_every_kind_of_task_changes_something_or_is_refused(kin
     before = observed(task, tmp_path)
     assert all(isinstance(part, str) for part in before[:1]) and len(before) > 10, before[-1]
     elsewhere = {"kind", "overlap_allowed"}  # of the second see tests/test_overlaps.py: no image here stands twice
-    for setting in (each.name for each in fields(Task) if each.name not in elsewhere):
+    for setting in (each.name for each in fields(task) if each.name not in elsewhere):
         value = CHANGED[setting](task)
         assert value != getattr(task, setting), setting
         try:
@@ -161,8 +161,54 @@ def test_every_setting_of_every_kind_of_task_changes_something_or_is_refused(kin
         except ValidationError as error:
             assert any(setting in (*each["loc"], *re.findall(r"\w+", each["msg"])) for each in error.errors()), setting
         else:
-            assert kind in KINDS_OF.get(setting, SAVED)
             assert observed(other, tmp_path) != before, setting
+
+
+ANY = {  # a value of each setting that some kinds do not have
+    "names": "nowhere.txt",
+    "folders": {"train": "nowhere"},
+    "counts": {"train": 1},
+    "held_out_per_class": 1,
+    "held_out_share": 0.5,
+    "listings": "kept",
+    "annotations": {"real": "nowhere.json"},
+    "label": "another",
+    "table": "nowhere.csv",
+    "path_column": "another",
+    "split_column": "another",
+    "subsets": {"test": 1},
+    "numbered": ["test"],
+    "objectnet": "test",
+    "objectnet_border": True,
+    "held_out_index": "nowhere.npy",
+    "template": "{again}",
+    "options": ["a", "b"],
+    "asked": [1, 0],
+    "take": {"test": 2},
+    "subset": "rte",
+    "protocol": "paper",
+}
+
+
+def settings_of_some_kinds():
+    """Settings that some kind of task has, and some other has not."""
+    every = {each.name for kind in KINDS.values() for each in fields(kind)}
+    return {setting for setting in every if len(kinds_with(setting)) < len(KINDS)}
+
+
+def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
+    assert settings_of_some_kinds() == set(ANY)
+    for name in ("demo", "demo_text", "table3_clip_b32", "figuree1_dtd", "figureg2_cifar10", "tablej1_bert_base_rte"):
+        values = dump(load_once(name))
+        assert set(values["task"]) == {"kind", *CHANGED, "overlap_allowed"}  # whatever the kind
+        for setting, value in ANY.items():
+            kinds, own = kinds_with(setting), values["task"]["kind"]
+            if own in kinds:
+                continue
+            with pytest.raises(UserError) as refused:
+                parse_values(values | {"task": values["task"] | {setting: value}})
+            said = f"bad config: task.{setting} is for task.kind={', '.join(kinds)}, not for {own}"
+            assert str(refused.value) == said
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
-from configs.data import Task
+from configs.data import Glue
 from configs.errors import UserError
 from configs.schema import load
 from tasks.glue import read_local
@@ -20,7 +20,7 @@ MRPC = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"  # as the downloa
 def settings(subset, folder, **changes):
     values = {"template": "{sentence}", "options": ("x", "y"), "folders": {"test": "validation"}, "shifts": ()}
     values |= {"train": "train", "held_out": "held_out", "test": "test", "held_out_share": 0.25, "num_classes": 2}
-    return Task(kind="glue", subset=subset, folder=folder, **(values | changes))
+    return Glue(kind="glue", subset=subset, folder=folder, **(values | changes))
 
 
 def written(folder, name, text, file="train.tsv"):

@@ -41,6 +41,17 @@ def test_help_of_a_group_has_each_setting_with_its_value_meaning_and_limits():
     assert "  recipes=[best,second_best," in helped(["--help", "general"], "")
 
 
+def test_help_of_tasks_says_which_kinds_have_a_setting():
+    text = helped(["--help", "task", "experiment=demo"], "")
+    common, *others = text.split("\n\nOf task.kind=")
+    assert "  task.kind=emoji\n      emoji, image_folder, image_table, cifar10," in common
+    assert "  task.num_classes=620\n" in common and "task.template" not in common
+    texts = next(part for part in others if part.startswith("glue, sentences, sentiment:"))
+    assert "  task.template=null\n      what a network reads, with columns in braces" in texts
+    named = [each.name for each in settings_of(Experiment) if each.name.startswith("task.")]
+    assert len(set(named)) == len(named) and all(f"  {name}=" in text for name in named)
+
+
 def test_a_comment_belongs_to_the_field_that_it_stands_beside_or_above():
     assert comments_of(Optim)["loss"].endswith("of the answer's tokens over the whole vocabulary, of prompts")
     assert comments_of(Optim).get("label_smoothing", "") == ""
@@ -85,6 +96,10 @@ def test_a_word_without_a_value_is_taken_for_an_experiment(capsys, monkeypatch):
 def test_values_near_to_a_wrong_one_and_unknown_keys_are_named():
     with pytest.raises(UserError, match=r"got 'gredy'; near is greedy"):
         load("demo", "recipe=gredy")
+    with pytest.raises(UserError, match=r"task.kind: Input should be .*, got 'imagefolder'; near is image_folder"):
+        load("demo", "task.kind=imagefolder")
+    with pytest.raises(UserError, match=r"task.num_classes: Input should be greater than or equal to 2, got '1'"):
+        load("demo", "task.num_classes=1")
     with pytest.raises(UserError, match=r"task.fodler: there is no such setting; near is task.folder"):
         load("demo", "+task.fodler=x")
 

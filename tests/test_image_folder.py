@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from configs.errors import UserError
 from configs.schema import load
 from models.classifier import pretrained
-from tasks import content, image_folder
+from tasks import content
 from tasks.files import Files, Names
 from tasks.image_folder import load_split
 from tasks.load import class_names
@@ -259,7 +259,7 @@ def test_a_digest_tells_splits_of_the_same_names_and_sizes_apart_by_their_conten
     monkeypatch.setattr(content, "MANY", 5)
     monkeypatch.setattr(content, "SAMPLE", 20)
     read = []
-    monkeypatch.setattr(image_folder, "read_file", lambda path, last: read.append((path.name, last)) or b"")
+    monkeypatch.setattr("tasks.files.read_file", lambda path, last: read.append((path.name, last)) or b"")
     assert load_split(settings, "snow").digest == load_split(settings, "snow").digest
     assert 10 < len(read) // 2 <= 20
     assert sorted(read[: len(read) // 2]) == sorted(read[len(read) // 2 :])

@@ -1,5 +1,6 @@
 """Data sets are read from the files in which they are distributed, and say what is wrong with them."""
 
+import dataclasses
 import multiprocessing
 import re
 import shutil
@@ -400,15 +401,7 @@ def test_what_is_missing_cut_off_or_of_another_class_is_named(tmp_path, name):
 def test_images_that_are_too_few_are_counted_before_anything_else(tmp_path):
     for name, saved in SAVED.items():
         task = saved(tmp_path / name)
-        whole = miniatures.settings(
-            task.kind,
-            task.folder,
-            task.num_classes,
-            counts={"test": 9},
-            label=task.label,
-            held_out_per_class=task.held_out_per_class,
-            folders=task.folders,
-        )
+        whole = dataclasses.replace(task, counts={"test": 9})
         with pytest.raises(UserError, match=r"images, but split 'test' has 9: restore .* task.counts=null"):
             load_split(whole, "test")
         assert len(load_split(whole, "train")) > 0

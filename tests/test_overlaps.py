@@ -7,7 +7,7 @@ import pytest
 import torch
 from pictures import save_tree, task
 
-from configs.data import Task
+from configs.data import Sentences
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
@@ -127,8 +127,11 @@ def test_images_in_memory_are_compared_by_their_pixels(monkeypatch):
 
 
 def texts(**settings):
-    values = {"kind": "sentences", "folder": "x", "num_classes": 2, "template": "{t}", "options": ("no", "yes")}
-    return Task(**(values | {"train": "train", "held_out": "held_out", "test": "test", "shifts": ()} | settings))
+    values = {"folder": "x", "num_classes": 2, "template": "{t}", "options": ("no", "yes")}
+    return Sentences(
+        kind="sentences",
+        **(values | {"train": "train", "held_out": "held_out", "test": "test", "shifts": ()} | settings),
+    )
 
 
 def parted(settings, said, labels=None):

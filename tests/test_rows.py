@@ -3,19 +3,20 @@
 import io
 import re
 import subprocess
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from analysis.page.files import read_results
 from analysis.results import measure
 from analysis.sets import variants
-from configs.data import Task
+from configs.data import KINDS
 from configs.errors import UserError
 from configs.schema import dump, load
 from configs.training import (
@@ -161,9 +162,14 @@ def test_what_scores_held_out_is_part_of_a_row_since_recipes_sort_by_it():
     assert identity(load("demo"), 1) != identity(load("demo", "+task.metrics.held_out=macro_f1"), 1)
 
 
-@closed
-class GrownTask(Task):
-    added: int = 7
+def grown_task(kind):
+    """A kind of task with one setting more."""
+
+    @closed
+    class GrownTask(kind):
+        added: int = 7
+
+    return GrownTask
 
 
 @closed
@@ -206,7 +212,6 @@ class GrownRegularizer(Regularizer):
 
 
 GROWN = {
-    "task": GrownTask,
     "model": GrownModel,
     "optim": GrownOptim,
     "augment": GrownAugment,
@@ -219,13 +224,17 @@ GROWN = {
 )
 def test_a_setting_that_is_added_with_a_default_makes_no_finished_row_foreign(name, row, monkeypatch):
     config = load(name)
-    own, before = dump(row_config(config, row)), identity(config, row)
-    monkeypatch.setattr("store.rows.GROUPS", GROWN)
-    grown = {group: kind(**own[group]) for group, kind in GROWN.items()}
+    own, before = row_config(config, row), identity(config, row)
+    kinds = {"task": grown_task(type(own.task))} | GROWN
+    monkeypatch.setattr("store.rows.GROUPS", kinds)
+    values = {
+        group: {each.name: dump(own)[group][each.name] for each in fields(getattr(own, group))} for group in kinds
+    }
+    grown = {group: kind(**values[group]) for group, kind in kinds.items()}
     told = {"row": row, "sweep_seed": config.sweep.seed, "imported": False}
     told |= {"precision": config.compute.precision, "evaluated": config.compute.evaluates_in}
     assert digest_of(meaning(grown, **told)) == before
-    set_otherwise = grown | {"optim": GrownOptim(**own["optim"], added={"x": 1})}
+    set_otherwise = grown | {"optim": GrownOptim(**values["optim"], added={"x": 1})}
     assert digest_of(meaning(set_otherwise, **told)) != before
 
 
@@ -259,9 +268,6 @@ DEFAULTS = {  # of settings that rows depend on
         "counts": None,
         "names": "folder",
         "label": "label",
-        "subset": None,
-        "template": None,
-        "options": (),
         "asked": (),
         "take": None,
         "subsets": {},
@@ -340,11 +346,24 @@ DEFAULTS = {  # of settings that rows depend on
 }
 
 
-@pytest.mark.parametrize("kind", [Task, Model, Optim, Augment, Regularizer, Swa, Sam, Distill])
+def now(kind):
+    return {name: at.get_default(call_default_factory=True) for name, at in kind.__pydantic_fields__.items()}
+
+
+@pytest.mark.parametrize("kind", [Model, Optim, Augment, Regularizer, Swa, Sam, Distill])
 def test_defaults_which_identities_leave_out_never_change(kind):
     """Where another default is better, yaml files have it: a row that leaves one out must always mean the same."""
-    now = {name: at.get_default(call_default_factory=True) for name, at in kind.__pydantic_fields__.items()}
-    assert {name: now[name] for name in DEFAULTS[kind.__name__]} == DEFAULTS[kind.__name__]
+    assert {name: now(kind)[name] for name in DEFAULTS[kind.__name__]} == DEFAULTS[kind.__name__]
+
+
+def test_defaults_of_tasks_never_change_in_any_kind():
+    for kind in KINDS.values():
+        known = {name: value for name, value in DEFAULTS["Task"].items() if name in now(kind)}
+        assert {name: now(kind)[name] for name in known} == known
+    assert DEFAULTS["Task"].keys() <= {name for kind in KINDS.values() for name in now(kind)}
+    needed = {name for kind in KINDS.values() for name, value in now(kind).items() if value is PydanticUndefined}
+    roles = {"train", "held_out", "test", "shifts"}
+    assert needed == {"kind", "folder", "num_classes", *roles, "subset", "template", "options"}  # always in an identity
 
 
 def as_before(config, row):

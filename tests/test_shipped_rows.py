@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from configs.data import Task
+from configs.data import ImageFolder, Sentences
 from configs.schema import Experiment, Model, Sweep, load
 from configs.training import Augment, Swa
 from eval.batch_size import largest_input
@@ -170,8 +170,8 @@ def tasks(folder):
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     roles = {"train": "train", "held_out": "held_out", "test": "test", "shifts": (), "num_classes": 2}
     words = {"template": "sentence: {sentence}", "options": NAMES}
-    images = Task(kind="image_folder", folder=folder / "images", **roles)
-    return {False: images, True: Task(kind="sentences", folder=folder, **roles, **words)}
+    images = ImageFolder(kind="image_folder", folder=folder / "images", **roles)
+    return {False: images, True: Sentences(kind="sentences", folder=folder, **roles, **words)}
 
 
 def miniature(row: Experiment, one: Combination, base: Experiment, *, network, task, runs, loaders) -> Experiment:

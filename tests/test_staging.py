@@ -161,13 +161,13 @@ def test_sizes_of_listed_files_are_asked_for_once(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     for name in ("x", "y"):
         (tmp_path / "a" / name).write_text(name * 3)
-    listed = files.Listed(tmp_path / "list.txt", tmp_path, ("a/y", "a/x"), np.array([0, 1]))
-    assert files._sizes(listed, tmp_path / "keep").tolist() == [3, 3]
+    listed = files.Listed(tmp_path / "list.txt", tmp_path, ("a/y", "a/x"), [0, 1])
+    assert files._sizes(listed, listed.files, tmp_path / "keep").tolist() == [3, 3]
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_found", lambda listed: pytest.fail("listed again"))
-        assert files._sizes(listed, tmp_path / "keep").tolist() == [3, 3]
+        patched.setattr(files, "_found", lambda *words: pytest.fail("listed again"))
+        assert files._sizes(listed, listed.files, tmp_path / "keep").tolist() == [3, 3]
     (tmp_path / "a/x").write_text("longer")
-    assert files._sizes(listed, tmp_path / "keep").tolist() == [3, 6]
+    assert files._sizes(listed, listed.files, tmp_path / "keep").tolist() == [3, 6]
 
 
 def test_lists_are_kept_of_data_sets_of_files_only():

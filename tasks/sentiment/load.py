@@ -9,7 +9,7 @@ import tarfile
 from functools import lru_cache
 from pathlib import Path
 
-from configs.data import Task
+from configs.data import Sentiment
 from configs.errors import UserError
 from soups.chance import uniform
 from tasks.files import ROOT
@@ -69,7 +69,7 @@ def read(archive: Path, source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return tuple(found), tuple(found.values())
 
 
-def load_split(task: Task, name: str) -> TextSplit:
+def load_split(task: Sentiment, name: str) -> TextSplit:
     """One split of the task: train, held_out and test are of movie reviews, the shifts are named by their source.
 
     Raises:

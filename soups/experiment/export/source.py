@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from configs.data import Task
+from configs.data import AnyTask, Task
 from configs.exporting import Export
 from configs.training import Model
 from models.classifier import Classifier, Network, architecture
@@ -121,7 +121,7 @@ def _settings_of(run: Path) -> tuple[str, Model, Task]:
     path = run / "ingredients/000/config.json"
     config = read_json(path)
     try:
-        model, task = TypeAdapter(Model), TypeAdapter(Task)
+        model, task = TypeAdapter(Model), TypeAdapter(AnyTask)
         return config["name"], model.validate_python(config["model"]), task.validate_python(config["task"])
     except (KeyError, ValidationError) as error:
         raise UserError(f"{path} has not the settings of a run ({str(error).splitlines()[0]})") from None
