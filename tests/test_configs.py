@@ -226,7 +226,7 @@ def test_every_setting_of_a_group_can_be_typed_whichever_file_is_chosen():
 
 def test_every_model_of_open_clip_and_timm_is_one_that_they_know():
     for file, values in chosen()["model"].items():
-        if values["name"] == "???":
+        if "name: ???" in (CONFIGS / f"model/{file}.yaml").read_text():
             continue  # the user names the network
         model = checked(Model, values)
         if model.kind == "open_clip":
