@@ -3,6 +3,8 @@
     python -m analysis list                                    the paper's tables and figures, and what is measured
     python -m analysis artefact=figure4 experiment=demo        one of them; artefact=all: all of this experiment
     python -m analysis report experiment=demo                  runs/demo/report.html: all of it on one page
+    python -m analysis predictions experiment=demo72           what each method gets right, image by image
+    python -m analysis claims                                  docs/claims.md, answered from results/measured
 
 Reads   runs/<name>/{ingredients,soups,logits}
 Writes  runs/<name>/analysis/{table3.md,table3.tex,table3.csv,figure1.pdf,figure1.png,figure1.csv,provenance.json},
@@ -35,6 +37,20 @@ def report(config: Experiment) -> None:
     report_all(config)
 
 
+def predictions(config: Experiment) -> None:
+    """Write the tables of predictions of the experiment, or of each of its parts."""
+    from analysis.commands import predictions_of_all  # noqa: PLC0415
+
+    predictions_of_all(config)
+
+
+def show_claims() -> None:
+    """Answer the claims from the pools that are measured."""
+    from analysis.commands import claims  # noqa: PLC0415
+
+    claims()
+
+
 def show_list() -> None:
     """A line for each of the paper's tables and figures."""
     from analysis.commands import list_artefacts  # noqa: PLC0415
@@ -45,8 +61,9 @@ def show_list() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["list"]:
         one_line_errors(show_list)
-    elif sys.argv[1:2] == ["report"]:
-        del sys.argv[1]
-        entry_point(report)()
+    elif sys.argv[1:] == ["claims"]:
+        one_line_errors(show_claims)
+    elif sys.argv[1:2] in (["report"], ["predictions"]):
+        entry_point({"report": report, "predictions": predictions}[sys.argv.pop(1)])()
     else:
         entry_point(run)()

@@ -7,12 +7,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from analysis.artefacts import ARTEFACTS, DRAWN, draw, measured_files, named, paper_numbers, parts_of
+from analysis.artefacts import ARTEFACTS, DRAWN, MEASURED, draw, measured_files, named, paper_numbers, parts_of
+from analysis.claims import POOLS, write_claims
 from analysis.ending import reminder, verdict
 from analysis.page.write import write_report
+from analysis.predictions import write_pool
 from analysis.released import published_instead, write_instead
 from analysis.report import analyse
 from analysis.seeds import over_seeds
+from analysis.subpools import write_pays, write_subpools
 from configs import cli
 from configs.errors import UserError
 from configs.schema import Experiment, replicate
@@ -76,6 +79,20 @@ def list_artefacts() -> None:
         grid.add_row(name, artefact.shows, paper_numbers(name) or "none recovered", state, command)
     console.print(grid)
     console.print(f"{len(ARTEFACTS)} tables and figures. On the paper's own data: experiment=paper, or any part of it.")
+
+
+def predictions_of_all(config: Experiment) -> None:
+    """Write the tables of predictions and of sub-pools of the experiment, or of each of its parts."""
+    use_threads(config.cluster.threads)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for part in cli.parts_of(config, sys.argv[1:]):
+        print(*write_pool(part, console), *write_subpools(part, console), sep="\n")
+
+
+def claims() -> None:
+    """Answer the claims from the pools whose predictions are in results/measured."""
+    files = write_claims(MEASURED)
+    print(files[0].read_text(), *files, *write_pays(MEASURED, POOLS), sep="\n")
 
 
 def report_all(config: Experiment) -> None:

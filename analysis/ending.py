@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.artefacts import ARTEFACTS
+from analysis.artefacts import ARTEFACTS, MEASURED
 from analysis.results import SHIFT_MEAN
-from analysis.tables import METRICS, NAMES, percent
+from analysis.tables import METRICS, NAMES, percent, points
 from configs.schema import Experiment
 from soups.files.atomic import read_json
 from store.runs import RunFolder
@@ -80,6 +80,19 @@ def reminder(config: Experiment) -> str:
     )
 
 
+def beside_evidence(config: Experiment) -> list[str]:
+    """What pools of 72 that are trained longer say of the demo's question, where they are measured."""
+    answers = MEASURED / "claims.csv"
+    if config.name.partition("/")[0] not in ("demo", "demo_seeds") or not answers.exists():
+        return []
+    claims = pd.read_csv(answers).set_index("claim")
+    test, shifts = (points(*claims.loc[number, ["difference", "low", "high"]]) for number in (1, 2))
+    pools = claims.loc[1, "pools"]
+    models = f"{pools} pool{'s' if pools > 1 else ''} of 72 models trained for 4 to 16 epochs"
+    gain = f"greedy soup {test} over the best single model on test, {shifts} on the mean of 5 shifts"
+    return [f"{config.analysis.note} {models}: {gain} (docs/claims.md)"]
+
+
 def next_steps(config: Experiment, words: Sequence[str], tidy: pd.DataFrame) -> list[tuple[str, str]]:
     """Commands that suit a finished run, each with what it does.
 
@@ -128,6 +141,7 @@ def ending(
     lines = [*verdict(config, tidy)]
     if reminder(config):
         lines.append(f"{reminder(config)}.")
+    lines += [*beside_evidence(config)]
     lines += [f"Look at {page}" for page in pages]
     lines.append(f"Models, soups, logits and tables are in {RunFolder.of(config).root} ({seconds:.0f} s).")
     steps = next_steps(config, words, tidy)

@@ -32,13 +32,14 @@ class Report:
 
 
 def note(config: Experiment) -> str:
-    """Names the proxies wherever the numbers stand."""
+    """Names the proxies wherever the numbers stand, and what the experiment wants to be kept in mind."""
     model, task = config.model, config.task
-    return (
+    said = (
         f"Benchmark {task.name}{_proxy(task.proxy_for)}; "
         f"model {model.name or model.kind}{_proxy(model.proxy_for)}; "
         f"{config.sweep.size} fine-tuned models {_candidates(config)}, sweep seed {config.sweep.seed}."
     )
+    return f"{said} {config.analysis.note}".strip()
 
 
 def _candidates(config: Experiment) -> str:

@@ -21,6 +21,7 @@ TEXTS = ("glue", "sentences", "sentiment")  # kinds of tasks whose examples are 
 IMAGES = ("emoji", "cifar10", "cifar100", "parquet", *FILES)
 CUT = (*IMAGES[1:], "glue", "sentences")  # kinds of which held-out may be a part of train
 KINDS_OF = {  # setting -> the kinds that it is for; settings that are not here are for all
+    "fold": ("emoji",),
     "folders": CUT,
     "counts": (*CUT, "sentiment"),
     "names": IMAGES,
@@ -83,6 +84,7 @@ class Task:
     ]
     folder: Path  # the data as they are distributed; of image_folder: <folder>/<split>/<class>/<image>;
     # of parquet and glue: a folder, or a name on Hugging Face's hub; of sentences: <folder>/<split>.tsv
+    fold: Annotated[int, Field(ge=0, le=4)] = 0  # of emoji: how its drawings are dealt to train, held-out and test
     # split -> its folder of image_folder, or what the data call it, where that is not its name
     folders: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     num_classes: Annotated[int, Field(ge=2)]  # the data must have so many

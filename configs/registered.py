@@ -52,7 +52,7 @@ def _series(file: Path) -> dict[str, dict[str, Any]]:
     series: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # type: ignore[assignment]
     found = {}
     for words, line in series["experiments"].items():
-        chosen = [{f"override /{group}": choice} for group, choice in line.pop("override").items()]
+        chosen = [{f"override /{group}": choice} for group, choice in line.pop("override", {}).items()]
         name = f"{file.stem}_{words}"
         merged: Any = OmegaConf.to_container(OmegaConf.merge(series["shared"], line), resolve=False)
         found[name] = merged | {"defaults": [*merged["defaults"], *chosen], "name": name}

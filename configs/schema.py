@@ -141,6 +141,7 @@ class Analysis:
     bins: Count = 15  # of calibration errors, with as many examples in each; how many the paper has is not known
     oracle: bool = False  # a row with the best individual model on each test set, labelled so, as in Table 4
     seed: int = 0
+    note: str = ""  # a sentence that captions end with, on what to keep in mind of these models
     labels: tuple[str, ...] = ()  # what the rows 1, 2, ... are called in a table of rows; the first is its baseline
     sets: dict[str, tuple[Count, ...]] = Field(default_factory=dict)  # rows whose soup and ensemble join that table
     angles: Angles

@@ -1,7 +1,7 @@
 """Make the emoji benchmark from the icon packages:  python -m embedded.build [--out DIR] [--cache DIR] [--check]
 
 Reads   twelve pinned npm packages (downloaded once with npm) and photographs inside scikit-image
-Writes  DIR/{train,held_out,test,v2,r,sketch,objectnet,a}.parquet, DIR/manifest.json, DIR/near_duplicates.csv
+Writes  DIR/{drawings,v2,r,sketch,objectnet,a}.parquet, DIR/manifest.json, DIR/near_duplicates.csv
 
 The same packages give the same bytes; `--check` builds into a temporary folder and compares with DIR.
 """
@@ -13,6 +13,7 @@ import io
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,14 +35,13 @@ from embedded.keyed import draw
 from embedded.shifts import background, photos, place, ridge_errors
 from soups.errors import one_line_errors
 from soups.files.atomic import replacing, write_text
-from tasks.emoji.load import DATA, SPLITS
+from tasks.emoji.load import DATA, DRAWINGS, FILES, FOLDS, SPLITS, read_split
 
-HELD_OUT = 0.25  # of the drawings that are not test
+FILTER_LEAVES = 0.25  # of a class's drawings but the first, about this share is unknown to the filter
 PLACEMENTS = 3  # pictures of each drawing in the ObjectNet-like split
 FLAT, COLOUR, BLACK = "fluent-emoji-flat", "openmoji-color", "openmoji-black"
 ENCODERS = ("resvg-py", "scikit-image", "numpy", "pillow", "pyarrow")  # other versions may give other bytes
-NEAR_PAIRS = [(a, b) for i, a in enumerate(SPLITS[:3]) for b in SPLITS[i + 1 :]]
-NEAR_COLUMNS = ("split", "source", "icon", "other_split", "other_source", "other_icon", "same_class", "distance")
+NEAR_COLUMNS = ("file", "source", "icon", "other_file", "other_source", "other_icon", "same_class", "distance")
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,18 @@ def read_drawings(cache: Path) -> tuple[Drawings, dict[str, Concept]]:
     return Drawings(sets, names), concepts
 
 
-def five_designs(drawings: Drawings, concepts: Mapping[str, Concept]) -> tuple[dict[str, list[Picture]], dict]:
-    """Train, held_out and test, and a record of what was dropped.
+def five_designs(drawings: Drawings, concepts: Mapping[str, Concept]) -> tuple[list[Picture], dict]:
+    """The drawings that folds deal to train, held-out and test, and a record of what was dropped.
 
-    Of each class the drawing with the smallest keyed number is the test one. A drawing that is near another of its
-    class is dropped, never the test one. A quarter of the rest is held out, but a class keeps one to train on.
+    They are ordered by class, and within a class by a keyed number. A drawing that is near an earlier one of its class
+    is dropped.
     """
     rendered = {
         design: {h: found[0] for h in concepts if (found := drawings.pictures(design, h))}
         for design in track(DESIGNS, "drawing the five designs")
     }
     alike = confusable([{h: p.pixels for h, p in rendered[design].items()} for design in DESIGNS])
-    splits: dict[str, list[Picture]] = {"train": [], "held_out": [], "test": []}
+    dealt: list[Picture] = []
     repeated = []
     for hexcode in concepts:
         if hexcode in alike:
@@ -108,14 +108,8 @@ def five_designs(drawings: Drawings, concepts: Mapping[str, Concept]) -> tuple[d
         ours.sort(key=lambda picture: draw("test", hexcode, picture.source.split("@")[0]))
         kept = distinct([picture.pixels for picture in ours])
         repeated += [f"{p.source} {p.icon}" for i, p in enumerate(ours) if i not in kept]
-        test, *rest = (ours[i] for i in kept)
-        chance = {p.source: draw("held_out", hexcode, p.source.split("@")[0]) for p in rest}
-        last = max(chance.values())
-        splits["test"].append(test)
-        for picture in rest:
-            held_out = chance[picture.source] < min(HELD_OUT, last)
-            splits["held_out" if held_out else "train"].append(picture)
-    return splits, {"concepts drawn alike": [concepts[h].name for h in alike], "drawings repeated": repeated}
+        dealt += [ours[i] for i in kept]
+    return dealt, {"concepts drawn alike": [concepts[h].name for h in alike], "drawings repeated": repeated}
 
 
 def drawn_shifts(drawings: Drawings, classes: Iterable[str]) -> dict[str, list[Picture]]:
@@ -150,8 +144,9 @@ def placed(drawings: Drawings, classes: Iterable[str]) -> list[Picture]:
     return pictures
 
 
-def hard(drawings: Drawings, classes: list[str], train: list[Picture]) -> list[Picture]:
-    """The A-like split: openmoji and flat drawings that a ridge baseline fitted on train gets wrong."""
+def hard(drawings: Drawings, classes: list[str], dealt: list[Picture]) -> list[Picture]:
+    """The A-like split: openmoji and flat drawings that a ridge baseline fitted on `learned_by_filter` gets wrong."""
+    train = learned_by_filter(dealt)
     candidates = [p for h in classes for p in drawings.pictures(COLOUR, h)]
     candidates += [p for h in classes if not is_placed(h) for p in drawings.pictures(FLAT, h)]
     wrong = ridge_errors(
@@ -163,26 +158,63 @@ def hard(drawings: Drawings, classes: list[str], train: list[Picture]) -> list[P
     return [picture for picture, is_wrong in zip(candidates, wrong, strict=True) if is_wrong]
 
 
-def near_duplicates(splits: Mapping[str, list[Picture]]) -> list[dict[str, object]]:
-    """One row for each near pair of pictures of two splits, where one of the two is train, held_out or test."""
-    stacks = {name: np.stack([p.pixels for p in pictures]) for name, pictures in splits.items()}
+def learned_by_filter(dealt: list[Picture]) -> list[Picture]:
+    """Three drawings in five, whatever the fold: the filter of the A-like split is the same in all of them.
+
+    Of each class these are all but the first, and of the rest those whose keyed number is not in the lowest quarter, or
+    at least the last.
+    """
+    chance = [draw("held_out", picture.hexcode, picture.source.split("@")[0]) for picture in dealt]
+    last: dict[str, float] = {}
+    first = set()
+    for i, picture in enumerate(dealt):
+        if picture.hexcode not in last:
+            first.add(i)
+            last[picture.hexcode] = 0.0
+        else:
+            last[picture.hexcode] = max(last[picture.hexcode], chance[i])
+    return [p for i, p in enumerate(dealt) if i not in first and chance[i] >= min(FILTER_LEAVES, last[p.hexcode])]
+
+
+def near_duplicates(files: Mapping[str, list[Picture]]) -> tuple[list[dict[str, object]], list[list[int]]]:
+    """A row for each near pair of a drawing that folds deal and any picture; and for each drawing, those it is near."""
+    stacks = {name: np.stack([p.pixels for p in pictures]) for name, pictures in files.items()}
+    ours = files[DRAWINGS]
     rows: list[dict[str, object]] = []
-    for a, b in track(NEAR_PAIRS, "looking for near-duplicates"):
-        for i, j, distance in near(stacks[a], stacks[b]):
-            first, second = splits[a][i], splits[b][j]
+    beside: list[list[int]] = [[] for _ in ours]
+    for name in track(FILES, "looking for near-duplicates"):
+        for i, j, distance in near(stacks[DRAWINGS], stacks[name]):
+            if name == DRAWINGS and i != j:
+                beside[i].append(j)
+            if name == DRAWINGS and i >= j:
+                continue
+            first, second = ours[i], files[name][j]
             same_class = int(first.hexcode == second.hexcode)
-            row = (a, first.source, first.icon, b, second.source, second.icon, same_class, f"{distance:.2f}")
+            row = (DRAWINGS, first.source, first.icon, name, second.source, second.icon, same_class, f"{distance:.2f}")
             rows.append(dict(zip(NEAR_COLUMNS, row, strict=True)))
-    return rows
+    return rows, beside
 
 
-def write_split(pictures: list[Picture], classes: Mapping[str, Concept], path: Path) -> None:
+def dealing_columns(pictures: list[Picture], beside: list[list[int]]) -> dict[str, list]:
+    """What `tasks.emoji.load.deal` reads: the place of each drawing among those of its class, and what it is near."""
+    places: dict[str, int] = {}
+    place = []
+    for picture in pictures:
+        place.append(places.get(picture.hexcode, 0))
+        places[picture.hexcode] = place[-1] + 1
+    return {"place": place, "near": beside}
+
+
+def write_file(
+    pictures: list[Picture], classes: Mapping[str, Concept], path: Path, dealing: Mapping[str, list] | None = None
+) -> None:
     """One parquet file; no timestamps and fixed settings, so that equal pictures give equal bytes."""
     label = {hexcode: i for i, hexcode in enumerate(classes)}
     features = datasets.Features(
         image=datasets.Image(),
         label=datasets.ClassLabel(names=[concept.name for concept in classes.values()]),
         **{column: datasets.Value("string") for column in ("name", "hexcode", "source", "icon", "licence")},
+        **({"place": datasets.Value("int8"), "near": datasets.List(datasets.Value("int16"))} if dealing else {}),
     )
     columns = {
         "image": [{"bytes": webp(p.pixels), "path": None} for p in pictures],
@@ -192,6 +224,7 @@ def write_split(pictures: list[Picture], classes: Mapping[str, Concept], path: P
         "source": [p.source for p in pictures],
         "icon": [p.icon for p in pictures],
         "licence": [p.licence for p in pictures],
+        **(dealing or {}),
     }
     table = pa.table(columns, schema=features.arrow_schema)
     with replacing(path) as temporary:
@@ -209,27 +242,25 @@ def webp(pixels: np.ndarray) -> bytes:
 def build(out: Path, cache: Path = CACHE) -> dict:
     """Make every file of the benchmark in `out`; returns the manifest."""
     drawings, concepts = read_drawings(cache)
-    splits, dropped = five_designs(drawings, concepts)
-    classes = {p.hexcode: concepts[p.hexcode] for p in splits["test"]}  # in Unicode's order
-    splits |= drawn_shifts(drawings, classes)
-    splits["objectnet"] = placed(drawings, classes)
-    splits["a"] = hard(drawings, list(classes), splits["train"])
-    rows = near_duplicates(splits)
+    dealt, dropped = five_designs(drawings, concepts)
+    classes = {p.hexcode: concepts[p.hexcode] for p in dealt}  # in Unicode's order
+    files = {DRAWINGS: dealt, **drawn_shifts(drawings, classes)}
+    files["objectnet"] = placed(drawings, classes)
+    files["a"] = hard(drawings, list(classes), dealt)
+    rows, beside = near_duplicates(files)
 
     entries = {}
-    for name in track(SPLITS, "writing"):
+    for name in track(FILES, "writing"):
         path = out / f"{name}.parquet"
-        write_split(splits[name], classes, path)
-        entries[name] = {"count": len(splits[name]), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        write_file(files[name], classes, path, dealing_columns(dealt, beside) if name == DRAWINGS else None)
+        entries[name] = {"count": len(files[name]), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     with replacing(out / "near_duplicates.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(NEAR_COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     manifest = {
-        "splits": entries,
-        "near_duplicates": {
-            f"{a} {b}": sum((row["split"], row["other_split"]) == (a, b) for row in rows) for a, b in NEAR_PAIRS
-        },
+        "files": entries,
+        "near_duplicates": dict(Counter(row["other_file"] for row in rows)),
         "dropped": dropped,
         "built_with": {name: version(name) for name in ENCODERS},
         "sources": {key: {"package": p.name, "version": p.version, "sha256": p.sha256} for key, p in PACKAGES.items()},
@@ -241,7 +272,7 @@ def build(out: Path, cache: Path = CACHE) -> dict:
 
 def differences(built: Path, committed: Path) -> list[str]:
     """Names of the files that are not byte for byte the same in both folders."""
-    names = [f"{name}.parquet" for name in SPLITS] + ["manifest.json", "near_duplicates.csv"]
+    names = [f"{name}.parquet" for name in FILES] + ["manifest.json", "near_duplicates.csv"]
     return [
         name
         for name in names
@@ -250,12 +281,16 @@ def differences(built: Path, committed: Path) -> list[str]:
 
 
 def report(manifest: dict, folder: Path, console: Console) -> None:
-    """Print what was written."""
-    table = Table("split", "images", "near-duplicates in other splits", title=str(folder))
-    for name, entry in manifest["splits"].items():
-        near_here = {pair: n for pair, n in manifest["near_duplicates"].items() if name in pair.split() and n}
-        table.add_row(name, str(entry["count"]), ", ".join(f"{pair}: {n}" for pair, n in near_here.items()))
+    """Print what was written, and how folds deal it."""
+    table = Table("file", "pictures", "near-duplicates of drawings", title=str(folder))
+    for name, entry in manifest["files"].items():
+        table.add_row(name, str(entry["count"]), str(manifest["near_duplicates"].get(name, 0)))
     console.print(table)
+    dealt = Table("fold", *SPLITS[:3], "left out", title="drawings by fold")
+    for fold in range(FOLDS):
+        counts = [read_split(name, folder, fold)[0].num_rows for name in SPLITS[:3]]
+        dealt.add_row(str(fold), *map(str, counts), str(manifest["files"][DRAWINGS]["count"] - sum(counts)))
+    console.print(dealt)
     for reason, names in manifest["dropped"].items():
         console.print(f"dropped, {reason} ({len(names)}): {', '.join(names)}")
 

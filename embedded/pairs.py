@@ -27,7 +27,7 @@ from embedded.duplicates import thumbnails
 from embedded.icons import FetchError, fetch, fetch_pinned, read_iconify, render
 from soups.chance import bits
 from soups.files.atomic import replacing
-from tasks.emoji.load import SIZE, SPLITS, load_split
+from tasks.emoji.load import FILES, SIZE, decoded, read_table
 
 CACHE = Path("~/.cache/model-soups/pairs").expanduser()
 SOURCES = Path(__file__).parent / "sources.csv"
@@ -242,8 +242,8 @@ def digest_of(drawings: Iterable[Drawing], benchmark: np.ndarray) -> str:
 
 
 def benchmark_images() -> np.ndarray:
-    """(M, 64, 64, 3) uint8: every picture of every split."""
-    return np.concatenate([load_split(name).images.permute(0, 2, 3, 1).numpy() for name in SPLITS])
+    """(M, 64, 64, 3) uint8: every picture of the benchmark."""
+    return np.concatenate([decoded(read_table(name)[0]) for name in FILES])
 
 
 def draw(drawing: Drawing) -> np.ndarray | None:

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from tasks import annotations, cars, cifar, glue, image_folder, image_table, listings, parquet, wilds
 from tasks.emoji.load import class_names as emoji_class_names
 from tasks.emoji.load import load_split as load_emoji_split
-from tasks.emoji.load import read_table
+from tasks.emoji.load import read_split
 from tasks.files import ROOT, Files, Lists, listed_split
 from tasks.parts import own_name
 from tasks.sentiment import load as sentiment
@@ -47,7 +47,7 @@ def _sentences(task: Task, name: str) -> TextSplit:
 
 LOADERS = {
     "emoji": Loader(
-        lambda task, name: load_emoji_split(name, ROOT / task.folder, task.ids),
+        lambda task, name: load_emoji_split(name, ROOT / task.folder, task.ids, task.fold),
         lambda task: emoji_class_names(ROOT / task.folder),
     ),
     "image_folder": Loader(image_folder.load_split, image_folder.class_names),
@@ -116,7 +116,7 @@ def count(task: Task, name: str) -> int:
     """How many examples a split has, as `load_split`, but without decoding the pictures of the embedded benchmark."""
     if task.kind != "emoji":
         return len(load_split(task, name))
-    labels = read_table(name, ROOT / task.folder)[0]["label"].to_pylist()
+    labels = read_split(name, ROOT / task.folder, task.fold)[0]["label"].to_pylist()
     return sum(label in task.ids for label in labels)
 
 

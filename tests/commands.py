@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import gc
 import importlib
+import io
 import json
 import multiprocessing
 import multiprocessing.process
@@ -24,12 +25,16 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 
 import threadpoolctl
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
     "torch",
     "torch.distributed.fsdp",
@@ -229,11 +234,26 @@ def run(words: list[str], folder: str, environment: dict[str, str], files: list[
             runpy.run_path(what, run_name="__main__")
 
 
-def status_of(command: list) -> int:
-    """Run a command as the interpreter would, and return what it would end with."""
+def here(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a command of the project prints and ends with, in this process, where its modules are imported already."""
+
+    def work() -> None:
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+    out, err, typed = io.StringIO(), io.StringIO(), words[1:] if words[0] == "-m" else words
+    with patch.object(sys, "argv", typed), patch.dict(os.environ), redirect_stdout(out), redirect_stderr(err):
+        status = status_of(work)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """Do something as the interpreter would, and return what it would end with."""
     status = 0
     try:
-        run(*command)
+        work()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if ended.code != status and ended.code is not None:
@@ -253,7 +273,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignores else signal.default_int_handler)
     asked[2]["PYTHON_EXEC"] = sys.argv[2]  # torchrun starts its processes with it
     multiprocessing.set_executable(sys.argv[2])  # and multiprocessing
-    ended_with = status_of(asked)
+    ended_with = status_of(lambda: run(*asked))
     threading._shutdown()  # the interpreter's own end, without the seconds of taking every module apart
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

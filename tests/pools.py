@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 
+import timm
 import torch
 
 from configs.schema import load
@@ -21,6 +22,20 @@ class Here:
         future = Future()
         future.set_result(call())
         return future
+
+
+def small_network(folder):
+    """Settings of a network of 0.4 million parameters, whose weights are saved here; it has no zero-shot head."""
+    name, weights = "test_efficientnet.r160_in1k", folder / "network.safetensors"
+    torch.manual_seed(0)
+    save_weights(weights, timm.create_model(name).state_dict())
+    return [
+        "model=timm",
+        f"model.name={name}",
+        f"model.weights={weights}",
+        "model.image_size=64",
+        "model.frozen_stages=0",
+    ]
 
 
 def record(config, row, digest, status="done"):

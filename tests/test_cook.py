@@ -27,7 +27,7 @@ from soups.journal import Journal
 from store.rows import identity
 from store.runs import RunFolder
 from tests.commands import python
-from tests.pools import finished_pool
+from tests.pools import finished_pool, small_network
 
 ROWS = 4
 ORDER = [2, 4, 0, 1, 3]  # best first on held-out, as planted below
@@ -37,7 +37,8 @@ ORDER = [2, 4, 0, 1, 3]  # best first on held-out, as planted below
 def pool_config(tmp_path_factory):
     """A pool of the initialisation and four noisy copies of it, with planted held-out scores."""
     torch.set_num_threads(1)
-    config = load("demo_tiny", "task.classes=20", f"sweep.rows={ROWS}", f"paths.runs={tmp_path_factory.mktemp('runs')}")
+    folder = tmp_path_factory.mktemp("runs")
+    config = load("demo_tiny", "task.classes=20", f"sweep.rows={ROWS}", f"paths.runs={folder}", *small_network(folder))
     done = initialise(config)
     run = RunFolder.of(config)
     start = load_weights(run.ingredient(0) / "weights.safetensors")
@@ -306,7 +307,7 @@ def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config,
     torch.testing.assert_close(logits_of(cooked, "test", evaluator), expected.float(), rtol=1e-5, atol=1e-5)
     assert len(set(cooked["betas"])) > 1
     on_held_out = logits_of(cooked, config.task.held_out, evaluator)
-    mixed = mix("calibrated_ensemble", usable_pool(config), evaluator, tmp_path, "")
+    mixed = mix("calibrated_ensemble", usable_pool(config), evaluator, tmp_path, "", split=config.task.held_out)
     torch.testing.assert_close(mixed.soup.weights["logits"], on_held_out, rtol=1e-5, atol=1e-5)
 
 
@@ -324,14 +325,20 @@ def test_the_doctor_examines_an_experiment_and_its_midpoints(config, capsys, mon
 
 
 def test_two_processes_share_the_candidates_of_greedy_and_cook_the_soup_of_one(tmp_path):
-    words = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200", "recipe=greedy"]
-    finished_pool(tmp_path / "one")
+    words = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200", *small_network(tmp_path)]
+    finished_pool(tmp_path / "one", *words[3:])
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     plain = cook("greedy", Evaluator(load("demo_tiny", f"paths.runs={tmp_path / 'one'}", *words[1:])))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    words += [f"paths.runs={tmp_path / 'two'}", "cooking.shortcut=speculative", "cooking.ahead=1", "cluster.threads=1"]
+    words += [
+        f"paths.runs={tmp_path / 'two'}",
+        "recipe=greedy",
+        "cooking.shortcut=speculative",
+        "cooking.ahead=1",
+        "cluster.threads=1",
+    ]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(

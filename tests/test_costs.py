@@ -116,7 +116,7 @@ def test_held_out_images_are_taken_from_train():
 
 def test_a_task_without_counts_is_counted_from_its_data():
     images = images_of(load("demo").task)
-    assert images["held_out"] == 596
+    assert images["held_out"] == 616
 
 
 def test_what_is_not_known_is_said_and_not_guessed():

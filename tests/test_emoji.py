@@ -17,18 +17,31 @@ from embedded.icons import PACKAGES, FetchError, IconSet, check_tools, fetch, ic
 from embedded.keyed import draw
 from embedded.shifts import place, ridge_errors
 from soups.errors import one_line_errors
-from tasks.emoji.load import DATA, SPLITS, DataError, class_names, load_split, read_manifest, read_table
+from tasks.emoji.load import (
+    DATA,
+    DRAWINGS,
+    FILES,
+    FOLDS,
+    SHIFTS,
+    SPLITS,
+    DataError,
+    class_names,
+    decoded,
+    load_split,
+    read_manifest,
+    read_split,
+    read_table,
+)
 
 LICENCES = {"Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0"}
 LEARNED = ("train", "held_out", "test")
-SHIFTS = ("v2", "r", "sketch", "objectnet", "a")
 
 
 @pytest.fixture(scope="module")
 def rows():
     """Split -> its rows without pictures."""
     columns = ["label", "name", "hexcode", "source", "icon", "licence"]
-    return {name: read_table(name)[0].select(columns).to_pylist() for name in SPLITS}
+    return {name: read_split(name)[0].select(columns).to_pylist() for name in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +60,57 @@ def square(value):
 # what is committed
 
 
-def test_every_split_has_the_size_and_digest_of_the_manifest(splits):
-    for name, entry in read_manifest()["splits"].items():
-        split = splits[name]
-        assert split.images.shape == (entry["count"], 3, 64, 64) and split.images.dtype == torch.uint8
-        assert split.labels.shape == (entry["count"],) and split.labels.dtype == torch.int64
-        assert len(split) == entry["count"] and split.digest == entry["sha256"]
+def test_every_file_has_the_size_and_digest_of_the_manifest(splits):
+    for name, entry in read_manifest()["files"].items():
+        table, digest = read_table(name)
+        assert (table.num_rows, digest) == (entry["count"], entry["sha256"])
+    for split in splits.values():
+        assert split.images.shape == (len(split), 3, 64, 64) and split.images.dtype == torch.uint8
+        assert split.labels.shape == (len(split),) and split.labels.dtype == torch.int64
+    assert set(read_manifest()["files"]) == set(FILES)
+
+
+@pytest.fixture(scope="module")
+def folds():
+    """Fold -> split -> its rows without pictures."""
+    columns = ["label", "source", "icon", "place"]
+    return [
+        {name: read_split(name, DATA, fold)[0].select(columns).to_pylist() for name in LEARNED} for fold in range(FOLDS)
+    ]
+
+
+def test_a_fold_gives_each_class_at_most_one_test_and_one_held_out_drawing_and_the_rest_to_train(folds):
+    sizes = Counter(read_table(DRAWINGS)[0]["label"].to_pylist())
+    for fold, splits in enumerate(folds):
+        for name, number in (("test", fold), ("held_out", fold + 1)):
+            assert max(Counter(row["label"] for row in splits[name]).values()) == 1
+            assert all(row["place"] == number % sizes[row["label"]] for row in splits[name])
+        trained = Counter(row["label"] for row in splits["train"])
+        assert trained == {label: n - 2 for label, n in sizes.items()}
+
+
+def test_over_the_folds_every_drawing_is_test_or_too_near_another(folds):
+    tested = {(row["source"], row["icon"]) for splits in folds for row in splits["test"]}
+    table = read_table(DRAWINGS)[0].select(["source", "icon", "near"]).to_pylist()
+    assert len(tested) > 2970 and all((row["source"], row["icon"]) in tested or row["near"] for row in table)
+
+
+def test_no_test_or_held_out_drawing_nearly_repeats_one_of_another_split_in_any_fold():
+    pictures = read_table(DRAWINGS)[0]
+    pairs = list(near(decoded(pictures), decoded(pictures)))
+    listed = {(i, j) for i, others in enumerate(pictures["near"].to_pylist()) for j in others}
+    assert listed == {(i, j) for i, j, _ in pairs if i != j} and len(listed) == 42
+    icon = [(row["source"], row["icon"]) for row in pictures.select(["source", "icon"]).to_pylist()]
+    for fold in range(FOLDS):
+        split_of = {pair: name for name in LEARNED for pair in icons(read_split(name, DATA, fold)[0].to_pylist())}
+        found = [{split_of.get(icon[i], ""), split_of.get(icon[j], "")} for i, j in listed]
+        assert all(len(splits - {""}) <= 1 for splits in found) and any("" in splits for splits in found)
+
+
+def test_the_same_split_of_another_fold_has_another_digest_and_a_shift_has_not():
+    digests = [{name: read_split(name, DATA, fold)[1] for name in SPLITS} for fold in (0, 1)]
+    assert {name for name in SPLITS if digests[0][name] == digests[1][name]} == set(SHIFTS)
+    assert len(set(digests[0].values())) == len(SPLITS)
 
 
 def test_images_of_some_classes_are_those_among_all(splits):
@@ -79,7 +137,7 @@ def test_a_label_means_the_same_concept_in_every_split(rows, hexcode, name):
         here = [row for row in rows[split] if row["hexcode"] == hexcode]
         assert all((row["label"], row["name"]) == (label, name) for row in here)
         assert {row["hexcode"] for row in rows[split] if row["label"] == label} <= {hexcode}
-        if split in ("train", "test", "v2", "r", "sketch"):
+        if split in ("train", "v2", "r", "sketch"):
             assert here
 
 
@@ -96,15 +154,8 @@ def test_pictures_have_the_colour_that_their_class_is_named_for(splits, name, ch
         assert ink.argmax() == channel
 
 
-def test_every_class_is_trained_on_and_has_one_test_drawing(splits):
-    num_classes = len(class_names())
-    assert set(splits["train"].labels.tolist()) == set(range(num_classes))
-    assert sorted(splits["test"].labels.tolist()) == list(range(num_classes))
-
-
-def test_a_quarter_of_what_is_not_test_is_held_out(rows):
-    share = len(rows["held_out"]) / (len(rows["held_out"]) + len(rows["train"]))
-    assert 0.23 < share < 0.27
+def test_every_class_is_trained_on(splits):
+    assert set(splits["train"].labels.tolist()) == set(range(len(class_names())))
 
 
 def test_no_drawing_is_in_two_splits(rows):
@@ -150,18 +201,15 @@ def test_drawings_stand_on_white_except_where_the_ground_is_the_shift(splits):
     assert (splits["objectnet"].images[:, :, 0] == 255).double().mean() < 0.1
 
 
-def test_no_drawing_of_a_class_nearly_repeats_another_in_training_and_test(splits):
-    stacks = {name: splits[name].images.permute(0, 2, 3, 1).numpy() for name in LEARNED}
-    for a, b in (("train", "held_out"), ("train", "test"), ("held_out", "test")):
-        same = [d for i, j, d in near(stacks[a], stacks[b]) if splits[a].labels[i] == splits[b].labels[j]]
-        assert same == []
+def test_no_drawing_of_a_class_nearly_repeats_another():
+    table = read_table(DRAWINGS)[0]
+    labels = table["label"].to_pylist()
+    assert all(labels[i] != labels[j] for i, others in enumerate(table["near"].to_pylist()) for j in others)
 
 
 def test_the_committed_report_counts_what_its_file_lists():
     lines = (DATA / "near_duplicates.csv").read_text().splitlines()[1:]
-    counted = Counter((line.split(",")[0], line.split(",")[3]) for line in lines)
-    reported = {tuple(pair.split()): n for pair, n in read_manifest()["near_duplicates"].items() if n}
-    assert counted == reported
+    assert Counter(line.split(",")[3] for line in lines) == read_manifest()["near_duplicates"]
 
 
 # damage
@@ -202,7 +250,7 @@ def edit(folder, change):
 
 
 def test_a_wrong_count_is_noticed(copy):
-    edit(copy, lambda manifest: manifest["splits"]["v2"].update(count=1))
+    edit(copy, lambda manifest: manifest["files"]["v2"].update(count=1))
     with pytest.raises(DataError, match=r"v2\.parquet: has \d+ rows, the manifest says 1"):
         load_split("v2", copy)
 
@@ -216,7 +264,7 @@ def test_a_class_list_moved_by_one_is_noticed(copy):
 def test_a_file_that_is_not_parquet_is_noticed_even_if_its_digest_agrees(copy):
     (copy / "v2.parquet").write_bytes(b"not parquet")
     digest = hashlib.sha256(b"not parquet").hexdigest()
-    edit(copy, lambda manifest: manifest["splits"]["v2"].update(sha256=digest))
+    edit(copy, lambda manifest: manifest["files"]["v2"].update(sha256=digest))
     with pytest.raises(DataError, match=r"v2\.parquet: cannot be read as parquet"):
         load_split("v2", copy)
 

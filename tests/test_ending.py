@@ -41,6 +41,24 @@ def test_the_sentence_has_the_score_n_the_difference_and_a_word(demo, interval, 
     assert said[1] == f"Greedy soup of 4: mean of 5 shifts 55.0 % (n = 620), {difference}"
 
 
+def test_the_demo_says_that_it_is_short_of_trained_and_what_larger_pools_say(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.ending.MEASURED", tmp_path)
+    lines, found = scores({"test": UNDECIDED, "shift_mean": UNDECIDED}), "short of trained"
+    assert found in note(demo) and not any(found in line for line in ending(demo, [], lines, [], 1.0))
+    rows = [(1, 2, 0.007, 0.001, 0.013), (2, 2, 0.02, 0.01, 0.03)]
+    pd.DataFrame(rows, columns=["claim", "pools", "difference", "low", "high"]).to_csv(
+        tmp_path / "claims.csv", index=False
+    )
+    assert [line for line in ending(demo, [], lines, [], 1.0) if found in line] == [
+        "Trained for 4 to 7 epochs, the models are short of trained. 2 pools of 72 models trained for 4 to 16 epochs: "
+        "greedy soup +0.7 [+0.1, +1.3] over the best single model on test, +2.0 [+1.0, +3.0] on the mean of 5 shifts "
+        "(docs/claims.md)"
+    ]
+    tiny = load("demo_tiny", f"paths.runs={tmp_path}")
+    write_json(RunFolder.of(tiny).soup("greedy") / "soup.json", {"ingredients": [{}] * 4})
+    assert not any(found in line for line in ending(tiny, [], lines, [], 1.0))
+
+
 def test_several_sweeps_are_counted(tmp_path):
     config = load("demo_seeds", f"paths.runs={tmp_path}")
     lines = pd.concat(

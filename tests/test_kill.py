@@ -8,32 +8,41 @@ import subprocess
 import time
 
 import pytest
+import torch
 
-from configs.schema import CONFIGS
+from configs.schema import CONFIGS, load
+from finetune.start import initialise
+from finetune.train import train_row
 from soups.chance import uniform
 from soups.files.atomic import read_jsonl
 from tests.commands import python
+from tests.pools import small_network
 
+pytestmark = pytest.mark.slow
 ROOT = CONFIGS.parent
-KILLS = 20
-SETTINGS = ["experiment=demo_tiny", "sweep.rows=1", "~sweep.draw.optim.epochs", "optim.epochs=12"]
+KILLS = 10
+EPOCHS = 24
+SETTINGS = ["sweep.rows=1", "~sweep.draw.optim.epochs", f"optim.epochs={EPOCHS}", "model.head=random"]
 SETTINGS += ["regularizer.ema=[0.9]", "augment=emoji_medium", "~sweep.draw.augment"]
 SETTINGS += ["task.classes=10", "optim.batch_size=8"]  # short steps
 FILES = ("weights.safetensors", "ema_0.9.safetensors", "metrics.jsonl")
 
 
-def start(runs, row, *settings, every=1):
-    """In a session of its own, so that a signal can be sent to all of its processes; saved after so many steps."""
-    own = [*settings, f"compute.save_every={every}", f"paths.runs={runs}", f"sweep.index={row}"]
-    call = [python(), "-m", "finetune", *SETTINGS, *own]
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return [*SETTINGS, *small_network(tmp_path_factory.mktemp("network"))]
+
+
+def start(settings, runs, *more):
+    """In a session of its own, so that a signal can be sent to all of its processes; saved after every step."""
+    own = [*settings, *more, "compute.save_every=1", f"paths.runs={runs}", "sweep.index=1"]
+    call = [python(), "-m", "finetune", "experiment=demo_tiny", *own]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(call, cwd=ROOT, start_new_session=True, **pipes)
 
 
-def finish(runs, row):
-    process = start(runs, row, every=0)  # which saves at the end of an epoch only
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+def finish(settings, runs):
+    train_row(load("demo_tiny", *settings, f"paths.runs={runs}"), 1)  # which saves at the end of an epoch only
 
 
 def folder(runs, row=1):
@@ -47,10 +56,11 @@ def contents(runs):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(settings, tmp_path_factory):
+    torch.set_num_threads(1)
     runs = tmp_path_factory.mktemp("undisturbed")
-    finish(runs, 0)
-    finish(runs, 1)
+    initialise(load("demo_tiny", *settings, f"paths.runs={runs}"))
+    finish(settings, runs)
     return runs
 
 
@@ -59,51 +69,37 @@ def wait_for_state(runs, process):
         time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_no_byte(undisturbed, tmp_path):
+def test_kills_at_random_moments_change_no_byte(settings, undisturbed, tmp_path):
     shutil.copytree(folder(undisturbed, 0), folder(tmp_path, 0))
-    killed = 0
+    killed, began, to_train = 0, time.monotonic(), 0.0
     for attempt in range(KILLS):
-        process = start(tmp_path, 1)
-        if attempt % 2:  # half of them while it starts or ends, half of them while it trains
-            wait_for_state(tmp_path, process)
-            time.sleep(0.6 * uniform("kill", attempt))
-        else:
-            time.sleep(5 * uniform("kill", attempt))
+        process = start(settings, tmp_path)
+        wait_for_state(tmp_path, process)
+        to_train = to_train or time.monotonic() - began  # what a start takes up to the first step
+        time.sleep(2 * to_train * (attempt + uniform("kill", attempt)) / KILLS)  # half of them while it starts
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
         if (folder(tmp_path) / "done.json").exists():
             break
     assert killed > 2
-    finish(tmp_path, 1)
+    finish(settings, tmp_path)
     assert contents(tmp_path) == contents(undisturbed)
     assert not list(folder(tmp_path).glob(".*.tmp*"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
-def test_a_signal_ends_a_run_with_its_state_saved_and_the_next_one_goes_on(number, undisturbed, tmp_path):
+def test_a_signal_to_all_processes_of_a_run_saves_its_state_once_and_the_next_one_goes_on(
+    number, settings, undisturbed, tmp_path
+):
     shutil.copytree(folder(undisturbed, 0), folder(tmp_path, 0))
-    process = start(tmp_path, 1)
-    wait_for_state(tmp_path, process)
-    process.send_signal(number)
-    said = process.communicate()[0]
-    assert process.returncode == 128 + number, said
-    assert "run the same command again to continue" in said
-    assert not (folder(tmp_path) / "done.json").exists()
-    assert len(read_jsonl(folder(tmp_path) / "metrics.jsonl")) < 12
-    finish(tmp_path, 1)
-    assert contents(tmp_path) == contents(undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
-def test_a_signal_to_all_processes_of_a_run_leaves_it_its_loaders_until_it_has_saved(number, undisturbed, tmp_path):
-    shutil.copytree(folder(undisturbed, 0), folder(tmp_path, 0))
-    process = start(tmp_path, 1, "compute.loader_workers=2")
+    process = start(settings, tmp_path, "compute.loader_workers=2")
     wait_for_state(tmp_path, process)
     os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, said
-    assert said.count("interrupted by a signal, and saved") == 1
+    assert said.count("interrupted by a signal, and saved: run the same command again to continue") == 1
+    assert not (folder(tmp_path) / "done.json").exists()
+    assert len(read_jsonl(folder(tmp_path) / "metrics.jsonl")) < EPOCHS
+    finish(settings, tmp_path)
+    assert contents(tmp_path) == contents(undisturbed)

@@ -40,23 +40,30 @@ def test_what_is_committed_shows_pictures_or_tables_and_no_warning_of_a_machine(
     assert not [each for each in outputs if each.output_type == "error" or each.get("name") == "stderr"]
 
 
-@pytest.fixture
-def kernel(tmp_path, monkeypatch):
-    """The name of a kernel whose libraries are loaded already."""
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """A running kernel whose libraries are loaded already, for one notebook after another."""
+    folder = tmp_path_factory.mktemp("jupyter")
     words = [python(), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    place = tmp_path / "kernels/quick/kernel.json"
+    place = folder / "kernels/quick/kernel.json"
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps({"argv": words, "display_name": "quick", "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    return "quick"
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=120, kernel_name="quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder))
+        with client.setup_kernel():
+            yield client
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_a_clone_and_shows_what_it_draws(path, kernel):
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=120, kernel_name=kernel, resources={"metadata": {"path": path.parent}})
-    client.execute()
+def test_a_notebook_runs_from_a_clone_and_shows_what_it_draws(path, client):
+    notebook = client.nb = nbformat.read(path, as_version=4)
+    # No name of the notebook before is left, and its folder is where Jupyter starts one.
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {path.parent}"))
+    for number, cell in enumerate(notebook.cells):
+        cell["outputs"] = []
+        client.execute_cell(cell, number)
     shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
     kinds = {kind for output in shown for kind in output["data"]}
     assert "image/png" in kinds

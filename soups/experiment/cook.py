@@ -72,20 +72,25 @@ def identity_of(config: Experiment, name: str, pool: list[Ingredient], held_out:
     return digest_of(parts)
 
 
-def cook(name: str, evaluator: Evaluator) -> dict[str, Any]:
+def place_of(config: Experiment, name: str, split: str) -> Path:
+    """The folder of a dish; one that was selected on another split than held-out says so in its name."""
+    return RunFolder.of(config).soup(name if split == config.task.held_out else f"{name}@{split}")
+
+
+def cook(name: str, evaluator: Evaluator, split: str | None = None) -> dict[str, Any]:
     """Cook one dish, or find it cooked from the same pool with the same settings; returns its soup.json.
 
     Args:
         name: one of `dishes`.
         evaluator: of the experiment.
+        split: selects; held-out where None.
 
     Raises:
         UserError: a pool that is not finished, damaged files, or models that do not fit together.
     """
     config = evaluator.config
-    run, split = RunFolder.of(config), config.task.held_out
-    pool = pool_of(config, name)
-    folder = run.soup(name)
+    split = split or config.task.held_out
+    pool, folder = pool_of(config, name), place_of(config, name, split)
     identity = identity_of(config, name, pool, evaluator.split(split).digest)
     with sole_writer(folder):
         if (folder / "soup.json").exists():
@@ -94,10 +99,10 @@ def cook(name: str, evaluator: Evaluator) -> dict[str, Any]:
                 return cooked
             _clear(folder)
         try:
-            mixed = mix(name, pool, evaluator, folder, identity)
+            mixed = mix(name, pool, evaluator, folder, identity, split=split)
         except (UserError, ValueError) as error:
-            raise UserError(f"recipe {name} on {run.root}: {error}") from None
-        cooked = _record(name, mixed, pool, evaluator, folder) | {"identity": identity}
+            raise UserError(f"recipe {name} on {RunFolder.of(config).root}: {error}") from None
+        cooked = _record(name, mixed, pool, evaluator, folder, split=split) | {"identity": identity}
         write_json(folder / "soup.json", cooked)
         (folder / "state.safetensors").unlink(missing_ok=True)
         return cooked
@@ -133,12 +138,14 @@ def cook_together(config: Experiment) -> None:
     if is_first:
         cook("greedy", evaluator)
     else:
-        mix("greedy", pool, evaluator, folder, identity)
+        mix("greedy", pool, evaluator, folder, identity, split=split)
 
 
-def _record(name: str, mixed: Mixed, pool: list[Ingredient], evaluator: Evaluator, folder: Path) -> dict[str, Any]:
-    """Write the weights and coefficients, score the result on held-out, and return soup.json without its identity."""
-    soup, split = mixed.soup, evaluator.config.task.held_out
+def _record(
+    name: str, mixed: Mixed, pool: list[Ingredient], evaluator: Evaluator, folder: Path, *, split: str
+) -> dict[str, Any]:
+    """Write weights and coefficients, score the result on the split that selects; soup.json without its identity."""
+    soup = mixed.soup
     if name in ENSEMBLES:
         logits, digest = soup.weights["logits"], None
     else:
@@ -185,7 +192,8 @@ def logits_of(cooked: dict[str, Any], split: str, evaluator: Evaluator) -> torch
         evaluator: of the experiment.
     """
     if cooked["digest"] is not None:
-        from_file = evaluator.run.soup(cooked["recipe"]) / "weights.safetensors"
+        folder = place_of(evaluator.config, cooked["recipe"], cooked["selected_on"]["split"])
+        from_file = folder / "weights.safetensors"
         return evaluator.logits_of_file(cooked["digest"], from_file, split)
     pool = {ingredient.row: ingredient for ingredient in usable_pool(evaluator.config)}
     members = cooked["ingredients"]
@@ -202,8 +210,9 @@ def logits_of(cooked: dict[str, Any], split: str, evaluator: Evaluator) -> torch
 def describe(cooked: dict[str, Any]) -> str:
     """One line about a soup or ensemble."""
     score, rows = cooked["held_out"], [member["row"] for member in cooked["ingredients"]]
+    chose = cooked["selected_on"]["split"].replace("_", "-")
     what = f"rows {', '.join(map(str, rows))}" if len(rows) < 9 else f"{len(rows)} models"
-    return f"{cooked['recipe']}: held-out {100 * score_of(score):.1f} % (n = {score['n']}), {what}"
+    return f"{cooked['recipe']}: {chose} {100 * score_of(score):.1f} % (n = {score['n']}), {what}"
 
 
 def summary(config: Experiment, recipes: tuple[str, ...]) -> str:
@@ -212,40 +221,51 @@ def summary(config: Experiment, recipes: tuple[str, ...]) -> str:
     return "\n".join(describe(read_json(RunFolder.of(config).soup(name) / "soup.json")) for name in names)
 
 
-def cook_here(config: Experiment, name: str) -> str:
+def cook_here(config: Experiment, name: str, split: str) -> str:
     """`cook` in a worker process; returns one line."""
-    return describe(cook(name, Evaluator(config)))
+    return describe(cook(name, Evaluator(config), split))
 
 
-def is_cooked(config: Experiment, name: str) -> bool:
-    """Whether a dish is there, from this pool and with these settings."""
-    path = RunFolder.of(config).soup(name) / "soup.json"
+def is_cooked(config: Experiment, name: str, split: str | None = None) -> bool:
+    """Whether a dish is there, from this pool and with these settings, selected on held-out or on `split`."""
+    split = split or config.task.held_out
+    path = place_of(config, name, split) / "soup.json"
     if not path.exists():
         return False
-    digest = Evaluator(config).split(config.task.held_out).digest
+    digest = Evaluator(config).split(split).digest
     return bool(read_json(path)["identity"] == identity_of(config, name, pool_of(config, name), digest))
 
 
-def cook_all(config: Experiment, recipes: tuple[str, ...], console: Console | None = None) -> None:
-    """Cook what is not cooked yet, over the cluster's worker processes; interpolations come after their soups."""
+def cook_all(
+    config: Experiment, recipes: tuple[str, ...], console: Console | None = None, split: str | None = None
+) -> None:
+    """Cook what is not cooked yet, over the cluster's worker processes; interpolations come after their soups.
+
+    Args:
+        config: of the experiment.
+        recipes: to cook.
+        console: where progress is shown.
+        split: selects; held-out where None.
+    """
+    split = split or config.task.held_out
     names = [name for recipe in recipes for name in dishes(config, recipe)]
     later = [name for name in names if name == "wise_ft"]
     for batch in ([name for name in names if name not in later], later):
-        missing = [name for name in batch if not is_cooked(config, name)]
+        missing = [name for name in batch if not is_cooked(config, name, split)]
         # The longest first, so that no worker is left alone with one at the end.
         slow = ("greedy_with_replacement", "learned", "greedy")
         missing.sort(key=lambda name: next((i for i, part in enumerate(slow) if name.startswith(part)), len(slow)))
         spread(
             f"cooking {len(missing)} soups and ensembles",
-            [partial(cook_here, config, name) for name in missing],
+            [partial(cook_here, config, name, split) for name in missing],
             workers=config.cluster.workers,
             threads=config.cluster.threads,
             units=len(missing),
-            done_units=partial(_records, config, missing),
+            done_units=partial(_records, config, missing, split),
             report=str,
             console=console or Console(),
         )
 
 
-def _records(config: Experiment, names: list[str]) -> int:
-    return sum((RunFolder.of(config).soup(name) / "soup.json").exists() for name in names)
+def _records(config: Experiment, names: list[str], split: str) -> int:
+    return sum((place_of(config, name, split) / "soup.json").exists() for name in names)

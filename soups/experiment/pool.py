@@ -1,4 +1,7 @@
-"""Each recipe, run over the pool of an experiment. The only split that is looked at here is held-out."""
+"""Each recipe, run over the pool of an experiment. The only split that is looked at here is the one that selects.
+
+That is held-out, but for a measurement in which held-out and test change places (analysis/predictions.py).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,8 +111,9 @@ class Kitchen:
     pool: list[Ingredient]
     evaluator: Evaluator
     folder: Path  # for the journal or state from which a killed recipe continues
-    identity: str  # names recipe, settings, pool and held-out split
+    identity: str  # names recipe, settings, pool and the split that selects
     order: int  # of greedy_random_order, which of its orders
+    split: str  # which selects
 
     @cached_property
     def start(self) -> Ingredient:
@@ -121,15 +125,12 @@ class Kitchen:
         """The settings of all recipes."""
         return self.evaluator.config.cooking
 
-    @property
-    def split(self) -> str:
-        """The held-out split."""
-        return self.evaluator.config.task.held_out
-
-    @property
+    @cached_property
     def held_out(self) -> list[float]:
-        """(K,) held-out scores, by the task's metric, that models are sorted by."""
-        return [ingredient.held_out_score for ingredient in self.pool]
+        """(K,) scores on the split that selects, by the task's metric, that models are sorted by."""
+        if self.split == self.evaluator.config.task.held_out:
+            return [ingredient.held_out_score for ingredient in self.pool]
+        return [self.evaluator.score(load()["logits"], self.split) for load in self.logits]
 
     @property
     def models(self) -> list[Loader]:
@@ -138,7 +139,7 @@ class Kitchen:
 
     @property
     def logits(self) -> list[Loader]:
-        """Loaders of held-out logits, for ensembles."""
+        """Loaders of logits on the split that selects, for ensembles."""
         return [partial(member_logits, self.evaluator, ingredient, self.split) for ingredient in self.pool]
 
     @cached_property
@@ -297,7 +298,7 @@ RECIPES: dict[str, Callable[[Kitchen], Mixed]] = {
 }
 
 
-def mix(name: str, pool: list[Ingredient], evaluator: Evaluator, folder: Path, identity: str) -> Mixed:
+def mix(name: str, pool: list[Ingredient], evaluator: Evaluator, folder: Path, identity: str, *, split: str) -> Mixed:
     """Run one recipe.
 
     Args:
@@ -305,11 +306,12 @@ def mix(name: str, pool: list[Ingredient], evaluator: Evaluator, folder: Path, i
         pool: the ingredients.
         evaluator: of the experiment.
         folder: for the journal or state from which a killed recipe continues.
-        identity: names recipe, settings, pool and held-out split.
+        identity: names recipe, settings, pool and the split that selects.
+        split: selects.
 
     Raises:
         ValueError: models that do not fit together.
         UserError: settings that this pool cannot meet.
     """
     recipe, _, order = name.partition("/")
-    return RECIPES[recipe](Kitchen(pool, evaluator, folder, identity, int(order or 0)))
+    return RECIPES[recipe](Kitchen(pool, evaluator, folder, identity, int(order or 0), split))

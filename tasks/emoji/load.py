@@ -10,13 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from configs.errors import UserError
 from tasks.split import ImageSplit, Pixels
 
 DATA = Path(__file__).resolve().parent / "data"
-SPLITS = ("train", "held_out", "test", "v2", "r", "sketch", "objectnet", "a")
+DRAWINGS = "drawings"  # the file whose pictures a fold deals to the three splits that come first
+SHIFTS = ("v2", "r", "sketch", "objectnet", "a")
+SPLITS = ("train", "held_out", "test", *SHIFTS)
+FILES = (DRAWINGS, *SHIFTS)
+FOLDS = 5
 SIZE = 64  # pixels, both sides
 REMEDY = "restore it with `git checkout -- tasks/emoji/data` or make it with `python -m embedded.build`"
 
@@ -25,13 +30,14 @@ class DataError(UserError):
     """A data file is missing, damaged, or does not agree with the manifest."""
 
 
-def load_split(name: str, folder: Path = DATA, classes: Container[int] | None = None) -> ImageSplit:
+def load_split(name: str, folder: Path = DATA, classes: Container[int] | None = None, fold: int = 0) -> ImageSplit:
     """The images and labels of one split, of all classes or of some.
 
     Args:
         name: one of `SPLITS`. `held_out` selects, `test` and the shifts report.
         folder: where the files are.
         classes: ids of the classes whose images are decoded and returned; of all where None.
+        fold: how drawings are dealt to train, held-out and test, see `deal`.
 
     Returns:
         images (N, 3, 64, 64) uint8, labels (N,) int64 in [0, number of classes).
@@ -40,33 +46,70 @@ def load_split(name: str, folder: Path = DATA, classes: Container[int] | None = 
         DataError: no such split; the file is missing, is not the one of the manifest, or its labels and names do not
             agree.
     """
-    if name not in SPLITS:
-        raise DataError(f"split {name!r} is not one of {', '.join(SPLITS)}")
-    table, digest = read_table(name, folder)
+    table, digest = read_split(name, folder, fold)
     if classes is not None:
         table = table.filter([label in classes for label in table["label"].to_pylist()])
-    pictures = (Image.open(io.BytesIO(picture["bytes"])) for picture in table["image"].to_pylist())
-    images = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-    if images.shape[1:] != (SIZE, SIZE, 3):
-        raise DataError(f"{folder / name}.parquet: images are {images.shape[1:]}, not {(SIZE, SIZE, 3)}; {REMEDY}")
     return ImageSplit(
         name=name,
-        stored=Pixels(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()),
+        stored=Pixels(torch.from_numpy(decoded(table, folder)).permute(0, 3, 1, 2).contiguous()),
         labels=torch.tensor(table["label"].to_pylist(), dtype=torch.int64),
         digest=digest,
     )
 
 
+def decoded(table: pa.Table, folder: Path = DATA) -> NDArray[np.uint8]:
+    """The pictures of a table: (N, 64, 64, 3) uint8.
+
+    Raises:
+        DataError: they have another size.
+    """
+    pictures = (Image.open(io.BytesIO(picture["bytes"])) for picture in table["image"].to_pylist())
+    images = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    if images.shape[1:] != (SIZE, SIZE, 3):
+        raise DataError(f"{folder}: images are {images.shape[1:]}, not {(SIZE, SIZE, 3)}; {REMEDY}")
+    return images
+
+
+def read_split(name: str, folder: Path = DATA, fold: int = 0) -> tuple[pa.Table, str]:
+    """The checked table of a split (columns as README.md says), and a digest of what is in it.
+
+    Raises:
+        DataError: see `load_split`.
+    """
+    if name not in SPLITS:
+        raise DataError(f"split {name!r} is not one of {', '.join(SPLITS)}")
+    if name in SHIFTS:
+        return read_table(name, folder)
+    table, digest = read_table(DRAWINGS, folder)
+    rows = np.flatnonzero(deal(table, fold) == name)
+    return table.take(rows), hashlib.sha256(f"{digest} fold {fold} {name}".encode()).hexdigest()
+
+
+def deal(table: pa.Table, fold: int) -> NDArray[np.str_]:
+    """The split of each drawing in a fold, "" for those that are left out.
+
+    Of a class with n drawings, in a keyed order, number `fold` modulo n is test, the next is held-out, and the rest is
+    train: both unseen drawings have as many to learn from, so that held-out and test are exchangeable. Over the folds
+    every drawing is test. A drawing of test or held-out that is nearly that of another split is left out.
+    """
+    labels, places = np.asarray(table["label"]), np.asarray(table["place"])
+    sizes = np.bincount(labels)[labels]
+    splits = np.where(places == fold % sizes, "test", np.where(places == (fold + 1) % sizes, "held_out", "train"))
+    others = table["near"].to_pylist()
+    is_leak = [any(splits[other] != split for other in near) for split, near in zip(splits, others, strict=True)]
+    return np.where((splits != "train") & is_leak, "", splits)
+
+
 def read_table(name: str, folder: Path = DATA) -> tuple[pa.Table, str]:
-    """The checked parquet table of a split (columns as README.md says) and the sha256 of its file.
+    """The checked table of one of `FILES` and the sha256 of its file.
 
     Raises:
         DataError: see `load_split`.
     """
     manifest, path = read_manifest(folder), folder / f"{name}.parquet"
-    entry = manifest["splits"].get(name)
+    entry = manifest["files"].get(name)
     if entry is None:
-        raise DataError(f"{folder / 'manifest.json'}: has no split {name!r}; {REMEDY}")
+        raise DataError(f"{folder / 'manifest.json'}: has no file {name!r}; {REMEDY}")
     content = _read(path)
     digest = hashlib.sha256(content).hexdigest()
     if digest != entry["sha256"]:
