@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -352,18 +353,17 @@ def load(experiment: str, *overrides: str) -> Experiment:
 
 
 def _composed(experiment: str, words: Sequence[str]) -> DictConfig:
-    """Hydra's answer. That to an experiment and its groups takes 0.3 s and is kept; fields are set in a copy of it."""
-    plain = [word for word in words if word[:1] not in "+~" and not (CONFIGS / word.split("=")[0]).is_dir()]
-    groups = tuple(word for word in words if word not in plain)
-    if not any(word[:1] in "+~" for word in groups):
-        config = deepcopy(_of_files((f"experiment={experiment}", *groups), _last_change()))
-        with suppress(HydraException, OmegaConfBaseException):  # what is wrong with the words is Hydra's to say
-            for override in OverridesParser.create().parse_overrides(plain):
-                if override.package is not None or override.is_sweep_override():
-                    break
-                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-            else:
-                return config
+    """Hydra's answer. That to an experiment and its groups takes 0.2 s and is kept; fields are set in a copy of it."""
+    groups = [word for word in words if (CONFIGS / word.lstrip("+~").split("=")[0]).is_dir()]
+    kept = _of_files((f"experiment={experiment}", *groups), _last_change())
+    if len(groups) == len(words):
+        return kept
+    with suppress(HydraException, OmegaConfBaseException):  # what is wrong with the words is Hydra's to say
+        fields = OverridesParser.create().parse_overrides([word for word in words if word not in groups])
+        if not any(field.is_sweep_override() for field in fields):
+            config = deepcopy(kept)
+            ConfigLoaderImpl._apply_overrides_to_config(fields, config)
+            return config
     return _of_files.__wrapped__((f"experiment={experiment}", *words), None)
 
 

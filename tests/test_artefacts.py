@@ -33,13 +33,6 @@ def test_demo_full_has_a_part_for_each_artefact():
     assert all(parts_of(name, parts) for name in ARTEFACTS)
 
 
-def test_every_part_of_an_experiment_is_an_experiment():
-    for name in EXPERIMENTS:
-        if name.startswith("own"):
-            continue
-        assert set(load(name).parts) <= set(EXPERIMENTS)
-
-
 def test_what_is_typed_reaches_every_part_but_not_what_names_the_whole():
     typed = ["experiment=demo_full", "artefact=all", "paths.runs=elsewhere", "analysis.resamples=7"]
     parts = parts_of_experiment(load("demo_full"), typed)

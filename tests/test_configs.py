@@ -1,4 +1,4 @@
-"""Every experiment file composes; wrong settings die with the field's name."""
+"""Every experiment file composes, its networks can be built, and wrong settings die with the field's name."""
 
 import csv
 import json
@@ -6,6 +6,7 @@ import re
 import subprocess
 from dataclasses import fields, replace
 from functools import cache
+from itertools import zip_longest
 
 import open_clip
 import pytest
@@ -13,6 +14,7 @@ import timm
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from torch import nn
 
 from analysis.artefacts import ARTEFACTS, GLUE
@@ -22,7 +24,7 @@ from configs.data import KINDS
 from configs.errors import UserError
 from configs.figures import Angles, Pairs, Plane, Theory
 from configs.registered import experiments, neutral
-from configs.schema import CONFIGS, Analysis, Experiment, dump, load, parse, parse_values, replicate
+from configs.schema import CONFIGS, Analysis, Experiment, checked, dump, load, parse, parse_values, replicate
 from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
 from finetune.averages import Averages
 from finetune.data import augmentation, training_batches
@@ -36,9 +38,8 @@ from store.rows import identity, row_config
 from tasks.parts import own_name
 from tasks.split import ImageSplit, Pixels
 from tests.commands import python
-from tests.experiments import EXPERIMENTS, ROOT, loaded
+from tests.experiments import EXPERIMENTS, ROOT, hub_folders, loaded, loaded_locally
 
-PAPER = paper_experiments()
 PUBLISHED = ROOT.parent / "shared/reference/released/hparam_info.json"
 
 
@@ -48,38 +49,72 @@ def rows(name):
     return [row_config(loaded(name), row) for row in range(1, loaded(name).sweep.size + 1)]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_composes_and_parses(name):
-    config = loaded(name)
-    assert config.name == name
-    assert parse_values(dump(config)) == config
+def test_every_experiment_composes_and_parses():
+    for name in EXPERIMENTS:
+        assert loaded(name).name == name
+        assert parse_values(dump(loaded(name))) == loaded(name)
+        assert set(loaded(name).parts) <= set(EXPERIMENTS), name
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_row_parses_and_its_augmentation_and_optimiser_build(name):
+def test_every_row_parses_and_its_augmentation_and_optimiser_build():
     model = nn.Linear(2, 2)
     start = model.state_dict()
-    for augment in {row.augment for row in rows(name)}:
-        augmentation(augment, loaded(name).model.image_size)
-    for optim in {row.optim for row in rows(name)}:
-        assert build(optim, model).param_groups[0]["lr"] == optim.lr
-    for regularizer in {row.regularizer for row in rows(name)}:
-        averages = Averages.of(start, regularizer, 10)
-        averages.update(start, 9)
-        assert set(averages.decays) == {f"ema_{decay}" for decay in regularizer.ema}
+    for name in EXPERIMENTS:
+        for augment in {row.augment for row in rows(name)}:
+            augmentation(augment, loaded(name).model.image_size)
+        for optim in {row.optim for row in rows(name)}:
+            assert build(optim, model).param_groups[0]["lr"] == optim.lr, name
+        for regularizer in {row.regularizer for row in rows(name)}:
+            averages = Averages.of(start, regularizer, 10)
+            averages.update(start, 9)
+            assert set(averages.decays) == {f"ema_{decay}" for decay in regularizer.ema}, name
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_file_is_global_and_carries_its_command(name):
-    file = experiments()[name]
-    lines = file.read_text().splitlines()
-    head = "\n".join(line for line in lines if line.startswith("#"))
-    commands = head[head.index("Run:") :]
-    if file.parent.name == "series":  # one of its names stands for all of them
-        assert any(f"experiment={other}" in commands for other in EXPERIMENTS if experiments()[other] == file)
-    else:
-        assert lines[0] == "# @package _global_"  # Hydra ignores a file without it silently
-        assert f"experiment={name}" in commands or f"make {name}" in head
+@cache
+def network(model, num_classes, options):
+    """The network of these settings; experiments share it, since only its shapes are looked at."""
+    with torch.device("meta"):
+        return architecture(model, num_classes, options)
+
+
+# Searches whose pool holds the initialisation: the random one, as the released pool does, the extreme one and ALIGN's.
+WITH_START = (
+    *("table3_clip_b32", "released", "released_sweep", "figureg1_fmow", "figureg1_iwildcam", "figureg2_cifar10"),
+    *("figureg3_in22k", "extreme_lp", "extreme_zeroshot", "figure5_align"),
+)
+TWO_AVERAGES = ("table4_vitg", "tablec1_basic")
+
+
+def test_the_network_and_the_optimiser_of_every_row_are_built(tmp_path):
+    folders = hub_folders(tmp_path)
+    for name in EXPERIMENTS:
+        config = loaded_locally(name, folders)
+        if not name.startswith(("demo", "own_")) and not config.parts:  # Sections 3.3.2, J.2; Appendix H
+            assert config.cooking.initialisation == (name in WITH_START), name
+            assert len(config.cooking.individuals) == (2 if name in TWO_AVERAGES else 0), name
+        local = [row_config(config, row) for row in range(1, config.sweep.size + 1)]
+        optims = {(row.optim.kind, row.optim.decay): row.optim for row in local}.values()
+        for model, classes, answers in {(row.model, row.task.size, row.task.answers) for row in local}:
+            built = network(model, classes, answers)
+            parameters = list(built.parameters())
+            assert all(parameter.is_meta for parameter in parameters), name
+            assert built.num_classes == classes, name
+            trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+            for optim in optims:
+                groups = build(optim, built).param_groups
+                assert sum(parameter.numel() for group in groups for parameter in group["params"]) == trained, name
+
+
+def test_every_experiment_file_is_global_and_carries_its_command():
+    for name, file in experiments().items():
+        lines = file.read_text().splitlines()
+        head = "\n".join(line for line in lines if line.startswith("#"))
+        commands = head[head.index("Run:") :]
+        if file.parent.name == "series":  # one of its names stands for all of them
+            assert any(f"experiment={other}" in commands for other in EXPERIMENTS if experiments()[other] == file), name
+        else:
+            assert lines[0] == "# @package _global_", name  # Hydra ignores a file without it silently
+            assert f"experiment={name}" in commands or f"make {name}" in head, name
 
 
 def test_what_an_experiment_chooses_for_itself_stands_above_what_it_shares_with_others():
@@ -118,7 +153,13 @@ def test_a_field_set_in_a_kept_answer_is_what_hydra_makes_of_all_words(words):
     assert load("demo", *words) == load("demo", *words) == parse(whole, words)
 
 
-@pytest.mark.parametrize("word", ["optim.foo=1", "optim.lr", "optim.lr=1,2", "optim@model=sgd", "model=none_such"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("optim.foo=1", "optim.lr", "optim.lr=1,2", "optim@model=sgd", "model=none_such"),
+        *("+optim.batch_size=2", "~optim.foo", "~optim.batch_size=3"),
+    ],
+)
 def test_a_wrong_word_is_refused_by_hydra_whether_or_not_its_answer_is_kept(word):
     load("demo")
     with pytest.raises(HydraException):
@@ -145,83 +186,86 @@ def test_a_setting_that_no_file_has_is_its_dataclass_default_and_one_without_a_d
     assert neutral(Optim)["lr"] == "???" and neutral(Experiment)["cooking"]["learned"]["lr"] == "???"
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_every_experiment_of_the_paper_says_what_it_costs_and_what_the_paper_has(name):
-    text = experiments()[name].read_text()
-    assert "# Cost: about" in text and "an estimate" in text
-    assert "# Paper:" in text
+def test_every_experiment_of_the_paper_says_what_it_costs_and_what_the_paper_has():
+    for name in paper_experiments():
+        text = experiments()[name].read_text()
+        assert "# Cost: about" in text and "an estimate" in text and "# Paper:" in text, name
 
 
-@pytest.mark.parametrize(
-    ("group", "settings"),
-    [
-        ("task", KINDS.values()),
-        ("model", [Model]),
-        ("optim", [Optim]),
-        ("augment", [Augment]),
-        ("regularizer", [Regularizer]),
-        ("compute", [Compute]),
-    ],
-)
-def test_every_setting_of_a_group_can_be_typed_whichever_file_is_chosen(group, settings):
-    # Hydra refuses to override a key that no file has.
-    names = {field.name for each in settings for field in fields(each)}
+GROUPS = {
+    "task": tuple(KINDS.values()),
+    "model": (Model,),
+    "optim": (Optim,),
+    "augment": (Augment,),
+    "regularizer": (Regularizer,),
+    "compute": (Compute,),
+}
+
+
+@cache
+def chosen():
+    """Group -> file of it -> what Hydra makes of the group there; a file of each is chosen at once, to save time."""
+    files = {group: [path.stem for path in sorted((CONFIGS / group).glob("*.yaml"))] for group in GROUPS}
+    found = {group: {} for group in GROUPS}
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for path in sorted((CONFIGS / group).glob("*.yaml")):
-            composed = compose("config", [f"{group}={path.stem}"], return_hydra_config=False)
-            assert set(composed[group]) == names, path
+        for together in zip_longest(*files.values()):
+            choices = {group: file for group, file in zip(files, together, strict=True) if file}
+            composed = compose("config", [f"{group}={file}" for group, file in choices.items()])
+            for group, file in choices.items():
+                found[group][file] = OmegaConf.to_container(composed[group])
+    return found
 
 
-def of_group(model):
-    """Settings with a model of configs/model, on a task that it takes."""
-    if "kind: masked_lm" in (text := (CONFIGS / f"model/{model}.yaml").read_text()) or "kind: seq2seq_lm" in text:
-        return load("tablej1_bert_base_rte", f"model={model}")
-    return load("demo_text" if model == "minilm" else "demo", f"model={model}")
+def test_every_setting_of_a_group_can_be_typed_whichever_file_is_chosen():
+    # Hydra refuses to override a key that no file has.
+    for group, settings in GROUPS.items():
+        names = {field.name for each in settings for field in fields(each)}
+        for file, values in chosen()[group].items():
+            assert set(values) == names, (group, file)
 
 
 def test_every_model_of_open_clip_and_timm_is_one_that_they_know():
-    for path in sorted((CONFIGS / "model").glob("*.yaml")):
-        if "name: ???" in path.read_text():
+    for file, values in chosen()["model"].items():
+        if "name: ???" in (CONFIGS / f"model/{file}.yaml").read_text():
             continue  # the user names the network
-        model = of_group(path.stem).model
+        model = checked(Model, values)
         if model.kind == "open_clip":
             assert (model.name, model.pretrained) in open_clip.list_pretrained()
         if model.kind == "timm":
             assert model.name in timm.list_pretrained()
-        assert bool(model.proxy_for) == (path.stem.endswith("proxy") or model.kind in EMBEDDED)
+        assert bool(model.proxy_for) == (file.endswith("proxy") or model.kind in EMBEDDED)
 
 
 def test_pixels_divide_into_the_patches_of_the_model():
     for name, patch in (("vit_g14_proxy", 14), ("basic_l_proxy", 16), ("clip_vit_b32", 32), ("clip_vit_l14", 14)):
-        model = load("demo", f"model={name}").model
+        model = checked(Model, chosen()["model"][name])
         assert model.image_size % patch == 0
         assert model.evaluated_at % patch == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("table3_clip_b32", 71),  # and the initialisation: Table 3's 72 models
-        ("released_sweep", 71),
-        ("table4_vitg", 58),  # Section 3.3.2
-        ("tablec1_basic", 20),  # Appendix C: 2 learning rates x 10 augmentations
-        ("figure5_align", 12),  # Appendix J.2.2: 5 + 7
-        ("standard_lp", 48),  # 4 learning rates x 3 augmentations x mixup off or on x 2 seeds
-        ("extreme_zeroshot", 96),
-        ("tablel1_distill", 14),
-        ("tablel2_fixaug", 8),
-        ("tablel3_sam", 4),
-        ("figurel1_clip", 6),
-        ("figureb2_seeds", 20),
-        ("figureg4_clip", 5),
-        ("figure2_landscape", 3),
-        ("figuree1_cars", 1),
-        ("demo_extreme_lp", 16),
-        ("demo_cross_dataset", 5),
-    ],
-)
-def test_a_sweep_has_as_many_rows_as_the_paper_or_its_file_says(name, count):
-    assert loaded(name).sweep.size == count
+SIZES = {
+    "table3_clip_b32": 71,  # and the initialisation: Table 3's 72 models
+    "released_sweep": 71,
+    "table4_vitg": 58,  # Section 3.3.2
+    "tablec1_basic": 20,  # Appendix C: 2 learning rates x 10 augmentations
+    "figure5_align": 12,  # Appendix J.2.2: 5 + 7
+    "standard_lp": 48,  # 4 learning rates x 3 augmentations x mixup off or on x 2 seeds
+    "extreme_zeroshot": 96,
+    "tablel1_distill": 14,
+    "tablel2_fixaug": 8,
+    "tablel3_sam": 4,
+    "figurel1_clip": 6,
+    "figureb2_seeds": 20,
+    "figureg4_clip": 5,
+    "figure2_landscape": 3,
+    "figuree1_cars": 1,
+    "demo_extreme_lp": 16,
+    "demo_cross_dataset": 5,
+}
+
+
+def test_a_sweep_has_as_many_rows_as_the_paper_or_its_file_says():
+    assert {name: loaded(name).sweep.size for name in SIZES} == SIZES
 
 
 TEXT = [name for name in EXPERIMENTS if name.startswith("tablej1_")]
@@ -237,19 +281,17 @@ def test_table_5_shows_eight_of_the_twenty_experiments_of_table_j1_which_all_hav
     assert len(parts) == len(set(parts)) and set(TEXT) < set(parts)
 
 
-@pytest.mark.parametrize(
-    ("task", "asked"),
-    [
-        ("sst2", "options: A) positive B) negative | label:"),  # the two that Appendix J.5 prints
-        ("cola", "options: A) acceptable B) unacceptable | label:"),
-        ("mrpc", "options: A) equivalent B) different | label:"),
-        ("rte", "options: A) true B) false | label:"),
-    ],
-)
-def test_a_prompt_lists_options_in_the_order_of_the_paper_and_answers_keep_their_class_ids(task, asked):
-    glue = loaded(f"tablej1_bert_base_{task}").task
-    assert question(glue.answers) == f" | {asked}"
-    assert [answer[3:] for answer in glue.answers] == list(glue.options)
+def test_a_prompt_lists_options_in_the_order_of_the_paper_and_answers_keep_their_class_ids():
+    asked = {
+        "sst2": "A) positive B) negative",  # the two that Appendix J.5 prints
+        "cola": "A) acceptable B) unacceptable",
+        "mrpc": "A) equivalent B) different",
+        "rte": "A) true B) false",
+    }
+    for task, options in asked.items():
+        glue = loaded(f"tablej1_bert_base_{task}").task
+        assert question(glue.answers) == f" | options: {options} | label:"
+        assert [answer[3:] for answer in glue.answers] == list(glue.options)
 
 
 def test_an_order_of_options_names_every_class_once_and_letters_are_enough():
@@ -348,24 +390,27 @@ def test_images_of_your_own_are_trained_as_their_sweep_means_it_on_a_cluster_fil
     assert config.compute.precision == "bf16"
 
 
-@pytest.mark.parametrize("name", TEXT)
-def test_a_text_experiment_has_32_runs_as_in_appendix_j5_and_soups_of_them_alone(name):
-    config = loaded(name)
-    assert len(rows(name)) == 32
-    assert {row.optim.kind for row in rows(name)} == {"adam"}
-    assert {row.optim.schedule for row in rows(name)} == {"linear"}
-    assert (config.model.max_length, config.optim.clip_norm, config.optim.weight_decay) == (128, 1.0, 0.0)
-    assert (config.model.head, config.optim.loss, config.cooking.initialisation) == ("prompt", "likelihood", False)
-    assert {row.optim.seed for row in rows(name)} == {None}  # a stream of its own for each
-    assert config.task.metrics.get("held_out") == config.task.metrics.get("test")  # what selects is what is reported
-    assert config.task.subset == name.rsplit("_", 1)[1]
-    assert config.model.name.split("/")[1].startswith(name.split("_")[1])
+def test_a_text_experiment_has_32_runs_as_in_appendix_j5_and_soups_of_them_alone():
+    for name in TEXT:
+        config = loaded(name)
+        assert len(rows(name)) == 32, name
+        assert {row.optim.kind for row in rows(name)} == {"adam"}, name
+        assert {row.optim.schedule for row in rows(name)} == {"linear"}, name
+        assert (config.model.max_length, config.optim.clip_norm, config.optim.weight_decay) == (128, 1.0, 0.0), name
+        made = (config.model.head, config.optim.loss, config.cooking.initialisation)
+        assert made == ("prompt", "likelihood", False), name
+        assert {row.optim.seed for row in rows(name)} == {None}, name  # a stream of its own for each
+        metrics = config.task.metrics
+        assert metrics.get("held_out") == metrics.get("test"), name  # what selects is what is reported
+        assert config.task.subset == name.rsplit("_", 1)[1]
+        assert config.model.name.split("/")[1].startswith(name.split("_")[1]), name
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if loaded(name).sweep.listed or loaded(name).sweep.grid])
-def test_no_two_rows_of_a_list_or_grid_are_the_same(name):
-    own = [(row.task, row.model, row.optim, row.augment, row.regularizer) for row in rows(name)]
-    assert len({repr(one) for one in own}) == len(own)
+def test_no_two_rows_of_a_list_or_grid_are_the_same():
+    for name in EXPERIMENTS:
+        if loaded(name).sweep.listed or loaded(name).sweep.grid:
+            own = [(row.task, row.model, row.optim, row.augment, row.regularizer) for row in rows(name)]
+            assert len({repr(one) for one in own}) == len(own), name
 
 
 def test_a_grid_over_levels_gives_the_crops_and_strengths_of_appendix_j():

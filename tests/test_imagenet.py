@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -216,7 +217,7 @@ def annotated(root, answers):
     """The annotations of the test split, whose image number 1 is of the last class."""
     path = root / "answers.json"
     path.write_text(answers if isinstance(answers, str) else json.dumps(answers))
-    return load_annotations(settings(root, f"+task.annotations.real={path}"))["real"]
+    return load_annotations(replace(settings(root), annotations={"real": path}))["real"]
 
 
 def test_answers_in_a_list_follow_the_numbers_of_the_files_and_not_their_order(whole):
@@ -226,7 +227,7 @@ def test_answers_in_a_list_follow_the_numbers_of_the_files_and_not_their_order(w
     assert right[0].nonzero().flatten().tolist() == [0, 999]  # file 1000, of the first class
     assert right[2].nonzero().flatten().tolist() == [997, 998]
     assert not right[999].any(), "image number 1 was left out"
-    few = settings(whole, f"+task.annotations.real={whole / 'answers.json'}", "task.classes=3")
+    few = replace(settings(whole, "task.classes=3"), annotations={"real": whole / "answers.json"})
     assert torch.equal(load_annotations(few)["real"], right[:3, :3])
 
 

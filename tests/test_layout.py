@@ -1,9 +1,8 @@
 """The architecture, held by reading the imports."""
 
 import ast
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # A room may import those of a smaller number, and itself. The library of soups stands alone, below all others.
@@ -32,7 +31,7 @@ def room(module: str) -> str:
 def imported(path: Path) -> set[str]:
     """Names of the project's modules that a file imports."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -40,21 +39,25 @@ def imported(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] in LAYERS}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way(path):
-    folder = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    for name in imported(path):
-        target = room(name)
-        if path.name == "__main__.py":
-            continue  # an entry point may import any stage
-        assert target == folder or LAYERS[target] < LAYERS[folder], f"{path} imports {name}"
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
 
 
-@pytest.mark.parametrize("path", [*FILES, ROOT / "reproduce.py"], ids=lambda path: str(path.relative_to(ROOT)))
-def test_nobody_imports_an_entry_point_or_a_whole_stage(path):
-    for name in imported(path):
-        assert not name.endswith("__main__")
-        assert name not in ("eval", "soups", "finetune", "analysis"), f"import a part of {name}, not {name}"
+def test_imports_point_one_way():
+    for path in FILES:
+        folder = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for name in () if path.name == "__main__.py" else imported(path):  # an entry point may import any stage
+            target = room(name)
+            assert target == folder or LAYERS[target] < LAYERS[folder], f"{path} imports {name}"
+
+
+def test_nobody_imports_an_entry_point_or_a_whole_stage():
+    for path in (*FILES, ROOT / "reproduce.py"):
+        for name in imported(path):
+            assert not name.endswith("__main__"), path
+            assert name not in ("eval", "soups", "finetune", "analysis"), f"{path}: import a part of {name}"
 
 
 def does_not_run_on_import(node: ast.AST) -> bool:
@@ -64,7 +67,7 @@ def does_not_run_on_import(node: ast.AST) -> bool:
 
 def files_that_it_needs(path: Path, known: dict[str, Path]) -> set[str]:
     """Modules of the project that a file imports, at its top or later."""
-    nodes, needed = [ast.parse(path.read_text())], set()
+    nodes, needed = [parsed(path)], set()
     while nodes:
         node = nodes.pop()
         nodes += [child for child in ast.iter_child_nodes(node) if not does_not_run_on_import(child)]

@@ -30,6 +30,7 @@ from soups.files.atomic import read_jsonl
 from store.processes import Processes
 from tasks.load import class_names, load_split
 from tasks.split import ImageSplit
+from tests.experiments import load_small
 
 OPTIM = Optim(
     lr=0.1, weight_decay=0.0, epochs=1, batch_size=2, warmup_steps=0, clip_norm=None, label_smoothing=0.0, mixup=0.0
@@ -38,9 +39,9 @@ SOME = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -2.0]])
 
 
 @pytest.fixture(scope="module")
-def config():
+def config(tmp_path_factory):
     torch.set_num_threads(1)
-    return load("demo_tiny")
+    return load_small(tmp_path_factory.mktemp("network"))
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +130,6 @@ def test_every_optimiser_decays_matrices_and_spares_biases(kind):
         moved.append((layer.weight.detach().clone(), layer.bias.detach().clone()))
     assert not torch.allclose(moved[0][0], moved[1][0])
     assert torch.equal(moved[0][1], moved[1][1])
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop", "adafactor"])
-def test_the_optimiser_of_the_config_is_the_one_that_trains(kind, config, train, plain, tmp_path):
-    other = train_some(config, train, tmp_path, optim={"kind": kind}).weights["raw"]
-    assert distance(plain, other) > 0
 
 
 @pytest.mark.parametrize(
@@ -266,26 +261,29 @@ def test_sam_puts_the_weights_back_after_an_error_and_stands_still_without_a_gra
 
 
 @pytest.mark.parametrize(
-    ("optim", "groups"),
+    "changes",
     [
-        ({"loss": "bce"}, {}),
-        ({"cutmix": 1.0}, {}),
-        ({"clip_norm": 0.01}, {}),
-        ({"momentum": 0.5, "kind": "sgd"}, {}),
-        ({}, {"regularizer": Regularizer(sam=Sam(rho=0.5, synchronised=True))}),
-        ({}, {"augment": Augment(kind="medium", crop=0.5, color_jitter=0.4)}),
-        ({}, {"augment": Augment(kind="auto", crop=0.9)}),
+        *({"optim": {"kind": kind}} for kind in ("sgd", "adam", "rmsprop", "adafactor")),
+        {"optim": {"lr": 2e-3}},
+        {"optim": {"weight_decay": 3.0}},
+        {"optim": {"label_smoothing": 0.2}},
+        {"optim": {"mixup": 0.5}},
+        {"optim": {"loss": "bce"}},
+        {"optim": {"cutmix": 1.0}},
+        {"optim": {"clip_norm": 0.01}},
+        {"optim": {"momentum": 0.5, "kind": "sgd"}},
+        {"groups": {"regularizer": Regularizer(sam=Sam(rho=0.5, synchronised=True))}},
+        {"groups": {"augment": Augment(kind="medium", crop=0.5, color_jitter=0.4)}},
+        {"groups": {"augment": Augment(kind="auto", crop=0.9)}},
     ],
-    ids=["bce", "cutmix", "clip", "momentum", "sam", "medium", "auto"],
+    ids=str,
 )
-def test_every_switch_changes_the_training(optim, groups, plain, tmp_path):
-    config = load("demo_tiny")
-    found = train_some(config, load_split(config.task, "train"), tmp_path, optim=optim, groups=groups)
-    assert distance(plain, found.weights["raw"]) > 0
+def test_every_switch_changes_the_training(changes, config, train, plain, tmp_path):
+    assert distance(plain, train_some(config, train, tmp_path, **changes).weights["raw"]) > 0
 
 
 def test_a_frozen_head_stays_as_it_was_initialised(train, tmp_path):
-    config = load("demo_tiny", "model.train_head=false")
+    config = load_small(tmp_path, "model.train_head=false")
     start = pretrained(config.model, class_names(config.task)).state_dict()
     found = train_some(config, train, tmp_path).weights["raw"]
     assert torch.equal(found["head.weight"], start["head.weight"])
@@ -293,7 +291,7 @@ def test_a_frozen_head_stays_as_it_was_initialised(train, tmp_path):
 
 
 def test_batch_norm_statistics_move_only_where_they_are_not_frozen(train, plain, tmp_path):
-    config = load("demo_tiny", "model.frozen_batch_norm=false")
+    config = load_small(tmp_path, "model.frozen_batch_norm=false")
     start = pretrained(config.model, class_names(config.task)).state_dict()
     found = train_some(config, train, tmp_path).weights["raw"]
     statistics = [name for name in start if "running_mean" in name]
@@ -310,7 +308,7 @@ def test_the_memory_format_is_the_one_of_the_config_and_changes_last_bits_only(c
             config, optim=replace(config.optim, steps=3), compute=replace(config.compute, channels_last=on)
         )
         found[on] = fine_tune(model, train, settings, run_seed=1, folder=tmp_path / str(on)).weights["raw"]
-        convolution = model.tower.get_submodule("trunk.conv_stem").weight
+        convolution = model.tower.conv_stem.weight
         assert convolution.is_contiguous(memory_format=torch.channels_last) == on
     assert distance(plain, found[True]) == 0
     assert distance(plain, found[False]) < 0.02
@@ -348,7 +346,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(mixup, config, train
             optim={"mixup": mixup, "kind": "sgd"},
             groups={"compute": replace(config.compute, micro_batch=size)},
         ).weights["raw"]
-        for size in (None, 5)
+        for size in (None, 3)
     ]
     assert 0 < distance(*found) < 1e-5
 

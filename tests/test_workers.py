@@ -14,7 +14,6 @@ from rich.console import Console
 from threadpoolctl import threadpool_info
 
 from store.workers import _start, gpus_of_workers, spread
-from tests.pools import Here
 
 
 def seen(folder):
@@ -34,7 +33,7 @@ def pools(_):
 
 
 def test_a_worker_computes_with_the_threads_it_is_given(monkeypatch):
-    # A new interpreter, which loads SciPy last.
+    # A new interpreter, which loads SciPy last; it reads this file, so that what takes seconds is imported below.
     monkeypatch.setattr(multiprocessing.spawn, "get_executable", lambda: os.fsencode(sys.executable))
     context = multiprocessing.get_context("spawn")
     for threads in (1, 2):
@@ -46,6 +45,8 @@ def test_a_worker_computes_with_the_threads_it_is_given(monkeypatch):
 
 
 def test_a_process_gives_back_a_gpus_memory_before_workers_take_it(monkeypatch):
+    from tests.pools import Here
+
     done = []
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("freed"))
