@@ -180,7 +180,7 @@ def test_an_answer_is_kept_until_a_file_changes(monkeypatch):
 
 def test_a_setting_that_no_file_has_is_its_dataclass_default_and_one_without_a_default_must_be_typed(tmp_path):
     assert loaded("demo").optim.momentum == Optim.__pydantic_fields__["momentum"].default == 0.9
-    assert loaded("demo").analysis == Analysis(angles=Angles(), pairs=Pairs(), plane=Plane(), theory=Theory())
+    assert loaded("demo_angles").analysis == Analysis(angles=Angles(), pairs=Pairs(), plane=Plane(), theory=Theory())
     with pytest.raises(UserError, match=r"this experiment leaves it to you: type task\.num_classes="):
         load("own_images", "task.folder=images")
     assert neutral(Optim)["lr"] == "???" and neutral(Experiment)["cooking"]["learned"]["lr"] == "???"
