@@ -5,9 +5,9 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -18,19 +18,26 @@ from configs.schema import CONFIGS
 from configs.slurm import accounted
 from soups.files.atomic import read_json, read_jsonl
 from tests.commands import python
+from tests.pools import small_network
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROOT = CONFIGS.parent
-TINY = ["experiment=demo_tiny", "task.classes=10", "task.shifts=[v2]", "recipes=[best,greedy]"]
-TINY += ["analysis.resamples=100", "sweep.rows=2"]
+SMALL = ["experiment=demo_tiny", "task.classes=10", "task.shifts=[v2]", "recipes=[best,greedy]"]
+SMALL += ["analysis.resamples=100"]
 TABLES = ("table3.md", "table3.csv", "table3.tex", "figure1.csv", "figure1.png")
 ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Settings of an experiment of seconds."""
+    return [*SMALL, *small_network(tmp_path_factory.mktemp("network"))]
 
 
 def command(cluster, module, runs, *settings):
     """A command of the project on the login node; what it printed."""
     words = [python(), *module.split(), *settings, f"paths.runs={runs}"]
-    own = cluster.environment | {"PYTHON": sys.executable, "COLUMNS": "200"}  # jobs are trees of Slurm's own processes
+    own = cluster.environment | {"PYTHON": python(), "COLUMNS": "200"}  # jobs take it over
     ended = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
@@ -76,20 +83,21 @@ def logits(runs):
     return {file: file.stat().st_mtime_ns for file in (runs / "demo_tiny/logits").rglob("*.npy")}
 
 
-def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_one_machine(cluster, tmp_path):
+def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_one_machine(cluster, small, tmp_path):
+    tiny = [*small, "sweep.rows=2"]
     here, there = tmp_path / "local", tmp_path / "slurm"
     broken = ingredient(there, 2)
     broken.mkdir(parents=True)
     (broken / "state.pt").write_bytes(b"no state of a training")
     stages = ["initialise", "fine-tune", "evaluate", "recipes", "evaluate soups", "analysis"]
-    sent = submitted(cluster, there, *TINY, "cluster.slurm.options=[--hold]")  # none is over before the queue is seen
+    sent = submitted(cluster, there, *tiny, "cluster.slurm.options=[--hold]")  # none is over before the queue is seen
     assert list(sent) == stages
-    assert submitted(cluster, there, *TINY) == {}  # all of it is in the queue
+    assert submitted(cluster, there, *tiny) == {}  # all of it is in the queue
     cluster.run("scontrol", "release", ",".join(sent.values()))
-    command(cluster, "reproduce.py", here, *TINY, "cluster=local", "cluster.workers=1")
+    command(cluster, "reproduce.py", here, *tiny, "cluster=local", "cluster.workers=1")
     until(lambda: all_over(cluster, there), 600, "the end of all jobs")
 
-    said, counts = status(cluster, there, *TINY)
+    said, counts = status(cluster, there, *tiny)
     assert counts["fine-tune"] == [1, 0, 0, 1, 0]
     (line,) = [line for line in said.splitlines() if "fine-tune 2" in line]
     assert "FAILED" in line and "state.pt is damaged" in line and "delete the file to start this row anew" in line
@@ -99,9 +107,9 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
     assert (ingredient(there, 1) / "scores.jsonl").exists()  # the other rows were evaluated all the same
     (broken / "state.pt").unlink()
     early = logits(there)
-    said = command(cluster, "-m slurm.retry", there, *TINY, "cluster=slurm_test")
+    said = command(cluster, "-m slurm.retry", there, *tiny, "cluster=slurm_test")
     assert said.count("job ") == 1 and "fine-tune, tasks 2" in said
-    ids = submitted(cluster, there, *TINY)
+    ids = submitted(cluster, there, *tiny)
     assert list(ids) == stages[2:]  # the row is in the queue
     until(lambda: all_over(cluster, there), 600, "the end of all jobs")
 
@@ -111,19 +119,22 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
         assert (there / "demo_tiny/analysis" / name).read_bytes() == (here / "demo_tiny/analysis" / name).read_bytes()
     made = [{str(file.relative_to(runs)) for file in runs.rglob("*") if file.is_file()} for runs in (here, there)]
     assert made[0] - made[1] <= {"demo_tiny/manifest.csv", "demo_tiny/report.html"}  # which no single job writes
-    assert status(cluster, there, *TINY)[1]["fine-tune"] == [2, 0, 0, 0, 0]
-    assert "nothing is left to do" in command(cluster, "reproduce.py", there, *TINY, "cluster=slurm_test")
-    assert "no row has failed" in command(cluster, "-m slurm.retry", there, *TINY, "cluster=slurm_test")
-
-
-LONG = [*TINY, f"sweep.rows={ROWS}", "~sweep.draw.optim.epochs", "optim.epochs=14", "compute.save_every=3"]
+    assert status(cluster, there, *tiny)[1]["fine-tune"] == [2, 0, 0, 0, 0]
+    assert "nothing is left to do" in command(cluster, "reproduce.py", there, *tiny, "cluster=slurm_test")
+    assert "no row has failed" in command(cluster, "-m slurm.retry", there, *tiny, "cluster=slurm_test")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, tmp_path_factory):
-    """All rows, trained on this machine one after the other."""
+def long(small):
+    """The same with rows that train for long enough to be disturbed."""
+    return [*small, f"sweep.rows={ROWS}", "~sweep.draw.optim.epochs", "optim.epochs=30", "compute.save_every=3"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, long, tmp_path_factory):
+    """All rows, trained on this machine."""
     runs = tmp_path_factory.mktemp("undisturbed")
-    command(cluster, "-m finetune", runs, *LONG[:-1], "cluster=local", "cluster.workers=2")  # nothing interrupts it
+    command(cluster, "-m finetune", runs, *long[:-1], "cluster=local", "cluster.workers=2")  # nothing interrupts it
     return runs
 
 
@@ -134,13 +145,15 @@ class Faults:
         self.cluster, self.runs, self.done = cluster, runs, Counter()
 
     def training(self):
-        """(id, row, node) of the rows that are past their first step and not at their end."""
-        lines = self.cluster.run("squeue", "--noheader", "--array", "--states=R", "--format=%i|%K|%N|%j").splitlines()
+        """(id, row, node) of the rows that have saved a state since they were started, and are not at their end."""
+        words = ["--noheader", "--array", "--states=R", "--format=%i|%K|%N|%S|%j"]
         found = []
-        for line in lines:
-            name, row, node, job = line.split("|")
-            if "fine-tune" in job and (ingredient(self.runs, int(row)) / "state.pt").exists():
-                found.append((name, int(row), node))
+        for line in self.cluster.run("squeue", *words).splitlines():
+            name, row, node, start, job = line.split("|")
+            if "fine-tune" in job:
+                states = list(ingredient(self.runs, int(row)).glob("state.pt"))
+                since = datetime.fromisoformat(start).timestamp() + 1  # whole seconds
+                found += [(name, int(row), node) for state in states if state.stat().st_mtime > since]
         return found
 
     def signalled(self, name, row, node):
@@ -177,7 +190,6 @@ class Faults:
                     os.kill(int(process.name), signal.SIGKILL)
             except OSError:
                 continue
-        time.sleep(2)
         start_node(node)
         self.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
 
@@ -196,24 +208,24 @@ class Faults:
 
 
 @pytest.fixture(scope="module")
-def disturbed(cluster, undisturbed, tmp_path_factory):
+def disturbed(cluster, long, undisturbed, tmp_path_factory):
     """The same rows as jobs, with a dozen faults; what was cancelled or killed is sent again by the same command."""
     runs = tmp_path_factory.mktemp("disturbed")
     faults = Faults(cluster, runs)
     wanted = ["requeued", "signalled", "preempted", "killed", "requeued", "signalled", "cancelled", "node_down"]
     wanted += ["signalled", "killed", "requeued", "preempted"]
-    submitted(cluster, runs, *LONG)
+    submitted(cluster, runs, *long)
     deadline = time.monotonic() + 900
     while not all((ingredient(runs, row) / "done.json").exists() for row in range(ROWS + 1)):
         assert time.monotonic() < deadline, (faults.done, cluster.run("squeue", "--states=all"))
         if wanted and faults.one(wanted[0]):
             wanted.pop(0)
-        time.sleep(3)
+        time.sleep(0.2)
         queued = cluster.run("squeue", "--noheader", "--array", "--format=%j|%r").splitlines()
         if not any("fine-tune" in line for line in queued) or any("NeverSatisfied" in line for line in queued):
-            submitted(cluster, runs, *LONG)
+            submitted(cluster, runs, *long)
     until(lambda: all_over(cluster, runs), 240, "the end of all jobs")
-    submitted(cluster, runs, *LONG)  # evaluation and tables, whose first jobs went with the rows that they waited for
+    submitted(cluster, runs, *long)  # evaluation and tables, whose first jobs went with the rows that they waited for
     until(lambda: all_over(cluster, runs), 240, "the end of all jobs")
     return runs, faults.done
 
@@ -259,6 +271,6 @@ def test_no_file_is_torn_or_left_half_written(disturbed):
     assert not list(runs.rglob("state.pt"))
 
 
-def test_the_stages_after_the_faults_ended_too(cluster, disturbed):
-    counts = status(cluster, disturbed[0], *LONG)[1]
+def test_the_stages_after_the_faults_ended_too(cluster, long, disturbed):
+    counts = status(cluster, disturbed[0], *long)[1]
     assert all(done and not any(rest) for done, *rest in counts.values()), counts

@@ -13,13 +13,19 @@ from configs.registered import CONFIGS
 from soups.experiment import stage
 from soups.files.atomic import read_json, read_jsonl
 from soups.files.weights import load_weights
-from tests.pools import finished_pool
+from tests.commands import python
+from tests.pools import finished_pool, small_network
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROOT = CONFIGS.parent
 # Few steps, at a small rate, of an optimiser that does not go by signs of gradients: rounding has no time to grow.
-ALIKE = ["experiment=demo_tiny", "sweep.rows=1", "~sweep.draw.optim.epochs", "optim.epochs=1", "~sweep.draw.optim.lr"]
-ALIKE += ["optim.kind=sgd", "optim.lr=1e-4", "regularizer.ema=[0.9]", "optim.evaluate_every=4"]
+ALIKE = ["experiment=demo_tiny", "sweep.rows=1", "~sweep.draw.optim.epochs", "optim.epochs=4", "~sweep.draw.optim.lr"]
+ALIKE += ["optim.kind=sgd", "optim.lr=1e-4", "regularizer.ema=[0.9]", "optim.evaluate_every=20"]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return small_network(tmp_path_factory.mktemp("network"))
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,11 @@ class Sent:
         until(happened_or_failed, 300, what)
 
 
-def send(cluster, script, runs, *settings, options=(), defaults=ALIKE):
-    """Send a script to a node without GPUs, from the project's root, with the Python of these tests."""
+def send(cluster, script, runs, *settings, options=(), interpreter=None):
+    """Send a script to a node without GPUs, from the project's root, with the quick Python or another interpreter."""
     log = runs / ("%x-%A_%a.out" if any("--array" in option for option in options) else "%x-%j.out")
-    own = ["--gres=none", "--cpus-per-task=1", f"--output={log}", *options, f"slurm/{script}.sbatch", *defaults]
-    environment = {"PYTHON": sys.executable}
+    own = ["--gres=none", "--cpus-per-task=1", f"--output={log}", *options, f"slurm/{script}.sbatch"]
+    environment = {"PYTHON": interpreter or python()}
     return Sent(cluster, runs, cluster.sbatch(*own, f"paths.runs={runs}", *settings, cwd=ROOT, environment=environment))
 
 
@@ -84,10 +90,11 @@ def cooked(runs):
 
 
 @pytest.fixture(scope="module")
-def trained(cluster, tmp_path_factory):
-    """Rows 0 and 1, by an array whose first task starts when the second one waits for it."""
+def trained(cluster, network, tmp_path_factory):
+    """Rows 0 and 1, by an array whose first task starts when the second one waits for it, and plain interpreters."""
     runs = tmp_path_factory.mktemp("trained")
-    sent = send(cluster, "finetune", runs, options=["--array=0-1", "--hold"])
+    held = ["--array=0-1", "--hold"]
+    sent = send(cluster, "finetune", runs, *ALIKE, *network, options=held, interpreter=sys.executable)
     cluster.run("scontrol", "release", f"{sent.job}_1")
     sent.until(lambda: "waiting for row 0" in sent.said, "a row that waits")
     cluster.run("scontrol", "release", f"{sent.job}_0")
@@ -107,13 +114,13 @@ def signalled(sent):
     sent.cluster.run("scancel", "--signal=USR1", "--batch", sent.job)
 
 
-def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undisturbed_ones(cluster, tmp_path):
+def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undisturbed_ones(cluster, network, tmp_path):
     alone, disturbed = tmp_path / "alone", tmp_path / "disturbed"
-    some = ["recipes=[best,greedy,learned]", "cooking.learned.epochs=40", "cluster.workers=1"]
+    some = ["recipes=[best,greedy,learned]", "cooking.learned.epochs=120", "cluster.workers=1", *network]
     config, _ = finished_pool(alone, *some)
     shutil.copytree(alone, disturbed)
     of_the_pool = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200"]
-    sent = send(cluster, "soups", disturbed, defaults=[*of_the_pool, *some])
+    sent = send(cluster, "soups", disturbed, *of_the_pool, *some)
     sent.until((disturbed / "demo_tiny/soups/learned/state.pt").exists, "a first state")
     signalled(sent)
     stage.run(config)
@@ -126,19 +133,19 @@ def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undist
     assert cooked(disturbed) == cooked(alone)
 
 
-def test_rows_do_not_wait_for_an_initialisation_that_failed(cluster, tmp_path):
+def test_rows_do_not_wait_for_an_initialisation_that_failed(cluster, network, tmp_path):
     row(tmp_path, 0).parent.mkdir(parents=True)
     row(tmp_path, 0).write_text("a file where a folder should be")
-    sent = send(cluster, "finetune", tmp_path, options=["--array=0-1%1"])
+    sent = send(cluster, "finetune", tmp_path, *ALIKE, *network, options=["--array=0-1%1"])
     sent.wait("FAILED")
     assert f"row 0 is not there, and task {sent.job}_0 has ended (FAILED)" in sent.said
 
 
-def test_a_row_on_two_nodes_requeued_midway_has_the_losses_of_one_process(cluster, trained, tmp_path):
+def test_a_row_on_two_nodes_requeued_midway_has_the_losses_of_one_process(cluster, network, trained, tmp_path):
     alone, together = trained[0], tmp_path / "together"
     shutil.copytree(row(alone, 0), row(together, 0))
     options = ["--nodes=2", "--ntasks-per-node=1"]
-    settings = ["compute.save_every=1", "compute.strategy=fsdp", "sweep.index=1"]
+    settings = [*ALIKE, *network, "compute.save_every=1", "compute.strategy=fsdp", "sweep.index=1"]
     sent = send(cluster, "finetune_multi", together, *settings, options=options)
     sent.until((row(together) / "state.pt").exists, "a first state")
     signalled(sent)
