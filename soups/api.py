@@ -124,20 +124,21 @@ def model_stock(start: Source, models: Models, **settings: Any) -> Soup:
 
 
 def _scores(
-    pool: Pool,
-    how: Averaging,
+    models: Models,
     score: Score,
     goal: Goal | None,
+    settings: Mapping[str, Any],
     *,
     given: Given = None,
     journal: str | Path | None,
     quiet: bool,
 ) -> Scores:
-    """How the pool is scored, with every file read once before the first forward pass.
+    """How a pool is scored, with every file read once before the first forward pass.
 
     Raises:
         UserError: a score that is none, or a model with NaN or infinity.
     """
+    pool, how, _ = open_pool(models, settings, score=score)
     if isinstance(score, HeldOut):
         scorer = score.scorer(pool)
         if goal is not None and goal != scorer.goal:
@@ -148,10 +149,9 @@ def _scores(
         scorer = scorer_of(score, goal)
     if how.batch_norm == "recompute" and how.measured_on is None:
         how = replace(how, measured_on=scorer)
-    known = given_scores(given, pool)
     place = Path(journal) if journal is not None else None
-    said = (lambda line: None) if quiet else to_stderr
-    return Scores(pool, scorer, how, Journal(place), digests_of(pool, pool.paths), known, said)
+    told = (lambda line: None) if quiet else to_stderr
+    return Scores(pool, scorer, how, Journal(place), digests_of(pool, pool.paths), given_scores(given, pool), told)
 
 
 def _chosen(recipe: str, scores: Scores, selection: Selection, alone: Mapping[int, float], **note: Any) -> Soup:
@@ -167,7 +167,7 @@ def _chosen(recipe: str, scores: Scores, selection: Selection, alone: Mapping[in
     (found,) = scores.of([selection.mixture])
     gain: Gain | None = None
     if len(alone) == len(pool):
-        best = best_first([alone[i] for i in range(len(pool))], scorer.goal)[0]
+        best = best_first(list(alone.values()), scorer.goal)[0]
         (single,) = scores.of([(best,)])
         gain = gain_of(scorer, found, single)
     return Soup(
@@ -224,12 +224,10 @@ def greedy(
 
     Source: Wortsman et al. 2022, Recipe 1.
     """
-    pool, how, _ = open_pool(models, settings, score=score)
-    found = _scores(pool, how, score, goal, given=scores, journal=journal, quiet=quiet)
+    found = _scores(models, score, goal, settings, given=scores, journal=journal, quiet=quiet)
     alone, aim = _alone(found), found.scorer.goal
-    order = best_first([alone[i] for i in range(len(pool))], aim)
-    ahead = this_rank()[1]
-    chosen = add_in_order(order, alone[order[0]], found.results, ahead=ahead, ties=ties, goal=aim)
+    order = best_first(list(alone.values()), aim)
+    chosen = add_in_order(order, alone[order[0]], found.results, ahead=this_rank()[1], ties=ties, goal=aim)
     return _chosen("greedy", found, chosen, alone, ties=ties)
 
 
@@ -248,9 +246,8 @@ def random_order(
 
     The first model always enters, so the soup may be worse than the best model; other models are not scored alone.
     """
-    pool, how, _ = open_pool(models, settings, score=score)
-    found = _scores(pool, how, score, goal, journal=journal, quiet=quiet)
-    order = random_places(len(pool), seed, 0)
+    found = _scores(models, score, goal, settings, journal=journal, quiet=quiet)
+    order = random_places(len(found.pool), seed, 0)
     (first,) = found.of([(order[0],)])
     chosen = add_in_order(order, first.value, found.results, ahead=this_rank()[1], ties=ties, goal=found.scorer.goal)
     return _chosen("random_order", found, chosen, {order[0]: first.value}, seed=seed, ties=ties)
@@ -268,11 +265,9 @@ def with_replacement(
     **settings: Any,
 ) -> Soup:
     """Add, again and again, the model of the whole pool that helps most; one that is added twice weighs twice."""
-    pool, how, _ = open_pool(models, settings, score=score)
-    found = _scores(pool, how, score, goal, given=scores, journal=journal, quiet=quiet)
+    found = _scores(models, score, goal, settings, given=scores, journal=journal, quiet=quiet)
     alone = _alone(found)
-    values = [alone[i] for i in range(len(pool))]
-    chosen = add_with_replacement(values, found.results, rounds=rounds, goal=found.scorer.goal)
+    chosen = add_with_replacement(list(alone.values()), found.results, rounds=rounds, goal=found.scorer.goal)
     return _chosen("with_replacement", found, chosen, alone, rounds=rounds)
 
 

@@ -1,6 +1,5 @@
 """How the models of a pool are averaged, whatever the recipe."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -135,17 +134,11 @@ def average(
 
 def renew(path: Path, statistics: Statistics) -> None:
     """Overwrite batch-norm statistics in a .safetensors file by those that were measured with its weights."""
-    from soups.files.tensors import DTYPES, INTEGERS, LazyWeights  # noqa: PLC0415
+    from soups.files.tensors import LazyWeights, mapped  # noqa: PLC0415
 
-    fresh = statistics(LazyWeights(path))
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        for name, tensor in fresh.items():
-            dtype = DTYPES[header[name]["dtype"]]
-            stored = tensor.detach().cpu().to(dtype).contiguous()
-            file.seek(8 + length + header[name]["data_offsets"][0])
-            file.write(stored.view(INTEGERS[stored.itemsize]).numpy().tobytes())
+    fresh, stored = statistics(LazyWeights(path)), mapped(path, "r+")
+    for name, tensor in fresh.items():
+        stored[name].copy_(tensor)
 
 
 def open_pool(
@@ -255,11 +248,11 @@ def writer(
 
 
 def _write_adapters(pool: Pool, weights: Sequence[float], out: Path, note: Mapping[str, Any]) -> "LoraSoup":
-    from soups.lora import write_folder  # noqa: PLC0415
+    from soups.lora import soup_folders  # noqa: PLC0415
 
     used = [i for i, weight in enumerate(weights) if weight]
     names, shares = [pool.names[i] for i in used], [weights[i] for i in used]
-    return write_folder([pool.paths[i] for i in used], out, weights=shares, note=note, names=names)
+    return soup_folders([pool.paths[i] for i in used], out, weights=shares, note=note, names=names)
 
 
 def by_tensor(

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 
-def recompute_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.device | None = None) -> int:
+def recompute_batch_norm(model: nn.Module, loader: Iterable[Any]) -> int:
     """Replace running means and variances by their averages over the batches of a loader (a pass in training mode).
 
     Every batch weighs the same, as in `torch.optim.swa_utils.update_bn`. Under torch.distributed each rank brings its
@@ -21,9 +21,8 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.
 
     Args:
         model: the soup; its mode is restored. Dropout is on during the pass, as it was in training.
-        loader: batches: tensors; dicts, whose entries are the model's arguments by name, but for labels; or tuples and
-            lists, whose first element is such a batch.
-        device: where batches go; None leaves them where they are.
+        loader: batches on the model's device: tensors; dicts, whose entries are the model's arguments by name, but for
+            labels; or tuples and lists, whose first element is such a batch.
 
     Returns:
         The number of batches over all ranks, which `num_batches_tracked` becomes; 0 if the model has no batch norm.
@@ -43,7 +42,7 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.
         bare.train()
         count = 0
         for batch in loader:
-            _run(bare, batch, device)
+            _run(bare, batch)
             count += 1
         total = _over_ranks(torch.tensor(float(count), dtype=torch.float64, device=_place(layers[0])))
         if total == 0:
@@ -72,17 +71,13 @@ def statistics_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _run(model: nn.Module, batch: Any, device: torch.device | None) -> None:
+def _run(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, list | tuple):
         batch = batch[0]
     if isinstance(batch, Mapping):
-        model(**{name: _moved(value, device) for name, value in batch.items() if name != "labels"})
+        model(**{name: value for name, value in batch.items() if name != "labels"})
     else:
-        model(_moved(batch, device))
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    return value.to(device) if device is not None and isinstance(value, Tensor) else value
+        model(batch)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What is scored: a model of a pool or a mixture of several, as weights, as a file or as a folder."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -9,12 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from soups.averaging import Averaging, average, writer
 from soups.files.atomic import replacing
 from soups.files.checkpoints import PICKLED, Checkpoint
-from soups.files.dtypes import STORED
 from soups.files.folders import ADAPTER
 from soups.files.opening import opened
 from soups.files.reading import Reading
@@ -25,31 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def mapped(path: Path) -> "dict[str, Tensor]":
-    """The tensors of a .safetensors file, each in memory that is the file's own pages; tied names share theirs."""
-    import torch  # noqa: PLC0415
-
-    from soups.files.tensors import DTYPES  # noqa: PLC0415
-
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    metadata, found = header.pop("__metadata__", {}), {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        kind = STORED[entry["dtype"]]
-        if start == end:
-            found[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-            continue
-        stored = np.memmap(path, kind, "c", 8 + length + start, ((end - start) // kind.itemsize,))
-        found[name] = torch.from_numpy(stored).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    ties = json.loads(metadata["soup"])["tied"] if "soup" in metadata else {}
-    return found | {name: found[kept] for name, kept in ties.items()}
-
-
 def write_pickled(weights: Path, out: Path, like: Checkpoint | None) -> None:
     """A .safetensors file as torch.save writes it, under the key and the names that `like` has in its file."""
     import torch  # noqa: PLC0415
+
+    from soups.files.tensors import mapped  # noqa: PLC0415
 
     state: dict[str, Any] = mapped(weights)
     if like is not None:

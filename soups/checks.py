@@ -13,6 +13,7 @@ from soups.conformance import Layout, common_layout
 from soups.errors import UserError
 from soups.files.checkpoints import BLOCK, Checkpoint, content_digest, hash_tensor
 from soups.files.dtypes import FLOATS, STORED, widen
+from soups.files.folders import config_beside
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, medians_of_others
@@ -40,6 +41,18 @@ def looked_through(checkpoint: Checkpoint) -> tuple[str, str]:
         if not finite and not strange and not _is_mask(checkpoint, name, buffer):
             strange = name
     return content_digest(checkpoint, tensors), strange
+
+
+def sound_digest(checkpoint: Checkpoint) -> str:
+    """The digest of a file's content.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity; names file and tensor.
+    """
+    digest, strange = looked_through(checkpoint)
+    if strange:
+        raise UserError(f"{checkpoint.path}: tensor {strange!r} holds NaN or infinity: leave that model out")
+    return digest
 
 
 def _is_mask(checkpoint: Checkpoint, name: str, buffer: NDArray[Any]) -> bool:
@@ -87,39 +100,22 @@ def refuse_quantised(checkpoints: Sequence[Checkpoint]) -> None:
                 )
 
 
-def config_beside(path: Path) -> Path | None:
-    """config.json in the folder that an ingredient is, or that it lies in."""
-    found = (path if path.is_dir() else path.parent) / "config.json"
-    return found if found.exists() else None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json.
-
-    Raises:
-        UserError: damaged.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is not a dict")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return values
-
-
 def refuse_other_configs(paths: Sequence[Path]) -> None:
     """Models of transformers or timm whose config.json speak of different networks or classes.
 
     Raises:
-        UserError: names two files and the setting; equal shapes with classes in another order are seen here alone.
+        UserError: one is damaged; or names two files and the setting, since equal shapes with classes in another order
+            are seen here alone.
     """
     first: tuple[Path, dict[str, Any]] | None = None
     for path in paths:
-        file = config_beside(path)
+        file = config_beside(path, "config.json")
         if file is None:
             continue
-        values = read_config(file)
+        try:
+            values = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
         if first is None:
             first = file, values
             continue

@@ -116,7 +116,13 @@ def _with_examples(parser: Parser, *, scored: bool) -> None:
     group.add_argument("--max-length", type=int, help="of texts: tokens")
 
 
+SETTINGS = (  # those that recipes in Python have under the same names
+    *("dtype", "batch_norm", "init", "key", "exclude", "only_common", "allow_unrelated", "threads"),
+    *("weights", "alpha", "scales", "density", "scale", "seed", "goal", "scores", "ties", "rounds"),
+    *("per", "lr", "epochs", "weight_decay", "place"),
+)
 USES = {  # settings of held-out examples -> where they mean something
+    "goal": ("score",),
     "network": ("images", "texts", "perplexity", "choices"),
     "batch_size": ("images", "texts", "perplexity", "choices"),
     "image_size": ("images",),
@@ -155,24 +161,6 @@ def _held_out(arguments: argparse.Namespace) -> Any:
     return HeldOut(kind, values[kind], **given)
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How the models are averaged."""
-    how = ("dtype", "batch_norm", "init", "key", "exclude", "only_common", "allow_unrelated", "threads")
-    found = _given(arguments, *how)
-    if arguments.command not in SCORED:
-        images = _held_out(arguments)
-        found |= {} if images is None else {"images": images}
-    return found
-
-
-def _finish(soup: Any, out: Path) -> None:
-    """Print and save, by the first process alone."""
-    if this_rank()[0] == 0:
-        print(soup)
-        path = soup.save(out)
-        print(*soup.remarks, path, sep="\n")
-
-
 def _files(arguments: argparse.Namespace, *, as_typed: bool = False) -> list[Path]:
     """The models; a shell sorts run10 before run2, so they are sorted anew where their order means nothing.
 
@@ -187,43 +175,28 @@ def _files(arguments: argparse.Namespace, *, as_typed: bool = False) -> list[Pat
     return found if as_typed else in_natural_order(found)
 
 
-def _recipe(arguments: argparse.Namespace) -> Callable[..., Any]:
-    """The recipe as Python has it; its module is loaded here, which --help and wrong words need not wait for."""
-    recipe: Callable[..., Any] = getattr(import_module("soups"), arguments.command.replace("-", "_"))
-    return recipe
-
-
-def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of some settings that the recipe has."""
-    return {name: vars(arguments)[name] for name in names if name in vars(arguments)}
-
-
-def _unscored(arguments: argparse.Namespace) -> None:
-    """The recipes that need no examples; a weight for each file is for files as they were typed."""
-    files = _files(arguments, as_typed=arguments.command in ("weighted", "arithmetic"))
-    more, settings = _given(arguments, "weights", "alpha", "scales", "density", "scale", "seed"), _settings(arguments)
-    started = () if arguments.command in ("uniform", "weighted") else (settings.pop("init"),)
-    _finish(_recipe(arguments)(*started, files, **more, **settings), arguments.out)
-
-
-def _scored(arguments: argparse.Namespace) -> None:
-    """The recipes that ask for scores of candidates."""
-    files, score = _files(arguments), _held_out(arguments)
-    if arguments.goal is not None and arguments.score is None:
-        raise UserError("--goal is for --score; of held-out examples it is known")
-    journal = arguments.journal or arguments.out.with_name(f"{arguments.out.name}.journal.jsonl")
-    more = _given(arguments, "scores", "ties", "rounds", "seed") | _settings(arguments)
-    _finish(_recipe(arguments)(files, score, arguments.goal, journal=journal, **more), arguments.out)
-    if arguments.journal is None and this_rank()[0] == 0:
-        journal.unlink(missing_ok=True)  # its scores are in the soup's record
-
-
-def _learned(arguments: argparse.Namespace) -> None:
-    more = _given(arguments, "per", "lr", "epochs", "weight_decay", "place") | _settings(arguments)
-    state = arguments.out.with_name(f"{arguments.out.name}.state.safetensors")
-    _finish(_recipe(arguments)(_files(arguments), _held_out(arguments), state=state, **more), arguments.out)
-    if this_rank()[0] == 0:
-        state.unlink(missing_ok=True)
+def _soup(arguments: argparse.Namespace) -> None:
+    """Make a soup by a recipe, print what it is and save it; a weight for each file is for files as they were typed."""
+    values, name, out = vars(arguments), arguments.command, arguments.out
+    files = _files(arguments, as_typed=name in ("weighted", "arithmetic"))
+    held_out = _held_out(arguments)
+    settings = {each: values[each] for each in SETTINGS if each in values}
+    before: tuple[Any, ...] = (files, held_out)
+    kept = None  # what is known so far, from which a killed command continues
+    if name not in SCORED:
+        settings |= {} if held_out is None else {"images": held_out}
+        before = (files,) if name in ("uniform", "weighted") else (settings.pop("init"), files)
+    elif name == "learned":
+        kept = settings["state"] = out.with_name(f"{out.name}.state.pt")
+    else:
+        kept = settings["journal"] = arguments.journal or out.with_name(f"{out.name}.journal.jsonl")
+    soup = getattr(import_module("soups"), name.replace("-", "_"))(*before, **settings)
+    if this_rank()[0] == 0:  # the first process alone
+        print(soup)
+        path = soup.save(out)
+        print(*soup.remarks, path, sep="\n")
+        if kept is not None and not values.get("journal"):
+            kept.unlink(missing_ok=True)  # its scores are in the soup's record
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -251,7 +224,8 @@ def _lora(arguments: argparse.Namespace) -> None:
     from soups.lora import soup_folders  # noqa: PLC0415
 
     files = _files(arguments, as_typed=arguments.weights is not None)
-    print(soup_folders(files, arguments.out, weights=arguments.weights, rank=arguments.rank))
+    soup = soup_folders(files, arguments.out, weights=arguments.weights, rank=arguments.rank)
+    print(f"{arguments.out}: {len(files)} adapters, {soup.remarks()[0]}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -341,25 +315,9 @@ def _parser() -> Parser:
     return top
 
 
-RUN: dict[str, Callable[[argparse.Namespace], None]] = {
-    "uniform": _unscored,
-    "weighted": _unscored,
-    "wise-ft": _unscored,
-    "greedy": _scored,
-    "random-order": _scored,
-    "with-replacement": _scored,
-    "learned": _learned,
-    "model-stock": _unscored,
-    "arithmetic": _unscored,
-    "ties": _unscored,
-    "dare": _unscored,
-    "lora": _lora,
-    "export": _export,
-    "doctor": _doctor,
-    "verify": _verify,
-}
-SCORED = ("greedy", "random-order", "with-replacement", "learned")  # by held-out examples
-SHARED = SCORED  # what several processes do together
+RUN: dict[str, Callable[[argparse.Namespace], None]] = dict.fromkeys(TITLES, _soup)
+RUN |= {"lora": _lora, "export": _export, "doctor": _doctor, "verify": _verify}
+SCORED = ("greedy", "random-order", "with-replacement", "learned")  # by held-out examples; processes share the work
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -376,7 +334,7 @@ def main(words: Sequence[str] | None = None) -> None:
         finally:
             end()
 
-    one_line_errors(work, several=arguments.command in SHARED)
+    one_line_errors(work, several=arguments.command in SCORED)
 
 
 if __name__ == "__main__":

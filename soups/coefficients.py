@@ -54,6 +54,7 @@ def learned(
     """
     from soups.descent import LearnedSettings, learn  # noqa: PLC0415
     from soups.files.tensors import LazyWeights  # noqa: PLC0415
+    from soups.scorers.networks import places  # noqa: PLC0415
     from soups.scorers.outside import code_of, function_named  # noqa: PLC0415
 
     pool, how, _ = open_pool(models, settings, score=held_out if isinstance(held_out, HeldOut) else None)
@@ -72,6 +73,7 @@ def learned(
         learning, key = held_out, code_of(held_out.loss)
     with opened(pool.paths, how.reading) as checkpoints:
         weights = [LazyWeights(checkpoint) for checkpoint in checkpoints]
+        state_dict = learning.module.state_dict(keep_vars=True)
         try:
             found = learn(
                 learning.module,
@@ -81,11 +83,11 @@ def learned(
                 state_path=None if state is None else Path(state),
                 identity=key_of(key, digests, size),
                 loss=learning.loss,
-                names=_names_in(learning, weights[0], pool.names[0]),
+                names=places(weights[0], state_dict, pool.names[0], learning.rename),
             )
         except ValueError as error:
             raise UserError(f"learned: {error}") from None
-    mean = found.numbers.mean(dim=0).tolist()
+    mean = found.coefficients.mean(dim=0).tolist()
     note = {"per": per, "lr": lr, "epochs": epochs, "first_loss": found.losses[0], "last_loss": found.losses[-1]}
     mixing: Mixing = mean if per == "model" else by_tensor(pool, [], how, found.of)
     return Soup("learned", pool, writer(pool, mixing, how), dict(zip(pool.names, mean, strict=True)), note)
@@ -93,25 +95,6 @@ def learned(
 
 def _same(weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
     return weights
-
-
-def _names_in(learning: Learning, weights: "Mapping[str, Tensor]", model: str) -> dict[str, str]:
-    """The network's names -> the file's.
-
-    Raises:
-        UserError: a tensor of one of them is not in the other.
-    """
-    from soups.scorers.networks import matched  # noqa: PLC0415
-
-    own = learning.module.state_dict(keep_vars=True)
-    renamed = {name: new for name in weights if (new := learning.rename(name)) is not None}
-    there = {place: name for name, place in ((n, matched([new], own)[new]) for n, new in renamed.items())}
-    unknown = sorted(place for place in there if place not in own)
-    filled = {id(own[place]) for place in there if place in own}
-    missing = sorted(name for name, tensor in own.items() if id(tensor) not in filled)
-    if unknown or missing:
-        raise UserError(f"{model} is not of the network that learns: {(unknown or missing)[0]!r} is not in both")
-    return there
 
 
 def user_loss(network: Any, batches: Any, loss: Any = None) -> Learning:

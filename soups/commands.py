@@ -19,9 +19,9 @@ torchrun --nproc-per-node 8 -m soups greedy run/*.safetensors --images held_out 
     "ties": "soups ties run/*.safetensors --init start.safetensors --density 0.2 --out soup.safetensors",
     "dare": "soups dare run/*.safetensors --init start.safetensors --density 0.1 --out soup.safetensors",
     "lora": "soups lora adapters/* --out adapter",
+    "export": "soups export soup.safetensors --to timm --network timm:resnet50 --out exported",
     "doctor": "soups doctor run/*.safetensors --init start.safetensors --scores scores.json",
     "verify": "soups verify soup.safetensors --folder run",
-    "export": "soups export soup.safetensors --to timm --network timm:resnet50 --out exported",
 }
 TITLES = {
     "uniform": "the equal-weight mean of all models",
@@ -36,7 +36,7 @@ TITLES = {
     "ties": "trimmed changes that agree in sign, added to the initialisation",
     "dare": "random parts of the changes, scaled up, added to the initialisation",
     "lora": "one LoRA adapter whose update is the mean of the adapters' updates, of folders of PEFT",
+    "export": "a soup as a folder that timm, open_clip, transformers or ONNX loads",
     "doctor": "whether models belong in one soup: duplicates, NaN, distances, angles",
     "verify": "make a soup again from its ingredients and compare every byte",
-    "export": "a soup as a folder that timm, open_clip, transformers or ONNX loads",
 }

@@ -24,11 +24,6 @@ class Layout:
     kept: tuple[str, ...] = ()  # names in `entries` that are not averaged, but those of one ingredient
     dropped: tuple[str, ...] = ()  # names of tensors that are not averaged, and that this ingredient lacks
 
-    @property
-    def parameters(self) -> int:
-        """Elements of all tensors, tied ones once."""
-        return sum(entry.size for entry in self.entries.values())
-
     def names_of(self, name: str) -> list[str]:
         """All names under which a tensor in `entries` is written."""
         return [name, *(other for other in self.stored if self.ties[other] == name)]

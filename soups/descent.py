@@ -5,7 +5,7 @@ own tensors, one backward pass of an ordinary network, and K inner products; mem
 """
 
 import hashlib
-import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -16,8 +16,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from soups.average import Loader, mixture
@@ -77,30 +75,20 @@ class LearnedSettings:
 
 @dataclass(frozen=True)
 class LearnedSoup:
-    """The soup, how it is mixed, and how that was learned."""
+    """How a soup is mixed, and how that was learned."""
 
-    weights: dict[str, Tensor]
     coefficients: Tensor  # (G, K) float64, positive, rows summing to 1
     groups: tuple[str, ...]  # G names, in the network's order
+    place: Mapping[str, int]  # every name of a floating-point tensor -> its group
     beta: float  # multiplies the logits; learned with the coefficients, and no part of the weights
     losses: tuple[float, ...]  # of each step's minibatch
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """How a learned soup is mixed."""
-
-    numbers: Tensor  # (G, K) float64, positive, rows summing to 1
-    groups: tuple[str, ...]  # G names, in the network's order
-    place: Mapping[str, int]  # every name of a floating-point tensor -> its group
-    beta: float
-    losses: tuple[float, ...]
+    weights: dict[str, Tensor] = field(default_factory=dict)  # from `learned`
 
     def of(self, name: str) -> list[float]:
         """The K numbers that mix a tensor; an integer's, which are not mixed, are equal."""
         if name not in self.place:
-            return [1 / self.numbers.shape[1]] * self.numbers.shape[1]
-        return self.numbers[self.place[name]].tolist()
+            return [1 / self.coefficients.shape[1]] * self.coefficients.shape[1]
+        return self.coefficients[self.place[name]].tolist()
 
 
 def shuffled(inputs: Tensor, labels: Tensor, batch_size: int, *key: object) -> Batches:
@@ -181,14 +169,10 @@ class State:
 
     def save(self, path: Path) -> None:
         """Write everything, whole or not at all."""
-        moments = self.optimizer.state_dict()["state"]
-        tensors = {f"{i}.{key}": value for i, values in moments.items() for key, value in values.items()}
-        tensors |= {"logits": self.logits.detach(), "beta": self.beta.detach()}
-        tensors |= {"losses": torch.tensor(self.losses, dtype=torch.float64)}
-        with replacing(path) as temporary:
-            # One entry: safetensors writes several in an order that changes from process to process.
-            about = {"run": self.run, "epoch": self.epoch, "taken": self.taken}
-            save_file(tensors, temporary, {"about": json.dumps(about)})
+        values = {name: value for name, value in vars(self).items() if name != "optimizer"}
+        # An archive is called as its file, so that it is given an open one, without a name.
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(values | {"moments": self.optimizer.state_dict()["state"]}, file)
 
     def load(self, path: Path) -> None:
         """Become what was saved.
@@ -197,23 +181,17 @@ class State:
             UserError: the file is damaged or another run's.
         """
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("about", "{}"))
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            saved = torch.load(path, weights_only=True)
+            run = saved.pop("run")
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}): delete it to learn the soup from the start") from None
-        if about.get("run") != self.run:
+        if run != self.run:
             raise UserError(f"{path} belongs to other ingredients or settings: delete it to learn this soup")
         with torch.no_grad():
-            self.logits.copy_(tensors.pop("logits"))
-            self.beta.copy_(tensors.pop("beta"))
-        self.losses = tensors.pop("losses").tolist()
-        self.epoch, self.taken = about["epoch"], about["taken"]
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+            self.logits.copy_(saved["logits"])
+            self.beta.copy_(saved["beta"])
+        self.epoch, self.taken, self.losses = saved["epoch"], saved["taken"], saved["losses"]
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["moments"]})
 
     def resume(self, path: Path | None) -> None:
         """Take up what is on disk; rank 0 decides whether there is something, since it may write while others read."""
@@ -315,8 +293,7 @@ def learned(
 ) -> LearnedSoup:
     """The soup of `learn`, which has these arguments and more; each model is loaded once again at the end."""
     found = learn(module, models, batches, settings, **more)
-    weights = mixture([load() for load in models], found.of)
-    return LearnedSoup(weights, found.numbers, found.groups, found.beta, found.losses)
+    return replace(found, weights=mixture([load() for load in models], found.of))
 
 
 def learn(
@@ -330,7 +307,7 @@ def learn(
     group: Callable[[str], str] = layer_of,
     loss: Loss = cross_entropy,
     names: Mapping[str, str] | None = None,
-) -> Coefficients:
+) -> LearnedSoup:
     """Coefficients of K models that minimise a loss on the held-out split.
 
     The coefficients are a softmax over the models, one for each group of tensors, and start uniform; a temperature
@@ -376,4 +353,4 @@ def learn(
     _descend((module, layout, placement, state), batches, settings, state_path, loss)
     shares = state.logits.detach().softmax(dim=1)
     place = {name: layout.row[owner] for name, owner in layout.owner.items()}
-    return Coefficients(shares, layout.groups, place, state.beta.item(), tuple(state.losses))
+    return LearnedSoup(shares, layout.groups, place, state.beta.item(), tuple(state.losses))

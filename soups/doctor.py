@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from soups.checks import looked_through
+from soups.checks import looked_through, sound_digest
 from soups.conformance import common_layout
 from soups.errors import UserError
 from soups.files.checkpoints import Checkpoint
@@ -38,13 +38,7 @@ class Model:
     path: Path
     name: str  # the shortest that tells it from the others
     digest: str = ""
-    infinite: str = ""  # the first tensor with NaN or infinity
-    problem: str = ""  # why it cannot be opened, or does not fit to the others
-
-    @property
-    def sound(self) -> bool:
-        """Whether it can be averaged."""
-        return not (self.infinite or self.problem)
+    problem: str = ""  # why it cannot be opened or averaged
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class Report:
     @property
     def sound(self) -> list[Model]:
         """Models that can be averaged."""
-        return [model for model in self.models if model.sound]
+        return [model for model in self.models if not model.problem]
 
 
 def _fits(checkpoint: Checkpoint, others: Sequence[Checkpoint], reading: Reading | None) -> str:
@@ -109,17 +103,19 @@ def examine(
             except UserError as error:
                 problems[path] = str(error)
         opened = dict(zip(opened, alike(list(opened.values())), strict=True))
-        if start and (infinite := looked_through(start)[1]):
-            raise UserError(f"{init}: tensor {infinite!r} holds NaN or infinity")
+        if start:
+            sound_digest(start)
         reference = [start] if start else list(opened.values())
         models = []
         for path, name in zip(paths, names, strict=True):
             if path in problems:
                 models.append(Model(path, name, problem=problems[path]))
-            else:
-                digest, infinite = looked_through(opened[path])
-                models.append(Model(path, name, digest, infinite, _fits(opened[path], reference, reading)))
-        sound = [opened[model.path] for model in models if model.sound]
+                continue
+            digest, infinite = looked_through(opened[path])
+            odd = [f"tensor {infinite!r} holds NaN or infinity"] if infinite else []
+            odd += filter(None, [_fits(opened[path], reference, reading)])
+            models.append(Model(path, name, digest, "; ".join(odd)))
+        sound = [opened[model.path] for model in models if not model.problem]
         layout = common_layout([*sound, start] if start else sound, reading) if sound else None
         found = geometry(sound, layout, start) if layout else None
     against = init.name if init else "the mean of the models"
@@ -132,13 +128,12 @@ def _findings(
 ) -> list[str]:
     """One line for each thing that makes a soup worse than its best ingredient."""
     lines = [f"{m.name}: {m.problem}" for m in models if m.problem]
-    lines += [f"{m.name}: tensor {m.infinite!r} holds NaN or infinity" for m in models if m.infinite]
     first: dict[str, str] = {}
     for model in models:
         same = first.setdefault(model.digest, model.name) if model.digest else model.name
         if same != model.name:
             lines.append(f"{model.name} and {same} are the same model, and count twice")
-    sound = [model.name for model in models if model.sound]
+    sound = [model.name for model in models if not model.problem]
     if found is not None:
         lines += _of_geometry(sound, found, against, has_init=has_init)
     if scores:

@@ -12,8 +12,8 @@ import numpy as np
 from soups.card import Card, interval
 from soups.files.atomic import write_json
 from soups.files.checkpoints import BLOCK, Checkpoint, Entry
-from soups.files.dtypes import FLOATS, STORED
-from soups.files.folders import INDEX
+from soups.files.dtypes import FLOATS, KINDS, STORED
+from soups.files.folders import INDEX, config_beside
 from soups.files.opening import open_checkpoint
 from soups.files.streamed import streamed
 
@@ -38,14 +38,6 @@ PIPELINES = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
 }
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def source_folder(like: Path) -> Path | None:
-    """The folder whose library's config describes an ingredient; None of a file of weights alone."""
-    folder = like if like.is_dir() else like.parent
-    names = ("config.json", "open_clip_config.json")
-    return folder if any((folder / name).exists() for name in names) else None
 
 
 def complete(folder: Path, like: Path, soup: "Soup") -> None:
@@ -62,16 +54,16 @@ def complete(folder: Path, like: Path, soup: "Soup") -> None:
     Raises:
         UserError: a full disk, or an index of `like` that is damaged.
     """
-    source = source_folder(like)
+    beside = config_beside(like, "config.json", "open_clip_config.json")
     config: dict[str, Any] = {}
-    if source is not None:
-        copy_companions(source, folder)
+    if beside is not None:
+        copy_companions(beside.parent, folder)
         if (folder / "open_clip_config.json").exists():
             (folder / WEIGHTS).rename(folder / OPEN_CLIP)
         elif (folder / "config.json").exists():
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             _renew_dtype(folder, config)
-            index = source / INDEX
+            index = beside.with_name(INDEX)
             if index.exists():
                 split(folder / WEIGHTS, json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     _card(folder, config, soup).write(folder)
@@ -94,7 +86,7 @@ def _renew_dtype(folder: Path, config: dict[str, Any]) -> None:
     with ExitStack() as stack:
         entries = open_checkpoint(folder / WEIGHTS, stack).entries.values()
         sizes = {kind: sum(entry.size for entry in entries if entry.dtype == kind) for kind in FLOATS}
-    usual = DTYPES[max(sizes, key=lambda kind: sizes[kind])]
+    usual = KINDS[max(sizes, key=lambda kind: sizes[kind])][0]
     keys = [key for key in ("dtype", "torch_dtype") if config.get(key) not in (None, usual)]
     if keys:
         write_json(folder / "config.json", config | dict.fromkeys(keys, usual))

@@ -23,7 +23,6 @@ class Geometry:
     products: NDArray[np.float64]  # (K, K) of task vectors, which are differences to the reference
     crossed: NDArray[np.float64]  # (K,) of task vectors with the reference
     reference: float  # the reference's squared length
-    parameters: int
 
     @property
     def distances(self) -> NDArray[np.float64]:
@@ -70,12 +69,11 @@ def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint
         init: the reference; the mean of the models if None.
     """
     count = len(checkpoints)
-    products, crossed, reference, parameters = np.zeros((count, count)), np.zeros(count), 0.0, 0
+    products, crossed, reference = np.zeros((count, count)), np.zeros(count), 0.0
     width = max(1, NUMBERS_AT_ONCE // (count + 1))
     for name, entry in layout.entries.items():
         if entry.dtype not in FLOATS or name.endswith(STATISTICS) or name in layout.kept:
             continue
-        parameters += entry.size
         for start in range(0, entry.size, width):
             rows = np.empty((count + 1, min(width, entry.size - start)))
             for row, checkpoint in zip(rows, [*checkpoints, init], strict=True):
@@ -90,7 +88,7 @@ def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint
             products += tasks @ tasks.T
             crossed += tasks @ origin
             reference += float(origin @ origin)
-    return Geometry(products, crossed, reference, parameters)
+    return Geometry(products, crossed, reference)
 
 
 def medians_of_others(cosines: NDArray[np.float64]) -> NDArray[np.float64]:

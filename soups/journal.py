@@ -18,9 +18,9 @@ class Journal:
     A recipe is deterministic: a restart asks for the same candidates in the same order, and finds them here.
     """
 
-    def __init__(self, path: Path | None, prefix: str = ""):
-        """Args: where it is kept, if anywhere; what results depend on beside what they are asked for."""
-        self.path, self.prefix = path, prefix
+    def __init__(self, path: Path | None):
+        """Args: where it is kept, if anywhere."""
+        self.path = path
         self.rows: list[dict[str, Any]] = read_jsonl(path) if path is not None and path.exists() else []
         self.known = {row["key"]: row["result"] for row in self.rows}
 
@@ -40,7 +40,7 @@ class Journal:
         """`score`, but looked up where the same weights were scored before."""
         from soups.files.weights import digest  # noqa: PLC0415  # torch takes seconds, and a command needs none of it
 
-        return lambda weights: self._lookup(self.prefix + digest(weights), lambda: score(weights))
+        return lambda weights: self._lookup(digest(weights), lambda: score(weights))
 
     def remembered_images(
         self, images_correct: "Callable[[Weights, Tensor], Tensor]"

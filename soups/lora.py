@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from soups.average import check_names, mixture
 from soups.card import Card
-from soups.checks import looked_through
+from soups.checks import sound_digest
 from soups.errors import UserError
-from soups.files.atomic import digest_of, replacing_folder, write_json
+from soups.files.atomic import digest_of, replacing, write_json
 from soups.files.folders import ADAPTER
 from soups.files.names import short_names
 from soups.files.opening import opened
@@ -27,11 +27,9 @@ from soups.files.reading import Reading
 from soups.files.tensors import LazyWeights
 from soups.files.weights import Weights
 from soups.folder import copy_companions
-from soups.record import FORMAT, Ingredient, Record, check_of, versions
+from soups.record import FORMAT, Ingredient, Record, versions
 
-_FACTOR = re.compile(r"^(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<rest>\..*)?$")
-
-
+_FACTOR = re.compile(r"^((?P<module>.*)\.lora_(?:embedding_)?)(?P<side>[AB])((?:\..*)?)$")
 CONFIG = "adapter_config.json"
 SAME = ("peft_type", "base_model_name_or_path", "task_type", "bias", "fan_in_fan_out", "modules_to_save")
 # Initialisations that change the base model's weights, so that the adapter alone is no change to the base model.
@@ -68,7 +66,8 @@ def scaling_of(config: Mapping[str, Any], module: str = "") -> float:
 
     Args:
         config: adapter_config.json.
-        module: name of the adapted module, which `rank_pattern` and `alpha_pattern` may give numbers of its own.
+        module: name of the adapted module, in the adapter or in its model; `rank_pattern` and `alpha_pattern` may give
+            it numbers of its own.
 
     Raises:
         ValueError: a kind of adapter whose update is not one multiple of B A.
@@ -81,6 +80,7 @@ def scaling_of(config: Mapping[str, Any], module: str = "") -> float:
     for option in ("use_dora", "lora_bias", "alora_invocation_tokens"):
         if config.get(option):
             raise ValueError(f"adapters with {option} cannot be averaged: {config[option]!r}")
+    module = _in_model(module)
     rank = _patterned(config.get("rank_pattern"), module, config["r"])
     alpha = _patterned(config.get("alpha_pattern"), module, config["lora_alpha"])
     return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
@@ -122,17 +122,17 @@ def soup_lora(
     shares = list(mixing) if mixing is not None else [1 / len(adapters)] * len(adapters)
     if len(scalings) != len(adapters) or len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"need a scaling and a share of 1 for each of {len(adapters)}; got {scalings} and {shares}")
-    factors = [name for name in adapters[0] if _FACTOR.match(name)]
+    factors = {name: found for name in adapters[0] if (found := _FACTOR.match(name))}
     strange = [name for name in adapters[0] if "lora_" in name and name not in factors]
     if strange:
         raise ValueError(f"{strange[0]!r} is no factor of a LoRA update, and adapters that have it cannot be averaged")
     rest = [{name: adapter[name] for name in adapter if name not in factors} for adapter in adapters]
     weights = mixture(rest, lambda name: shares)
     pairs = {}
-    for name in factors:
-        if _side(name) == "B":
+    for name, found in factors.items():
+        if found["side"] == "B":
             continue
-        other, module = _partner(name), name.split(".lora_")[0]
+        other, module = f"{found[1]}B{found[4]}", found["module"]
         if other not in factors:
             raise ValueError(f"{name!r} has no {other!r} beside it")
         multiples = [s(module) if callable(s) else s for s in scalings]
@@ -201,24 +201,6 @@ def _common_config(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]
 
 
 def soup_folders(
-    folders: Sequence[Path], out: Path, *, weights: Sequence[float] | None = None, rank: int | None = None
-) -> str:
-    """Write the weighted mean of adapters' updates as a folder that peft loads, and return what was written.
-
-    Args:
-        folders: K folders of peft's save_pretrained.
-        out: a folder that is not there yet.
-        weights: K numbers of at least 0, in any scale; equal when None.
-        rank: of the soup, as in `soup_lora`; None keeps the mean exact.
-
-    Raises:
-        UserError: folders that are no LoRA adapters, or do not fit together; `out` is there already.
-    """
-    soup = write_folder(folders, out, weights=weights, rank=rank)
-    return f"{out}: {len(folders)} adapters, {soup.remarks()[0]}"
-
-
-def write_folder(
     folders: Sequence[Path],
     out: Path,
     *,
@@ -227,7 +209,19 @@ def write_folder(
     note: Mapping[str, Any] | None = None,
     names: Sequence[str] | None = None,
 ) -> LoraSoup:
-    """As `soup_folders`, with what its record says beside, and the names that it calls the adapters by."""
+    """Write the weighted mean of adapters' updates as a folder that peft loads.
+
+    Args:
+        folders: K folders of peft's save_pretrained.
+        out: a folder that is not there yet.
+        weights: K numbers of at least 0, in any scale; equal when None.
+        rank: of the soup, as in `soup_lora`; None keeps the mean exact.
+        note: what its record says beside.
+        names: what it calls the adapters; by default the shortest ends of their paths that tell them apart.
+
+    Raises:
+        UserError: folders that are no LoRA adapters, or do not fit together; `out` is there already.
+    """
     shares = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
     if not folders or len(shares) != len(folders) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
         raise UserError(f"weights: need one of at least 0 for each of {len(folders)} adapters, got {shares}")
@@ -239,7 +233,7 @@ def write_folder(
     try:
         soup = soup_lora(
             [LazyWeights(_weights_file(folder)) for folder in folders],
-            [partial(_scaling_in, config) for config in configs],
+            [partial(scaling_of, config) for config in configs],
             mixing=mixing,
             rank=rank,
         )
@@ -250,19 +244,15 @@ def write_folder(
     config |= {"r": usual, "lora_alpha": usual, "use_rslora": False, "rank_pattern": other, "alpha_pattern": other}
     config |= {"inference_mode": True, "init_lora_weights": True}
     names = short_names(folders) if names is None else names
-    facts: dict[str, Any] = {
-        "recipe": "lora",
-        "lora": {"rank": rank},
-        "versions": versions() | {"torch": torch.__version__},
-    }
-    facts |= dict(note or {})
+    known = versions() | {"torch": torch.__version__}
+    facts: dict[str, Any] = {"recipe": "lora", "lora": {"rank": rank}, "versions": known, **(note or {})}
     parts = [
         Ingredient(name, digest_of_folder(folder), share)
         for name, folder, share in zip(names, folders, mixing, strict=True)
     ]
-    text = json.dumps(asdict(Record(FORMAT, tuple(parts), shares, "keep", {}, facts)), sort_keys=True)
-    with replacing_folder(out) as folder:
-        save_file(soup.weights, folder / ADAPTER, {"format": "pt", "soup": text, "soup_check": check_of(text)})
+    record = Record(FORMAT, tuple(parts), shares, "keep", {}, facts)
+    with replacing(out, folder=True) as folder:
+        save_file(soup.weights, folder / ADAPTER, record.metadata())
         write_json(folder / CONFIG, config)
         copy_companions(folders[0], folder)
         _card(config, facts["recipe"], names, mixing, soup).write(folder)
@@ -290,14 +280,7 @@ def digest_of_folder(folder: Path) -> str:
         UserError: no adapter, or a tensor of it holds NaN or infinity.
     """
     with opened([_weights_file(folder)], Reading(as_stored=True)) as (checkpoint,):
-        digest, strange = looked_through(checkpoint)
-    if strange:
-        raise UserError(f"{folder}: tensor {strange!r} holds NaN or infinity: leave that adapter out")
-    return digest_of([digest, read_config(folder)])
-
-
-def _scaling_in(config: Mapping[str, Any], module: str) -> float:
-    return scaling_of(config, _in_model(module))
+        return digest_of([sound_digest(checkpoint), read_config(folder)])
 
 
 def _in_model(module: str) -> str:
@@ -322,15 +305,6 @@ def _card(
         },
         more={"base_model": base} if base and not Path(base).is_absolute() else {},
     )
-
-
-def _side(name: str) -> str:
-    found = _FACTOR.match(name)
-    return found.group("side") if found else ""
-
-
-def _partner(name: str) -> str:
-    return re.sub(r"\.lora_(embedding_)?A", r".lora_\1B", name)
 
 
 def _joined(name: str, other: str, adapters: Sequence[Weights], factors: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -360,18 +334,11 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     Args:
         a: (R, in, ...) float64.
         b: (out, R, ...) float64, with 1 x 1 behind R for a convolution.
-        rank: at most R. Where B A has a smaller rank, zeros fill up.
+        rank: in [1, R]. Where B A has a smaller rank, zeros fill up.
 
     Returns:
         Factors of that rank, which share the singular values evenly, and the relative Frobenius error in [0, 1].
-
-    Raises:
-        ValueError: `rank` is not in [1, R].
     """
-    if not 1 <= rank <= len(a):
-        raise ValueError(
-            f"the rank of the soup must be in [1, {len(a)}], the sum of the ingredients' ranks; got {rank}"
-        )
     q_a, r_a = torch.linalg.qr(a.flatten(1).T)  # (in, m), (m, R)
     q_b, r_b = torch.linalg.qr(b.flatten(1))  # (out, n), (n, R)
     u, values, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)

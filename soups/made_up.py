@@ -145,9 +145,6 @@ def make_language(folder: Path, adapters: Path, text: Path) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": f"{folder}/checkpoint-0",
-    }
-    config |= {
-        "base_model_name_or_path": f"{folder}/checkpoint-0",
         "r": RANK,
         "lora_alpha": 2 * RANK,
         "target_modules": ["q_proj", "v_proj"],

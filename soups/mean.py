@@ -16,13 +16,12 @@ an order of their own: by a hash of each tensor's first bytes, then, where that 
 content, then by weight.
 """
 
-import json
 import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +45,7 @@ from soups.files.names import short_names
 from soups.files.opening import opened
 from soups.files.reading import COUNTERS, Reading
 from soups.files.streamed import streamed
-from soups.record import FORMAT, NO_DIGEST, FileSoup, Ingredient, Record, check_of, versions
+from soups.record import FORMAT, NO_DIGEST, FileSoup, Ingredient, Record, versions
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -280,7 +279,7 @@ def _recorded(terms: Sequence[Term]) -> tuple[Ingredient, ...]:
 
 
 def _record(mean: Mean, reading: Reading | None, dtype: OutputDtype, note: Mapping[str, Any]) -> dict[str, str]:
-    """The soup's metadata: its record, a hash of that, and the "format" that transformers ask for."""
+    """The soup's metadata."""
     weights: list[float] | dict[str, list[float]]
     if all(isinstance(term.weights, float) for term in mean.terms):
         weights = [term.weight("") for term in mean.terms]
@@ -290,13 +289,7 @@ def _record(mean: Mean, reading: Reading | None, dtype: OutputDtype, note: Mappi
     record = Record(
         mean.format, _recorded(mean.terms), weights, dtype, mean.layout.ties, dict(note), reading or Reading(), first
     )
-    values = asdict(record)
-    if not values["reading"]["set_aside"]:
-        del values["reading"]["set_aside"]  # records have it where it says something
-    if mean.format == 1:
-        values = {name: value for name, value in values.items() if name not in ("reading", "first")}
-    text = json.dumps(values, sort_keys=True)
-    return {"format": "pt", "soup": text, "soup_check": check_of(text)}
+    return record.metadata()
 
 
 def average_files(

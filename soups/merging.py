@@ -6,8 +6,8 @@ the number or the size of models. Batch-norm statistics are no task vectors: the
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +20,10 @@ Floats = NDArray[np.float64]
 Changes = Callable[[], Iterable[Floats]]
 
 
-class Rule(Protocol):
-    """How the changes of K models at the same elements become one."""
-
-    def __call__(self, name: str, start: int, changes: Changes) -> Floats:
-        """What is added to the initialisation.
-
-        Args:
-            name: the tensor.
-            start: number of its first element that is given.
-            changes: gives each model's (n,) difference to the initialisation in turn; may be asked several times, and
-                an array is good until the next one.
-        """
-        ...
+# What is added to the initialisation at some elements of a tensor: of its name, the number of the first element, and a
+# function that gives each model's (n,) difference to the initialisation in turn; it may be asked several times, and an
+# array is good until the next one.
+Rule = Callable[[str, int, Changes], Floats]
 
 
 def smallest_kept(
@@ -203,9 +194,8 @@ class Merging:
         drop = 1 - self.density if self.recipe == "dare" else 0.0
         keys = tuple(sample(term.checkpoint) for term in others) if drop else ()
         rule: Rule = Scaled(scales, keys, drop, self.seed)
-        same = {each.name: getattr(mean, each.name) for each in fields(mean)}
-        merged = Merged(**same, rule=rule, origin=origin)
+        merged = Merged(**vars(mean), rule=rule, origin=origin)
         if self.recipe != "ties":
             return merged
         thresholds = smallest_kept(merged.all_changes, len(others), self.density)
-        return Merged(**same, rule=Ties(thresholds, scales[0]), origin=origin)
+        return replace(merged, rule=Ties(thresholds, scales[0]))

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soups.average import Loader
-from soups.checks import looked_through
+from soups.checks import sound_digest
 from soups.conformance import common_layout
-from soups.errors import UserError
 from soups.files.tensors import LazyWeights, checkpoint_of
 from soups.files.weights import Weights
 from soups.ranks import this_rank
@@ -98,8 +97,7 @@ def settle(
     checkpoints = [checkpoint_of(f"ingredient {i}", source) for i, source in zip(own, sources, strict=True)]
     common_layout([checkpoint_of("the network", network), *checkpoints])
     for checkpoint in checkpoints:
-        if infinite := looked_through(checkpoint)[1]:
-            raise UserError(f"{checkpoint.path}: tensor {infinite!r} holds NaN or infinity")
+        sound_digest(checkpoint)
     if place == "stream":
         return Placement(len(models), own, tuple(sources), None, buffer, scratch)
     where = torch.device("cpu") if place == "host" else device

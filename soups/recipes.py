@@ -12,6 +12,7 @@ from torch import Tensor
 
 from soups.average import Average, Loader, mixture
 from soups.files.weights import Weights
+from soups.ranks import spread
 from soups.selection import (
     Mixture,
     Result,
@@ -33,6 +34,8 @@ class Soup:
     ingredients: tuple[int, ...]
     mixing: tuple[float, ...]  # one for each ingredient, positive, summing to 1
     trials: tuple[Trial, ...] = ()
+    evaluations: int = 0  # mixtures that were scored
+    rounds: int = 0  # of them, those that had to follow one another
 
 
 def equal(number: int) -> tuple[float, ...]:
@@ -61,18 +64,17 @@ def mean_of(models: Iterable[Loader]) -> dict[str, Tensor]:
     return average.weights()
 
 
-def best(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
-    """The individual model with the highest held-out accuracy (Table 2, first row)."""
-    first = best_first(held_out)[0]
-    return Soup(dict(models[first]()), (first,), (1.0,))
+def best(models: Sequence[Loader], held_out: Sequence[float], place: int = 1) -> Soup:
+    """The individual model with the highest held-out accuracy (Table 2, first row), or with place=2 the second highest.
 
-
-def second_best(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
-    """The individual model with the second highest held-out accuracy (Table 3); a ValueError of fewer than two."""
-    if len(models) < 2:
+    Raises:
+        ValueError: fewer models than that.
+    """
+    order = best_first(held_out)
+    if len(order) < place:
         raise ValueError(f"the second best model needs at least two, got {len(models)}")
-    second = best_first(held_out)[1]
-    return Soup(dict(models[second]()), (second,), (1.0,))
+    found = order[place - 1]
+    return Soup(dict(models[found]()), (found,), (1.0,))
 
 
 def subset(models: Sequence[Loader], held_out: Sequence[float], chosen: Iterable[int]) -> Soup:
@@ -134,7 +136,8 @@ class Growing:
         """What a selection comes to."""
         counts, number = Counter(selection.mixture), len(selection.mixture)
         shares = equal(len(counts)) if number == len(counts) else tuple(count / number for count in counts.values())
-        return Soup(self.of(selection.mixture).weights(), tuple(counts), shares, selection.trials)
+        weights = self.of(selection.mixture).weights()
+        return Soup(weights, tuple(counts), shares, selection.trials, selection.evaluations, selection.rounds)
 
 
 def greedy(
@@ -142,14 +145,22 @@ def greedy(
     held_out: Sequence[float],
     accuracy: Callable[[Weights], float],
     *,
+    order: Sequence[int] | None = None,
+    ahead: int = 1,
     ties: Ties = "keep",
 ) -> Soup:
     """Add models best-first, keeping each one that does not lower held-out accuracy.
 
+    Under torch.distributed every rank runs it and takes the same decisions: of the candidates of a round rank r scores
+    every W-th, so `ahead` is best a multiple of the number W of ranks.
+
     Args:
-        models: K loaders, one per fine-tuned model. Called once each; two sums are in memory, not K models.
+        models: K loaders, one per fine-tuned model. Called once each where `ahead` is 1, and else for every time that a
+            candidate of theirs is built; two sums are in memory, not K models.
         held_out: K accuracies in [0, 1] on the held-out split, which is never a test set.
-        accuracy: the same accuracy for candidate weights; called K - 1 times.
+        accuracy: the same accuracy for candidate weights; called K - 1 times, with `ahead` above 1 more often.
+        order: in which models are added, as indices; None: best first.
+        ahead: candidates that are tried at once: the same decisions in fewer rounds; see `add_in_order`.
         ties: what becomes of a candidate that leaves the accuracy exactly as it was.
 
     Raises:
@@ -158,12 +169,16 @@ def greedy(
     Source: Wortsman et al. 2022, Recipe 1. Its test is `>=` (`keep`); the authors' released script has `>` (`drop`),
     which cooks another soup only when a candidate ties exactly.
     """
-    order, means = checked_order(models, held_out), Growing(models)
-    return means.soup(add_in_order(order, held_out[order[0]], _scored(means, accuracy), ties=ties))
+    sorted_order, means = checked_order(models, held_out), Growing(models)
+    order, score = sorted_order if order is None else order, _scored(means, accuracy)
+    return means.soup(add_in_order(order, held_out[order[0]], score, ahead=ahead, ties=ties))
 
 
 def _scored(means: Growing, accuracy: Callable[[Weights], float]) -> Callable[[Sequence[Mixture], float], list[Result]]:
-    return lambda mixtures, to_beat: [Result(accuracy(means.of(mixture).weights())) for mixture in mixtures]
+    def work(mixture: Mixture) -> Result:
+        return Result(accuracy(means.of(mixture).weights()))
+
+    return lambda mixtures, to_beat: spread(work, mixtures)
 
 
 def greedy_random_order(
@@ -172,25 +187,17 @@ def greedy_random_order(
     accuracy: Callable[[Weights], float],
     *,
     seed: int,
-    orders: int = 3,
     ties: Ties = "keep",
-) -> tuple[Soup, ...]:
-    """Greedy soups from a pool that was not sorted, one for each of several random orders (Table 3).
+) -> Soup:
+    """The greedy soup from a pool that was not sorted, but in an order that `seed` draws (Table 3).
 
-    The first model of an order always enters, as it does from a sorted list, so the soup may be worse than the best
-    model. Order j is a function of `seed` and j alone. The paper reports mean and standard deviation over 3 orders.
+    The first model always enters, as it does from a sorted list, so the soup may be worse than the best model. The
+    paper reports mean and standard deviation over 3 orders.
 
     Raises:
-        ValueError: as in `greedy`; or `orders` is less than 1.
+        ValueError: as in `greedy`.
     """
-    if orders < 1:
-        raise ValueError(f"greedy in random order needs at least one order, got {orders}")
-    checked_order(models, held_out)
-    found = []
-    for j in range(orders):
-        order, means = random_order(len(models), seed, j), Growing(models)
-        found.append(means.soup(add_in_order(order, held_out[order[0]], _scored(means, accuracy), ties=ties)))
-    return tuple(found)
+    return greedy(models, held_out, accuracy, order=random_order(len(models), seed, 0), ties=ties)
 
 
 def greedy_with_replacement(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,16 @@ class Record:
     note: dict[str, Any]  # the recipe, its decisions, versions
     reading: Reading | None = None
     first: int | None = None  # index of the ingredient whose tensors stand in for those that are not averaged
+
+    def metadata(self) -> dict[str, str]:
+        """What a soup's file says: this, a hash of it, and the "format" that transformers ask for."""
+        values = asdict(self)
+        if self.reading is not None and not self.reading.set_aside:
+            del values["reading"]["set_aside"]  # records have it where it says something
+        if self.format == 1:
+            del values["reading"], values["first"]
+        text = json.dumps(values, sort_keys=True)
+        return {"format": "pt", "soup": text, "soup_check": check_of(text)}
 
 
 def parsed(text: str) -> Record:

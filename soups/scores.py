@@ -17,7 +17,7 @@ import numpy as np
 
 from soups.averaging import Averaging
 from soups.candidates import Candidate
-from soups.checks import looked_through
+from soups.checks import sound_digest
 from soups.errors import UserError
 from soups.files.opening import opened
 from soups.journal import Journal
@@ -41,11 +41,8 @@ def digests_of(pool: Pool, paths: Sequence[Path]) -> list[str]:
         return [digest_of_folder(path) for path in paths]
     found = []
     for path in paths:
-        with opened([path], pool.reading) as checkpoints:
-            digest, infinite = looked_through(checkpoints[0])
-        if infinite:
-            raise UserError(f"{path}: tensor {infinite!r} holds NaN or infinity: leave that model out")
-        found.append(digest)
+        with opened([path], pool.reading) as (checkpoint,):
+            found.append(sound_digest(checkpoint))
     return found
 
 

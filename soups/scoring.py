@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,26 +17,11 @@ from soups.selection import Goal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from soups.candidates import Candidate
+
 RESAMPLES = 2000
 Statistics = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]  # weights -> their batch-norm statistics
 Metric = Literal["top1", "macro_f1", "worst_group", "matthews", "accuracy_and_f1"]  # see soups/scorers/metrics.py
-
-
-class Candidate(Protocol):
-    """A model or a soup that is to be scored."""
-
-    @property
-    def name(self) -> str:
-        """What it is of, for messages."""
-
-    def weights(self) -> "Mapping[str, Tensor]":
-        """Its tensors, each read when it is asked for."""
-
-    def file(self) -> Path:
-        """A file or folder of it, in the form that the ingredients have."""
-
-    def folder(self, like: Path) -> Path:
-        """A folder of it with the config and the tokenizer that are in the folder `like`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ class Learning:
 class Scorer:
     """How candidates are scored."""
 
-    measure: Callable[[Candidate], Scored]
+    measure: "Callable[[Candidate], Scored]"
     goal: Goal
     metric: str  # what the number is, for people
     key: str  # names everything that a score depends on beside the weights: data, code, settings

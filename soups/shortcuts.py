@@ -1,7 +1,6 @@
-"""Greedy in less time: the decisions of `greedy`, with fewer forward passes or fewer passes one after another."""
+"""Greedy in less time: the decisions of `greedy`, with fewer forward passes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,20 +8,10 @@ from torch import Tensor
 from soups.average import Loader
 from soups.files.weights import Weights
 from soups.paired import paired
-from soups.ranks import spread
-from soups.recipes import Growing, Soup, checked_order
+from soups.recipes import Growing, Soup
 from soups.selection import Mixture, Result, Ties, add_in_order, best_first
 
 ImagesCorrect = Callable[[Weights, Tensor], Tensor]  # weights and (n,) image indices to (n,) bool
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a greedy run cost."""
-
-    evaluations: int  # candidates evaluated, in part or in full
-    rounds: int  # evaluations that had to follow one another
-    image_forwards: int  # of candidates; 0 where the run does not see single images
 
 
 def hard_images_first(correct: Tensor, incumbent: Tensor, alone: Tensor) -> Tensor:
@@ -67,7 +56,7 @@ def greedy_counted(
     chunk: int = 256,
     significance: bool = False,
     min_sigma: float = 0.0,
-) -> tuple[Soup, Spent]:
+) -> tuple[Soup, int]:
     """`greedy` for accuracies that are counts: a candidate is dropped once it cannot reach the soup so far.
 
     The held-out images are looked at in chunks, hard ones first, since there a worse candidate shows soonest. It
@@ -87,6 +76,9 @@ def greedy_counted(
         chunk: images between two looks at the count; a multiple of the evaluation's batch.
         significance: report each accepted candidate against the soup it replaced (`Trial.versus`).
         min_sigma: accept only candidates whose paired z is at least this, on top of the rule; 0 is the paper's rule.
+
+    Returns:
+        The soup, and the images on which candidates were evaluated, counted for each candidate.
 
     Raises:
         ValueError: no models or images, `correct` is not one row per model, or models that do not fit together.
@@ -112,48 +104,4 @@ def greedy_counted(
         return [Result(int(right.sum()) / n, seen == n, versus if significance else None, vetoed)]
 
     found = add_in_order(order, int(incumbent.sum()) / n, score, ties=ties)
-    return means.soup(found), Spent(found.evaluations, found.rounds, forwards)
-
-
-def greedy_speculative(
-    models: Sequence[Loader],
-    held_out: Sequence[float],
-    accuracies: Callable[[Sequence[Loader]], Sequence[float]],
-    *,
-    ahead: int,
-    ties: Ties = "keep",
-) -> tuple[Soup, Spent]:
-    """`greedy` that tries the next `ahead` candidates at once: its decisions in fewer rounds; see `add_in_order`.
-
-    Args:
-        models: K loaders; each is called for every time its candidate is built, and once more when it is accepted.
-        held_out: K accuracies in [0, 1] on the held-out split.
-        accuracies: scores of up to `ahead` candidates, given as loaders of their weights. It may build all of them
-            for one pass over the data, or give each to a process; see `on_all_ranks`.
-        ahead: candidates a round.
-        ties: as in `greedy`.
-
-    Raises:
-        ValueError: as in `greedy`; `ahead` is less than 1; or `accuracies` gives another number of scores.
-    """
-    order, means = checked_order(models, held_out), Growing(models)
-
-    def score(mixtures: Sequence[Mixture], to_beat: float) -> list[Result]:
-        return [Result(found) for found in accuracies([_loader(means, mixture) for mixture in mixtures])]
-
-    found = add_in_order(order, held_out[order[0]], score, ahead=ahead, ties=ties)
-    return means.soup(found), Spent(found.evaluations, found.rounds, 0)
-
-
-def _loader(means: Growing, mixture: Mixture) -> Loader:
-    return lambda: means.of(mixture).weights()
-
-
-def on_all_ranks(accuracy: Callable[[Weights], float]) -> Callable[[Sequence[Loader]], list[float]]:
-    """`accuracies` for `greedy_speculative`: of each round's candidates, rank r builds and scores every W-th.
-
-    Every rank runs the same recipe and gets the same scores, hence takes the same decisions. Best with `ahead` a
-    multiple of the number W of ranks. Without torch.distributed there is one rank, which scores all.
-    """
-
-    return lambda candidates: spread(lambda load: accuracy(load()), candidates)
+    return means.soup(found), forwards

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from soups.averaging import Writer
 from soups.candidates import write_pickled
 from soups.errors import UserError
-from soups.files.atomic import replacing_folder, write_json
+from soups.files.atomic import replacing, write_json
 from soups.files.checkpoints import PICKLED
 from soups.files.folders import ADAPTER
 from soups.files.opening import opened
@@ -117,7 +117,7 @@ class Soup:
                 write_json(record_beside(path), {key: made.metadata[key] for key in ("soup", "soup_check")})
             between.unlink()
         else:
-            with replacing_folder(path) as folder:
+            with replacing(path, folder=True) as folder:
                 self._write(folder / WEIGHTS)
                 complete(folder, like, self)
         return path

@@ -80,29 +80,20 @@ def _kept(source: Any, path: Path) -> Path:
     return path
 
 
-def pool_of(
-    sources: Source | Iterable[Source],
-    reading: Reading | None = None,
-    near: Path | None = None,
-    *,
-    what: str = "models",
-) -> Pool:
+def pool_of(sources: Source | Iterable[Source], reading: Reading | None = None) -> Pool:
     """Models in the order in which they were given; those of a pattern sorted, run2 before run10.
 
     Args:
         sources: a path or a pattern, a state dict, a module, or a function that returns one of the last two; or
             several of them in any mixture. What is in memory is written to a file once.
         reading: which tensors of the files are read.
-        near: a folder on the disk where files that are needed on the way may be written; None: TMPDIR's.
 
     Raises:
         UserError: nothing there, or a file that is named twice.
     """
     if isinstance(sources, (str, Path, Mapping)) or callable(sources) or hasattr(sources, "state_dict"):
         sources = [sources]
-    if near is not None:
-        near.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.TemporaryDirectory(prefix=".soups-", dir=near)
+    temporary = tempfile.TemporaryDirectory(prefix=".soups-")
     paths: list[Path] = []
     names: dict[int, str] = {}
     for source in sources:

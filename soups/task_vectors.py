@@ -1,4 +1,9 @@
-"""Recipes on task vectors, the models' changes from one initialisation; `soups.merging` has what they compute."""
+"""Recipes on task vectors, the models' changes from one initialisation; `soups.merging` has what they compute.
+
+Each takes the initialisation, the models that were fine-tuned from it, and the settings of the averaging, where
+`batch_norm="keep"` keeps the statistics of the initialisation. A UserError says what is out of range, or which models
+do not fit together.
+"""
 
 from collections.abc import Mapping, Sequence
 from math import fsum, isfinite
@@ -17,11 +22,8 @@ def arithmetic(start: Source, models: Models, scales: Sequence[float], **setting
     Args:
         start: the initialisation.
         models: fine-tuned from it, in the order of `scales`.
-        scales: one for each model.
-        settings: of the averaging; `batch_norm="keep"` keeps the statistics of `start`.
-
-    Raises:
-        UserError: not one finite number a model, or models that do not fit together.
+        scales: one finite number for each model.
+        settings: of the averaging.
 
     Source: Ilharco et al. 2023, Section 2.
     """
@@ -36,10 +38,7 @@ def ties(start: Source, models: Models, density: float = 0.2, scale: float = 1.0
         models: fine-tuned from it.
         density: share of each model's changes that is kept, in (0, 1].
         scale: what the merged changes are multiplied by.
-        settings: as in `arithmetic`.
-
-    Raises:
-        UserError: a density or scale out of range, or models that do not fit together.
+        settings: of the averaging.
 
     Source: Yadav et al. 2023, Algorithm 1.
     """
@@ -57,10 +56,7 @@ def dare(
         density: share of each model's changes that is kept, in (0, 1]; 1 - p of the paper.
         scale: what the mean change is multiplied by.
         seed: of the choice.
-        settings: as in `arithmetic`.
-
-    Raises:
-        UserError: a density or scale out of range, or models that do not fit together.
+        settings: of the averaging.
 
     Source: Yu et al. 2024, equation 3.
     """

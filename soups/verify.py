@@ -121,11 +121,11 @@ def answer(soup: Path, folder: Path | None = None) -> tuple[bool, str]:
 
 def _again_lora(record: Record, paths: Sequence[Path], soup: Path, again: Path) -> str:
     """What `verify` answers of a soup of adapters."""
-    from soups.lora import CONFIG, write_folder  # noqa: PLC0415
+    from soups.lora import CONFIG, soup_folders  # noqa: PLC0415
 
     names, rank = [ingredient.file for ingredient in record.ingredients], record.note["lora"]["rank"]
     assert not isinstance(record.weights, dict)  # of an adapter there is one weight
-    write_folder(paths, again, weights=record.weights, rank=rank, note=record.note, names=names)
+    soup_folders(paths, again, weights=record.weights, rank=rank, note=record.note, names=names)
     if _same(soup / ADAPTER, again / ADAPTER, renewed=False) and read_json(soup / CONFIG) == read_json(again / CONFIG):
         return ""
     cut = "; factors cut to a rank are equal only on the machine and with the torch that made them"

@@ -241,7 +241,7 @@ def test_two_processes_of_torchrun_learn_what_one_learns(tmp_path, monkeypatch, 
     uniform = {name: sum(model(i)[name] for i in range(3)) / 3 for name in ("conv.weight", "fc.weight")}
     assert all((one[name] - mean).abs().max() > 1e-3 for name, mean in uniform.items())  # there was something to learn
     assert verify(tmp_path / "two.safetensors") == ""
-    assert not list(tmp_path.glob("*.state.safetensors"))
+    assert not list(tmp_path.glob("*.state.pt"))
     few = pair(*words, "--loss", "parts_of_it:one_example", "--out", "few.safetensors", cwd=tmp_path)
     assert [status for status, _, _ in few] == [2, 2]
     assert all("a batch of 1 examples has none for some of 2 processes" in each for _, _, each in few)

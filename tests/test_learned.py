@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_a_number_is_refused_with_its_step():
 
 
 def test_a_state_of_other_ingredients_or_settings_or_damaged_is_refused(tmp_path):
-    path, batches, settings = tmp_path / "state.safetensors", shuffled(*data(), 32, 0), LearnedSettings(epochs=1)
+    path, batches, settings = tmp_path / "state.pt", shuffled(*data(), 32, 0), LearnedSettings(epochs=1)
     first = learned(Network(), loaders(pool(2)), batches, settings, state_path=path, identity="a")
     again = learned(Network(), loaders(pool(2)), lambda epoch: 1 / 0, settings, state_path=path, identity="a")
     assert torch.equal(first.coefficients, again.coefficients)  # finished: no batch was asked for

@@ -34,7 +34,7 @@ def batches(epoch):
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 settings = LearnedSettings(per="layer", save_every=2)
-soup = learned(Network(), loaders(pool(3)), batches, settings, state_path=folder / "state.safetensors")
+soup = learned(Network(), loaders(pool(3)), batches, settings, state_path=folder / "state.pt")
 save_weights(folder / "soup.safetensors", soup.weights)
 (folder / "seen").write_text(str(len(seen)))
 """
@@ -53,10 +53,10 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path):
     assert (tmp_path / "seen").read_text() == str(15 - 8 + 3)  # the 3 before it in that epoch are passed over
     whole = tmp_path / "whole"
     settings = LearnedSettings(per="layer", save_every=2)
-    state = whole / "state.safetensors"
+    state = whole / "state.pt"
     soup = learned(Network(), loaders(pool(3)), shuffled(*data(), 16, 0), settings, state_path=state)
     save_weights(whole / "soup.safetensors", soup.weights)
-    for name in ("soup.safetensors", "state.safetensors"):
+    for name in ("soup.safetensors", "state.pt"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
 
 

@@ -308,13 +308,13 @@ def test_a_learned_soup_takes_a_loss_of_ones_own_and_goes_on_where_it_was_stoppe
     def loss(module, batch):
         return (module(batch) - 1.5).square().mean()
 
-    how = {"lr": 0.3, "epochs": 6, "state": "state.safetensors"}
+    how = {"lr": 0.3, "epochs": 6, "state": "state.pt"}
     soup = soups.learned("run*.safetensors", soups.user_loss(network, batches, loss), **how)
     assert soup.weights["weight"].item() == pytest.approx(1.5, abs=0.2)
     assert soup.record["last_loss"] < soup.record["first_loss"] / 10
     again = soups.learned("run*.safetensors", soups.user_loss(network, [], loss), **how)
     assert again.shares == soup.shares
-    with pytest.raises(UserError, match="not of the network that learns: 'bias' is not in both"):
+    with pytest.raises(UserError, match="not of this network: 'bias' is in the network alone"):
         soups.learned("run*.safetensors", soups.user_loss(nn.Linear(1, 1), batches, loss))
 
 

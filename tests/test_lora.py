@@ -172,14 +172,15 @@ def test_folders_of_peft_become_one_that_has_the_mean_of_their_updates(tmp_path)
     ]
     (folders[0] / "tokenizer.json").write_text("{}")
     out = tmp_path / "soup"
-    assert soup_folders(folders, out, weights=[3, 1]) == f"{out}: 2 adapters, rank 5, exact"
+    assert soup_folders(folders, out, weights=[3, 1]).remarks() == ["rank 5, exact"]
     torch.testing.assert_close(update_of(out), 0.75 * update_of(folders[0]) + 0.25 * update_of(folders[1]))
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (5, 5, False)
     assert config["target_modules"] == ["query"]
     assert (out / "tokenizer.json").exists()
     assert 'base_model: "some/base"' in (out / "README.md").read_text()
-    assert "rank 2, largest relative error of a module" in soup_folders(folders, tmp_path / "small", rank=2)
+    (remark,) = soup_folders(folders, tmp_path / "small", rank=2).remarks()
+    assert "rank 2, largest relative error of a module" in remark
 
 
 def test_modules_may_have_ranks_and_scalings_of_their_own(tmp_path):
@@ -322,7 +323,10 @@ def test_adapters_of_other_modules_or_with_nan_are_refused_before_any_score(tmp_
     adapter_folder(tmp_path / "run0", adapter(0))
     adapter_folder(tmp_path / "run1", {name.replace("query", "key"): t for name, t in adapter(1).items()})
     adapter_folder(tmp_path / "run2", {name: torch.full_like(t, torch.nan) for name, t in adapter(1).items()})
-    for others, words in (("01", r"run1: tensor .*key.* not in both"), ("02", r"run2: tensor .* holds NaN")):
+    for others, words in (
+        ("01", r"run1: tensor .*key.* not in both"),
+        ("02", r"run2/adapter_model\.safetensors: tensor .* holds NaN"),
+    ):
         with pytest.raises(UserError, match=words):
             paths = [tmp_path / f"run{i}" for i in others]
             soups.greedy(paths, lambda weights: pytest.fail("it was scored"), "min", quiet=True)

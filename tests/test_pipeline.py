@@ -134,7 +134,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(undisturbed, tmp_path
         return (run / "soups/greedy/journal.jsonl").exists()
 
     def learning():
-        return (run / "soups/learned/state.safetensors").exists()
+        return (run / "soups/learned/state.pt").exists()
 
     kill_when(tmp_path, epoch_done)
     assert not (run / "manifest.csv").exists()

@@ -17,7 +17,6 @@ from soups.recipes import (
     greedy_random_order,
     greedy_with_replacement,
     mean_of,
-    second_best,
     subset,
     uniform,
     wise_ft,
@@ -98,10 +97,10 @@ def test_best_takes_the_highest_held_out_score_and_uniform_takes_all():
 
 def test_second_best_takes_the_second_highest_held_out_score_and_needs_two():
     models = [model(1.0), model(2.0), model(6.0)]
-    assert second_best(models, [0.1, 0.3, 0.2]).ingredients == (2,)
-    assert second_best(models, [0.3, 0.1, 0.3]).weights["w"].item() == 6
+    assert best(models, [0.1, 0.3, 0.2], place=2).ingredients == (2,)
+    assert best(models, [0.3, 0.1, 0.3], place=2).weights["w"].item() == 6
     with pytest.raises(ValueError, match="needs at least two, got 1"):
-        second_best(models[:1], [0.1])
+        best(models[:1], [0.1], place=2)
 
 
 def test_a_subset_averages_the_chosen_models_and_reads_no_other():
@@ -129,13 +128,14 @@ def test_every_recipe_without_repeats_weighs_its_ingredients_equally():
     models, held_out = [model(0.7), model(1.2), model(0.9)], [0.7, 0.8, 0.9]
     assert uniform(models, held_out).mixing == (1 / 3, 1 / 3, 1 / 3)
     assert greedy(models, held_out, closeness_to_one).mixing == (0.5, 0.5)
-    assert best(models, held_out).mixing == second_best(models, held_out).mixing == (1.0,)
+    assert best(models, held_out).mixing == best(models, held_out, place=2).mixing == (1.0,)
 
 
 def test_greedy_in_random_order_follows_its_order_and_not_the_held_out_scores():
     values, held_out = [0.7, 1.2, 0.9, 1.4], [0.7, 0.8, 0.9, 0.6]
-    soups = greedy_random_order([model(v) for v in values], held_out, closeness_to_one, seed=0, orders=3)
-    orders = [random_order(4, 0, j) for j in range(3)]
+    models = [model(v) for v in values]
+    soups = [greedy_random_order(models, held_out, closeness_to_one, seed=j) for j in range(3)]
+    orders = [random_order(4, j, 0) for j in range(3)]
     assert len({tuple(order) for order in orders}) > 1
     for soup, order in zip(soups, orders, strict=True):
         assert [trial.candidate for trial in soup.trials] == order

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from soups.paired import Paired
 from soups.recipes import greedy
-from soups.shortcuts import greedy_counted, greedy_speculative, hard_images_first, on_all_ranks
+from soups.selection import add_in_order
+from soups.shortcuts import greedy_counted, hard_images_first
 from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,12 +60,12 @@ TIES = st.sampled_from(["keep", "drop"])
 def test_early_rejection_takes_every_decision_of_the_plain_loop(seed, ties, chunk, hard_first):
     problem = Problem(seed)
     plain = problem.plain(ties)
-    soup, spent = greedy_counted(
+    soup, forwards = greedy_counted(
         problem.models, problem.correct, problem.images_correct, ties=ties, chunk=chunk, hard_first=hard_first
     )
     assert decisions(soup) == decisions(plain)
     assert torch.equal(soup.weights["w"], plain.weights["w"])
-    assert spent.image_forwards == problem.looked_at <= 7 * 40
+    assert forwards == problem.looked_at <= 7 * 40
     for quick, slow in zip(soup.trials, plain.trials, strict=True):
         assert quick.score == slow.score if quick.exact else quick.score > slow.score - 1e-12
         assert quick.exact or not quick.accepted
@@ -75,13 +76,12 @@ def test_early_rejection_takes_every_decision_of_the_plain_loop(seed, ties, chun
 def test_speculation_takes_every_decision_of_the_plain_loop(seed, ties, ahead):
     problem = Problem(seed)
     plain = problem.plain(ties)
-    evaluate = on_all_ranks(problem.accuracy)
-    soup, spent = greedy_speculative(problem.models, problem.held_out, evaluate, ahead=ahead, ties=ties)
+    soup = greedy(problem.models, problem.held_out, problem.accuracy, ahead=ahead, ties=ties)
     assert soup.trials == plain.trials
     assert torch.equal(soup.weights["w"], plain.weights["w"])
-    assert spent.rounds <= 7 <= spent.evaluations
+    assert soup.rounds <= 7 <= soup.evaluations
     if ahead == 1:
-        assert spent.rounds == spent.evaluations == 7
+        assert soup.rounds == soup.evaluations == 7
 
 
 def test_an_early_stop_looks_at_little_more_than_as_many_images_as_the_soup_gets_wrong():
@@ -93,10 +93,10 @@ def test_an_early_stop_looks_at_little_more_than_as_many_images_as_the_soup_gets
     problem.correct = torch.stack([problem.right(load()) for load in problem.models])
     arguments = (problem.models, problem.correct, problem.images_correct)
     full, in_full = greedy_counted(*arguments, hard_first=False)
-    quick, spent = greedy_counted(*arguments, chunk=50)
+    quick, forwards = greedy_counted(*arguments, chunk=50)
     assert decisions(quick) == decisions(full)
-    assert in_full.image_forwards == 19 * 2000
-    assert 19 * 400 < spent.image_forwards < 19 * 600
+    assert in_full == 19 * 2000
+    assert 19 * 400 < forwards < 19 * 600
     assert [trial.exact for trial in quick.trials] == [True] + [False] * 19
 
 
@@ -121,19 +121,19 @@ def test_a_candidate_is_dropped_at_the_first_chunk_from_which_it_cannot_reach_th
         asked.append(images.tolist())
         return correct[1][images]
 
-    soup, spent = greedy_counted([model(0.0), model(1.0)], correct, images_correct, chunk=2)
+    soup, forwards = greedy_counted([model(0.0), model(1.0)], correct, images_correct, chunk=2)
     assert asked == [[0, 1], [2, 3]]
-    assert spent.image_forwards == 4
+    assert forwards == 4
     assert (soup.trials[1].score, soup.trials[1].exact, soup.trials[1].accepted) == (5 / 8, False, False)
 
 
 def test_a_tie_is_seen_to_the_end_when_kept_and_not_when_dropped():
     correct = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
-    kept, spent = greedy_counted([model(0.0)] * 2, correct, lambda w, images: correct[1][images], chunk=1)
-    assert (kept.ingredients, spent.image_forwards) == ((0, 1), 4)
+    kept, forwards = greedy_counted([model(0.0)] * 2, correct, lambda w, images: correct[1][images], chunk=1)
+    assert (kept.ingredients, forwards) == ((0, 1), 4)
     arguments = ([model(0.0)] * 2, correct, lambda w, images: correct[1][images])
-    dropped, spent = greedy_counted(*arguments, chunk=1, ties="drop")
-    assert (dropped.ingredients, spent.image_forwards) == ((0,), 1)
+    dropped, forwards = greedy_counted(*arguments, chunk=1, ties="drop")
+    assert (dropped.ingredients, forwards) == ((0,), 1)
 
 
 def test_an_accept_reports_gains_losses_z_and_p_against_the_soup_it_replaced():
@@ -158,24 +158,23 @@ def test_a_minimum_of_sigma_refuses_accepts_that_luck_explains():
 
 def test_speculation_throws_away_what_came_after_an_accept_and_tries_it_again():
     # 0.9 first; 1.2 and 0.7 at once: 1.2 is accepted, so what 0.7 would have done to 0.9 alone is no answer.
-    rounds = []
+    tried = []
 
-    def accuracies(candidates):
-        values = [load()["w"].item() for load in candidates]
-        rounds.append([pytest.approx(value) for value in values])
-        return [1 - abs(value - 1) for value in values]
+    def accuracy(weights):
+        tried.append(weights["w"].item())
+        return 1 - abs(tried[-1] - 1)
 
-    soup, spent = greedy_speculative([model(0.9), model(1.2), model(0.7)], [0.9, 0.8, 0.7], accuracies, ahead=2)
-    assert rounds == [[1.05, 0.8], [2.8 / 3]]
+    soup = greedy([model(0.9), model(1.2), model(0.7)], [0.9, 0.8, 0.7], accuracy, ahead=2)
+    assert tried == pytest.approx([1.05, 0.8, 2.8 / 3])
     assert soup.ingredients == (0, 1)
-    assert (spent.evaluations, spent.rounds) == (3, 2)
+    assert (soup.evaluations, soup.rounds) == (3, 2)
 
 
 def test_shortcuts_refuse_what_does_not_belong_together():
     with pytest.raises(ValueError, match="asked for 1 scores and got 0"):
-        greedy_speculative([model(0.0)] * 2, [0.5, 0.4], lambda candidates: [], ahead=1)
+        add_in_order([0, 1], 0.5, lambda mixtures, to_beat: [])
     with pytest.raises(ValueError, match="at least one candidate ahead"):
-        greedy_speculative([model(0.0)] * 2, [0.5, 0.4], lambda candidates: [], ahead=0)
+        greedy([model(0.0)] * 2, [0.5, 0.4], lambda weights: 0.0, ahead=0)
     for correct in (torch.zeros(1, 4, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
         with pytest.raises(ValueError, match="of 2 models on N > 0 images"):
             greedy_counted([model(0.0)] * 2, correct, lambda w, images: images > 0)
@@ -185,7 +184,7 @@ RANK = """
 import sys
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-from soups.shortcuts import greedy_speculative, on_all_ranks
+from soups.recipes import greedy
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
 calls = []
 def accuracy(weights):
@@ -193,8 +192,8 @@ def accuracy(weights):
     return 1 - abs(weights["w"].item() - 1)
 models = [lambda v=v: {"w": torch.tensor([v])} for v in (0.9, 1.2, 0.7, 1.3, 0.8)]
 held_out = [0.9, 0.8, 0.7, 0.7, 0.8]
-soup, spent = greedy_speculative(models, held_out, on_all_ranks(accuracy), ahead=2)
-print([(t.candidate, t.score, t.accepted) for t in soup.trials], spent.evaluations, len(calls))
+soup = greedy(models, held_out, accuracy, ahead=2)
+print([(t.candidate, t.score, t.accepted) for t in soup.trials], soup.evaluations, len(calls))
 dist.destroy_process_group()
 """
 

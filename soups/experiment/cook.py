@@ -104,13 +104,13 @@ def cook(name: str, evaluator: Evaluator, split: str | None = None) -> dict[str,
             raise UserError(f"recipe {name} on {RunFolder.of(config).root}: {error}") from None
         cooked = _record(name, mixed, pool, evaluator, folder, split=split) | {"identity": identity}
         write_json(folder / "soup.json", cooked)
-        (folder / "state.safetensors").unlink(missing_ok=True)
+        (folder / "state.pt").unlink(missing_ok=True)
         return cooked
 
 
 def _clear(folder: Path) -> None:
     """Forget what was cooked from another pool or with other settings, its record first."""
-    for name in ("soup.json", "journal.jsonl", "state.safetensors", "scores.jsonl"):
+    for name in ("soup.json", "journal.jsonl", "state.pt", "scores.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for journal in folder.glob("journal.*.jsonl"):
         journal.unlink()

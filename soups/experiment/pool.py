@@ -30,12 +30,11 @@ from soups.recipes import (
     greedy,
     greedy_random_order,
     greedy_with_replacement,
-    second_best,
     subset,
     uniform,
     wise_ft,
 )
-from soups.shortcuts import greedy_counted, greedy_speculative, on_all_ranks
+from soups.shortcuts import greedy_counted
 from soups.stock import model_stock
 from store.runs import Ingredient, RunFolder, read_pool
 from store.workers import little_memory
@@ -176,43 +175,41 @@ def chosen_rows(cooking: Cooking, pool: list[Ingredient]) -> list[int]:
 def _greedy(kitchen: Kitchen) -> Mixed:
     """Recipe 1, plain or by a shortcut that takes the same decisions."""
     cooking, evaluator, split = kitchen.cooking, kitchen.evaluator, kitchen.evaluator.split(kitchen.split)
-    match cooking.shortcut:
-        case "none":
-            return Mixed(greedy(kitchen.models, kitchen.held_out, kitchen.accuracy, ties=cooking.ties))
-        case "speculative":
-            soup, spent = greedy_speculative(
-                kitchen.models,
-                kitchen.held_out,
-                on_all_ranks(kitchen.accuracy),
-                ahead=-(-cooking.ahead // this_rank()[1]) * this_rank()[1],  # no process without a candidate
-                ties=cooking.ties,
-            )
-        case "hard_first":
-            metric = evaluator.config.task.metrics.get(kitchen.split, "top1")
-            if metric != "top1":
-                raise UserError(f"cooking.shortcut=hard_first counts right answers, and {metric} is no such count")
-            known = torch.stack([correct(load()["logits"], split.labels) for load in kitchen.logits])
+    if cooking.shortcut == "hard_first":
+        metric = evaluator.config.task.metrics.get(kitchen.split, "top1")
+        if metric != "top1":
+            raise UserError(f"cooking.shortcut=hard_first counts right answers, and {metric} is no such count")
+        known = torch.stack([correct(load()["logits"], split.labels) for load in kitchen.logits])
 
-            def images_correct(weights: Weights, images: Tensor) -> Tensor:
-                return correct(evaluator.fresh_logits(weights, kitchen.split, images), split.labels[images])
+        def images_correct(weights: Weights, images: Tensor) -> Tensor:
+            return correct(evaluator.fresh_logits(weights, kitchen.split, images), split.labels[images])
 
-            soup, spent = greedy_counted(
-                kitchen.models,
-                known,
-                kitchen.journal.remembered_images(images_correct),
-                ties=cooking.ties,
-                chunk=cooking.chunk,
-                significance=cooking.significance,
-                min_sigma=cooking.min_sigma,
-            )
-    return Mixed(soup, {"shortcut": cooking.shortcut, "spent": vars(spent)})
+        soup, forwards = greedy_counted(
+            kitchen.models,
+            known,
+            kitchen.journal.remembered_images(images_correct),
+            ties=cooking.ties,
+            chunk=cooking.chunk,
+            significance=cooking.significance,
+            min_sigma=cooking.min_sigma,
+        )
+    else:
+        world, forwards = this_rank()[1], 0  # no process is without a candidate
+        ahead = (
+            -(-cooking.ahead // world) * world if cooking.shortcut == "speculative" else 1
+        )  # none without a candidate
+        soup = greedy(kitchen.models, kitchen.held_out, kitchen.accuracy, ahead=ahead, ties=cooking.ties)
+    if cooking.shortcut == "none":
+        return Mixed(soup)
+    spent = {"evaluations": soup.evaluations, "rounds": soup.rounds, "image_forwards": forwards}
+    return Mixed(soup, {"shortcut": cooking.shortcut, "spent": spent})
 
 
 def _random_order(kitchen: Kitchen) -> Mixed:
     """One order of Table 3's three; each has a seed of its own, so that it can be cooked alone."""
     seed, ties = kitchen.evaluator.config.sweep.seed + kitchen.order, kitchen.cooking.ties
-    orders = greedy_random_order(kitchen.models, kitchen.held_out, kitchen.accuracy, seed=seed, orders=1, ties=ties)
-    return Mixed(orders[0], {"order": kitchen.order})
+    soup = greedy_random_order(kitchen.models, kitchen.held_out, kitchen.accuracy, seed=seed, ties=ties)
+    return Mixed(soup, {"order": kitchen.order})
 
 
 def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixed:
@@ -234,7 +231,7 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
             files,
             shuffled(images, labels, settings.batch_size, kitchen.identity),
             descent,
-            state_path=kitchen.folder / "state.safetensors",
+            state_path=kitchen.folder / "state.pt",
             identity=kitchen.identity,
         )
     shares = tuple(learnt.coefficients.mean(dim=0).tolist())
@@ -276,7 +273,7 @@ def _times(load: Loader, beta: float) -> Weights:
 
 RECIPES: dict[str, Callable[[Kitchen], Mixed]] = {
     "best": lambda k: Mixed(best(k.models, k.held_out)),
-    "second_best": lambda k: Mixed(second_best(k.models, k.held_out)),
+    "second_best": lambda k: Mixed(best(k.models, k.held_out, place=2)),
     "uniform": lambda k: Mixed(uniform(k.models, k.held_out)),
     "subset": lambda k: Mixed(subset(k.models, k.held_out, chosen_rows(k.cooking, k.pool))),
     "greedy": _greedy,

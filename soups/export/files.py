@@ -9,9 +9,10 @@ from typing import Any
 from soups.card import Card
 from soups.errors import UserError
 from soups.export.network import Network, compare
-from soups.files.atomic import replacing_folder
+from soups.files.atomic import replacing
+from soups.files.folders import config_beside
 from soups.files.tensors import LazyWeights
-from soups.folder import copy_companions, source_folder
+from soups.folder import copy_companions
 from soups.record import Record
 from soups.verify import record_of
 
@@ -29,14 +30,14 @@ def library_of(soup: Path, network: str | None) -> tuple[str, str]:
         if library not in LIBRARIES[:3] or not name:
             raise UserError(f"--network {network}: type timm:NAME, open_clip:NAME or transformers:FOLDER")
         return library, name
-    folder = source_folder(soup)
-    if folder is not None and (folder / "open_clip_config.json").exists():
-        return "open_clip", str(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else {}
+    beside = config_beside(soup, "open_clip_config.json", "config.json")
+    if beside is not None and beside.name == "open_clip_config.json":
+        return "open_clip", str(beside.parent)
+    config = json.loads(beside.read_text(encoding="utf-8")) if beside is not None else {}
     if "architecture" in config:
         return "timm", config["architecture"]
-    if "model_type" in config:
-        return "transformers", str(folder)
+    if beside is not None and "model_type" in config:
+        return "transformers", str(beside.parent)
     raise UserError(f"{soup} does not say of which network it is: type --network timm:NAME, for example")
 
 
@@ -94,7 +95,7 @@ def export_soup(
     own, built = build(soup, network, classes)
     if library not in (own, "onnx"):
         raise UserError(f"--to {library}: this soup is of a network of {own}; it can go to {own} or onnx")
-    with replacing_folder(out) as folder:
+    with replacing(out, folder=True) as folder:
         if library == "onnx":
             built = made.graph_of(built)
             if built.folder is not None:

@@ -20,12 +20,13 @@ def digest_of(value: Any) -> str:
 
 
 @contextmanager
-def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+def replacing(path: Path, *, sync: bool = True, folder: bool = False) -> Iterator[Path]:
     """A temporary path in the same folder; renamed to `path` when the block ends well, deleted when it does not.
 
     Args:
         path: what it becomes.
         sync: have its bytes on the disk before it gets its name; not needed for a file that is soon deleted.
+        folder: make a folder, which takes the place of one that is empty or not there.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -38,37 +39,19 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     # The suffix stays, since matplotlib and numpy choose a format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
+        if folder:
+            temporary.mkdir()
         yield temporary
-        if sync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+        for written in [each for each in temporary.rglob("*") if each.is_file()] if folder else [temporary]:
+            if sync:
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if _is_full(error):
-            raise UserError(f"no space left on the disk for {path}: free some and run the same again") from error
-        raise
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, of a folder: its temporary one gets the name when the block ends well, and is deleted if not.
-
-    Args:
-        path: of a folder that is not there, or is empty.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         if _is_full(error):
             raise UserError(f"no space left on the disk for {path}: free some and run the same again") from error
         raise

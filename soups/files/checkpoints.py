@@ -125,8 +125,12 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _header(path: Path, descriptor: int) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and where the tensors' bytes begin."""
+def read_header(path: Path, descriptor: int) -> tuple[dict[str, str], dict[str, tuple[Entry, int]]]:
+    """The metadata of a safetensors file, and each tensor by name and its place in the file.
+
+    Raises:
+        UserError: it is truncated or damaged: every byte of the file is to belong to one tensor.
+    """
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     size = os.fstat(descriptor).st_size
     if size < 8 or length > min(LONGEST_HEADER, size - 8):
@@ -137,14 +141,10 @@ def _header(path: Path, descriptor: int) -> tuple[dict[str, Any], int]:
             raise ValueError("it is not a dict")
     except ValueError as error:  # includes UnicodeDecodeError and JSONDecodeError
         raise UserError(f"{path} is damaged or not a safetensors file: cannot read its header ({error})") from None
-    return header, 8 + length
-
-
-def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} is damaged: its metadata is not a dict of strings")
-    return metadata
+    return metadata, _offsets(path, header, 8 + length, size)
 
 
 def _natural(*numbers: Any) -> None:
@@ -154,7 +154,6 @@ def _natural(*numbers: Any) -> None:
 
 
 def _offsets(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, tuple[Entry, int]]:
-    """Each tensor and its place in the file, checked so that every byte of the file belongs to one tensor."""
     found: dict[str, tuple[Entry, int]] = {}
     try:
         for name, value in sorted(header.items()):
@@ -213,9 +212,7 @@ def open_safetensors(path: Path, stack: ExitStack) -> Checkpoint:
     """Open a .safetensors, which is closed with `stack`; raises UserError where it is truncated or damaged."""
     descriptor = os.open(path, os.O_RDONLY)
     stack.callback(os.close, descriptor)
-    header, start = _header(path, descriptor)
-    metadata = _metadata(path, header)
-    found = _offsets(path, header, start, os.fstat(descriptor).st_size)
+    metadata, found = read_header(path, descriptor)
     places = {name: (path, descriptor, place) for name, (_, place) in found.items()}
     ties = recorded_ties(metadata, set(found))
     entries = {name: entry for name, (entry, _) in found.items()}
@@ -223,11 +220,9 @@ def open_safetensors(path: Path, stack: ExitStack) -> Checkpoint:
     return Checkpoint(path, entries, ties, fill, metadata=metadata, absent=frozenset(ties))
 
 
-def hash_tensor() -> "xxhash.xxh3_128":
-    """A running hash of a tensor's bytes: a hundred times faster than a cryptographic one, and no protection against
-    someone who builds two files with one hash on purpose.
-    """
-    return xxhash.xxh3_128()
+# A running hash of a tensor's bytes: a hundred times faster than a cryptographic one, and no protection against someone
+# who builds two files with one hash on purpose.
+hash_tensor = xxhash.xxh3_128
 
 
 def content_digest(checkpoint: Checkpoint, tensors: dict[str, str]) -> str:

@@ -10,21 +10,23 @@ from numpy.typing import NDArray
 
 OutputDtype = Literal["keep", "F64", "F32", "F16", "BF16"]
 
-STORED: dict[str, np.dtype[Any]] = {  # how the bytes of each kind are held; little-endian, as the format says
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("u1"),
+# What torch calls each kind and a storage of it, and how its bytes are held: little-endian, as the format says.
+KINDS = {
+    "F64": ("float64", "DoubleStorage", "<f8"),
+    "F32": ("float32", "FloatStorage", "<f4"),
+    "F16": ("float16", "HalfStorage", "<f2"),
+    "BF16": ("bfloat16", "BFloat16Storage", "<u2"),
+    "I64": ("int64", "LongStorage", "<i8"),
+    "I32": ("int32", "IntStorage", "<i4"),
+    "I16": ("int16", "ShortStorage", "<i2"),
+    "I8": ("int8", "CharStorage", "i1"),
+    "U64": ("uint64", "", "<u8"),
+    "U32": ("uint32", "", "<u4"),
+    "U16": ("uint16", "", "<u2"),
+    "U8": ("uint8", "ByteStorage", "u1"),
+    "BOOL": ("bool", "BoolStorage", "u1"),
 }
+STORED: dict[str, np.dtype[Any]] = {name: np.dtype(held) for name, (_, _, held) in KINDS.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 

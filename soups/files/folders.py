@@ -26,6 +26,12 @@ def is_shard(path: Path) -> bool:
     return SHARD.search(path.name) is not None
 
 
+def config_beside(path: Path, *names: str) -> Path | None:
+    """The first file of these names in the folder that an ingredient is, or that it lies in."""
+    folder = path if path.is_dir() else path.parent
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter of peft, and no model."""
     return (folder / "adapter_config.json").is_file() and not any((folder / name).exists() for name in WEIGHTS)

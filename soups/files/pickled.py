@@ -10,49 +10,22 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from soups.errors import UserError
 from soups.files.checkpoints import Checkpoint, Entry, pread
-from soups.files.dtypes import FLOATS, STORED
+from soups.files.dtypes import FLOATS, KINDS, STORED
 from soups.files.reading import Reading, is_ema
 
-KINDS = {  # as torch calls them -> as safetensors does
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-STORAGES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "torch.complex64",
-    "ComplexDoubleStorage": "torch.complex128",
-}
+NAMED = {name: kind for kind, names in KINDS.items() for name in names[:2]}  # torch's dtype or storage -> its kind
+NAMED |= {"ComplexFloatStorage": "torch.complex64", "ComplexDoubleStorage": "torch.complex128"}
 PLAIN = (type(None), bool, int, float, str, bytes)
 DEPTH = 3  # dicts within dicts that are looked through for weights
 
@@ -119,19 +92,9 @@ def _tensor(storage: tuple[str, str, int], start: int, shape: Sequence[int], str
     return Tensor(dtype, name, numel, start, tuple(shape), tuple(stride))
 
 
-def _typed_tensor(
-    storage: tuple[str, str, int], start: int, shape: Sequence[int], stride: Sequence[int], _1: Any, _2: Any, dtype: str
-) -> Tensor:
-    width = STORED[dtype].itemsize if dtype in STORED else 1
-    return Tensor(dtype, storage[1], storage[2] // width, start, tuple(shape), tuple(stride))
-
-
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _of_type(function: Callable[..., Any], _: Any, args: Any, __: Any) -> Any:
-    return function(*args)
+def _typed_tensor(storage: tuple[str, str, int], *more: Any) -> Tensor:
+    dtype = more[-1]  # the storage is of bytes
+    return _tensor((dtype, storage[1], storage[2] // (STORED[dtype].itemsize if dtype in STORED else 1)), *more)
 
 
 READ: dict[tuple[str, str], Any] = {
@@ -141,10 +104,10 @@ READ: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
-    ("torch.tensor", "_rebuild_from_type"): _of_type,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda function, _, data, *__: function(*data),
+    ("torch.tensor", "_rebuild_from_type"): lambda function, _, data, *__: function(*data),
     ("torch._utils", "_rebuild_sparse_tensor"): Unreadable,
     ("torch._utils", "_rebuild_qtensor"): Unreadable,
     ("torch._utils", "_rebuild_nested_tensor"): Unreadable,
@@ -158,10 +121,9 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in READ:
             return READ[module, name]
-        if module == "torch" and name.endswith("Storage"):
-            return STORAGES.get(name, f"torch.{name}")
-        if module == "torch" and (name in KINDS or name.startswith(("complex", "float8", "float4"))):
-            return KINDS.get(name, f"torch.{name}")
+        unknown = name.endswith("Storage") or name.startswith(("complex", "float8", "float4"))
+        if module == "torch" and (name in NAMED or unknown):
+            return NAMED.get(name, f"torch.{name}")
         return type(name, (Inert,), {"__module__": module})
 
     def persistent_load(self, pid: Any) -> tuple[str, str, int]:
@@ -267,7 +229,7 @@ def _object(value: Inert) -> str:
     )
 
 
-def _start_of(path: Path, descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor) -> int:
+def _start_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor) -> int:
     """Where a storage's bytes begin in the file, having checked that the tensor lies within them."""
     info = archive.getinfo(f"{root}data/{tensor.storage}")
     last = tensor.start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
@@ -281,29 +243,18 @@ def _start_of(path: Path, descriptor: int, archive: zipfile.ZipFile, root: str, 
     return info.header_offset + 30 + name + extra
 
 
-@dataclass(frozen=True)
-class _Archive:
-    """Reads tensors of an open file."""
-
-    path: Path
-    descriptor: int
-    places: dict[str, tuple[Tensor, int]]  # by name: the tensor, and where its storage begins
-
-    def fill(self, name: str, offset: int, view: memoryview) -> None:
-        """Copy a tensor's bytes from an offset on."""
-        tensor, begin = self.places[name]
-        width = STORED[tensor.dtype].itemsize
-        if tensor.is_contiguous:
-            pread(self.path, name, self.descriptor, begin + tensor.start * width + offset, view)
-            return
-        # A transposed or channels-last tensor is gathered element by element.
-        flat = np.frombuffer(view, f"V{width}")
-        flat[:] = self._strided(tensor, begin, width).flat[offset // width : offset // width + len(flat)]
-
-    def _strided(self, tensor: Tensor, begin: int, width: int) -> NDArray[Any]:
-        numbers = np.memmap(self.path, f"V{width}", "r", begin + tensor.start * width, tensor.numel - tensor.start)
-        steps = [stride * width for stride in tensor.stride]
-        return np.lib.stride_tricks.as_strided(numbers, tensor.shape, steps)
+def _fill(places: dict[str, tuple[Path, int, Tensor, int]], name: str, offset: int, view: memoryview) -> None:
+    """Copy a tensor's bytes from an offset on; a place is an open file, the tensor, and where its storage begins."""
+    path, descriptor, tensor, begin = places[name]
+    width = STORED[tensor.dtype].itemsize
+    if tensor.is_contiguous:
+        pread(path, name, descriptor, begin + tensor.start * width + offset, view)
+        return
+    # A transposed or channels-last tensor is gathered element by element.
+    numbers = np.memmap(path, f"V{width}", "r", begin + tensor.start * width, tensor.numel - tensor.start)
+    strided = np.lib.stride_tricks.as_strided(numbers, tensor.shape, [stride * width for stride in tensor.stride])
+    flat = np.frombuffer(view, f"V{width}")
+    flat[:] = strided.flat[offset // width : offset // width + len(flat)]
 
 
 def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
@@ -329,7 +280,7 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         kept = {name: tensor for name, tensor in names.items() if name not in ties}
         entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
         places = {
-            name: (tensor, _start_of(path, file.fileno(), archive, root, tensor))
+            name: (path, file.fileno(), tensor, _start_of(file.fileno(), archive, root, tensor))
             for name, tensor in kept.items()
             if tensor.dtype in STORED
         }
@@ -340,7 +291,7 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         raise UserError(f"{path} is truncated, damaged or not a state dict: {reason}") from None
     others = {name: item for name, item in state.items() if isinstance(item, PLAIN)}
     inert = tuple(name for name, item in state.items() if isinstance(item, Inert))
-    fill = _Archive(path, file.fileno(), places).fill
+    fill = partial(_fill, places)
     return Checkpoint(path, entries, ties, fill, unwrapped, others=others, dropped=(*dropped, *inert))
 
 

@@ -16,11 +16,15 @@ from soups.files.checkpoints import Entry
 from soups.files.dtypes import STORED
 
 
+def in_file_order(entries: Mapping[str, Entry]) -> list[str]:
+    """Wide kinds first, so that every tensor is aligned; then by name, so that equal contents are equal files."""
+    return sorted(entries, key=lambda name: (-STORED[entries[name].dtype].itemsize, name))
+
+
 def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """The header, where each tensor's bytes begin in the file, and the file's length."""
     described, offsets, end = {}, {}, 0
-    # Wide kinds first, so that every tensor is aligned; then by name, so that equal contents are equal files.
-    for name in sorted(entries, key=lambda name: (-STORED[entries[name].dtype].itemsize, name)):
+    for name in in_file_order(entries):
         entry = entries[name]
         offsets[name], end = end, end + entry.size * STORED[entry.dtype].itemsize
         described[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offsets[name], end]}

@@ -1,10 +1,11 @@
 """Tensors of torch beside those of files: a file as weights that are read when asked for, a dict as an open file."""
 
+import json
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,24 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soups.errors import UserError
-from soups.files.checkpoints import Checkpoint, Entry, supported
-from soups.files.dtypes import STORED
+from soups.files.checkpoints import Checkpoint, Entry, read_header, supported
+from soups.files.dtypes import KINDS, STORED
 from soups.files.opening import open_checkpoint
-from soups.files.pickled import KINDS
 from soups.files.reading import Reading
+from soups.files.streamed import in_file_order
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, kind) for kind, name in KINDS.items()}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, names[0]) for name, names in KINDS.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-def same_storage(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are one: the same memory seen in the same way."""
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
 def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Every further name of a tensor that has several -> its first name in alphabetical order.
+
+    Tensors are one where they are the same memory seen in the same way.
 
     >>> w = torch.zeros(2)
     >>> tied_names({"head": w, "embedding": w, "bias": torch.zeros(2)})
@@ -38,10 +36,10 @@ def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     ties = {}
     for name in sorted(tensors):
-        if tensors[name].numel():
-            kept = first.setdefault(same_storage(tensors[name]), name)
-            if kept != name:
-                ties[name] = kept
+        tensor = tensors[name]
+        kept = first.setdefault((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()), name)
+        if kept != name and tensor.numel():
+            ties[name] = kept
     return ties
 
 
@@ -125,3 +123,20 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def mapped(path: Path, mode: Literal["c", "r+"] = "c") -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, each in memory that is the file's own pages; tied names share theirs.
+
+    With mode "r+" what is written into them is written into the file.
+    """
+    with path.open("rb") as file:
+        metadata, places = read_header(path, file.fileno())
+    found = {}
+    for name in in_file_order({name: entry for name, (entry, _) in places.items()}):
+        entry, start = places[name]
+        kind = STORED[entry.dtype]
+        stored = np.memmap(path, kind, mode, start, (entry.size,)) if entry.size else np.empty(0, kind)
+        found[name] = torch.from_numpy(stored).view(DTYPES[entry.dtype]).reshape(entry.shape)
+    ties = json.loads(metadata["soup"])["tied"] if "soup" in metadata else {}
+    return found | {name: found[kept] for name, kept in ties.items()}

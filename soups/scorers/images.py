@@ -4,33 +4,32 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from soups.candidates import Candidate
 from soups.errors import UserError
-from soups.scorers.metrics import score
-from soups.scorers.networks import (
-    ImageNetwork,
-    NetworkName,
-    device,
-    first_line,
-    image_network,
-    load_into,
-    matched,
-)
-from soups.scoring import Candidate, Learning, Metric, Scored, Scorer, key_of
+from soups.files.opening import opened
+from soups.scorers.metrics import of_classes
+from soups.scorers.networks import ImageNetwork, device, first_line, image_network, load_into, matched
+from soups.scoring import Learning, Scorer, key_of
+from soups.sources import Pool
+
+if TYPE_CHECKING:
+    from soups.heldout import HeldOut
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 WORDNET = re.compile(r"n\d{8}")
+BATCH = 64  # images of a forward pass
 LEARNED_BATCH = 256  # images of a step of a learned soup, as the authors' script has it
 TOGETHER = 32  # images that a worker decodes at a time
 
@@ -160,48 +159,31 @@ def _decoded(prepared: Prepared, paths: Sequence[Path]) -> NDArray[Any] | str:
         return str(error)  # an error of a worker would bring its traceback along
 
 
-_prepared: list[Prepared] = []  # of a worker, which inherits it: some preparations cannot be pickled
-
-
-def _start_worker(prepared: Prepared) -> None:
-    torch.set_num_threads(1)
-    _prepared[:] = [prepared]
-
-
-def _decoded_by_worker(paths: Sequence[Path]) -> NDArray[Any] | str:
-    return _decoded(_prepared[0], paths)
-
-
 def decoded(prepared: Prepared, paths: Sequence[Path], workers: int) -> NDArray[Any]:
     """(N, 3, H, W) of all images, in a file without a name: memory that the system can take back.
 
     Raises:
         UserError: an image cannot be read; names it.
     """
-    parts = [list(paths[start : start + TOGETHER]) for start in range(0, len(paths), TOGETHER)]
-    kept: NDArray[Any] | None = None
-    place = 0
-
-    def keep(found: NDArray[Any] | str) -> None:
-        nonlocal kept, place
+    workers = 0 if workers < 2 or len(paths) <= TOGETHER * (2 * workers - 1) else workers
+    context = "fork" if workers else None  # some preparations cannot be pickled
+    batches: DataLoader[Any] = DataLoader(
+        paths,  # type: ignore[arg-type]  # a list is a dataset too
+        TOGETHER,
+        num_workers=workers,
+        collate_fn=partial(_decoded, prepared),
+        multiprocessing_context=context,
+    )
+    kept: NDArray[Any] = np.empty(0)
+    for place, found in zip(range(0, len(paths), TOGETHER), batches, strict=True):
         if isinstance(found, str):
             raise UserError(found)
-        if kept is None:
+        if place == 0:
             file = tempfile.TemporaryFile()  # noqa: SIM115 - it is the memory of the array
             kept = np.memmap(file, found.dtype, "w+", shape=(len(paths), *found.shape[1:]))
         if found.shape[1:] != kept.shape[1:]:
             raise UserError(f"{paths[place]} is prepared as {found.shape[1:]}, the first image as {kept.shape[1:]}")
         kept[place : place + len(found)] = found
-        place += len(found)
-
-    if workers < 2 or len(parts) < 2 * workers:
-        for part in parts:
-            keep(_decoded(prepared, part))
-    else:
-        with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (prepared,)) as pool:
-            for found in pool.map(_decoded_by_worker, parts):
-                keep(found)
-    assert kept is not None  # files_of found an image
     return kept
 
 
@@ -264,9 +246,8 @@ class Images:
         load_into(module, weights, "the soup", self.network.rename)
         if not recompute_batch_norm(module.to(device()), self.batches()):
             raise UserError("the network has no batch norm with running statistics: leave out batch_norm=recompute")
-        fresh, renamed = statistics_of(module), {name: self.network.rename(name) for name in weights}
-        own = matched([new for new in renamed.values() if new is not None], module.state_dict())
-        return {name: fresh[own[new]] for name, new in renamed.items() if new is not None and own[new] in fresh}
+        fresh, own = statistics_of(module), matched(weights, module.state_dict(), self.network.rename)
+        return {name: fresh[place] for name, place in own.items() if place in fresh}
 
     @torch.inference_mode()
     def predicted(self, candidate: Candidate) -> Tensor:
@@ -278,34 +259,23 @@ class Images:
         return torch.cat([*found, *(self.network.logits(module, batch).argmax(dim=1).cpu() for batch in batches)])
 
 
-def of_images(
-    root: Path,
-    asked: NetworkName,
-    paths: Sequence[Path],
-    names: Sequence[str],
-    *,
-    head: int | None = None,
-    metric: Metric = "top1",
-    batch_size: int = 64,
-    workers: int | None = None,
-) -> Scorer:
-    """A metric of a network's answers to labelled images.
-
-    Args:
-        root: root/<class>/<image>; images may lie deeper.
-        asked: the network.
-        paths: the ingredients.
-        names: of the first ingredient's tensors.
-        head: classes that the ingredients' head has, where it is known.
-        metric: what is counted.
-        batch_size: images a forward pass.
-        workers: processes that decode; None: one for each core, at most 8.
+def of_images(asked: "HeldOut", pool: Pool) -> Scorer:
+    """A metric of a network's answers to labelled images, root/<class>/<image>; images may lie deeper.
 
     Raises:
         UserError: folders, images or a network that do not fit.
     """
+    if asked.network is None:
+        raise UserError(
+            "--images needs --network timm:NAME, open_clip:NAME, transformers:FOLDER or "
+            "function:module:name; the library alone where a config lies beside the models"
+        )
+    root = asked.path
+    with opened([pool.paths[0]], pool.reading) as (first,):
+        # ImageNet's head, whose classes keep their numbers where folders of some of them are missing.
+        head = 1000 if any(entry.shape == (1000,) for entry in first.entries.values()) else None
     labels = labels_of(root, head)
-    network = image_network(asked, paths, names, labels.names)
+    network = image_network(asked, pool, first.names, labels.names)
     ids = labels.ids
     if network.class_ids is not None:
         strange = sorted(set(ids) - network.class_ids.keys())
@@ -318,16 +288,10 @@ def of_images(
     files = files_of(root, list(labels.ids))
     known = torch.tensor([ids[folder] for _, folder in files])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(8, cores) if workers is None else workers
-    images = Images(network, [path for path, _ in files], known, batch_size, workers)
+    workers = min(8, cores) if asked.workers is None else asked.workers
+    images = Images(network, [path for path, _ in files], known, asked.batch_size or BATCH, workers)
     relative = [(str(path.relative_to(root)), ids[folder]) for path, folder in files]
-    key = key_of("images", network.key, metric, relative, *images.paths)
-
-    def measure(candidate: Candidate) -> Scored:
-        answers = images.predicted(candidate)
-        return Scored(score(metric, answers, known), answers.to(torch.int32).numpy())
-
-    def value(answers: NDArray[Any], times: NDArray[Any]) -> float:
-        return score(metric, torch.from_numpy(answers).long(), known, weights=torch.from_numpy(times))
-
-    return Scorer(measure, "max", metric, key, value, len(known), images.learning, images.statistics)
+    key = key_of("images", network.key, asked.metric, relative, *images.paths)
+    return of_classes(
+        asked.metric, images.predicted, known, key, learning=images.learning, statistics=images.statistics
+    )

@@ -1,24 +1,30 @@
 """Perplexity and multiple choice of causal and masked language models of transformers."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from soups.candidates import Candidate
 from soups.errors import UserError
-from soups.scorers.networks import NetworkName, device, first_line, from_pretrained, read_source, settings_in
+from soups.scorers.networks import device, from_pretrained, read_source, settings_in, tokenizer_of
 from soups.scorers.texts import read_objects, read_text
-from soups.scoring import Candidate, Learning, Scored, Scorer, key_of, mean_of_answers
+from soups.scoring import Learning, Scored, Scorer, key_of, mean_of_answers
+from soups.sources import Pool
+
+if TYPE_CHECKING:
+    from soups.heldout import HeldOut
 
 LONGEST = 1024  # tokens of a window, where the network can read more
 MASKED_AT_ONCE = 128  # tokens of a window of a masked model, each of which takes a forward pass of the window
-KINDS = "ForCausalLM|LMHeadModel|ForMaskedLM"
+BATCH = 8  # windows, or prompts with a choice, of a forward pass
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,11 @@ class Span:
     first: int  # the first token that is scored
     last: int  # one after the last
     of: int  # number of the document, or of the answer, that it belongs to
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """(b, L) on the device, with zeros behind the shorter rows."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device())
 
 
 @dataclass(frozen=True)
@@ -87,15 +98,12 @@ class Reader:
         order = sorted(range(len(jobs)), key=lambda place: len(jobs[place][0].tokens))  # little padding
         for start in range(0, len(order), self.batch_size):
             batch = [jobs[place] for place in order[start : start + self.batch_size]]
-            width = max(len(span.tokens) for span, _ in batch)
-            tokens = torch.zeros(len(batch), width, dtype=torch.long)
-            there = torch.zeros(len(batch), width, dtype=torch.long)
-            for row, (span, place) in enumerate(batch):
-                tokens[row, : len(span.tokens)] = torch.tensor(span.tokens)
-                there[row, : len(span.tokens)] = 1
-                if self.masked:
+            tokens = padded([span.tokens for span, _ in batch])
+            there = padded([(1,) * len(span.tokens) for span, _ in batch])
+            if self.masked:
+                for row, (_, place) in enumerate(batch):
                     tokens[row, place] = self.tokenizer.mask_token_id
-            logits = network(input_ids=tokens.to(device()), attention_mask=there.to(device())).logits
+            logits = network(input_ids=tokens, attention_mask=there).logits
             for row, (span, place) in enumerate(batch):
                 wanted = [place] if self.masked else list(range(span.first, span.last))
                 seen = logits[row, wanted if self.masked else [i - 1 for i in wanted]].float().log_softmax(dim=-1)
@@ -117,32 +125,26 @@ class Reader:
         return np.array([[sum(sorted(found)), len(found)] for found in sums])
 
 
-def reader_of(asked: NetworkName | None, paths: Sequence[Path], max_length: int | None, batch_size: int) -> Reader:
+def reader_of(asked: "HeldOut", pool: Pool) -> Reader:
     """The tokenizer beside the ingredients.
 
     Raises:
         UserError: no config or tokenizer, no language model, or a model that reads fewer tokens than asked for.
     """
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
-    source, config = read_source(asked, paths, KINDS)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer beside the weights: {first_line(error)}") from None
+    source, config = read_source(asked, pool, "ForCausalLM", "LMHeadModel", "ForMaskedLM")
+    tokenizer, longest = tokenizer_of(source), asked.max_length
     masked = (config.architectures or [""])[0].endswith("ForMaskedLM")
     if masked and tokenizer.mask_token_id is None:
         raise UserError(f"{source}: its tokenizer has no token for what is masked")
     reads = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LONGEST
-    if max_length is not None and max_length > reads:
-        raise UserError(f"--max-length {max_length}: {source} reads {reads} tokens")
+    if longest is not None and longest > reads:
+        raise UserError(f"--max-length {longest}: {source} reads {reads} tokens")
     usual = MASKED_AT_ONCE if masked else LONGEST
-    return Reader(source, tokenizer, masked, max_length or min(reads, usual), batch_size)
+    return Reader(source, tokenizer, masked, longest or min(reads, usual), asked.batch_size or BATCH)
 
 
 def _key(kind: str, reader: Reader, path: Path, *more: Any) -> str:
-    version = importlib.import_module("transformers").__version__
-    return key_of(kind, version, reader.max_length, *more, path, *settings_in(reader.source))
+    return key_of(kind, version("transformers"), reader.max_length, *more, path, *settings_in(reader.source))
 
 
 def perplexity_of(answers: NDArray[Any], times: NDArray[Any]) -> float:
@@ -151,32 +153,18 @@ def perplexity_of(answers: NDArray[Any], times: NDArray[Any]) -> float:
     return float(np.exp(-total / tokens))
 
 
-def of_perplexity(
-    path: Path,
-    asked: NetworkName | None,
-    paths: Sequence[Path],
-    *,
-    max_length: int | None = None,
-    batch_size: int = 8,
-) -> Scorer:
+def of_perplexity(asked: "HeldOut", pool: Pool) -> Scorer:
     """Perplexity of a token, lower is better; of a masked model pseudo-perplexity, each token masked once.
 
     A text file is one document, a .jsonl has one in `text` of each line. Documents are cut into windows that do not
     overlap, and each window is an example of the interval.
-
-    Args:
-        path: of the file.
-        asked: --network transformers:FOLDER, where the config does not lie beside the ingredients.
-        paths: the ingredients.
-        max_length: tokens of a window; None: what the network reads, at most 1,024 (of a masked model 128).
-        batch_size: windows a forward pass.
 
     Raises:
         UserError: no text, or no language model.
 
     Source: for masked models Salazar et al. 2020.
     """
-    reader = reader_of(asked, paths, max_length, batch_size)
+    reader, path = reader_of(asked, pool), asked.path
     texts = [read_text(path)]
     if path.suffix == ".jsonl":
         rows = read_objects(path)
@@ -198,7 +186,7 @@ def of_perplexity(
         return Scored(value, found)
 
     def learning(size: int | None) -> Learning:
-        return _learning(reader, spans, size or batch_size)
+        return _learning(reader, spans, size or reader.batch_size)
 
     key = _key("perplexity", reader, path)
     return Scorer(measure, "min", "perplexity", key, perplexity_of, len(spans), learning)
@@ -221,27 +209,17 @@ def _learning(reader: Reader, spans: Sequence[Span], batch_size: int) -> Learnin
 
     def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
         for rows, _ in order(epoch):
-            some = [torch.tensor(spans[row].tokens) for row in rows.tolist()]
-            there = [torch.ones_like(tokens) for tokens in some]
-            padded = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True).to(device()) for each in (some, there))
-            yield dict(zip(("input_ids", "attention_mask"), padded, strict=True))
+            some = [spans[row].tokens for row in rows.tolist()]
+            yield {"input_ids": padded(some), "attention_mask": padded([(1,) * len(each) for each in some])}
 
     return Learning(module, batches, next_token)
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt, its choices and the number of the right one."""
+def read_questions(path: Path) -> list[tuple[str, list[str], int]]:
+    """A prompt, its choices and the number of the right one, for each line.
 
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Lines as {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}.
-
-    `question` may stand for `prompt`, and the answer may be the right choice itself.
+    Lines are as {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}; `question` may stand for `prompt`,
+    and the answer may be the right choice itself.
 
     Raises:
         UserError: a line is something else; says which.
@@ -259,49 +237,31 @@ def read_questions(path: Path) -> list[Question]:
             raise UserError(
                 f'{path}, object {number}: need {{"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}}'
             )
-        found.append(Question(prompt, tuple(choices), answer))
+        found.append((prompt, choices, answer))
     return found
 
 
-def of_choices(
-    path: Path,
-    asked: NetworkName | None,
-    paths: Sequence[Path],
-    *,
-    per_token: bool = False,
-    max_length: int | None = None,
-    batch_size: int = 8,
-) -> Scorer:
+def of_choices(asked: "HeldOut", pool: Pool) -> Scorer:
     """The share of questions whose right choice is the most likely text behind the prompt.
-
-    Args:
-        path: a .jsonl, as `read_questions` has it.
-        asked: --network transformers:FOLDER, where the config does not lie beside the ingredients.
-        paths: the ingredients.
-        per_token: compare mean log-likelihoods of a token, not sums, which favour short choices.
-        max_length: tokens of a prompt with a choice; None: what the network reads, at most 1,024 (masked: 128).
-        batch_size: texts a forward pass.
 
     Raises:
         UserError: a question that is none, or no language model.
     """
-    reader, questions = reader_of(asked, paths, max_length, batch_size), read_questions(path)
+    reader, questions = reader_of(asked, pool), read_questions(asked.path)
     if not reader.tokenizer.is_fast:
         raise UserError(f"{reader.source}: its tokenizer does not say where tokens stand; a tokenizer.json is needed")
-    pairs = [(question, choice) for question in questions for choice in question.choices]
-    spans = [reader.answer(question.prompt, choice, i) for i, (question, choice) in enumerate(pairs)]
+    pairs = [(prompt, choice) for prompt, choices, _ in questions for choice in choices]
+    spans = [reader.answer(prompt, choice, i) for i, (prompt, choice) in enumerate(pairs)]
+    ends = np.cumsum([len(choices) for _, choices, _ in questions])[:-1]
 
     def measure(candidate: Candidate) -> Scored:
         found = reader.likelihoods(candidate, spans, len(spans))
-        values, place, hits = found[:, 0] / found[:, 1] if per_token else found[:, 0], 0, []
+        values = found[:, 0] / found[:, 1] if asked.per_token else found[:, 0]
         if np.isnan(values).any():
             raise UserError(f"a likelihood of {candidate.name} is NaN: leave that model out")
-        for question in questions:
-            mine = values[place : place + len(question.choices)]
-            hits.append(int(mine.argmax()) == question.answer)
-            place += len(mine)
-        answers = np.array(hits)
+        each = zip(np.split(values, ends), questions, strict=True)
+        answers = np.array([int(mine.argmax()) == answer for mine, (_, _, answer) in each])
         return Scored(float(answers.mean()), answers)
 
-    key = _key("choices", reader, path, per_token)
+    key = _key("choices", reader, asked.path, asked.per_token)
     return Scorer(measure, "max", "accuracy", key, mean_of_answers, len(questions))

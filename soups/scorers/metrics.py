@@ -1,9 +1,16 @@
 """Metrics of predicted classes."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from soups.scoring import Metric
+from soups.scoring import Metric, Scored, Scorer
+
+if TYPE_CHECKING:
+    from soups.candidates import Candidate
 
 
 def score(
@@ -70,3 +77,26 @@ def _confusion(predicted: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """(C, C) float64: how often class i is predicted as class j."""
     classes = int(max(predicted.max(), labels.max())) + 1
     return torch.bincount(classes * labels + predicted, weights, classes**2).reshape(classes, classes)
+
+
+def of_classes(
+    metric: Metric, predicted: "Callable[[Candidate], Tensor]", labels: Tensor, key: str, **more: Any
+) -> Scorer:
+    """A metric of predicted classes as a scorer.
+
+    Args:
+        metric: which.
+        predicted: a candidate's (N,) class ids.
+        labels: (N,) class ids.
+        key: as in `Scorer`.
+        more: what else the scorer can do.
+    """
+
+    def measure(candidate: "Candidate") -> Scored:
+        answers = predicted(candidate)
+        return Scored(score(metric, answers, labels), answers.to(torch.int32).numpy())
+
+    def value(answers: NDArray[Any], times: NDArray[Any]) -> float:
+        return score(metric, torch.from_numpy(answers).long(), labels, weights=torch.from_numpy(times))
+
+    return Scorer(measure, "max", metric, key, value, len(labels), **more)

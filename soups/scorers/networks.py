@@ -1,24 +1,30 @@
 """Networks of timm, open_clip, transformers or the user's function, and what they answer to images."""
 
-import importlib
 import json
 import logging as python_logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from soups.candidates import Candidate
 from soups.errors import UserError
+from soups.files.folders import config_beside
 from soups.scorers.outside import code_of, function_named
-from soups.scoring import Candidate, key_of
+from soups.scoring import key_of
+from soups.sources import Pool
 
+if TYPE_CHECKING:
+    from soups.heldout import HeldOut
+
+Rename = Callable[[str], str | None]  # a tensor's name in files -> in the network; None: no use
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # what wrappers put before every name
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 SIZE = 224  # pixels that a network of a function sees
 LEFTOVERS = (  # of the text tower in the authors' released files, which classify nothing
     "model.positional_embedding",
@@ -27,35 +33,6 @@ LEFTOVERS = (  # of the text tower in the authors' released files, which classif
     "model.token_embedding.",
     "model.ln_final.",
 )
-
-
-@dataclass(frozen=True)
-class NetworkName:
-    """`timm:resnet50`, `open_clip:ViT-B-32`, `transformers:FOLDER`, `function:module:name`; or the library alone."""
-
-    kind: str
-    name: str | None
-    image_size: int | None = None
-    templates: str = "openai"  # of open_clip without a head: prompts around the class names, or `name` for them alone
-
-
-def network_name(text: str, image_size: int | None = None, templates: str = "openai") -> NetworkName:
-    """What --network means.
-
-    Raises:
-        UserError: no such library.
-
-    >>> network_name("function:torchvision.models:resnet18").name
-    'torchvision.models:resnet18'
-    """
-    kind, _, name = text.partition(":")
-    if kind not in ("timm", "open_clip", "transformers", "function"):
-        raise UserError(
-            f"--network {text}: write timm:NAME, open_clip:NAME, transformers:FOLDER or function:module:name"
-        )
-    if kind == "function" and name.count(":") != 1:
-        raise UserError(f"--network {text}: write function:module:name, as in function:torchvision.models:resnet18")
-    return NetworkName(kind, name or None, image_size, templates)
 
 
 @dataclass
@@ -67,7 +44,7 @@ class ImageNetwork:
     logits: Callable[[nn.Module, Tensor], Tensor]  # (b, C) of a batch
     key: str  # names the network, its library and how it sees images
     class_ids: dict[str, int] | None = None  # what the network calls its classes; None: in the order of the folders
-    rename: Callable[[str], str | None] = lambda name: name  # a tensor's name in files -> in the network; None: no use
+    rename: Rename = lambda name: name
     ready: Callable[[], None] = lambda: None  # called when weights were loaded
     zero_shot: bool = False  # it answers by the names of the classes, by way of a text tower
     source: Path | None = None  # of transformers: the folder with the config
@@ -105,41 +82,50 @@ def bare(name: str) -> str:
     return name
 
 
-def matched(theirs: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """A file's names -> the network's, equal or equal without prefixes."""
-    wanted, theirs = set(wanted), list(theirs)
+def matched(theirs: Iterable[str], wanted: Iterable[str], rename: Rename = lambda name: name) -> dict[str, str]:
+    """A file's names -> the network's, equal or equal without prefixes; those that `rename` has no use for left out."""
+    wanted = set(wanted)
     by_bare = {bare(name): name for name in wanted}
-    return {name: name if name in wanted else by_bare.get(bare(name), name) for name in theirs}
+    renamed = {name: new for name in theirs if (new := rename(name)) is not None}
+    return {name: new if new in wanted else by_bare.get(bare(new), new) for name, new in renamed.items()}
 
 
-def load_into(
-    module: nn.Module, weights: Mapping[str, Tensor], name: str, rename: Callable[[str], str | None] = lambda n: n
-) -> None:
-    """Copy weights into a network's own tensors; a tied tensor may stand under any of its names.
+def places(theirs: Iterable[str], state: Mapping[str, Tensor], name: str, rename: Rename) -> dict[str, str]:
+    """A network's names -> the file's of the same tensors; a tied tensor may stand under any of its names.
+
+    Args:
+        theirs: names in the file.
+        state: the network's state dict, with its own tensors (keep_vars=True).
+        name: of the file, for messages.
+        rename: a tensor's name in files -> in the network; None: no use.
+
+    Raises:
+        UserError: a tensor is missing or unknown.
+    """
+    found = {place: file for file, place in matched(theirs, state, rename).items()}
+    filled = {id(state[place]) for place in found if place in state}
+    unknown = sorted(file for place, file in found.items() if place not in state)
+    missing = sorted(place for place, tensor in state.items() if id(tensor) not in filled)
+    if unknown or missing:
+        where = "the file alone" if unknown else "the network alone"
+        raise UserError(f"{name} is not of this network: {(unknown or missing)[0]!r} is in {where}")
+    return found
+
+
+def load_into(module: nn.Module, weights: Mapping[str, Tensor], name: str, rename: Rename = lambda name: name) -> None:
+    """Copy weights into a network's own tensors.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape.
     """
     state = module.state_dict(keep_vars=True)
-    renamed = {theirs: rename(theirs) for theirs in weights}
-    own = matched([new for new in renamed.values() if new is not None], state)
-    places = {theirs: own[new] for theirs, new in renamed.items() if new is not None}
-    filled = {id(state[place]) for place in places.values() if place in state}
-    unknown = sorted(theirs for theirs, place in places.items() if place not in state)
-    missing = sorted(place for place, tensor in state.items() if id(tensor) not in filled)
-    if unknown or missing:
-        culprit = unknown[0] if unknown else missing[0]
-        where = "the file alone" if unknown else "the network alone"
-        raise UserError(f"{name} is not of this network: {culprit!r} is in {where}")
+    found = places(weights, state, name, rename)
     with torch.no_grad():
-        for place in state:  # in the network's order, so that a head's weight comes before its bias
-            theirs = next((theirs for theirs, found in places.items() if found == place), None)
-            if theirs is None:
-                continue
-            tensor = weights[theirs]
+        for place in filter(found.__contains__, state):  # in the network's order: a head's weight before its bias
+            tensor = weights[found[place]]
             if tensor.shape != state[place].shape:
                 raise UserError(
-                    f"{name}: {theirs!r} is {tuple(tensor.shape)}, the network has {tuple(state[place].shape)}"
+                    f"{name}: {found[place]!r} is {tuple(tensor.shape)}, the network has {tuple(state[place].shape)}"
                 )
             state[place].copy_(tensor)
 
@@ -170,38 +156,35 @@ def from_pretrained(library: Any, folder: Path, name: str, **more: Any) -> Any:
     return network
 
 
-def config_folder(paths: Sequence[Path], file: str) -> Path | None:
-    """The folder that the first ingredient is or lies in, if it has a config of this name."""
-    folder = paths[0] if paths[0].is_dir() else paths[0].parent
-    return folder if (folder / file).exists() else None
-
-
-def image_network(
-    asked: NetworkName, paths: Sequence[Path], names: Sequence[str], classes: Sequence[str]
-) -> ImageNetwork:
+def image_network(asked: "HeldOut", pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
     """The network that the ingredients are weights of.
 
     Args:
         asked: which.
-        paths: the ingredients; a config beside the first may say what the network is.
+        pool: the ingredients; a config beside the first may say what the network is.
         names: of the first ingredient's tensors.
         classes: names of the classes, in the order of their numbers.
 
     Raises:
         UserError: no such network, or one that cannot answer for these classes.
     """
-    return {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers, "function": _function}[asked.kind](
-        asked, paths, names, classes
-    )
+    match asked.library:
+        case "timm":
+            return _timm(asked, pool, classes)
+        case "open_clip":
+            return _open_clip(asked, pool, names, classes)
+        case "transformers":
+            return _transformers(asked, pool)
+    return _function(asked, classes)
 
 
-def _timm(asked: NetworkName, paths: Sequence[Path], names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
+def _timm(asked: "HeldOut", pool: Pool, classes: Sequence[str]) -> ImageNetwork:
     import timm  # noqa: PLC0415
     from timm.data import create_transform, resolve_data_config  # noqa: PLC0415
 
-    name, folder = asked.name, config_folder(paths, "config.json")
-    if name is None and folder is not None:
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
+    name, config = asked.name, config_beside(pool.paths[0], "config.json")
+    if name is None and config is not None:
+        name = json.loads(config.read_text(encoding="utf-8")).get("architecture")
     if name is None:
         raise UserError("--network timm:NAME is needed; timm.list_models() has the names")
     size: dict[str, Any] = {} if asked.image_size is None else {"img_size": asked.image_size}
@@ -215,10 +198,10 @@ def _timm(asked: NetworkName, paths: Sequence[Path], names: Sequence[str], class
     return ImageNetwork(network, create_transform(**seen), _call, key)
 
 
-def _function(asked: NetworkName, paths: Sequence[Path], names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
+def _function(asked: "HeldOut", classes: Sequence[str]) -> ImageNetwork:
     from timm.data import create_transform  # noqa: PLC0415
 
-    assert asked.name is not None  # network_name sees to that
+    assert asked.name is not None  # HeldOut.scorer sees to that
     build = function_named(asked.name)
     try:
         network = build(num_classes=len(classes))
@@ -258,11 +241,11 @@ def tower_name(name: str) -> str | None:
     return name.replace("model.visual.", "tower.", 1).replace("classification_head.", "head.", 1)
 
 
-def _open_clip(asked: NetworkName, paths: Sequence[Path], names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
+def _open_clip(asked: "HeldOut", pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
     import open_clip  # noqa: PLC0415
 
-    folder = config_folder(paths, OPEN_CLIP_CONFIG)
-    name = asked.name or (f"local-dir:{folder}" if folder else None)
+    beside = config_beside(pool.paths[0], "open_clip_config.json")
+    name = asked.name or (f"local-dir:{beside.parent}" if beside else None)
     if name is None:
         raise UserError("--network open_clip:NAME is needed; open_clip.list_models() has the names")
     python_logging.disable(python_logging.WARNING)  # of random weights, which are wanted here
@@ -276,7 +259,7 @@ def _open_clip(asked: NetworkName, paths: Sequence[Path], names: Sequence[str], 
         raise UserError(f"--network open_clip:{name}: {first_line(error)}") from None
     finally:
         python_logging.disable(python_logging.NOTSET)
-    config = key_of(folder / OPEN_CLIP_CONFIG) if folder else name
+    config = key_of(beside) if beside else name
     key = key_of("open_clip", open_clip.__version__, config, asked.image_size, asked.templates, list(classes))
     if any(name in ("classification_head.weight", "head.weight") for name in names):
         width = network.visual.output_dim
@@ -310,12 +293,10 @@ def _seen_by(open_clip: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def _transformers(
-    asked: NetworkName, paths: Sequence[Path], names: Sequence[str], classes: Sequence[str]
-) -> ImageNetwork:
+def _transformers(asked: "HeldOut", pool: Pool) -> ImageNetwork:
     from transformers import AutoImageProcessor, AutoModelForImageClassification  # noqa: PLC0415
 
-    source, config = read_source(asked, paths, "Classification")
+    source, config = read_source(asked, pool, "Classification")
     try:
         network = AutoModelForImageClassification.from_config(config)
         reader = AutoImageProcessor.from_pretrained(source)
@@ -332,37 +313,53 @@ def _transformers(
 
     ids = {label: i for i, label in config.id2label.items()}
     generic = ids.keys() == {f"LABEL_{i}" for i in ids.values()}
-    key = key_of("transformers", importlib.import_module("transformers").__version__, *settings_in(source))
+    key = key_of("transformers", version("transformers"), *settings_in(source))
     return ImageNetwork(network, prepare, logits, key, None if generic else ids, source=source)
 
 
-def read_source(asked: NetworkName | None, paths: Sequence[Path], ending: str) -> tuple[Path, Any]:
+def read_source(asked: "HeldOut", pool: Pool, *endings: str) -> tuple[Path, Any]:
     """The folder with the config of the ingredients, and the config.
 
     Args:
-        asked: --network transformers:FOLDER; None or without a folder: that of the first ingredient.
-        paths: the ingredients.
-        ending: of the architecture in the config, such as `Classification`; several are separated by bars.
+        asked: --network transformers:FOLDER; without a folder: that of the first ingredient.
+        pool: the ingredients.
+        endings: of the architecture in the config, such as `Classification`.
 
     Raises:
         UserError: no config, or of another kind of network.
     """
     from transformers import AutoConfig  # noqa: PLC0415
 
-    source = Path(asked.name) if asked and asked.name else config_folder(paths, "config.json")
-    if source is None or not (source / "config.json").is_file():
+    source = Path(asked.name) if asked.name else pool.paths[0]
+    beside = config_beside(source, "config.json")
+    if beside is None:
         raise UserError(
-            f"{source or paths[0]}: there is no config.json: write --network transformers:FOLDER, a folder of "
+            f"{source}: there is no config.json: write --network transformers:FOLDER, a folder of "
             "save_pretrained with the config and the tokenizer of these weights"
         )
+    source = beside.parent
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{source}: transformers cannot read its config.json: {first_line(error)}") from None
     made = (config.architectures or [""])[0]
-    if made and not made.endswith(tuple(ending.split("|"))):
+    if made and not made.endswith(endings):
         raise UserError(f"{source}: its config.json says {made}, which is no network for this score")
     return source, config
+
+
+def tokenizer_of(source: Path) -> Any:
+    """The tokenizer beside the ingredients.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no tokenizer beside the weights: {first_line(error)}") from None
 
 
 def settings_in(folder: Path) -> list[Path]:

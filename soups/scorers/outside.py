@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from soups.candidates import Candidate
 from soups.errors import UserError
-from soups.scoring import Candidate, Scored, Scorer, key_of, mean_of_answers, scored
+from soups.scoring import Scored, Scorer, key_of, mean_of_answers, scored
 from soups.selection import Goal
 
 PLACE = "{soup}"

@@ -1,22 +1,27 @@
 """Labelled texts in a table: .tsv with tabs between fields, .csv, or .jsonl, read by a classifier of transformers."""
 
 import csv
-import importlib
 import io
 import json
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from soups.candidates import Candidate
 from soups.errors import UserError
-from soups.scorers.metrics import score
-from soups.scorers.networks import NetworkName, device, first_line, from_pretrained, read_source, settings_in
-from soups.scoring import Candidate, Learning, Metric, Scored, Scorer, key_of
+from soups.scorers.metrics import of_classes
+from soups.scorers.networks import device, from_pretrained, read_source, settings_in, tokenizer_of
+from soups.scoring import Learning, Scorer, key_of
+from soups.sources import Pool
 
+if TYPE_CHECKING:
+    from soups.heldout import HeldOut
+
+BATCH = 64  # texts of a forward pass
 LEARNED_BATCH = 32  # texts of a step of a learned soup
 MAX_LENGTH = 128  # tokens of a text, where nothing else is said
 
@@ -99,48 +104,26 @@ def column(path: Path, rows: Sequence[dict[str, str]], name: str) -> list[str]:
     return [row[name] for row in rows]
 
 
-def of_texts(
-    path: Path,
-    asked: NetworkName | None,
-    paths: Sequence[Path],
-    *,
-    columns: Sequence[str] = ("text",),
-    label: str = "label",
-    metric: Metric = "top1",
-    batch_size: int = 64,
-    max_length: int = MAX_LENGTH,
-) -> Scorer:
+def of_texts(asked: "HeldOut", pool: Pool) -> Scorer:
     """A metric of a text classifier's answers.
-
-    Args:
-        path: of the table.
-        asked: --network transformers:FOLDER, where the config does not lie beside the ingredients.
-        paths: the ingredients.
-        columns: that are read; two are a pair.
-        label: the column of class numbers, or of class names as in the network's config.json.
-        metric: what is counted.
-        batch_size: texts a forward pass.
-        max_length: tokens of a text, or of a pair.
 
     Raises:
         UserError: no such columns, a label that is no class of the network, or a network of another kind.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415
 
-    source, config = read_source(asked, paths, "Classification")
+    path, batch_size, max_length = asked.path, asked.batch_size or BATCH, asked.max_length or MAX_LENGTH
+    source, config = read_source(asked, pool, "Classification")
     rows = read_table(path)
-    texts = [column(path, rows, name) for name in columns]
+    texts = [column(path, rows, name) for name in asked.columns]
     ids = {str(i): i for i in config.id2label} | {name: i for i, name in config.id2label.items()}
-    found = column(path, rows, label)
+    found = column(path, rows, asked.label)
     strange = sorted(set(found) - ids.keys())
     if strange:
         classes = ", ".join(config.id2label.values())
         raise UserError(f"{path}: the label {strange[0]!r} is no class of {source}, which has {classes}")
     known = torch.tensor([ids[name] for name in found])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer: {first_line(error)}") from None
+    tokenizer = tokenizer_of(source)
     # Without padding token a text at a time would be needed; such tokenizers name their end instead.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
@@ -151,15 +134,11 @@ def of_texts(
     read = [tokenized([column[start : start + batch_size] for column in texts]) for start in starts]
 
     @torch.inference_mode()
-    def measure(candidate: Candidate) -> Scored:
+    def predicted(candidate: Candidate) -> Tensor:
         network = from_pretrained(AutoModelForSequenceClassification, candidate.folder(source), candidate.name)
         network.config.pad_token_id = tokenizer.pad_token_id
         network.eval().to(device())
-        answers = torch.cat([network(**batch.to(device())).logits.argmax(dim=1).cpu() for batch in read])
-        return Scored(score(metric, answers, known), answers.to(torch.int32).numpy())
-
-    def value(answers: NDArray[Any], times: NDArray[Any]) -> float:
-        return score(metric, torch.from_numpy(answers).long(), known, weights=torch.from_numpy(times))
+        return torch.cat([network(**batch.to(device())).logits.argmax(dim=1).cpu() for batch in read])
 
     def learning(batch_size: int | None) -> Learning:
         from soups.descent import cross_entropy, shuffled  # noqa: PLC0415
@@ -178,6 +157,5 @@ def of_texts(
 
         return Learning(module, batches, loss)
 
-    version = importlib.import_module("transformers").__version__
-    key = key_of("texts", version, metric, max_length, list(columns), label, path, *settings_in(source))
-    return Scorer(measure, "max", metric, key, value, len(known), learning)
+    more = [version("transformers"), asked.metric, max_length, list(asked.columns), asked.label, path]
+    return of_classes(asked.metric, predicted, known, key_of("texts", *more, *settings_in(source)), learning=learning)

@@ -114,7 +114,7 @@ def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undist
     shutil.copytree(alone, disturbed)
     of_the_pool = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200"]
     sent = send(cluster, "soups", disturbed, defaults=[*of_the_pool, *some])
-    sent.until((disturbed / "demo_tiny/soups/learned/state.safetensors").exists, "a first state")
+    sent.until((disturbed / "demo_tiny/soups/learned/state.pt").exists, "a first state")
     signalled(sent)
     stage.run(config)
     sent.until(lambda: cluster.told(sent.job, "Restarts") == "1" and sent.is_running, "the second start")

@@ -24,7 +24,7 @@ from soups.experiment.export.formats import (
 from soups.experiment.export.source import Source, read_source
 from soups.experiment.export.usage import usage
 from soups.export.onnx import need_packages
-from soups.files.atomic import replacing_folder
+from soups.files.atomic import replacing
 
 TOLERANCE = 1e-4  # of the largest logit, and at least 1e-4
 WRITERS: dict[Target, Any] = {
@@ -78,7 +78,7 @@ def export(settings: Export) -> str:
     source = read_source(settings)
     if to not in targets(source) and not (to == "timm" and source.model.kind in ("timm", "imagenet_lite0")):
         raise UserError(f"to={to}: this soup is of a network of {source.model.kind}: {possible(source)}")
-    with replacing_folder(out) as folder:
+    with replacing(out, folder=True) as folder:
         WRITERS[to](source, folder)
         gap = compare(source, to, folder)
         write_card(source, to, settings.license, usage(source, to), folder)
