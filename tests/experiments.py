@@ -3,9 +3,6 @@
 from functools import cache
 from pathlib import Path
 
-import timm
-import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, EfficientNetImageProcessor
 
 from configs.registered import experiments
@@ -24,15 +21,6 @@ TYPED = {
 def loaded(name):
     """An experiment's settings, composed once in a process."""
     return load(name, *TYPED.get(name, ()))
-
-
-def load_small(folder, *words):
-    """demo_tiny with a network that trains ten times as fast, with batch norms too; its weights are put in a folder."""
-    name, weights = "test_efficientnet.r160_in1k", folder / "start.safetensors"
-    torch.manual_seed(0)
-    save_file(timm.create_model(name).state_dict(), weights)
-    network = ["model=timm", f"model.name={name}", f"model.weights={weights}", "model.image_size=64"]
-    return load("demo_tiny", *network, "model.head=random", "model.frozen_stages=0", "optim.batch_size=8", *words)
 
 
 def hub_folders(folder):

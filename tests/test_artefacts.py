@@ -10,7 +10,7 @@ from configs.cli import parts_of as parts_of_experiment
 from configs.errors import UserError
 from configs.schema import load
 from soups.experiment.cook import cook_all
-from tests.commands import python
+from tests.commands import here, python
 from tests.experiments import EXPERIMENTS, ROOT
 from tests.pools import finished_pool
 
@@ -63,13 +63,8 @@ def test_an_artefact_is_drawn_recorded_and_published(tmp_path):
     assert all(file.parent == tmp_path for file in files)
 
 
-def analysis(*arguments):
-    call = [python(), "-m", "analysis", *arguments]
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_the_list_has_a_line_for_each_with_state_and_command():
-    answer = analysis("list")
+    answer = here(["-m", "analysis", "list"])
     assert answer.returncode == 0, answer.stderr
     for name in ARTEFACTS:
         assert any(line.startswith(name) for line in answer.stdout.splitlines())
@@ -77,9 +72,14 @@ def test_the_list_has_a_line_for_each_with_state_and_command():
 
 
 def test_an_artefact_of_another_experiment_says_which_it_is_made_of(tmp_path):
-    answer = analysis("artefact=tablel1", "experiment=table5", f"paths.runs={tmp_path}")
+    answer = here(["-m", "analysis", "artefact=tablel1", "experiment=table5", f"paths.runs={tmp_path}"])
     assert answer.returncode == 2
     assert answer.stderr.strip().endswith("made of tablel1_distill, demo_distill, none of which table5 has")
+
+
+def analysis(*arguments):
+    call = [python(), "-m", "analysis", *arguments]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import subprocess
 from dataclasses import fields, replace
 from functools import cache
 from itertools import zip_longest
@@ -37,7 +36,7 @@ from store.processes import alone
 from store.rows import identity, row_config
 from tasks.parts import own_name
 from tasks.split import ImageSplit, Pixels
-from tests.commands import python
+from tests.commands import here
 from tests.experiments import EXPERIMENTS, ROOT, hub_folders, loaded, loaded_locally
 
 PUBLISHED = ROOT.parent / "shared/reference/released/hparam_info.json"
@@ -549,14 +548,7 @@ def test_a_replicate_differs_in_its_seed_and_its_folder_only():
 
 
 def test_an_entry_point_answers_a_wrong_setting_in_one_line(tmp_path):
-    command = [
-        python(),
-        "reproduce.py",
-        "experiment=demo_tiny",
-        "task.held_out=test",
-        f"paths.runs={tmp_path}/runs",
-    ]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = here(["reproduce.py", "experiment=demo_tiny", "task.held_out=test", f"paths.runs={tmp_path}/runs"])
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: bad config: each split has one role")
     assert len(answer.stderr.splitlines()) == 1
@@ -564,7 +556,7 @@ def test_an_entry_point_answers_a_wrong_setting_in_one_line(tmp_path):
 
 
 def test_a_stage_without_an_experiment_says_how_to_name_one():
-    answer = subprocess.run([python(), "-m", "finetune"], cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = here(["-m", "finetune"])
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: bad config: Missing mandatory value: name; an experiment sets it")
     assert len(answer.stderr.splitlines()) == 1

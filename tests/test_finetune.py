@@ -22,7 +22,7 @@ from models.classifier import Classifier, pretrained, zero_shot_head
 from store.processes import Processes, use_kernels
 from tasks.ahead import made_ahead
 from tasks.load import class_names, load_split
-from tests.experiments import load_small
+from tests.pools import small_network
 
 MINIMAL = Augment(kind="minimal", crop=0.9, magnitude=0, layers=0, increasing=True, flip=0.5)
 STRONG = Augment(kind="rand", crop=0.5, magnitude=9, layers=2, increasing=True, flip=0.5)
@@ -30,7 +30,7 @@ STRONG = Augment(kind="rand", crop=0.5, magnitude=9, layers=2, increasing=True, 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return load_small(tmp_path_factory.mktemp("network"))
+    return load("demo_tiny", *small_network(tmp_path_factory.mktemp("network")), "optim.batch_size=8")
 
 
 @pytest.fixture(scope="module")

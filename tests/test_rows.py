@@ -2,10 +2,8 @@
 
 import io
 import re
-import subprocess
 from dataclasses import field, fields, replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +48,7 @@ from soups.files.weights import load_weights, save_weights
 from store.rows import draw, identity, inverse, meaning, require_trainable, row_config
 from store.runs import RunFolder, done_row, read_pool, record_config
 from tasks.load import load_split
-from tests.commands import python
+from tests.commands import here
 from tests.experiments import TYPED
 from tests.pools import finished_pool, record, recorded_pool
 
@@ -475,9 +473,8 @@ def test_rows_of_each_replicate_are_listed():
 
 
 def test_the_command_lists_rows_and_says_what_to_run_next():
-    command = [python(), "-m", "finetune.rows", "experiment=demo", "optim.clip_norm=2"]
-    root = Path(__file__).resolve().parents[1]
-    answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    answer = here(["-m", "finetune.rows", "experiment=demo", "optim.clip_norm=2"])
+    assert answer.returncode == 0, answer.stderr
     assert "python -m finetune experiment=demo optim.clip_norm=2 sweep.index=1" in answer.stdout
     assert max(map(len, answer.stdout.splitlines())) > 80
 

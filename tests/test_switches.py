@@ -30,7 +30,7 @@ from soups.files.atomic import read_jsonl
 from store.processes import Processes
 from tasks.load import class_names, load_split
 from tasks.split import ImageSplit
-from tests.experiments import load_small
+from tests.pools import small_network
 
 OPTIM = Optim(
     lr=0.1, weight_decay=0.0, epochs=1, batch_size=2, warmup_steps=0, clip_norm=None, label_smoothing=0.0, mixup=0.0
@@ -41,7 +41,7 @@ SOME = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -2.0]])
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     torch.set_num_threads(1)
-    return load_small(tmp_path_factory.mktemp("network"))
+    return load("demo_tiny", *small_network(tmp_path_factory.mktemp("network")), "optim.batch_size=8")
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_every_switch_changes_the_training(changes, config, train, plain, tmp_pa
 
 
 def test_a_frozen_head_stays_as_it_was_initialised(train, tmp_path):
-    config = load_small(tmp_path, "model.train_head=false")
+    config = load("demo_tiny", *small_network(tmp_path), "optim.batch_size=8", "model.train_head=false")
     start = pretrained(config.model, class_names(config.task)).state_dict()
     found = train_some(config, train, tmp_path).weights["raw"]
     assert torch.equal(found["head.weight"], start["head.weight"])
@@ -291,7 +291,7 @@ def test_a_frozen_head_stays_as_it_was_initialised(train, tmp_path):
 
 
 def test_batch_norm_statistics_move_only_where_they_are_not_frozen(train, plain, tmp_path):
-    config = load_small(tmp_path, "model.frozen_batch_norm=false")
+    config = load("demo_tiny", *small_network(tmp_path), "optim.batch_size=8", "model.frozen_batch_norm=false")
     start = pretrained(config.model, class_names(config.task)).state_dict()
     found = train_some(config, train, tmp_path).weights["raw"]
     statistics = [name for name in start if "running_mean" in name]
@@ -470,7 +470,7 @@ def test_batch_norms_that_move_are_refused_on_several_processes_without_gpus(con
         wrap(model, config.compute, Processes(0, 2, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [3, 7])  # of neither are the images a multiple
 def test_each_process_counts_its_own_held_out_images_and_no_extra_one(world, config):
     evaluator = Evaluator(config)
     with torch.no_grad():  # every image is right, so that an extra one would show
