@@ -64,17 +64,17 @@ def along(
         raise ValueError("derivatives are of the network in evaluation mode: call .eval() first")
 
     def answer(moved: dict[str, Tensor]) -> Tensor:
-        found: Tensor = torch.func.functional_call(network, {**weights, **moved}, (inputs,), strict=False)
-        return found if project is None else project(found)
+        logits: Tensor = torch.func.functional_call(network, {**weights, **moved}, (inputs,), strict=False)
+        return logits if project is None else project(logits)
 
     def with_slope(moved: dict[str, Tensor]) -> Any:
         return torch.func.jvp(answer, (moved,), (direction,))
 
-    start = {name: weights[name].detach() for name in direction}
     try:
         with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
-            (value, first), (_, second) = torch.func.jvp(with_slope, (start,), (direction,))
+            found: Any = torch.func.jvp(with_slope, ({n: weights[n].detach() for n in direction},), (direction,))
     except NotImplementedError as error:
         unknown = str(error).partition(" that ")[0].removeprefix("Trying to use forward AD with ")
         raise UserError(f"no second derivative of {unknown}: take analysis.theory.curvature=differences") from error
+    (value, first), (_, second) = found
     return value, first, second
