@@ -14,15 +14,8 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from analysis.figures import SETTINGS, save_with_numbers
-from analysis.midpoints import (
-    Pair,
-    answers_of_mean,
-    answers_of_model,
-    gain,
-    learning_rates,
-    measure_midpoints,
-    score_over,
-)
+from analysis.midpoints import Pair, learning_rates, measure_midpoints
+from analysis.results import Method, difference_in, method_of_model, over_orders
 from configs.errors import UserError
 from configs.schema import Experiment, dump
 from eval.forward import Evaluator
@@ -136,15 +129,17 @@ def angles_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[tuple
     angles = np.degrees(np.arccos(np.clip(found.task_cosines, -1, 1)))
     rates = learning_rates(config, rows)
     members = {each.row: each for pair, _ in pairs for each in (pair.first, pair.second)}
-    answers = {
-        row: {split: answers_of_model(evaluator, each, split) for split in splits} for row, each in members.items()
-    }
+    singles = {row: method_of_model(f"row {row}", each, evaluator) for row, each in members.items()}
+
+    def accuracy(method: Method) -> float:
+        return sum(method.accuracy(split) for split in splits) / len(splits)
+
     table = []
     for pair, series in pairs:
         one, two = pair.first.row, pair.second.row
         i, j = place[one], place[two]
-        middle = {split: answers_of_mean(evaluator, pair, split) for split in splits}
-        advantage = gain(config, evaluator, middle, [answers[one], answers[two]], splits)
+        middle, both = pair.method(evaluator), over_orders("both", [singles[one], singles[two]])
+        advantage = difference_in(config, evaluator, middle, both, splits, redraw=True)
         apart = found.products[i, i] + found.products[j, j] - 2 * found.products[i, j]
         table.append(
             {
@@ -157,9 +152,9 @@ def angles_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[tuple
                 "distance_first": found.distances[i],
                 "distance_second": found.distances[j],
                 "weights": config.analysis.angles.weights,
-                "accuracy_first": score_over(config, evaluator, answers[one], splits),
-                "accuracy_second": score_over(config, evaluator, answers[two], splits),
-                "accuracy_mean": score_over(config, evaluator, middle, splits),
+                "accuracy_first": accuracy(singles[one]),
+                "accuracy_second": accuracy(singles[two]),
+                "accuracy_mean": accuracy(middle),
                 "advantage": advantage.mean,
                 "low": advantage.low,
                 "high": advantage.high,

@@ -316,8 +316,8 @@ def approximation_figure(tidy: pd.DataFrame, summary: pd.DataFrame, test: str, t
 def figurek1(config: Experiment, console: Console | None = None) -> list[Path]:
     """Measure what is missing and write figurek1.{pdf,png,csv} and figurek1_summary.csv.
 
-    It costs, for each pair and split, a forward pass at every alpha (curvature=differences), or about three and a half
-    of them (exact).
+    It costs, for each pair and split, a forward pass at every alpha (curvature=differences), or about ten of them
+    (exact).
 
     Raises:
         UserError: the sweep is not finished, or has no rows for the pairs.

@@ -9,10 +9,9 @@ from rich.console import Console
 
 from analysis.figures import SETTINGS, STYLE, save_with_numbers
 from analysis.means import axis_labels
-from analysis.results import measure, scatter_points, titled
-from analysis.sets import measure_sets, sets_figure, tidy_sets
+from analysis.results import measure, need_shifts, scatter_points, titled
+from analysis.sets import measure_sets, need_labels, sets_figure, tidy_sets
 from analysis.tables import NAMES
-from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from store.runs import RunFolder
@@ -71,11 +70,6 @@ def methods_figure(points: pd.DataFrame, labels: tuple[str, str]) -> Figure:
         return figure
 
 
-def _need_shifts(config: Experiment) -> None:
-    if not config.task.shifts:
-        raise UserError(f"{config.name}: this figure is test against shifts, and task.shifts is empty")
-
-
 def figurel1(config: Experiment, stem: str = "figurel1", console: Console | None = None) -> list[Path]:
     """Write figurel1.{pdf,png,csv}: rows as trained, their EMA and SWA, and soups and ensembles of each kind.
 
@@ -83,9 +77,8 @@ def figurel1(config: Experiment, stem: str = "figurel1", console: Console | None
         UserError: rows without names in `analysis.labels`, a sweep that is not finished, or a task without shifts.
     """
     del console  # a few soups, evaluated here
-    _need_shifts(config)
-    if not config.analysis.labels:
-        raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
+    need_shifts(config)
+    need_labels(config)
     evaluator = Evaluator(config)
     tidy = tidy_sets(config, *measure_sets(config, evaluator), evaluator)
     figure = sets_figure(tidy, config.task.test, titled(config.task.name))
@@ -104,7 +97,7 @@ def figurel3(config: Experiment, console: Console | None = None) -> list[Path]:
         UserError: a stage before this one is not finished, or the task has no shifts.
     """
     del console  # nothing is evaluated
-    _need_shifts(config)
+    need_shifts(config)
     points = scatter_points(config, *measure(config, Evaluator(config)))
     test, shifts = axis_labels(config).values()
     return save_with_numbers(methods_figure(points, (test, shifts)), points, RunFolder.of(config).analysis / "figurel3")

@@ -22,22 +22,21 @@ from torch import Tensor
 
 from analysis.figures import SETTINGS, STYLE, save_with_numbers
 from analysis.means import (
+    Mixture,
     RunningMean,
     answers,
     axis_labels,
-    difference_in,
     drawn_columns,
     key_of_mean,
+    mean_logits,
+    mean_mixture,
     measure_mixtures,
-    method_of_answers,
     method_of_mixture,
-    method_of_model,
 )
-from analysis.results import Method, accuracy_in, over_orders
+from analysis.results import Method, method_of_answers, method_of_model, numbers_of, over_orders
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.experiment.pool import ingredients_of
-from soups.recipes import mean_of
 from soups.scorers.metrics import score
 from soups.selection import Ties, accepts, best_first, random_order
 from store.runs import Ingredient, RunFolder
@@ -98,14 +97,6 @@ def best_of_first(order: Sequence[int], held_out: Sequence[float]) -> list[int]:
     return [min(order[:k], key=lambda i: (-held_out[i], i)) for k in range(1, len(order) + 1)]
 
 
-def _ensemble(evaluator: Evaluator, members: Sequence[Ingredient], split: str) -> Tensor:
-    """(N, C) float64 mean of members' cached logits."""
-    total: Tensor | float = 0.0
-    for each in members:
-        total = total + evaluator.logits(each.digest, each.load, split).double()
-    return torch.as_tensor(total) / len(members)
-
-
 def ensembles_of_first(evaluator: Evaluator, members: Sequence[Ingredient], split: str) -> list[Tensor]:
     """(N,) class ids that the mean logits of the first 1, 2, ..., K members predict on a split, by a running sum."""
     total: Tensor | float = 0.0
@@ -128,29 +119,29 @@ def uniform_along(evaluator: Evaluator, members: Sequence[Ingredient]) -> Iterat
     for k, member in enumerate(members, 1):
         mean.add(member)
         alone = method_of_model("uniform", member, evaluator) if k == 1 else None
-        yield "uniform", k, alone or method_of_mixture("uniform", key_of_mean(mean.members), mean.weights, evaluator)
+        soup = Mixture(key_of_mean(mean.members), mean.weights)
+        yield "uniform", k, alone or method_of_mixture("uniform", soup, evaluator)
 
 
 def greedy_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[Considered]:
     """Greedy soups of the first 1, 2, ..., K models of an order."""
     config = evaluator.config
 
-    def of(chosen: tuple[int, ...]) -> tuple[str, Callable[[], dict[str, Tensor]]]:
-        return key_of_mean([pool[i] for i in chosen]), partial(mean_of, [pool[i].load for i in chosen])
+    def soup(chosen: tuple[int, ...]) -> Mixture:
+        return mean_mixture([pool[i] for i in chosen])
 
     def accuracy(chosen: tuple[int, ...]) -> float:
-        return _held_out(evaluator, answers(evaluator, *of(chosen), config.task.held_out))
+        tried = soup(chosen)
+        return _held_out(evaluator, answers(evaluator, tried.key, tried.load, config.task.held_out))
 
     held_out = [each.held_out_score for each in pool]
     soups: dict[tuple[int, ...], Method] = {}
     for k, kept in enumerate(greedy_of_first(order, held_out, accuracy, config.cooking.ties), 1):
         if kept not in soups:
-            key, load = of(kept)
-            single = len(kept) == 1
             soups[kept] = (
                 method_of_model("greedy", pool[kept[0]], evaluator)
-                if single
-                else method_of_mixture("greedy", key, load, evaluator)
+                if len(kept) == 1
+                else method_of_mixture("greedy", soup(kept), evaluator)
             )
         yield "greedy", k, soups[kept]
 
@@ -172,7 +163,7 @@ def from_logits_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: S
         yield "ensemble", k, method_of_answers("ensemble", k, of_first, nan, evaluator)
 
     def predicted(chosen: tuple[int, ...], split: str) -> Tensor:
-        return evaluator.predicted(_ensemble(evaluator, [pool[i] for i in chosen], split), split)
+        return evaluator.predicted(mean_logits(evaluator, [pool[i] for i in chosen])(split), split)
 
     def accuracy(chosen: tuple[int, ...]) -> float:
         return _held_out(evaluator, predicted(chosen, config.task.held_out))
@@ -213,18 +204,18 @@ def considered_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for (name, k), methods in found.items():
         mean, best = over_orders(name, methods), over_orders(BEST, found[BEST, k])
-        for column, splits in drawn_columns(config).items():
-            shared = {"method": name, "considered": k, "column": column}
-            shared["n"] = sum(len(mean.hits[split]) for split in splits)
-            for j, method in enumerate(methods):
-                own = {"models": method.models, "accuracy": accuracy_in(config, method, column)}
-                rows.append({"order": str(j), **shared, **own})
-            gain = difference_in(config, evaluator, mean, best, splits)
-            models = sum(method.models for method in methods) / len(methods)
-            own = {"models": models, "accuracy": accuracy_in(config, mean, column)}
-            own |= {"difference": gain.mean, "low": gain.low, "high": gain.high}
-            rows.append({"order": "mean", **shared, **own})
-    return pd.DataFrame(rows)
+        models = sum(method.models for method in methods) / len(methods)
+        columns, shared = drawn_columns(config), {"method": name, "considered": k}
+        means = numbers_of(config, evaluator, mean, best, columns)
+        of_orders = zip(*(numbers_of(config, evaluator, method, None, columns) for method in methods), strict=True)
+        for row, own in zip(means, of_orders, strict=True):
+            rows += [
+                {"order": str(j), **shared, "models": method.models} | each
+                for j, (method, each) in enumerate(zip(methods, own, strict=True))
+            ]
+            rows.append({"order": "mean", **shared, "models": models} | row)
+    numbers = ["column", "n", "models", "accuracy", "difference", "low", "high"]
+    return pd.DataFrame(rows)[["order", "method", "considered", *numbers]]
 
 
 def _panel(axes: Axes, drawn: pd.DataFrame) -> None:
@@ -277,9 +268,9 @@ def figureb1(config: Experiment, stem: str = "figureb1", console: Console | None
     """
     pool = ingredients_of(config)
     orders = orders_of(config, len(pool))
-    keys = [key_of_mean([pool[i] for i in order[:k]]) for order in orders for k in range(2, len(pool) + 1)]
+    soups = [mean_mixture([pool[i] for i in order[:k]]) for order in orders for k in range(2, len(pool) + 1)]
     calls = [partial(_measure_order, config, order) for order in orders]
-    measure_mixtures(config, "uniform soups, and greedy ones", keys, calls, console)
+    measure_mixtures(config, "uniform soups, and greedy ones", soups, console, calls=calls)
     tidy = considered_table(config, Evaluator(config))
     figure = considered_figure(tidy, axis_labels(config))
     return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / stem)

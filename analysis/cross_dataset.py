@@ -5,7 +5,7 @@ own classes. Sets that several orders share are evaluated once.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
+from analysis.considered import orders_of
 from analysis.figures import SETTINGS, save_with_numbers
-from analysis.means import axis_labels, difference_in, drawn_columns, measure_mixtures, method_of_mixture
-from analysis.results import Method, accuracy_in
+from analysis.means import Mixture, axis_labels, drawn_columns, measure_mixtures, method_of_mixture
+from analysis.results import numbers_of
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -29,7 +30,6 @@ from soups.experiment.backbones import read_tower
 from soups.experiment.pool import usable_pool
 from soups.files.atomic import digest_of, read_json
 from soups.files.weights import Weights, load_weights
-from soups.selection import random_order
 from store.runs import RunFolder, done_row
 from tasks.load import class_names
 
@@ -80,19 +80,14 @@ def towers_of(config: Experiment) -> list[Tower]:
     ]
 
 
-def zero_shot_model(config: Experiment) -> Callable[[], Weights]:
+def zero_shot_model(config: Experiment) -> Weights:
     """The pretrained model with the head of the experiment's classes: row 0 where there is one, else made anew."""
     folder, done = RunFolder.of(config).ingredient(0), done_row(config, 0)
     if done is not None:
-        return partial(load_weights, folder / "weights.safetensors", done["digest"])
+        return load_weights(folder / "weights.safetensors", done["digest"])
     from models.classifier import pretrained  # noqa: PLC0415  # seconds that cached numbers need not wait for
 
-    return lambda: pretrained(config.model, class_names(config.task)).state_dict()
-
-
-def orders_of(config: Experiment, number: int) -> list[list[int]]:
-    """`cooking.orders` random orders of so many backbones."""
-    return [random_order(number, config.sweep.seed + order, 0) for order in range(config.cooking.orders)]
+    return pretrained(config.model, class_names(config.task)).state_dict()
 
 
 def sets_along(orders: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -110,25 +105,17 @@ def key_of_set(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int
     return digest_of({"zero-shot": head, "towers": sorted(towers[i].digest for i in chosen)})
 
 
-def soup_of(start: Callable[[], Weights], towers: Sequence[Tower], chosen: Sequence[int]) -> dict[str, Tensor]:
-    """The mean of the zero-shot model and some towers, all under its head."""
-    zero_shot = start()
+def _sum_up(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> dict[str, Tensor]:
+    zero_shot = zero_shot_model(config)
     total = Average.of(zero_shot)
     for i in chosen:
         total = total.plus(read_tower(towers[i].folder, zero_shot))
     return total.weights()
 
 
-def _method(config: Experiment, evaluator: Evaluator, towers: Sequence[Tower], chosen: tuple[int, ...]) -> Method:
-    load = partial(soup_of, zero_shot_model(config), towers, chosen)
-    return method_of_mixture("soup", key_of_set(config, towers, chosen), load, evaluator)
-
-
-def _measure(config: Experiment, sets: Sequence[tuple[int, ...]]) -> str:
-    evaluator, towers = Evaluator(config), towers_of(config)
-    for chosen in sets:
-        _method(config, evaluator, towers, chosen)
-    return f"{len(sets)} soups of backbones: evaluated"
+def soup_of(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> Mixture:
+    """The mean of the zero-shot model and some towers, all under its head."""
+    return Mixture(key_of_set(config, towers, chosen), partial(_sum_up, config, towers, chosen))
 
 
 def cross_table(
@@ -139,22 +126,19 @@ def cross_table(
     Columns: order, added, last (the data set that was added last), column, n, accuracy, change (to one backbone less),
     difference (to zero-shot) with its interval low and high; fractions.
     """
-    methods: Mapping[tuple[int, ...], Method] = {
-        chosen: _method(config, evaluator, towers, chosen) for chosen in sets_along(orders)
+    methods = {
+        chosen: method_of_mixture("soup", soup_of(config, towers, chosen), evaluator) for chosen in sets_along(orders)
     }
     rows: list[dict[str, Any]] = []
     for place, order in enumerate(orders):
+        before: dict[str, float] = {}
         for k in range(len(order) + 1):
+            head = {"order": place, "added": k, "last": towers[order[k - 1]].name if k else ""}
             method = methods[tuple(sorted(order[:k]))]
-            for column, splits in drawn_columns(config).items():
-                row: dict[str, Any] = {"order": place, "added": k, "last": towers[order[k - 1]].name if k else ""}
-                row |= {"column": column, "n": sum(len(method.hits[split]) for split in splits)}
-                row["accuracy"] = accuracy_in(config, method, column)
-                if k:
-                    before = methods[tuple(sorted(order[: k - 1]))]
-                    row["change"] = row["accuracy"] - accuracy_in(config, before, column)
-                gain = difference_in(config, evaluator, method, methods[()], splits)
-                rows.append(row | {"difference": gain.mean, "low": gain.low, "high": gain.high})
+            for row in numbers_of(config, evaluator, method, methods[()], drawn_columns(config)):
+                change = {"change": row["accuracy"] - before[row["column"]]} if k else {}
+                before[row["column"]] = row["accuracy"]
+                rows.append(head | row | change)
     return pd.DataFrame(rows)
 
 
@@ -220,10 +204,8 @@ def figuree1(config: Experiment, console: Console | None = None) -> list[Path]:
     """
     towers = towers_of(config)
     orders = orders_of(config, len(towers))
-    sets, workers = sets_along(orders), config.cluster.workers
-    calls = [partial(_measure, config, sets[i::workers]) for i in range(workers) if sets[i::workers]]
-    keys = [key_of_set(config, towers, chosen) for chosen in sets]
-    measure_mixtures(config, "soups of backbones", keys, calls, console)
+    soups = [soup_of(config, towers, chosen) for chosen in sets_along(orders)]
+    measure_mixtures(config, "soups of backbones", soups, console)
     tidy = cross_table(config, Evaluator(config), towers, orders)
     figure = cross_figure(tidy, axis_labels(config))
     return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figuree1")

@@ -1,27 +1,41 @@
-"""Value and first two derivatives of a network along a line of its weights: one forward pass, exact, no graph."""
+"""Value and first two derivatives of a network along a line of its weights, by torch's forward mode within itself."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-import analysis.jet_functions  # these two register what every operation does to derivatives
-import analysis.jet_rules  # noqa: F401
-from analysis.jets import ORDERS, Jet, coefficients
+from configs.errors import UserError
 
 
-@contextmanager
-def _in_small_steps() -> Iterator[None]:
-    """Attention as matrix products and a softmax, whatever a library would fuse it to."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+class _WrittenOut(TorchFunctionMode):
+    """Norms as sums and products: torch 2.14 is silently wrong in layer norms, and lets no running statistics move."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.instance_norm:
+            raise NotImplementedError("instance norm")
+        return {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm}.get(func, func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    normal = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    return normal * (1 if weight is None else weight) + (0 if bias is None else bias)
+
+
+def _batch_norm(
+    x: Tensor, mean: Any, variance: Any, *, weight: Any, bias: Any, training: bool, eps: float, **_: Any
+) -> Tensor:
+    if training:
+        raise NotImplementedError("statistics of a batch")
+    scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    return x * scale.view(-1, *(1,) * (x.ndim - 2)) + shift.view(-1, *(1,) * (x.ndim - 2))
 
 
 def along(
@@ -31,53 +45,36 @@ def along(
     inputs: Tensor,
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the network answers at these weights, and its first two derivatives along a direction of all of them.
+    """f, f' and f'' = d^2/dt^2 f(inputs; weights + t direction) at t = 0, each of the shape of the output.
 
-    About five forward passes of time, and of memory three times a forward pass's activations.
+    At the kink of a relu the derivative is that of one side, and what the slope jumps by there is no part of f''.
 
     Args:
         network: in evaluation mode; its own weights are not touched.
         weights: every parameter and buffer by name. Tied tensors need one of their names.
-        direction: by the same names, of the same shapes; integers and names that are absent do not move.
+        direction: floating-point tensors by the same names, of the same shapes; what is absent does not move.
         inputs: one batch, the network's only argument.
         project: applied to the answer, where something else than it is wanted.
 
-    Returns:
-        f, f' and f'' = d^2/dt^2 f(inputs; weights + t direction) at t = 0, each of the shape of the output. At the
-        kink of a relu it is the derivative of one side, and what the slope jumps by there is no part of f''.
-
     Raises:
-        ValueError: the network is in training mode; weights that are not the network's; a direction of other names or
-            shapes.
-        NotImplementedError: an operation whose derivative is not known here, which is named.
+        ValueError: the network is in training mode.
+        UserError: an operation whose second derivative torch does not know, which is named.
     """
     if network.training:
         raise ValueError("derivatives are of the network in evaluation mode: call .eval() first")
-    check_weights(network, weights)
-    moving: dict[str, Tensor] = {}
-    for name, step in direction.items():
-        if name not in weights or weights[name].shape != step.shape:
-            raise ValueError(f"the direction moves {name!r}, {tuple(step.shape)}, and the weights have no such tensor")
-        if step.is_floating_point():
-            moving[name] = Jet((weights[name], step.to(weights[name])))
-    with _in_small_steps():
-        answer = torch.func.functional_call(network, {**weights, **moving}, (inputs,), strict=False)
-        found = coefficients(answer if project is None else project(answer))
-    zero = torch.zeros_like(found[0])
-    value, first, second = (*found, zero, zero)[:ORDERS]
-    return value, first, 2 * second
 
+    def answer(moved: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = torch.func.functional_call(network, {**weights, **moved}, (inputs,), strict=False)
+        return logits if project is None else project(logits)
 
-def check_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights of another network, and what would leave a tensor as the network happens to have it.
+    def with_slope(moved: dict[str, Tensor]) -> Any:
+        return torch.func.jvp(answer, (moved,), (direction,))
 
-    Raises:
-        ValueError: one is too many or missing, which is named.
-    """
-    parameters, buffers = network.named_parameters(remove_duplicate=False), network.named_buffers()
-    own = {name: id(tensor) for name, tensor in (*parameters, *buffers)}
-    unknown = sorted(weights.keys() - own.keys())
-    given = {own[name] for name in weights if name in own}
-    missing = [name for name in network.state_dict() if own[name] not in given]
-    if unknown or missing:
-        raise ValueError(f"these weights are not this network's: {(unknown + missing)[0]!r} is in one of them alone")
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
+            found: Any = torch.func.jvp(with_slope, ({n: weights[n].detach() for n in direction},), (direction,))
+    except NotImplementedError as error:
+        unknown = str(error).partition(" that ")[0].removeprefix("Trying to use forward AD with ")
+        raise UserError(f"no second derivative of {unknown}: take analysis.theory.curvature=differences") from error
+    (value, first), (_, second) = found
+    return value, first, second

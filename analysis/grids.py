@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,12 @@ from matplotlib.image import AxesImage
 from rich.console import Console
 
 from analysis.figures import SETTINGS, save_with_numbers
-from analysis.means import (
-    axis_labels,
-    difference_in,
-    drawn_columns,
-    key_of_mean,
-    measure_mixtures,
-    method_of_mixture,
-    method_of_model,
-)
-from analysis.results import accuracy_in
+from analysis.means import Mixture, axis_labels, drawn_columns, mean_mixture, measure_mixtures, method_of_mixture
+from analysis.results import accuracy_in, method_of_model, numbers_of
 from configs.errors import UserError
 from configs.schema import Experiment, dump
 from eval.forward import Evaluator
 from soups.experiment.pool import usable_pool
-from soups.recipes import mean_of
 from store.rows import draw, row_config
 from store.runs import Ingredient, RunFolder
 
@@ -50,6 +40,10 @@ class Grid:
     def ends(self) -> list[tuple[int, int]]:
         """Places i < j of every stretch of the grid."""
         return list(combinations(range(len(self.members)), 2))
+
+    def average(self, i: int, j: int) -> Mixture:
+        """The mean of two members."""
+        return mean_mixture((self.members[i], self.members[j]))
 
 
 def _label(config: Experiment, row: int) -> str:
@@ -117,13 +111,6 @@ def best_in_range(accuracies: Sequence[float], i: int, j: int) -> int:
     return max(range(i, j + 1), key=lambda place: (accuracies[place], -place))
 
 
-def _measure(config: Experiment, pairs: Sequence[tuple[Ingredient, Ingredient]]) -> str:
-    evaluator = Evaluator(config)
-    for pair in pairs:
-        method_of_mixture("ends", key_of_mean(pair), partial(mean_of, [each.load for each in pair]), evaluator)
-    return f"{len(pairs)} averages of ends: evaluated"
-
-
 def grids_table(config: Experiment, evaluator: Evaluator, grids: Sequence[Grid]) -> pd.DataFrame:
     """One row per grid, pair of ends and column (test, mean of shifts).
 
@@ -137,32 +124,16 @@ def grids_table(config: Experiment, evaluator: Evaluator, grids: Sequence[Grid])
     for grid in grids:
         singles = [method_of_model(name, e, evaluator) for name, e in zip(grid.labels, grid.members, strict=True)]
         for i, j in grid.ends:
-            pair = (grid.members[i], grid.members[j])
-            load = partial(mean_of, [each.load for each in pair])
-            average = method_of_mixture("ends", key_of_mean(pair), load, evaluator)
+            average = method_of_mixture("ends", grid.average(i, j), evaluator)
             for column, splits in drawn_columns(config).items():
                 accuracies = [accuracy_in(config, single, column) for single in singles]
                 best = best_in_range(accuracies, i, j)
-                gain = difference_in(config, evaluator, average, singles[best], splits)
-                rows.append(
-                    {
-                        "grid": grid.name,
-                        "size": len(singles),
-                        "i": i,
-                        "j": j,
-                        "first": grid.labels[i],
-                        "last": grid.labels[j],
-                        "best": grid.labels[best],
-                        "column": column,
-                        "n": sum(len(average.hits[split]) for split in splits),
-                        "average": accuracy_in(config, average, column),
-                        "best_accuracy": accuracies[best],
-                        "difference": gain.mean,
-                        "low": gain.low,
-                        "high": gain.high,
-                    }
-                )
-    return pd.DataFrame(rows)
+                head = {"grid": grid.name, "size": len(singles), "i": i, "j": j}
+                head |= {"first": grid.labels[i], "last": grid.labels[j], "best": grid.labels[best]}
+                for row in numbers_of(config, evaluator, average, singles[best], {column: splits}):
+                    rows.append(head | row | {"best_accuracy": accuracies[best]})
+    columns = ["grid", "size", "i", "j", "first", "last", "best", "column", "n", "average", "best_accuracy"]
+    return pd.DataFrame(rows).rename(columns={"accuracy": "average"})[[*columns, "difference", "low", "high"]]
 
 
 def _panel(axes: Axes, drawn: pd.DataFrame, norm: TwoSlopeNorm) -> AxesImage:
@@ -232,11 +203,8 @@ def figuref1(config: Experiment, console: Console | None = None) -> list[Path]:
         UserError: the sweep is not finished, or the experiment has no grid.
     """
     grids = grids_of(config)
-    pairs = [(grid.members[i], grid.members[j]) for grid in grids for i, j in grid.ends]
-    workers = config.cluster.workers
-    shares = [pairs[place::workers] for place in range(workers) if pairs[place::workers]]
-    calls = [partial(_measure, config, share) for share in shares]
-    measure_mixtures(config, "averages of ends", [key_of_mean(pair) for pair in pairs], calls, console)
+    averages = [grid.average(i, j) for grid in grids for i, j in grid.ends]
+    measure_mixtures(config, "averages of ends", averages, console)
     tidy = grids_table(config, Evaluator(config), grids)
     figure = grids_figure(tidy, axis_labels(config))
     return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figuref1")

@@ -1,20 +1,21 @@
 """Means and other mixtures of a pool's models: what they answer, on disk, for figures that need hundreds of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
-from analysis.results import SHIFT_MEAN, Method, bootstrap_groups, columns_of, shift_name, titled
+from analysis.results import SHIFT_MEAN, Method, columns_of, method_of_answers, shift_name, titled
 from analysis.tables import measured
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from eval.significance import Difference, paired_bootstrap
 from soups.average import Average, Loader
 from soups.files.atomic import digest_of
-from soups.files.weights import Weights
-from soups.scorers.metrics import score
+from soups.files.weights import Weights, digest
+from soups.recipes import mean_of
 from store.arrays import cached_array
 from store.runs import Ingredient
 from store.workers import spread
@@ -54,6 +55,39 @@ def key_of_mean(members: Sequence[Ingredient]) -> str:
     return digest_of({"mean of": sorted(each.digest for each in members)})
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Weights that are put together only where what they answer is not on disk; they can be sent to a worker."""
+
+    key: str  # names them
+    load: Loader
+
+
+def mean_mixture(members: Sequence[Ingredient]) -> Mixture:
+    """The equal-weight mean of some models."""
+    return Mixture(key_of_mean(members), partial(mean_of, [each.load for each in members]))
+
+
+def mean_logits(
+    evaluator: Evaluator, members: Sequence[Ingredient], betas: Sequence[float] | None = None
+) -> Callable[[str], Tensor]:
+    """Split -> (N, C) float64 mean of members' cached logits, each times its beta where there are some."""
+
+    def logits(split: str) -> Tensor:
+        total: Tensor | float = 0.0
+        for each, beta in zip(members, betas or [1.0] * len(members), strict=True):
+            total = total + beta * evaluator.logits(each.digest, each.load, split).double()
+        return torch.as_tensor(total) / len(members)
+
+    return logits
+
+
+def kept_logits(evaluator: Evaluator, weights: Weights) -> Callable[[str], Tensor]:
+    """Split -> (N, C) logits of weights that are at hand, kept under their digest."""
+    name = digest(weights)
+    return lambda split: evaluator.logits(name, lambda: weights, split)
+
+
 def answers(evaluator: Evaluator, key: str, load: Loader, split: str) -> Tensor:
     """(N,) class ids that a mixture predicts on a split, from disk or by a forward pass.
 
@@ -78,90 +112,52 @@ def is_answered(evaluator: Evaluator, key: str) -> bool:
     return all(evaluator.place("answers", split, key).exists() for split in evaluator.config.task.reported)
 
 
-def method_of_answers(
-    name: str, models: int, said: Callable[[str], Tensor], held_out: float, evaluator: Evaluator
-) -> Method:
-    """A method from the (N,) class ids that it answers on each split that reports."""
-    task = evaluator.config.task
-    found = {split: said(split) for split in task.reported}
-    images = {split: evaluator.split(split) for split in task.reported}
-    hits = {split: found[split] == images[split].labels for split in task.reported}
-    other = [split for split in task.reported if task.metrics.get(split, "top1") != "top1"]
-    scores = {s: score(task.metrics[s], found[s], images[s].labels, images[s].groups) for s in other}
-    return Method(name, models, hits, held_out, predicted={split: (found[split],) for split in other}, scores=scores)
-
-
-def method_of_mixture(name: str, key: str, load: Loader, evaluator: Evaluator) -> Method:
+def method_of_mixture(name: str, mixture: Mixture, evaluator: Evaluator) -> Method:
     """A method from a mixture of weights, which are put together once where any of its answers is missing."""
-
-    @lru_cache(maxsize=1)
-    def once() -> Weights:
-        return load()
-
-    return method_of_answers(name, 1, partial(answers, evaluator, key, once), float("nan"), evaluator)
+    load = lru_cache(maxsize=1)(mixture.load)
+    return method_of_answers(name, 1, partial(answers, evaluator, mixture.key, load), float("nan"), evaluator)
 
 
-def method_of_model(name: str, ingredient: Ingredient, evaluator: Evaluator) -> Method:
-    """A method from a model of the pool, whose logits are kept."""
-
-    def said(split: str) -> Tensor:
-        return evaluator.predicted(evaluator.logits(ingredient.digest, ingredient.load, split), split)
-
-    return method_of_answers(name, 1, said, ingredient.held_out_score, evaluator)
+def _answer(config: Experiment, mixtures: Sequence[Mixture]) -> str:
+    evaluator = Evaluator(config)
+    for each in mixtures:
+        method_of_mixture("", each, evaluator)
+    return f"{len(mixtures)} mixtures: answered"
 
 
 def measure_mixtures(
     config: Experiment,
     title: str,
-    keys: Sequence[str],
-    calls: Sequence[Callable[[], str]],
+    mixtures: Sequence[Mixture],
     console: Console | None = None,
+    *,
+    calls: Sequence[Callable[[], str]] = (),
 ) -> None:
-    """Let the cluster's worker processes make the calls, unless all mixtures are answered already.
+    """Let the cluster's worker processes evaluate mixtures on every split that reports; what is on disk is kept.
 
     Args:
         config: of the experiment.
         title: of the progress bar.
-        keys: mixtures that the calls answer.
-        calls: picklable; each returns a line.
+        mixtures: which.
         console: where the bar goes.
+        calls: picklable, each returns a line: what workers do instead, where mixtures follow from one another.
 
     Raises:
         UserError: missing or damaged weights or data, or a worker that was killed.
     """
-    evaluator = Evaluator(config)
-    missing = [key for key in dict.fromkeys(keys) if not is_answered(evaluator, key)]
+    evaluator, workers = Evaluator(config), config.cluster.workers
+    missing = list({each.key: each for each in mixtures if not is_answered(evaluator, each.key)}.values())
     if not missing:
         return
     spread(
         f"evaluating {len(missing)} {title}",
-        calls,
-        workers=config.cluster.workers,
+        calls or [partial(_answer, config, missing[i::workers]) for i in range(workers) if missing[i::workers]],
+        workers=workers,
         threads=config.cluster.threads,
         units=len(missing),
-        done_units=lambda: sum(is_answered(evaluator, key) for key in missing),
+        done_units=lambda: sum(is_answered(evaluator, each.key) for each in missing),
         report=str,
         console=console or Console(),
-    )
-
-
-def difference_in(
-    config: Experiment, evaluator: Evaluator, ours: Method, baseline: Method, splits: tuple[str, ...]
-) -> Difference:
-    """Accuracy of one method minus another's, averaged over splits, with a paired bootstrap interval.
-
-    The interval is NaN where a split is scored by anything but top-1, which would have to be computed anew for every
-    draw; the difference is that of the scores.
-    """
-    if any(split in ours.scores for split in splits):
-        mean = sum(ours.accuracy(split) - baseline.accuracy(split) for split in splits) / len(splits)
-        return Difference(mean, float("nan"), float("nan"))
-    return paired_bootstrap(
-        [ours.hits[split] for split in splits],
-        [baseline.hits[split] for split in splits],
-        bootstrap_groups(config, evaluator, splits),
-        resamples=config.analysis.resamples,
-        seed=config.analysis.seed,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -11,11 +12,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
 
 from analysis.figures import SETTINGS, save_with_numbers
-from analysis.midpoints import Pair, answers_of_mean, gain, learning_rates, measure_midpoints, score_over
-from analysis.results import SHIFT_MEAN, columns_of, shift_name, titled
+from analysis.means import mean_logits
+from analysis.midpoints import Pair, learning_rates, measure_midpoints
+from analysis.results import SHIFT_MEAN, accuracy_in, columns_of, method_of, numbers_of, shift_name, titled
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -44,12 +45,6 @@ def random_pairs(config: Experiment, pool: Sequence[Ingredient]) -> list[Pair]:
     return sorted(chosen, key=lambda pair: (pair.first.row, pair.second.row))
 
 
-def answers_of_ensemble(evaluator: Evaluator, pair: Pair, split: str) -> Tensor:
-    """(N,) class ids that the mean of both models' logits predicts on a split."""
-    one, two = (evaluator.logits(each.digest, each.load, split).double() for each in (pair.first, pair.second))
-    return evaluator.predicted((one + two) / 2, split)
-
-
 def pairs_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[Pair]) -> pd.DataFrame:
     """One row per pair and column (each split that reports, and the mean of the shifts).
 
@@ -59,25 +54,16 @@ def pairs_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[Pair])
     rates = learning_rates(config, sorted({each.row for pair in pairs for each in (pair.first, pair.second)}))
     table = []
     for pair in pairs:
-        soup = {split: answers_of_mean(evaluator, pair, split) for split in config.task.reported}
-        ensemble = {split: answers_of_ensemble(evaluator, pair, split) for split in config.task.reported}
-        for column, splits in columns_of(config).items():
-            difference = gain(config, evaluator, soup, [ensemble], splits)
-            table.append(
-                {
-                    "first": pair.first.row,
-                    "second": pair.second.row,
-                    "larger_lr": max(rates[pair.first.row], rates[pair.second.row]),
-                    "column": column,
-                    "n": sum(len(evaluator.split(split)) for split in splits),
-                    "soup": score_over(config, evaluator, soup, splits),
-                    "ensemble": score_over(config, evaluator, ensemble, splits),
-                    "difference": difference.mean,
-                    "low": difference.low,
-                    "high": difference.high,
-                }
-            )
-    return pd.DataFrame(table)
+        members = (pair.first, pair.second)
+        ensemble = method_of("ensemble", 2, mean_logits(evaluator, members), float("nan"), evaluator)
+        columns = columns_of(config)
+        for row in numbers_of(config, evaluator, pair.method(evaluator), ensemble, columns, redraw=True):
+            head: dict[str, Any] = {"first": pair.first.row, "second": pair.second.row}
+            head["larger_lr"] = max(rates[each.row] for each in members)
+            both = {"soup": row.pop("accuracy"), "ensemble": accuracy_in(config, ensemble, row["column"])}
+            table.append(head | row | both)
+    numbers = ["column", "n", "soup", "ensemble", "difference", "low", "high"]
+    return pd.DataFrame(table)[["first", "second", "larger_lr", *numbers]]
 
 
 def _panel(axes: Axes, drawn: pd.DataFrame, norm: LogNorm) -> None:

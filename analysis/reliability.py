@@ -11,14 +11,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from analysis.figures import SETTINGS, save_with_numbers
-from analysis.results import refuse_leak
+from analysis.results import cooked_soup
 from analysis.tables import NAMES
-from configs.errors import UserError
 from configs.schema import Experiment
 from eval.calibration import Bins, Calibration, calibrate
 from eval.forward import Evaluator
 from soups.experiment.cook import logits_of
-from soups.files.atomic import read_json
 from store.runs import RunFolder
 
 SHOWN = ("best", "uniform", "greedy", "ensemble")
@@ -152,15 +150,11 @@ def calibrations(config: Experiment) -> dict[str, Calibration]:
     Raises:
         UserError: a soup is missing, or was selected on a split that reports.
     """
-    evaluator, run, task = Evaluator(config), RunFolder.of(config), config.task
+    evaluator, task = Evaluator(config), config.task
     labels = {split: evaluator.split(split).labels for split in (task.held_out, task.test)}
     found = {}
     for recipe in (recipe for recipe in SHOWN if recipe in config.recipes):
-        path = run.soup(recipe) / "soup.json"
-        if not path.exists():
-            raise UserError(f"{path} is missing: run python -m soups recipe={recipe} first")
-        cooked = read_json(path)
-        refuse_leak(config, cooked)
+        cooked = cooked_soup(config, recipe)
         chosen = logits_of(cooked, task.held_out, evaluator)
         reported = evaluator.projected(logits_of(cooked, task.test, evaluator), task.test)
         held_out, test = (chosen, labels[task.held_out]), (reported, labels[task.test])

@@ -8,10 +8,9 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.figures import coefficients_map, figure1, save, save_with_numbers
-from analysis.results import SHIFT_MEAN, Method, measure, scatter_points, shift_name, tidy, titled
+from analysis.results import SHIFT_MEAN, Method, measure, need_shifts, scatter_points, shift_name, tidy, titled
 from analysis.sets import report_sets
 from analysis.tables import BEST, caption, measured, table3, write_table
-from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.files.atomic import replacing, write_json
@@ -83,8 +82,7 @@ def scatter(config: Experiment, stem: str = "figure1", console: Console | None =
         UserError: a stage before this one is not finished, or a task without shifts.
     """
     del console  # nothing is evaluated
-    if not config.task.shifts:
-        raise UserError(f"{config.name}: this figure is test against shifts, and task.shifts is empty")
+    need_shifts(config)
     evaluator = Evaluator(config)
     pool, methods = measure(config, evaluator)
     return _scatter(config, pool, methods, tidy(config, methods, evaluator), stem)

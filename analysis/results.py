@@ -1,7 +1,7 @@
 """From cached logits to a tidy table: one row a model and split, with what was selected on what."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ from eval.significance import Answers, Difference, bootstrap_scores, paired_boot
 from soups.experiment.cook import dishes, logits_of
 from soups.experiment.pool import individuals_of, usable_pool
 from soups.files.atomic import read_json
+from soups.scorers.metrics import score
 from store.rows import identity, score_of
 from store.runs import Ingredient, RunFolder, finished
 
 SHIFT_MEAN = "shift_mean"
+TIDY = ["method", "models", "held_out", "column", "n", "accuracy", "spread", "difference", "low", "high"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Method:
     hits: dict[str, Tensor]  # split -> (N,) bool; of several random orders the (N,) share of them that is right
     held_out: float
     orders: tuple["Method", ...] = ()  # of greedy in random order
-    predicted: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # split that top-1 does not score -> answers
-    scores: dict[str, float] = field(default_factory=dict)  # the same splits -> score
+    predicted: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # split -> (N,) class ids, of each order
+    scores: dict[str, float] = field(default_factory=dict)  # split that top-1 does not score -> score
     for_mean: "Method | None" = None  # of an oracle: the model that is best in the mean of the shifts
     annotated: dict[str, Annotated] = field(default_factory=dict)  # annotation of the test split -> results
 
@@ -47,21 +49,32 @@ def method_of(
     name: str, models: int, logits_on: Callable[[str], Tensor], held_out: float, evaluator: Evaluator
 ) -> Method:
     """A method from its logits on each split that reports."""
-    task = evaluator.config.task
-    logits = {split: logits_on(split) for split in task.reported}
-    hits = {split: evaluator.hits(found, split) for split, found in logits.items()}
-    other = [split for split in task.reported if task.metrics.get(split, "top1") != "top1"]
-    predicted: dict[str, tuple[Tensor, ...]] = {s: (evaluator.predicted(logits[s], s),) for s in other}
-    scores = {split: evaluator.score(logits[split], split) for split in other}
-    return Method(
-        name,
-        models,
-        hits,
-        held_out,
-        predicted=predicted,
-        scores=scores,
-        annotated=evaluator.annotated(logits[task.test]),
+    test = evaluator.config.task.test
+    logits = {split: logits_on(split) for split in evaluator.config.task.reported}
+    found = method_of_answers(
+        name, models, lambda split: evaluator.predicted(logits[split], split), held_out, evaluator
     )
+    hits = {split: evaluator.hits(seen, split) for split, seen in logits.items()}  # NaN is no answer, and refused
+    return replace(found, hits=hits, annotated=evaluator.annotated(logits[test]))
+
+
+def method_of_answers(
+    name: str, models: int, said: Callable[[str], Tensor], held_out: float, evaluator: Evaluator
+) -> Method:
+    """A method from the (N,) class ids that it answers on each split that reports."""
+    task = evaluator.config.task
+    found = {split: said(split) for split in task.reported}
+    images = {split: evaluator.split(split) for split in task.reported}
+    hits = {split: found[split] == images[split].labels for split in task.reported}
+    other = [split for split in task.reported if task.metrics.get(split, "top1") != "top1"]
+    scores = {s: score(task.metrics[s], found[s], images[s].labels, images[s].groups) for s in other}
+    return Method(name, models, hits, held_out, predicted={s: (ids,) for s, ids in found.items()}, scores=scores)
+
+
+def method_of_model(name: str, ingredient: Ingredient, evaluator: Evaluator) -> Method:
+    """A method from a model of the pool, whose logits are kept."""
+    logits = partial(evaluator.logits, ingredient.digest, ingredient.load)
+    return method_of(name, 1, logits, ingredient.held_out_score, evaluator)
 
 
 def titled(name: str) -> str:
@@ -90,7 +103,7 @@ def over_orders(name: str, orders: list[Method]) -> Method:
     hits = {split: torch.stack([each.hits[split].double() for each in orders]).mean(dim=0) for split in first.hits}
     held_out = sum(each.held_out for each in orders) / k
     predicted = {
-        split: tuple(answers for each in orders for answers in each.predicted[split]) for split in first.scores
+        split: tuple(answers for each in orders for answers in each.predicted[split]) for split in first.predicted
     }
     scores = {split: sum(each.scores[split] for each in orders) / k for split in first.scores}
     seen = {
@@ -116,6 +129,20 @@ def oracle_of(config: Experiment, pool: list[Method]) -> Method:
     return Method("oracle", 1, hits, float("nan"), predicted=predicted, scores=scores, for_mean=mean, annotated=seen)
 
 
+def cooked_soup(config: Experiment, name: str) -> dict[str, Any]:
+    """The soup.json of a recipe, or of one of its random orders.
+
+    Raises:
+        UserError: it is missing, or it chose on a split which reports.
+    """
+    path = RunFolder.of(config).soup(name) / "soup.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run python -m soups recipe={name.partition('/')[0]} first")
+    cooked: dict[str, Any] = read_json(path)
+    refuse_leak(config, cooked)
+    return cooked
+
+
 def refuse_leak(config: Experiment, cooked: dict[str, Any]) -> None:
     """A recipe that chose on a split which reports would be an oracle under another name.
 
@@ -132,10 +159,7 @@ def refuse_leak(config: Experiment, cooked: dict[str, Any]) -> None:
 
 def _individual(each: Ingredient, evaluator: Evaluator) -> Method:
     kind = f" ({each.kind})" if evaluator.config.cooking.individuals and each.row else ""
-    logits = partial(evaluator.logits, each.digest, each.load)
-    return method_of(
-        f"row {each.row}{kind}" if each.row else "initialisation", 1, logits, each.held_out_score, evaluator
-    )
+    return method_of_model(f"row {each.row}{kind}" if each.row else "initialisation", each, evaluator)
 
 
 def measure(
@@ -160,8 +184,8 @@ def measure(
         done, file = finished(run.zero_shot, identity(config, 0)), run.zero_shot / "weights.safetensors"
         if done is None:
             raise UserError(f"{run.zero_shot} holds no model: run python -m finetune first")
-        logits, score = partial(evaluator.logits_of_file, done["digest"], file), done["held_out"]
-        methods.insert(0, method_of("zero-shot", 1, logits, score_of(score), evaluator))
+        logits = partial(evaluator.logits_of_file, done["digest"], file)
+        methods.insert(0, method_of("zero-shot", 1, logits, score_of(done["held_out"]), evaluator))
     for recipe in config.recipes:
         soups = [_soup(config, name, evaluator) for name in dishes(config, recipe)]
         methods.append(soups[0] if len(soups) == 1 else over_orders(recipe, soups))
@@ -174,19 +198,10 @@ def measure(
 
 
 def _soup(config: Experiment, name: str, evaluator: Evaluator) -> Method:
-    path = RunFolder.of(config).soup(name) / "soup.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing: run python -m soups recipe={name.partition('/')[0]} first")
-    cooked = read_json(path)
-    refuse_leak(config, cooked)
-    score, members = cooked["held_out"], len(cooked["ingredients"])
-    return method_of(
-        name,
-        1 if cooked["digest"] else members,
-        lambda split: logits_of(cooked, split, evaluator),
-        score_of(score),
-        evaluator,
-    )
+    cooked = cooked_soup(config, name)
+    models = 1 if cooked["digest"] else len(cooked["ingredients"])
+    logits = partial(logits_of, cooked, evaluator=evaluator)
+    return method_of(name, models, logits, score_of(cooked["held_out"]), evaluator)
 
 
 def bootstrap_groups(config: Experiment, evaluator: Evaluator, splits: tuple[str, ...]) -> list[Tensor]:
@@ -209,32 +224,86 @@ def columns_of(config: Experiment) -> dict[str, tuple[str, ...]]:
     return {split: (split,) for split in config.task.reported} | ({SHIFT_MEAN: shifts} if shifts else {})
 
 
-def compare(config: Experiment, method: Method, baseline: Method, evaluator: Evaluator) -> dict[str, Difference]:
-    """Paired bootstrap of `method` minus `baseline` in every column."""
+def difference_in(
+    config: Experiment,
+    evaluator: Evaluator,
+    ours: Method,
+    baseline: Method,
+    splits: tuple[str, ...],
+    *,
+    redraw: bool = False,
+) -> Difference:
+    """One method minus another, averaged over splits, with a paired bootstrap interval.
+
+    Args:
+        config: of the experiment.
+        evaluator: of the same.
+        ours: the method.
+        baseline: what it is compared with; of several models or random orders the mean counts.
+        splits: which.
+        redraw: where a split is scored by anything but top-1, compute that anew for every draw, which takes seconds;
+            else the interval is NaN there.
+    """
     resampling = {"resamples": config.analysis.resamples, "seed": config.analysis.seed}
-    found = {}
-    whole = method
-    for column, splits in columns_of(config).items():
-        method = whole.for_mean or whole if column == SHIFT_MEAN else whole
-        units = bootstrap_groups(config, evaluator, splits)
-        if not any(split in method.scores for split in splits):
-            ours, theirs = ([each.hits[split] for split in splits] for each in (method, baseline))
-            found[column] = paired_bootstrap(ours, theirs, units, **resampling)
-        else:
-            answers = [_answers(config, method, baseline, evaluator, split) for split in splits]
-            with_units = [replace(each, units=unit) for each, unit in zip(answers, units, strict=True)]
-            found[column] = bootstrap_scores(with_units, **resampling)
-    return found
+    units = bootstrap_groups(config, evaluator, splits)
+    if not any(split in ours.scores for split in splits):
+        hits, others = ([each.hits[split] for split in splits] for each in (ours, baseline))
+        return paired_bootstrap(hits, others, units, **resampling)
+    if not redraw:
+        mean = sum(ours.accuracy(split) - baseline.accuracy(split) for split in splits) / len(splits)
+        return Difference(mean, float("nan"), float("nan"))
+    is_turned = len(baseline.predicted[splits[0]]) > 1  # several against one are the same, the other way round
+    many, one = (baseline, ours) if is_turned else (ours, baseline)
+    answers = []
+    for split, unit in zip(splits, units, strict=True):
+        images, metric = evaluator.split(split), config.task.metrics.get(split, "top1")
+        said = many.predicted[split], one.predicted[split][0]
+        answers.append(Answers(metric, *said, images.labels, unit, images.groups))
+    found = bootstrap_scores(answers, **resampling)
+    return Difference(-found.mean, -found.high, -found.low) if is_turned else found
 
 
-def _answers(config: Experiment, method: Method, baseline: Method, evaluator: Evaluator, split: str) -> Answers:
-    images = evaluator.split(split)
-    if split in method.scores:
-        ours, theirs, labels = method.predicted[split], baseline.predicted[split][0], images.labels
-    else:  # of accuracies, what is right is all that counts
-        labels = torch.ones(len(images), dtype=torch.long)
-        ours, theirs = (method.hits[split].long(),), baseline.hits[split].long()
-    return Answers(config.task.metrics.get(split, "top1"), ours, theirs, labels, labels, images.groups)
+def _in(method: Method, column: str) -> Method:
+    """The method itself; of an oracle, the model that is best in this column."""
+    return method.for_mean or method if column == SHIFT_MEAN else method
+
+
+def numbers_of(
+    config: Experiment,
+    evaluator: Evaluator,
+    method: Method,
+    baseline: Method | None,
+    columns: Mapping[str, tuple[str, ...]],
+    *,
+    redraw: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """For each column a row of a table: column, n, accuracy, and difference to the baseline with low and high.
+
+    Args:
+        config: of the experiment.
+        evaluator: of the same.
+        method: whose numbers they are.
+        baseline: without one there is no difference.
+        columns: each with its splits, as from `columns_of`.
+        redraw: as for `difference_in`.
+    """
+    for column, splits in columns.items():
+        row: dict[str, Any] = {"column": column, "n": sum(len(method.hits[split]) for split in splits)}
+        row["accuracy"] = accuracy_in(config, method, column)
+        if baseline is not None:
+            gain = difference_in(config, evaluator, _in(method, column), baseline, splits, redraw=redraw)
+            row |= {"difference": gain.mean, "low": gain.low, "high": gain.high}
+        yield row
+
+
+def need_shifts(config: Experiment) -> None:
+    """Refuse a task without shifts, which has no scatter of test against shifts.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not config.task.shifts:
+        raise UserError(f"{config.name}: this figure is test against shifts, and task.shifts is empty")
 
 
 def shift_mean(config: Experiment, method: Method) -> float:
@@ -244,7 +313,7 @@ def shift_mean(config: Experiment, method: Method) -> float:
 
 def accuracy_in(config: Experiment, method: Method, column: str) -> float:
     """Accuracy in [0, 1] on a split or on the mean of the shifts."""
-    return shift_mean(config, method.for_mean or method) if column == SHIFT_MEAN else method.accuracy(column)
+    return shift_mean(config, _in(method, column)) if column == SHIFT_MEAN else method.accuracy(column)
 
 
 def spread_in(config: Experiment, method: Method, column: str) -> float | None:
@@ -254,33 +323,22 @@ def spread_in(config: Experiment, method: Method, column: str) -> float | None:
     return statistics.stdev(accuracy_in(config, each, column) for each in method.orders)
 
 
-def tidy(config: Experiment, methods: list[Method], evaluator: Evaluator) -> pd.DataFrame:
-    """One row per method and column: accuracy, n, difference to the best individual model and its interval.
+def tidy(
+    config: Experiment, methods: Sequence[Method], evaluator: Evaluator, baseline: Method | None = None
+) -> pd.DataFrame:
+    """One row per method and column: accuracy, n, difference to the baseline and its interval.
 
     Columns: method, models, held_out, column, n, accuracy, spread (standard deviation over random orders, where there
-    are some), difference, low, high; fractions throughout.
+    are some), difference, low, high; fractions throughout. The baseline is the best individual model where none is
+    given.
     """
-    baseline = next(method for method in methods if method.name == "best")
+    first = baseline or next(method for method in methods if method.name == "best")
     rows = []
     for method in methods:
-        differences = compare(config, method, baseline, evaluator)
-        for column, difference in differences.items():
-            n = sum(len(method.hits[split]) for split in columns_of(config)[column])
-            rows.append(
-                {
-                    "method": method.name,
-                    "models": method.models,
-                    "held_out": method.held_out,
-                    "column": column,
-                    "n": n,
-                    "accuracy": accuracy_in(config, method, column),
-                    "spread": spread_in(config, method, column),
-                    "difference": difference.mean,
-                    "low": difference.low,
-                    "high": difference.high,
-                }
-            )
-    return pd.DataFrame(rows)
+        head = {"method": method.name, "models": method.models, "held_out": method.held_out}
+        for row in numbers_of(config, evaluator, method, first, columns_of(config), redraw=True):
+            rows.append(head | row | {"spread": spread_in(config, method, row["column"])})
+    return pd.DataFrame(rows)[TIDY]
 
 
 def scatter_points(config: Experiment, pool: list[Method], methods: list[Method]) -> pd.DataFrame:

@@ -7,15 +7,14 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
 from analysis.figures import SETTINGS, STYLE, save_with_numbers
-from analysis.means import RunningMean, axis_labels, difference_in, drawn_columns
-from analysis.results import Method, accuracy_in, method_of, over_orders
+from analysis.means import RunningMean, axis_labels, drawn_columns, kept_logits, mean_logits
+from analysis.results import Method, method_of, numbers_of, over_orders
 from configs.errors import UserError
 from configs.schema import Experiment, dump
 from eval.calibration import expected_calibration_error, fit_beta
@@ -24,7 +23,6 @@ from eval.pool import evaluate_all
 from soups.average import Average
 from soups.experiment.pool import usable_pool
 from soups.files.atomic import digest_of
-from soups.files.weights import digest
 from store.rows import row_config
 from store.runs import Ingredient, RunFolder
 
@@ -91,23 +89,6 @@ def scaled_head(weights: dict[str, Tensor], beta: float) -> dict[str, Tensor]:
     return weights | {name: (beta * weights[name].double()).to(weights[name].dtype) for name in HEAD}
 
 
-def _kept(evaluator: Evaluator, weights: dict[str, Tensor]) -> Callable[[str], Tensor]:
-    name = digest(weights)
-    return lambda split: evaluator.logits(name, lambda: weights, split)
-
-
-def _mean(evaluator: Evaluator, members: Sequence[Ingredient], betas: Sequence[float]) -> Callable[[str], Tensor]:
-    """(N, C) float64 mean of members' cached logits, each times its beta."""
-
-    def logits(split: str) -> Tensor:
-        total: Tensor | float = 0.0
-        for each, beta in zip(members, betas, strict=True):
-            total = total + beta * evaluator.logits(each.digest, each.load, split).double()
-        return torch.as_tensor(total) / len(members)
-
-    return logits
-
-
 def _own(evaluator: Evaluator, each: Ingredient) -> Callable[[str], Tensor]:
     return lambda split: evaluator.logits(each.digest, each.load, split)
 
@@ -133,8 +114,8 @@ def answering(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated
     for k, member in enumerate(members, 1):
         yield Answering(INDIVIDUAL, k, NONE, singles[k - 1])
         mean.add(member)
-        soup = _kept(evaluator, mean.weights()) if k > 1 else singles[0]
-        ensemble = _mean(evaluator, members[:k], [1.0] * k)
+        soup = kept_logits(evaluator, mean.weights()) if k > 1 else singles[0]
+        ensemble = mean_logits(evaluator, members[:k])
         pair = [Answering(SOUP, k, NONE, soup), Answering(ENSEMBLE, k, NONE, ensemble)]
         yield from pair
         if not calibrated:
@@ -142,8 +123,8 @@ def answering(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated
         scaled = scaled_head(member.load(), betas[k - 1])
         first = Average.of(scaled) if first is None else first.plus(scaled)
         yield Answering(INDIVIDUAL, k, AFTER, singles[k - 1], betas[k - 1])
-        yield Answering(SOUP, k, FIRST, _kept(evaluator, first.weights()))
-        yield Answering(ENSEMBLE, k, FIRST, _mean(evaluator, members[:k], betas[:k]))
+        yield Answering(SOUP, k, FIRST, kept_logits(evaluator, first.weights()))
+        yield Answering(ENSEMBLE, k, FIRST, mean_logits(evaluator, members[:k], betas[:k]))
         for each in pair:
             yield Answering(each.what, k, AFTER, each.logits, beta_of(each.logits))
 
@@ -174,16 +155,13 @@ def seeds_table(
         method = method_of(each.what, models, each.logits, float("nan"), evaluator)
         if (each.what, each.temperature) == (INDIVIDUAL, NONE):
             individuals.append(method)
-        for column, splits in drawn_columns(config).items():
-            row = {"what": each.what, "k": each.k, "temperature": each.temperature, "models": models}
-            row |= {"beta": each.beta, "column": column, "n": sum(len(method.hits[split]) for split in splits)}
-            row["accuracy"] = accuracy_in(config, method, column)
-            if each.what != INDIVIDUAL and each.temperature == NONE:
-                gain = difference_in(config, evaluator, method, over_orders(INDIVIDUAL, individuals), splits)
-                row |= {"difference": gain.mean, "low": gain.low, "high": gain.high}
-            if calibrated:
-                row["ece"] = _ece(config, evaluator, each, splits)
-            rows.append(row)
+        head = {"what": each.what, "k": each.k, "temperature": each.temperature, "models": models, "beta": each.beta}
+        is_compared = each.what != INDIVIDUAL and each.temperature == NONE
+        baseline = over_orders(INDIVIDUAL, individuals) if is_compared else None
+        columns = drawn_columns(config)
+        for row in numbers_of(config, evaluator, method, baseline, columns):
+            ece = {"ece": _ece(config, evaluator, each, columns[row["column"]])} if calibrated else {}
+            rows.append(head | row | ece)
     return pd.DataFrame(rows)
 
 

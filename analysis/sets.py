@@ -1,27 +1,36 @@
 """Rows by name beside the soups and ensembles of chosen ones: the shape of Tables L.1 to L.3 and Figures L.1, L.2."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.figures import SETTINGS, save
-from analysis.results import SHIFT_MEAN, Method, accuracy_in, columns_of, compare, method_of, titled
+from analysis.means import kept_logits, mean_logits
+from analysis.results import SHIFT_MEAN, Method, columns_of, method_of, method_of_model, tidy, titled
 from analysis.tables import column_title, percent, points, write_table
 from configs.data import Task
+from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from soups.average import Average
 from soups.experiment.pool import usable_pool
-from soups.files.weights import digest
+from soups.recipes import mean_of
 from store.runs import RAW, Ingredient
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito's, a kind of weights each
+
+
+def need_labels(config: Experiment) -> None:
+    """Refuse an experiment whose rows have no names.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not config.analysis.labels:
+        raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
 
 
 def variants(config: Experiment) -> list[Ingredient]:
@@ -29,27 +38,9 @@ def variants(config: Experiment) -> list[Ingredient]:
     return [kind for each in usable_pool(config) if each.row for kind in each.kinds().values()]
 
 
-def _single(config: Experiment, evaluator: Evaluator, variant: Ingredient, name: str) -> Method:
-    logits = partial(evaluator.logits, variant.digest, variant.load)
-    return method_of(name, 1, logits, variant.held_out_score, evaluator)
-
-
-def _soup(config: Experiment, evaluator: Evaluator, members: Sequence[Ingredient], name: str) -> Method:
-    total = Average.of(members[0].load())
-    for member in members[1:]:
-        total = total.plus(member.load())
-    weights = total.weights()
-    logits = partial(evaluator.logits, digest(weights), lambda: weights)
-    held_out = evaluator.score(logits(config.task.held_out), config.task.held_out)
-    return method_of(name, 1, logits, held_out, evaluator)
-
-
-def _ensemble(config: Experiment, evaluator: Evaluator, members: Sequence[Ingredient], name: str) -> Method:
-    def logits(split: str) -> Tensor:
-        return torch.stack([evaluator.logits(each.digest, each.load, split).double() for each in members]).mean(dim=0)
-
-    held_out = evaluator.score(logits(config.task.held_out), config.task.held_out)
-    return method_of(name, len(members), logits, held_out, evaluator)
+def _made(evaluator: Evaluator, name: str, models: int, logits: Callable[[str], Tensor]) -> Method:
+    held_out = evaluator.config.task.held_out
+    return method_of(name, models, logits, evaluator.score(logits(held_out), held_out), evaluator)
 
 
 def _suffix(kind: str, kinds: Sequence[str]) -> str:
@@ -71,38 +62,24 @@ def measure_sets(config: Experiment, evaluator: Evaluator) -> tuple[list[Method]
         own = {variant.row: variant for variant in pool if variant.kind == kind}
         suffix = _suffix(kind, kinds)
         for row, variant in own.items():
-            methods.append(_single(config, evaluator, variant, config.analysis.labels[row - 1] + suffix))
+            methods.append(method_of_model(config.analysis.labels[row - 1] + suffix, variant, evaluator))
             notes.append({"kind": kind, "what": "individual"})
         for name, rows in config.analysis.sets.items():
             members = [own[row] for row in rows if row in own]
             if len(members) == len(rows):
-                methods.append(_soup(config, evaluator, members, f"Soup of {name}{suffix}"))
-                methods.append(_ensemble(config, evaluator, members, f"Ensemble of {name}{suffix}"))
+                soup = kept_logits(evaluator, mean_of([member.load for member in members]))
+                methods.append(_made(evaluator, f"Soup of {name}{suffix}", 1, soup))
+                ensemble = mean_logits(evaluator, members)
+                methods.append(_made(evaluator, f"Ensemble of {name}{suffix}", len(members), ensemble))
                 notes += [{"kind": kind, "what": "soup"}, {"kind": kind, "what": "ensemble"}]
     return methods, pd.DataFrame(notes)
 
 
 def tidy_sets(config: Experiment, methods: Sequence[Method], notes: pd.DataFrame, evaluator: Evaluator) -> pd.DataFrame:
     """One row per method and column: accuracy, n, difference to the first method and its interval; fractions."""
-    rows = []
-    for method, note in zip(methods, notes.to_dict("records"), strict=True):
-        for column, difference in compare(config, method, methods[0], evaluator).items():
-            splits = columns_of(config)[column]
-            rows.append(
-                {
-                    "method": method.name,
-                    **note,
-                    "models": method.models,
-                    "held_out": method.held_out,
-                    "column": column,
-                    "n": sum(len(method.hits[split]) for split in splits),
-                    "accuracy": accuracy_in(config, method, column),
-                    "difference": difference.mean,
-                    "low": difference.low,
-                    "high": difference.high,
-                }
-            )
-    return pd.DataFrame(rows)
+    rows = tidy(config, methods, evaluator, methods[0]).drop(columns="spread")
+    what = notes.loc[notes.index.repeat(len(columns_of(config)))].reset_index(drop=True)
+    return pd.concat([rows[["method"]], what, rows.drop(columns="method")], axis=1)
 
 
 def sets_table(tidy: pd.DataFrame, task: Task) -> pd.DataFrame:

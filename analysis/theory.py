@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from analysis.derivatives import along, check_weights
+from analysis.derivatives import along
 from eval.calibration import fit_beta
 from eval.metrics import check, top1
 from soups.average import mixture
@@ -260,7 +260,7 @@ def logits_at(
         ValueError: weights that are not the network's.
     """
     network.eval()
-    check_weights(network, weights)
+    _check(network, weights)
     here = _beside(network, weights)
     found = (torch.func.functional_call(network, here, (_to(network, batch),), strict=False) for batch in batches)
     return torch.cat([(logits if project is None else project(logits)).cpu() for logits in found])
@@ -273,9 +273,10 @@ def line_at(
 
     Raises:
         ValueError: models that do not fit together, or are not this network's.
-        NotImplementedError: an operation whose derivative is not known.
+        UserError: an operation whose second derivative torch does not know.
     """
     network.eval()
+    _check(network, segment.start)
     weights, direction = _beside(network, segment.at(alpha)), _beside(network, segment.direction())
     found = [along(network, weights, direction, _to(network, batch), project) for batch in batches]
     return Line(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True)))
@@ -331,7 +332,7 @@ def compare(
     Raises:
         ValueError: models that do not fit together or are not this network's; alpha out of range; as
             `eval.metrics.check`.
-        NotImplementedError: an operation whose derivative is not known; take `on_grid` then.
+        UserError: an operation whose second derivative torch does not know; take `on_grid` then.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is between the two models, in [0, 1], got {alpha}")
@@ -340,6 +341,21 @@ def compare(
         ends = first, second
     line = line_at(network, Segment(*pair), alpha, batches(), project)
     return point(alpha, ends, line.value, labels, lambda beta: (curvature(line, labels, beta).total, None))
+
+
+def _check(network: nn.Module, weights: Weights) -> None:
+    """Refuse weights of another network, and what would leave a tensor as the network happens to have it.
+
+    Raises:
+        ValueError: one is too many or missing, which is named.
+    """
+    parameters, buffers = network.named_parameters(remove_duplicate=False), network.named_buffers()
+    own = {name: id(tensor) for name, tensor in (*parameters, *buffers)}
+    unknown = sorted(weights.keys() - own.keys())
+    given = {own[name] for name in weights if name in own}
+    missing = [name for name in network.state_dict() if own[name] not in given]
+    if unknown or missing:
+        raise ValueError(f"these weights are not this network's: {(unknown + missing)[0]!r} is in one of them alone")
 
 
 def _beside(network: nn.Module, weights: Weights) -> dict[str, Tensor]:

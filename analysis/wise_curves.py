@@ -11,23 +11,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
 
 from analysis.figures import SETTINGS, STYLE, save_with_numbers
-from analysis.means import (
-    axis_labels,
-    difference_in,
-    drawn_columns,
-    measure_mixtures,
-    method_of_answers,
-    method_of_mixture,
-)
-from analysis.results import SHIFT_MEAN, Method, accuracy_in, refuse_leak
-from configs.errors import UserError
+from analysis.means import Mixture, axis_labels, drawn_columns, measure_mixtures, method_of_mixture
+from analysis.results import SHIFT_MEAN, Method, cooked_soup, method_of, need_shifts, numbers_of
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.experiment.pool import usable_pool
-from soups.files.atomic import digest_of, read_json
+from soups.files.atomic import digest_of
 from soups.files.weights import Weights, load_weights
 from soups.recipes import wise_ft
 from store.rows import row_config
@@ -56,13 +47,9 @@ def is_augmentation_varied(config: Experiment) -> bool:
 
 
 def _soup_end(config: Experiment, recipe: str) -> End:
-    folder = RunFolder.of(config).soup(recipe)
-    if not (folder / "soup.json").exists():
-        raise UserError(f"{folder / 'soup.json'} is missing: run python -m soups recipe={recipe} first")
-    cooked = read_json(folder / "soup.json")
-    refuse_leak(config, cooked)
-    load = partial(load_weights, folder / "weights.safetensors", cooked["digest"])
-    return End(recipe, recipe, recipe, cooked["digest"], load)
+    name = cooked_soup(config, recipe)["digest"]
+    load = partial(load_weights, RunFolder.of(config).soup(recipe) / "weights.safetensors", name)
+    return End(recipe, recipe, recipe, name, load)
 
 
 def ends_of(config: Experiment) -> list[End]:
@@ -80,29 +67,18 @@ def ends_of(config: Experiment) -> list[End]:
     return found + [_soup_end(config, recipe) for recipe in SOUPS if recipe in config.recipes]
 
 
-def key_of_point(start: Ingredient, end: End, alpha: float) -> str:
-    """Names a point between two models, without reading them."""
-    return digest_of({"wise_ft": [start.digest, end.digest], "alpha": alpha})
+def mixture_at(start: Ingredient, end: End, alpha: float) -> Mixture:
+    """(1 - alpha) start + alpha end."""
+    key = digest_of({"wise_ft": [start.digest, end.digest], "alpha": alpha})
+    return Mixture(key, partial(wise_ft, start.load, end.load, alpha))
 
 
 def point(evaluator: Evaluator, start: Ingredient, end: End, alpha: float) -> Method:
-    """(1 - alpha) start + alpha end; the two ends are from cached logits."""
+    """What (1 - alpha) start + alpha end answers; the two ends are from cached logits."""
     if 0 < alpha < 1:
-        mix = partial(wise_ft, start.load, end.load, alpha)
-        return method_of_mixture(end.name, key_of_point(start, end, alpha), mix, evaluator)
+        return method_of_mixture(end.name, mixture_at(start, end, alpha), evaluator)
     digest, load = (end.digest, end.load) if alpha else (start.digest, start.load)
-
-    def said(split: str) -> Tensor:
-        return evaluator.predicted(evaluator.logits(digest, load, split), split)
-
-    return method_of_answers(end.name, 1, said, float("nan"), evaluator)
-
-
-def _measure_end(config: Experiment, place: int) -> str:
-    evaluator, start, end = Evaluator(config), usable_pool(config)[0], ends_of(config)[place]
-    for alpha in ALPHAS:
-        point(evaluator, start, end, alpha)
-    return f"from the initialisation to {end.name}: evaluated"
+    return method_of(end.name, 1, partial(evaluator.logits, digest, load), float("nan"), evaluator)
 
 
 def wise_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
@@ -116,23 +92,9 @@ def wise_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
     for end in ends_of(config):
         at_end = point(evaluator, start, end, 1.0)
         for alpha in ALPHAS:
-            method = point(evaluator, start, end, alpha)
-            for column, splits in drawn_columns(config).items():
-                gain = difference_in(config, evaluator, method, at_end, splits)
-                rows.append(
-                    {
-                        "end": end.name,
-                        "kind": end.kind,
-                        "group": end.group,
-                        "alpha": alpha,
-                        "column": column,
-                        "n": sum(len(method.hits[split]) for split in splits),
-                        "accuracy": accuracy_in(config, method, column),
-                        "difference": gain.mean,
-                        "low": gain.low,
-                        "high": gain.high,
-                    }
-                )
+            head = {"end": end.name, "kind": end.kind, "group": end.group, "alpha": alpha}
+            found = point(evaluator, start, end, alpha)
+            rows += [head | row for row in numbers_of(config, evaluator, found, at_end, drawn_columns(config))]
     return pd.DataFrame(rows)
 
 
@@ -193,12 +155,10 @@ def figured1(config: Experiment, console: Console | None = None) -> list[Path]:
     Raises:
         UserError: the sweep is not finished, a soup is missing, or the task has no shifts.
     """
-    if not config.task.shifts:
-        raise UserError(f"{config.name}: Figure D.1 is test against shifts, and task.shifts is empty")
+    need_shifts(config)
     start, ends = usable_pool(config)[0], ends_of(config)
-    keys = [key_of_point(start, end, alpha) for end in ends for alpha in ALPHAS[1:-1]]
-    calls = [partial(_measure_end, config, place) for place in range(len(ends))]
-    measure_mixtures(config, "points of WiSE-FT curves", keys, calls, console)
+    mixtures = [mixture_at(start, end, alpha) for end in ends for alpha in ALPHAS[1:-1]]
+    measure_mixtures(config, "points of WiSE-FT curves", mixtures, console)
     tidy = wise_table(config, Evaluator(config))
     figure = wise_figure(tidy, config.task.test, axis_labels(config))
     return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figured1")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,16 +14,14 @@ from analysis.report import note
 from analysis.results import (
     SHIFT_MEAN,
     Method,
-    accuracy_in,
     bootstrap_groups,
     columns_of,
-    compare,
     measure,
-    spread_in,
+    numbers_of,
+    tidy,
 )
-from analysis.sets import measure_sets
+from analysis.sets import measure_sets, need_labels
 from analysis.tables import BEST, HEADS, NAMES, column_title, measured, points, write_cells
-from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.significance import paired_permutation
@@ -58,7 +57,9 @@ def _is_worse(
     """Whether `method` is significantly worse than `best`, and the p-value where a permutation test gives one."""
     ours, theirs = (_hits(config, each, evaluator, column) for each in (method, best))
     if ours is None or theirs is None:  # scored by no mean over images: by the bootstrap interval of the difference
-        return compare(config, method, best, evaluator)[column].high < 0, float("nan")
+        own = {column: columns_of(config)[column]}
+        (row,) = numbers_of(config, evaluator, method, best, own, redraw=True)
+        return row["high"] < 0, float("nan")
     p = paired_permutation(ours[0], theirs[0], ours[1], seed=config.analysis.seed).p
     return p < LEVEL, p
 
@@ -74,33 +75,23 @@ def with_significance(
     Columns: method, models, held_out, column, n, accuracy, spread, difference, low, high, p_to_best, bold; fractions.
     """
     annotations = list(methods[0].annotated)
-    rows = []
+    scores = tidy(config, methods, evaluator, baseline).to_dict("records")
+    per_method = len(scores) // len(methods)
+    rows: list[dict[str, Any]] = []
+    for place, method in enumerate(methods):
+        head = {"method": method.name, "models": method.models, "held_out": method.held_out}
+        for name in annotations:
+            seen = method.annotated[name]
+            rows.append(head | {"column": name, "n": len(seen.right), "accuracy": seen.accuracy})
+        rows += scores[place * per_method : (place + 1) * per_method]
     for column in (*annotations, *columns_of(config)):
-
-        def accuracy(method: Method, column: str = column) -> float:
-            if column in method.annotated:
-                return method.annotated[column].accuracy
-            return accuracy_in(config, method, column)
-
-        best = max((method for method in methods if method.name != ORACLE), key=accuracy)
-        for method in methods:
-            row = {"method": method.name, "models": method.models, "held_out": method.held_out, "column": column}
-            row |= {"accuracy": accuracy(method), "spread": None}
-            if column in method.annotated:
-                row["n"] = len(method.annotated[column].right)
-            else:
-                row["n"] = sum(len(method.hits[split]) for split in columns_of(config)[column])
-                row["spread"] = spread_in(config, method, column)
+        own = list(zip(methods, (row for row in rows if row["column"] == column), strict=True))
+        best, _ = max((each for each in own if each[0].name != ORACLE), key=lambda each: each[1]["accuracy"])
+        for method, row in own:
             is_worse, p = _is_worse(config, evaluator, method, best, column) if method is not best else (False, 1.0)
-            rows.append(row | {"p_to_best": p, "bold": not is_worse and method.name != ORACLE})
-    tidy = pd.DataFrame(rows)
-    gains = {method.name: compare(config, method, baseline, evaluator) for method in methods}
-    for end in ("mean", "low", "high"):
-        tidy["difference" if end == "mean" else end] = [
-            getattr(gains[name][column], end) if column in gains[name] else float("nan")
-            for name, column in zip(tidy["method"], tidy["column"], strict=True)
-        ]
-    return tidy.sort_values("method", key=lambda names: names.map([m.name for m in methods].index), kind="stable")
+            row |= {"p_to_best": p, "bold": not is_worse and method.name != ORACLE}
+    told = ["accuracy", "spread", "n", "p_to_best", "bold", "difference", "low", "high"]
+    return pd.DataFrame(rows)[["method", "models", "held_out", "column", *told]]
 
 
 def _beside(tidy: pd.DataFrame, table: str, rows: Mapping[str, str], columns: Mapping[str, str]) -> pd.DataFrame:
@@ -176,8 +167,7 @@ def rows_with_paper(config: Experiment, table: str) -> list[Path]:
     Raises:
         UserError: rows without names in `analysis.labels`, or a sweep that is not finished.
     """
-    if not config.analysis.labels:
-        raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
+    need_labels(config)
     evaluator = Evaluator(config)
     methods, _ = measure_sets(config, evaluator)
     tidy = with_significance(config, evaluator, methods, methods[0])

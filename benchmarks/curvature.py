@@ -4,7 +4,7 @@ A ViT-S/32 of timm with random weights (23 M parameters), a direction of all of 
 
 forward           the loss alone, a floor
 differences       the losses a tenth of the way before and after, and a central difference: not exact
-ours              exact, by carrying two derivatives through one forward pass (`analysis.derivatives`)
+ours              exact, by forward mode within forward mode (`analysis.derivatives`)
 double_backward   a Hessian-vector product as PyHessian takes it, and its inner product with the direction
 curvlinops        the product of its HessianLinearOperator, and the same inner product
 
@@ -95,7 +95,7 @@ def differences(p: Problem) -> float:
 
 
 def ours(p: Problem) -> float:
-    """One pass with derivatives."""
+    """One pass with both derivatives."""
     return curvature(Line(*along(p.network, p.network.state_dict(), p.direction, p.inputs)), p.labels, 1.0).total
 
 

@@ -39,7 +39,7 @@ def test_three_rates_two_augmentations_and_two_seeds_make_21_pairs(tmp_path, nam
     pairs = related_pairs(config, usable_pool(config))
     counts = pd.Series([each.differ for each in pairs]).value_counts().to_dict()
     assert counts == {LEARNING_RATE: 6, AUGMENTATION: 3, SEED: 6, START: 6}
-    assert len({each.pair.name for each in pairs}) == 21
+    assert len({each.pair.mean.key for each in pairs}) == 21
     assert sum(each.highest_lr == max(config.analysis.theory.learning_rates) for each in pairs) == 9
     assert all(each.pair.first.row == 0 for each in pairs if each.differ == START)
 

@@ -66,7 +66,7 @@ def test_each_set_is_evaluated_once_however_many_orders_reach_it():
 def test_a_soup_is_the_mean_of_the_zero_shot_model_and_the_towers_under_its_head(finished, table):
     config, evaluator = finished
     order = orders_of(config, 5)[1]
-    start = zero_shot_model(config)()
+    start = zero_shot_model(config)
     average = Average.of(start)
     for i in order[:2]:
         tower = load_weights(RunFolder.of(config).ingredient(i + 1) / "weights.safetensors")

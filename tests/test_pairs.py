@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.midpoints import Pair, gain
+from analysis.midpoints import Pair
 from analysis.pairs import figure4, pairs_figure, random_pairs
-from analysis.results import SHIFT_MEAN
+from analysis.results import SHIFT_MEAN, difference_in, method_of_answers, over_orders
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator, forward
@@ -54,7 +54,7 @@ def test_a_pair_has_one_name_whichever_comes_first(tmp_path):
     config = load("demo_tiny", f"paths.runs={tmp_path}")
     recorded_pool(config)
     one, two, three = usable_pool(config)[1:]
-    assert Pair(one, two).name == Pair(two, one).name != Pair(one, three).name
+    assert Pair(one, two).mean.key == Pair(two, one).mean.key != Pair(one, three).mean.key
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +117,14 @@ def test_the_figure_has_two_panels_with_units_a_diagonal_and_the_larger_rate(mea
 
 @pytest.mark.parametrize("metric", ["top1", "macro_f1"])
 def test_a_gain_is_over_the_mean_of_those_compared_with_in_any_metric(tmp_path, metric):
-    config = load("demo_tiny", f"paths.runs={tmp_path}", f"+task.metrics.test={metric}", *FEW)
+    config = load("demo_tiny", f"paths.runs={tmp_path}", f"+task.metrics.test={metric}", "task.shifts=[]", *FEW)
     evaluator = Evaluator(config)
     labels = evaluator.split("test").labels
     ours, one, two = labels.clone(), labels.clone(), labels.clone()
     ours[:4], one[:10], two[:20] = 39, 38, 37
-    found = gain(config, evaluator, {"test": ours}, [{"test": one}, {"test": two}], ("test",))
+    made = [method_of_answers("", 1, {"test": ids}.get, 0.5, evaluator) for ids in (ours, one, two)]
+    both = over_orders("both", made[1:])
+    found = difference_in(config, evaluator, made[0], both, ("test",), redraw=True)
     ours, one, two = (score(metric, answers, labels) for answers in (ours, one, two))
     assert found.mean == pytest.approx(ours - (one + two) / 2)
     assert 0 < found.low < found.mean < found.high

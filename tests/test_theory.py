@@ -2,11 +2,31 @@
 
 import math
 
+import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
+from analysis.derivatives import along
 from analysis.theory import (
     Line,
     Segment,
@@ -25,6 +45,9 @@ from analysis.theory import (
 from configs.errors import UserError
 from eval.calibration import fit_beta
 from models.classifier import Classifier
+from models.emoji_clip import model as emoji_clip
+from models.hub import HubTower, SentenceTower
+from models.prompts import MaskedPrompt, Seq2SeqPrompt
 from tasks.label_space import LabelSpace
 
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -231,3 +254,241 @@ def test_what_makes_no_point_is_refused():
         compare(Square(), (PAIR[0], {"v": torch.zeros(())}), lambda: [X], Y, 0.5, ends=(X[:, None], X[:, None]))
     with pytest.raises(ValueError, match="class ids"):
         point(0.5, (torch.zeros(3, 2), torch.zeros(3, 2)), torch.zeros(3, 2), Y + 1, lambda beta: (0.0, None))
+
+
+# ---- derivatives through every family of networks
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+PATCHES = SIZES | {"image_size": 32, "patch_size": 8}
+OPTIONS = torch.tensor([[3, 4], [5, 1], [6, 7]])  # answers of a prompt
+
+
+def images(tower, width):
+    return Classifier(tower, width, 3, torch.zeros(3), torch.ones(3))
+
+
+def by_timm(name, size, **changes):
+    tower = timm.create_model(name, num_classes=0, **changes)
+    return images(tower, tower.num_features), torch.rand(3, 3, size, size)
+
+
+def by_open_clip(activation):
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 4, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1}
+    clip = open_clip.CLIP(16, vision, text, quick_gelu=activation == "quickgelu")
+    return images(clip.visual, 16), torch.rand(3, 3, 32, 32)
+
+
+def by_hub(network, config, **changes):
+    sizes = PATCHES | {"intermediate_size": 32} | changes
+    return images(HubTower(network(config(**sizes))), 16), torch.rand(3, 3, 32, 32)
+
+
+def texts():
+    return torch.tensor([[2, 5, 6, 7, 8, 3, 3, 1], [2, 9, 8, 3, 3, 1, 0, 0], [2, 4, 3, 3, 1, 0, 0, 0]])
+
+
+def bert():
+    sizes = SIZES | {"intermediate_size": 32, "vocab_size": 12}
+    return MaskedPrompt(BertForMaskedLM(BertConfig(**sizes)), OPTIONS, 0), texts()
+
+
+def encoder():
+    network = BertModel(BertConfig(**SIZES, intermediate_size=32, vocab_size=12))
+    return Classifier(SentenceTower(network, 0), 16, 3, None, None), texts()
+
+
+def t5(feed_forward, *, tied):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 12}
+    config = T5Config(
+        **sizes, feed_forward_proj=feed_forward, tie_word_embeddings=tied, pad_token_id=0, decoder_start_token_id=0
+    )
+    return Seq2SeqPrompt(T5ForConditionalGeneration(config), OPTIONS, 0), texts()
+
+
+def embedded():
+    return images(emoji_clip.build(50).visual, emoji_clip.EMBED_DIM), torch.rand(3, 3, 64, 64)
+
+
+SWIN = {"img_size": 32, "window_size": 2, "depths": (2,), "embed_dim": 24, "num_heads": (2,)}
+SMOOTH = {
+    "open_clip, gelu": lambda: by_open_clip("gelu"),
+    "open_clip, quickgelu": lambda: by_open_clip("quickgelu"),
+    "timm ViT": lambda: by_timm("test_vit", 32, img_size=32),
+    "timm EfficientNet, silu and gates": lambda: by_timm("test_efficientnet", 32),
+    "timm ConvNeXt": lambda: by_timm("test_convnext", 32),
+    "timm Swin": lambda: by_timm("swin_tiny_patch4_window7_224", 32, **SWIN),
+    "SigLIP": lambda: by_hub(SiglipVisionModel, SiglipVisionConfig),
+    "transformers CLIP": lambda: by_hub(CLIPVisionModel, CLIPVisionConfig),
+    "transformers ViT": lambda: by_hub(ViTModel, ViTConfig),
+    "DINOv2": lambda: by_hub(Dinov2Model, Dinov2Config),
+    "BERT prompt": bert,
+    "T5 1.1 prompt, gated gelu": lambda: t5("gated-gelu", tied=False),
+    "MiniLM": encoder,
+}
+KINKED = {
+    "EfficientNet-Lite0, relu6": embedded,
+    "ResNet": lambda: by_timm("test_resnet", 32),
+    "T5 prompt, relu": lambda: t5("relu", tied=True),
+}
+
+
+class Wide(TorchFunctionMode):
+    """Language models compute norms and softmaxes in float32 whatever they are in; here they stay in float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float or (func is torch.Tensor.to and args[1:] == (torch.float32,)):
+            return args[0]
+        kwargs = {name: value for name, value in (kwargs or {}).items() if value is not torch.float32}
+        return func(*args, **kwargs)
+
+
+def made(build):
+    """A network in float64, evaluation mode, whose norms are not the identity; its inputs; a direction of all of it."""
+    torch.manual_seed(0)
+    network, inputs = build()
+    network = network.double().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    floating = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    # Statistics move upwards, since a variance is positive.
+    direction = {n: 0.1 * (torch.rand_like(t) if "running" in n else torch.randn_like(t)) for n, t in floating.items()}
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    return network, inputs, weights, direction
+
+
+def differences(network, inputs, weights, direction, step=2e-3):
+    """First and second derivatives by five points, wrong by step^4."""
+
+    def look(t):
+        moved = {name: tensor + t * direction.get(name, 0) for name, tensor in weights.items()}
+        return torch.func.functional_call(network, moved, (inputs,), strict=False)
+
+    with torch.no_grad():
+        a, b, c, d, e = (look(i * step) for i in (-2, -1, 0, 1, 2))
+    return (a - 8 * b + 8 * d - e) / (12 * step), (-a + 16 * b - 30 * c + 16 * d - e) / (12 * step**2)
+
+
+def double_backward(network, inputs, labels, direction):
+    """delta^T H delta of the loss by autograd twice, through the network as it is."""
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = F.cross_entropy(network(inputs), labels)
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        along_it = sum((direction[name] * part).sum() for name, part in zip(names, gradient, strict=True))
+        product = torch.autograd.grad(along_it, parameters, materialize_grads=True)
+    return sum((direction[name] * part).sum().item() for name, part in zip(names, product, strict=True))
+
+
+@pytest.mark.parametrize("family", SMOOTH)
+def test_derivatives_along_all_weights_and_buffers_are_those_of_differences(family):
+    with Wide():
+        network, inputs, weights, direction = made(SMOOTH[family])
+        value, first, second = along(network, weights, direction, inputs)
+        slope, curve = differences(network, inputs, weights, direction)
+        torch.testing.assert_close(value, network(inputs), atol=1e-9, rtol=1e-9)
+    assert slope.norm() > 1e-3
+    assert curve.norm() > 1e-3
+    torch.testing.assert_close(first, slope, atol=1e-6 * slope.norm().item(), rtol=0)
+    torch.testing.assert_close(second, curve, atol=1e-5 * curve.norm().item(), rtol=0)
+
+
+@pytest.mark.parametrize("family", SMOOTH | KINKED)
+def test_curvature_of_the_loss_is_that_of_double_backward(family):
+    with Wide():
+        network, inputs, weights, direction = made((SMOOTH | KINKED)[family])
+        labels = torch.tensor([0, 2, 1])
+        direction = {name: direction[name] for name, _ in network.named_parameters()}
+        line = Line(*along(network, weights, direction, inputs))
+        expected = double_backward(network, inputs, labels, direction)
+    assert abs(expected) > 1e-4
+    assert curvature(line, labels, 1.0).total == pytest.approx(expected, rel=1e-8)
+
+
+class Pooled(nn.Module):
+    """A layer between a linear one and the mean over what came out of it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.before, self.layer, self.after = nn.Linear(4, 6), layer, nn.Linear(6, 3)
+
+    def forward(self, x):
+        found = self.layer(self.before(x))
+        return self.after(found[0] if isinstance(found, tuple) else found).mean(1)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.LayerNorm(6),
+        lambda: nn.LayerNorm((5, 6)),
+        lambda: nn.RMSNorm(6),
+        lambda: nn.GroupNorm(5, 5),
+        lambda: nn.BatchNorm1d(5),
+        lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True),
+        lambda: nn.GRU(6, 6, batch_first=True),
+        nn.Softplus,
+        nn.Mish,
+    ],
+)
+def test_layers_that_no_family_has_are_right_too(layer):
+    torch.manual_seed(0)
+    network, inputs, labels = Pooled(layer()).double().eval(), torch.randn(3, 5, 4).double(), torch.tensor([0, 2, 1])
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    direction = {name: torch.randn_like(p).detach() for name, p in network.named_parameters()}
+    found = curvature(Line(*along(network, weights, direction, inputs)), labels, 1.0).total
+    assert found == pytest.approx(double_backward(network, inputs, labels, direction), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.InstanceNorm1d(5), "instance norm"),
+        (nn.BatchNorm1d(5, track_running_stats=False), "statistics of a batch"),
+        (nn.Sequential(nn.Linear(6, 12), nn.GLU()), "glu"),
+    ],
+)
+def test_an_operation_without_a_second_derivative_is_refused_by_name(layer, name):
+    network = Pooled(layer).eval()
+    with pytest.raises(UserError, match=rf"no second derivative of .*{name}.*: take analysis\.theory\.curvature"):
+        along(network, network.state_dict(), dict(network.named_parameters()), torch.randn(3, 5, 4))
+
+
+def test_what_is_written_into_a_sum_is_not_written_into_its_parts():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            moving = (x * self.w).exp()
+            return F.relu(moving + torch.tensor([-100.0, 0.0]), inplace=True) + moving
+
+    ones, step = {"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0])}
+    _, first, second = along(Residual().eval(), ones, step, torch.ones(1, 2))
+    e = torch.tensor(1.0).exp()
+    torch.testing.assert_close(first, torch.stack([e, 2 * 2 * e]).unsqueeze(0))
+    torch.testing.assert_close(second, torch.stack([e, 2 * 4 * e]).unsqueeze(0))
+
+
+def test_derivatives_in_float32_are_as_good_as_float32_gets():
+    network, inputs, weights, direction = made(SMOOTH["timm ViT"])
+    wide = along(network, weights, direction, inputs)
+    small, step = ({name: tensor.float() for name, tensor in each.items()} for each in (weights, direction))
+    narrow = along(network.float(), small, step, inputs.float())
+    for found, expected in zip(narrow, wide, strict=True):
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_weights_of_another_network_and_training_mode_are_refused():
+    network, inputs = nn.Linear(2, 2), torch.ones(1, 2)
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    with pytest.raises(ValueError, match="'bias'"):
+        logits_at(network, {"weight": torch.ones(2, 2)}, [inputs])
+    longer = weights | {"gain": torch.ones(2)}
+    with pytest.raises(ValueError, match="'gain'"):
+        line_at(network, Segment(longer, longer), 0.5, [inputs])
+    with pytest.raises(ValueError, match="evaluation"):
+        along(network.train(), weights, weights, inputs)
