@@ -92,7 +92,9 @@ def predictions_of_all(config: Experiment) -> None:
 def claims() -> None:
     """Answer the claims from the pools whose predictions are in results/measured."""
     files = write_claims(MEASURED)
-    print(files[0].read_text(), *files, *write_pays(MEASURED, POOLS), sep="\n")
+    if any(MEASURED.glob("*_subpools.csv")):
+        files += write_pays(MEASURED, POOLS)
+    print(files[0].read_text(), *files, sep="\n")
 
 
 def report_all(config: Experiment) -> None:

@@ -254,7 +254,7 @@ def test_the_random_orders_of_greedy_are_soups_of_their_own(config):
 
 
 def test_a_learned_soup_lowers_held_out_loss_and_records_coefficients_that_sum_to_one(config):
-    config = with_cooking(config, learned=replace(config.cooking.learned, epochs=4))
+    config = with_cooking(config, learned=replace(config.cooking.learned, epochs=8, batch_size=64))
     cooked = cook("learned_by_layer", Evaluator(config))
     assert cooked["last_loss"] < cooked["first_loss"]
     assert sum(member["weight"] for member in cooked["ingredients"]) == pytest.approx(1)
