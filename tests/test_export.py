@@ -257,10 +257,12 @@ def test_an_ensemble_a_full_folder_and_a_missing_soup_are_refused(tmp_path):
 
 def test_without_onnx_the_command_names_the_file_to_install(tmp_path):
     code = (
-        "import sys; sys.modules['onnxruntime'] = None\n"
+        "import sys; sys.modules.update(dict.fromkeys(['onnx', 'onnxruntime', 'onnxscript']))\n"
         "from soups.experiment.export.__main__ import *\n"
         f"sys.argv = ['x', 'soup={tmp_path}', 'to=onnx', 'out={tmp_path / 'out'}']\nexport_entry_point(run)()"
     )
     answer = subprocess.run([python(), "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
-    assert answer.stderr == ("error: onnx needs onnxruntime: pip install onnx onnxruntime onnxscript\n")
+    assert answer.stderr == (
+        "error: onnx needs onnx, onnxruntime, onnxscript: pip install onnx onnxruntime onnxscript\n"
+    )
