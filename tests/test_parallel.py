@@ -49,6 +49,7 @@ TIED = ["compute=cpu", "cluster=local", "task.counts=null", "task.held_out_share
 TIED += ["sweep.rows=1", "~sweep.draw.optim.epochs", "~sweep.draw.optim.batch_size", "optim.batch_size=8"]
 TIED += ["~sweep.draw.optim.lr", "optim.lr=1e-3", f"optim.steps={STEPS}", "tracking.every=1"]
 TIED += ["optim.evaluate_every=2", *SGD]
+TIED += ["task.options=[bad,good]"]  # words that the network knows: unknown ones would be equally likely, to rounding
 SHARED = {"ddp": (SGD, DDP), "fsdp": (BEST, FSDP)}  # begun by some, ended by others
 
 
