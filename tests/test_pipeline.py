@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow  # the whole story, several times over
 # docs/extend.md, whose commands tests/test_docs.py runs, has all recipes and one row more.
 SMALL = ("task.classes=10", "task.shifts=[v2]", "sweep.rows=2", "recipes=[best,greedy,learned,ensemble]")
-SMALL += ("analysis.resamples=100",)
+SMALL += ("analysis.resamples=100", "cooking.learned.epochs=40")  # long enough to be killed in it
 RESULTS = ("table3.md", "table3.tex", "table3.csv", "figure1.pdf", "figure1.png", "figure1.csv")
 
 
