@@ -100,7 +100,7 @@ def _rows_of(markdown):
 def two_averages(tmp_path_factory):
     """Rows with a low and a high EMA; the high one of row 2 is the best of all, the zero-shot weights but a little."""
     runs = tmp_path_factory.mktemp("runs")
-    settings = ["sweep.rows=3", "recipes=[best,second_best,uniform,ensemble]"]
+    settings = ["sweep.rows=3", "recipes=[best,second_best,uniform,ensemble]", "model.head=zero_shot"]
     settings += ["regularizer.ema=[0.9,0.99]", "regularizer.ingredient=ema_0.9", "cluster.workers=1"]
     settings += ["cooking.individuals=[ema_0.9,ema_0.99]", "cooking.initialisation=false"]
     config, evaluator = finished_pool(runs, *settings, classes=100)
