@@ -157,7 +157,7 @@ def test_perturbations_of_each_process_are_not_those_of_all(started):
     assert pair.outcomes(configs["own sam"]) == ["ended"] * 2
     (own, *_), (together, *_) = made(configs["own sam"]), made(by_one[tuple(SAM)])
     assert own[0] == pytest.approx(together[0], rel=1e-9)
-    assert own[1] != pytest.approx(together[1], rel=1e-6)
+    assert own[1] != pytest.approx(together[1], rel=1e-8)  # where what is the same agrees to 1e-9
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
