@@ -12,7 +12,7 @@ from rich.console import Console
 
 from analysis.report import publish
 from configs.errors import UserError
-from configs.schema import Experiment, Recipe, dump
+from configs.schema import Experiment, Recipe
 from eval.forward import Evaluator
 from eval.metrics import nll
 from soups.experiment.cook import cook, cook_all, logits_of
@@ -34,8 +34,8 @@ def directions(config: Experiment) -> tuple[tuple[str, str], ...]:
 def predictions(config: Experiment, console: Console | None = None) -> pd.DataFrame:
     """Which images each method gets right, whichever of held-out and test selects; what is not cooked yet is cooked.
 
-    Returns one row for each direction and image of what reports: selects, split, image (its number in the split),
-    class (of the task), and a column of 0 and 1 for each of `METHODS`.
+    Returns one row for each direction and image of the splits that report: selects, split, image (its number in the
+    split), class (of the task), and a column of 0 and 1 for each of `METHODS`.
 
     Raises:
         UserError: something was chosen on held-out before the pool was made, so that the two cannot change places; or
@@ -80,7 +80,8 @@ def write_pool(config: Experiment, console: Console | None = None) -> list[Path]
     for file, frame in zip(files, (predictions(config, console), models(config)), strict=False):
         with replacing(file) as temporary:
             frame.to_csv(temporary, index=False, float_format="%.6g")
-    write_json(files[-1], {"provenance": provenance(), "config": dump(config)})
+    record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}
+    write_json(files[-1], record)
     return files if config.paths.results is None else [publish(f, config.paths.results, config.name) for f in files]
 
 

@@ -54,7 +54,7 @@ class Unset:
 
 @closed
 class Task(Unset):
-    """What every kind of task has: what is learned, what selects and what reports."""
+    """What every kind of task has: its data, and the splits that train, select and report."""
 
     kind: str  # how the data lie on the disk
     folder: Path  # the data as they are distributed; of image_folder: <folder>/<split>/<class>/<image>;

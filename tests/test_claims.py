@@ -218,3 +218,8 @@ def test_with_fewer_pools_the_table_says_interim_and_none_is_refused(tmp_path, c
     with pytest.raises(SystemExit):
         one_line_errors(lambda: write_claims(tmp_path / "none"))
     assert "analysis predictions" in capsys.readouterr().err
+
+
+def test_no_published_record_names_a_folder_of_the_machine_that_made_it():
+    records = list(MEASURED.glob("*.json"))
+    assert len(records) > 20 and [file.name for file in records if '": "/' in file.read_text()] == []

@@ -85,6 +85,8 @@ def test_what_a_pool_writes_can_be_read_as_it_was(pool, frame, in_process):
     files = write_pool(pool.config)
     assert [file.name for file in files] == ["predictions.csv", "models.csv", "predictions_provenance.json"]
     pd.testing.assert_frame_equal(pd.read_csv(files[0]), frame, check_dtype=False)
+    record = files[2].read_text()  # is published, so it names no folder of this machine
+    assert '"experiment": "demo_tiny"' in record and str(pool.config.paths.runs) not in record
 
 
 @pytest.mark.parametrize("words", [["model.probe_c=[0.1,1]"], ["optim.keep=best", "optim.evaluate_every=5"]])
