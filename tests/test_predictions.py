@@ -1,5 +1,7 @@
 """Tables of predictions of a pool, with held-out and test swapped, and soups of smaller pools drawn from it."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -11,7 +13,7 @@ from configs.errors import UserError
 from configs.schema import load
 from eval.metrics import correct
 from soups.experiment.cook import cook, cook_all
-from soups.experiment.pool import usable_pool
+from soups.experiment.pool import mix, usable_pool
 from soups.recipes import mean_of
 from store.rows import row_config
 from store.runs import RunFolder
@@ -53,6 +55,19 @@ def test_the_best_model_is_the_best_on_the_split_that_selects(pool, frame, selec
     part = frame[(frame["selects"] == selects) & (frame["split"] == reports)]
     assert part["best"].tolist() == hits[reports][best].int().tolist()
     assert part["class"].tolist() == pool.split(reports).labels.tolist()
+
+
+def test_where_test_selects_its_scores_do_and_recorded_held_out_ones_have_no_say(pool, tmp_path):
+    members = usable_pool(pool.config)
+    right = [pool.count(pool.logits(m.digest, m.load, "test"), "test")[0] for m in members]
+    worst = right.index(min(right))
+    planted = [
+        replace(m, held_out={"split": "held_out", "correct": 9 if i == worst else 1, "n": 10})
+        for i, m in enumerate(members)
+    ]
+    assert max(right) > min(right)
+    chosen = {s: mix("best", planted, pool, tmp_path, "", split=s).soup.ingredients[0] for s in ("held_out", "test")}
+    assert chosen == {"held_out": worst, "test": right.index(max(right))}
 
 
 def test_a_swapped_greedy_soup_is_chosen_and_scored_on_test_alone_and_lies_apart(pool, frame):
