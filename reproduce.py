@@ -24,8 +24,8 @@ from analysis.artefacts import draw
 from analysis.ending import ending, reminder
 from analysis.page.write import write_report
 from analysis.released import published_instead, write_instead
-from analysis.report import Report, analyse
-from analysis.seeds import over_seeds
+from analysis.tables.sweep_seeds import over_seeds
+from analysis.tables.table3 import Report, analyse
 from configs.cli import entry_point, parts_as_typed, record_words
 from configs.errors import UserError
 from configs.schema import Experiment, replicate

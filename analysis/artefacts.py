@@ -8,22 +8,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from analysis.angles import figure3
-from analysis.approximation import figurek1
-from analysis.compared import figurel1, figurel2, figurel3
-from analysis.considered import figureb1, figureh1, figureh2, figureh3, figureh4
-from analysis.cross_dataset import figuree1
-from analysis.grids import figuref1
-from analysis.inference import table2
-from analysis.landscape import figure2, figurej1
-from analysis.pairs import figure4
-from analysis.paper import paper_table
-from analysis.reliability import figure_reliability
-from analysis.report import publish, scatter
-from analysis.seeds_only import figureb2, figureg4
-from analysis.text_tables import texts_with_paper
-from analysis.wise_curves import figured1
-from analysis.with_paper import methods_with_paper, rows_with_paper
+from analysis.figures.angles import figure3
+from analysis.figures.cross_dataset import figuree1
+from analysis.figures.grids import figuref1
+from analysis.figures.landscape import figure2, figurej1
+from analysis.figures.pairs import figure4
+from analysis.figures.pool_size import figureb1, figureh1, figureh2, figureh3, figureh4
+from analysis.figures.reliability import figure_reliability
+from analysis.figures.scatter import figurel1, figurel2, figurel3
+from analysis.figures.training_seeds import figureb2, figureg4
+from analysis.figures.wise_curves import figured1
+from analysis.tables.paper import paper_table
+from analysis.tables.paper_tables import methods_beside_paper, named_rows_beside_paper
+from analysis.tables.table2 import table2
+from analysis.tables.table3 import publish, scatter
+from analysis.tables.text_tables import texts_beside_paper
+from analysis.theory.approximation import figurek1
 from configs.errors import UserError
 from configs.schema import Experiment
 from soups.files.atomic import write_json
@@ -65,15 +65,15 @@ def _table(draw: Callable[[Experiment], list[Path]]) -> Draw:
 
 
 def _texts(table: str) -> Draw:
-    return lambda configs, _: texts_with_paper(configs, table)
+    return lambda configs, _: texts_beside_paper(configs, table)
 
 
 def _methods(table: str) -> Draw:
-    return _table(partial(methods_with_paper, table=table))
+    return _table(partial(methods_beside_paper, table=table))
 
 
 def _rows(table: str) -> Draw:
-    return _table(partial(rows_with_paper, table=table))
+    return _table(partial(named_rows_beside_paper, table=table))
 
 
 def _scatter(stem: str) -> Draw:

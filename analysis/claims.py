@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis.figures import SETTINGS, STYLE, save_with_numbers
+from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
 from analysis.predictions import read_pools
-from analysis.tables import NAMES, write_cells
+from analysis.tables.cells import NAMES, write_cells
 from configs.errors import UserError
 
 POOLS = ("demo72", "demo72_fold1", "demo72_fold2", "demo72_fold3", "demo72_fold4")

@@ -13,9 +13,9 @@ from analysis.ending import reminder, verdict
 from analysis.page.write import write_report
 from analysis.predictions import write_pool
 from analysis.released import published_instead, write_instead
-from analysis.report import analyse
-from analysis.seeds import over_seeds
 from analysis.subpools import write_pays, write_subpools
+from analysis.tables.sweep_seeds import over_seeds
+from analysis.tables.table3 import analyse
 from configs import cli
 from configs.errors import UserError
 from configs.schema import Experiment, replicate

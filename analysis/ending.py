@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.artefacts import ARTEFACTS, MEASURED
-from analysis.results import SHIFT_MEAN
-from analysis.tables import METRICS, NAMES, percent, points
+from analysis.measure.methods import SHIFT_MEAN
+from analysis.tables.cells import METRICS, NAMES, percent, points
 from configs.schema import Experiment
 from soups.files.atomic import read_json
 from store.runs import RunFolder
@@ -22,7 +22,7 @@ def verdict(config: Experiment, tidy: pd.DataFrame) -> list[str]:
 
     Args:
         config: of the experiment; of several sweeps, of the whole.
-        tidy: from `analysis.results.tidy`; of several sweeps with their seed as a column.
+        tidy: from `analysis.measure.methods.tidy`; of several sweeps with their seed as a column.
 
     Returns:
         Nothing where the experiment makes no soup.

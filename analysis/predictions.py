@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis.report import publish
+from analysis.tables.table3 import publish
 from configs.errors import UserError
 from configs.schema import Experiment, Recipe
 from eval.forward import Evaluator

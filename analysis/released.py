@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures import STYLE, figure1, save
-from analysis.paper import beside, beside_table, legend
-from analysis.report import publish
-from analysis.results import SHIFT_MEAN
-from analysis.tables import NAMES, write_cells
+from analysis.figures.style import STYLE, figure1, save
+from analysis.measure.methods import SHIFT_MEAN
+from analysis.tables.cells import NAMES, write_cells
+from analysis.tables.paper import beside, beside_table, legend
+from analysis.tables.table3 import publish
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.selection import best_on_held_out
@@ -79,7 +79,7 @@ def by_held_out(individual: pd.DataFrame) -> pd.DataFrame:
 
 
 def released_tidy() -> pd.DataFrame:
-    """One row per method and column, in the shape of `analysis.results.tidy`, without differences.
+    """One row per method and column, in the shape of `analysis.measure.methods.tidy`, without differences.
 
     Columns: method, model (of an individual one), models (forward passes at inference), held_out, column, n, accuracy;
     fractions, NaN where nothing was published.
@@ -97,7 +97,7 @@ def released_tidy() -> pd.DataFrame:
 
 
 def released_numbers() -> pd.DataFrame:
-    """`released_tidy` with the paper's Table 3 beside it, as `analysis.paper.beside` gives it."""
+    """`released_tidy` with the paper's Table 3 beside it, as `analysis.tables.paper.beside` gives it."""
     rows = {method: method for method in IN_PAPER}
     return beside(released_tidy(), "table3", rows, {column: column for column in ("test", SHIFT_MEAN)})
 
@@ -128,7 +128,7 @@ def caption() -> str:
 
 
 def released_points() -> pd.DataFrame:
-    """One row per point of Figure 1, as `analysis.results.scatter_points`: name, kind, held_out, test, shift_mean."""
+    """One row per point of Figure 1, as `scatter_points` gives it: name, kind, held_out, test, shift_mean."""
     individual = read("individual")
     fine_tuned = individual[individual["model"] != INITIALISATION].assign(kind="individual", name=individual["model"])
     chosen = by_held_out(individual).query("method != 'second_best'")

@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis.figures import SETTINGS, STYLE, save_with_numbers
-from analysis.report import publish
+from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.tables.table3 import publish
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator

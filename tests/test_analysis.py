@@ -6,12 +6,12 @@ from functools import partial
 import pandas as pd
 import pytest
 
-from analysis.figures import STYLE, coefficients_map, figure1, save
-from analysis.means import axis_labels
-from analysis.report import DRAWN_WITH_BARS, note
-from analysis.results import SHIFT_MEAN
-from analysis.seeds import seeds_table
-from analysis.tables import NAMES, caption, table3, write_table
+from analysis.figures.style import STYLE, coefficients_map, figure1, save
+from analysis.measure.methods import SHIFT_MEAN
+from analysis.measure.mixtures import axis_labels
+from analysis.tables.cells import NAMES, caption, table3, write_table
+from analysis.tables.sweep_seeds import seeds_table
+from analysis.tables.table3 import DRAWN_WITH_BARS, note
 from configs.schema import load
 
 TASK = load("demo").task

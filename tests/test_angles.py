@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from analysis.angles import (
+from analysis.figures.angles import (
     AUGMENTATION,
     LEARNING_RATE,
     SEED,

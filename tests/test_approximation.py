@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.approximation import (
+from analysis.measure.mixtures import Pair
+from analysis.theory.approximation import (
     AUGMENTATION,
     LEARNING_RATE,
     SEED,
@@ -15,7 +16,6 @@ from analysis.approximation import (
     related_pairs,
     summary_table,
 )
-from analysis.midpoints import Pair
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
@@ -29,7 +29,7 @@ TWO += ["task.shifts=[r]"]
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr("analysis.approximation.RESAMPLES", 100)
+    monkeypatch.setattr("analysis.theory.approximation.RESAMPLES", 100)
 
 
 @pytest.mark.parametrize("name", ["demo_extreme_lp", "extreme_lp"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analysis import results
-from analysis.tables import table3
+from analysis.tables.cells import table3
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.figures import save
-from analysis.reliability import reliability_figure, reliability_rows
+from analysis.figures.reliability import reliability_figure, reliability_rows
+from analysis.figures.style import save
 from eval.calibration import calibrate, expected_calibration_error, fit_beta, reliability_bins
 
 

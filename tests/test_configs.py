@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from analysis.artefacts import ARTEFACTS, GLUE
-from analysis.report import note
+from analysis.tables.table3 import note
 from configs import schema
 from configs.data import KINDS
 from configs.errors import UserError

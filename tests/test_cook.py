@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from analysis.results import measure, refuse_leak
+from analysis.measure.methods import measure, refuse_leak
 from configs.errors import UserError
 from configs.schema import CONFIGS, Recipe, load
 from eval.forward import Evaluator

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import reproduce
-from analysis.cross_dataset import (
+from analysis.figures.cross_dataset import (
     cross_figure,
     cross_table,
     figuree1,
@@ -16,7 +16,7 @@ from analysis.cross_dataset import (
     towers_of,
     zero_shot_model,
 )
-from analysis.means import axis_labels
+from analysis.measure.mixtures import axis_labels
 from configs.errors import UserError
 from soups.average import Average
 from soups.files.atomic import read_json, write_json

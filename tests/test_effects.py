@@ -13,8 +13,8 @@ import torch
 from pictures import rgb
 from pydantic import ValidationError
 
-from analysis.report import note
-from analysis.results import bootstrap_groups
+from analysis.measure.methods import bootstrap_groups
+from analysis.tables.table3 import note
 from configs.data import KINDS, kinds_with
 from configs.errors import UserError
 from configs.schema import dump, load, parse_values

@@ -5,7 +5,7 @@ import pytest
 
 from analysis.ending import ending, next_steps, reminder, verdict
 from analysis.page.files import Commands
-from analysis.report import note
+from analysis.tables.table3 import note
 from configs.cli import record_words, with_run
 from configs.schema import load
 from reproduce import missing_data

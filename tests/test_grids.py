@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.grids import best_in_range, figuref1, grids_figure, grids_of, grids_table
-from analysis.results import SHIFT_MEAN
+from analysis.figures.grids import best_in_range, figuref1, grids_figure, grids_of, grids_table
+from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
 from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder

@@ -8,12 +8,12 @@ from html import unescape
 import pandas as pd
 import pytest
 
-from analysis.landscape import figure2
+from analysis.figures.landscape import figure2
+from analysis.figures.reliability import figure_reliability, reliability_rows
 from analysis.page.cells import Interval
 from analysis.page.files import pictures
 from analysis.page.write import ENVIRONMENT, write_report
-from analysis.reliability import figure_reliability, reliability_rows
-from analysis.report import analyse
+from analysis.tables.table3 import analyse
 from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import calibrate

@@ -17,10 +17,10 @@ from matplotlib.collections import PathCollection
 from rich.console import Console
 from safetensors.torch import save_file
 
-from analysis.contours import LEVELS, landscape_figure, levels
-from analysis.landscape import figure2, figurej1, slices, training_rows
-from analysis.plane import Plane, axes_of, moving, plane_through, set_between
-from analysis.results import SHIFT_MEAN
+from analysis.figures.contours import LEVELS, landscape_figure, levels
+from analysis.figures.landscape import figure2, figurej1, slices, training_rows
+from analysis.figures.plane import Plane, axes_of, moving, plane_through, set_between
+from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
@@ -208,7 +208,7 @@ def test_a_killed_grid_continues_to_the_same_csv(measured, tmp_path):
     config = configured(tmp_path)
     moved_pool(config)
     folder = RunFolder.of(config).root / "landscape"
-    code = "from analysis.landscape import figure2; from configs.schema import load\n"
+    code = "from analysis.figures.landscape import figure2; from configs.schema import load\n"
     code += f"figure2(load('demo_tiny', 'paths.runs={tmp_path}', *{SETTINGS!r}))"
     process = subprocess.Popen([python(), "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

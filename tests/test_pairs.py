@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.midpoints import Pair
-from analysis.pairs import figure4, pairs_figure, random_pairs
-from analysis.results import SHIFT_MEAN, difference_in, method_of_answers, over_orders
+from analysis.figures.pairs import figure4, pairs_figure, random_pairs
+from analysis.measure.methods import SHIFT_MEAN, difference_in, method_of_answers, over_orders
+from analysis.measure.mixtures import Pair
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator, forward

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.paper import PAPER, beside, beside_table, legend, paper_table, paper_tables
-from analysis.results import SHIFT_MEAN
-from analysis.tables import NAMES, write_cells
+from analysis.measure.methods import SHIFT_MEAN
+from analysis.tables.cells import NAMES, write_cells
+from analysis.tables.paper import PAPER, beside, beside_table, legend, paper_table, paper_tables
 from configs.errors import UserError
 from configs.schema import load
 

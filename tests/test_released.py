@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.measure.methods import SHIFT_MEAN
 from analysis.released import (
     REPORTED,
     SHIFTS,
@@ -18,7 +19,6 @@ from analysis.released import (
     released_tidy,
     write_released,
 )
-from analysis.results import SHIFT_MEAN
 from configs.errors import UserError
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/reference/released"

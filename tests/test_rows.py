@@ -11,9 +11,9 @@ import torch
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 
+from analysis.measure.methods import measure
 from analysis.page.files import read_results
-from analysis.results import measure
-from analysis.sets import variants
+from analysis.tables.named_rows import variants
 from configs.data import KINDS
 from configs.errors import UserError
 from configs.schema import dump, load

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from analysis.results import Method, accuracy_in, oracle_of
-from analysis.tables import NAMES
+from analysis.measure.methods import Method, accuracy_in, oracle_of
+from analysis.tables.cells import NAMES
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Annotated

@@ -32,13 +32,13 @@ class Problem:
         self.models = [model(value) for value in self.values.tolist()]
         self.correct = torch.stack([self.right(load()) for load in self.models])
         self.held_out = [row.sum().item() / images for row in self.correct]
-        self.looked_at = 0
+        self.evaluated_rows = 0
 
     def right(self, weights):
         return (weights["w"] >= self.low) & (weights["w"] < self.high)
 
     def images_correct(self, weights, images):
-        self.looked_at += len(images)
+        self.evaluated_rows += len(images)
         return self.right(weights)[images]
 
     def accuracy(self, weights):
@@ -65,7 +65,7 @@ def test_early_rejection_takes_every_decision_of_the_plain_loop(seed, ties, chun
     )
     assert decisions(soup) == decisions(plain)
     assert torch.equal(soup.weights["w"], plain.weights["w"])
-    assert forwards == problem.looked_at <= 7 * 40
+    assert forwards == problem.evaluated_rows <= 7 * 40
     for quick, slow in zip(soup.trials, plain.trials, strict=True):
         assert quick.score == slow.score if quick.exact else quick.score > slow.score - 1e-12
         assert quick.exact or not quick.accepted

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.report import analyse
+from analysis.tables.table3 import analyse
 from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import fit_beta

@@ -26,8 +26,8 @@ from transformers import (
     ViTModel,
 )
 
-from analysis.derivatives import along
-from analysis.theory import (
+from analysis.theory.derivatives import along
+from analysis.theory.equation import (
     Line,
     Segment,
     central_difference,
@@ -207,7 +207,7 @@ def test_large_splits_are_widened_in_parts(monkeypatch):
     f, labels = torch.randn(11, 3), torch.randint(0, 3, (11,))
     line = Line(f, torch.randn(11, 3), torch.randn(11, 3))
     whole = loss(f, labels, 1.5), variance(f, line.first, 1.5), curvature(line, labels, 1.5).total
-    monkeypatch.setattr("analysis.theory.AT_ONCE", 12)
+    monkeypatch.setattr("analysis.theory.equation.AT_ONCE", 12)
     parts = loss(f, labels, 1.5), variance(f, line.first, 1.5), curvature(line, labels, 1.5).total
     assert parts == pytest.approx(whole, rel=1e-12)
 

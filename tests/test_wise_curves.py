@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from analysis.means import axis_labels
-from analysis.results import SHIFT_MEAN
-from analysis.wise_curves import ALPHAS, ends_of, figured1, is_augmentation_varied, wise_figure, wise_table
+from analysis.figures.wise_curves import ALPHAS, ends_of, figured1, is_augmentation_varied, wise_figure, wise_table
+from analysis.measure.methods import SHIFT_MEAN
+from analysis.measure.mixtures import axis_labels
 from configs.errors import UserError
 from configs.schema import load
 from soups.experiment.cook import cook

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.tables import percent
+from analysis.tables.cells import percent
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.measure.methods import SHIFT_MEAN
 from analysis.page.cells import Cell, number, percentage, short, text
 from analysis.page.charts import Mark
 from analysis.page.files import Results
 from analysis.page.tables import by_method, gain, method_name, row_name
-from analysis.results import SHIFT_MEAN
-from analysis.tables import column_title
+from analysis.tables.cells import column_title
 from configs.data import Task
 
 MOST = 16  # members that are listed one by one

@@ -5,11 +5,11 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.measure.methods import SHIFT_MEAN
 from analysis.page.cells import Cell, Interval, Table, cells_of, number, percentage, short, text
 from analysis.page.files import Results, Texts
-from analysis.report import note
-from analysis.results import SHIFT_MEAN
-from analysis.tables import BEST, HEADS, NAMES, caption, column_title, points
+from analysis.tables.cells import BEST, HEADS, NAMES, caption, column_title, points
+from analysis.tables.table3 import note
 from configs.schema import Experiment
 
 STARTS = ("zero-shot", "initialisation")  # far below what is fine-tuned; no scale is made for them

@@ -13,14 +13,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from analysis.measure.methods import SHIFT_MEAN
 from analysis.page import tables
 from analysis.page.cells import plain
 from analysis.page.charts import Scatter, diagrams, scatter, steps
 from analysis.page.details import details
 from analysis.page.files import Results, pictures, read_results
 from analysis.page.origin import made_by, parts, seeds
-from analysis.report import note
-from analysis.results import SHIFT_MEAN
+from analysis.tables.table3 import note
 from configs.schema import Experiment, dump
 from soups.files.atomic import write_text
 

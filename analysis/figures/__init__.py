@@ -1,0 +1,1 @@
+"""The paper's figures: what each measures, and how it is drawn."""

@@ -1,0 +1,213 @@
+"""Figure 3: the further from parallel two fine-tuned models are, the more their mean gains."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+from scipy.stats import spearmanr
+
+from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.measure.methods import Method, difference_in, method_of_model, over_orders
+from analysis.measure.mixtures import Pair, learning_rates, measure_midpoints
+from configs.errors import UserError
+from configs.schema import Experiment, dump
+from eval.forward import Evaluator
+from soups.conformance import Layout, common_layout
+from soups.experiment.pool import usable_pool
+from soups.files.opening import opened
+from soups.geometry import Geometry, geometry
+from soups.groups import layer_of
+from store.rows import row_config
+from store.runs import RunFolder
+
+SEED, LEARNING_RATE, AUGMENTATION, SEVERAL = "seed", "learning rate", "augmentation", "several settings"
+SERIES = {  # Okabe and Ito's colours
+    SEED: ("#0072B2", "o"),
+    LEARNING_RATE: ("#D55E00", "^"),
+    AUGMENTATION: ("#009E73", "s"),
+    SEVERAL: ("#999999", "x"),
+}
+OTHER = ("#CC79A7", "D")
+NOT_REPEATED = ("embed", "relative_attention_bias")  # tables of T5's blocks and the like, which are looked up
+
+
+def measured_part(layout: Layout, weights: Literal["repeated", "blocks", "all"]) -> Layout:
+    """The tensors that angles and distances are over.
+
+    Args:
+        layout: of all tensors.
+        weights: `repeated`: matrices and convolutions of the blocks, without gains, biases, embeddings and head;
+            `blocks`: these with gains and biases; `all`.
+
+    Raises:
+        UserError: the network has none of them.
+
+    Source: Appendix J.1: "we use the repeated weights which constitute the majority of the network parameters. We
+    ignore gain terms".
+    """
+
+    def is_in_block(name: str) -> bool:
+        return layer_of(name).rpartition(".")[2] not in ("embedding", "head")
+
+    def is_measured(name: str) -> bool:
+        if weights == "all":
+            return True
+        if not is_in_block(name):
+            return False
+        is_matrix = len(layout.entries[name].shape) > 1 and not any(part in name for part in NOT_REPEATED)
+        return weights == "blocks" or is_matrix
+
+    kept = {name: entry for name, entry in layout.entries.items() if is_measured(name)}
+    if not kept:
+        raise UserError(f"analysis.angles.weights={weights}: the network has no such tensors; take all")
+    return replace(layout, entries=kept)
+
+
+def series_of(config: Experiment, first: int, second: int) -> str:
+    """What two rows differ in: seed, learning rate, augmentation, another setting by its name, or several.
+
+    Rows that differ in nothing that is set have random streams of their own, and so differ in the seed.
+    """
+    ours, theirs = (dump(row_config(config, row)) for row in (first, second))
+    names = {"augment": AUGMENTATION, "lr": LEARNING_RATE, "seed": SEED}
+    groups = [name for name in ("task", "model", "augment", "regularizer") if ours[name] != theirs[name]]
+    optim = [name for name, value in ours["optim"].items() if value != theirs["optim"][name]]
+    differ = [names.get(name, name.replace("_", " ")) for name in (*groups, *optim)]
+    if len(differ) > 1:
+        return SEVERAL
+    return differ[0] if differ else SEED
+
+
+def chosen_pairs(config: Experiment) -> list[tuple[Pair, str]]:
+    """Pairs of fine-tuned models with their series, in the order of their rows.
+
+    Raises:
+        UserError: rows are missing, or no two models are left that differ in one thing.
+    """
+    settings = config.analysis.angles
+    pool = [each for each in usable_pool(config) if each.row]
+    rates = learning_rates(config, [each.row for each in pool])
+    if settings.below_lr is not None:
+        pool = [each for each in pool if rates[each.row] < settings.below_lr]
+    found = [(Pair(one, two), series_of(config, one.row, two.row)) for one, two in combinations(pool, 2)]
+    chosen = [(pair, series) for pair, series in found if settings.several or series != SEVERAL]
+    if not chosen:
+        raise UserError(
+            f"{config.name}: of {len(pool)} fine-tuned models no two differ in one thing; "
+            "analysis.angles.several=true takes pairs that differ in more"
+        )
+    return chosen
+
+
+def pool_geometry(config: Experiment, rows: Sequence[int]) -> Geometry:
+    """Angles and distances at the initialisation of some rows, over `analysis.angles.weights`."""
+    run = RunFolder.of(config)
+    with opened([run.ingredient(row) / "weights.safetensors" for row in (0, *rows)]) as checkpoints:
+        start, *tuned = checkpoints
+        layout = measured_part(common_layout(checkpoints), config.analysis.angles.weights)
+        return geometry(tuned, layout, start)
+
+
+def angles_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[tuple[Pair, str]]) -> pd.DataFrame:
+    """One row per pair.
+
+    Columns: first, second (rows of the sweep), series, larger_lr; angle (degrees, at the initialisation), distance
+    (between the two), distance_first, distance_second (to the initialisation), weights (what these are over);
+    accuracy_first, accuracy_second, accuracy_mean (of the model half way), advantage with its interval low and high
+    (fractions, averaged over test and shifts), and n (examples over all splits).
+    """
+    splits = config.task.reported
+    rows = sorted({each.row for pair, _ in pairs for each in (pair.first, pair.second)})
+    place, found = {row: i for i, row in enumerate(rows)}, pool_geometry(config, rows)
+    angles = np.degrees(np.arccos(np.clip(found.task_cosines, -1, 1)))
+    rates = learning_rates(config, rows)
+    members = {each.row: each for pair, _ in pairs for each in (pair.first, pair.second)}
+    singles = {row: method_of_model(f"row {row}", each, evaluator) for row, each in members.items()}
+
+    def accuracy(method: Method) -> float:
+        return sum(method.accuracy(split) for split in splits) / len(splits)
+
+    table = []
+    for pair, series in pairs:
+        one, two = pair.first.row, pair.second.row
+        i, j = place[one], place[two]
+        middle, both = pair.method(evaluator), over_orders("both", [singles[one], singles[two]])
+        advantage = difference_in(config, evaluator, middle, both, splits, redraw=True)
+        apart = found.products[i, i] + found.products[j, j] - 2 * found.products[i, j]
+        table.append(
+            {
+                "first": one,
+                "second": two,
+                "series": series,
+                "larger_lr": max(rates[one], rates[two]),
+                "angle": angles[i, j],
+                "distance": max(apart, 0.0) ** 0.5,
+                "distance_first": found.distances[i],
+                "distance_second": found.distances[j],
+                "weights": config.analysis.angles.weights,
+                "accuracy_first": accuracy(singles[one]),
+                "accuracy_second": accuracy(singles[two]),
+                "accuracy_mean": accuracy(middle),
+                "advantage": advantage.mean,
+                "low": advantage.low,
+                "high": advantage.high,
+                "n": sum(len(evaluator.split(split)) for split in splits),
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def angles_figure(tidy: pd.DataFrame, shifts: int) -> Figure:
+    """Interpolation advantage against angle, one colour and marker a series, with the rank correlation of all pairs.
+
+    Args:
+        tidy: from `angles_table`.
+        shifts: how many the accuracy is averaged over, beside test.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(3.4, 3.0))
+        axes = figure.subplots()
+        axes.axhline(0, color="black", lw=0.6)
+        for series, group in tidy.groupby("series", sort=False):
+            colour, marker = SERIES.get(str(series), OTHER)
+            y, low, high = (100 * group[name] for name in ("advantage", "low", "high"))
+            axes.errorbar(
+                group["angle"],
+                y,
+                yerr=np.clip([y - low, high - y], 0, None),
+                color=colour,
+                fmt=marker,
+                ms=4,
+                lw=0.6,
+                ecolor=(*mpl.colors.to_rgb(colour), 0.35),
+                label=f"differ in {series} ({len(group)})",
+                zorder=3,
+            )
+        if len(tidy) > 2:
+            rank = spearmanr(tidy["angle"], tidy["advantage"]).statistic
+            axes.set_title(f"rank correlation {rank:.2f}, {len(tidy)} pairs", fontsize=8)
+        axes.set_xlabel(r"angle $\phi$ at the initialisation (degrees)")
+        over = {0: "test", 1: "test and shift"}.get(shifts, f"test and {shifts} shifts")
+        axes.set_ylabel(f"interpolation advantage,\naccuracy over {over} (points)", linespacing=1.4)
+        axes.legend(fontsize=6.5, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.17), ncol=2)
+        return figure
+
+
+def figure3(config: Experiment, console: Console | None = None) -> list[Path]:
+    """Measure what is missing and write figure3.{pdf,png,csv} into the experiment's analysis folder.
+
+    Raises:
+        UserError: the sweep is not finished, or has no pairs to draw.
+    """
+    pairs = chosen_pairs(config)
+    measure_midpoints(config, [pair for pair, _ in pairs], console)
+    tidy = angles_table(config, Evaluator(config), pairs)
+    figure = angles_figure(tidy, len(config.task.shifts))
+    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figure3")

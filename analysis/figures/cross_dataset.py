@@ -1,0 +1,211 @@
+"""Figure E.1: soups of the zero-shot model and backbones fine-tuned on other data sets, on classes none was trained on.
+
+Backbones are added to the zero-shot model in random orders; every model keeps the zero-shot head of the experiment's
+own classes. Sets that several orders share are evaluated once.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+from analysis.figures.pool_size import orders_of
+from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.measure.methods import numbers_of
+from analysis.measure.mixtures import Mixture, axis_labels, drawn_columns, measure_mixtures, method_of_mixture
+from configs.errors import UserError
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from soups.average import Average
+from soups.experiment.backbones import read_tower
+from soups.experiment.pool import usable_pool
+from soups.files.atomic import digest_of, read_json
+from soups.files.weights import Weights, load_weights
+from store.runs import RunFolder, done_row
+from tasks.load import class_names
+
+SOUP, GAINS = "#0072B2", ("#009E73", "#D55E00")  # of Okabe and Ito's colours: up and down
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A backbone that was fine-tuned on a data set."""
+
+    name: str  # of the data set
+    folder: Path
+    digest: str
+
+
+def _data_set(folder: Path) -> str:
+    """What a row was trained on, from the settings beside it."""
+    task = read_json(folder / "config.json")["task"]
+    if task.get("parts", 1) > 1:
+        return f"part {task['part'] + 1}"
+    named = {"folders", "image_folder", "image_table", "parquet"}
+    return task.get("title") or (Path(task["folder"]).name if task["kind"] in named else task["kind"])
+
+
+def towers_of(config: Experiment) -> list[Tower]:
+    """The rows that `towers` names, or all fine-tuned rows of the experiment where it names none.
+
+    Raises:
+        UserError: no zero-shot heads, a folder without a finished row, or fewer than two backbones.
+    """
+    if config.model.head != "zero_shot":
+        raise UserError(f"{config.name}: Figure E.1 needs heads from class names, model.head=zero_shot")
+    folders = config.towers or tuple(each.folder for each in usable_pool(config) if each.row)
+    if len(folders) < 2:
+        raise UserError(f"{config.name}: name two rows or more in towers=[runs/NAME/ingredients/001,...]")
+    for folder in folders:
+        if not (folder / "done.json").exists() or read_json(folder / "done.json")["status"] != "done":
+            raise UserError(f"towers: {folder} holds no finished row; it is a folder as runs/NAME/ingredients/001")
+    names = [_data_set(folder) for folder in folders]
+    shared = {name for name, count in Counter(names).items() if count > 1}
+    return [
+        Tower(
+            f"{name}, {folder.parts[-3]} {int(folder.name)}" if name in shared else name,
+            folder,
+            read_json(folder / "done.json")["digest"],
+        )
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def zero_shot_model(config: Experiment) -> Weights:
+    """The pretrained model with the head of the experiment's classes: row 0 where there is one, else made anew."""
+    folder, done = RunFolder.of(config).ingredient(0), done_row(config, 0)
+    if done is not None:
+        return load_weights(folder / "weights.safetensors", done["digest"])
+    from models.classifier import pretrained  # noqa: PLC0415  # seconds that cached numbers need not wait for
+
+    return pretrained(config.model, class_names(config.task)).state_dict()
+
+
+def sets_along(orders: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The distinct sets, sorted within, of backbones that orders add one by one; the empty one first.
+
+    >>> sets_along([[1, 0], [0, 1]])
+    [(), (1,), (0, 1), (0,)]
+    """
+    return list(dict.fromkeys(tuple(sorted(order[:k])) for order in orders for k in range(len(order) + 1)))
+
+
+def key_of_set(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> str:
+    """Names the mean of the zero-shot model and some towers under its head, without reading them."""
+    head = {"model": repr(config.model), "classes": list(class_names(config.task))}
+    return digest_of({"zero-shot": head, "towers": sorted(towers[i].digest for i in chosen)})
+
+
+def _sum_up(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> dict[str, Tensor]:
+    zero_shot = zero_shot_model(config)
+    total = Average.of(zero_shot)
+    for i in chosen:
+        total = total.plus(read_tower(towers[i].folder, zero_shot))
+    return total.weights()
+
+
+def soup_of(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> Mixture:
+    """The mean of the zero-shot model and some towers, all under its head."""
+    return Mixture(key_of_set(config, towers, chosen), partial(_sum_up, config, towers, chosen))
+
+
+def cross_table(
+    config: Experiment, evaluator: Evaluator, towers: Sequence[Tower], orders: Sequence[Sequence[int]]
+) -> pd.DataFrame:
+    """One row per order, number of backbones added (0 is zero-shot) and column (test, mean of shifts).
+
+    Columns: order, added, last (the data set that was added last), column, n, accuracy, change (to one backbone less),
+    difference (to zero-shot) with its interval low and high; fractions.
+    """
+    methods = {
+        chosen: method_of_mixture("soup", soup_of(config, towers, chosen), evaluator) for chosen in sets_along(orders)
+    }
+    rows: list[dict[str, Any]] = []
+    for place, order in enumerate(orders):
+        before: dict[str, float] = {}
+        for k in range(len(order) + 1):
+            head = {"order": place, "added": k, "last": towers[order[k - 1]].name if k else ""}
+            method = methods[tuple(sorted(order[:k]))]
+            for row in numbers_of(config, evaluator, method, methods[()], drawn_columns(config)):
+                change = {"change": row["accuracy"] - before[row["column"]]} if k else {}
+                before[row["column"]] = row["accuracy"]
+                rows.append(head | row | change)
+    return pd.DataFrame(rows)
+
+
+def mean_changes(tidy: pd.DataFrame, column: str) -> pd.DataFrame:
+    """For each data set the mean change when its model is added, over orders, with the smallest and the largest."""
+    drawn = tidy[(tidy["column"] == column) & (tidy["added"] > 0)]
+    return drawn.groupby("last")["change"].agg(["mean", "min", "max", "size"]).sort_values("mean")
+
+
+def _curves(axes: Axes, drawn: pd.DataFrame) -> None:
+    for _, curve in drawn.groupby("order"):
+        axes.plot(curve["added"], 100 * curve["accuracy"], color=SOUP, lw=0.7, alpha=0.3, zorder=2)
+    mean = drawn.groupby("added")[["accuracy", "difference", "low", "high"]].mean()
+    axes.plot(mean.index, 100 * mean["accuracy"], color=SOUP, lw=1.8, marker="o", ms=3.5, zorder=4)
+    zero_shot = drawn[drawn["added"] == 0]["accuracy"].iloc[0]
+    axes.axhline(100 * zero_shot, color="black", lw=0.8, ls="--", zorder=1)
+    axes.annotate("zero-shot", (mean.index[-1], 100 * zero_shot), ha="right", va="bottom", fontsize=7)
+    last = mean.iloc[-1]
+    ends = [[100 * (last["difference"] - last["low"])], [100 * (last["high"] - last["difference"])]]
+    axes.errorbar([mean.index[-1]], [100 * last["accuracy"]], yerr=ends, color=SOUP, lw=1, capsize=2, zorder=3)
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    axes.set_xlabel("Fine-tuned models added to the soup")
+
+
+def _changes(axes: Axes, changes: pd.DataFrame) -> None:
+    colours = [GAINS[0] if value >= 0 else GAINS[1] for value in changes["mean"]]
+    mean = 100 * changes["mean"]
+    axes.barh(range(len(changes)), mean, color=colours, height=0.65, zorder=2)
+    spread = [mean - 100 * changes["min"], 100 * changes["max"] - mean]
+    axes.errorbar(mean, range(len(changes)), xerr=spread, fmt="none", ecolor="black", lw=0.7, capsize=2, zorder=3)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_yticks(range(len(changes)), changes.index.tolist())
+    axes.set_xlabel("Mean change when added (points)")
+
+
+def cross_figure(tidy: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+    """Left accuracy against backbones added, mean and faded orders; right the mean change of each data set's model.
+
+    The bar at the end is the 95 % interval of the difference to zero-shot; those on the right span the orders.
+
+    Args:
+        tidy: from `cross_table`.
+        columns: those that are drawn, a line of panels each -> what their axis says.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(6.4, 0.2 + 2.4 * len(columns)), layout="constrained")
+        grid = figure.subplots(len(columns), 2, squeeze=False)
+        for (left, right), (column, label) in zip(grid, columns.items(), strict=True):
+            _curves(left, tidy[tidy["column"] == column])
+            left.set_ylabel(label)
+            _changes(right, mean_changes(tidy, column))
+            right.set_title(label.partition(",")[0], fontsize=8)
+        return figure
+
+
+def figuree1(config: Experiment, console: Console | None = None) -> list[Path]:
+    """Evaluate what is missing and write figuree1.{pdf,png,csv} into the experiment's analysis folder.
+
+    It costs an evaluation of each distinct set, at most `cooking.orders` times the number of backbones.
+
+    Raises:
+        UserError: as `towers_of`; backbones of another network.
+    """
+    towers = towers_of(config)
+    orders = orders_of(config, len(towers))
+    soups = [soup_of(config, towers, chosen) for chosen in sets_along(orders)]
+    measure_mixtures(config, "soups of backbones", soups, console)
+    tidy = cross_table(config, Evaluator(config), towers, orders)
+    figure = cross_figure(tidy, axis_labels(config))
+    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figuree1")

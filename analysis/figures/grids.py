@@ -1,0 +1,217 @@
+"""Figure F.1: is the average of a one-dimensional grid's ends above the best model of the grid?"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from rich.console import Console
+
+from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.measure.methods import accuracy_in, method_of_model, numbers_of
+from analysis.measure.mixtures import (
+    Mixture,
+    axis_labels,
+    drawn_columns,
+    mean_mixture,
+    measure_mixtures,
+    method_of_mixture,
+)
+from configs.errors import UserError
+from configs.schema import Experiment, dump
+from eval.forward import Evaluator
+from soups.experiment.pool import usable_pool
+from store.rows import draw, row_config
+from store.runs import Ingredient, RunFolder
+
+CLIP = 5.0  # points at which colours end, so that one bad end leaves the others theirs
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows of a sweep along one axis, in its order."""
+
+    name: str
+    members: tuple[Ingredient, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def ends(self) -> list[tuple[int, int]]:
+        """Places i < j of every stretch of the grid."""
+        return list(combinations(range(len(self.members)), 2))
+
+    def average(self, i: int, j: int) -> Mixture:
+        """The mean of two members."""
+        return mean_mixture((self.members[i], self.members[j]))
+
+
+def _label(config: Experiment, row: int) -> str:
+    """The name that `analysis.labels` gives to a row, else what the sweep sets in it first."""
+    if config.analysis.labels:
+        return config.analysis.labels[row - 1]
+    return _said(next(iter(draw(config, row).values()), row))
+
+
+def _said(value: Any) -> str:
+    """A setting's value, of small numbers as in 3e-4."""
+    if not isinstance(value, float):
+        return str(value)
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if 0 < abs(value) < 0.1 else f"{value:g}"
+
+
+def _labels(config: Experiment, rows: Sequence[int], elsewhere: Collection[int]) -> tuple[str, ...]:
+    """Names of a grid's rows; one that also stands in a grid before it is named by the setting that varies here.
+
+    That is the one field in which the rows differ, or the `kind` of the one group.
+    """
+    settings = [dump(row_config(config, row)) for row in rows]
+    fields = [(group, field) for group in ("optim", "augment", "regularizer") for field in settings[0][group]]
+    differ = [(g, f) for g, f in fields if len({str(values[g][f]) for values in settings}) > 1]
+    groups = {group for group, _ in differ}
+    telling = differ[0] if len(differ) == 1 else (groups.pop(), "kind") if len(groups) == 1 else None
+    return tuple(
+        _said(values[telling[0]][telling[1]]) if row in elsewhere and telling else _label(config, row)
+        for row, values in zip(rows, settings, strict=True)
+    )
+
+
+def grids_of(config: Experiment) -> list[Grid]:
+    """The grids of an experiment: each of `analysis.sets`, or else all rows in their order; without rows that diverged.
+
+    Raises:
+        UserError: the sweep is not finished, or no grid has two models; a sweep of draws is no grid.
+    """
+    pool = {each.row: each for each in usable_pool(config)}
+    listed = dict(config.analysis.sets)
+    if not listed and not config.sweep.draw:
+        listed = {"grid": tuple(range(1, config.sweep.size + 1))}
+    grids: list[Grid] = []
+    seen: set[int] = set()
+    for name, rows in listed.items():
+        there = [row for row in rows if row in pool]
+        if len(there) > 1:
+            grids.append(Grid(name, tuple(pool[row] for row in there), _labels(config, there, seen)))
+        seen |= set(rows)
+    if not grids:
+        raise UserError(
+            f"{config.name}: no one-dimensional grid of two models; name the rows of one in analysis.sets, "
+            "with analysis.labels, as configs/experiment/demo_grids.yaml does"
+        )
+    return grids
+
+
+def best_in_range(accuracies: Sequence[float], i: int, j: int) -> int:
+    """The place from i to j, both included, with the highest accuracy; of equals the first.
+
+    >>> best_in_range([0.9, 0.5, 0.7, 0.7], 1, 3)
+    2
+    """
+    return max(range(i, j + 1), key=lambda place: (accuracies[place], -place))
+
+
+def grids_table(config: Experiment, evaluator: Evaluator, grids: Sequence[Grid]) -> pd.DataFrame:
+    """One row per grid, pair of ends and column (test, mean of shifts).
+
+    Columns: grid, size, i, j (places in the grid), first, last (their names), best (name of the best in the range, as
+    it is on this column), column, n, average (accuracy of the average of the ends), best_accuracy, and difference
+    (average minus best) with its interval low and high; fractions.
+
+    The best is chosen on what reports, as in the paper, which puts the average at a disadvantage.
+    """
+    rows: list[dict[str, Any]] = []
+    for grid in grids:
+        singles = [method_of_model(name, e, evaluator) for name, e in zip(grid.labels, grid.members, strict=True)]
+        for i, j in grid.ends:
+            average = method_of_mixture("ends", grid.average(i, j), evaluator)
+            for column, splits in drawn_columns(config).items():
+                accuracies = [accuracy_in(config, single, column) for single in singles]
+                best = best_in_range(accuracies, i, j)
+                head = {"grid": grid.name, "size": len(singles), "i": i, "j": j}
+                head |= {"first": grid.labels[i], "last": grid.labels[j], "best": grid.labels[best]}
+                for row in numbers_of(config, evaluator, average, singles[best], {column: splits}):
+                    rows.append(head | row | {"best_accuracy": accuracies[best]})
+    columns = ["grid", "size", "i", "j", "first", "last", "best", "column", "n", "average", "best_accuracy"]
+    return pd.DataFrame(rows).rename(columns={"accuracy": "average"})[[*columns, "difference", "low", "high"]]
+
+
+def _panel(axes: Axes, drawn: pd.DataFrame, norm: TwoSlopeNorm) -> AxesImage:
+    """Rows are left ends, columns right ends; a number is bold where its interval leaves 0 out."""
+    size = int(drawn["size"].iloc[0])
+    values = np.full((size - 1, size - 1), np.nan)
+    for cell in drawn.to_dict("records"):
+        row, column = int(cell["i"]), int(cell["j"]) - 1
+        values[row, column] = 100 * cell["difference"]
+        is_clear = cell["low"] > 0 or cell["high"] < 0
+        dark = abs(norm(values[row, column]) - 0.5) > 0.32
+        axes.text(
+            column,
+            row,
+            f"{values[row, column]:+.1f}",
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            fontweight="bold" if is_clear else "normal",
+            color="white" if dark else "black",
+        )
+    firsts = drawn.drop_duplicates("i").sort_values("i")["first"]
+    lasts = drawn.drop_duplicates("j").sort_values("j")["last"]
+    axes.set_xticks(range(size - 1), lasts.tolist(), rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(size - 1), firsts.tolist())
+    axes.tick_params(length=0, labelsize=7)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_anchor("N")
+    return axes.imshow(values, cmap="PuOr_r", norm=norm)
+
+
+def grids_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
+    """Upper-triangular maps of average of ends minus best in range, in points: grids across, columns down.
+
+    Args:
+        tidy: from `grids_table`.
+        labels: columns that are drawn -> what is measured there.
+    """
+    with mpl.rc_context(SETTINGS):
+        names = list(dict.fromkeys(tidy["grid"]))
+        sizes = [int(tidy[tidy["grid"] == name]["size"].iloc[0]) for name in names]
+        widths = [max(size - 1, 2) for size in sizes]
+        figure = Figure(figsize=(1.4 + 0.5 * sum(widths) + 0.5 * len(names), 0.6 + 2.3 * len(labels)))
+        figure.set_layout_engine("constrained")
+        panels = figure.subplots(len(labels), len(names), squeeze=False, width_ratios=widths)
+        largest = min(CLIP, max(1.0, 100 * tidy["difference"].abs().max()))
+        norm, image = TwoSlopeNorm(0, -largest, largest), None
+        for line, (column, label) in zip(panels, labels.items(), strict=True):
+            for axes, name in zip(line, names, strict=True):
+                image = _panel(axes, tidy[(tidy["grid"] == name) & (tidy["column"] == column)], norm)
+                axes.set_title(name, fontsize=8)
+                axes.set_xlabel("right end")
+            line[0].set_ylabel(f"{label.partition(',')[0]}\nleft end")
+        assert image is not None
+        bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.8)
+        bar.set_label("average of both ends minus\nbest in the range (points)")
+        return figure
+
+
+def figuref1(config: Experiment, console: Console | None = None) -> list[Path]:
+    """Evaluate what is missing and write figuref1.{pdf,png,csv} into the experiment's analysis folder.
+
+    It costs n (n - 1) / 2 evaluations of a grid of n models.
+
+    Raises:
+        UserError: the sweep is not finished, or the experiment has no grid.
+    """
+    grids = grids_of(config)
+    averages = [grid.average(i, j) for grid in grids for i, j in grid.ends]
+    measure_mixtures(config, "averages of ends", averages, console)
+    tidy = grids_table(config, Evaluator(config), grids)
+    figure = grids_figure(tidy, axis_labels(config))
+    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figuref1")

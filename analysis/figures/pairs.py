@@ -1,0 +1,124 @@
+"""Figure 4: soups of two models against ensembles of the same two, by the larger of their learning rates."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.measure.methods import SHIFT_MEAN, accuracy_in, columns_of, method_of, numbers_of, shift_name, titled
+from analysis.measure.mixtures import Pair, learning_rates, mean_logits, measure_midpoints
+from configs.errors import UserError
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from soups.chance import uniform
+from soups.experiment.pool import usable_pool
+from store.runs import Ingredient, RunFolder
+
+
+def random_pairs(config: Experiment, pool: Sequence[Ingredient]) -> list[Pair]:
+    """`analysis.pairs.count` pairs of fine-tuned models, or all where there are no more, in the order of their rows.
+
+    A pair's chance depends on the seed and its rows alone: more pairs keep those that there were.
+
+    Raises:
+        UserError: fewer than two fine-tuned models.
+    """
+    tuned = [each for each in pool if each.row]
+    if len(tuned) < 2:
+        raise UserError(f"{config.name}: pairs need two fine-tuned models, and {len(tuned)} did not diverge")
+    pairs = [Pair(one, two) for one, two in combinations(tuned, 2)]
+
+    def chance(pair: Pair) -> float:
+        return uniform("pairs", config.analysis.seed, pair.first.row, pair.second.row)
+
+    chosen = sorted(pairs, key=chance)[: config.analysis.pairs.count]
+    return sorted(chosen, key=lambda pair: (pair.first.row, pair.second.row))
+
+
+def pairs_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[Pair]) -> pd.DataFrame:
+    """One row per pair and column (each split that reports, and the mean of the shifts).
+
+    Columns: first, second (rows of the sweep), larger_lr, column, n, soup and ensemble (accuracies in [0, 1]),
+    difference (soup minus ensemble) with its interval low and high.
+    """
+    rates = learning_rates(config, sorted({each.row for pair in pairs for each in (pair.first, pair.second)}))
+    table = []
+    for pair in pairs:
+        members = (pair.first, pair.second)
+        ensemble = method_of("ensemble", 2, mean_logits(evaluator, members), float("nan"), evaluator)
+        columns = columns_of(config)
+        for row in numbers_of(config, evaluator, pair.method(evaluator), ensemble, columns, redraw=True):
+            head: dict[str, Any] = {"first": pair.first.row, "second": pair.second.row}
+            head["larger_lr"] = max(rates[each.row] for each in members)
+            both = {"soup": row.pop("accuracy"), "ensemble": accuracy_in(config, ensemble, row["column"])}
+            table.append(head | row | both)
+    numbers = ["column", "n", "soup", "ensemble", "difference", "low", "high"]
+    return pd.DataFrame(table)[["first", "second", "larger_lr", *numbers]]
+
+
+def _panel(axes: Axes, drawn: pd.DataFrame, norm: LogNorm) -> None:
+    soup, ensemble = 100 * drawn["soup"], 100 * drawn["ensemble"]
+    low, high = min(soup.min(), ensemble.min()), max(soup.max(), ensemble.max())
+    pad = 0.05 * max(high - low, 1)
+    ends = (low - pad, high + pad)
+    axes.plot(ends, ends, color="black", lw=0.7, ls="--", zorder=1)
+    axes.scatter(
+        soup,
+        ensemble,
+        c=drawn["larger_lr"],
+        norm=norm,
+        cmap="viridis",
+        s=16,
+        edgecolors="black",
+        linewidths=0.2,
+        zorder=3,
+    )
+    axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="soup accuracy (%)")
+
+
+def pairs_figure(tidy: pd.DataFrame, columns: dict[str, str]) -> Figure:
+    """Ensemble against soup accuracy, a panel for each column; above the diagonal the ensemble is better.
+
+    Args:
+        tidy: from `pairs_table`.
+        columns: those that are drawn -> their titles.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(0.9 + 2.5 * len(columns), 2.7), layout="constrained")
+        panels = figure.subplots(1, len(columns), squeeze=False)[0]
+        rates = tidy["larger_lr"]
+        # Of a single rate a colour bar needs ends that differ.
+        norm = LogNorm(rates.min(), rates.max()) if rates.nunique() > 1 else LogNorm(rates.min() / 2, rates.max() * 2)
+        for axes, (column, title) in zip(panels, columns.items(), strict=True):
+            drawn = tidy[tidy["column"] == column]
+            _panel(axes, drawn, norm)
+            better = int((drawn["difference"] > 0).sum())
+            axes.set_title(f"{title}\nsoup better in {better} of {len(drawn)} pairs", fontsize=8)
+        panels[0].set_ylabel("ensemble accuracy (%)")
+        bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=list(panels), shrink=0.9)
+        bar.set_label("larger learning rate of the pair")
+        return figure
+
+
+def figure4(config: Experiment, console: Console | None = None) -> list[Path]:
+    """Measure what is missing and write figure4.{pdf,png,csv} into the experiment's analysis folder.
+
+    Raises:
+        UserError: the sweep is not finished, or has fewer than two fine-tuned models.
+    """
+    pairs = random_pairs(config, usable_pool(config))
+    measure_midpoints(config, pairs, console)
+    tidy = pairs_table(config, Evaluator(config), pairs)
+    columns = {config.task.test: f"{titled(config.task.name)} test"}
+    if config.task.shifts:
+        columns[SHIFT_MEAN] = shift_name(config)
+    return save_with_numbers(pairs_figure(tidy, columns), tidy, RunFolder.of(config).analysis / "figure4")

@@ -1,0 +1,280 @@
+"""Figures B.1 and H.1 to H.4: soups and ensembles of the first k models of random orders.
+
+Orders are those of Table 3's greedy soups in random order. In an order the uniform soups cost one evaluation for each
+k. The greedy soup of the first k models is Recipe 1 over these, sorted by held-out as Recipe 1 has it; decisions of
+smaller k are used again where soup and candidate are the same, so a new model that is rejected costs one look at the
+held-out split, and one that is accepted at most as many as there are models behind it. Only distinct greedy soups are
+evaluated on what reports. Ensembles and single models come from cached logits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.measure.methods import Method, method_of_answers, method_of_model, numbers_of, over_orders
+from analysis.measure.mixtures import (
+    Mixture,
+    RunningMean,
+    answers,
+    axis_labels,
+    drawn_columns,
+    key_of_mean,
+    mean_logits,
+    mean_mixture,
+    measure_mixtures,
+    method_of_mixture,
+)
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from soups.experiment.pool import ingredients_of
+from soups.scorers.metrics import score
+from soups.selection import Ties, accepts, best_first, random_order
+from store.runs import Ingredient, RunFolder
+
+BEST = "best"
+LABELS = {kind: STYLE[kind][0] for kind in ("uniform", "greedy", "ensemble", "greedy_ensemble")} | {
+    BEST: "Best individual so far (held-out)"
+}
+WIDTHS = {"greedy": 3.0, BEST: 1.2}  # where curves are one, all of them are seen
+Considered = tuple[str, int, Method]  # method, how many models were considered, what it answers
+
+
+def orders_of(config: Experiment, number: int) -> list[list[int]]:
+    """`cooking.orders` random orders of so many models, those of `recipe=greedy_random_order`."""
+    return [random_order(number, config.sweep.seed + order, 0) for order in range(config.cooking.orders)]
+
+
+def greedy_of_first(
+    order: Sequence[int],
+    held_out: Sequence[float],
+    accuracy: Callable[[tuple[int, ...]], float],
+    ties: Ties = "keep",
+) -> list[tuple[int, ...]]:
+    """What Recipe 1 keeps of the first 1, 2, ..., K models of an order, each time sorted by held-out accuracy.
+
+    Args:
+        order: K indices into `held_out`.
+        held_out: accuracies in [0, 1] on the held-out split.
+        accuracy: the same of the equal-weight mean of some models, which are named best first; called once for each
+            set that is tried, which is K - 1 to K (K - 1) / 2 times.
+        ties: as in `soups.recipes.greedy`.
+
+    Source: Wortsman et al. 2022, Figure B.1 and Recipe 1.
+    """
+    known: dict[tuple[int, ...], float] = {}
+    found: list[tuple[int, ...]] = []
+    for k in range(1, len(order) + 1):
+        considered = sorted(order[:k])
+        first, *rest = (considered[place] for place in best_first([held_out[i] for i in considered]))
+        kept: tuple[int, ...] = (first,)
+        to_keep = held_out[first]
+        for i in rest:
+            candidate = (*kept, i)
+            if candidate not in known:
+                known[candidate] = accuracy(candidate)
+            if accepts(known[candidate], to_keep, ties):
+                kept, to_keep = candidate, known[candidate]
+        found.append(kept)
+    return found
+
+
+def best_of_first(order: Sequence[int], held_out: Sequence[float]) -> list[int]:
+    """The index with the highest held-out accuracy among the first 1, 2, ..., K of an order, of equals the smallest.
+
+    >>> best_of_first([2, 0, 1], [0.5, 0.9, 0.5])
+    [2, 0, 1]
+    """
+    return [min(order[:k], key=lambda i: (-held_out[i], i)) for k in range(1, len(order) + 1)]
+
+
+def ensembles_of_first(evaluator: Evaluator, members: Sequence[Ingredient], split: str) -> list[Tensor]:
+    """(N,) class ids that the mean logits of the first 1, 2, ..., K members predict on a split, by a running sum."""
+    total: Tensor | float = 0.0
+    found = []
+    for k, each in enumerate(members, 1):
+        total = total + evaluator.logits(each.digest, each.load, split).double()
+        found.append(evaluator.predicted(torch.as_tensor(total) / k, split))
+    return found
+
+
+def _held_out(evaluator: Evaluator, said: Tensor) -> float:
+    task = evaluator.config.task
+    images = evaluator.split(task.held_out)
+    return score(task.metrics.get(task.held_out, "top1"), said, images.labels, images.groups)
+
+
+def uniform_along(evaluator: Evaluator, members: Sequence[Ingredient]) -> Iterator[Considered]:
+    """The uniform soup of the first 1, 2, ..., K members, by a running sum."""
+    mean = RunningMean()
+    for k, member in enumerate(members, 1):
+        mean.add(member)
+        alone = method_of_model("uniform", member, evaluator) if k == 1 else None
+        soup = Mixture(key_of_mean(mean.members), mean.weights)
+        yield "uniform", k, alone or method_of_mixture("uniform", soup, evaluator)
+
+
+def greedy_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[Considered]:
+    """Greedy soups of the first 1, 2, ..., K models of an order."""
+    config = evaluator.config
+
+    def soup(chosen: tuple[int, ...]) -> Mixture:
+        return mean_mixture([pool[i] for i in chosen])
+
+    def accuracy(chosen: tuple[int, ...]) -> float:
+        tried = soup(chosen)
+        return _held_out(evaluator, answers(evaluator, tried.key, tried.load, config.task.held_out))
+
+    held_out = [each.held_out_score for each in pool]
+    soups: dict[tuple[int, ...], Method] = {}
+    for k, kept in enumerate(greedy_of_first(order, held_out, accuracy, config.cooking.ties), 1):
+        if kept not in soups:
+            soups[kept] = (
+                method_of_model("greedy", pool[kept[0]], evaluator)
+                if len(kept) == 1
+                else method_of_mixture("greedy", soup(kept), evaluator)
+            )
+        yield "greedy", k, soups[kept]
+
+
+def from_logits_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[Considered]:
+    """Best individual, ensemble and greedy ensemble of the first 1, 2, ..., K models of an order."""
+    config, nan = evaluator.config, float("nan")
+    held_out = [each.held_out_score for each in pool]
+    singles = {i: method_of_model(BEST, pool[i], evaluator) for i in set(best_of_first(order, held_out))}
+    for k, i in enumerate(best_of_first(order, held_out), 1):
+        yield BEST, k, singles[i]
+    members = [pool[i] for i in order]
+    said = {split: ensembles_of_first(evaluator, members, split) for split in config.task.reported}
+    for k in range(1, len(order) + 1):
+
+        def of_first(split: str, k: int = k) -> Tensor:
+            return said[split][k - 1]
+
+        yield "ensemble", k, method_of_answers("ensemble", k, of_first, nan, evaluator)
+
+    def predicted(chosen: tuple[int, ...], split: str) -> Tensor:
+        return evaluator.predicted(mean_logits(evaluator, [pool[i] for i in chosen])(split), split)
+
+    def accuracy(chosen: tuple[int, ...]) -> float:
+        return _held_out(evaluator, predicted(chosen, config.task.held_out))
+
+    ensembles: dict[tuple[int, ...], Method] = {}
+    for k, kept in enumerate(greedy_of_first(order, held_out, accuracy, config.cooking.ties), 1):
+        if kept not in ensembles:
+            named = ("greedy_ensemble", len(kept), partial(predicted, kept), nan, evaluator)
+            ensembles[kept] = method_of_answers(*named)
+        yield "greedy_ensemble", k, ensembles[kept]
+
+
+def _measure_order(config: Experiment, order: Sequence[int]) -> str:
+    evaluator, pool = Evaluator(config), ingredients_of(config)
+    for _ in uniform_along(evaluator, [pool[i] for i in order]):
+        pass
+    for _ in greedy_along(evaluator, pool, order):
+        pass
+    return f"soups of the first 1 to {len(order)} models of an order: evaluated"
+
+
+def pool_size_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
+    """One row per order, method, number of models considered, and column (test, mean of shifts).
+
+    Columns: order ("mean" is the mean over all), method, considered, models (at inference), column, n, accuracy; and
+    of the mean order difference (to the best individual of as many) with its interval low and high; fractions.
+    """
+    pool = ingredients_of(config)
+    orders = orders_of(config, len(pool))
+    found: dict[tuple[str, int], list[Method]] = {}
+    for order in orders:
+        for name, k, method in (
+            *from_logits_along(evaluator, pool, order),
+            *uniform_along(evaluator, [pool[i] for i in order]),
+            *greedy_along(evaluator, pool, order),
+        ):
+            found.setdefault((name, k), []).append(method)
+    rows: list[dict[str, Any]] = []
+    for (name, k), methods in found.items():
+        mean, best = over_orders(name, methods), over_orders(BEST, found[BEST, k])
+        models = sum(method.models for method in methods) / len(methods)
+        columns, shared = drawn_columns(config), {"method": name, "considered": k}
+        means = numbers_of(config, evaluator, mean, best, columns)
+        of_orders = zip(*(numbers_of(config, evaluator, method, None, columns) for method in methods), strict=True)
+        for row, own in zip(means, of_orders, strict=True):
+            rows += [
+                {"order": str(j), **shared, "models": method.models} | each
+                for j, (method, each) in enumerate(zip(methods, own, strict=True))
+            ]
+            rows.append({"order": "mean", **shared, "models": models} | row)
+    numbers = ["column", "n", "models", "accuracy", "difference", "low", "high"]
+    return pd.DataFrame(rows)[["order", "method", "considered", *numbers]]
+
+
+def _panel(axes: Axes, drawn: pd.DataFrame) -> None:
+    for method, label in LABELS.items():
+        colour = STYLE[method][1]
+        for order, curve in drawn[drawn["method"] == method].groupby("order", sort=False):
+            is_mean = order == "mean"
+            axes.plot(
+                curve["considered"],
+                100 * curve["accuracy"],
+                color=colour,
+                lw=WIDTHS.get(method, 1.5) if is_mean else 0.6,
+                ls="--" if method == BEST else "-",
+                alpha=1.0 if is_mean else 0.3,
+                label=label if is_mean else None,
+                zorder=3 if is_mean else 2,
+            )
+    means = drawn[drawn["order"] == "mean"].pivot(index="considered", columns="method")
+    # Around the greedy soup, the interval of its difference to the best individual, as the bars of Figure 1.
+    ends = [100 * (means["accuracy", BEST] + means[end, "greedy"]) for end in ("low", "high")]
+    axes.fill_between(means.index, *ends, color=STYLE["greedy"][1], alpha=0.12, lw=0, zorder=1)
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    axes.set_xlabel("Number of models considered")
+
+
+def pool_size_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
+    """Accuracy against the number of models considered, a panel for each column: mean over orders, and each faded.
+
+    Args:
+        tidy: from `pool_size_table`.
+        labels: columns that are drawn -> what their axis says.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(0.4 + 3.1 * len(labels), 2.9))
+        panels = figure.subplots(1, len(labels), squeeze=False)[0]
+        for axes, (column, label) in zip(panels, labels.items(), strict=True):
+            _panel(axes, tidy[tidy["column"] == column])
+            axes.set_ylabel(label)
+        figure.subplots_adjust(wspace=0.28)
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=3, frameon=False)
+        return figure
+
+
+def figureb1(config: Experiment, stem: str = "figureb1", console: Console | None = None) -> list[Path]:
+    """Evaluate what is missing and write figureb1.{pdf,png,csv} into the experiment's analysis folder.
+
+    Raises:
+        UserError: the sweep is not finished.
+    """
+    pool = ingredients_of(config)
+    orders = orders_of(config, len(pool))
+    soups = [mean_mixture([pool[i] for i in order[:k]]) for order in orders for k in range(2, len(pool) + 1)]
+    calls = [partial(_measure_order, config, order) for order in orders]
+    measure_mixtures(config, "uniform soups, and greedy ones", soups, console, calls=calls)
+    tidy = pool_size_table(config, Evaluator(config))
+    figure = pool_size_figure(tidy, axis_labels(config))
+    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / stem)
+
+
+# Figure B.1 from other initialisations and grids (Appendix H).
+figureh1, figureh2, figureh3, figureh4 = (partial(figureb1, stem=f"figureh{i}") for i in range(1, 5))

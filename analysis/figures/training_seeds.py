@@ -1,0 +1,281 @@
+"""Figures B.2 and G.4: models that differ by their seed alone, their soups and ensembles, calibration and accuracy."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.measure.methods import Method, method_of, numbers_of, over_orders
+from analysis.measure.mixtures import RunningMean, axis_labels, drawn_columns, kept_logits, mean_logits
+from configs.errors import UserError
+from configs.schema import Experiment, dump
+from eval.calibration import expected_calibration_error, fit_beta
+from eval.forward import Evaluator
+from eval.pool import evaluate_all
+from soups.average import Average
+from soups.experiment.pool import usable_pool
+from soups.files.atomic import digest_of
+from store.rows import row_config
+from store.runs import Ingredient, RunFolder
+
+INDIVIDUAL, SOUP, ENSEMBLE = "individual", "soup", "ensemble"
+NONE, FIRST, AFTER = "none", "first", "after"  # when temperatures are fitted
+HEAD = ("head.weight", "head.bias")
+FIGURE_G4 = 5  # seeds
+WHAT = {
+    INDIVIDUAL: ("Individual, seed k", STYLE["individual"][1], "D"),
+    SOUP: ("Soup of seeds 1 to k", STYLE["uniform"][1], "o"),
+    ENSEMBLE: ("Ensemble of seeds 1 to k", STYLE["greedy_ensemble"][1], "s"),
+}
+LINES = {
+    NONE: ("as trained", "-"),
+    FIRST: ("members calibrated first", "--"),
+    AFTER: ("calibrated afterwards", ":"),
+}
+
+
+def seed_group(config: Experiment, pool: Sequence[Ingredient]) -> list[Ingredient]:
+    """The largest group of fine-tuned models whose rows differ in nothing but the seed, in the order of their rows.
+
+    Rows that set no seed have random streams of their own. Of equally large groups the first is taken.
+
+    Raises:
+        UserError: no two models differ by their seed alone.
+    """
+    groups: dict[str, list[Ingredient]] = {}
+    for each in pool:
+        if not each.row:
+            continue
+        values = dump(row_config(config, each.row))
+        values["optim"].pop("seed")
+        same = {name: values[name] for name in ("task", "model", "optim", "augment", "regularizer")}
+        groups.setdefault(digest_of(same), []).append(each)
+    largest = max(groups.values(), key=len, default=[])
+    if len(largest) < 2:
+        raise UserError(
+            f"{config.name}: no two models differ by their seed alone; vary optim.seed, as "
+            "configs/experiment/demo_seeds_only.yaml does"
+        )
+    return largest
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Something with logits on every split, and the inverse temperature that is applied to them."""
+
+    what: str
+    k: int  # the seed's place, or how many models it is made of
+    temperature: str
+    logits: Callable[[str], Tensor]
+    beta: float = 1.0
+
+
+def scaled_head(weights: dict[str, Tensor], beta: float) -> dict[str, Tensor]:
+    """Weights whose logits are `beta` times as large.
+
+    Raises:
+        UserError: the network has no linear head.
+    """
+    if any(name not in weights for name in HEAD):
+        raise UserError("temperature is folded into a linear head before averaging, and this network has none")
+    return weights | {name: (beta * weights[name].double()).to(weights[name].dtype) for name in HEAD}
+
+
+def _own(evaluator: Evaluator, each: Ingredient) -> Callable[[str], Tensor]:
+    return lambda split: evaluator.logits(each.digest, each.load, split)
+
+
+def answering(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated: bool) -> Iterator[Answering]:
+    """Individuals, and soup and ensemble of the first 1, 2, ..., K members, one after the other.
+
+    Args:
+        evaluator: of the experiment.
+        members: K models that differ by their seed.
+        calibrated: add each with temperatures fitted on the held-out split: `first`, of every member before averaging,
+            which in weights means a scaled head; and `after`, of the result.
+    """
+    task = evaluator.config.task
+    labels = evaluator.split(task.held_out).labels
+
+    def beta_of(logits: Callable[[str], Tensor]) -> float:
+        return fit_beta(logits(task.held_out), labels)
+
+    singles = [_own(evaluator, each) for each in members]
+    betas = [beta_of(single) for single in singles] if calibrated else []
+    mean, first = RunningMean(), None
+    for k, member in enumerate(members, 1):
+        yield Answering(INDIVIDUAL, k, NONE, singles[k - 1])
+        mean.add(member)
+        soup = kept_logits(evaluator, mean.weights()) if k > 1 else singles[0]
+        ensemble = mean_logits(evaluator, members[:k])
+        pair = [Answering(SOUP, k, NONE, soup), Answering(ENSEMBLE, k, NONE, ensemble)]
+        yield from pair
+        if not calibrated:
+            continue
+        scaled = scaled_head(member.load(), betas[k - 1])
+        first = Average.of(scaled) if first is None else first.plus(scaled)
+        yield Answering(INDIVIDUAL, k, AFTER, singles[k - 1], betas[k - 1])
+        yield Answering(SOUP, k, FIRST, kept_logits(evaluator, first.weights()))
+        yield Answering(ENSEMBLE, k, FIRST, mean_logits(evaluator, members[:k], betas[:k]))
+        for each in pair:
+            yield Answering(each.what, k, AFTER, each.logits, beta_of(each.logits))
+
+
+def _ece(config: Experiment, evaluator: Evaluator, each: Answering, splits: Sequence[str]) -> float:
+    """Expected calibration error in [0, 1], of several splits their mean."""
+    total = 0.0
+    for split in splits:
+        seen = each.beta * evaluator.projected(each.logits(split), split).double()
+        bins = config.analysis.bins
+        total += expected_calibration_error(seen, evaluator.split(split).labels, bins=bins, binning="mass")
+    return total / len(splits)
+
+
+def seeds_table(
+    config: Experiment, evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated: bool
+) -> pd.DataFrame:
+    """One row per model, soup and ensemble, when temperatures are fitted, and column (test, mean of shifts).
+
+    Columns: what (individual, soup, ensemble), k, temperature (none, first, after), models (at inference), beta,
+    column, n, accuracy; where no temperature is fitted difference (to the mean accuracy of the individuals 1 to k)
+    with its interval low and high; and ece where `calibrated`. Fractions.
+    """
+    rows: list[dict[str, Any]] = []
+    individuals: list[Method] = []
+    for each in answering(evaluator, members, calibrated=calibrated):
+        models = each.k if each.what == ENSEMBLE else 1
+        method = method_of(each.what, models, each.logits, float("nan"), evaluator)
+        if (each.what, each.temperature) == (INDIVIDUAL, NONE):
+            individuals.append(method)
+        head = {"what": each.what, "k": each.k, "temperature": each.temperature, "models": models, "beta": each.beta}
+        is_compared = each.what != INDIVIDUAL and each.temperature == NONE
+        baseline = over_orders(INDIVIDUAL, individuals) if is_compared else None
+        columns = drawn_columns(config)
+        for row in numbers_of(config, evaluator, method, baseline, columns):
+            ece = {"ece": _ece(config, evaluator, each, columns[row["column"]])} if calibrated else {}
+            rows.append(head | row | ece)
+    return pd.DataFrame(rows)
+
+
+def _curves(axes: Axes, drawn: pd.DataFrame, value: str, temperatures: Sequence[str]) -> None:
+    for what, (title, colour, marker) in WHAT.items():
+        for temperature in temperatures:
+            curve = drawn[(drawn["what"] == what) & (drawn["temperature"] == temperature)]
+            if curve.empty:
+                continue
+            said, line = LINES[temperature]
+            label = title if len(temperatures) == 1 else f"{title}, {said}"
+            is_alone = what == INDIVIDUAL  # no line: seed 2 does not follow from seed 1
+            filled = colour if temperature == NONE else "none"
+            axes.plot(
+                curve["k"],
+                100 * curve[value],
+                color=colour,
+                marker=marker,
+                ms=3.5,
+                markerfacecolor=filled,
+                lw=0 if is_alone else 1.3,
+                ls="none" if is_alone else line,
+                label=label,
+                zorder=3,
+            )
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+
+
+def _bars(axes: Axes, drawn: pd.DataFrame) -> None:
+    """Intervals of the difference to the mean individual, around soup and ensemble."""
+    for what in (SOUP, ENSEMBLE):
+        curve = drawn[(drawn["what"] == what) & (drawn["temperature"] == NONE)]
+        if curve["low"].isna().all():
+            continue
+        base = curve["accuracy"] - curve["difference"]
+        ends = [100 * (base + curve[end]) for end in ("low", "high")]
+        axes.fill_between(curve["k"], *ends, color=WHAT[what][1], alpha=0.12, lw=0, zorder=1)
+
+
+def calibration_figure(tidy: pd.DataFrame, labels: dict[str, str], bins: int) -> Figure:
+    """ECE above and accuracy below against the number of models, a column of panels for each column of the table.
+
+    Args:
+        tidy: from `seeds_table`, calibrated.
+        labels: columns that are drawn -> what their axis says.
+        bins: of the ECE.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(0.4 + 3.1 * len(labels), 4.8))
+        grid = figure.subplots(2, len(labels), squeeze=False, sharex=True)
+        for (above, below), (column, label) in zip(grid.T, labels.items(), strict=True):
+            drawn = tidy[tidy["column"] == column]
+            _curves(above, drawn, "ece", list(LINES))
+            _curves(below, drawn, "accuracy", [NONE])  # a temperature does not move a model's accuracy
+            _bars(below, drawn)
+            above.set_ylabel(f"{label.partition(',')[0]}, ECE\n({bins} equal-mass bins, %)")
+            above.set_ylim(bottom=0)
+            below.set_ylabel(label)
+            below.set_xlabel("Number of models k")
+        figure.subplots_adjust(wspace=0.3, hspace=0.12)
+        handles, names = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.04), ncol=2, frameon=False)
+        return figure
+
+
+def budget_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
+    """Accuracy of the k-th seed, and of soup and ensemble of seeds 1 to k, a panel for each column.
+
+    Args:
+        tidy: from `seeds_table`.
+        labels: columns that are drawn -> what their axis says.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(0.4 + 2.9 * len(labels), 2.6))
+        panels = figure.subplots(1, len(labels), squeeze=False)[0]
+        for axes, (column, label) in zip(panels, labels.items(), strict=True):
+            drawn = tidy[tidy["column"] == column]
+            _curves(axes, drawn, "accuracy", [NONE])
+            _bars(axes, drawn)
+            axes.set(xlabel="Number of models k", ylabel=label)
+        figure.subplots_adjust(wspace=0.3)
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=3, frameon=False)
+        return figure
+
+
+def _write(
+    config: Experiment, stem: str, *, calibrated: bool, at_most: int | None, console: Console | None
+) -> list[Path]:
+    members = seed_group(config, usable_pool(config))[:at_most]
+    evaluate_all(config, [each.folder for each in members], console)
+    tidy = seeds_table(config, Evaluator(config), members, calibrated=calibrated)
+    labels = axis_labels(config)
+    figure = calibration_figure(tidy, labels, config.analysis.bins) if calibrated else budget_figure(tidy, labels)
+    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / stem)
+
+
+def figureb2(config: Experiment, console: Console | None = None) -> list[Path]:
+    """Write figureb2.{pdf,png,csv} into the experiment's analysis folder, from all seeds.
+
+    It costs two evaluations for each seed, held-out included: of the soup so far, as it is and with calibrated heads.
+
+    Raises:
+        UserError: the sweep is not finished, no two models differ by their seed alone, or they have no linear head.
+    """
+    return _write(config, "figureb2", calibrated=True, at_most=None, console=console)
+
+
+def figureg4(config: Experiment, console: Console | None = None) -> list[Path]:
+    """Write figureg4.{pdf,png,csv} into the experiment's analysis folder, from the first five seeds.
+
+    It costs an evaluation for each soup of 2, ..., 5 seeds, which Figure B.2 shares.
+
+    Raises:
+        UserError: the sweep is not finished, or no two models differ by their seed alone.
+    """
+    return _write(config, "figureg4", calibrated=False, at_most=FIGURE_G4, console=console)

@@ -1,0 +1,232 @@
+"""Means and other mixtures of a pool's models: what they answer, on disk, for figures that need hundreds of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from analysis.measure.methods import SHIFT_MEAN, Method, columns_of, method_of_answers, shift_name, titled
+from analysis.tables.cells import measured
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from eval.pool import evaluate_all
+from soups.average import Average, Loader
+from soups.files.atomic import digest_of
+from soups.files.weights import Weights, digest
+from soups.recipes import mean_of
+from store.arrays import cached_array
+from store.rows import draw, row_config
+from store.runs import Ingredient
+from store.workers import spread
+
+
+class RunningMean:
+    """The mean of models that are added one after the other; each is read once, when a mean is asked for."""
+
+    def __init__(self) -> None:
+        self.members: list[Ingredient] = []
+        self._average: Average | None = None
+        self._read = 0
+
+    def add(self, member: Ingredient) -> None:
+        """One more model."""
+        self.members.append(member)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The mean of all that were added.
+
+        Raises:
+            ValueError: nothing was added, or models that do not fit together.
+        """
+        for member in self.members[self._read :]:
+            average, weights = self._average, member.load()
+            self._average, self._read = (
+                Average.of(weights) if average is None else average.plus(weights),
+                self._read + 1,
+            )
+        if self._average is None:
+            raise ValueError("a mean needs at least one model")
+        return self._average.weights()
+
+
+def key_of_mean(members: Sequence[Ingredient]) -> str:
+    """Names the mean of some models, in whatever order, without reading them."""
+    return digest_of({"mean of": sorted(each.digest for each in members)})
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights that are put together only where what they answer is not on disk; they can be sent to a worker."""
+
+    key: str  # names them
+    load: Loader
+
+
+def mean_mixture(members: Sequence[Ingredient]) -> Mixture:
+    """The equal-weight mean of some models."""
+    return Mixture(key_of_mean(members), partial(mean_of, [each.load for each in members]))
+
+
+def mean_logits(
+    evaluator: Evaluator, members: Sequence[Ingredient], betas: Sequence[float] | None = None
+) -> Callable[[str], Tensor]:
+    """Split -> (N, C) float64 mean of members' cached logits, each times its beta where there are some."""
+
+    def logits(split: str) -> Tensor:
+        total: Tensor | float = 0.0
+        for each, beta in zip(members, betas or [1.0] * len(members), strict=True):
+            total = total + beta * evaluator.logits(each.digest, each.load, split).double()
+        return torch.as_tensor(total) / len(members)
+
+    return logits
+
+
+def kept_logits(evaluator: Evaluator, weights: Weights) -> Callable[[str], Tensor]:
+    """Split -> (N, C) logits of weights that are at hand, kept under their digest."""
+    name = digest(weights)
+    return lambda split: evaluator.logits(name, lambda: weights, split)
+
+
+def answers(evaluator: Evaluator, key: str, load: Loader, split: str) -> Tensor:
+    """(N,) class ids that a mixture predicts on a split, from disk or by a forward pass.
+
+    Of so many mixtures not the logits are kept, which of ImageNet's splits are hundreds of megabytes each.
+
+    Args:
+        evaluator: of the experiment.
+        key: names the mixture.
+        load: called only when a forward pass is needed.
+        split: of the experiment's task.
+    """
+
+    def compute() -> Tensor:
+        return evaluator.predicted(evaluator.fresh_logits(load(), split), split).float().unsqueeze(1)
+
+    path = evaluator.place("answers", split, key)
+    return cached_array(path, (len(evaluator.split(split)), 1), compute).squeeze(1).long()
+
+
+def is_answered(evaluator: Evaluator, key: str) -> bool:
+    """Whether a mixture's answers on every split that reports are on disk."""
+    return all(evaluator.place("answers", split, key).exists() for split in evaluator.config.task.reported)
+
+
+def method_of_mixture(name: str, mixture: Mixture, evaluator: Evaluator) -> Method:
+    """A method from a mixture of weights, which are put together once where any of its answers is missing."""
+    load = lru_cache(maxsize=1)(mixture.load)
+    return method_of_answers(name, 1, partial(answers, evaluator, mixture.key, load), float("nan"), evaluator)
+
+
+def _answer(config: Experiment, mixtures: Sequence[Mixture]) -> str:
+    evaluator = Evaluator(config)
+    for each in mixtures:
+        method_of_mixture("", each, evaluator)
+    return f"{len(mixtures)} mixtures: answered"
+
+
+def measure_mixtures(
+    config: Experiment,
+    title: str,
+    mixtures: Sequence[Mixture],
+    console: Console | None = None,
+    *,
+    calls: Sequence[Callable[[], str]] = (),
+) -> None:
+    """Let the cluster's worker processes evaluate mixtures on every split that reports; what is on disk is kept.
+
+    Args:
+        config: of the experiment.
+        title: of the progress bar.
+        mixtures: which.
+        console: where the bar goes.
+        calls: picklable, each returns a line: what workers do instead, where mixtures follow from one another.
+
+    Raises:
+        UserError: missing or damaged weights or data, or a worker that was killed.
+    """
+    evaluator, workers = Evaluator(config), config.cluster.workers
+    missing = list({each.key: each for each in mixtures if not is_answered(evaluator, each.key)}.values())
+    if not missing:
+        return
+    spread(
+        f"evaluating {len(missing)} {title}",
+        calls or [partial(_answer, config, missing[i::workers]) for i in range(workers) if missing[i::workers]],
+        workers=workers,
+        threads=config.cluster.threads,
+        units=len(missing),
+        done_units=lambda: sum(is_answered(evaluator, each.key) for each in missing),
+        report=str,
+        console=console or Console(),
+    )
+
+
+def drawn_columns(config: Experiment) -> dict[str, tuple[str, ...]]:
+    """The columns that curves are drawn in, and the splits of each: test, and the mean of the shifts if there are any.
+
+    >>> from configs.schema import load
+    >>> list(drawn_columns(load("demo_tiny")))
+    ['test', 'shift_mean']
+    """
+    columns = columns_of(config)
+    return {name: columns[name] for name in (config.task.test, SHIFT_MEAN) if name in columns}
+
+
+def axis_labels(config: Experiment) -> dict[str, str]:
+    """What the axis of each drawn column says, with what is measured and its unit.
+
+    >>> from configs.schema import load
+    >>> axis_labels(load("demo_tiny"))["shift_mean"]
+    'Mean of 5 shifts, top-1 accuracy (%)'
+    """
+    names = {config.task.test: f"{titled(config.task.name)} test", SHIFT_MEAN: titled(shift_name(config))}
+    found = {}
+    for column, splits in drawn_columns(config).items():
+        metric = measured(config.task, splits)
+        found[column] = f"{names[column]}, {metric[:1].lower()}{metric[1:]} (%)"
+    return found
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models of a pool."""
+
+    first: Ingredient
+    second: Ingredient
+
+    @property
+    def mean(self) -> Mixture:
+        """The weights half way between them."""
+        return mean_mixture((self.first, self.second))
+
+    def method(self, evaluator: Evaluator) -> Method:
+        """What the weights half way between them answer."""
+        return method_of_mixture("mean", self.mean, evaluator)
+
+
+def measure_midpoints(config: Experiment, pairs: Sequence[Pair], console: Console | None = None) -> None:
+    """Evaluate the models of all pairs, and each pair's mean, on the splits that report; what is on disk is kept.
+
+    Raises:
+        UserError: missing or damaged weights or data, or a worker that was killed.
+    """
+    members = {each.row: each.folder for pair in pairs for each in (pair.first, pair.second)}
+    evaluate_all(config, [members[row] for row in sorted(members)], console or Console())
+    measure_mixtures(config, "means of two models", [pair.mean for pair in pairs], console)
+
+
+def learning_rates(config: Experiment, rows: Sequence[int]) -> dict[int, float]:
+    """Row -> its peak learning rate."""
+    return {row: row_config(config, row).optim.lr for row in rows}
+
+
+def drawn_settings(config: Experiment, row: int) -> str:
+    """What is a row's own, for a caption.
+
+    >>> from configs.schema import load
+    >>> drawn_settings(load("demo_landscape"), 3)
+    'lr 0.00015, seed 1'
+    """
+    return ", ".join(f"{field.partition('.')[2]} {value}" for field, value in draw(config, row).items())

@@ -1,0 +1,189 @@
+"""Table 3's shape: methods by splits, with paired-bootstrap intervals against the best individual model."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.measure.methods import SHIFT_MEAN
+from configs.data import Task
+from soups.files.atomic import replacing, write_text
+
+NAMES = {
+    "zero-shot": "Zero-shot",
+    "initialisation": "Initialisation (linear probe)",
+    "best": "Best individual model",
+    "second_best": "Second best model",
+    "oracle": "Best individual on each test set (oracle)",
+    "uniform": "Uniform soup",
+    "subset": "Uniform soup of chosen models",
+    "greedy": "Greedy soup",
+    "greedy_random_order": "Greedy soup (random order)",
+    "greedy_with_replacement": "Greedy soup (with replacement)",
+    "learned": "Learned soup",
+    "learned_by_layer": "Learned soup (by block)",
+    "learned_by_tensor": "Learned soup (by layer: every tensor)",
+    "model_stock": "Model Stock",
+    "wise_ft": "WiSE-FT",
+    "ensemble": "Ensemble",
+    "calibrated_ensemble": "Ensemble (calibrated first)",
+    "greedy_ensemble": "Greedy ensemble",
+    "ensemble_with_replacement": "Greedy ensemble (with replacement)",
+}
+HEADS = {
+    "linear_probe": "linear probe",
+    "zero_shot": "zero-shot",
+    "random": "random head",
+    "prompt": "pretrained, asked",
+}
+ANNOTATIONS = {"real": "ReaL", "multilabel": "Multilabel"}  # of the test split
+METRICS = {
+    "top1": "Top-1 accuracy",
+    "macro_f1": "Macro F1",
+    "worst_group": "Accuracy of the worst group",
+    "matthews": "Matthews correlation",
+    "accuracy_and_f1": "Mean of accuracy and F1",
+}
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage with one decimal.
+
+    >>> percent(0.5304)
+    '53.0'
+    """
+    return f"{100 * fraction:.1f}"
+
+
+def points(difference: float, low: float, high: float) -> str:
+    """A difference in percentage points with its interval.
+
+    >>> points(0.056, 0.027, 0.083)
+    '+5.6 [+2.7, +8.3]'
+    """
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def column_title(task: Task, column: str) -> str:
+    """What a table calls a column: a split as its task does, or ReaL, multilabel, or the mean of the shifts.
+
+    >>> from configs.schema import load
+    >>> [column_title(load(name).task, "objectnet") for name in ("demo", "table4_vitg")]
+    ['ObjectNet-like', 'ObjectNet']
+    """
+    return "Mean of shifts" if column == SHIFT_MEAN else ANNOTATIONS.get(column) or task.split_title(column)
+
+
+def _accuracy(cell: pd.Series) -> str:
+    """Per cent, with the standard deviation over random orders where there is one."""
+    spread = "" if pd.isna(cell["spread"]) else f" ({percent(cell['spread'])})"
+    return percent(cell["accuracy"]) + spread
+
+
+def table3(tidy: pd.DataFrame, task: Task, head: str = "linear_probe") -> pd.DataFrame:
+    """One row per method, all cells text: accuracies in per cent, differences to the best individual in points.
+
+    Args:
+        tidy: from `analysis.measure.methods.tidy`.
+        task: that it is of.
+        head: how the initialisation's was made, as in `model.head`.
+    """
+    names = NAMES | {"initialisation": f"Initialisation ({HEADS[head]})"}
+    test, *shifts = [column for column in tidy["column"].unique() if column != SHIFT_MEAN]
+    rows = []
+    for method, group in tidy.groupby("method", sort=False):
+        cells = group.set_index("column")
+        row = {"Method": names.get(str(method), str(method)), "Models at inference": str(cells["models"].iloc[0])}
+        held_out = cells["held_out"].iloc[0]
+        row["Held-out"] = "" if pd.isna(held_out) else percent(held_out)  # an oracle was not chosen there
+        for column in (test, *shifts):
+            row[column_title(task, column)] = _accuracy(cells.loc[column])
+        if shifts:
+            row[column_title(task, SHIFT_MEAN)] = _accuracy(cells.loc[SHIFT_MEAN])
+        titles = {test: f"{column_title(task, test)} − best"} | ({SHIFT_MEAN: "Shifts − best"} if shifts else {})
+        for column, title in titles.items():
+            cell = cells.loc[column]
+            row[title] = "" if method == "best" else points(cell["difference"], cell["low"], cell["high"])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def measured(task: Task, columns: Iterable[str]) -> str:
+    """What the numbers of a table are, split by split where they differ.
+
+    >>> from configs.schema import load
+    >>> measured(load("figureg1_fmow").task, ["test", "ood"])
+    'Top-1 accuracy (Test), accuracy of the worst group (OOD)'
+    """
+    of = {column: METRICS[task.metrics.get(column, "top1")] for column in columns if column != SHIFT_MEAN}
+    if len(set(of.values())) == 1:
+        return next(iter(of.values()))
+    parts = [
+        f"{metric} ({', '.join(column_title(task, c) for c in of if of[c] == metric)})"
+        for metric in dict.fromkeys(of.values())
+    ]
+    return ", ".join([parts[0], *(part[:1].lower() + part[1:] for part in parts[1:])])
+
+
+def caption(tidy: pd.DataFrame, note: str, baseline: str, task: Task) -> str:
+    """What the table shows, with n of every split."""
+    sizes = tidy.drop_duplicates("column").set_index("column")["n"]
+    counts = ", ".join(f"{column_title(task, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
+    return (
+        f"{measured(task, sizes.index)} in %, n: {counts}. Differences in percentage points to {baseline}, with "
+        f"95 % paired-bootstrap intervals. {note}"
+    )
+
+
+LATEX = {"%": r"\%", "_": r"\_", "−": "$-$", "†": r"\dag{}", "‡": r"\ddag{}", "θ": r"$\theta$", "Σ": r"$\sum$"}
+BEST = "the best individual model, chosen on the held-out split"
+
+
+def write_table(
+    table: pd.DataFrame,
+    tidy: pd.DataFrame,
+    stem: Path,
+    note: str,
+    task: Task,
+    *,
+    baseline: str = BEST,
+) -> list[Path]:
+    """Write stem.md, stem.tex (booktabs) and stem.csv (the tidy numbers behind both).
+
+    Args:
+        table: of text cells.
+        tidy: the numbers.
+        stem: path without suffix.
+        note: names proxies.
+        task: that it is of.
+        baseline: what differences are to.
+    """
+    return write_cells(table, tidy, stem, caption(tidy, note, baseline, task))
+
+
+def write_cells(table: pd.DataFrame, numbers: pd.DataFrame, stem: Path, text: str) -> list[Path]:
+    """Write a table of text cells as stem.md and stem.tex (booktabs), and the numbers behind it as stem.csv.
+
+    Args:
+        table: of text cells.
+        numbers: one row a number.
+        stem: path without suffix.
+        text: the caption.
+    """
+    markdown, latex, csv = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".tex", ".csv"))
+    write_text(markdown, f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
+    escaped = table.rename(columns=_escape).map(_escape)
+    write_text(
+        latex,
+        escaped.to_latex(index=False, caption=_escape(text), column_format="l" + "r" * (len(table.columns) - 1)),
+    )
+    with replacing(csv) as temporary:
+        numbers.to_csv(temporary, index=False, float_format="%.8f")
+    return [markdown, latex, csv]
+
+
+def _escape(text: str) -> str:
+    for sign, latex in LATEX.items():
+        text = text.replace(sign, latex)
+    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)

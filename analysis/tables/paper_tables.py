@@ -1,0 +1,183 @@
+"""Tables with the paper's numbers beside ours, and in bold what is not significantly worse than the best."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.measure.methods import (
+    SHIFT_MEAN,
+    Method,
+    bootstrap_groups,
+    columns_of,
+    measure,
+    numbers_of,
+    tidy,
+)
+from analysis.tables.cells import BEST, HEADS, NAMES, column_title, measured, points, write_cells
+from analysis.tables.named_rows import measure_named_rows, need_labels
+from analysis.tables.paper import ALONE, beside, beside_table, legend, only_in_paper, paper_table
+from analysis.tables.table3 import note
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from eval.significance import paired_permutation
+from store.runs import RunFolder
+
+LEVEL = 0.05
+ORACLE = "oracle"
+RATE = re.compile(r", (\d+e-\d+)$")  # at the end of a row's name in Tables L.1 and L.2
+PAPER_ONLY = "paper only"  # ends the name of a row without numbers of ours
+DEMO_RATE = "3e-5"  # of the paper's two, which stands beside rows that name none
+
+
+def _hits(
+    config: Experiment, method: Method, evaluator: Evaluator, column: str
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Per-image results of a column and the groups that are swapped together; None where top-1 does not score it."""
+    if column in method.annotated:
+        found = method.annotated[column]
+        everything = torch.arange(len(found.right))
+        if found.classes is None:
+            return [found.right], [everything]
+        own = [everything[found.classes == label] for label in found.classes.unique()]  # classes weigh alike
+        return [found.right[images] for images in own], own
+    splits = columns_of(config)[column]
+    if any(split in method.scores for split in splits):
+        return None
+    return [method.hits[split] for split in splits], bootstrap_groups(config, evaluator, splits)
+
+
+def _is_worse(
+    config: Experiment, evaluator: Evaluator, method: Method, best: Method, column: str
+) -> tuple[bool, float]:
+    """Whether `method` is significantly worse than `best`, and the p-value where a permutation test gives one."""
+    ours, theirs = (_hits(config, each, evaluator, column) for each in (method, best))
+    if ours is None or theirs is None:  # scored by no mean over images: by the bootstrap interval of the difference
+        own = {column: columns_of(config)[column]}
+        (row,) = numbers_of(config, evaluator, method, best, own, redraw=True)
+        return row["high"] < 0, float("nan")
+    p = paired_permutation(ours[0], theirs[0], ours[1], seed=config.analysis.seed).p
+    return p < LEVEL, p
+
+
+def with_significance(
+    config: Experiment, evaluator: Evaluator, methods: Sequence[Method], baseline: Method
+) -> pd.DataFrame:
+    """One row per method and column: accuracy, n, difference to the baseline and its interval, and whether it is bold.
+
+    Bold is the best of a column and whatever a paired permutation test at 0.05 does not tell from it; images of a
+    `task.bootstrap_unit` are swapped together. An oracle is never bold: it was not chosen fairly.
+
+    Columns: method, models, held_out, column, n, accuracy, spread, difference, low, high, p_to_best, bold; fractions.
+    """
+    annotations = list(methods[0].annotated)
+    scores = tidy(config, methods, evaluator, baseline).to_dict("records")
+    per_method = len(scores) // len(methods)
+    rows: list[dict[str, Any]] = []
+    for place, method in enumerate(methods):
+        head = {"method": method.name, "models": method.models, "held_out": method.held_out}
+        for name in annotations:
+            seen = method.annotated[name]
+            rows.append(head | {"column": name, "n": len(seen.right), "accuracy": seen.accuracy})
+        rows += scores[place * per_method : (place + 1) * per_method]
+    for column in (*annotations, *columns_of(config)):
+        own = list(zip(methods, (row for row in rows if row["column"] == column), strict=True))
+        best, _ = max((each for each in own if each[0].name != ORACLE), key=lambda each: each[1]["accuracy"])
+        for method, row in own:
+            is_worse, p = _is_worse(config, evaluator, method, best, column) if method is not best else (False, 1.0)
+            row |= {"p_to_best": p, "bold": not is_worse and method.name != ORACLE}
+    told = ["accuracy", "spread", "n", "p_to_best", "bold", "difference", "low", "high"]
+    return pd.DataFrame(rows)[["method", "models", "held_out", "column", *told]]
+
+
+def _beside(tidy: pd.DataFrame, table: str, rows: Mapping[str, str], columns: Mapping[str, str]) -> pd.DataFrame:
+    """As `beside`, where names that ours or the paper's table has not are left out."""
+    paper = paper_table(table)
+    rows = {o: p for o, p in rows.items() if o in set(tidy["method"]) and p in set(paper["row"])}
+    columns = {o: p for o, p in columns.items() if o in set(tidy["column"]) and p in set(paper["column"])}
+    return beside(tidy, table, rows, columns)
+
+
+def _paper_baseline(own: pd.DataFrame, baseline: str) -> float:
+    """The paper's number of the method that differences are to, in one column; NaN where it is not known."""
+    first = own.loc[["best"]] if baseline == BEST else own.head(1)
+    return float(first["paper"].iloc[0])
+
+
+def _write(
+    config: Experiment, compared: pd.DataFrame, table: str, names: Mapping[str, str], baseline: str
+) -> list[Path]:
+    """Write <table>_with_paper.{md,tex,csv} into the experiment's analysis folder."""
+    task = config.task
+    titles = {column: column_title(task, column) for column in compared["column"]}
+    methods = compared["method"].unique()
+    cells = beside_table(compared, titles, names)
+    for column in (task.test, SHIFT_MEAN):
+        own = compared[compared["column"] == column].set_index("method").reindex(methods)
+        if own["ours"].isna().all():
+            continue
+        title = f"{titles[column]} − {baseline.split()[1]}"
+        ends = zip(own["difference"], own["low"], own["high"], strict=True)
+        cells[title] = [points(*each) if any(each) and pd.notna(each[0]) else "" for each in ends]
+        gains = own["paper"] - _paper_baseline(own, baseline)
+        if gains.notna().sum() > 1:
+            cells[f"{title}, paper"] = ["" if pd.isna(gain) or not gain else f"{gain:+.2f}" for gain in gains]
+    sizes = compared.dropna(subset="ours").drop_duplicates("column").set_index("column")["n"]
+    counts = ", ".join(f"{titles[c]} {n:.0f}" for c, n in sizes.items() if c != SHIFT_MEAN)
+    alone = f" Rows marked {PAPER_ONLY} have no number of ours." if compared["ours"].isna().any() else ""
+    text = (
+        f"{measured(task, columns_of(config))} in %, n: {counts}. Ours beside the paper's, and ours "
+        "minus the paper's in points. Bold: the best of a column, and what a paired permutation test does not tell "
+        f"from it at {LEVEL}. Last columns: points to {baseline}, with 95 % paired-bootstrap intervals, and the "
+        f"paper's.{alone} {note(config)} {legend(compared)}"
+    )
+    return write_cells(cells, compared, RunFolder.of(config).analysis / f"{table}_with_paper", text)
+
+
+def methods_beside_paper(config: Experiment, table: str) -> list[Path]:
+    """Table 1, 3, 4 or C.1: the recipes of an experiment, in every column that it reports.
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    evaluator = Evaluator(config)
+    _, methods = measure(config, evaluator, with_oracle=ORACLE in set(paper_table(table)["row"]))
+    best = next(method for method in methods if method.name == "best")
+    tidy = with_significance(config, evaluator, methods, best)
+    if table == "table1":
+        tidy = tidy[tidy["column"].isin([config.task.test, SHIFT_MEAN])]
+    columns = {column: column for column in tidy["column"]} | {config.task.test: "test"}
+    compared = _beside(tidy, table, {name: name for name in tidy["method"]}, columns)
+    alone = only_in_paper(compared, table, columns)
+    names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"} | ALONE
+    names |= {row: f"{names[row]}, {PAPER_ONLY}" for row in alone["method"]}
+    compared = pd.concat([compared, alone], ignore_index=True)
+    return _write(config, compared, table, names, BEST)
+
+
+def named_rows_beside_paper(config: Experiment, table: str) -> list[Path]:
+    """Table L.1, L.2 or L.3: named rows, soups and ensembles of sets of them.
+
+    Names that end in a learning rate stand beside the paper's number at that rate, others beside those at 3e-5.
+
+    Raises:
+        UserError: rows without names in `analysis.labels`, or a sweep that is not finished.
+    """
+    need_labels(config)
+    evaluator = Evaluator(config)
+    methods, _ = measure_named_rows(config, evaluator)
+    tidy = with_significance(config, evaluator, methods, methods[0])
+    rates = tidy["method"].str.extract(RATE, expand=False).fillna(DEMO_RATE)
+    has_rates = paper_table(table)["column"].str.contains("@").any()
+    parts = []
+    for rate, own in tidy.groupby(rates, sort=False):
+        rows = {method: RATE.sub("", method) for method in own["method"]}
+        ending = f"@{rate}" if has_rates else ""
+        columns = {config.task.test: f"test{ending}", SHIFT_MEAN: f"{SHIFT_MEAN}{ending}"}
+        parts.append(_beside(own, table, rows, columns))
+    compared = pd.concat(parts)
+    return _write(config, compared, table, {}, "the first row")

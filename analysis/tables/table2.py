@@ -1,0 +1,117 @@
+"""Table 2: the methods, and what an answer of each costs, measured."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from analysis.measure.methods import measure
+from analysis.tables.cells import NAMES, write_cells
+from analysis.tables.table3 import note
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from soups.experiment.pool import usable_pool
+from store.provenance import provenance
+from store.runs import RunFolder
+
+EXAMPLES, ROUNDS = 64, 7
+FORMULAS = {  # of Table 2: what is answered to x, and how inference grows with k ingredients
+    "best": (r"f(x, θ_i) with i = argmax_j ValAcc(θ_j)", "O(1)"),
+    "ensemble": (r"(1/k) Σ f(x, θ_i)", "O(k)"),
+    "uniform": (r"f(x, (1/k) Σ θ_i)", "O(1)"),
+    "greedy": ("Recipe 1", "O(1)"),
+    "learned": ("Appendix I", "O(1)"),
+}
+
+
+def inference_table(config: Experiment) -> pd.DataFrame:
+    """One row per method of Table 2 that the experiment has.
+
+    Columns: method, formula, cost (as the paper has it), models (networks that answer), gflops (of one example: two for
+    each multiplication with its addition), milliseconds (of one example), times_single (median over rounds of the ratio
+    to the best individual model in the same round).
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    evaluator = Evaluator(config)
+    _, methods = measure(config, evaluator)
+    split = evaluator.split(config.task.test)
+    inputs = next(iter(evaluator.batches(config.task.test, torch.arange(min(EXAMPLES, len(split))))))
+    inputs = inputs.to(evaluator.model.device)
+    network = evaluator.model.eval()
+    network.load_state_dict(usable_pool(config)[0].load())  # what weights hold does not change the cost
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(inputs)
+    flops = counter.get_total_flops() / len(inputs)
+    chosen = [method for method in methods if method.name in FORMULAS]
+    seconds = _seconds(network, inputs, [method.models for method in chosen])
+    single = seconds[[method.name for method in chosen].index("best")]
+    rows = []
+    for method, taken in zip(chosen, seconds, strict=True):
+        ratios = [one / other for one, other in zip(taken, single, strict=True)]
+        rows.append(
+            {
+                "method": method.name,
+                "formula": FORMULAS[method.name][0],
+                "cost": FORMULAS[method.name][1],
+                "models": method.models,
+                "gflops": method.models * flops / 1e9,
+                "milliseconds": 1e3 * statistics.median(taken) / len(inputs),
+                "times_single": statistics.median(ratios),
+            }
+        )
+    return (
+        pd.DataFrame(rows).set_index("method").loc[[m for m in FORMULAS if m in {c.name for c in chosen}]].reset_index()
+    )
+
+
+@torch.no_grad()
+def _seconds(network: torch.nn.Module, inputs: torch.Tensor, models: Sequence[int]) -> list[list[float]]:
+    """For each method the time of its forward passes in every round; all of a round follow each other."""
+    found: list[list[float]] = [[] for _ in models]
+    for _ in range(ROUNDS + 1):
+        for place, passes in enumerate(models):
+            _wait(inputs)
+            started = time.perf_counter()
+            for _ in range(passes):
+                network(inputs)
+            _wait(inputs)
+            found[place].append(time.perf_counter() - started)
+    return [rounds[1:] for rounds in found]  # the first warms up
+
+
+def _wait(inputs: torch.Tensor) -> None:
+    if inputs.is_cuda:
+        torch.cuda.synchronize(inputs.device)
+
+
+def table2(config: Experiment) -> list[Path]:
+    """Write table2_with_paper.{md,tex,csv}: formulas and costs of the paper, and the costs measured here.
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    numbers = inference_table(config)
+    cells = pd.DataFrame(
+        {
+            "Method": [NAMES[name] for name in numbers["method"]],
+            "Answer to x": numbers["formula"],
+            "Cost, paper": numbers["cost"],
+            "Networks": numbers["models"].astype(str),
+            "GFLOPs an example": [f"{value:.3f}" for value in numbers["gflops"]],
+            "ms an example": [f"{value:.2f}" for value in numbers["milliseconds"]],
+            "Times the single model": [f"{value:.2f}" for value in numbers["times_single"]],
+        }
+    )
+    machine = provenance()["machine"]
+    text = (
+        f"Forward passes of {EXAMPLES} examples at once, median of {ROUNDS} rounds, on {torch.get_num_threads()} "
+        f"thread(s) of {machine['processor']}; θ_1, ..., θ_k are the k ingredients. GFLOPs count convolutions and "
+        f"matrix products, two for a multiplication with its addition. {note(config)}"
+    )
+    return write_cells(cells, numbers, RunFolder.of(config).analysis / "table2_with_paper", text)

@@ -1,0 +1,127 @@
+"""Tables 5 and J.1: several text models on several tasks, each an experiment of its own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.measure.methods import measure
+from analysis.tables.cells import BEST, METRICS, NAMES, points, write_cells
+from analysis.tables.paper import MARKS, legend, paper_table
+from analysis.tables.paper_tables import LEVEL, with_significance
+from analysis.tables.table3 import note
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from store.runs import RunFolder
+
+RECIPES = {"table5": ("best", "greedy"), "tablej1": ("best", "uniform", "greedy")}
+MODELS = {"bert_base": "BERT-base", "bert_large": "BERT-large", "t5_small": "T5-small"}
+KEYS = ["network", "method", "task"]
+MODELS |= {"t5_base": "T5-base", "t5_large": "T5-large"}
+
+
+def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
+    """One row per experiment and recipe, on its test split, beside the paper's number where it has one.
+
+    Columns: network, task, protocol (apart, or paper: selected on the reported split), n, metric and those of
+    `analysis.tables.paper_tables.with_significance`; ours and paper (per cent),
+    minus_paper (points), confidence, source.
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    paper = paper_table(table).set_index(["row", "column"])
+    parts = []
+    for config in configs:
+        evaluator = Evaluator(config)
+        _, methods = measure(config, evaluator)
+        best = next(method for method in methods if method.name == "best")
+        chosen = [method for method in methods if method.name in RECIPES[table]]
+        tidy = with_significance(config, evaluator, chosen, best)
+        tidy = tidy[tidy["column"] == config.task.test]
+        network, task = network_of(config), config.task.subset or config.task.name
+        keys = [(f"{network}/{method}", task) for method in tidy["method"]]
+        cells = paper.reindex(keys).set_axis(tidy.index)
+        parts.append(
+            tidy.assign(
+                network=network,
+                task=task,
+                protocol=config.task.protocol,
+                metric=config.task.metrics.get(config.task.test, "top1"),
+                ours=100 * tidy["accuracy"],
+                paper=cells["value"],
+                minus_paper=100 * tidy["accuracy"] - cells["value"],
+                confidence=cells["confidence"].fillna(""),
+                source=cells["source"].fillna(""),
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def network_of(config: Experiment) -> str:
+    """What results/paper calls the network of an experiment, e.g. bert_base; of others its own name."""
+    name = config.model.name or config.model.kind
+    key = name.rpartition("/")[2].removesuffix("-uncased").replace("-", "_")
+    return key if key in MODELS else name
+
+
+def text_table(numbers: pd.DataFrame) -> pd.DataFrame:
+    """One row per network, task and recipe, all cells text."""
+    rows = []
+    for cell in numbers.to_dict("records"):
+        ours = f"{cell['ours']:.1f}"
+        known = not pd.isna(cell["paper"])
+        gain = (cell["difference"], cell["low"], cell["high"])
+        rows.append(
+            {
+                "Model": MODELS.get(cell["network"], cell["network"]),
+                "Task": cell["task"],
+                "Metric": METRICS[cell["metric"]],
+                "n": str(cell["n"]),
+                "Method": NAMES[cell["method"]],
+                "Ours": f"**{ours}**" if cell["bold"] else ours,
+                "Paper": f"{cell['paper']:.1f}{MARKS[cell['confidence']]}" if known else "",
+                "Ours − paper": f"{cell['minus_paper']:+.1f}" if known else "",
+                "Ours − best": points(*gain) if cell["method"] != "best" else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def paper_rows(table: str, there: pd.DataFrame) -> pd.DataFrame:
+    """The paper's numbers of models and tasks that were not run, as rows of `text_table`."""
+    ran = {f"{network}/{method}/{task}" for network, method, task in zip(*there[KEYS].to_numpy().T, strict=True)}
+    rows = []
+    for cell in paper_table(table).to_dict("records"):
+        network, method = cell["row"].split("/")
+        if method in NAMES and f"{network}/{method}/{cell['column']}" not in ran:
+            rows.append(
+                {
+                    "Model": MODELS[network],
+                    "Task": cell["column"],
+                    "Method": NAMES[method],
+                    "Paper": f"{cell['value']:.1f}{MARKS[cell['confidence']]}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def texts_beside_paper(configs: Sequence[Experiment], table: str) -> list[Path]:
+    """Write <table>_with_paper.{md,tex,csv} into the analysis folder of the first experiment.
+
+    Args:
+        configs: one for each model and task.
+        table: table5 or tablej1.
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    numbers = text_numbers(configs, table)
+    cells = pd.concat([text_table(numbers), paper_rows(table, numbers)], ignore_index=True).fillna("")
+    notes = " ".join(dict.fromkeys(note(config) for config in configs))
+    text = (
+        "Scores in %, on the split that reports. Bold: the better of an experiment's recipes, and what is not told "
+        f"from it at {LEVEL}. Ours − best: points to {BEST}, with 95 % paired-bootstrap intervals. Rows without a "
+        f"number of ours are the paper's alone. {notes} {legend(pd.concat([numbers, paper_table(table)]))}"
+    )
+    return write_cells(cells, numbers, RunFolder.of(configs[0]).analysis / f"{table}_with_paper", text)

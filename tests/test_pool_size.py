@@ -1,0 +1,174 @@
+"""Curves over the number of models considered: Recipe 1 over every prefix, cheaply, and ends that must agree."""
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis.figures.pool_size import (
+    best_of_first,
+    figureb1,
+    greedy_of_first,
+    orders_of,
+    pool_size_figure,
+    pool_size_table,
+)
+from analysis.measure.methods import SHIFT_MEAN
+from analysis.measure.mixtures import RunningMean, axis_labels, key_of_mean
+from eval.forward import Evaluator
+from soups.experiment.pool import ingredients_of
+from soups.recipes import greedy
+from store.runs import RunFolder
+from tests.pools import finished_pool
+
+VALUES = [0.7, 1.2, 0.9, 1.05, 0.4, 1.05]
+HELD_OUT = [1 - abs(value - 1) for value in VALUES]
+
+
+def model(value):
+    return lambda: {"w": torch.tensor([value], dtype=torch.float64)}
+
+
+def closeness(weights):
+    return 1 - abs(weights["w"].item() - 1)
+
+
+class Scores:
+    """Accuracy of a set of one-weight models, which counts how often it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, chosen):
+        self.asked.append(chosen)
+        return 1 - abs(sum(VALUES[i] for i in chosen) / len(chosen) - 1)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 5, 0, 3, 1, 4]])
+@pytest.mark.parametrize("ties", ["keep", "drop"])
+def test_each_prefix_keeps_what_recipe_1_keeps_of_it(order, ties):
+    found = greedy_of_first(order, HELD_OUT, Scores(), ties)
+    for k, kept in enumerate(found, 1):
+        first = sorted(order[:k])
+        soup = greedy([model(VALUES[i]) for i in first], [HELD_OUT[i] for i in first], closeness, ties=ties)
+        assert kept == tuple(first[i] for i in soup.ingredients)
+
+
+def test_no_set_is_scored_twice_and_a_rejected_newcomer_costs_one_look():
+    # Best first 0.9, 1.2, 0.7: their means 1.05 and then 0.933 keep the first two. 0.4, the worst, is tried once.
+    scores = Scores()
+    assert greedy_of_first([2, 1, 0, 4], HELD_OUT, scores) == [(2,), (2, 1), (2, 1), (2, 1)]
+    assert scores.asked == [(2, 1), (2, 1, 0), (2, 1, 4)]
+
+
+def test_the_best_so_far_is_chosen_on_held_out_and_of_equals_the_first_of_the_pool():
+    assert best_of_first([3, 1, 0], [0.5, 0.4, 0.9, 0.5]) == [3, 3, 0]
+
+
+def test_a_running_mean_reads_each_model_once_and_is_the_mean_of_those_so_far():
+    reads = []
+
+    class Member:
+        def __init__(self, value):
+            self.value = value
+
+        def load(self):
+            reads.append(self.value)
+            return {"w": torch.tensor([self.value])}
+
+    mean = RunningMean()
+    with pytest.raises(ValueError, match="at least one model"):
+        mean.weights()
+    for value in (1.0, 3.0):
+        mean.add(Member(value))
+    assert reads == []
+    assert mean.weights()["w"].item() == 2
+    mean.add(Member(8.0))
+    assert mean.weights()["w"].item() == 4
+    assert reads == [1, 3, 8]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return finished_pool(tmp_path_factory.mktemp("runs"), "cooking.orders=2", "cluster.workers=1")
+
+
+@pytest.fixture(scope="module")
+def table(finished):
+    return pool_size_table(*finished)
+
+
+def cell(table, order, method, considered, column="test"):
+    rows = table[(table["order"] == order) & (table["method"] == method)]
+    return rows[(rows["considered"] == considered) & (rows["column"] == column)].iloc[0]
+
+
+def test_of_one_model_all_methods_are_that_model_and_of_all_models_the_order_does_not_matter(finished, table):
+    size = len(ingredients_of(finished[0]))
+    for order in ("0", "1"):
+        first = table[(table["order"] == order) & (table["considered"] == 1)]
+        assert first.groupby("column")["accuracy"].nunique().eq(1).all()
+    last = table[table["considered"] == size]
+    assert last.groupby(["method", "column"])["accuracy"].nunique().eq(1).all()
+    one, two = orders_of(finished[0], size)
+    assert one != two
+
+
+def test_uniform_soup_and_ensemble_of_the_first_k_are_the_means_of_weights_and_of_logits(finished, table):
+    config, evaluator = finished
+    pool = ingredients_of(config)
+    first = [pool[i] for i in orders_of(config, len(pool))[1][:3]]
+    loaded = [each.load() for each in first]
+    mean = {name: torch.stack([each[name].double() for each in loaded]).mean(0).float() for name in loaded[0]}
+    right = evaluator.hits(evaluator.fresh_logits(mean, "test"), "test")
+    assert cell(table, "1", "uniform", 3)["accuracy"] == right.double().mean().item()
+    logits = torch.stack([evaluator.fresh_logits(each, "test") for each in loaded]).mean(0)
+    assert cell(table, "1", "ensemble", 3)["accuracy"] == evaluator.hits(logits, "test").double().mean().item()
+    assert cell(table, "1", "ensemble", 3)["models"] == 3
+    assert cell(table, "1", "uniform", 3)["models"] == 1
+
+
+def test_the_mean_is_over_orders_and_its_difference_is_to_the_best_of_as_many(table):
+    for column in ("test", SHIFT_MEAN):
+        mean = cell(table, "mean", "uniform", 2, column)
+        own = [cell(table, order, "uniform", 2, column)["accuracy"] for order in ("0", "1")]
+        assert mean["accuracy"] == pytest.approx(sum(own) / 2)
+        assert mean["difference"] == pytest.approx(
+            mean["accuracy"] - cell(table, "mean", "best", 2, column)["accuracy"]
+        )
+        assert mean["low"] <= mean["difference"] <= mean["high"]
+
+
+def test_a_second_call_reads_no_weights_and_writes_the_same_numbers(finished, table):
+    config, _ = finished
+    evaluator = Evaluator(config)
+    for each in ingredients_of(config):
+        (each.folder / "weights.safetensors").rename(each.folder / "away")
+    try:
+        pd.testing.assert_frame_equal(pool_size_table(config, evaluator), table)
+        files = figureb1(config, "figureh1")
+    finally:
+        for each in ingredients_of(config):
+            (each.folder / "away").rename(each.folder / "weights.safetensors")
+    assert [file.name for file in files] == ["figureh1.pdf", "figureh1.png", "figureh1.csv"]
+    assert files[0].parent == RunFolder.of(config).analysis
+
+
+def test_a_mean_is_named_by_its_members_in_whatever_order(finished):
+    one, two, three = ingredients_of(finished[0])[:3]
+    assert key_of_mean([one, two]) == key_of_mean([two, one]) != key_of_mean([one, three])
+
+
+def test_the_figure_has_a_mean_and_every_order_of_each_method_in_percent(finished, table):
+    labels = axis_labels(finished[0])
+    assert labels == {
+        "test": "Emoji test, top-1 accuracy (%)",
+        SHIFT_MEAN: "Mean of 5 shifts, top-1 accuracy (%)",
+    }
+    figure = pool_size_figure(table, labels)
+    left, right = figure.axes
+    assert (left.get_ylabel(), right.get_ylabel()) == tuple(labels.values())
+    assert left.get_xlabel() == "Number of models considered"
+    assert len(left.lines) == 5 * 3
+    drawn = next(line for line in left.lines if line.get_label() == "Uniform soup")
+    assert drawn.get_ydata()[1] == pytest.approx(100 * cell(table, "mean", "uniform", 2)["accuracy"])
+    assert "Greedy ensemble" in [text.get_text() for text in figure.legends[0].get_texts()]

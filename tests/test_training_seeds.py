@@ -1,0 +1,131 @@
+"""Seeds only: soups of weights, ensembles of logits, and temperatures before and after them."""
+
+import pytest
+import torch
+
+from analysis.figures.training_seeds import (
+    answering,
+    budget_figure,
+    calibration_figure,
+    figureb2,
+    figureg4,
+    scaled_head,
+    seed_group,
+    seeds_table,
+)
+from analysis.measure.methods import SHIFT_MEAN
+from analysis.measure.mixtures import axis_labels
+from configs.errors import UserError
+from configs.schema import load
+from eval.calibration import expected_calibration_error, fit_beta
+from soups.experiment.pool import usable_pool
+from store.runs import Ingredient
+from tests.pools import finished_pool
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    settings = ("sweep.grid.optim.seed=[0,1,2]", "cluster.workers=1")
+    return finished_pool(tmp_path_factory.mktemp("runs"), *settings, experiment="demo_seeds_only")
+
+
+@pytest.fixture(scope="module")
+def members(finished):
+    return seed_group(finished[0], usable_pool(finished[0]))
+
+
+@pytest.fixture(scope="module")
+def table(finished, members):
+    return seeds_table(*finished, members, calibrated=True)
+
+
+def cell(table, what, k, temperature="none", column="test"):
+    rows = table[(table["what"] == what) & (table["k"] == k) & (table["temperature"] == temperature)]
+    return rows[rows["column"] == column].iloc[0]
+
+
+def rows(config, *numbers):
+    return [Ingredient(row, None, f"{row}", {}, {}, "done", 0) for row in numbers]
+
+
+def test_seeds_are_the_largest_group_of_rows_with_the_same_settings():
+    config = load("demo_imagenet_init")
+    assert [each.row for each in seed_group(config, rows(config, *range(16)))] == [7, 8, 9, 10, 11]
+    with pytest.raises(UserError, match="no two models differ"):
+        seed_group(load("demo_grid_lp"), rows(None, *range(13)))
+
+
+def test_soup_and_ensemble_of_k_seeds_are_the_means_of_weights_and_of_logits(finished, members, table):
+    _, evaluator = finished
+    assert [each.row for each in members] == [1, 2, 3]
+    loaded = [each.load() for each in members[:2]]
+    mean = {name: torch.stack([each[name].double() for each in loaded]).mean(0).float() for name in loaded[0]}
+    labels = evaluator.split("test").labels
+    logits = evaluator.fresh_logits(mean, "test")
+    assert cell(table, "soup", 2)["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+    assert cell(table, "soup", 2)["ece"] == pytest.approx(expected_calibration_error(logits, labels, bins=15))
+    logits = torch.stack([evaluator.fresh_logits(each, "test").double() for each in loaded]).mean(0)
+    assert cell(table, "ensemble", 2)["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+    assert cell(table, "ensemble", 2)["ece"] == pytest.approx(expected_calibration_error(logits, labels, bins=15))
+    assert (cell(table, "ensemble", 2)["models"], cell(table, "soup", 2)["models"]) == (2, 1)
+
+
+def test_temperatures_come_from_held_out_and_leave_accuracy_alone_when_fitted_afterwards(finished, members, table):
+    _, evaluator = finished
+    weights = members[1].load()
+    beta = fit_beta(evaluator.fresh_logits(weights, "held_out"), evaluator.split("held_out").labels)
+    after = cell(table, "individual", 2, "after")
+    assert after["beta"] == pytest.approx(beta)
+    scaled = beta * evaluator.fresh_logits(weights, "test").double()
+    assert after["ece"] == pytest.approx(expected_calibration_error(scaled, evaluator.split("test").labels, bins=15))
+    for what in ("individual", "soup", "ensemble"):
+        assert cell(table, what, 3)["accuracy"] == cell(table, what, 3, "after")["accuracy"]
+
+
+def test_a_scaled_head_gives_logits_times_beta_and_calibrated_members_are_averaged_so(finished, members, table):
+    _, evaluator = finished
+    weights = members[0].load()
+    ours = evaluator.fresh_logits(scaled_head(weights, 3.0), "held_out")
+    torch.testing.assert_close(ours, 3 * evaluator.fresh_logits(weights, "held_out"), rtol=1e-4, atol=1e-4)
+    first = {
+        (each.what, each.k): each
+        for each in answering(evaluator, members, calibrated=True)
+        if each.temperature == "first"
+    }
+    betas = [cell(table, "individual", k, "after")["beta"] for k in (1, 2)]
+    own = [evaluator.fresh_logits(each.load(), "test").double() for each in members[:2]]
+    torch.testing.assert_close(first["ensemble", 2].logits("test"), (betas[0] * own[0] + betas[1] * own[1]) / 2)
+    scaled = [scaled_head(each.load(), beta) for each, beta in zip(members[:2], betas, strict=True)]
+    mean = {
+        name: ((scaled[0][name].double() + scaled[1][name].double()) / 2).to(scaled[0][name].dtype) for name in weights
+    }
+    torch.testing.assert_close(first["soup", 2].logits("test"), evaluator.fresh_logits(mean, "test"))
+    with pytest.raises(UserError, match="linear head"):
+        scaled_head({"lm_head.weight": torch.ones(1)}, 2.0)
+
+
+def test_differences_are_to_the_mean_of_the_individuals_so_far(table):
+    for column in ("test", SHIFT_MEAN):
+        base = sum(cell(table, "individual", k, column=column)["accuracy"] for k in (1, 2)) / 2
+        row = cell(table, "soup", 2, column=column)
+        assert row["difference"] == pytest.approx(row["accuracy"] - base)
+        assert row["low"] <= row["difference"] <= row["high"]
+
+
+def test_figures_have_their_lines_and_axes(finished, table):
+    labels = axis_labels(finished[0])
+    above = calibration_figure(table, labels, 15).axes[0]
+    assert above.get_ylabel() == "Emoji test, ECE\n(15 equal-mass bins, %)"
+    soup = next(line for line in above.lines if line.get_label() == "Soup of seeds 1 to k, as trained")
+    assert soup.get_ydata()[1] == pytest.approx(100 * cell(table, "soup", 2)["ece"])
+    axes = budget_figure(table, labels).axes[1]
+    assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
+    assert axes.get_xlabel() == "Number of models k"
+    ensemble = next(line for line in axes.lines if line.get_label() == "Ensemble of seeds 1 to k")
+    assert list(ensemble.get_xdata()) == [1, 2, 3]
+    assert ensemble.get_ydata()[2] == pytest.approx(100 * cell(table, "ensemble", 3, column=SHIFT_MEAN)["accuracy"])
+
+
+def test_both_artefacts_are_written(finished):
+    for function, stem in ((figureb2, "figureb2"), (figureg4, "figureg4")):
+        assert [file.name for file in function(finished[0])] == [f"{stem}.pdf", f"{stem}.png", f"{stem}.csv"]
