@@ -1,23 +1,27 @@
-"""Loading photographs, ours beside torchvision and timm:  python -m benchmarks.data [--images 512] [--rounds 5]
+"""Loading photographs, ours beside torchvision and timm:  python -m benchmarks.data [--images 256] [--rounds 3]
 
-JPEGs of ImageNet's mean size (500 x 375 pixels, 110 kB) are generated in a temporary folder, <class>/<image>, and read
-once, so that they are in the page cache. Every contender decodes, transforms and collates them to uint8 batches
-(B, 3, 224, 224); making floats and normalising is left to the network everywhere. Each has one core: with 0 workers
-it works in this process, with 1 in another one. Time runs from the first batch to the last, so that a worker's start
-and end are not counted. Contenders take turns in every round; the ratio is to torchvision in the same round, with the
-same transform and number of workers.
+JPEG files of ImageNet's mean size (500 x 375 pixels, 110 kB) are made in a temporary folder, <class>/<image>, and read
+once, so that they are in the page cache; copies with a shorter side of 256 are made of them (compute.resized=256).
+Every contender decodes, transforms and collates images to uint8 batches (B, 3, 224, 224); making floats and
+normalising is left to the network everywhere. With 0 workers it works in this process, on one core, with 1 or 2 in as
+many others. Time runs from the first batch to the last, so that a worker's start and end are not counted. Contenders
+take turns in every round; a ratio is to torchvision in the same round, with the same transform and workers.
 
-train: a random crop of 8 % to 100 % of the image, 3/4 to 4/3 wide to high, resized to 224 (bicubic), then a flip.
-  torchvision   ImageFolder, RandomResizedCrop, RandomHorizontalFlip, PILToTensor, DataLoader
-  timm          ImageDataset, create_transform without colour jitter, fast_collate, DataLoader: what timm's own
-                create_loader puts together, but for its prefetcher, which is for GPUs
-  ours          ImageSplit, TrainingBatches with augment.kind=rand and no operations (timm's crop with the bicubic
-                filter and torchvision's flip, as timm has it; kind=medium would draw the filter), made_ahead;
-                besides, every image is seeded by what it is
-fixed: the shorter side to 256 (bicubic), the centre crop of 224; for one core, so that the rows compare.
-  torchvision   ImageFolder, Resize, CenterCrop, PILToTensor, DataLoader
-  ours          fixed_batches, which decodes each time
-  ours_decoded  fixed_batches with a folder of decoded images (compute.decoded), which was filled before
+Transforms:
+  minimal  a random crop of 90 % to 100 % of the image, resized to 224 (bicubic)
+  medium   a random crop of 8 % to 100 %, 3/4 to 4/3 wide to high, a flip and colour jitter (0.4)
+  rand     the same crop, a flip and RandAugment with 2 operations of magnitude 15, within the random search's range
+  fixed    the shorter side to 256 (bicubic), the centre crop of 224: evaluation
+Contenders:
+  torchvision          ImageFolder, which decodes with Pillow, torchvision's transforms, DataLoader
+  decode_jpeg          the same with torchvision's own decoder, and its transforms of uint8 tensors
+  timm                 ImageDataset, create_transform, fast_collate, DataLoader: timm's own create_loader without its
+                       prefetcher, which is for GPUs
+  ours                 TrainingBatches or fixed_batches, which decode with Pillow
+  ours_simplejpeg      compute.decoder=simplejpeg
+  ours_copies          compute.resized=256
+  ours_copies_fast     both
+  ours_decoded         fixed_batches with a folder of decoded images (compute.decoded), which was filled before
 
 Writes results/measured/bench_data.csv, or the file named by --out.
 """
@@ -27,7 +31,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -43,8 +47,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 
 from configs.data import ImageFolder as FolderTask
+from configs.schema import load
 from configs.training import Augment
 from finetune.data import TrainingBatches
 from finetune.length import Length
@@ -57,11 +64,13 @@ from tasks.ahead import made_ahead
 from tasks.files import Files
 from tasks.fixed import FixedTransform, fixed_batches
 from tasks.image_folder import load_split
+from tasks.resized import with_copies
 from tasks.split import ImageSplit
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 4
 SIZE, RESIZE = 224, 256  # pixels
+JITTER, OPERATIONS, MAGNITUDE = 0.4, 2, 15
 BATCH = 32  # images
 BICUBIC = transforms.InterpolationMode.BICUBIC
 REFERENCE = "torchvision"
@@ -72,7 +81,7 @@ class Contender:
     """One way to load all images."""
 
     name: str
-    transform: str  # train or fixed
+    transform: str  # minimal, medium, rand or fixed
     workers: int
 
 
@@ -110,27 +119,64 @@ def _files(images: ImageSplit) -> Files:
     return images.stored
 
 
-def torchvision_train(images: ImageSplit, workers: int) -> Iterable[Tensor]:
+def steps_of(transform: str, library: Any) -> list[Any]:
+    """The random transforms of torchvision's first (`transforms`) or second (`v2`) version."""
+    if transform == "minimal":
+        return [library.RandomResizedCrop(SIZE, (0.9, 1.0), (1.0, 1.0), interpolation=BICUBIC, antialias=True)]
+    steps = [library.RandomResizedCrop(SIZE, interpolation=BICUBIC, antialias=True), library.RandomHorizontalFlip()]
+    if transform == "medium":
+        return [*steps, library.ColorJitter(JITTER, JITTER, JITTER)]
+    return [*steps, library.RandAugment(OPERATIONS, MAGNITUDE)]
+
+
+def torchvision_train(transform: str, images: ImageSplit, workers: int) -> Iterable[Tensor]:
     """Plain torchvision."""
-    steps = [transforms.RandomResizedCrop(SIZE, interpolation=BICUBIC), transforms.RandomHorizontalFlip()]
-    return theirs(ImageFolder(_files(images).root, transforms.Compose([*steps, transforms.PILToTensor()])), workers)
+    steps = transforms.Compose([*steps_of(transform, transforms), transforms.PILToTensor()])
+    return theirs(ImageFolder(_files(images).root, steps), workers)
 
 
-def timm_train(images: ImageSplit, workers: int) -> Iterable[Tensor]:
+def pixels_of_file(path: str) -> Tensor:
+    """(3, H, W) uint8, by torchvision's decoder."""
+    return decode_jpeg(torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8), ImageReadMode.RGB)
+
+
+def decode_jpeg_train(transform: str, images: ImageSplit, workers: int) -> Iterable[Tensor]:
+    """torchvision without Pillow."""
+    return theirs(ImageFolder(_files(images).root, v2.Compose(steps_of(transform, v2)), loader=pixels_of_file), workers)
+
+
+def timm_train(transform: str, images: ImageSplit, workers: int) -> Iterable[Tensor]:
     """timm's data set, transform and collation."""
+    crop: dict[str, Any] = {"scale": (0.9, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0} if transform == "minimal" else {}
+    jitter = JITTER if transform == "medium" else None
+    policy = f"rand-m{MAGNITUDE}-n{OPERATIONS}" if transform == "rand" else None
     # `use_prefetcher` leaves uint8 arrays, here as for a GPU.
-    transform = create_transform(
-        SIZE, is_training=True, color_jitter=None, interpolation="bicubic", use_prefetcher=True
+    made = create_transform(
+        SIZE,
+        is_training=True,
+        color_jitter=jitter,
+        auto_augment=policy,
+        interpolation="bicubic",
+        use_prefetcher=True,
+        **crop,
     )
-    return theirs(ImageDataset(str(_files(images).root), transform=transform), workers, fast_collate)
+    return theirs(ImageDataset(str(_files(images).root), transform=made), workers, fast_collate)
 
 
-def ours_train(images: ImageSplit, workers: int) -> Iterable[Tensor]:
-    """What `finetune.train` iterates over."""
+AUGMENT = {
+    "minimal": {"kind": "minimal"},
+    "medium": {"kind": "medium", "flip": 0.5, "color_jitter": JITTER},
+    "rand": {"kind": "rand", "flip": 0.5, "layers": OPERATIONS, "magnitude": MAGNITUDE},
+}
+
+
+def ours_train(transform: str, images: ImageSplit, workers: int, decoder: str = "pillow") -> Iterable[Tensor]:
+    """What `finetune.train` iterates over; every image is seeded by what it is, besides."""
     steps = len(images) // BATCH
     length = Length(len(images), BATCH, steps, steps)
-    augment = Augment(kind="rand")  # type: ignore[call-arg]  # mypy sees no dataclass in `closed`
-    return made_ahead(TrainingBatches(images, augment, SIZE, length, 0, ALONE), workers)
+    augment = Augment(**AUGMENT[transform])  # type: ignore[arg-type, call-arg]  # mypy sees no dataclass in `closed`
+    batches = TrainingBatches(images, augment, SIZE, length, 0, ALONE, decoder=decoder)
+    return made_ahead(batches, workers)
 
 
 def torchvision_fixed(images: ImageSplit, workers: int) -> Iterable[Tensor]:
@@ -146,14 +192,29 @@ def ours_fixed(images: ImageSplit, workers: int, decoded: Path | None = None) ->
     return fixed_batches(images, transform, batch=BATCH, rows=rows, workers=workers, decoded=decoded)
 
 
-Load = Callable[[ImageSplit, int], Iterable[Tensor]]
-WAYS: dict[tuple[str, str], Load] = {
-    (REFERENCE, "train"): torchvision_train,
-    ("timm", "train"): timm_train,
-    ("ours", "train"): ours_train,
-    (REFERENCE, "fixed"): torchvision_fixed,
-    ("ours", "fixed"): ours_fixed,
-}
+Load = Callable[[int], Iterable[Tensor]]  # of a number of workers
+
+
+def ways(images: ImageSplit, folder: Path) -> dict[tuple[str, str], Load]:
+    """(name, transform) -> what loads all images; copies and decoded images are made in a folder."""
+    small = replace(load("table3_clip_b32").compute, resized=RESIZE, resized_to=folder, loader_workers=0)
+    copies = with_copies(images, small)
+    found: dict[tuple[str, str], Load] = {}
+    for transform in AUGMENT:
+        for name, load_all in (
+            (REFERENCE, torchvision_train),
+            ("decode_jpeg", decode_jpeg_train),
+            ("timm", timm_train),
+        ):
+            found[name, transform] = partial(load_all, transform, images)
+        for name, split in (("ours", images), ("ours_copies", copies)):
+            found[name, transform] = partial(ours_train, transform, split)
+            fast = "ours_simplejpeg" if split is images else "ours_copies_fast"
+            found[fast, transform] = partial(ours_train, transform, split, decoder="simplejpeg")
+    found[REFERENCE, "fixed"] = partial(torchvision_fixed, images)
+    found["ours", "fixed"] = partial(ours_fixed, images)
+    found["ours_decoded", "fixed"] = partial(ours_fixed, images, decoded=folder / "decoded")
+    return found
 
 
 def rate(batches: Iterable[Tensor]) -> float:
@@ -165,22 +226,20 @@ def rate(batches: Iterable[Tensor]) -> float:
     return images * (len(arrivals) - 1) / len(arrivals) / (arrivals[-1] - arrivals[0])
 
 
-def compare(images: ImageSplit, decoded: Path, rounds: int) -> dict[Contender, list[float]]:
+def compare(images: ImageSplit, folder: Path, rounds: int) -> dict[Contender, list[float]]:
     """Images per second of every contender in every round."""
-    ways = {
-        Contender(name, transform, workers): partial(load, images, workers)
-        for (name, transform), load in WAYS.items()
-        for workers in (0, 1)
-    }
-    # Decoded images are read in this process, however many decode.
-    kept = partial(ours_fixed, images, 0, decoded)
-    ways[Contender("ours_decoded", "fixed", 0)] = kept
-    for _ in kept():  # fills the folder
+    loads = ways(images, folder)
+    for _ in loads["ours_decoded", "fixed"](0):  # fills the folder
         pass
-    found: dict[Contender, list[float]] = {contender: [] for contender in ways}
+    found: dict[Contender, list[float]] = {
+        Contender(name, transform, workers): []
+        for name, transform in loads
+        # Decoded images are read in this process, however many decode.
+        for workers in ((0,) if name == "ours_decoded" else (0, 1, 2))
+    }
     for _ in range(rounds):
-        for contender, load in ways.items():
-            found[contender].append(rate(load()))
+        for contender, rates in found.items():
+            rates.append(rate(loads[contender.name, contender.transform](contender.workers)))
     return found
 
 
@@ -202,9 +261,11 @@ def table(found: dict[Contender, list[float]], images: ImageSplit) -> pd.DataFra
                 "images_per_second": round(statistics.median(rates), 1),
                 "images_per_second_min": round(min(rates), 1),
                 "images_per_second_max": round(max(rates), 1),
+                "images_per_second_and_core": round(statistics.median(rates) / max(1, contender.workers), 1),
                 "times_torchvision": round(statistics.median(a / b for a, b in zip(rates, reference, strict=True)), 3),
                 **provenance_columns("torch", "torchvision", "timm", "numpy"),
                 "pillow": version("pillow"),
+                "simplejpeg": version("simplejpeg"),
             }
         )
     return pd.DataFrame(rows)
@@ -213,16 +274,16 @@ def table(found: dict[Contender, list[float]], images: ImageSplit) -> pd.DataFra
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=512, help="files; several batches of 32, since one is not timed")
+    parser.add_argument("--images", type=int, default=256, help="files; several batches of 32, since one is not timed")
     parser.add_argument("--width", type=int, default=500, help="pixels; less is for trials")
     parser.add_argument("--height", type=int, default=375)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_data.csv")
     arguments = parser.parse_args()
     use_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         images = make_folder(Path(folder), arguments.images, arguments.width, arguments.height)
-        found = table(compare(images, Path(folder) / "decoded", arguments.rounds), images)
+        found = table(compare(images, Path(folder) / "copies", arguments.rounds), images)
     with replacing(arguments.out) as temporary:
         found.to_csv(temporary, index=False)
     shown = ["contender", "transform", "workers", "images_per_second", "images_per_second_min", "images_per_second_max"]

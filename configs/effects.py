@@ -66,6 +66,17 @@ RULES = (
         lambda c: not c.model.is_reader,
         typed_only=True,
     ),
+    Rule(
+        ("compute.decoder", "compute.resized"),
+        "images in files or tables",
+        lambda c: not c.model.is_reader and c.task.kind not in ("emoji", "cifar10", "cifar100"),
+    ),
+    Rule(
+        ("compute.resized_quality", "compute.resized_to"),
+        "compute.resized",
+        lambda c: c.compute.resized is not None,
+        typed_only=True,
+    ),
     Rule(("model.train_head",), "a head, which model.head=prompt has not", lambda c: c.model.head != "prompt"),
     Rule(
         ("model.normalize",),

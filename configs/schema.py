@@ -223,6 +223,14 @@ class Experiment:
         return self
 
     @model_validator(mode="after")
+    def copies_are_large_enough(self) -> "Experiment":
+        """Training images are not enlarged from copies that were made too small."""
+        resized, size = self.compute.resized, self.model.image_size
+        if resized is not None and resized < size:
+            raise ValueError(f"compute.resized={resized} is smaller than the {size} pixels of model.image_size")
+        return self
+
+    @model_validator(mode="after")
     def settings_have_an_effect(self) -> "Experiment":
         """What is set and would be ignored is an error."""
         problem = without_effect(self)

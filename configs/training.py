@@ -220,7 +220,7 @@ def arithmetic(precision: str, *, tf32: bool) -> str:
 
 @closed
 class Compute:
-    """configs/compute/*.yaml: how a row is computed; only `precision` and `tf32` are meant to change its weights."""
+    """configs/compute/*.yaml: how a row is computed. Its weights depend on the precision and on how images are read."""
 
     precision: Literal["fp32", "bf16", "fp16"]  # of forward passes; weights and optimiser are float32
     eval_precision: Literal["fp32", "bf16", "fp16"] | None = None  # of evaluation; null: `precision`
@@ -233,6 +233,10 @@ class Compute:
     decoded: Path | None  # a folder for uint8 copies of decoded images under fixed transforms; null: decode each time
     loader_workers: Natural  # processes that decode and augment, for each training process; 0: in the process itself
     save_every: Natural  # steps between two states on disk; 0: at the end of each epoch only
+    decoder: Literal["pillow", "simplejpeg"] = "pillow"  # of training images; PyTorch resizes what simplejpeg decodes
+    resized: Count | None = None  # pixels of the shorter side of copies that training reads, made once; null: none
+    resized_quality: Annotated[int, Field(ge=1, le=100)] = 90  # JPEG quality of these copies
+    resized_to: Path = Path("runs/resized")  # a folder for these copies, of all data sets
     tf32: bool = False  # on GPUs: products and convolutions of float32 with 10 bits of mantissa, which is faster
     deterministic: bool = False  # on GPUs: the same bits each time, by slower kernels; without, sums change their order
 

@@ -2,17 +2,21 @@
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
-from PIL import Image
+from simplejpeg import decode_jpeg
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.transforms import RandomResizedCropAndInterpolation, ToNumpy
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, default_collate
-from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip
+from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip, ToPILImage
+from torchvision.transforms.functional import pil_to_tensor
 
 from configs.chance import seed_globals, seed_sample
 from configs.schema import Experiment
@@ -21,14 +25,16 @@ from finetune.length import Length
 from models.tokens import TokenSplit, alike_in_length
 from soups.chance import seed
 from store.processes import Processes
-from tasks.split import ImageSplit
+from tasks.files import Files
+from tasks.resized import with_copies
+from tasks.split import ImageSplit, Pixels
 
 WHITE = (1.0, 1.0, 1.0)
 MINIMAL_CROP = 0.9  # Appendix J.2.1: crops of 90 % and more of the image
 TIMM_CROP = 0.08  # timm's default for ImageNet, which all stronger kinds start from
 WINDOW = 50  # batches of texts within which those of like length meet
 
-Transform = Callable[[Image.Image], object]
+Transform = Callable[[Any], object]  # of a PIL image, or of (3, H, W) uint8 pixels
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs and labels to inputs and (b, C) targets
 
 
@@ -44,8 +50,40 @@ def augmentation_of_epoch(augment: Augment, epoch: int, epochs: int) -> Augment:
     return Augment(kind="minimal", crop=MINIMAL_CROP)  # type: ignore[call-arg]  # mypy sees no dataclass in `closed`
 
 
-def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE) -> Transform:
-    """PIL image to a (3, size, size) uint8 array, by timm's and torchvision's augmentations.
+def pixels_of(images: ImageSplit, index: int) -> Tensor:
+    """(3, H, W) uint8 pixels of an image, RGB, those of Pillow in less time (of CMYK files, to two levels).
+
+    Pillow decodes what is not a JPEG file, or one that simplejpeg does not read without a warning.
+
+    Raises:
+        UserError: the image is missing, or cannot be decoded to its end.
+    """
+    stored = images.stored
+    if isinstance(stored, Pixels):
+        return stored.images[index]
+    if not (isinstance(stored, Files) and stored.border):
+        content = stored.content(index)
+        if content.startswith(b"\xff\xd8"):  # the first bytes of every JPEG file
+            with suppress(ValueError):
+                return torch.from_numpy(decode_jpeg(content)).permute(2, 0, 1)
+    return pil_to_tensor(images.pil(index))
+
+
+class _CropOfPixels(RandomResizedCropAndInterpolation):
+    """timm's random crop of (3, H, W) uint8 pixels: PyTorch resizes as Pillow does, antialiased, in a fifth of the
+    time; a pixel differs by at most one of 256 levels.
+    """
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        top, left, height, width = self.get_params(pixels, self.scale, self.ratio)
+        is_random = isinstance(self.interpolation, tuple)
+        interpolation: Any = random.choice(self.interpolation) if is_random else self.interpolation
+        part = pixels[None, :, top : top + height, left : left + width]
+        return interpolate(part, self.size, mode=interpolation.value, antialias=True)[0]
+
+
+def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE, *, from_pixels: bool = False) -> Transform:
+    """An image to (3, size, size) uint8, by timm's and torchvision's augmentations.
 
     All kinds crop at random. `minimal` does nothing else; `medium` adds a flip and colour jitter, timm's default for
     ImageNet; `rand` a flip and RandAugment as timm reads "rand-m{M}-n{N}" (each operation fires with probability 0.5,
@@ -56,15 +94,19 @@ def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE) -> 
         augment: the settings.
         size: pixels, square.
         mean: RGB in [0, 1] that the model subtracts, for `fill: mean`.
+        from_pixels: the image is a (3, H, W) uint8 tensor, as `pixels_of` gives it, not PIL's.
 
     Source: Appendices J.2 and L; the released hyperparameters name timm's strings. Cubuk et al. 2019, 2020.
     """
     if augment.kind == "stochastic":
-        return _OneOf([augmentation(each, size, mean) for each in augment.among])
+        return _OneOf([augmentation(each, size, mean, from_pixels=from_pixels) for each in augment.among])
     ratio = (augment.aspect, 1 / augment.aspect)
     interpolation = "random" if augment.kind == "medium" else "bicubic"
     crop = augment.crop or (MINIMAL_CROP if augment.kind == "minimal" else TIMM_CROP)
-    steps = [RandomResizedCropAndInterpolation(size, (crop, 1.0), ratio, interpolation)]
+    if from_pixels and augment.kind == "minimal":
+        return _CropOfPixels(size, (crop, 1.0), ratio, interpolation)
+    kind = _CropOfPixels if from_pixels else RandomResizedCropAndInterpolation
+    steps = [kind(size, (crop, 1.0), ratio, interpolation), *([ToPILImage()] if from_pixels else [])]
     if augment.kind != "minimal":
         steps.append(RandomHorizontalFlip(augment.flip))
     fill = tuple(min(255, round(255 * value)) for value in (mean if augment.fill == "mean" else WHITE))
@@ -87,7 +129,7 @@ class _OneOf:
     def __init__(self, transforms: Sequence[Transform]):
         self.transforms = transforms
 
-    def __call__(self, image: Image.Image) -> object:
+    def __call__(self, image: Any) -> object:
         return random.choice(self.transforms)(image)
 
 
@@ -154,6 +196,7 @@ class TrainingBatches(_Batches):
     processes: Processes
     first: int = 0
     mean: tuple[float, ...] = WHITE  # RGB in [0, 1] that the model subtracts
+    decoder: str = "pillow"  # or simplejpeg
 
     def order(self, epoch: int) -> Tensor:
         """(n,) the order of all images in an epoch."""
@@ -172,11 +215,13 @@ class TrainingBatches(_Batches):
         """(b, 3, size, size) uint8."""
         step = self.first + batch
         epoch = step // self.length.steps_per_epoch
-        transform = augmentation(augmentation_of_epoch(self.augment, epoch, self.length.epochs), self.size, self.mean)
+        augment, fast = augmentation_of_epoch(self.augment, epoch, self.length.epochs), self.decoder == "simplejpeg"
+        transform = augmentation(augment, self.size, self.mean, from_pixels=fast)
         samples = []
         for index in self.indices(step).tolist():
             seed_sample(self.run_seed, "image", epoch, index)
-            samples.append(torch.as_tensor(transform(self.images.pil(index))))
+            image = pixels_of(self.images, index) if fast else self.images.pil(index)
+            samples.append(torch.as_tensor(transform(image)))
         return default_collate(samples)  # stacks them, a worker at once where the other process will read them
 
 
@@ -217,7 +262,8 @@ def training_batches(
     """The batches of a training from step `first` on, of images, from which the model subtracts `mean`, or of texts."""
     if isinstance(train, TokenSplit):
         return TextBatches(train, length, run_seed, processes, first)
-    return TrainingBatches(train, config.augment, config.model.image_size, length, run_seed, processes, first, mean)
+    images, size, decoder = with_copies(train, config.compute), config.model.image_size, config.compute.decoder
+    return TrainingBatches(images, config.augment, size, length, run_seed, processes, first, mean, decoder)
 
 
 def mixing(optim: Optim, classes: int) -> Mix:

@@ -6,6 +6,7 @@ records, tables and figures are never deleted.
 states    of rows that are done (also half-written files): nothing needs them
 features  that a linear probe was fitted to: a forward pass over train makes them again
 decoded   copies of images, of all experiments that share compute.decoded: made again at the next evaluation
+resized   copies that training reads, of all experiments that share compute.resized_to: made again by the next training
 logits    of finished tables: evaluation makes them again, for hours where models are large
 variants  EMA, SWA and other weights beside the row's ingredient, of finished tables: only training makes them again
 """
@@ -20,7 +21,7 @@ from configs.schema import Experiment
 from slurm.plan import gigabytes
 from store.runs import WEIGHTS, RunFolder
 
-KINDS = ("states", "features", "decoded", "logits", "variants")
+KINDS = ("states", "features", "decoded", "resized", "logits", "variants")
 AFTER_TABLES = ("logits", "variants")  # which the tables are made from
 
 
@@ -34,19 +35,17 @@ def removable(config: Experiment, kind: str) -> list[Path]:
     done_rows = [done.parent for done in sorted((run.root / "ingredients").glob("*/done.json"))]
     if kind in AFTER_TABLES and not (run.analysis / "provenance.json").exists():
         return []
-    match kind:
-        case "states":
-            return [file for row in done_rows for file in (*row.glob("state.pt"), *row.glob(".*.tmp*"))]
-        case "features":
-            is_fitted = (run.ingredient(0) / "done.json").exists()
-            return [run.root / "features"] if is_fitted and (run.root / "features").exists() else []
-        case "decoded":
-            folder = config.compute.decoded
-            return [folder] if folder is not None and folder.exists() else []
-        case "logits":
-            return [run.root / "logits"] if (run.root / "logits").exists() else []
-        case "variants":
-            return [file for row in done_rows for file in row.glob("*.safetensors") if file.name != WEIGHTS]
+    is_fitted, copies = (run.ingredient(0) / "done.json").exists(), config.compute.decoded
+    found = {
+        "states": [file for row in done_rows for file in (*row.glob("state.pt"), *row.glob(".*.tmp*"))],
+        "features": [run.root / "features"] if is_fitted else [],
+        "decoded": [] if copies is None else [copies],
+        "resized": [config.compute.resized_to],
+        "logits": [run.root / "logits"],
+        "variants": [file for row in done_rows for file in row.glob("*.safetensors") if file.name != WEIGHTS],
+    }
+    if kind in found:
+        return [path for path in found[kind] if path.exists()]
     raise UserError(f"{kind} is no kind of files that can be deleted; type one of {', '.join(KINDS)}")
 
 

@@ -220,7 +220,14 @@ def teachers(config: Experiment, row: int) -> tuple[int, ...]:
 
 
 def meaning(
-    own: Mapping[str, Any], *, row: int, sweep_seed: int, precision: str, evaluated: str, imported: bool
+    own: Mapping[str, Any],
+    *,
+    row: int,
+    sweep_seed: int,
+    precision: str,
+    evaluated: str,
+    imported: bool,
+    compute: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The settings on which a row's weights depend, without those that have their default.
 
@@ -233,6 +240,7 @@ def meaning(
         precision: of training's forward passes.
         evaluated: the precision of evaluation's, by which the probe is made and recipes sort.
         imported: whether its weights are read, not trained.
+        compute: has the settings by which training images are read, which count where they are not the defaults.
     """
     parts: dict[str, Any] = {}
     for group in GROUPS if row else ("task", "model"):
@@ -246,6 +254,10 @@ def meaning(
         parts[group] |= {name: Path(parts[group][name]).name for name in names if name in parts[group]}
     if row:
         parts |= {"precision": precision, "seed": sweep_seed, "row": row}
+        if compute.get("resized") is not None:
+            parts["resized"] = [compute["resized"], compute["resized_quality"]]
+        if compute.get("decoder", "pillow") != "pillow":
+            parts["decoder"] = compute["decoder"]
     parts |= {"evaluated": evaluated} if evaluated != precision else {}
     return parts | ({"imported": True, "row": row} if imported else {})
 
@@ -265,6 +277,7 @@ def identity(config: Experiment, row: int) -> str:
             precision=arithmetic(own.compute.precision, tf32=own.compute.tf32),
             evaluated=arithmetic(own.compute.evaluates_in, tf32=own.compute.tf32),
             imported=config.sweep.imported is not None,
+            compute=vars(own.compute),
         )
     )
 
@@ -293,6 +306,7 @@ def recorded_identity(folder: Path) -> str | None:
                 precision=arithmetic(compute["precision"], tf32=tf32),
                 evaluated=arithmetic(compute.get("eval_precision") or compute["precision"], tf32=tf32),
                 imported=sweep.get("imported") is not None,
+                compute=compute,
             )
         )
     except (UserError, KeyError):

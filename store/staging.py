@@ -1,6 +1,7 @@
 """Data on the node's own disk: a shared file system serves one archive to a node, and not a million files to each job.
 
-`cluster.stage` names an archive or folder with what task.folder holds. The first job on a node unpacks it, the others
+`cluster.stage` names an archive or folder with what task.folder holds, or `compute.resized_to`, the smaller copies that
+training reads. The first job on a node unpacks it, the others
 wait for that one or find it done. What a killed job left half-unpacked has another name, and is deleted by the next.
 """
 
@@ -21,7 +22,7 @@ ARCHIVES = ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip"
 
 
 def staged(config: Experiment) -> Experiment:
-    """The experiment with its data where `cluster.stage` is unpacked to, on this machine; itself where none is named.
+    """The experiment with its data, or its smaller copies, on this machine's disk; itself where none are named.
 
     Neither a row's identity nor the digests of splits depend on the place, so results are those of the shared data.
 
@@ -33,6 +34,11 @@ def staged(config: Experiment) -> Experiment:
     source = config.cluster.stage.resolve()
     variables = (os.environ.get(name) for name in ("SLURM_TMPDIR", "TMPDIR"))
     disk = config.cluster.stage_to or Path(next((value for value in variables if value), "/tmp"))
+    if config.compute.resized is not None and source == config.compute.resized_to.resolve():
+        if not any(source.glob("*/index.json")):
+            raise UserError(f"cluster.stage={source} has no finished copies: python -m tasks.resized makes them")
+        compute = replace(config.compute, resized_to=_unpacked(source, disk, source.name))  # type: ignore[type-var]
+        return replace(config, compute=compute)  # type: ignore[type-var]  # mypy does not know pydantic's
     folder = _unpacked(source, disk, config.task.folder.name)
     kept = {} if config.task.listings is None else {"listings": folder.parent / "listings"}
     task = replace(config.task, folder=folder, **kept)  # type: ignore[type-var]  # of pydantic

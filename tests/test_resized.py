@@ -1,0 +1,246 @@
+"""Smaller copies of training images, and images that simplejpeg decodes and PyTorch resizes."""
+
+import io
+import os
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pictures import rgb, save_kinds, save_tree, task
+from PIL import Image
+
+from configs.errors import UserError
+from configs.schema import load
+from configs.training import Augment
+from finetune.data import augmentation, pixels_of
+from slurm.clean import removable
+from store.rows import identity
+from store.staging import staged
+from tasks import resized
+from tasks.image_folder import load_split
+from tasks.resized import resize, shard_path, smaller, with_copies
+from tests.commands import python
+from tests.pools import small_network
+
+ROOT = resized.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return save_tree(tmp_path / "pictures", per_class=5)
+
+
+def experiment(data, *typed):
+    folder = data.parent
+    own = (f"task.folder={data}", "task.num_classes=4", f"paths.runs={folder / 'runs'}", "compute=cpu")
+    return load("own_images", *own, "model.image_size=16", "compute.resized=24", *typed)
+
+
+def copies_of(config):
+    return with_copies(load_split(config.task, "train"), config.compute)
+
+
+def test_a_copy_has_the_shorter_side_that_was_asked_for_and_the_pixels_of_pillow():
+    for width, height in ((80, 60), (60, 80), (61, 300)):
+        image = rgb(width, height)
+        copy = Image.open(io.BytesIO(smaller(image, 48, 95)))
+        assert min(copy.size) == 48 and abs(copy.width / copy.height - width / height) < 0.02
+        expected = np.asarray(image.resize(copy.size, Image.Resampling.BICUBIC)).astype(int)
+        assert abs(np.asarray(copy) - expected).mean() < 3
+    assert Image.open(io.BytesIO(smaller(rgb(30, 20), 48, 90))).size == (30, 20)
+    assert len(smaller(rgb(80, 60), 48, 30)) < len(smaller(rgb(80, 60), 48, 90))
+
+
+def test_copies_are_in_the_order_of_the_split_in_files_of_several(data, monkeypatch):
+    monkeypatch.setattr(resized, "SHARD", 8)
+    monkeypatch.setattr(resized, "GROUP", 3)
+    config = experiment(data)
+    images, copies = load_split(config.task, "train"), copies_of(config)
+    assert copies.digest == images.digest and torch.equal(copies.labels, images.labels)
+    folder = copies.stored.folder
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["00000.arrow", "00001.arrow", "00002.arrow", "index.json"]  # no lock and no half-written file
+    for index in range(len(images)):
+        assert copies.content(index) == smaller(images.pil(index), 24, 90)
+        assert np.array_equal(np.asarray(copies.pil(index)), pixels_of(copies, index).permute(1, 2, 0))
+    assert copies.sizes.tolist() == [len(copies.content(index)) for index in range(len(images))]
+    part = copies.stored.of(torch.tensor([11, 2]))
+    assert part.content(0) == copies.content(11) and part.content(1, 4) == copies.content(2)[-4:]
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert copies_of(config).content(3) == copies.content(3)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_copies_of_another_size_quality_or_data_are_others(data):
+    folders = {
+        copies_of(experiment(data, *typed)).stored.folder
+        for typed in ((), ("compute.resized=16",), ("compute.resized_quality=50",))
+    }
+    other = save_tree(data.parent / "others", per_class=4)
+    assert len(folders | {copies_of(experiment(other)).stored.folder}) == 4
+
+
+def test_a_damaged_copy_is_refused_with_what_to_delete(data):
+    config = experiment(data)
+    copies = copies_of(config)
+    path = shard_path(copies.stored.folder, 0)
+    content, place = bytearray(path.read_bytes()), path.read_bytes().find(copies.content(2))
+    content[place + 100] ^= 1
+    resized._opened.cache_clear()
+    path.write_bytes(content)
+    copies.content(1)
+    with pytest.raises(UserError, match=r"00000\.arrow is damaged: delete it and .*index\.json, and run the same"):
+        copies.content(2)
+    resized._opened.cache_clear()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"00000\.arrow cannot be read"):
+        copies.content(1)
+    path.unlink()
+    (path.parent / "index.json").unlink()
+    resized._opened.cache_clear()
+    assert copies_of(config).content(2) == smaller(load_split(config.task, "train").pil(2), 24, 90)
+
+
+MAKE = """
+import sys, time
+from tasks import resized
+from configs.schema import load
+resized.SHARD, resized.GROUP, made = 4, 1, resized.smaller
+def slow(*words):
+    time.sleep(0.05)
+    return made(*words)
+resized.smaller = slow
+resized.resize(load(*sys.argv[1:]))
+"""
+
+
+def test_two_processes_share_the_work_and_one_that_is_killed_leaves_nothing_torn(data, tmp_path):
+    words = ["own_images", f"task.folder={data}", "task.num_classes=4", "compute=cpu", "compute.resized=24"]
+    words += ["model.image_size=16"]
+
+    def start(runs):
+        call = [python(), "-c", MAKE, *words, f"paths.runs={tmp_path / runs}"]
+        return subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    undisturbed = start("one")
+    assert undisturbed.wait(120) == 0, undisturbed.stdout.read()
+    victim, other = start("two"), start("two")
+    while not list((tmp_path / "two").rglob("*.arrow")) and victim.poll() is None:
+        time.sleep(0.005)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert other.wait(120) == 0, other.stdout.read()
+    assert "20 copies in" in other.stdout.read()
+    made = {path.name: path.read_bytes() for path in (tmp_path / "one").rglob("*.arrow")}
+    assert len(made) == 5
+    assert {path.name: path.read_bytes() for path in (tmp_path / "two").rglob("[0-9]*.arrow")} == made
+
+
+@pytest.mark.parametrize("shape", [(90, 120), (333, 500), (40, 30)])
+@pytest.mark.parametrize("kind", ["minimal", "medium", "rand"])
+def test_pixels_are_cropped_and_resized_as_pillow_does_it(kind, shape):
+    image = rgb(*shape)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    augment = Augment(kind=kind, crop=0.3, flip=0.5)  # no jitter and no operations: only the crop and the flip
+    for draw in range(5):
+        both = []
+        for given, from_pixels in ((image, False), (pixels, True)):
+            random.seed(draw)
+            torch.manual_seed(draw)
+            both.append(torch.as_tensor(augmentation(augment, 32, from_pixels=from_pixels)(given)).int())
+        assert both[0].shape == both[1].shape == (3, 32, 32)
+        assert (both[0] - both[1]).abs().max() <= 1
+
+
+def test_a_zone_plate_is_antialiased():
+    """Rings too fine for the output become grey, as by Pillow; without antialiasing they would become other rings."""
+    y, x = np.mgrid[-1:1:400j, -1:1:400j]
+    rings = (127.5 + 127.5 * np.cos(400 * np.pi * (x**2 + y**2) / 4)).astype(np.uint8)
+    pixels = torch.from_numpy(np.stack([rings] * 3))
+    whole = augmentation(Augment(kind="minimal", crop=1.0), 50, from_pixels=True)(pixels)
+    plain = torch.nn.functional.interpolate(pixels[None].float(), 50, mode="bicubic")[0, 0]
+    # Along the edges a ring has 2 to 4 pixels of the 400, which is less than one of the output's 50.
+    assert whole[0, :5].float().std() < 8 and plain[:5].std() > 20
+
+
+def test_every_kind_of_image_has_the_pixels_that_pillow_gives(tmp_path):
+    save_kinds(tmp_path / "train/a")
+    save_kinds(tmp_path / "train/b")
+    images = load_split(task(tmp_path, num_classes=2), "train")
+    for index in range(len(images)):
+        expected = torch.from_numpy(np.array(images.pil(index))).permute(2, 0, 1)
+        difference = (pixels_of(images, index).int() - expected.int()).abs().max()
+        assert difference <= (2 if "cmyk" in images.called(index) else 0), images.called(index)
+    broken = images.stored.path(next(i for i in range(len(images)) if images.called(i).endswith("plain.jpg")))
+    broken.write_bytes(broken.read_bytes()[:-200])
+    index = next(i for i in range(len(images)) if images.called(i).endswith("plain.jpg"))
+    with pytest.raises(UserError, match=r"plain\.jpg cannot be decoded"):
+        pixels_of(images, index)
+
+
+def test_rows_are_trained_on_copies_and_by_simplejpeg_and_are_other_rows(data, tmp_path):
+    from finetune.sweep import train_sweep  # takes seconds
+    from store.runs import RunFolder
+
+    small = [
+        *small_network(tmp_path),
+        "model.image_size=24",
+        "task.held_out_per_class=1",
+        "sweep.rows=1",
+        "~sweep.draw.optim.epochs",
+    ]
+    small += ["model.image_size=24", "~sweep.draw.optim.epochs", "optim.epochs=1"]
+    small += ["optim.batch_size=8", "cluster=local", "cluster.workers=1", "model.probe_c=[1]"]
+    names, digests = {}, {}
+    ways = {
+        "originals": ["compute.resized=null"],
+        "copies": [],
+        "simplejpeg": ["compute.decoder=simplejpeg", "compute.resized=null"],
+    }
+    for name, typed in ways.items():
+        config = experiment(data, *small, f"name={name}", *typed)
+        names[name], names[f"{name} 0"] = identity(config, 1), identity(config, 0)
+        train_sweep(config)
+        digests[name] = resized.Path(RunFolder.of(config).ingredient(1) / "weights.safetensors").read_bytes()
+    assert len({names[name] for name in ways}) == len(set(digests.values())) == 3
+    assert len({names[f"{name} 0"] for name in ways}) == 1
+
+
+def test_copies_are_staged_as_few_files_and_cleaned_away(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "node"))
+    config = experiment(data, f"cluster.stage={tmp_path / 'runs/resized'}")
+    config.compute.resized_to.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has no finished copies: python -m tasks\.resized makes them"):
+        staged(config)
+    resize(config)
+    there = staged(config)
+    assert there.task == config.task and there.compute.resized_to.is_relative_to(tmp_path / "node")
+    assert copies_of(there).stored.folder.is_relative_to(tmp_path / "node")
+    assert copies_of(there).content(3) == copies_of(config).content(3)
+    assert identity(there, 1) == identity(config, 1)
+    assert removable(config, "resized") == [config.compute.resized_to]
+
+
+def test_settings_that_would_have_no_effect_are_refused():
+    with pytest.raises(UserError, match=r"compute\.resized needs images in files or tables"):
+        load("demo", "compute.resized=256")
+    with pytest.raises(UserError, match=r"compute\.decoder needs images in files or tables"):
+        load("demo", "compute.decoder=simplejpeg")
+    with pytest.raises(UserError, match=r"compute\.resized_quality needs compute\.resized"):
+        load("table3_clip_b32", "compute.resized_quality=80")
+    with pytest.raises(UserError, match=r"compute\.resized=128 is smaller than the 224 pixels of model\.image_size"):
+        load("table3_clip_b32", "compute.resized=128")
+    with pytest.raises(UserError, match=r"type compute\.resized=256"):
+        resize(load("table3_clip_b32"))
+
+
+def test_arrow_keeps_each_image_by_itself(data):
+    """So that a crop reads the pages of one copy, whatever else is in the file."""
+    copies = copies_of(experiment(data))
+    allocated = pa.total_allocated_bytes()
+    copies.content(0)
+    assert pa.total_allocated_bytes() - allocated < 100_000
