@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 UV := 0.13.9
 PIP_AUDIT := 2.10.1
 
-.PHONY: setup export-setup lock audit demo seeds test quick lint format bench bench-eval bench-data bench-soups bench-probe bench-analysis costs results data pretrain clean help gpu-check
+.PHONY: setup export-setup lock audit demo seeds test quick lint format bench bench-training bench-eval bench-data bench-soups bench-probe bench-analysis costs results data pretrain clean help gpu-check
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -65,7 +65,10 @@ lint: setup  ## ruff and mypy
 format: setup  ## mend what ruff can
 	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
 
-bench: setup  ## time of a training step beside a bare loop's
+bench: setup  ## all benchmarks, and a table of what they are measured against
+	@$(RUN) -m benchmarks.all
+
+bench-training: setup  ## time of a training step beside a bare loop's
 	@$(RUN) -m benchmarks.training
 
 bench-data: setup  ## images a second from JPEG files beside torchvision and timm, one core each

@@ -2,9 +2,10 @@
 
 Ingredients are links to a few files (88 M float32 parameters each), mixed into timm's ViT-B/32 with 1000 classes. A
 minibatch has 4 images of noise, so that what is seen is the recipe's memory and not that of the activations. `stream`
-re-reads every file twice a step; `host` keeps bfloat16 differences to the mean; `autograd` is the obvious way, a
-differentiable mix of all models in memory, of as many as fit (`--autograd`). Each is a process of its own. Seconds a
-step leave out the first, which follows the loading; peak anonymous memory is given in sizes of one model.
+re-reads every file twice a step, and `read` is its floor, that reading alone; `host` keeps bfloat16 differences to the
+mean; `autograd` is the obvious way, a differentiable mix of all models in memory, of as many as fit (`--autograd`).
+Each is a process of its own. Seconds a step leave out the first, which follows the loading; peak anonymous memory is
+given in sizes of one model.
 
 Writes results/measured/bench_learned.csv, or the file named by --out.
 """
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.averaging_peers import read
 from benchmarks.soups import ROOT, Run, measure
 from soups.descent import LearnedSettings, learned
 from soups.errors import one_line_errors
@@ -35,6 +37,7 @@ from store.workers import little_memory
 
 NETWORK = "vit_base_patch32_clip_224"
 FILES, BATCH = 4, 4
+CONTENDERS = ("read", "stream", "host", "autograd")
 
 
 def make_pool(folder: Path, models: int) -> list[Path]:
@@ -76,7 +79,11 @@ def child(kind: str, paths: list[Path], steps: int, out: Path) -> None:
     """One contender; writes the times at which minibatches were asked for."""
     torch.set_num_threads(2)
     times: list[float] = []
-    if kind == "autograd":
+    if kind == "read":
+        for _ in batches(steps, times):
+            for _ in range(2):
+                read(out, paths)
+    elif kind == "autograd":
         autograd(paths, steps, times)
     else:
         place = "stream" if kind == "stream" else "host"
@@ -110,7 +117,7 @@ def main() -> None:
     parser.add_argument("--autograd", type=int, default=8, help="models of the obvious way, which holds them all")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_learned.csv")
-    parser.add_argument("--child", choices=["stream", "host", "autograd"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +127,7 @@ def main() -> None:
         return
     size = make_pool(folder, arguments.models)[0].stat().st_size / 2**20
     rows = []
-    for kind in ("stream", "host", "autograd"):
+    for kind in CONTENDERS:
         models = arguments.autograd if kind == "autograd" else arguments.models
         call = [sys.executable, "-m", "benchmarks.learned", "--folder", str(folder), "--child", kind]
         run = measure([*call, "--models", str(models), "--steps", str(arguments.steps)])
