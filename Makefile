@@ -14,6 +14,8 @@ help:  ## this list
 # The stamp holds the requirements it was made from, so that an environment shared by clones is renewed when they differ.
 # Of the text benchmark the images need nothing, so a registry that does not give it stops no one.
 # LOCKED=1 installs what requirements.lock says, each file with the hash that it had when the lock was made.
+# On a terminal pip shows what it downloads; a log has only what goes wrong.
+QUIET := $(shell test -t 2 || echo --quiet)
 REQUIREMENTS := $(if $(LOCKED),--require-hashes -r requirements.lock,-r requirements.txt)
 
 setup:  ## the environment, from requirements.txt and requirements-text.txt; instant when it is there
@@ -23,8 +25,8 @@ setup:  ## the environment, from requirements.txt and requirements-text.txt; ins
 	  && $(PYTHON) configs/first_contact.py $(VENV) || exit 2; \
 	  echo "setting up $(VENV), once; torch is large"; \
 	  $(PYTHON) -m venv $(VENV) \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check $(REQUIREMENTS) \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-text.txt \
+	  && $(RUN) -m pip install $(QUIET) --disable-pip-version-check $(REQUIREMENTS) \
+	  && $(RUN) -m pip install $(QUIET) --disable-pip-version-check --no-deps -r requirements-text.txt \
 	  && { $(RUN) -m tasks.sentiment.fetch || true; } \
 	  && cat requirements.txt requirements-text.txt > $(VENV)/.requirements; }
 
