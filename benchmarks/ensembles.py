@@ -22,7 +22,7 @@ from benchmarks.soups import ROOT, Run, measure
 from eval.metrics import correct
 from soups.errors import one_line_errors
 from soups.files.atomic import replacing
-from soups.recipes import greedy, uniform
+from soups.recipes import GrowingLogits, greedy, uniform_ensemble
 from store.arrays import cached_array
 from store.provenance import provenance_columns
 
@@ -70,10 +70,10 @@ def child(kind: str, paths: list[Path], images: int) -> None:
                 while file.readinto(buffer):
                     pass
     elif kind == "ensemble":
-        accuracy(uniform(loaders, [0.0] * len(paths)).weights)
+        accuracy(uniform_ensemble(loaders, [0.0] * len(paths)).weights)
     else:
         held_out = [accuracy(load()) for load in loaders]
-        print(f"{len(greedy(loaders, held_out, accuracy).ingredients)} members")
+        print(f"{len(greedy(loaders, held_out, accuracy, grow=GrowingLogits).ingredients)} members")
 
 
 def row(kind: str, paths: list[Path], images: int, runs: list[Run]) -> dict[str, object]:

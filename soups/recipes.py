@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from soups.average import Average, Loader, mixture
@@ -24,6 +25,8 @@ from soups.selection import (
     best_first,
     random_order,
 )
+
+ROWS = 256  # of logits that are summed at once, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,12 @@ def uniform(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
     return subset(models, held_out, range(len(models)))
 
 
+def uniform_ensemble(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
+    """The mean of all models' logits; they are listed best first."""
+    order = tuple(checked_order(models, held_out))
+    return Soup(GrowingLogits(models).of(order).weights(), order, equal(len(order)))
+
+
 class Growing:
     """Means of mixtures that grow by one model at a time: two sums are in memory, not K models.
 
@@ -140,11 +149,43 @@ class Growing:
         return Soup(weights, tuple(counts), shares, selection.trials, selection.evaluations, selection.rounds)
 
 
+class GrowingLogits(Growing):
+    """The same of (N, C) logits alone, in a float64 sum and a mean that are overwritten: no memory is asked for anew.
+
+    An ensemble of many models is then about as fast as reading their logits.
+    """
+
+    def __init__(self, models: Sequence[Loader]):
+        super().__init__(models)
+        self._kept: Mixture = ()
+        self._sum = self._mean = torch.empty(0)
+
+    def of(self, mixture: Mixture) -> "GrowingLogits":
+        """The mean of a mixture, until the next is asked for."""
+        begin, last = mixture[:-1], self.models[mixture[-1]]()["logits"]
+        if self._mean.shape != last.shape:
+            self._sum, self._mean = torch.zeros(last.shape, dtype=torch.float64), torch.empty_like(last)
+        if begin[: len(self._kept)] != self._kept:
+            self._kept = ()
+            self._sum.zero_()
+        for i in begin[len(self._kept) :]:
+            self._sum += self.models[i]()["logits"]
+        self._kept = begin
+        for total, added, mean in zip(*(each.split(ROWS) for each in (self._sum, last, self._mean)), strict=True):
+            mean.copy_((total + added) / len(mixture))
+        return self
+
+    def weights(self) -> dict[str, Tensor]:
+        """The mean that was asked for last."""
+        return {"logits": self._mean}
+
+
 def greedy(
     models: Sequence[Loader],
     held_out: Sequence[float],
     accuracy: Callable[[Weights], float],
     *,
+    grow: type[Growing] = Growing,
     order: Sequence[int] | None = None,
     ahead: int = 1,
     ties: Ties = "keep",
@@ -159,6 +200,7 @@ def greedy(
             candidate of theirs is built; two sums are in memory, not K models.
         held_out: K accuracies in [0, 1] on the held-out split, which is never a test set.
         accuracy: the same accuracy for candidate weights; called K - 1 times, with `ahead` above 1 more often.
+        grow: `GrowingLogits` for an ensemble.
         order: in which models are added, as indices; None: best first.
         ahead: candidates that are tried at once: the same decisions in fewer rounds; see `add_in_order`.
         ties: what becomes of a candidate that leaves the accuracy exactly as it was.
@@ -169,7 +211,7 @@ def greedy(
     Source: Wortsman et al. 2022, Recipe 1. Its test is `>=` (`keep`); the authors' released script has `>` (`drop`),
     which cooks another soup only when a candidate ties exactly.
     """
-    sorted_order, means = checked_order(models, held_out), Growing(models)
+    sorted_order, means = checked_order(models, held_out), grow(models)
     order, score = sorted_order if order is None else order, _scored(means, accuracy)
     return means.soup(add_in_order(order, held_out[order[0]], score, ahead=ahead, ties=ties))
 
@@ -205,6 +247,7 @@ def greedy_with_replacement(
     held_out: Sequence[float],
     accuracy: Callable[[Weights], float],
     *,
+    grow: type[Growing] = Growing,
     rounds: int = 20,
 ) -> Soup:
     """`add_with_replacement` of models in memory: ingredients weigh as often as they were added.
@@ -213,7 +256,7 @@ def greedy_with_replacement(
         ValueError: as in `greedy`; or `rounds` is less than 1.
     """
     checked_order(models, held_out)
-    means = Growing(models)
+    means = grow(models)
     return means.soup(add_with_replacement(held_out, _scored(means, accuracy), rounds=rounds))
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from soups.average import Average
 from soups.errors import UserError
 from soups.recipes import (
+    Growing,
+    GrowingLogits,
     best,
     greedy,
     greedy_random_order,
@@ -19,6 +21,7 @@ from soups.recipes import (
     mean_of,
     subset,
     uniform,
+    uniform_ensemble,
     wise_ft,
 )
 from soups.selection import Result, add_in_order, add_with_replacement, best_first, random_order
@@ -336,3 +339,30 @@ def test_a_round_says_what_its_mixtures_have_to_reach():
 
     assert add_in_order([0, 1, 2, 3], 0.5, score, ahead=2).mixture == (0, 1)
     assert asked == [([(0, 1), (0, 2)], 0.5), ([(0, 1, 2), (0, 1, 3)], 0.9)]
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_means_of_logits_are_those_of_any_tensors_in_whatever_order_they_are_asked_for(mixtures):
+    generator = torch.Generator().manual_seed(0)
+    logits = [10 * torch.randn(300, 7, generator=generator) for _ in range(5)]  # more rows than are summed at once
+    models = [lambda i=i: {"logits": logits[i]} for i in range(5)]
+    plain, fast = Growing(models), GrowingLogits(models)
+    for mixture in map(tuple, mixtures):
+        assert torch.equal(fast.of(mixture).weights()["logits"], plain.of(mixture).weights()["logits"])
+
+
+def test_ensembles_choose_as_soups_of_their_logits_do():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(400) % 5
+    logits = [torch.randn(400, 5, generator=generator) + (1 + i / 9) * torch.eye(5)[labels] for i in range(8)]
+    models = [lambda each=each: {"logits": each} for each in logits]
+
+    def accuracy(weights):
+        return (weights["logits"].argmax(dim=1) == labels).double().mean().item()
+
+    alone = [accuracy(load()) for load in models]
+    for recipe in (greedy, greedy_with_replacement):
+        plain, fast = recipe(models, alone, accuracy), recipe(models, alone, accuracy, grow=GrowingLogits)
+        assert torch.equal(plain.weights["logits"], fast.weights["logits"]) and len(fast.ingredients) > 1
+        assert (plain.ingredients, plain.mixing, plain.trials) == (fast.ingredients, fast.mixing, fast.trials)
+    assert torch.equal(uniform_ensemble(models, alone).weights["logits"], uniform(models, alone).weights["logits"])

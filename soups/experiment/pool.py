@@ -24,6 +24,7 @@ from soups.files.weights import Weights, load_weights
 from soups.journal import Journal
 from soups.ranks import this_rank
 from soups.recipes import (
+    GrowingLogits,
     Soup,
     best,
     equal,
@@ -32,6 +33,7 @@ from soups.recipes import (
     greedy_with_replacement,
     subset,
     uniform,
+    uniform_ensemble,
     wise_ft,
 )
 from soups.shortcuts import greedy_counted
@@ -263,7 +265,7 @@ def _calibrated(kitchen: Kitchen) -> Mixed:
     labels = kitchen.evaluator.split(kitchen.split).labels
     betas = [fit_beta(load()["logits"], labels) for load in kitchen.logits]
     scaled: list[Loader] = [partial(_times, load, beta) for load, beta in zip(kitchen.logits, betas, strict=True)]
-    soup = uniform(scaled, kitchen.held_out)
+    soup = uniform_ensemble(scaled, kitchen.held_out)
     return Mixed(soup, {"betas": [betas[i] for i in soup.ingredients]})
 
 
@@ -286,11 +288,13 @@ RECIPES: dict[str, Callable[[Kitchen], Mixed]] = {
     "learned_by_tensor": partial(_learned, "tensor"),
     "model_stock": _model_stock,
     "wise_ft": _wise_ft,
-    "ensemble": lambda k: Mixed(uniform(k.logits, k.held_out)),
+    "ensemble": lambda k: Mixed(uniform_ensemble(k.logits, k.held_out)),
     "calibrated_ensemble": _calibrated,
-    "greedy_ensemble": lambda k: Mixed(greedy(k.logits, k.held_out, k.ensemble_accuracy, ties=k.cooking.ties)),
+    "greedy_ensemble": lambda k: Mixed(
+        greedy(k.logits, k.held_out, k.ensemble_accuracy, grow=GrowingLogits, ties=k.cooking.ties)
+    ),
     "ensemble_with_replacement": lambda k: Mixed(
-        greedy_with_replacement(k.logits, k.held_out, k.ensemble_accuracy, rounds=k.cooking.rounds)
+        greedy_with_replacement(k.logits, k.held_out, k.ensemble_accuracy, grow=GrowingLogits, rounds=k.cooking.rounds)
     ),
 }
 
