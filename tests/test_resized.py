@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,10 @@ from configs.errors import UserError
 from configs.schema import load
 from configs.training import Augment
 from finetune.data import augmentation, pixels_of
+from finetune.sweep import train_sweep
 from slurm.clean import removable
 from store.rows import identity
+from store.runs import RunFolder
 from store.staging import staged
 from tasks import resized
 from tasks.image_folder import load_split
@@ -27,7 +30,7 @@ from tasks.resized import resize, shard_path, smaller, with_copies
 from tests.commands import python
 from tests.pools import small_network
 
-ROOT = resized.Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -183,18 +186,9 @@ def test_every_kind_of_image_has_the_pixels_that_pillow_gives(tmp_path):
 
 
 def test_rows_are_trained_on_copies_and_by_simplejpeg_and_are_other_rows(data, tmp_path):
-    from finetune.sweep import train_sweep  # takes seconds
-    from store.runs import RunFolder
-
-    small = [
-        *small_network(tmp_path),
-        "model.image_size=24",
-        "task.held_out_per_class=1",
-        "sweep.rows=1",
-        "~sweep.draw.optim.epochs",
-    ]
-    small += ["model.image_size=24", "~sweep.draw.optim.epochs", "optim.epochs=1"]
-    small += ["optim.batch_size=8", "cluster=local", "cluster.workers=1", "model.probe_c=[1]"]
+    small = [*small_network(tmp_path), "model.image_size=24", "task.held_out_per_class=1", "model.probe_c=[1]"]
+    small += ["sweep.rows=1", "~sweep.draw.optim.epochs", "optim.epochs=1", "optim.batch_size=8"]
+    small += ["cluster=local", "cluster.workers=1"]
     names, digests = {}, {}
     ways = {
         "originals": ["compute.resized=null"],
@@ -205,7 +199,7 @@ def test_rows_are_trained_on_copies_and_by_simplejpeg_and_are_other_rows(data, t
         config = experiment(data, *small, f"name={name}", *typed)
         names[name], names[f"{name} 0"] = identity(config, 1), identity(config, 0)
         train_sweep(config)
-        digests[name] = resized.Path(RunFolder.of(config).ingredient(1) / "weights.safetensors").read_bytes()
+        digests[name] = (RunFolder.of(config).ingredient(1) / "weights.safetensors").read_bytes()
     assert len({names[name] for name in ways}) == len(set(digests.values())) == 3
     assert len({names[f"{name} 0"] for name in ways}) == 1
 
