@@ -105,7 +105,7 @@ def uniform(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
 def uniform_ensemble(models: Sequence[Loader], held_out: Sequence[float]) -> Soup:
     """The mean of all models' logits; they are listed best first."""
     order = tuple(checked_order(models, held_out))
-    return Soup(GrowingLogits(models).of(order).weights(), order, equal(len(order)))
+    return Soup(GrowingLogits(models).mean(order), order, equal(len(order)))
 
 
 class Growing:
@@ -138,6 +138,10 @@ class Growing:
         self._tried = mixture, self._plus(mean, mixture[-1])
         return self.of(mixture)
 
+    def mean(self, mixture: Mixture) -> dict[str, Tensor]:
+        """The weights of that mean."""
+        return self.of(mixture).weights()
+
     def _plus(self, mean: Average | None, i: int) -> Average:
         return Average.of(self.models[i]()) if mean is None else mean.plus(self.models[i]())
 
@@ -145,7 +149,7 @@ class Growing:
         """What a selection comes to."""
         counts, number = Counter(selection.mixture), len(selection.mixture)
         shares = equal(len(counts)) if number == len(counts) else tuple(count / number for count in counts.values())
-        weights = self.of(selection.mixture).weights()
+        weights = self.mean(selection.mixture)
         return Soup(weights, tuple(counts), shares, selection.trials, selection.evaluations, selection.rounds)
 
 
@@ -160,7 +164,7 @@ class GrowingLogits(Growing):
         self._kept: Mixture = ()
         self._sum = self._mean = torch.empty(0)
 
-    def of(self, mixture: Mixture) -> "GrowingLogits":
+    def mean(self, mixture: Mixture) -> dict[str, Tensor]:
         """The mean of a mixture, until the next is asked for."""
         begin, last = mixture[:-1], self.models[mixture[-1]]()["logits"]
         if self._mean.shape != last.shape:
@@ -173,10 +177,6 @@ class GrowingLogits(Growing):
         self._kept = begin
         for total, added, mean in zip(*(each.split(ROWS) for each in (self._sum, last, self._mean)), strict=True):
             mean.copy_((total + added) / len(mixture))
-        return self
-
-    def weights(self) -> dict[str, Tensor]:
-        """The mean that was asked for last."""
         return {"logits": self._mean}
 
 
@@ -218,7 +218,7 @@ def greedy(
 
 def _scored(means: Growing, accuracy: Callable[[Weights], float]) -> Callable[[Sequence[Mixture], float], list[Result]]:
     def work(mixture: Mixture) -> Result:
-        return Result(accuracy(means.of(mixture).weights()))
+        return Result(accuracy(means.mean(mixture)))
 
     return lambda mixtures, to_beat: spread(work, mixtures)
 
