@@ -25,7 +25,7 @@ def largest_that_fits(attempt: Callable[[int], None]) -> int:
         UserError: not even 4 fit.
     """
     size = SMALLEST
-    while True:
+    while size <= LARGEST:
         try:
             attempt(size)
         except torch.OutOfMemoryError:
@@ -34,25 +34,24 @@ def largest_that_fits(attempt: Callable[[int], None]) -> int:
                     f"not even {SMALLEST} examples fit into the memory: set compute.eval_batch lower"
                 ) from None
             return max(SMALLEST, size // 4)
-        if size == LARGEST:
-            return size
         size *= 2
+    return LARGEST
 
 
-def found_by_all(found: Callable[[], int], processes: Processes) -> int:
+def found_by_all(find: Callable[[], int], processes: Processes) -> int:
     """The smallest of the numbers that the processes find, each by itself: a forward pass of one may not need others.
 
     Raises:
-        UserError: as `found`, in all processes where it does so in one.
+        UserError: as `find`, in all processes where it does so in one.
     """
-    refused = None
+    refused = UserError("another process found no memory for a forward pass: set compute.eval_batch lower")
     try:
-        own = found()
+        found = find()
     except UserError as error:
-        own, refused = 0, error
-    least = least_of_all(own, processes)
+        found, refused = 0, error
+    least = least_of_all(found, processes)
     if least == 0:
-        raise refused or UserError("another process found no memory for a forward pass: set compute.eval_batch lower")
+        raise refused
     return least
 
 
@@ -60,7 +59,7 @@ def largest_input(model: Model, training: bool = False) -> Tensor:
     """(1, 3, S, S) uint8, or (1, L) token ids: an example that no other needs more memory than.
 
     Args:
-        model: that sees it.
+        model: the settings of the network that sees it.
         training: an image as it is seen in training, which may be of another size.
     """
     if model.is_reader:

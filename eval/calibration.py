@@ -1,7 +1,6 @@
-"""Does confidence match accuracy, and the one number that makes it (temperature scaling)."""
+"""Whether confidence matches accuracy, and the one number that makes it match (temperature scaling)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import scipy  # its parts are loaded when they are named
 import torch
@@ -10,14 +9,12 @@ from torch import Tensor
 
 from eval.metrics import check, correct, log_probabilities
 
-Binning = Literal["mass", "width"]
-
 
 def fit_beta(logits: Tensor, labels: Tensor) -> float:
-    """The inverse temperature beta > 0 that minimises the cross-entropy of beta x logits.
+    """The inverse temperature beta > 0 that minimises the cross-entropy of beta x logits, taken in float64.
 
     Args:
-        logits: (N, C), any float dtype; the loss is taken in float64.
+        logits: (N, C), any float dtype.
         labels: (N,) class ids in [0, C), of the held-out split.
 
     Returns:
@@ -35,9 +32,8 @@ def fit_beta(logits: Tensor, labels: Tensor) -> float:
         return F.cross_entropy(10**log_beta * wide, labels).item()
 
     # The loss is convex in beta, hence has one valley in its logarithm too.
-    return float(
-        10 ** scipy.optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6}).x
-    )
+    found = scipy.optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6})
+    return float(10**found.x)
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Bins:
 
     count: Tensor  # (B,) int64, examples
     confidence: Tensor  # (B,) float64, their mean confidence; NaN where there are none
-    accuracy: Tensor  # (B,) float64, the share of them that is right; NaN where there are none
+    accuracy: Tensor  # (B,) float64, how many of them are right, in [0, 1]; NaN where there are none
 
     @property
     def ece(self) -> float:
@@ -55,40 +51,31 @@ class Bins:
         return ((self.count * gaps).sum() / self.count.sum()).item()
 
 
-def reliability_bins(logits: Tensor, labels: Tensor, *, bins: int = 15, binning: Binning = "mass") -> Bins:
-    """Sort examples into bins by confidence, the largest probability of the softmax.
+def reliability_bins(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Bins:
+    """Sort examples into bins of equal mass by confidence, the largest probability of the softmax in float64.
+
+    Each bin has as many examples, up to one. Examples of equal confidence share the bin that the first of them falls
+    in, so the order of examples does not matter, and with many ties bins are uneven or empty.
 
     Args:
-        logits: (N, C), any float dtype; the softmax is taken in float64.
+        logits: (N, C), any float dtype.
         labels: (N,) class ids in [0, C).
         bins: B > 0. How many the paper used for Figure B.2 is not known; 15 is Guo's.
-        binning: "width" divides (0, 1] evenly, and a bin has its upper border but not its lower one. "mass" gives
-            each bin as many examples, up to one. Examples of equal confidence are never told apart: all are in the
-            bin that the first of them falls in, so the order of examples does not matter, and with many ties bins
-            are uneven or empty.
 
     Raises:
         ValueError: as `eval.metrics.check` and `log_probabilities`, or bins is less than 1.
 
-    Source: Guo et al. 2017, eq. 3 ("width"); Roelofs et al. 2022, Section 3 ("mass").
+    Source: Guo et al. 2017, eq. 3; Roelofs et al. 2022, Section 3.
     """
     if bins < 1:
         raise ValueError(f"need at least one bin, got {bins}")
     right = correct(logits, labels).double().cpu()
     confidence = log_probabilities(logits).max(dim=1).values.exp().cpu()  # (N,)
-    if binning == "width":
-        which = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
-    else:
-        less_confident = torch.searchsorted(confidence.sort().values, confidence)  # (N,) how many examples are
-        which = less_confident * bins // len(confidence)
+    less_confident = torch.searchsorted(confidence.sort().values, confidence)  # (N,) how many examples are
+    which = less_confident * bins // len(confidence)
     count = torch.bincount(which, minlength=bins)
     sums = [torch.bincount(which, weights=values, minlength=bins) for values in (confidence, right)]
     return Bins(count, sums[0] / count, sums[1] / count)
-
-
-def expected_calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15, binning: Binning = "mass") -> float:
-    """How far confidence is from accuracy, in [0, 1]; arguments and errors as `reliability_bins`."""
-    return reliability_bins(logits, labels, bins=bins, binning=binning).ece
 
 
 @dataclass(frozen=True)
@@ -100,26 +87,18 @@ class Calibration:
     after: Bins
 
 
-def calibrate(
-    held_out: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    *,
-    bins: int = 15,
-    binning: Binning = "mass",
-) -> Calibration:
+def calibrate(held_out: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, bins: int = 15) -> Calibration:
     """Fit the temperature on held-out logits and labels, and bin the test's before and after.
 
     Args:
         held_out: (N, C) logits and (N,) labels of the split that selects.
         test: (M, C) logits and (M,) labels of a split that reports.
         bins: as in `reliability_bins`.
-        binning: as in `reliability_bins`.
 
     Raises:
         ValueError: as `fit_beta` and `reliability_bins`.
     """
     beta = fit_beta(*held_out)
     logits, labels = test
-    before = reliability_bins(logits, labels, bins=bins, binning=binning)
-    after = reliability_bins(beta * logits.double(), labels, bins=bins, binning=binning)
-    return Calibration(beta, before, after)
+    before = reliability_bins(logits, labels, bins=bins)
+    return Calibration(beta, before, reliability_bins(beta * logits.double(), labels, bins=bins))

@@ -1,4 +1,4 @@
-"""Forward passes, once for each model and image.
+"""Forward passes, once for each model and example.
 
 Networks are imported where one is built: their libraries take seconds, and cached logits need none of them.
 """
@@ -17,7 +17,7 @@ from configs.schema import Experiment
 from configs.training import arithmetic
 from eval.batch_size import found_batch_size, found_by_all, largest_input
 from eval.metrics import correct, correct_in_sets, mean_by_group
-from eval.tokens import token_batches, token_split
+from eval.tokens import token_split
 from models.tokens import TokenSplit, longest_first
 from soups.files.atomic import digest_of
 from soups.files.weights import Weights, digest, load_weights
@@ -49,20 +49,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP cannot reuse
-def forward(model: "Network", batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
-    """Batches of (b, 3, H, W) uint8 images or (b, L) token ids to (N, C) float32 logits on the CPU; none of none."""
-    return _apply(model, model, batches, precision)
+def forward(
+    model: "Network",
+    batches: Iterable[Tensor],
+    precision: str = "fp32",
+    outputs: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """(N, C) float32 logits on the CPU, or other outputs; (0, C) where there are no batches.
 
-
-@torch.no_grad()  # not inference mode, whose tensors FSDP cannot reuse
-def extract_features(model: "Classifier", batches: Iterable[Tensor], precision: str = "fp32") -> Tensor:
-    """Batches, as of `forward`, to (N, width) float32 features, as the head gets them, on the CPU."""
-    return _apply(model, model.features, batches, precision)
-
-
-def _apply(model: "Network", function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: str) -> Tensor:
+    Args:
+        model: in any mode; it is left in eval mode.
+        batches: (b, 3, H, W) uint8 images or (b, L) token ids.
+        precision: fp32, or bf16 or fp16 for autocast.
+        outputs: for features, the model's `features`.
+    """
     model.eval()
-    found = [_outputs(model, function, batch, precision).cpu() for batch in batches]
+    found = [_outputs(model, outputs or model, batch, precision).cpu() for batch in batches]
     return torch.cat(found) if found else torch.empty(0, model.num_classes)
 
 
@@ -72,7 +74,7 @@ def _outputs(model: "Network", function: Callable[[Tensor], Tensor], batch: Tens
 
 
 def shares_of_batches(order: Tensor, batch: int, world: int) -> list[Tensor]:
-    """For each of W processes, which examples are in its batches: every W-th one.
+    """For each of W processes, the examples in its batches, which are every W-th one.
 
     >>> shares_of_batches(torch.arange(5), batch=2, world=2)
     [tensor([0, 1, 4]), tensor([2, 3])]
@@ -85,7 +87,7 @@ def shares_of_batches(order: Tensor, batch: int, world: int) -> list[Tensor]:
 class Annotated:
     """Results on the M test images that an annotation (ReaL, multilabel) has answers for."""
 
-    right: Tensor  # (M,) bool; of several random orders the share of them that is right
+    right: Tensor  # (M,) bool; with several random orders, in how many of them it is right, in [0, 1]
     classes: Tensor | None  # (M,) the images' own labels, where accuracy is the mean over classes
 
     @property
@@ -98,8 +100,8 @@ class Evaluator:
     """Logits of any weights of one experiment on any of its splits; images and the module are loaded once.
 
     Args:
-        config: of the experiment.
-        processes: that fill the cache together; all of them must ask for the same logits in the same order.
+        config: the experiment.
+        processes: these fill the cache together; all of them must ask for the same logits in the same order.
     """
 
     def __init__(self, config: Experiment, processes: Processes | None = None):
@@ -110,7 +112,7 @@ class Evaluator:
 
     @cached_property
     def model(self) -> "Network":
-        """The module that weights are loaded into, with random ones, on this process's device."""
+        """The network on this process's device, with random weights until others are loaded."""
         from models.classifier import architecture  # noqa: PLC0415
 
         use_kernels(self.config.compute, self.processes.device)
@@ -129,7 +131,7 @@ class Evaluator:
         if self.config.task.is_text:
             self.split(split)
             return token_split(self.config.model, self.config.task, split)
-        return self.split(split)  # type: ignore[return-value]  # of tasks that are no texts
+        return self.split(split)  # type: ignore[return-value]  # images, since the task has no texts
 
     def order(self, split: str) -> Tensor:
         """(N,) the order in which a split's examples pass the network: texts are beside texts of their length."""
@@ -137,16 +139,16 @@ class Evaluator:
         return longest_first(inputs.lengths) if isinstance(inputs, TokenSplit) else torch.arange(len(inputs))
 
     def batches(self, split: str, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """(b, 3, S, S) uint8 images of a split under the model's evaluation transform, or (b, L) token ids, in order.
+        """(b, 3, S, S) uint8 images of a split under the model's evaluation transform, or (b, L) token ids.
 
         Args:
-            split: of the experiment's task.
-            rows: (N,) which of its examples; all, as in `order`, where None.
+            split: its name.
+            rows: (N,) which examples, in which order; all, as in `order`, where None.
         """
         compute, inputs = self.config.compute, self.inputs(split)
         rows = self.order(split) if rows is None else rows
         if isinstance(inputs, TokenSplit):
-            return token_batches(inputs, rows, self.batch_size)
+            return (inputs.batch(part) for part in (rows.split(self.batch_size) if len(rows) else ()))
         return fixed_batches(
             inputs,
             of_model(self.config.model),
@@ -160,15 +162,13 @@ class Evaluator:
     def together(self, split: str) -> Tensor:
         """All inputs of a small split in one tensor, in its own order: (N, 3, S, S) images, or (N, L) token ids."""
         inputs = self.inputs(split)
-        return (
-            inputs.batch(torch.arange(len(inputs)))
-            if isinstance(inputs, TokenSplit)
-            else torch.cat(list(self.batches(split)))
-        )
+        if isinstance(inputs, TokenSplit):
+            return inputs.batch(torch.arange(len(inputs)))
+        return torch.cat(list(self.batches(split)))
 
     @cached_property
     def batch_size(self) -> int:
-        """Examples a forward pass, of all processes alike: as the config says, or as many as fit on the GPU."""
+        """Examples a forward pass, the same in all processes: as the config says, or as many as fit on the GPU."""
         compute, model = self.config.compute, self.model
         if compute.eval_batch is not None:
             return compute.eval_batch
@@ -198,15 +198,15 @@ class Evaluator:
         """Compute the features of a split that are not kept yet; all processes call it, each fills every W-th shard."""
         model, processes = self._classifier, self.processes
         width = model.head.in_features
-        own = self._feature_shards(split)[processes.rank :: processes.world]
-        missing = [(path, rows) for path, rows in own if stored_array(path, (len(rows), width)) is None]
+        shards = self._feature_shards(split)[processes.rank :: processes.world]
+        missing = [(path, rows) for path, rows in shards if stored_array(path, (len(rows), width)) is None]
         if not any_of(bool(missing), processes):
             return
-        _ = self.batch_size  # which all agree on, those too that miss nothing
+        _ = self.batch_size  # all processes agree on it, also those that miss nothing
         found = torch.empty(0, width)
         # One loader for all of them, whose workers take seconds to start.
         for batch in self.batches(split, torch.cat([rows for _, rows in missing])) if missing else ():
-            found = torch.cat([found, extract_features(model, [batch], self.config.compute.evaluates_in)])
+            found = torch.cat([found, forward(model, [batch], self.config.compute.evaluates_in, model.features)])
             while missing and len(found) >= len(missing[0][1]):
                 path, rows = missing.pop(0)
                 write_array(path, found[: len(rows)].numpy())
@@ -223,12 +223,12 @@ class Evaluator:
         return whole
 
     def place(self, what: str, split: str, weights: str) -> Path:
-        """Where an array with a number or more for each example of a split is kept, named by all that it depends on.
+        """The file of an array with a number or more for each example of a split, named by all that it depends on.
 
         Args:
-            what: the array is, e.g. logits.
-            split: of the experiment's task.
-            weights: names them, and whatever else the numbers depend on beside the examples and their transform.
+            what: a folder for arrays of this kind, such as logits.
+            split: its name.
+            weights: their digest, and whatever else the numbers depend on beside the examples and their transform.
         """
         inputs, compute = self.inputs(split), self.config.compute
         precision = arithmetic(compute.evaluates_in, tf32=compute.tf32)
@@ -239,17 +239,12 @@ class Evaluator:
     def fresh_logits(self, weights: Weights, split: str, rows: Tensor | None = None) -> Tensor:
         """(N, C) float32 logits by a forward pass, not kept; for candidates that are tried once.
 
-        Args:
-            weights: of the model.
-            split: of the experiment's task.
-            rows: (N,) which of its images; all where None.
+        The logits are in the order of `rows`, (N,) examples, or in that of the split, where None.
         """
         self.model.load_state_dict(dict(weights), strict=True)
-        if rows is not None:
-            return forward(self.model, self.batches(split, rows), self.config.compute.evaluates_in)
-        order = self.order(split)
+        order = self.order(split) if rows is None else rows
         found = forward(self.model, self.batches(split, order), self.config.compute.evaluates_in)
-        return torch.empty_like(found).index_copy_(0, order, found)
+        return found if rows is not None else torch.empty_like(found).index_copy_(0, order, found)
 
     def logits(self, name: str, load: Callable[[], Weights], split: str) -> Tensor:
         """(N, C) float32 logits from the cache, or by a forward pass that fills it.
@@ -257,27 +252,21 @@ class Evaluator:
         Args:
             name: the digest of the weights.
             load: called only when a forward pass is needed.
-            split: of the experiment's task.
+            split: its name.
         """
-        shape = (len(self.split(split)), self.config.task.size)
-        path = self.place("logits", split, name)
+        shape, path = (len(self.split(split)), self.config.task.size), self.place("logits", split, name)
         if self.processes.world == 1:
             return cached_array(path, shape, lambda: self.fresh_logits(load(), split))
-        kept: list[Tensor] = []  # the logits, on the first process
-
-        def is_cached() -> bool:
-            found = stored_array(path, shape)
-            kept.extend([] if found is None else [found])
-            return bool(kept)
-
-        if not first_decides(is_cached, self.processes):
+        stored = stored_array(path, shape) if self.processes.is_main else None
+        kept = [] if stored is None else [stored]  # on the first process; on the others it stays empty
+        if not first_decides(lambda: bool(kept), self.processes):
             self.load_on_all(load)
-            kept += self._filled_together(shape, split)
+            kept = self._filled_together(shape, split)
             first_decides(lambda: write_array(path, kept[0].numpy()), self.processes)
         return from_the_first(kept, shape, self.processes)
 
     def _filled_together(self, shape: tuple[int, int], split: str) -> list[Tensor]:
-        """Logits of the model as it is, in a list on the first process; each of W processes finds every W-th batch's.
+        """Logits of the model as it is, in a list on the first process; each of W processes computes every W-th batch.
 
         The batches, and so the bits, are those of one process alone. No file goes between processes, since file systems
         show files late to other nodes.
@@ -286,17 +275,17 @@ class Evaluator:
         batches = self.batches(split, rows[self.processes.rank])
         parts = on_the_first(forward(self.model, batches, self.config.compute.evaluates_in), self.processes)
         whole = torch.empty(shape)
-        for some, part in zip(rows, parts, strict=False):
-            whole[some] = part
+        for examples, part in zip(rows, parts, strict=False):
+            whole[examples] = part
         return [whole] if parts else []
 
     def load_on_all(self, load: Callable[[], Weights]) -> None:
-        """Let the model of every process have the weights that the first one loads."""
+        """Give the model of every process the weights that the first one loads."""
         first_decides(lambda: self.model.load_state_dict(dict(load()), strict=True) is None, self.processes)
         send_tensors(self.model.state_dict().values(), self.processes)
 
     def logits_of_file(self, name: str, path: Path, split: str) -> Tensor:
-        """(N, C) float32 logits of a file of weights, whose recorded digest is `name`; as `logits`."""
+        """(N, C) float32 logits, as `logits`, of a file of weights with `name` as its recorded digest."""
         return self.logits(name, lambda: load_weights(path, name), split)
 
     def projected(self, logits: Tensor, split: str) -> Tensor:
@@ -312,12 +301,12 @@ class Evaluator:
         return self.projected(logits, split).argmax(dim=1)
 
     def score(self, logits: Tensor, split: str) -> float:
-        """In [0, 1]: what the task scores a split by."""
+        """The score by the task's metric for a split: in [0, 1], or [-1, 1] for matthews."""
         images, metric = self.split(split), self.config.task.metrics.get(split, "top1")
         return score(metric, self.predicted(logits, split), images.labels, images.groups)
 
     def scored(self, logits: Tensor, split: str) -> dict[str, Any]:
-        """A record of logits: how many of a split's examples are right, of how many; the task's score, if another."""
+        """A record of logits: how many of a split's n examples are right; the task's score where it is not top-1."""
         (right, n), metric = self.count(logits, split), self.config.task.metrics.get(split, "top1")
         record: dict[str, Any] = {"split": split, "correct": right, "n": n}
         return record if metric == "top1" else record | {"metric": metric, "score": self.score(logits, split)}
@@ -336,13 +325,12 @@ class Evaluator:
             return {}
         test = self.config.task.test
         seen, labels = self.projected(logits, test), self.split(test).labels
-        return {
-            name: Annotated(
-                correct_in_sets(seen, answers), labels[answers.any(dim=1)] if name == "multilabel" else None
-            )
-            for name, answers in self.annotations.items()
-        }
+        found = {}
+        for name, answers in self.annotations.items():
+            classes = labels[answers.any(dim=1)] if name == "multilabel" else None
+            found[name] = Annotated(correct_in_sets(seen, answers), classes)
+        return found
 
     def count(self, logits: Tensor, split: str) -> tuple[int, int]:
-        """How many of a split's images these logits get right, of how many."""
+        """How many of a split's examples these logits get right, and how many there are."""
         return int(self.hits(logits, split).sum()), len(logits)

@@ -1,4 +1,7 @@
-"""Metrics as pure functions of logits and labels; those of predicted classes are in soups/scorers/metrics.py."""
+"""Metrics as pure functions of logits and labels; those of predicted classes are in soups/scorers/metrics.py.
+
+Everywhere logits are (N, C) of any float dtype, and labels (N,) class ids in [0, C).
+"""
 
 import torch
 from torch import Tensor
@@ -6,10 +9,6 @@ from torch import Tensor
 
 def check(logits: Tensor, labels: Tensor) -> None:
     """Refuse logits and labels that have no metric.
-
-    Args:
-        logits: (N, C), any float dtype.
-        labels: (N,) class ids in [0, C).
 
     Raises:
         ValueError: N is 0, the shapes do not agree, a logit is not a number, or a label is not a class id.
@@ -27,14 +26,7 @@ def check(logits: Tensor, labels: Tensor) -> None:
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) bool: whether each example's largest logit is its label's (the first of equals counts).
-
-    Args:
-        logits: (N, C), any float dtype.
-        labels: (N,) class ids in [0, C).
-
-    Raises:
-        ValueError: as `check`.
+    """(N,) bool: whether each example's largest logit is its label's (the first of equals counts); raises as `check`.
 
     >>> correct(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1]))
     tensor([ True, False])
@@ -48,36 +40,26 @@ def top1(logits: Tensor, labels: Tensor) -> float:
     return correct(logits, labels).double().mean().item()
 
 
-def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """(N,) bool: whether fewer than k classes come before each example's label.
+def topk(logits: Tensor, labels: Tensor, k: int = 5) -> float:
+    """The share of examples, in [0, 1], whose label is among the k largest logits.
 
-    Larger logits come first, of equal ones the smaller class id, so that k = 1 is `correct`.
-
-    Args:
-        logits: (N, C), any float dtype.
-        labels: (N,) class ids in [0, C).
-        k: in [1, C].
+    Of equal logits the smaller class id comes first, so that k = 1 is `top1`.
 
     Raises:
-        ValueError: as `check`, or k is out of range.
+        ValueError: as `check`, or k is not in [1, C].
     """
     check(logits, labels)
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"top-k of {logits.shape[1]} classes needs k between 1 and that, got {k}")
     label = labels.long().unsqueeze(1)  # (N, 1)
-    own = logits.gather(1, label)  # (N, 1)
+    at_label = logits.gather(1, label)  # (N, 1)
     smaller_id = torch.arange(logits.shape[1], device=logits.device) < label  # (N, C)
-    before = (logits > own) | ((logits == own) & smaller_id)
-    return before.sum(dim=1) < k
-
-
-def topk(logits: Tensor, labels: Tensor, k: int = 5) -> float:
-    """The share of examples, in [0, 1], whose label is among the k largest logits; raises as `correct_in_top`."""
-    return correct_in_top(logits, labels, k).double().mean().item()
+    before = (logits > at_label) | ((logits == at_label) & smaller_id)
+    return (before.sum(dim=1) < k).double().mean().item()
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """(N, C) float64 log-softmax of (N, C) logits of any float dtype; -inf is a class that is masked out.
+    """(N, C) float64 log-softmax; a logit of -inf masks its class out.
 
     Raises:
         ValueError: a row has +inf, or nothing but -inf, and hence no softmax.
@@ -89,14 +71,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def nll(logits: Tensor, labels: Tensor) -> float:
-    """Negative log-likelihood of the labels: the mean cross-entropy in nats, >= 0.
-
-    Args:
-        logits: (N, C), any float dtype; the softmax is taken in float64.
-        labels: (N,) class ids in [0, C).
-
-    Returns:
-        inf where a label's class is masked out with -inf.
+    """Negative log-likelihood of the labels: the mean cross-entropy in nats, >= 0; inf where a label is masked out.
 
     Raises:
         ValueError: as `check` and `log_probabilities`.
@@ -111,7 +86,7 @@ def correct_in_sets(logits: Tensor, sets: Tensor) -> Tensor:
     Two models leave out the same images, so their results stay paired.
 
     Args:
-        logits: (N, C), any float dtype.
+        logits: (N, C).
         sets: (N, C) bool: which classes are right for each image.
 
     Raises:
@@ -122,11 +97,11 @@ def correct_in_sets(logits: Tensor, sets: Tensor) -> Tensor:
     if sets.dtype != torch.bool or logits.ndim != 2 or sets.shape != logits.shape:
         raise ValueError(f"need (N, C) logits and bool label sets; got {tuple(logits.shape)}, {tuple(sets.shape)}")
     labelled = sets.any(dim=1)
-    prediction = logits.argmax(dim=1)
-    check(logits, prediction)
+    predicted = logits.argmax(dim=1)
+    check(logits, predicted)
     if not labelled.any():
         raise ValueError("no image has a label, so there is no accuracy")
-    return sets.to(logits.device).gather(1, prediction.unsqueeze(1)).squeeze(1)[labelled]
+    return sets.to(logits.device).gather(1, predicted.unsqueeze(1)).squeeze(1)[labelled]
 
 
 def mean_by_group(values: Tensor, groups: Tensor) -> Tensor:

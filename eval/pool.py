@@ -9,7 +9,7 @@ from rich.console import Console
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.calibration import expected_calibration_error
+from eval.calibration import reliability_bins
 from eval.forward import Evaluator
 from eval.metrics import nll, topk
 from soups.files.atomic import read_json, read_jsonl, write_jsonl
@@ -23,9 +23,9 @@ def evaluate(config: Experiment, folder: Path, processes: Processes | None = Non
     """Logits of one model on the held-out, test and shift splits, and scores.jsonl beside it; returns one line.
 
     Args:
-        config: of the experiment.
-        folder: of the model.
-        processes: that do it together; one of them writes the scores.
+        config: the experiment.
+        folder: where the model is.
+        processes: these do it together; the first one writes the scores.
 
     Raises:
         UserError: missing or damaged weights, logits or data.
@@ -36,8 +36,8 @@ def evaluate(config: Experiment, folder: Path, processes: Processes | None = Non
         raise UserError(f"{folder} holds no finished model: run python -m finetune or python -m soups first")
     rows = [row for file, digest in weights.items() for row in _scores(evaluator, folder / file, digest)]
     first_decides(lambda: write_jsonl(folder / "scores.jsonl", rows), evaluator.processes)
-    own = rows[: len(rows) // len(weights)]
-    scores = {row["split"]: row["score"] for row in own if row["metric"] not in task.annotations}
+    first = rows[: len(rows) // len(weights)]  # those of weights.safetensors
+    scores = {row["split"]: row["score"] for row in first if row["metric"] not in task.annotations}
     line = f"{folder.relative_to(RunFolder.of(config).root)}: {task.test} {100 * scores[task.test]:.1f} %"
     if task.shifts:
         line += f", mean of shifts {100 * sum(scores[split] for split in task.shifts) / len(task.shifts):.1f} %"
@@ -45,19 +45,20 @@ def evaluate(config: Experiment, folder: Path, processes: Processes | None = Non
 
 
 def _scores(evaluator: Evaluator, file: Path, digest: str) -> list[dict[str, Any]]:
-    """One row a split, and one an annotation of the test split, of one file of weights."""
-    task, rows = evaluator.config.task, []
-    annotated = evaluator.annotations  # damaged ones are refused before any forward pass
+    """One row a split, and one an annotation of the test split, for one file of weights."""
+    task, rows, annotated = evaluator.config.task, [], {}
+    _ = evaluator.annotations  # damaged ones are refused before any forward pass
     for split in (task.held_out, *task.reported):
         logits = evaluator.logits_of_file(digest, file, split)
         right, n = evaluator.count(logits, split)
         seen, labels = evaluator.projected(logits, split), evaluator.split(split).labels
         row = {"weights": digest, "split": split, "correct": right, "n": n, "top1": right / n}
         row |= {"top5": topk(seen, labels, min(5, seen.shape[1])), "nll": nll(seen, labels)}
-        row |= {"ece": expected_calibration_error(seen, labels)}
-        rows.append(row | {"metric": task.metrics.get(split, "top1"), "score": evaluator.score(logits, split)})
-    test = evaluator.annotated(evaluator.logits_of_file(digest, file, task.test)) if annotated else {}
-    for name, found in test.items():
+        row |= {"ece": reliability_bins(seen, labels).ece, "metric": task.metrics.get(split, "top1")}
+        rows.append(row | {"score": evaluator.score(logits, split)})
+        if split == task.test:
+            annotated = evaluator.annotated(logits)
+    for name, found in annotated.items():
         right, n = int(found.right.sum()), len(found.right)
         row = {"weights": digest, "split": task.test, "correct": right, "n": n, "top1": right / n}
         rows.append(row | {"metric": name, "score": found.accuracy})
@@ -67,24 +68,24 @@ def _scores(evaluator: Evaluator, file: Path, digest: str) -> list[dict[str, Any
 def recorded_weights(config: Experiment, folder: Path) -> dict[str, str]:
     """File -> digest of a finished model's weights, and of those beside them that single models are chosen from.
 
-    From the record that is written last; empty where there are no weights.
+    It is read from the record that is written last, and empty where there are no weights.
     """
     record = next((path for path in (folder / "done.json", folder / "soup.json") if path.exists()), None)
-    done = read_json(record) if record else {"digest": None}
-    found = {
-        file: made["digest"] for kind, (file, made) in weights_of(done).items() if kind in config.cooking.individuals
-    }
-    return {WEIGHTS: done["digest"]} | found if done["digest"] else {}
+    done = read_json(record) if record else {}
+    if not done.get("digest"):
+        return {}
+    kinds = weights_of(done).items()
+    return {WEIGHTS: done["digest"]} | {f: made["digest"] for k, (f, made) in kinds if k in config.cooking.individuals}
 
 
 def is_scored(config: Experiment, folder: Path) -> bool:
-    """Whether scores.jsonl is there and of the weights that are there now."""
+    """Whether scores.jsonl is there and scores the weights that are there now."""
     scores, weights = folder / "scores.jsonl", recorded_weights(config, folder)
     return scores.exists() and {row["weights"] for row in read_jsonl(scores)} == set(weights.values())
 
 
 def model_folders(config: Experiment) -> list[Path]:
-    """Folders of all finished models with weights: rows, the zero-shot model, soups; of a share, those that are in it.
+    """Folders of all finished models with weights: rows, the zero-shot model, soups; only this job's, where jobs share.
 
     A row has its place among them whether or not it is finished, so that jobs that share them agree on who has which.
 
@@ -96,9 +97,8 @@ def model_folders(config: Experiment) -> list[Path]:
     finished(run.zero_shot, identity(config, 0))
     rows = [run.ingredient(row) for row in range(config.sweep.size + 1)]
     soups = sorted(path.parent for path in (run.root / "soups").rglob("soup.json"))
-    return [
-        folder for folder in [*rows, run.zero_shot, *soups][share.index :: share.of] if recorded_weights(config, folder)
-    ]
+    folders = [*rows, run.zero_shot, *soups][share.index :: share.of]
+    return [folder for folder in folders if recorded_weights(config, folder)]
 
 
 def evaluate_all(config: Experiment, folders: Sequence[Path], console: Console | None = None) -> None:

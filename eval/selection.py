@@ -1,4 +1,4 @@
-"""The best of several models: held-out selects, and what a split that reports selects is an oracle."""
+"""The best of several models: held-out selects; what is selected on a split that reports is an oracle."""
 
 from collections.abc import Collection, Sequence
 from math import isnan
@@ -6,18 +6,12 @@ from math import isnan
 from configs.errors import UserError
 
 
-def _best(scores: Sequence[float], split: str) -> int:
-    if not scores or any(isnan(score) for score in scores):
-        raise ValueError(f"the best on {split!r} needs one number per model and at least one, got {list(scores)}")
-    return max(range(len(scores)), key=lambda i: (scores[i], -i))
-
-
 def best_on_held_out(scores: Sequence[float], held_out: str, reported: Collection[str]) -> int:
     """The place of the model with the highest score on the held-out split, the first of equals.
 
     Args:
-        scores: one per model, on the held-out split.
-        held_out: the name of that split.
+        scores: one per model, on that split.
+        held_out: its name.
         reported: the splits whose results are shown, of which it must not be one.
 
     Raises:
@@ -26,21 +20,18 @@ def best_on_held_out(scores: Sequence[float], held_out: str, reported: Collectio
     """
     if held_out in reported:
         raise UserError(f"{held_out!r} reports results, so models cannot be chosen on it: choose on a held-out split")
-    return _best(scores, held_out)
+    return oracle(scores, held_out)
 
 
 def oracle(scores: Sequence[float], split: str) -> int:
-    """The place of the model with the highest score on a split that reports, the first of equals.
+    """The place of the model with the highest score on any split, or average of splits; the first of equals.
 
-    No one could choose so without seeing that split's labels: only for rows that say so. In Table 4 each column has an
-    oracle of its own, and that of the mean of the shifts is the model with the best mean, so the oracles' own cells may
-    average to more than it.
-
-    Args:
-        scores: one per model, on that split, or averaged over several.
-        split: its name, or that of the average.
+    Without held-out labels no one could choose so: only for rows that say so. In Table 4 each column has an oracle of
+    its own, also that of the mean of the shifts, so the cells of the shifts may average to more than it.
 
     Raises:
         ValueError: there are no scores, or one is not a number.
     """
-    return _best(scores, split)
+    if not scores or any(isnan(score) for score in scores):
+        raise ValueError(f"the best on {split!r} needs one number per model and at least one, got {list(scores)}")
+    return max(range(len(scores)), key=lambda i: (scores[i], -i))

@@ -1,6 +1,6 @@
-"""Is the difference between two models more than the luck of the test images?"""
+"""Whether the difference between two models is more than the luck of the test images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -14,10 +14,12 @@ from torch import Tensor
 from soups.scorers.metrics import score
 from soups.scoring import Metric
 
+LEVEL = 0.95  # coverage of the intervals
+
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of accuracies with its percentile interval, all in [-1, 1]."""
+    """A difference of scores with its percentile interval, all in [-1, 1], or [-2, 2] of correlations."""
 
     mean: float
     low: float
@@ -36,22 +38,22 @@ def _check_splits(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: S
 
 
 @lru_cache(maxsize=16)
-def times_drawn(groups: int, resamples: int, seed: int) -> Tensor:
+def _multinomial(groups: int, resamples: int, seed: int) -> Tensor:
     """(resamples, groups) int16: how often each group is drawn; kept, since a table compares many models on it."""
     generator = np.random.Generator(np.random.PCG64(seed))
     return torch.from_numpy(generator.multinomial(groups, np.full(groups, 1 / groups), resamples).astype(np.int16))
 
 
-def _times_each_is_drawn(groups: Sequence[Tensor], resamples: int, seed: int) -> Tensor:
+def _times_drawn(groups: Sequence[Tensor], resamples: int, seed: int) -> Tensor:
     """(resamples, G) int16: how often each draw takes each group; 0 for ids in [0, G) that no split has."""
     present = torch.cat(list(groups)).unique()
     drawn = torch.zeros(resamples, int(present.max()) + 1, dtype=torch.int16)
-    drawn[:, present] = times_drawn(len(present), resamples, seed)
+    drawn[:, present] = _multinomial(len(present), resamples, seed)
     return drawn
 
 
-def _percentiles(mean: float, draws: Tensor, level: float) -> Difference:
-    low, high = torch.quantile(draws, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+def _with_interval(mean: float, draws: Tensor) -> Difference:
+    low, high = torch.quantile(draws, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)).tolist()
     return Difference(mean, low, high)
 
 
@@ -62,31 +64,26 @@ def paired_bootstrap(
     *,
     resamples: int,
     seed: int,
-    level: float = 0.95,
 ) -> Difference:
     """Accuracy of `model` minus that of `baseline`, averaged over splits, with a percentile bootstrap interval.
 
-    Both are measured on the same images, so what is resampled are groups of images with both results. Groups
-    span the splits: a class that shows up in several shifts is drawn, or not, in all of them at once.
+    Both are measured on the same images, so groups of images are resampled with both results. Groups span the splits:
+    a class that shows up in several shifts is drawn, or not, in all of them at once.
 
     Args:
-        model: one (N_s,) bool tensor per split: whether each image was classified correctly.
+        model: one (N_s,) tensor per split: whether each image was classified correctly, or in how many of several runs.
         baseline: the same for the model compared with.
         groups: one (N_s,) integer tensor per split, in [0, G); `arange` offsets make each image its own group.
         resamples: number of bootstrap draws.
         seed: of those draws.
-        level: coverage of the interval.
-
-    Returns:
-        The mean difference and the interval of its unweighted mean over splits.
 
     Raises:
-        ValueError: no splits, or tensors of a split differ in length.
+        ValueError: no splits or images, tensors of a split differ in length, or a result is NaN.
 
     Source: Efron and Tibshirani 1993, chapter 13; cluster resampling as in Field and Welsh 2007.
     """
     _check_splits(model, baseline, groups)
-    drawn = _times_each_is_drawn(groups, resamples, seed).double()
+    drawn = _times_drawn(groups, resamples, seed).double()
     mean, draws = 0.0, torch.zeros(resamples, dtype=torch.float64)
     for ours, theirs, group in zip(model, baseline, groups, strict=True):
         gain = ours.double() - theirs.double()  # (N_s,) in {-1, 0, 1}
@@ -94,33 +91,33 @@ def paired_bootstrap(
         gains = torch.zeros(drawn.shape[1], dtype=torch.float64).index_add_(0, group, gain)  # (G,)
         counts = torch.zeros_like(gains).index_add_(0, group, torch.ones_like(gain))  # (G,)
         draws += (drawn @ gains) / (drawn @ counts).clamp(min=1) / len(model)
-    return _percentiles(mean, draws, level)
+    return _with_interval(mean, draws)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The classes that models predict on one split, beside what is right."""
+    """The classes that models predict on one split, beside the labels."""
 
     metric: Metric
-    model: tuple[Tensor, ...]  # (N,) class ids each; of several soups of one recipe, one for each
+    model: tuple[Tensor, ...]  # (N,) class ids of each model; several of one recipe count with their mean
     baseline: Tensor  # (N,)
     labels: Tensor  # (N,)
-    units: Tensor  # (N,) what is drawn together: classes, or every image by itself
-    groups: Tensor | None = None  # (N,) of worst_group, such as regions; negative: in no group
+    units: Tensor  # (N,) images of a unit are drawn together: those of a class, or each by itself
+    groups: Tensor | None = None  # (N,) for worst_group, such as regions; negative: in no group
 
 
-def bootstrap_scores(splits: Sequence[Answers], *, resamples: int, seed: int, level: float = 0.95) -> Difference:
+def bootstrap_scores(splits: Sequence[Answers], *, resamples: int, seed: int) -> Difference:
     """The mean over splits of a model's score minus the baseline's, with a percentile bootstrap interval.
 
-    As `paired_bootstrap`, for scores that are no mean over images: each draw computes them anew. Several soups of one
-    recipe count with the mean of their scores.
+    The arguments are those of `paired_bootstrap`, for scores that are no mean over images: each draw computes them
+    anew. Several models of one recipe count with the mean of their scores.
 
     Raises:
-        ValueError: no splits, or as `score` raises it.
+        ValueError: no splits, or as `score`.
     """
     if not splits:
         raise ValueError("need the answers on at least one split")
-    drawn = _times_each_is_drawn([split.units for split in splits], resamples, seed)
+    drawn = _times_drawn([split.units for split in splits], resamples, seed)
 
     def difference(split: Answers, weights: Tensor | None) -> float:
         ours = [score(split.metric, model, split.labels, split.groups, weights) for model in split.model]
@@ -133,45 +130,30 @@ def bootstrap_scores(splits: Sequence[Answers], *, resamples: int, seed: int, le
             weights = drawn[i][split.units]
             if weights.any():
                 draws[i] += difference(split, weights) / len(splits)
-    return _percentiles(mean, draws, level)
-
-
-@dataclass(frozen=True)
-class Permuted:
-    """A paired permutation test."""
-
-    mean: float  # the difference, averaged over splits
-    p: float  # two-sided, in (0, 1]
-    permutations: int  # how many the p-value is made of: 2 to the number of pairs that differ, where exact
-    exact: bool  # all of them, not a sample
+    return _with_interval(mean, draws)
 
 
 def paired_permutation(
     model: Sequence[Tensor],
     baseline: Sequence[Tensor],
-    groups: Sequence[Tensor] | None = None,
+    groups: Sequence[Tensor],
     *,
     permutations: int = 100_000,
     seed: int = 0,
-) -> Permuted:
-    """Could the difference of two models be luck? How often one as large comes up when each pair is swapped by a coin.
+) -> float:
+    """The two-sided p-value, in (0, 1], of the difference of two models, when each pair is swapped by a coin.
 
-    For any score of an image: hits, shares of several orders, log-likelihoods. The statistic is the mean over splits
-    of each split's mean difference, as in `paired_bootstrap`. A metric that averages over classes, such as
-    multi-label accuracy, is tested with one split for each class.
+    The statistic is the mean over splits of each split's mean difference, as in `paired_bootstrap`. A metric that
+    averages over classes, such as multi-label accuracy, is tested with one split for each class.
 
     Args:
         model: one (N_s,) tensor of per-image scores per split, bool or float.
         baseline: the same for the model compared with.
-        groups: one (N_s,) integer tensor per split, in [0, G): images that are swapped together, across splits. Each
-            image by itself where None.
+        groups: one (N_s,) integer tensor per split, in [0, G): images that are swapped together, across splits.
         permutations: how many are drawn. Where no more outcomes than that can come up, all are gone through, with
             their probabilities, and the test is exact; pairs that differ by as much are counted, not listed, so for
             hits on one split it is McNemar's test at any size.
-        seed: of the draws.
-
-    Returns:
-        The difference and its p-value, which of drawn permutations is at least 1 / (permutations + 1).
+        seed: of the draws, with which p is at least 1 / (permutations + 1).
 
     Raises:
         ValueError: no splits or images, tensors of a split differ in length, a score is NaN, or permutations < 1.
@@ -180,21 +162,14 @@ def paired_permutation(
     """
     if permutations < 1:
         raise ValueError(f"need at least one permutation, got {permutations}")
-    if groups is None:
-        offsets = np.cumsum([0, *(len(scores) for scores in model)])
-        groups = [torch.arange(offset, offset + len(scores)) for offset, scores in zip(offsets, model, strict=False)]
     _check_splits(model, baseline, groups)
     effects = _effects(model, baseline, groups)
-    mean = float(effects.sum())
-    sizes_of_effects, counts = np.unique(np.abs(effects[effects != 0]), return_counts=True)
-    total = float(sizes_of_effects @ counts)
+    sizes, counts = np.unique(np.abs(effects[effects != 0]), return_counts=True)
     # Sums that are equal on paper differ in the last digits; they count as equally extreme.
-    to_reach = abs(mean) - 1e-9 * total
+    to_reach = abs(float(effects.sum())) - 1e-9 * float(sizes @ counts)
     if prod(int(count) + 1 for count in counts) <= permutations:
-        p = sum(chance for outcome, chance in _outcomes(sizes_of_effects, counts) if abs(outcome) >= to_reach)
-        return Permuted(mean, min(1.0, float(p)), 2 ** int(counts.sum()), exact=True)
-    reached = _drawn_as_extreme(sizes_of_effects, counts, to_reach, permutations, seed)
-    return Permuted(mean, (1 + reached) / (1 + permutations), permutations, exact=False)
+        return min(1.0, _chance_of_all(sizes, counts, to_reach))
+    return (1 + _drawn_as_extreme(sizes, counts, to_reach, permutations, seed)) / (1 + permutations)
 
 
 def _effects(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequence[Tensor]) -> np.ndarray:
@@ -206,17 +181,19 @@ def _effects(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequen
     return found.numpy()
 
 
-def _outcomes(sizes: np.ndarray, counts: np.ndarray) -> Iterator[tuple[float, float]]:
-    """Every sum of sizes with random signs, counts[v] of sizes[v], and its probability."""
-    ups = [range(count + 1) for count in counts]
-    chances = [scipy.stats.binom.pmf(up, count, 0.5) for up, count in zip(ups, counts, strict=True)]
-    for plus in product(*ups):
-        value = sum(size * (2 * k - count) for size, k, count in zip(sizes, plus, counts, strict=True))
-        yield value, prod(chance[k] for chance, k in zip(chances, plus, strict=True))
+def _chance_of_all(sizes: np.ndarray, counts: np.ndarray, to_reach: float) -> float:
+    """The chance that counts[v] of each sizes[v], with random signs, add up to at least so far from 0."""
+    chances = [scipy.stats.binom.pmf(range(count + 1), count, 0.5) for count in counts]
+    p = 0.0
+    for plus in product(*(range(count + 1) for count in counts)):  # how many of each have a plus
+        total = sum(size * (2 * k - count) for size, k, count in zip(sizes, plus, counts, strict=True))
+        if abs(total) >= to_reach:
+            p += prod(chance[k] for chance, k in zip(chances, plus, strict=True))
+    return float(p)
 
 
 def _drawn_as_extreme(sizes: np.ndarray, counts: np.ndarray, to_reach: float, draws: int, seed: int) -> int:
-    """How many of so many random sums are at least as far from 0; in blocks, so that memory does not grow."""
+    """How many of so many random sums are at least so far from 0; in blocks, so that memory does not grow."""
     generator = np.random.Generator(np.random.PCG64(seed))
     block = max(1, 2**20 // len(counts))
     reached, total, repeated = 0, float(counts @ sizes), counts.max() > 1

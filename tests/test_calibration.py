@@ -7,7 +7,7 @@ import torch
 
 from analysis.figures.reliability import reliability_figure, reliability_rows
 from analysis.figures.style import save
-from eval.calibration import calibrate, expected_calibration_error, fit_beta, reliability_bins
+from eval.calibration import calibrate, fit_beta, reliability_bins
 
 
 def drawn(n, *, classes=5, seed=0, beta=1.0):
@@ -34,7 +34,7 @@ def test_temperature_scaling_finds_the_temperature_that_labels_were_drawn_with()
     assert fit_beta(10 * logits, labels) == pytest.approx(0.04, rel=0.05)
 
 
-@pytest.mark.parametrize("function", [fit_beta, expected_calibration_error])
+@pytest.mark.parametrize("function", [fit_beta, reliability_bins])
 def test_calibration_needs_examples_and_numbers(function):
     with pytest.raises(ValueError, match="N > 0"):
         function(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
@@ -49,25 +49,9 @@ def test_at_least_one_bin_is_needed():
         reliability_bins(*drawn(10), bins=0)
 
 
-def test_equal_width_bins_worked_out_by_hand():
-    # Bins of a fifth: 0.55 in the third, 0.7 and 0.74 in the fourth, 0.9 in the last.
-    logits, labels = confident(0.7, 0.9, 0.55, 0.74), hit(1, 1, 0, 0)
-    bins = reliability_bins(logits, labels, bins=5, binning="width")
-    assert bins.count.tolist() == [0, 0, 1, 2, 1]
-    np.testing.assert_allclose(bins.confidence, [np.nan, np.nan, 0.55, 0.72, 0.9])
-    np.testing.assert_allclose(bins.accuracy, [np.nan, np.nan, 0, 0.5, 1])
-    assert bins.ece == pytest.approx((0.55 + 2 * 0.22 + 0.1) / 4)
-
-
-def test_a_confidence_on_the_border_belongs_to_the_lower_bin_of_equal_width():
-    # Confidences 1/2 and 1 exactly, of two bins.
-    logits = torch.tensor([[0.0, 0.0], [0.0, -float("inf")]])
-    assert reliability_bins(logits, hit(1, 1), bins=2, binning="width").count.tolist() == [1, 1]
-
-
 def test_equal_mass_bins_worked_out_by_hand():
     logits, labels = confident(0.9, 0.6, 0.8, 0.7, 0.95), hit(1, 0, 1, 0, 1)
-    bins = reliability_bins(logits, labels, bins=2, binning="mass")
+    bins = reliability_bins(logits, labels, bins=2)
     assert bins.count.tolist() == [3, 2]
     np.testing.assert_allclose(bins.confidence, [0.7, 0.925])
     np.testing.assert_allclose(bins.accuracy, [1 / 3, 1])
@@ -85,31 +69,23 @@ def test_equal_confidences_share_the_bin_of_their_first():
     assert reliability_bins(logits[shuffled], labels[shuffled], bins=3).ece == pytest.approx(bins.ece)
 
 
-@pytest.mark.parametrize("binning", ["mass", "width"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "bins"), [(1000, 15), (7, 15), (100, 1)])
-def test_the_error_is_that_of_the_slow_loop(binning, dtype, n, bins):
+def test_the_error_is_that_of_the_slow_loop(dtype, n, bins):
     logits, labels = drawn(n, seed=n)
     logits = logits.to(dtype)
-    members = {}
+    gaps = [0.0] * bins
     probabilities = logits.double().softmax(dim=1).numpy()
     confidences = probabilities.max(axis=1)
     for confidence, row, label in zip(confidences, probabilities, labels.tolist(), strict=True):
-        if binning == "width":
-            which = next(b for b in range(bins) if confidence <= (b + 1) / bins)
-        else:
-            which = int((confidences < confidence).sum()) * bins // n
-        members.setdefault(which, []).append((confidence, row.argmax() == label))
-    gaps = [abs(sum(c - right for c, right in found)) for found in members.values()]
-    ours = expected_calibration_error(logits, labels, bins=bins, binning=binning)
-    assert ours == pytest.approx(sum(gaps) / n, abs=1e-6)
+        gaps[int((confidences < confidence).sum()) * bins // n] += confidence - (row.argmax() == label)
+    assert reliability_bins(logits, labels, bins=bins).ece == pytest.approx(sum(map(abs, gaps)) / n, abs=1e-6)
 
 
-@pytest.mark.parametrize("binning", ["mass", "width"])
-def test_labels_drawn_from_the_model_are_calibrated_and_sharpened_logits_are_not(binning):
+def test_labels_drawn_from_the_model_are_calibrated_and_sharpened_logits_are_not():
     logits, labels = drawn(20_000)
-    assert expected_calibration_error(logits, labels, binning=binning) < 0.015
-    assert expected_calibration_error(3 * logits, labels, binning=binning) > 0.1
+    assert reliability_bins(logits, labels).ece < 0.015
+    assert reliability_bins(3 * logits, labels).ece > 0.1
 
 
 def test_equal_mass_bins_hold_as_many_examples_up_to_one():

@@ -145,15 +145,15 @@ def test_features_are_filled_shard_by_shard_by_several_processes_and_survive_a_k
     monkeypatch.setattr(passes, "FEATURES_SHARD", 4)  # images, which are no whole number of batches
     monkeypatch.setattr(passes, "wait_for_all", lambda processes: None)
     monkeypatch.setattr(passes, "any_of", lambda flag, processes: True)
-    original, looks = passes.extract_features, []
+    original, looks = passes.forward, []
 
-    def extract(model, batches, precision):
+    def counted(model, batches, precision, outputs):
         looks.append(len(batches[0]))
         if sum(looks) > killed_after:
             raise KeyboardInterrupt
-        return original(model, batches, precision)
+        return original(model, batches, precision, outputs)
 
-    monkeypatch.setattr(passes, "extract_features", extract)
+    monkeypatch.setattr(passes, "forward", counted)
 
     def of_process(rank, world):
         evaluator = Evaluator(config, Processes(rank, world, torch.device("cpu")))

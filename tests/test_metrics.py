@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from eval.metrics import correct, correct_in_sets, correct_in_top, mean_by_group, nll, top1, topk
+from eval.metrics import correct, correct_in_sets, mean_by_group, nll, top1, topk
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -61,11 +61,11 @@ def test_a_label_that_no_prediction_could_match_is_refused(name, labels):
 
 def test_top_k_breaks_ties_by_the_smaller_class_so_that_top_1_is_correct():
     # Class 1 leads, then 0 and 2 tie: 0 is second, 2 is third.
-    logits = torch.tensor([[1.0, 2.0, 1.0]]).repeat(3, 1)
-    labels = torch.tensor([0, 1, 2])
-    assert correct_in_top(logits, labels, 2).tolist() == [True, True, False]
-    tied = torch.zeros(4, 4)
-    assert torch.equal(correct_in_top(tied, torch.arange(4), 1), correct(tied, torch.arange(4)))
+    logits = torch.tensor([[1.0, 2.0, 1.0]])
+    assert [topk(logits, torch.tensor([label]), 2) for label in range(3)] == [1, 1, 0]
+    tied, labels = torch.zeros(4, 4), torch.arange(4)
+    assert topk(tied, labels, 1) == top1(tied, labels) == 1 / 4
+    assert topk(tied, labels, 3) == 3 / 4
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 6])

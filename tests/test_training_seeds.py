@@ -17,7 +17,7 @@ from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels
 from configs.errors import UserError
 from configs.schema import load
-from eval.calibration import expected_calibration_error, fit_beta
+from eval.calibration import fit_beta, reliability_bins
 from soups.experiment.pool import usable_pool
 from store.runs import Ingredient
 from tests.pools import finished_pool
@@ -63,10 +63,10 @@ def test_soup_and_ensemble_of_k_seeds_are_the_means_of_weights_and_of_logits(fin
     labels = evaluator.split("test").labels
     logits = evaluator.fresh_logits(mean, "test")
     assert cell(table, "soup", 2)["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
-    assert cell(table, "soup", 2)["ece"] == pytest.approx(expected_calibration_error(logits, labels, bins=15))
+    assert cell(table, "soup", 2)["ece"] == pytest.approx(reliability_bins(logits, labels, bins=15).ece)
     logits = torch.stack([evaluator.fresh_logits(each, "test").double() for each in loaded]).mean(0)
     assert cell(table, "ensemble", 2)["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
-    assert cell(table, "ensemble", 2)["ece"] == pytest.approx(expected_calibration_error(logits, labels, bins=15))
+    assert cell(table, "ensemble", 2)["ece"] == pytest.approx(reliability_bins(logits, labels, bins=15).ece)
     assert (cell(table, "ensemble", 2)["models"], cell(table, "soup", 2)["models"]) == (2, 1)
 
 
@@ -77,7 +77,7 @@ def test_temperatures_come_from_held_out_and_leave_accuracy_alone_when_fitted_af
     after = cell(table, "individual", 2, "after")
     assert after["beta"] == pytest.approx(beta)
     scaled = beta * evaluator.fresh_logits(weights, "test").double()
-    assert after["ece"] == pytest.approx(expected_calibration_error(scaled, evaluator.split("test").labels, bins=15))
+    assert after["ece"] == pytest.approx(reliability_bins(scaled, evaluator.split("test").labels, bins=15).ece)
     for what in ("individual", "soup", "ensemble"):
         assert cell(table, what, 3)["accuracy"] == cell(table, what, 3, "after")["accuracy"]
 

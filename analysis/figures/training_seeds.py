@@ -17,7 +17,7 @@ from analysis.measure.methods import Method, method_of, numbers_of, over_orders
 from analysis.measure.mixtures import RunningMean, axis_labels, drawn_columns, kept_logits, mean_logits
 from configs.errors import UserError
 from configs.schema import Experiment, dump
-from eval.calibration import expected_calibration_error, fit_beta
+from eval.calibration import fit_beta, reliability_bins
 from eval.forward import Evaluator
 from eval.pool import evaluate_all
 from soups.average import Average
@@ -135,7 +135,7 @@ def _ece(config: Experiment, evaluator: Evaluator, each: Answering, splits: Sequ
     for split in splits:
         seen = each.beta * evaluator.projected(each.logits(split), split).double()
         bins = config.analysis.bins
-        total += expected_calibration_error(seen, evaluator.split(split).labels, bins=bins, binning="mass")
+        total += reliability_bins(seen, evaluator.split(split).labels, bins=bins).ece
     return total / len(splits)
 
 

@@ -60,7 +60,7 @@ def _is_worse(
         own = {column: columns_of(config)[column]}
         (row,) = numbers_of(config, evaluator, method, best, own, redraw=True)
         return row["high"] < 0, float("nan")
-    p = paired_permutation(ours[0], theirs[0], ours[1], seed=config.analysis.seed).p
+    p = paired_permutation(ours[0], theirs[0], ours[1], seed=config.analysis.seed)
     return p < LEVEL, p
 
 
