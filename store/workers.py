@@ -134,7 +134,7 @@ def spread(
     threads: int,
     units: int,
     done_units: Callable[[], int],
-    report: Callable[[T], str],
+    report: Callable[[T], str] | None,
     console: Console,
 ) -> list[T]:
     """Run picklable calls on `workers` processes; results come in the order of the calls.
@@ -146,7 +146,7 @@ def spread(
         threads: in each.
         units: what the bar counts up to.
         done_units: how many of them are done, read from the files that the workers write.
-        report: one line for a finished call.
+        report: one line for a finished call; None: nothing is said.
         console: where lines and the bar go.
 
     Raises:
@@ -164,7 +164,9 @@ def spread(
             while pending:
                 finished, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    bar.console.print(report(future.result()))
+                    result = future.result()
+                    if report is not None:
+                        bar.console.print(report(result))
                 bar.update(task, completed=done_units())
         except BaseException as error:
             _pool.cache_clear()

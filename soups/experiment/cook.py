@@ -221,9 +221,9 @@ def summary(config: Experiment, recipes: tuple[str, ...]) -> str:
     return "\n".join(describe(read_json(RunFolder.of(config).soup(name) / "soup.json")) for name in names)
 
 
-def cook_here(config: Experiment, name: str, split: str) -> str:
-    """`cook` in a worker process; returns one line."""
-    return describe(cook(name, Evaluator(config), split))
+def cook_here(config: Experiment, name: str, split: str) -> None:
+    """`cook` in a worker process."""
+    cook(name, Evaluator(config), split)
 
 
 def is_cooked(config: Experiment, name: str, split: str | None = None) -> bool:
@@ -262,7 +262,7 @@ def cook_all(
             threads=config.cluster.threads,
             units=len(missing),
             done_units=partial(_records, config, missing, split),
-            report=str,
+            report=None,  # `summary` has their lines, in order
             console=console or Console(),
         )
 
