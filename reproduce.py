@@ -16,63 +16,11 @@ from collections.abc import Sequence
 import configs.first_contact  # noqa: F401 - says in one line what is not installed, so it comes before what may be not
 
 # isort: split
-import pandas as pd
-from rich.console import Console
-from rich.table import Table
-
-from analysis.artefacts import draw
-from analysis.ending import ending, reminder
-from analysis.page.write import write_report
-from analysis.released import published_instead, write_instead
-from analysis.tables.sweep_seeds import over_seeds
-from analysis.tables.table3 import Report, analyse
 from configs.cli import entry_point, parts_as_typed, record_words
 from configs.errors import UserError
-from configs.schema import Experiment, replicate
-from eval.pool import evaluate_all, model_folders
-from slurm.submit import reproduce
-from soups.experiment.cook import cook_all, summary
-from store.workers import use_threads
-from tasks.files import ROOT
-from tasks.load import check_annotations, load_split
-from tasks.overlaps import refuse_overlaps
-
-
-def run_one(config: Experiment, console: Console) -> Report:
-    """All stages of one sweep."""
-    # Imported here: plans for a cluster, --help and mistyped settings need not wait for the models' libraries.
-    from finetune.start import check_imports  # noqa: PLC0415
-    from finetune.sweep import train_sweep  # noqa: PLC0415
-
-    console.rule(f"{config.name}: {config.sweep.size} fine-tuned models and the initialisation")
-    if reminder(config):
-        console.print(reminder(config), highlight=False)
-    check_imports(config)
-    check_annotations(config.task)
-    for split in (config.task.train, config.task.held_out, *config.task.reported):
-        load_split(config.task, split)  # what is wrong with any of them is said before hours of training
-    refuse_overlaps(config.task, config.paths.runs)
-    train_sweep(config, console)
-    evaluate_all(config, model_folders(config), console)
-    cook_all(config, config.recipes, console)
-    console.print(summary(config, config.recipes))
-    evaluate_all(config, model_folders(config), console)
-    return analyse(config)
-
-
-def show(table: pd.DataFrame, caption: str, console: Console) -> None:
-    """The table and its caption on the terminal; single shifts stand in the files only, so that it fits 100 columns."""
-    if "Held-out" in table:
-        test = str(table.columns[list(table.columns).index("Held-out") + 1])
-        wanted = ["Method", test, "Mean of shifts", f"{test} − best", "Shifts − best"]
-        table = table[[column for column in wanted if column in table]]
-    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in table.columns:
-        grid.add_column(column, justify="left" if column == "Method" else "right", no_wrap=True)
-    for row in table.itertuples(index=False):
-        grid.add_row(*row)
-    console.print(grid)
-    console.print(caption, highlight=False, markup=False)
+from configs.schema import Experiment
+from configs.tables import ROOT
+from store.again import said_before
 
 
 def missing_data(parts: Sequence[Experiment]) -> list[str]:
@@ -112,6 +60,8 @@ def run(config: Experiment, typed: Sequence[str] | None = None) -> None:
         if config.submit:
             for part, typed_for_it in parts:
                 record_words(part, typed_for_it)
+        from slurm.submit import reproduce  # noqa: PLC0415 - as below
+
         reproduce(parts)
         for line in missing_data([part for part, _ in parts]):
             print(line)
@@ -119,27 +69,19 @@ def run(config: Experiment, typed: Sequence[str] | None = None) -> None:
     if config.parts:
         run_parts(config, words)
         return
+    said = said_before(config, words)
+    if said is not None:
+        print(f"{config.name} is finished, and nothing has changed since. It said:\n\n{said}")
+        return
+    # Imported here: plans for a cluster, --help, mistyped settings and a second call need not wait for the models'
+    # libraries.
+    from analysis.pipeline import run_here  # noqa: PLC0415
+    from analysis.released import published_instead, write_instead  # noqa: PLC0415
+
     if published_instead(config):
         print(*write_instead(config), sep="\n")
-        return
-    console = Console(width=None if sys.stdout.isatty() else 110)  # a log may be wider than the usual terminal
-    started = time.monotonic()
-    use_threads(config.cluster.threads)
-    if config.towers:  # made of other experiments' rows, so that there is nothing to train
-        print(*draw(config, "figuree1", [config], console), sep="\n")
-        return
-    record_words(config, words)
-    if config.replicates:
-        replicates = {seed: replicate(config, seed) for seed in config.replicates}
-        reports = {seed: run_one(each, console) for seed, each in replicates.items()}
-        report = over_seeds(config, {seed: each.tidy for seed, each in reports.items()})
-        pages = [write_report(each, typed=words) for each in replicates.values()]
     else:
-        report = run_one(config, console)
-        pages = [write_report(config, typed=words)]
-    show(report.table, report.caption, console)
-    for line in ending(config, words, report.tidy, pages, time.monotonic() - started):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        run_here(config, words)
 
 
 if __name__ == "__main__":
