@@ -29,6 +29,7 @@ NEEDED = (  # import names of requirements.txt, without those of tests and of tr
     "threadpoolctl",
     "matplotlib",
     "PIL",
+    "simplejpeg",
     "rich",
     "tabulate",
     "xxhash",
