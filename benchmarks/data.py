@@ -55,7 +55,7 @@ from configs.schema import load
 from configs.training import Augment
 from finetune.data import TrainingBatches
 from finetune.length import Length
-from finetune.train import ALONE
+from finetune.train import ONE_PROCESS
 from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.provenance import provenance_columns
@@ -175,7 +175,7 @@ def ours_train(transform: str, images: ImageSplit, workers: int, decoder: str = 
     steps = len(images) // BATCH
     length = Length(len(images), BATCH, steps, steps)
     augment = Augment(**AUGMENT[transform])  # type: ignore[arg-type, call-arg]  # mypy sees no dataclass in `closed`
-    batches = TrainingBatches(images, augment, SIZE, length, 0, ALONE, decoder=decoder)
+    batches = TrainingBatches(images, augment, SIZE, length, 0, ONE_PROCESS, decoder=decoder)
     return made_ahead(batches, workers)
 
 

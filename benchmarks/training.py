@@ -30,7 +30,7 @@ from configs.schema import Experiment, load
 from finetune.data import TrainingBatches
 from finetune.length import Length
 from finetune.optim import build
-from finetune.train import ALONE, fine_tune
+from finetune.train import ONE_PROCESS, fine_tune
 from models.classifier import pretrained
 from soups.errors import one_line_errors
 from soups.files.atomic import replacing
@@ -78,7 +78,8 @@ def settings(experiment: str, steps: int) -> Experiment:
 def bare_steps(model: nn.Module, train: ImageSplit, config: Experiment) -> Callable[[int], tuple[float, float]]:
     """A bare loop over the batches that ours sees; each call is one step, and returns its seconds and its batch's."""
     optim = config.optim
-    batches = TrainingBatches(train, config.augment, config.model.image_size, Length.of(optim, len(train)), SEED, ALONE)
+    length = Length.of(optim, len(train))
+    batches = TrainingBatches(train, config.augment, config.model.image_size, length, SEED, ONE_PROCESS)
     optimizer = build(optim, model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()

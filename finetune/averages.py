@@ -2,65 +2,52 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from configs.training import Regularizer, Swa
+from configs.training import Regularizer
 
 SWA = "swa"
 FINEST_FLOAT32 = 1e-5  # a share of the weights below this drowns in float32's rounding of the average
 
 
-@dataclass
 class Averages:
     """Copies of a model's weights, one for each decay, and their float64 sum for SWA.
 
     A copy is float32, or float64 where a step's share of it would be lost in float32: 1e-7 x (weights - average) is
-    less than half of a last place, and the average would never move.
+    less than half of a last place, and the average would never move. All start as the initial weights.
+
+    Args:
+        tensors: the model's state dict before the first step.
+        regularizer: says which averages there are.
+        steps: number of steps of the whole training.
     """
 
-    swa: Swa | None
-    decays: dict[str, float]  # by the name of the weights they lead to, as in ema_0.999
-    ramp: bool  # decays start low
-    steps: int  # of the whole training
-    ema: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    total: dict[str, Tensor] = field(default_factory=dict)
-    taken: int = 0  # models in `total`
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], regularizer: Regularizer, steps: int) -> "Averages":
-        """All averages before the first step: an EMA starts as the initial weights.
-
-        Args:
-            tensors: the model's state dict.
-            regularizer: which averages there are.
-            steps: of the whole training.
-        """
-        decays = {f"ema_{decay}": decay for decay in regularizer.ema}
-        ema = {
+    def __init__(self, tensors: Mapping[str, Tensor], regularizer: Regularizer, steps: int):
+        self.regularizer, self.steps = regularizer, steps
+        self.decays = {f"ema_{decay}": decay for decay in regularizer.ema}  # by the name of the weights they lead to
+        self.ema = {
             name: {key: _copy(tensor, wide=1 - decay < FINEST_FLOAT32) for key, tensor in tensors.items()}
-            for name, decay in decays.items()
+            for name, decay in self.decays.items()
         }
-        total = {}
+        self.total: dict[str, Tensor] = {}
         if regularizer.swa is not None:
-            total = {
+            self.total = {
                 key: torch.zeros_like(tensor, dtype=torch.float64) if tensor.is_floating_point() else tensor.clone()
                 for key, tensor in tensors.items()
             }
-        return cls(regularizer.swa, decays, regularizer.ema_ramp, steps, ema, total)
+        self.taken = 0  # models in `total`
 
     def due(self, step: int) -> bool:
         """Whether the weights after a step, counted from 0, belong in some average."""
         return bool(self.decays) or self._swa_is_due(step)
 
     def _swa_is_due(self, step: int) -> bool:
-        if self.swa is None:
-            return False
-        first = int(self.swa.start * self.steps)
-        return step >= first and (step - first) % self.swa.every == 0
+        swa = self.regularizer.swa
+        since = step - int(swa.start * self.steps) if swa is not None else -1
+        return swa is not None and since >= 0 and since % swa.every == 0
 
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -70,18 +57,18 @@ class Averages:
         below (1 + t) / (10 + t). SWA: every `every` steps from `start` on.
         """
         for name, full in self.decays.items():
-            decay = min(full, (step + 2) / (step + 11)) if self.ramp else full
-            alike, weights = [], []  # of one precision: they move together, in a kernel or few
+            decay = min(full, (step + 2) / (step + 11)) if self.regularizer.ema_ramp else full
+            averages, weights = [], []  # those of one precision move together, in a few kernels
             for key, average in self.ema[name].items():
                 if not average.is_floating_point():
                     average.copy_(tensors[key])
                 elif average.dtype == tensors[key].dtype:
-                    alike.append(_local(average))
-                    weights.append(_local(tensors[key]))
+                    averages.append(local_part(average))
+                    weights.append(local_part(tensors[key]))
                 else:  # one at a time, since each needs a wide copy of the weights
                     average.lerp_(tensors[key].detach().to(average.dtype), 1 - decay)
-            if alike:
-                torch._foreach_lerp_(alike, weights, 1 - decay)
+            if averages:
+                torch._foreach_lerp_(averages, weights, 1 - decay)
         if self._swa_is_due(step):
             self.taken += 1
             for key, total in self.total.items():
@@ -104,31 +91,30 @@ class Averages:
         return found
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that changes, but for `taken`; what a restart needs."""
-        return self.ema | ({SWA: self.total} if self.swa is not None else {})
+        """All tensors that change, which is what a restart needs beside `taken`."""
+        return self.ema | ({SWA: self.total} if self.total else {})
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, without its gradient."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _copy(tensor: Tensor, *, wide: bool) -> Tensor:
     """A copy, in float64 where `wide` and where it is a floating-point tensor."""
-    return tensor.detach().clone() if not (wide and tensor.is_floating_point()) else tensor.detach().double()
+    return tensor.detach().to(torch.float64 if wide and tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 @contextmanager
+@torch.no_grad()
 def holding(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Let a model have other weights while the block lasts; sharded ones where it is sharded."""
     own = model.state_dict()
     kept = {name: own[name].clone() for name in weights}
-    with torch.no_grad():
+    try:
         for name, tensor in weights.items():
             own[name].copy_(tensor)
-    try:
         yield
     finally:
-        with torch.no_grad():
-            for name, tensor in kept.items():
-                own[name].copy_(tensor)
+        for name, tensor in kept.items():
+            own[name].copy_(tensor)

@@ -34,7 +34,7 @@ MINIMAL_CROP = 0.9  # Appendix J.2.1: crops of 90 % and more of the image
 TIMM_CROP = 0.08  # timm's default for ImageNet, which all stronger kinds start from
 WINDOW = 50  # batches of texts within which those of like length meet
 
-Transform = Callable[[Any], object]  # of a PIL image, or of (3, H, W) uint8 pixels
+Transform = Callable[[Any], object]  # takes a PIL image, or (3, H, W) uint8 pixels
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs and labels to inputs and (b, C) targets
 
 
@@ -88,13 +88,8 @@ def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE, *, 
     All kinds crop at random. `minimal` does nothing else; `medium` adds a flip and colour jitter, timm's default for
     ImageNet; `rand` a flip and RandAugment as timm reads "rand-m{M}-n{N}" (each operation fires with probability 0.5,
     and M acts up to `magnitude_max`); `auto` a flip and AutoAugment's policy for ImageNet; `stochastic` chooses one
-    of several anew for each sample. Geometric operations fill what comes from beyond the edges, by `augment.fill`.
-
-    Args:
-        augment: the settings.
-        size: pixels, square.
-        mean: RGB in [0, 1] that the model subtracts, for `fill: mean`.
-        from_pixels: the image is a (3, H, W) uint8 tensor, as `pixels_of` gives it, not PIL's.
+    of several anew for each sample. What comes from beyond the edges is white, or with `fill: mean` the RGB `mean` in
+    [0, 1] that the model subtracts. The image is PIL's, or with `from_pixels` the (3, H, W) uint8 of `pixels_of`.
 
     Source: Appendices J.2 and L; the released hyperparameters name timm's strings. Cubuk et al. 2019, 2020.
     """
@@ -136,12 +131,8 @@ class _OneOf:
 def local_batch(indices: Tensor, processes: Processes) -> Tensor:
     """This process's part of a batch: every W-th image of the first half, and their partners.
 
-    Mixup pairs image i of a batch of B with image B - 1 - i. Each process gets whole pairs, in an order in which its
-    part pairs them in the same way, so that all processes together see the very batch that one alone would see.
-
-    Args:
-        indices: (B,), B even.
-        processes: this one among W.
+    Mixup pairs image i of an even batch of B with image B - 1 - i. Each process gets whole pairs, in an order in which
+    its part pairs them in the same way, so that all processes together see the very batch that one alone would see.
 
     >>> local_batch(torch.arange(6), Processes(1, 2, torch.device("cpu")))
     tensor([1, 4])
@@ -163,16 +154,19 @@ def text_order(texts: TokenSplit, batch: int, run_seed: int, epoch: int) -> Tens
     return alike_in_length(epoch_order(len(texts), run_seed, epoch), texts.lengths, batch, WINDOW, generator)
 
 
-class _Batches(Dataset[Tensor]):
-    """Which examples each step of a training takes."""
+@dataclass(frozen=True)
+class TrainingBatches(Dataset[Tensor]):
+    """This process's part of each step's batch: images, augmented, or texts as token ids; a worker makes all of it."""
 
+    examples: ImageSplit | TokenSplit
+    augment: Augment  # images only, like `size`, `mean` and `decoder`
+    size: int  # pixels, square
     length: Length
+    run_seed: int  # seeds order and augmentation
     processes: Processes
-    first: int  # the step of batch 0
-
-    def order(self, epoch: int) -> Tensor:
-        """(n,) the order of all examples in an epoch."""
-        raise NotImplementedError
+    first: int = 0  # the step of batch 0
+    mean: tuple[float, ...] = WHITE  # RGB in [0, 1] that the model subtracts
+    decoder: str = "pillow"  # or simplejpeg
 
     def __len__(self) -> int:
         return self.length.steps - self.first
@@ -180,73 +174,36 @@ class _Batches(Dataset[Tensor]):
     def indices(self, step: int) -> Tensor:
         """(b,) which examples this process takes in a step, counted from 0."""
         epoch, batch = divmod(step, self.length.steps_per_epoch)
-        order, size = self.order(epoch), self.length.batch_size
+        size = self.length.batch_size
+        if isinstance(self.examples, TokenSplit):
+            order = text_order(self.examples, size, self.run_seed, epoch)
+        else:
+            order = epoch_order(self.length.examples, self.run_seed, epoch)
         return local_batch(order[batch * size : (batch + 1) * size], self.processes)
 
-
-@dataclass(frozen=True)
-class TrainingBatches(_Batches):
-    """This process's images of each step, augmented; a step's batch is made whole by one worker."""
-
-    images: ImageSplit
-    augment: Augment
-    size: int  # pixels, square
-    length: Length
-    run_seed: int  # of order and augmentation
-    processes: Processes
-    first: int = 0
-    mean: tuple[float, ...] = WHITE  # RGB in [0, 1] that the model subtracts
-    decoder: str = "pillow"  # or simplejpeg
-
-    def order(self, epoch: int) -> Tensor:
-        """(n,) the order of all images in an epoch."""
-        return epoch_order(self.length.images, self.run_seed, epoch)
-
     def workers(self, compute: Compute) -> int:
-        """Processes that make batches ahead."""
-        return compute.loader_workers
+        """Processes that make batches ahead; none of texts, which are in memory and are only padded."""
+        return 0 if isinstance(self.examples, TokenSplit) else compute.loader_workers
 
     @property
     def bytes_each(self) -> int:
-        """Size of this process's part of a batch."""
+        """Size of this process's part of a batch of images."""
         return 3 * self.size**2 * (self.length.batch_size // self.processes.world)
 
     def __getitem__(self, batch: int) -> Tensor:
-        """(b, 3, size, size) uint8."""
+        """(b, 3, size, size) uint8; (b, L) int64 token ids, padded to the longest text."""
         step = self.first + batch
+        if isinstance(self.examples, TokenSplit):
+            return self.examples.batch(self.indices(step))
         epoch = step // self.length.steps_per_epoch
         augment, fast = augmentation_of_epoch(self.augment, epoch, self.length.epochs), self.decoder == "simplejpeg"
         transform = augmentation(augment, self.size, self.mean, from_pixels=fast)
         samples = []
         for index in self.indices(step).tolist():
             seed_sample(self.run_seed, "image", epoch, index)
-            image = pixels_of(self.images, index) if fast else self.images.pil(index)
+            image = pixels_of(self.examples, index) if fast else self.examples.pil(index)
             samples.append(torch.as_tensor(transform(image)))
         return default_collate(samples)  # stacks them, a worker at once where the other process will read them
-
-
-@dataclass(frozen=True)
-class TextBatches(_Batches):
-    """This process's texts of each step, as token ids that are padded to the longest of them."""
-
-    texts: TokenSplit
-    length: Length
-    run_seed: int  # of the order
-    processes: Processes
-    first: int = 0
-    bytes_each = 0  # in shared memory, where texts are not put
-
-    def order(self, epoch: int) -> Tensor:
-        """(n,) the order of all texts in an epoch."""
-        return text_order(self.texts, self.length.batch_size, self.run_seed, epoch)
-
-    def workers(self, compute: Compute) -> int:
-        """None: texts are in memory, and padding them is no work for another process."""
-        return 0
-
-    def __getitem__(self, batch: int) -> Tensor:
-        """(b, L) int64."""
-        return self.texts.batch(self.indices(self.first + batch))
 
 
 def training_batches(
@@ -258,12 +215,11 @@ def training_batches(
     processes: Processes,
     first: int,
     mean: tuple[float, ...],
-) -> TrainingBatches | TextBatches:
-    """The batches of a training from step `first` on, of images, from which the model subtracts `mean`, or of texts."""
-    if isinstance(train, TokenSplit):
-        return TextBatches(train, length, run_seed, processes, first)
-    images, size, decoder = with_copies(train, config.compute), config.model.image_size, config.compute.decoder
-    return TrainingBatches(images, config.augment, size, length, run_seed, processes, first, mean, decoder)
+) -> TrainingBatches:
+    """The batches of a training from step `first` on, of texts, or of images, from which the model subtracts `mean`."""
+    examples = train if isinstance(train, TokenSplit) else with_copies(train, config.compute)
+    size, decoder = config.model.image_size, config.compute.decoder
+    return TrainingBatches(examples, config.augment, size, length, run_seed, processes, first, mean, decoder)
 
 
 def mixing(optim: Optim, classes: int) -> Mix:

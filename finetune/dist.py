@@ -1,7 +1,7 @@
 """Training over one process or several: parameters are copied or sharded, gradients and losses meet.
 
-A tensor is whole on the first process, as files have it, and sharded or copied on all, as training has it. Of a sharded
-tensor no process but the first ever holds more than its own part.
+A tensor is whole on the first process, as files have it, and sharded or copied on all, as training has it. No process
+but the first ever holds more than its own part of a sharded tensor.
 """
 
 import math
@@ -17,12 +17,13 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import UserError
 from configs.training import Compute
 from eval.forward import DTYPES
+from finetune.averages import local_part
 from models.classifier import Classifier, Network, batch_norms
 from store.processes import Processes, any_of, send_tensors, sum_over
 
@@ -32,8 +33,8 @@ K = TypeVar("K", bound=Hashable)
 def wrap(model: Network, compute: Compute, processes: Processes) -> nn.Module:
     """The network whose forward pass trains `model`: on its device, copied or sharded over processes, compiled.
 
-    All processes get the weights of the first one, by DDP itself or as shards. Sharded, the models of the others may be
-    without memory, on the meta device.
+    All processes get the weights of the first one, by DDP itself or as shards. With sharding, the models of the others
+    may be without memory, on the meta device.
 
     Raises:
         UserError: sharding without several processes, or settings that this network or device has not.
@@ -52,14 +53,7 @@ def wrap(model: Network, compute: Compute, processes: Processes) -> nn.Module:
     if compute.strategy == "fsdp":
         if not dist.is_initialized():
             raise UserError("compute.strategy=fsdp shards over several processes: start with torchrun, or choose ddp")
-        model.to(memory_format=torch.contiguous_format)  # no other can be sharded
-        whole = {name: tensor.detach() for name, tensor in all_tensors(model).items()} if processes.is_main else {}
-        policy = sharding_policy(model, compute)
-        for block in blocks(model):
-            fully_shard(block, mp_policy=policy, reshard_after_forward=True)
-        fully_shard(model, mp_policy=policy, reshard_after_forward=False)
-        give_memory(model, processes.device)
-        spread(whole, all_tensors(model), processes)
+        _shard(model, compute, processes)
     if compute.compile:
         network = torch.compile(network)  # type: ignore[assignment]  # torch types it as a callable
     if compute.strategy == "ddp" and processes.world > 1:
@@ -67,17 +61,24 @@ def wrap(model: Network, compute: Compute, processes: Processes) -> nn.Module:
     return network
 
 
-def sharding_policy(model: nn.Module, compute: Compute) -> MixedPrecisionPolicy:
-    """In which precision sharded weights are gathered; their gradients are summed in their own, float32.
+def _shard(model: Network, compute: Compute, processes: Processes) -> None:
+    """Shard a model block by block.
 
-    Autocast says what is computed in low precision, as it does without sharding; so no input is rounded on its way in,
-    and images are normalised as the float32 that they are. Weights come in the low precision to halve what is sent.
-    Batch norms keep float32 statistics, beside which no kernel takes other weights: networks with some are gathered as
-    they are, and so are those that are evaluated on held-out in another precision.
+    Weights are gathered in the low precision of autocast, which halves what is sent; gradients are summed in float32.
+    Inputs are not cast, so that images are normalised in float32. No kernel takes low-precision weights beside the
+    float32 statistics of batch norms: networks with some are gathered as they are, and so are those that are evaluated
+    on held-out in another precision.
     """
-    if compute.precision == "fp32" or compute.evaluates_in != compute.precision or batch_norms(model):
-        return MixedPrecisionPolicy(cast_forward_inputs=False)
-    return MixedPrecisionPolicy(DTYPES[compute.precision], torch.float32, cast_forward_inputs=False)
+    model.to(memory_format=torch.contiguous_format)  # no other can be sharded
+    whole = {name: tensor.detach() for name, tensor in all_tensors(model).items()} if processes.is_main else {}
+    as_they_are = compute.precision == "fp32" or compute.evaluates_in != compute.precision or batch_norms(model)
+    low, full = (None, None) if as_they_are else (DTYPES[compute.precision], torch.float32)
+    policy = MixedPrecisionPolicy(low, full, cast_forward_inputs=False)
+    for block in blocks(model):
+        fully_shard(block, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    give_memory(model, processes.device)
+    spread(whole, all_tensors(model), processes)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -106,9 +107,7 @@ def synchronised(network: nn.Module, on: bool) -> Iterator[None]:
     inner = getattr(network, "_orig_mod", network)  # where torch.compile has wrapped it
     if isinstance(inner, FSDPModule):
         inner.set_requires_gradient_sync(on)
-        yield
-        return
-    with nullcontext() if on or not isinstance(network, DistributedDataParallel) else network.no_sync():
+    with network.no_sync() if isinstance(network, DistributedDataParallel) and not on else nullcontext():
         yield
 
 
@@ -122,12 +121,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those buffers too that are no weights; a tied tensor once."""
+    """Parameters and buffers by name, including buffers that are no weights; a tied tensor once."""
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
 def give_memory(model: nn.Module, device: torch.device) -> None:
-    """Put what is on the meta device onto a real one, with any values; what is tied stays tied."""
+    """Put what is on the meta device onto a real one, with any values; unlike `to_empty`, keeps ties."""
     given: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -143,15 +142,13 @@ def give_memory(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def gathered(tensors: Mapping[K, Tensor], *, keep: bool) -> dict[K, Tensor]:
-    """Whole on the CPU of the first process, none on the others; all must ask for the same in the same order.
+    """Whole or sharded tensors, whole on the CPU of the first process, and none on the others.
 
-    Args:
-        tensors: whole or sharded.
-        keep: whether this is the first process.
+    All processes must ask for the same in the same order; `keep` is true on the first one.
     """
     found = {}
     for name, tensor in tensors.items():
-        whole = _joined(tensor) if isinstance(tensor, DTensor) else tensor
+        whole = _joined(tensor) if isinstance(tensor, DTensor) and _is_cut(tensor) else local_part(tensor)
         if keep:
             assert whole is not None
             found[name] = whole.detach().cpu()
@@ -163,60 +160,49 @@ def spread(whole: Mapping[K, Tensor], targets: Mapping[K, Tensor], processes: Pr
     """Copy the first process's whole tensors into those of all, each its part where they are sharded.
 
     Args:
-        whole: by the names of `targets`; those of the other processes are ignored.
-        targets: the same names in the same order on all processes.
-        processes: all of which must ask.
+        whole: by the names of `targets`; ignored on the other processes.
+        targets: the same names in the same order on all processes, which must all ask.
+        processes: all that share the targets.
     """
     for name, target in targets.items():
         own = whole[name] if processes.is_main else None
-        if isinstance(target, DTensor):
-            _cut(own, target)
-        else:
-            if own is not None:
-                target.copy_(own)
-            send_tensors([target], processes)
+        if isinstance(target, DTensor) and _is_cut(target):
+            _scatter(own, target)
+            continue
+        if own is not None:
+            local_part(target).copy_(own)
+        send_tensors([local_part(target)], processes)
 
 
-def _shard_of(tensor: DTensor) -> int | None:
-    """The dimension that a tensor is cut along, None where each process has all of it."""
-    match tensor.placements:
-        case (Shard() as shard,):
-            return shard.dim
-        case (Replicate(),):
-            return None
-    raise NotImplementedError(f"a tensor that is {tensor.placements} is neither cut along one dimension nor copied")
+def _is_cut(tensor: DTensor) -> bool:
+    """Whether each process has some rows of a tensor, as FSDP2 shards parameters, and not all of it."""
+    return tensor.placements[0].is_shard(0)
+
+
+def _room(tensor: DTensor) -> Tensor:
+    """Zeros for a process's rows: as many as the first has, since collectives want all parts alike."""
+    rows = -(-len(tensor) // tensor.device_mesh.size())
+    return tensor.to_local().new_zeros(rows, *tensor.shape[1:])
 
 
 def _joined(tensor: DTensor) -> Tensor | None:
     """The whole tensor on the first process, None on the others."""
-    dim, local, mesh = _shard_of(tensor), tensor.to_local(), tensor.device_mesh
-    if dim is None:
-        return local
-    # Parts are as large as the first, though the last ones may be smaller or empty: gather wants them alike.
-    size = [*local.shape[:dim], -(-tensor.shape[dim] // mesh.size()), *local.shape[dim + 1 :]]
-    part = local.new_zeros(size)
-    part.narrow(dim, 0, local.shape[dim]).copy_(local)
+    part, local, mesh = _room(tensor), tensor.to_local(), tensor.device_mesh
+    part[: len(local)] = local
     parts = [torch.empty_like(part) for _ in range(mesh.size())] if mesh.get_rank() == 0 else None
     dist.gather(part, parts, dst=0, group=mesh.get_group())
-    return None if parts is None else torch.cat(parts, dim).narrow(dim, 0, tensor.shape[dim])
+    return None if parts is None else torch.cat(parts)[: len(tensor)]
 
 
-def _cut(whole: Tensor | None, target: DTensor) -> None:
-    """Copy each process's part of the first one's tensor into it."""
-    dim, local, mesh = _shard_of(target), target.to_local(), target.device_mesh
-    if dim is None:
-        if whole is not None:
-            local.copy_(whole)
-        dist.broadcast(local, src=0, group=mesh.get_group())
-        return
-    size = [*local.shape[:dim], -(-target.shape[dim] // mesh.size()), *local.shape[dim + 1 :]]
-    part, parts = local.new_empty(size), None
+def _scatter(whole: Tensor | None, target: DTensor) -> None:
+    """Copy each process's rows of the first one's tensor into it."""
+    part, parts, local, mesh = _room(target), None, target.to_local(), target.device_mesh
     if whole is not None:
-        padded = local.new_zeros([*size[:dim], size[dim] * mesh.size(), *size[dim + 1 :]])
-        padded.narrow(dim, 0, whole.shape[dim]).copy_(whole)
-        parts = [each.contiguous() for each in padded.chunk(mesh.size(), dim)]
+        padded = torch.cat([part] * mesh.size())
+        padded[: len(whole)] = whole
+        parts = list(padded.split(len(part)))
     dist.scatter(part, parts, src=0, group=mesh.get_group())
-    local.copy_(part.narrow(dim, 0, local.shape[dim]))
+    local.copy_(part[: len(local)])
 
 
 class DivergedError(ArithmeticError):
@@ -227,7 +213,6 @@ class DivergedError(ArithmeticError):
 class LateLosses:
     """Losses and requests to stop, summed over processes and read one step late, so that no GPU waits for the CPU."""
 
-    processes: Processes
     unread: list[tuple[Tensor, torch.cuda.Event | None]] = field(default_factory=list)
 
     def add(self, loss: Tensor, *, stop: bool) -> None:
@@ -262,5 +247,5 @@ class LateLosses:
 
 def is_finite(tensors: Mapping[str, Tensor], processes: Processes) -> bool:
     """Whether all numbers of a state dict are finite, in all shards; all processes must ask."""
-    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
-    return not any_of(not all(bool(part.isfinite().all()) for part in parts), processes)
+    own = all(bool(local_part(tensor).isfinite().all()) for tensor in tensors.values())
+    return not any_of(not own, processes)

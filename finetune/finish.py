@@ -35,7 +35,7 @@ def save_trained(
 
     Args:
         config: of the experiment.
-        folder: of the model.
+        folder: the model's.
         base: what its done.json says beside weights and scores.
         started: when this process began with it, by the monotonic clock.
         kinds: state dicts by kind: the one that is the row's ingredient becomes weights.safetensors, the others stand
@@ -71,9 +71,9 @@ def score(config: Experiment, folder: Path, trained: dict[str, Any], processes: 
 
     Args:
         config: of the experiment.
-        folder: of the model.
+        folder: the model's.
         trained: its trained.json.
-        processes: all of which must call it.
+        processes: all of them must call it.
 
     Returns done.json.
     """
@@ -83,7 +83,7 @@ def score(config: Experiment, folder: Path, trained: dict[str, Any], processes: 
     scores: dict[str, dict[str, Any]] = {}
     for kind, digest in trained["digests"].items():
         logits = evaluator.logits_of_file(digest, _file(folder, kind, ingredient), split)
-        if logits.isnan().any():  # of weights that are numbers, but too large to compute with
+        if logits.isnan().any():  # the weights are numbers, but too large to compute with
             scores, trained = {}, trained | {"status": "diverged"}
             break
         scores[kind] = {"digest": digest, "held_out": evaluator.scored(logits, split)}
@@ -107,14 +107,13 @@ def complete(
 
     Args:
         config: of the experiment.
-        folder: of the model, which these processes hold.
+        folder: the model's, which these processes hold.
         name: its identity.
         make: called by all processes where its weights are not there; returns trained.json.
-        processes: all of which must call it.
+        processes: all of them must call it.
     """
 
     def found(record: str) -> dict[str, Any] | None:
-        # As the first process sees the files.
         return first_decides(lambda: finished(folder, name, record), processes)
 
     done = found(DONE)

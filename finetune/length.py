@@ -14,54 +14,30 @@ class LargeBatchError(UserError):
 class Length:
     """How long a training is."""
 
-    images: int  # of the training set
+    examples: int  # in the training set
     batch_size: int  # over all processes
     steps_per_epoch: int  # the last incomplete batch of an epoch is dropped
-    steps: int  # of the whole training
+    steps: int  # in the whole training
 
     @classmethod
-    def of(cls, optim: Optim, images: int) -> "Length":
-        """Steps where the config says so, else its epochs.
-
-        Raises:
-            LargeBatchError: a batch larger than the training set.
-        """
-        steps_per_epoch = images // optim.batch_size
+    def of(cls, optim: Optim, examples: int) -> "Length":
+        """Steps where the config says so, else its epochs; raises `LargeBatchError`."""
+        steps_per_epoch = examples // optim.batch_size
         if steps_per_epoch == 0:
-            raise LargeBatchError(f"optim.batch_size={optim.batch_size} is more than the {images} training images")
+            raise LargeBatchError(f"optim.batch_size={optim.batch_size} is more than the {examples} training images")
         steps = optim.steps or optim.epochs * steps_per_epoch
-        return cls(images, optim.batch_size, steps_per_epoch, steps)
+        return cls(examples, optim.batch_size, steps_per_epoch, steps)
 
     @property
     def epochs(self) -> int:
-        """The last one may be cut short by the steps."""
+        """How many epochs begin; the last one may be cut short by the steps."""
         return -(-self.steps // self.steps_per_epoch)
-
-
-def refuse_unequal_shares(optim: Optim, world: int) -> None:
-    """Refuse processes that would not take as many forward passes as each other, of the same sizes.
-
-    A batch is divided by whole pairs of mixup, image i with image B - 1 - i (`finetune.data.local_batch`), so `world`
-    must divide the B / 2 pairs. Equal parts are cut into equal micro-batches. With unequal ones, sharded parameters
-    would be gathered by one process while another waits for something else, for ever.
-
-    Args:
-        optim: of the row.
-        world: processes that train the row together.
-
-    Raises:
-        UserError: they cannot share a batch equally.
-    """
-    fits = largest_world(optim, world)
-    if fits != world:
-        raise UserError(
-            f"{world} processes cannot share optim.batch_size={optim.batch_size} equally, by whole pairs of images: "
-            f"start {fits}, or make the batch a multiple of {2 * world}"
-        )
 
 
 def largest_world(optim: Optim, world: int) -> int:
     """The largest number of processes up to `world` that share each batch of a row equally; at least 1.
+
+    A batch is divided by whole pairs of mixup (`finetune.data.local_batch`), so it must divide the B / 2 pairs.
 
     >>> optim = Optim(lr=1.0, weight_decay=0, epochs=1, batch_size=24, warmup_steps=0, clip_norm=1, label_smoothing=0,
     ...               mixup=0)
@@ -70,3 +46,17 @@ def largest_world(optim: Optim, world: int) -> int:
     """
     pairs = optim.batch_size // 2
     return next(size for size in range(min(world, pairs), 0, -1) if pairs % size == 0)
+
+
+def refuse_unequal_shares(optim: Optim, world: int) -> None:
+    """Raise a `UserError` where `world` processes would take unequal parts of a row's batches.
+
+    Equal parts are cut into equal micro-batches. With unequal ones, sharded parameters would be gathered by one process
+    while another waits for something else, for ever.
+    """
+    fits = largest_world(optim, world)
+    if fits != world:
+        raise UserError(
+            f"{world} processes cannot share optim.batch_size={optim.batch_size} equally, by whole pairs of images: "
+            f"start {fits}, or make the batch a multiple of {2 * world}"
+        )

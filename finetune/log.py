@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ FINISH_SECONDS = 120  # to send what is left, after it; the rest stays in the ru
 
 Log = Callable[[dict[str, Any]], None]
 
-# FLOP/s without sparsity, by words of the device's name; the first that fits. fp32 means without TF32. From memory of
-# the vendors' data sheets, which were not opened for this table: check a figure there before publishing an MFU.
+# FLOP/s without sparsity, by words of the device's name; the first that fits. fp32 means without TF32. These are the
+# vendors' figures from memory: check one in the data sheet before publishing an MFU.
 PEAKS: dict[tuple[str, ...], dict[str, float]] = {
     ("V100", "PCIE"): {"fp32": 14.0e12, "fp16": 112e12},
     ("V100",): {"fp32": 15.7e12, "fp16": 125e12},
@@ -58,13 +59,10 @@ PEAKS: dict[tuple[str, ...], dict[str, float]] = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s of one device by its vendor, dense; None where it is not known or the device has not that precision.
+    """FLOP/s of one device by its vendor, dense, in fp32, bf16 or fp16; None where that is not known.
 
-    Convolutions in fp32 may run in TF32, as cuDNN does unless told not to, and then beat this figure.
-
-    Args:
-        device_name: as torch.cuda.get_device_name says it.
-        precision: fp32, bf16 or fp16.
+    Convolutions in fp32 may run in TF32, as cuDNN does unless told not to, and then beat this figure. The device's name
+    is that of torch.cuda.get_device_name.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16") / 1e12
     989.4
@@ -76,27 +74,25 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 def training_flops(model: nn.Module, example: Tensor) -> int | None:
     """FLOPs of training on an example: three times those of its forward pass, a multiplication and an addition being 2.
 
-    Nothing is computed: the network sees tensors that have a shape and no values. Matrix products, convolutions and
-    attention count; what is computed again to save memory does not, nor do frozen parts count less.
+    None where the network needs values to know what to do. Nothing is computed: the network sees tensors that have a
+    shape and no values. Matrix products, convolutions and attention count; what is computed again to save memory does
+    not, and frozen parts count like others.
 
     Args:
         model: before it is sharded or compiled. It stays as it is.
-        example: (1, 3, S, S) or (1, L), of which only shape and type count.
-
-    Returns:
-        None where the network needs values to know what to do.
+        example: (1, 3, S, S) or (1, L); only shape and type count.
 
     Source: Chowdhery et al. 2022 (PaLM), Appendix B.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     try:
-        # Fake tensors: of these transformers knows that a mask has no values to look at.
+        # Fake tensors, since transformers knows that their masks have no values to read.
         with FakeTensorMode(), torch.device("meta"), FlopCounterMode(display=False) as counter:
             shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
             # Two examples, since batch norms in training refuse one.
             inputs = torch.empty(2, *example.shape[1:], dtype=example.dtype)
             functional_call(model, shapes, (inputs,))
-    except Exception:  # of whatever kind: this is a number to look at
+    except Exception:  # any kind: this number is only shown
         return None
     return BACKWARD_TOO * counter.get_total_flops() // 2
 
@@ -110,7 +106,7 @@ class Meter:
 
     total: int  # steps of the whole training
     first: int = 0  # steps taken before this process
-    flops: float | None = None  # of training on an image
+    flops: float | None = None  # to train on an example
     peak: float | None = None  # FLOP/s of all devices together
     clock: Callable[[], float] = time.monotonic  # seconds
     taken: int = field(default=0, init=False)  # steps by this process
@@ -159,40 +155,44 @@ class Meter:
         known = {"examples_per_second": self.examples_per_second, "mfu": self.mfu}
         return {name: value for name, value in known.items() if value is not None}
 
+    def described(self, loss: float) -> str:
+        """The loss and all that is known, on one line."""
+        parts = [f"loss {loss:.4g}"]
+        if self.examples_per_second is not None:
+            parts.append(f"{self.examples_per_second:,.0f} examples/s")
+        if self.mfu is not None:
+            parts.append(f"MFU {100 * self.mfu:.1f} %")
+        if self.seconds_left is not None:
+            parts.append(f"{timedelta(seconds=round(self.seconds_left))} left")
+        return ", ".join(parts)
+
 
 @contextmanager
-def show_progress(meter: Meter, title: str, console: Console) -> Iterator[Callable[[int, float], None]]:
+def show_progress(meter: Meter, title: str, console: Console | None) -> Iterator[Callable[[int, float], None]]:
     """Yield a function to call with the number of steps taken and the loss after each step.
 
-    On a terminal it moves a bar, elsewhere it prints a line every 30 seconds and one at the end.
+    On a terminal it moves a bar, elsewhere it prints a line every 30 seconds and one at the end; without a console it
+    does nothing.
     """
-    started = meter.clock()
+    if console is None:
+        yield lambda step, loss: None
+        return
+    started = printed = meter.clock()
+    unprinted: tuple[int, float] | None = None
 
-    def elapsed() -> str:
-        return _clock_time(meter.clock() - started)
-
-    def described(loss: float) -> str:
-        parts = [f"loss {loss:.4g}"]
-        if meter.examples_per_second is not None:
-            parts.append(f"{meter.examples_per_second:,.0f} examples/s")
-        if meter.mfu is not None:
-            parts.append(f"MFU {100 * meter.mfu:.1f} %")
-        if meter.seconds_left is not None:
-            parts.append(f"{_clock_time(meter.seconds_left)} left")
-        return ", ".join(parts)
+    def elapsed() -> timedelta:
+        return timedelta(seconds=round(meter.clock() - started))
 
     if console.is_terminal:
         # Only the bar gives way where the terminal is narrow, since it says no more than the counts.
         columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", "{task.fields[described]}")
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=meter.total, completed=meter.first, described="")
-            yield lambda step, loss: bar.update(task, completed=step, described=f"{elapsed()}, {described(loss)}")
+            yield lambda step, loss: bar.update(task, completed=step, described=f"{elapsed()}, {meter.described(loss)}")
         return
 
-    printed, unprinted = started, None
-
     def print_line(step: int, loss: float) -> None:
-        text = f"{title}: step {step} of {meter.total} after {elapsed()}, {described(loss)}"
+        text = f"{title}: step {step} of {meter.total} after {elapsed()}, {meter.described(loss)}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def after_step(step: int, loss: float) -> None:
@@ -207,10 +207,6 @@ def show_progress(meter: Meter, title: str, console: Console) -> Iterator[Callab
     finally:
         if unprinted is not None:
             print_line(*unprinted)
-
-
-def _clock_time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def run_id(config: Experiment, row: int) -> str:
@@ -246,7 +242,7 @@ def tracked(config: Experiment, row: int, drawn: Mapping[str, Any], folder: Path
 
     Args:
         config: of the row, `store.rows.row_config`.
-        row: which.
+        row: its number.
         drawn: what is the row's own, by dotted field name; columns of W&B's table.
         folder: the row's, which nobody else writes to.
 
@@ -256,37 +252,33 @@ def tracked(config: Experiment, row: int, drawn: Mapping[str, Any], folder: Path
     if config.tracking.kind == "none":
         yield lambda metrics: None
         return
-    run: Any = _start(config, row, drawn, folder)
-    broken: list[Exception] = []
+    run, is_broken, status = _start(config, row, drawn, folder), False, 1
 
-    def attempt(send: Callable[[], None]) -> None:
-        # Anything: the service is another process, whose end or silence shows as many kinds of error.
+    def send(metrics: dict[str, Any]) -> None:
+        if "status" in metrics:
+            run.summary.update(scores(metrics))
+        else:
+            run.log(curves(metrics))
+
+    def attempt(call: Callable[..., None], *arguments: Any) -> None:
+        nonlocal is_broken
         try:
-            if not broken:
-                send()
-        except Exception as error:
-            broken.append(error)
+            if not is_broken:
+                call(*arguments)
+        except Exception as error:  # any kind: the service is another process, which may end or fall silent
+            is_broken = True
             print(f"row {row}: W&B failed ({error}); training goes on without it", file=sys.stderr)
 
-    status = 1
     try:
-        yield lambda metrics: attempt(lambda: _log(run, metrics))
+        yield partial(attempt, send)
         status = 0
     except InterruptedBySignalError:
         attempt(run.mark_preempting)
         raise
     finally:
-        attempt(lambda: run.finish(status))
-        if broken:
+        attempt(run.finish, status)
+        if is_broken:
             _forget()
-
-
-def _log(run: Any, metrics: Mapping[str, Any]) -> None:
-    """Points of curves; or a row's done.json, whose scores become the summary."""
-    if "status" in metrics:
-        run.summary.update(scores(metrics))
-    else:
-        run.log(curves(metrics))
 
 
 def scores(done: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.optim import AdafactorBigVision, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, zeros
+from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 
 from configs.training import SMALLEST_FACTORED, Distill, Optim, Sam
 from finetune.dist import synchronised
@@ -27,9 +27,8 @@ class Adafactor(AdafactorBigVision):
     """timm's, with Big Vision's defaults, which also takes the same steps on parameters that FSDP2 shards.
 
     timm's own code stops at them: DTensor's means change the placement of a tensor of one row, and in-place operations
-    refuse that. Here each process works on its shard, and what is averaged over the rows of all shards is summed over
-    processes, so that second moments are those of the whole tensor. Its states are sharded like the parameter, but for
-    the one that has no such dimension.
+    refuse that. Here each process works on its shard, and means over the rows of all shards are summed over processes.
+    States are sharded like the parameter, but for the one that lacks the sharded dimension.
 
     Source: Zhai et al. 2022, Section 3.4, and Big Vision's `scale_by_adafactor`: second moments by rows and columns,
     their decay 1 - t^-0.8 at most 0.999; a bfloat16 momentum of updates; no clipping of its own; and steps that do not
@@ -64,7 +63,7 @@ def _with_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
 
 
 def _step_of_shard(parameter: DTensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """timm's step of a parameter of which each process has some rows."""
+    """timm's step of a parameter of which each process has some rows, which are the entries along dimension 0."""
     assert isinstance(parameter.grad, DTensor)
     weights, gradient, dims = parameter.to_local(), parameter.grad.to_local(), _largest_two(parameter.shape)
     if not state:
@@ -72,7 +71,7 @@ def _step_of_shard(parameter: DTensor, state: dict[str, Any], group: dict[str, A
         if dims is None:
             state["exp_avg_sq"] = torch.zeros_like(parameter.grad)
         else:
-            state["exp_avg_sq_r"], state["exp_avg_sq_c"] = (_zeros_without(parameter, dim) for dim in reversed(dims))
+            state["exp_avg_sq_r"], state["exp_avg_sq_c"] = (_zeros_of_mean(parameter, dim) for dim in reversed(dims))
         if group["momentum"] is not None:
             state["exp_avg"] = torch.zeros_like(parameter.grad, dtype=group["momentum_dtype"])
     state["step"] += 1
@@ -84,8 +83,8 @@ def _step_of_shard(parameter: DTensor, state: dict[str, Any], group: dict[str, A
         dc, dr = dims
         rows = state["exp_avg_sq_r"].to_local().lerp_(_mean(squares, dr, parameter), new)
         columns = state["exp_avg_sq_c"].to_local().lerp_(_mean(squares, dc, parameter), new)
-        # The mean of either is that of the whole tensor; of one of them, this process has all.
-        mean = columns.mean(dr, keepdim=True) if _is_sharded(parameter, dc) else rows.mean(dc, keepdim=True)
+        # The mean of either is that of the whole tensor; this process has all of one of them.
+        mean = columns.mean(dr, keepdim=True) if dc == 0 else rows.mean(dc, keepdim=True)
         update = gradient * (rows / mean).rsqrt() * columns.rsqrt()
     if group["momentum"] is not None:
         momentum = state["exp_avg"].to_local()
@@ -99,24 +98,17 @@ def _largest_two(shape: torch.Size) -> tuple[int, int] | None:
     return (ordered[-2], ordered[-1]) if len(shape) > 1 and shape[ordered[-2]] >= SMALLEST_FACTORED else None
 
 
-def _is_sharded(parameter: DTensor, dim: int) -> bool:
-    return parameter.placements[0].is_shard(dim)
-
-
-def _zeros_without(parameter: DTensor, dim: int) -> DTensor:
-    """Zeros for what is averaged over a dimension of a parameter; whole on each process where that is the sharded one.
-
-    Otherwise it is sharded as the parameter is.
-    """
+def _zeros_of_mean(parameter: DTensor, dim: int) -> DTensor:
+    """Zeros of the shape of a mean over a dimension: whole where it is dimension 0, else sharded like the parameter."""
     shape = [1 if i == dim else size for i, size in enumerate(parameter.shape)]
-    placement = Replicate() if _is_sharded(parameter, dim) else parameter.placements[0]
+    placement = Replicate() if dim == 0 else Shard(0)
     return zeros(shape, dtype=parameter.dtype, device_mesh=parameter.device_mesh, placements=[placement])
 
 
 def _mean(shard: Tensor, dim: int, parameter: DTensor) -> Tensor:
     """The mean over a dimension of the whole tensor of which this process has a shard."""
     total = shard.sum(dim, keepdim=True)
-    if _is_sharded(parameter, dim):
+    if dim == 0:
         dist.all_reduce(total, group=parameter.device_mesh.get_group())
     return total / parameter.shape[dim]
 
@@ -182,7 +174,7 @@ def classification_loss(optim: Optim, logits: Tensor, targets: Tensor) -> Tensor
         optim: `softmax` takes the cross-entropy; `bce` the sum over classes of binary ones, each class a question of
             its own, as ViT-G/14 was fine-tuned with (Appendix J.2.3); `likelihood` is minus the log-probability of
             the label's answer over all that a language model may say, its own loss (Appendix J.5), summed over tokens.
-        logits: (B, C) unnormalised; of `likelihood`, log-probabilities of the answers.
+        logits: (B, C) unnormalised; for `likelihood`, log-probabilities of the answers.
         targets: (B, C) in [0, 1]; smoothing and mixing are in them.
     """
     match optim.loss:
@@ -197,12 +189,7 @@ def classification_loss(optim: Optim, logits: Tensor, targets: Tensor) -> Tensor
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Mean over the batch of the cross-entropy of the student against the teacher's probabilities, times T^2.
 
-    Of equal logits at temperature 1 it is the teacher's entropy. The factor keeps gradients of one size whatever T is.
-
-    Args:
-        student: (B, C) logits.
-        teacher: (B, C) logits, without gradient.
-        temperature: T, of both.
+    Both are (B, C) logits at temperature T. The factor keeps gradients of one size whatever T is.
 
     Source: Hinton et al. 2015, Section 2.
     """
@@ -226,33 +213,33 @@ class Objective:
     distill: Distill | None
     teacher: Callable[[Tensor], Tensor] | None
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over these examples."""
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            logits = at_least_float32(self.network(images))
-            taught = None if self.teacher is None else at_least_float32(self.teacher(images))
+        with torch.autocast(inputs.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = at_least_float32(self.network(inputs))
+            taught = None if self.teacher is None else at_least_float32(self.teacher(inputs))
         on_labels = classification_loss(self.optim, logits, targets)
         if self.distill is None or taught is None:
             return on_labels
         on_teacher = distillation_loss(logits, taught, self.distill.temperature)
         return self.distill.weight * on_teacher + (1 - self.distill.weight) * on_labels
 
-    def backward(self, images: Tensor, targets: Tensor, processes: Processes, *, average: bool = True) -> Tensor:
+    def backward(self, inputs: Tensor, targets: Tensor, processes: Processes, *, average: bool = True) -> Tensor:
         """Replace the parameters' gradients by those of a batch; returns this process's part of the mean loss.
 
         Args:
-            images: (b, 3, H, W), this process's part of the batch; of texts (b, L) token ids.
+            inputs: (b, 3, H, W) images or (b, L) token ids: this process's part of the batch.
             targets: (b, C).
             processes: all of them together have the batch.
             average: gradients over processes, hence the factor W; without, each process keeps those of its own part.
         """
         self.network.zero_grad()
         losses = []
-        size = self.micro_batch or len(images)
-        micro_batches = list(zip(images.split(size), targets.split(size), strict=True))
-        for i, (inputs, answers) in enumerate(micro_batches):
+        size = self.micro_batch or len(inputs)
+        micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+        for i, micro_batch in enumerate(micro_batches):
             with synchronised(self.network, average and i == len(micro_batches) - 1):
-                loss = self.loss(inputs, answers) * (len(inputs) * processes.world / self.optim.batch_size)
+                loss = self.loss(*micro_batch) * (len(micro_batch[0]) * processes.world / self.optim.batch_size)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach() / processes.world)
         return torch.stack(losses).sum()
@@ -262,14 +249,15 @@ def backward_with_sam(
     objective: Objective, batch: tuple[Tensor, Tensor], processes: Processes, model: Network, sam: Sam | None
 ) -> Tensor:
     """The backward pass of a step; SAM takes the gradient at a point nearby, the loss at the weights themselves."""
-    if sam is not None and not sam.synchronised and isinstance(model, FSDPModule):
+    if sam is None:
+        return objective.backward(*batch, processes)
+    if not sam.synchronised and isinstance(model, FSDPModule):
         return backward_at_own_perturbations(
             model, sam.rho, lambda average: objective.backward(*batch, processes, average=average)
         )
-    loss = objective.backward(*batch, processes, average=sam is None or sam.synchronised)
-    if sam is not None:
-        with perturbed([p for p in model.parameters() if p.requires_grad], sam.rho):
-            objective.backward(*batch, processes)
+    loss = objective.backward(*batch, processes, average=sam.synchronised)
+    with perturbed([p for p in model.parameters() if p.requires_grad], sam.rho):
+        objective.backward(*batch, processes)
     return loss
 
 
@@ -277,34 +265,29 @@ def backward_with_sam(
 def _scale(gradients: list[Tensor], rho: float) -> Tensor:
     """The factor that makes gradients as long as `rho` over all tensors; 0 where they are 0."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded parameters
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # parameters are sharded
     return torch.where(norm > 0, rho / norm, 0.0)  # an `if` would wait for the GPU
 
 
 @contextmanager
+@torch.no_grad()
 def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
     """Move parameters uphill by `rho` along their gradient, over all of them together; afterwards back, to the bit.
 
-    Args:
-        parameters: those with a gradient move.
-            Among several processes these are the mean over all of them, or each process's own (m-sharpness).
-        rho: length of the move; nothing moves where the gradient is zero.
+    Parameters without a gradient stay, and all do where it is zero. Among several processes it is the mean over all of
+    them, or each process's own (m-sharpness).
 
     Source: Foret et al. 2021, Equation 2 and Section 4.1; Appendix J.2.3 of the paper has both kinds.
     """
-    moving = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in moving if parameter.grad is not None]
-    kept = [parameter.detach().clone() for parameter in moving]
-    with torch.no_grad():
-        scale = _scale(gradients, rho)
-        for parameter, gradient in zip(moving, gradients, strict=True):
-            parameter.add_(gradient * scale)
+    moving = [(p, p.detach().clone(), p.grad) for p in parameters if p.grad is not None]
+    scale = _scale([gradient for _, _, gradient in moving], rho)
+    for parameter, _, gradient in moving:
+        parameter.add_(gradient * scale)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, original in zip(moving, kept, strict=True):
-                parameter.copy_(original)
+        for parameter, original, _ in moving:
+            parameter.copy_(original)
 
 
 @contextmanager
@@ -322,7 +305,7 @@ def gathered_weights(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         yield {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     finally:
         for module in modules:
-            module.set_reshard_after_forward(module is not model, recurse=False)  # as finetune.dist.wrap has it
+            module.set_reshard_after_forward(module is not model, recurse=False)  # like finetune.dist.wrap
             module.set_reshard_after_backward(True, recurse=False)
             module.reshard()
 
@@ -337,10 +320,8 @@ def backward_at_own_perturbations(model: nn.Module, rho: float, backward: Callab
     Args:
         model: the root of FSDP2.
         rho: length of the move.
-        backward: computes this process's loss and gradients, which are averaged over processes or not.
-
-    Returns:
-        The loss before the move, this process's part.
+        backward: computes gradients, averaged over processes or not, and returns this process's part of the loss, which
+            is that before the move.
     """
     shards = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for shard in shards.values():

@@ -1,4 +1,4 @@
-"""What the rows of a sweep are, before anything is trained:  python -m finetune.rows experiment=demo
+"""List the rows of a sweep before anything is trained:  python -m finetune.rows experiment=demo
 
 A table of what differs from row to row. The functions for scripts of your own are those of store/rows.py.
 """
@@ -14,9 +14,7 @@ from rich.table import Table
 
 from configs.cli import entry_point
 from configs.schema import Experiment, dump, replicate
-from store.rows import draw, identity, require_trainable, row_config, teachers
-
-__all__ = ["draw", "identity", "row_config", "teachers"]
+from store.rows import require_trainable, row_config
 
 GROUPS = ("task", "model", "optim", "augment", "regularizer")
 UNCUT = 10_000  # columns of a log: as wide as the widest table
@@ -39,31 +37,26 @@ def differing(config: Experiment) -> tuple[list[str], list[list[Any]]]:
     return [f"{group}.{name}" for group, name in varied], [[row[group][name] for group, name in varied] for row in rows]
 
 
-def _absent(value: Any) -> bool:
-    return value is None or value is False  # 0 is a setting
-
-
 def cell(value: Any) -> str:
-    """A setting in short: four digits of a number, the kinds of a choice.
+    """A setting in short: four digits of a number, the kinds of a choice; nothing for null and false.
 
     >>> cell(1.2309748931412387e-05), cell(None), cell([{"kind": "minimal", "crop": None}, {"kind": "rand"}])
     ('1.231e-05', '', 'minimal, rand')
     >>> cell({"rho": 0.05, "synchronised": True})
     'rho 0.05, synchronised'
     """
-    if _absent(value):
-        return ""
-    if isinstance(value, Mapping) and "kind" not in value:
-        return ", ".join(
-            key if each is True else f"{key} {cell(each)}" for key, each in value.items() if not _absent(each)
-        )
     match value:
+        case None | False:  # not 0, which is a setting
+            text = ""
         case True:
             text = "yes"
         case float():
             text = f"{value:.4g}"
         case {"kind": kind}:
             text = str(kind)
+        case Mapping():
+            shown = {name: cell(each) for name, each in value.items()}
+            text = ", ".join(name if value[name] is True else f"{name} {each}" for name, each in shown.items() if each)
         case list() | tuple():
             text = ", ".join(map(cell, value))
         case _:
@@ -85,12 +78,9 @@ def table_of(config: Experiment) -> Table:
 
 
 def print_rows(config: Experiment, typed: str, console: Console | None = None) -> None:
-    """Print the rows of an experiment, of each of its replicates, and what to run next.
+    """Print the rows of an experiment, or of each of its replicates, and what to run next, with the settings `typed`.
 
-    Args:
-        config: the experiment.
-        typed: the settings that were typed, which the next commands take too.
-        console: a terminal, or a file or pipe, which gets plain text as wide as it needs.
+    A file or pipe gets plain text as wide as it needs.
     """
     console = console or Console()
     if not console.is_terminal:

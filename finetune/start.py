@@ -1,4 +1,4 @@
-"""What the rows of a sweep start from: row 0, checkpoints that were trained elsewhere, heads and teachers."""
+"""The weights that rows of a sweep start from: row 0, checkpoints trained elsewhere, other heads, and teachers."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from configs.slurm import wait_in_array
 from configs.tables import ROOT
 from eval.forward import Evaluator
 from finetune.finish import complete, save_trained, sole_writers
-from finetune.state import Interruption
+from finetune.state import end_if, interruptions
 from models.classifier import Classifier, pretrained, pretrained_network, set_head
 from models.probe import linear_probe
 from models.released import convert
@@ -41,53 +41,57 @@ def initialise(config: Experiment) -> dict[str, Any]:
     if config.sweep.imported is not None:
         return import_row(config, 0)
     processes, run, name = start_processes(), RunFolder.of(config), identity(config, 0)
-    base, folder = {"identity": name, "status": "done", "drawn": {}}, run.ingredient(0)
+    base, folder, splits = {"identity": name, "status": "done", "drawn": {}}, run.ingredient(0), _learned_from(config)
+    is_probed = config.model.head == "linear_probe"
 
     @cache
     def start() -> dict[str, Tensor]:
-        for split in (config.task.train, config.task.held_out):
+        for split in splits:
             Evaluator(config).split(split)  # damaged data are refused before anything is made
         return pretrained_network(config.model, class_names(config.task), config.task.answers).state_dict()
 
-    def zero_shot() -> dict[str, Any]:
+    def make_zero_shot() -> dict[str, Any]:
         started = time.monotonic()
         record_config(run.zero_shot, dump(config))
         return save_trained(config, run.zero_shot, base | {"row": None, "head": "zero_shot"}, started, {RAW: start()})
 
     def make_row_0() -> dict[str, Any]:
-        started, weights = time.monotonic(), start()
-        probe: dict[str, Any] = {}
-        if config.model.head == "linear_probe":
-            weights, probe = _fit_probe(config, weights)
+        started = time.monotonic()
+        weights, probe = _fit_probe(config, start()) if is_probed else (start(), {})
         record_config(folder, dump(row_config(config, 0)))
-        own = base | {"row": 0, "head": config.model.head, "data": _digests(config)} | probe
-        return save_trained(config, folder, own, started, {RAW: weights})
+        told = base | {"row": 0, "head": config.model.head, "data": _digests(config)} | probe
+        return save_trained(config, folder, told, started, {RAW: weights})
 
     def row_0() -> dict[str, Any]:
-        if config.model.head == "linear_probe" and processes.world > 1:
+        if is_probed and processes.world > 1:
             evaluator = Evaluator(config, processes)
             evaluator.load_on_all(start)
-            for split in (config.task.train, config.task.held_out):
+            for split in splits:
                 evaluator.fill_features(split)
         return first_decides(make_row_0, processes)
 
     with sole_writers(folder, processes):
         if config.model.templates is not None:
-            complete(config, run.zero_shot, name, partial(first_decides, zero_shot, processes), processes)
+            complete(config, run.zero_shot, name, partial(first_decides, make_zero_shot, processes), processes)
         done = complete(config, folder, name, row_0, processes)
     refuse_other_data(config, done)
     return done
+
+
+def _learned_from(config: Experiment) -> tuple[str, str]:
+    """The splits that rows are trained on and selected by."""
+    return config.task.train, config.task.held_out
 
 
 def _fit_probe(config: Experiment, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights with a linear probe in the place of their head, and what row 0's done.json says of it."""
     evaluator = Evaluator(config)
     evaluator.model.load_state_dict(start)
-    splits = (config.task.train, config.task.held_out)
+    splits = _learned_from(config)
     # Relative, so that a run may be moved.
     places = [str(evaluator.features_place(split).relative_to(evaluator.run.root)) for split in splits]
     train, held_out = ((evaluator.features(split), evaluator.split(split).labels) for split in splits)
-    with Interruption().listening() as interruption:
+    with interruptions() as came:
         probe = linear_probe(
             train,
             held_out,
@@ -96,7 +100,7 @@ def _fit_probe(config: Experiment, start: dict[str, Tensor]) -> tuple[dict[str, 
             evaluator.run.root / "probe" / digest_of(places),
             loss=config.model.probe_loss,
             device=evaluator.processes.device,
-            check=interruption.check,
+            check=partial(end_if, came),
         )
     assert isinstance(evaluator.model, Classifier)  # a prompted language model has no head to be probed
     set_head(evaluator.model, probe.weight, probe.bias)
@@ -106,23 +110,18 @@ def _fit_probe(config: Experiment, start: dict[str, Tensor]) -> tuple[dict[str, 
 
 def _digests(config: Experiment) -> dict[str, str]:
     """The digests of the examples that rows are trained on and selected by, wherever they lie."""
-    return {split: Evaluator(config).split(split).digest for split in (config.task.train, config.task.held_out)}
+    return {split: Evaluator(config).split(split).digest for split in _learned_from(config)}
 
 
-def refuse_other_data(config: Experiment, start: dict[str, Any]) -> None:
-    """Refuse a data set elsewhere that is not the one row 0 was made from; the same one may be moved.
+def refuse_other_data(config: Experiment, row_0: dict[str, Any]) -> None:
+    """Raise a `UserError` where the data set is elsewhere and not the one row 0 was made from; it may be moved.
 
-    Args:
-        config: of the experiment.
-        start: row 0's done.json, of earlier versions without digests of its data.
-
-    Raises:
-        UserError: the examples are others.
+    `row_0` is its done.json, which in earlier versions had no digests of the data.
     """
     folder = RunFolder.of(config).ingredient(0)
-    if "data" not in start or Path(read_json(folder / "config.json")["task"]["folder"]) == config.task.folder:
+    if "data" not in row_0 or Path(read_json(folder / "config.json")["task"]["folder"]) == config.task.folder:
         return
-    if start["data"] != _digests(config):
+    if row_0["data"] != _digests(config):
         raise UserError(
             f"{folder} was made from other examples than those of task.folder={config.task.folder}: give this "
             "experiment another name, e.g. name=demo_mine, or delete that folder"
@@ -146,12 +145,10 @@ def check_imports(config: Experiment) -> None:
     Raises:
         UserError: names the first one.
     """
-    if config.sweep.imported is None:
-        return
-    for row in range(config.sweep.size + 1):
+    for row in range(config.sweep.size + 1) if config.sweep.imported is not None else ():
         _released_file(config, row)
     index = config.task.held_out_index
-    if index is not None and not (ROOT / index).exists():
+    if config.sweep.imported is not None and index is not None and not (ROOT / index).exists():
         raise UserError(
             f"task.held_out_index={index} is missing: python -m soups.experiment.released download brings it"
         )
@@ -184,22 +181,19 @@ def import_row(config: Experiment, row: int) -> dict[str, Any]:
         return complete(config, folder, name, partial(first_decides, convert_file, processes), processes)
 
 
-def _is_done(config: Experiment, row: int) -> bool:
-    return done_row(config, row) is not None
-
-
 def wait_for_starts(config: Experiment, row: int, processes: Processes) -> None:
-    """Wait for the rows that this one starts from, which other tasks of the job array train.
-
-    Among several processes the first one asks.
+    """Wait for the rows that this one starts from, which other tasks of the job array train; the first process asks.
 
     Raises:
         UserError: such a row was made with other settings, or its task ended without it.
     """
 
+    def is_done(needed: int) -> bool:
+        return done_row(config, needed) is not None
+
     def wait() -> None:
         for needed in (0, *teachers(config, row)) if row else ():
-            wait_in_array(partial(_is_done, config, needed), needed, f"row {needed}")
+            wait_in_array(partial(is_done, needed), needed, f"row {needed}")
 
     first_decides(wait, processes)
 
@@ -237,35 +231,28 @@ def other_head(config: Experiment, settings: Experiment, row: int) -> dict[str, 
     """The head that a row starts with in the place of row 0's, if any.
 
     A row that learns a task of its own has the zero-shot head of that task, and is saved with the head of the
-    experiment's, from which it saw no image (Appendix E). `model.head_of` takes the head of another run's row 0.
+    experiment's, from which it saw no image (Appendix E). `model.head_of` takes the head of another run's row 0, such
+    as a linear probe at another resolution (Appendix J.2.3).
 
     Raises:
-        UserError: heads that are trained or have no class names to be made from; as `_head_of`.
+        UserError: heads that are trained or have no class names to be made from; a run without row 0, or with another
+            width or number of classes.
     """
-    if settings.model.head_of is not None:
-        return _head_of(config, settings.model.head_of)
-    if settings.task == config.task:
-        return {}
-    if config.model.head != "zero_shot" or config.model.train_head:
-        raise UserError(f"row {row} learns a task of its own: set model.head=zero_shot model.train_head=false")
-    weights = pretrained(settings.model, class_names(settings.task)).state_dict()
-    return {name: weights[name] for name in HEAD}
-
-
-def _head_of(config: Experiment, run: str) -> dict[str, Tensor]:
-    """The head of row 0 of another run, such as a linear probe at another resolution (Appendix J.2.3).
-
-    Raises:
-        UserError: there is none, or it is of other features or classes.
-    """
+    if settings.model.head_of is None:
+        if settings.task == config.task:
+            return {}
+        if config.model.head != "zero_shot" or config.model.train_head:
+            raise UserError(f"row {row} learns a task of its own: set model.head=zero_shot model.train_head=false")
+        weights = pretrained(settings.model, class_names(settings.task)).state_dict()
+        return {name: weights[name] for name in HEAD}
+    run = settings.model.head_of
     require_head(config, run)
     other, own = (RunFolder(config.paths.runs / name).ingredient(0) for name in (run, config.name))
-    head, shapes = (
-        {name: load_weights(folder / WEIGHTS, read_json(folder / "done.json")["digest"])[name] for name in HEAD}
-        for folder in (other, own)
+    head, replaced = (
+        load_weights(folder / WEIGHTS, read_json(folder / "done.json")["digest"]) for folder in (other, own)
     )
-    for name, tensor in head.items():
-        if tensor.shape != shapes[name].shape:
-            sizes = f"{tuple(tensor.shape)} and {tuple(shapes[name].shape)}"
+    for name in HEAD:
+        if head[name].shape != replaced[name].shape:
+            sizes = f"{tuple(head[name].shape)} and {tuple(replaced[name].shape)}"
             raise UserError(f"model.head_of={run}: {name} of {other} and of {own} are of shapes {sizes}")
-    return head
+    return {name: head[name] for name in HEAD}

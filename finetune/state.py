@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from models.classifier import Network
 from soups.files.atomic import replacing
 from store.processes import Processes, first_decides
 
-Place = tuple[str, ...]  # of a tensor in the file: model, name; or optimizer or averages, parameter or kind, name
+Place = tuple[str, ...]  # the keys of the nested dicts that lead to a tensor in the file
+TENSORS = ("model", "optimizer", "averages")  # the keys under which training changes tensors
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Checkpoint:
     """The best weights of one kind so far (the ViT-G protocol, Appendix J.2.3)."""
 
     step: int  # after how many steps
-    correct: int  # of the held-out images
+    correct: int  # right answers on held-out
     n: int
     weights: dict[str, Tensor]  # whole, on the first process alone
 
@@ -60,43 +61,27 @@ class State:
 
     def tensors(self) -> dict[Place, Tensor]:
         """All tensors that training changes, by their place in the file, as this process has them; all must ask."""
-        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer)["state"]  # type: ignore[assignment]
-        found: dict[Place, Tensor] = {("model", name): tensor for name, tensor in self.model.state_dict().items()}
-        for parameter, moments in optimizer.items():
-            for name, moment in moments.items():
-                if moment is not None:  # as the momentum of an optimiser without one
-                    found["optimizer", parameter, name] = moment
-        for kind, tensors in self.averages.tensors().items():
-            found |= {("averages", kind, name): tensor for name, tensor in tensors.items()}
-        return found
+        moments = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+        averages = self.averages.tensors()
+        return _flat({"model": self.model.state_dict(), "optimizer": {"state": moments}, "averages": averages})
 
-    def collect(self) -> dict[str, Any]:
-        """Everything, whole, on the CPU of the first process; all must call it, and the others get no tensor."""
+    def save(self, path: Path) -> None:
+        """Write everything; all processes must call it, one writes, and the others wait until it has."""
         now = time.monotonic()
         self.progress.seconds += now - self.saved
         self.saved = now
-        model: dict[str, Tensor] = {}
-        moments: dict[str, dict[str, Tensor]] = {}
-        averages: dict[str, dict[str, Tensor]] = {}
-        for place, tensor in gathered(self.tensors(), keep=self.processes.is_main).items():
-            match place:
-                case (_, name):
-                    model[name] = tensor
-                case (part, group, name):
-                    (moments if part == "optimizer" else averages).setdefault(group, {})[name] = tensor
-        return {
-            "model": model,
-            "optimizer": {"state": moments},
-            "averages": averages,
+        state: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}, "averages": {}}
+        for (*groups, name), tensor in gathered(self.tensors(), keep=self.processes.is_main).items():
+            group = state
+            for key in groups:
+                group = group.setdefault(key, {})
+            group[name] = tensor
+        state |= {
             "averaged": self.averages.taken,
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
             "best": {kind: vars(checkpoint) for kind, checkpoint in self.best.items()},
         }
-
-    def save(self, path: Path) -> None:
-        """Write everything; all processes must call it, one writes, and the others wait until it has."""
-        state = self.collect()
         first_decides(lambda: _write(path, state), self.processes)
 
     def load(self, path: Path) -> None:
@@ -111,12 +96,12 @@ class State:
         if not first_decides(lambda: _read_into(state, path), self.processes):
             return
         targets = self.tensors()
-        rest = first_decides(lambda: _rest(path, state, targets), self.processes)
+        rest = first_decides(lambda: _checked(path, state, targets), self.processes)
         parameters = dict(self.model.named_parameters())
-        for _, name in rest["unused"]:  # by the forward pass, so that the optimiser has seen no gradient of it
+        for *_, name in rest["unused"]:  # by the forward pass, so that the optimiser has seen no gradient of it
             del self.optimizer.state[parameters[name]]
-        known = {place: tensor for place, tensor in targets.items() if place[:2] not in rest["unused"]}
-        spread(_flat(state) if self.processes.is_main else {}, known, self.processes)
+        known = {place: tensor for place, tensor in targets.items() if place[:-1] not in rest["unused"]}
+        spread(_flat({name: state.get(name, {}) for name in TENSORS}), known, self.processes)
         self.averages.taken = rest["averaged"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(rest["scaler"])
@@ -125,6 +110,17 @@ class State:
         for kind, values in rest["best"].items():
             weights = state["best"][kind]["weights"] if self.processes.is_main else {}
             self.best[kind] = Checkpoint(weights={name: tensor.clone() for name, tensor in weights.items()}, **values)
+
+
+def _flat(nested: Mapping[str, Any], *place: str) -> dict[Place, Tensor]:
+    """The tensors in nested dicts by their place; other values, such as a momentum of None, are left out."""
+    found: dict[Place, Tensor] = {}
+    for name, value in nested.items():
+        if isinstance(value, Tensor):
+            found[(*place, name)] = value
+        elif isinstance(value, Mapping):
+            found |= _flat(value, *place, name)
+    return found
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -150,26 +146,17 @@ def _read_into(state: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def _flat(state: dict[str, Any]) -> dict[Place, Tensor]:
-    """The tensors of a saved state by their place, but for the best checkpoints."""
-    found: dict[Place, Tensor] = {("model", name): tensor for name, tensor in state["model"].items()}
-    for part, groups in (("optimizer", state["optimizer"]["state"]), ("averages", state["averages"])):
-        for group, tensors in groups.items():
-            found |= {(part, group, name): tensor for name, tensor in tensors.items() if tensor is not None}
-    return found
-
-
-def _rest(path: Path, state: dict[str, Any], targets: dict[Place, Tensor]) -> dict[str, Any]:
-    """The parts of a saved state that are no tensors in `targets`, and the parameters without moments.
+def _checked(path: Path, state: dict[str, Any], targets: dict[Place, Tensor]) -> dict[str, Any]:
+    """All that a saved state holds beside the tensors in `targets`, and the places of parameters without moments.
 
     Raises:
         UserError: the state is of another training.
     """
     try:
-        saved = _flat(state)
-        moments = {place[1] for place in targets if place[0] == "optimizer"}
-        unused = {("optimizer", name) for name in moments - state["optimizer"]["state"].keys()}
-        needed = {place: tensor for place, tensor in targets.items() if place[:2] not in unused}
+        saved = _flat({name: state[name] for name in TENSORS})
+        with_moments = {place[:-1] for place in saved}
+        unused = {place[:-1] for place in targets if place[0] == "optimizer"} - with_moments
+        needed = {place: tensor for place, tensor in targets.items() if place[:-1] not in unused}
         for place in sorted(saved.keys() ^ needed.keys()):
             raise ValueError(f"{' '.join(place)} is {'new' if place in needed else 'unknown'}")
         for place, tensor in needed.items():
@@ -188,32 +175,22 @@ def _rest(path: Path, state: dict[str, Any], targets: dict[Place, Tensor]) -> di
         ) from None
 
 
-class Interruption:
-    """Whether a signal has asked for an end; training asks between two steps."""
+@contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGUSR1, which ask for an end, while the block lasts; only the main thread can."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {number: signal.signal(number, lambda signum, frame: came.append(signum)) for number in SIGNALS}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    signum: int | None = None
 
-    def _note(self, signum: int, frame: object) -> None:
-        self.signum = signum
-
-    @contextmanager
-    def listening(self) -> Iterator["Interruption"]:
-        """Take SIGTERM and SIGUSR1 as a wish while the block lasts; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def check(self) -> None:
-        """End if a signal came."""
-        if self.signum is not None:
-            self.end()
-
-    def end(self) -> None:
-        """Raise what the entry point turns into an exit status."""
-        raise InterruptedBySignalError(self.signum or signal.SIGTERM)
+def end_if(came: list[int]) -> None:
+    """Raise `InterruptedBySignalError`, which the entry point turns into an exit status, if a signal came."""
+    if came:
+        raise InterruptedBySignalError(came[-1])

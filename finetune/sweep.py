@@ -24,15 +24,6 @@ def describe(done: dict[str, Any]) -> str:
     return f"{name}: held-out {100 * score_of(score):.1f} % (n = {score['n']}), {done['seconds']:.0f} s"
 
 
-def _epochs_done(run: RunFolder, rows: list[int]) -> int:
-    logs = (run.ingredient(row) / "metrics.jsonl" for row in rows)
-    return sum("epoch" in line for log in logs if log.exists() for line in read_jsonl(log))
-
-
-def _rows_done(run: RunFolder, rows: list[int]) -> int:
-    return sum(run.is_done(row) for row in rows)
-
-
 def train_sweep(config: Experiment, console: Console | None = None) -> None:
     """Train, or import, every row that is not done, over the cluster's worker processes, and write the manifest."""
     console, run = console or Console(), RunFolder.of(config)
@@ -43,11 +34,19 @@ def train_sweep(config: Experiment, console: Console | None = None) -> None:
     if done_row(config, 0) is None:
         console.print(f"{'importing' if is_imported else 'fitting'} the initialisation ...")
     console.print(describe(initialise(config)))
+
+    def epochs_done(members: list[int]) -> int:
+        logs = (run.ingredient(row) / "metrics.jsonl" for row in members)
+        return sum("epoch" in line for log in logs if log.exists() for line in read_jsonl(log))
+
+    def rows_done(members: list[int]) -> int:
+        return sum(run.is_done(row) for row in members)
+
     if is_imported:
-        groups, units, done_units = [("importing {} models", rows)], dict.fromkeys(rows, 1), _rows_done
+        groups, units, done_units = [("importing {} models", rows)], dict.fromkeys(rows, 1), rows_done
     else:
         # The longest first, so that no worker is left alone with one at the end.
-        units, done_units = {row: row_config(config, row).optim.epochs for row in rows}, _epochs_done
+        units, done_units = {row: row_config(config, row).optim.epochs for row in rows}, epochs_done
         first, distilled = _in_order(config, sorted(rows, key=lambda row: (-units[row], row)))
         groups = [("fine-tuning {} models, epochs", first), ("distilling {} models, epochs", distilled)]
     for title, members in groups:
@@ -57,7 +56,7 @@ def train_sweep(config: Experiment, console: Console | None = None) -> None:
             workers=config.cluster.workers,
             threads=config.cluster.threads,
             units=sum(units[row] for row in members),
-            done_units=partial(done_units, run, members),
+            done_units=partial(done_units, members),
             report=describe,
             console=console,
         )
@@ -73,15 +72,11 @@ def _in_order(config: Experiment, rows: list[int]) -> tuple[list[int], list[int]
 def train_together(config: Experiment, processes: Processes, console: Console) -> None:
     """Train, or import, every row that is not done, one after the other, and write the manifest.
 
-    Args:
-        config: of the experiment.
-        processes: that torchrun started, which do each row together.
-        console: of the first process, which says what is done.
+    All processes that torchrun started do each row together; the first one prints what is done.
     """
     first, distilled = _in_order(config, list(range(1, config.sweep.size + 1)))
     for row in (0, *first, *distilled):
         done = train_row(config, row, console)
         if processes.is_main:
             console.print(describe(done))
-    run = RunFolder.of(config)
-    first_decides(lambda: write_manifest(run, read_pool(config)), processes)
+    first_decides(lambda: write_manifest(RunFolder.of(config), read_pool(config)), processes)

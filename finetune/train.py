@@ -4,9 +4,10 @@ Killed at any time, the same command goes on: state.pt holds a training between 
 weights are on disk and only their scores are missing; done.json comes last.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import Experiment, dump
 from configs.training import Optim
 from eval.batch_size import largest_input
@@ -30,7 +31,7 @@ from finetune.length import Length, refuse_unequal_shares
 from finetune.log import Log, Meter, peak_flops, show_progress, tracked, training_flops
 from finetune.optim import Objective, backward_with_sam, build, learning_rate
 from finetune.start import HEAD, import_row, initialise, other_head, refuse_other_data, teacher_of
-from finetune.state import Checkpoint, Interruption, State
+from finetune.state import Checkpoint, State, interruptions
 from models.classifier import Network, architecture
 from models.tokens import TokenSplit
 from soups.chance import seed
@@ -42,16 +43,11 @@ from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished, record_confi
 from tasks.ahead import made_ahead
 from tasks.split import ImageSplit
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 
 
 def no_log(metrics: dict[str, Any]) -> None:
-    """Take the curves of a training that nobody looks at."""
-
-
-def no_progress(meter: Meter) -> AbstractContextManager[Callable[[int, float], None]]:
-    """Take the progress of a training that nobody watches."""
-    return nullcontext(lambda step, loss: None)
+    """Take the metrics of a training that nobody tracks."""
 
 
 def train_row(config: Experiment, row: int, console: Console | None = None) -> dict[str, Any]:
@@ -62,7 +58,7 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
 
     Args:
         config: of the experiment.
-        row: which; 0 makes the initialisation.
+        row: its number; 0 makes the initialisation.
         console: where progress is shown, if anywhere.
 
     Returns the row's done.json.
@@ -77,16 +73,17 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
         return initialise(config)
     if config.sweep.imported is not None:
         return import_row(config, row)
-    # The row's settings, though it may learn another task than the one it is scored on.
-    folder, own, name = run.ingredient(row), row_config(config, row), identity(config, row)
-    scored = replace(own, task=config.task)  # type: ignore[type-var]  # mypy does not know pydantic's
+    settings, folder, name = row_config(config, row), run.ingredient(row), identity(config, row)
+    # A row that learns a task of its own is scored on the experiment's.
+    scored = replace(settings, task=config.task)  # type: ignore[type-var]  # mypy does not know pydantic's
+    log: Log = no_log
 
     def begin() -> str:
         row_0 = done_row(config, 0)
         if row_0 is None:
             raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
         refuse_other_data(config, row_0)
-        record_config(folder, dump(own))
+        record_config(folder, dump(settings))
         return row_0["digest"]
 
     with sole_writers(folder, processes), ExitStack() as tracking:
@@ -94,10 +91,13 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
         if done is not None:
             return done
         start = first_decides(begin, processes)
-        logs: list[Log] = [no_log]
-        track = partial(tracked, own, row, draw(config, row), folder)
-        first_decides(lambda: logs.append(tracking.enter_context(track())), processes)
-        log, shown = logs[-1], console if processes.is_main else None
+
+        def track() -> None:
+            nonlocal log
+            log = tracking.enter_context(tracked(settings, row, draw(config, row), folder))
+
+        first_decides(track, processes)
+        shown = console if processes.is_main else None
         train = partial(_train, config, row, start, processes=processes, console=shown, log=log)
         done = complete(scored, folder, name, train, processes)
         log(done)
@@ -111,8 +111,8 @@ def _train(
     settings, run, began = row_config(config, row), RunFolder.of(config), time.monotonic()
     evaluator = Evaluator(evaluation_settings(settings, processes), processes)
     # Shards come from the first process: the others need no memory for whole weights.
-    bare = processes.world > 1 and not processes.is_main and settings.compute.strategy == "fsdp"
-    with torch.device("meta") if bare else nullcontext():
+    has_memory = processes.is_main or settings.compute.strategy != "fsdp"
+    with nullcontext() if has_memory else torch.device("meta"):
         model = architecture(settings.model, settings.task.size, settings.task.answers)
     evaluator.model = model
     initial: dict[str, Tensor] = {}
@@ -122,8 +122,8 @@ def _train(
         model.load_state_dict(initial | other_head(config, settings, row))
 
     first_decides(load, processes)
-    named = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
-    run_seed = seed(config.sweep.seed, named, "run")
+    stream = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
+    run_seed = seed(config.sweep.seed, stream, "run")
     trained = fine_tune(
         model,
         evaluator.inputs(settings.task.train),
@@ -134,7 +134,8 @@ def _train(
         teacher=teacher_of(config, row, processes),
         held_out=partial(held_out_correct, evaluator, processes),
         log=log,
-        show=no_progress if console is None else partial(show_progress, title=f"row {row}", console=console),
+        console=console,
+        title=f"row {row}",
     )
     for weights in trained.weights.values() if settings.task != config.task else ():
         weights.update({name: initial[name] for name in HEAD if processes.is_main})  # the others have no weights
@@ -159,7 +160,7 @@ class Trained:
     finite: bool  # False: the loss stopped being a number, which ended it at once
     weights: dict[str, dict[str, Tensor]]  # by kind: raw, ema_<decay>, swa; none where it diverged
     best: dict[str, dict[str, int]]  # by kind, where the best was kept: step, correct, n
-    earlier: float  # seconds that processes trained which this one goes on from
+    earlier: float  # seconds that earlier processes trained before this one went on
 
 
 def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
@@ -169,11 +170,12 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     *,
     run_seed: int,
     folder: Path,
-    processes: Processes = ALONE,
+    processes: Processes = ONE_PROCESS,
     teacher: Callable[[Tensor], Tensor] | None = None,
     held_out: Callable[[Network], tuple[int, int] | None] | None = None,
     log: Log = no_log,
-    show: Callable[[Meter], AbstractContextManager[Callable[[int, float], None]]] = no_progress,
+    console: Console | None = None,
+    title: str = "",
     after_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train `model` in place, from folder/state.pt where there is one.
@@ -182,7 +184,7 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
         model: with its initial weights; parameters without gradient stay as they are.
         train: the training images or texts; the last incomplete batch of an epoch is dropped.
         config: of the row: optimiser, schedule, loss, augmentation, regularisation, how it is computed.
-        run_seed: of the data order, augmentation and mixup.
+        run_seed: seed of the data order, augmentation and mixup.
         folder: state.pt is written there at the end of every epoch and every `compute.save_every` steps, and
             metrics.jsonl, a row for every epoch, every `tracking.every` steps and every evaluation on held-out.
         processes: this one among those that train the row together.
@@ -190,7 +192,7 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
         held_out: the model to how many held-out images it gets right, of how many; None where logits are no numbers.
             For `optim.evaluate_every`. All processes call it together.
         log: gets each row of metrics as it is made, with images a second and MFU where they are known.
-        show: shows what a meter knows while the training lasts; gets steps taken and loss after each step.
+        console: shows the progress, if there is one, under a title.
         after_step: called with the number of steps taken, after what belongs to them is on disk.
 
     Raises:
@@ -207,7 +209,7 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     network = wrap(model, compute, processes)
     trainable = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=compute.precision == "fp16")
-    averages = Averages.of(model.state_dict(), config.regularizer, length.steps)
+    averages = Averages(model.state_dict(), config.regularizer, length.steps)
     autocast = None if compute.precision == "fp32" else DTYPES[compute.precision]
     objective = Objective(network, optim, compute.micro_batch, autocast, scaler, config.regularizer.distill, teacher)
     mix = mixing(optim, model.num_classes)
@@ -220,13 +222,18 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     batches = training_batches(
         train, config, length, run_seed=run_seed, processes=processes, first=first, mean=model.subtracted
     )
-    losses = LateLosses(processes)
+    losses = LateLosses()
     model.train()
 
+    def record(row: dict[str, Any]) -> None:
+        progress.metrics.append(row)
+        log(row | meter.rates() if "lr" in row else row)
+
     try:
-        with Interruption().listening() as interruption, show(meter) as show_step:
+        with interruptions() as came, show_progress(meter, title, console) as show_step:
             prefetched = made_ahead(batches, batches.workers(compute), batches.bytes_each)
             for step, batch in enumerate(prefetched, start=first):
+                # One step.
                 lr = learning_rate(optim, step, length.steps)
                 for group in state.optimizer.param_groups:
                     group["lr"] = lr
@@ -240,36 +247,49 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
                 scaler.update()
                 if averages.due(step):  # asked first, since a state dict of a sharded model is costly
                     averages.update(model.state_dict(), step)
-                losses.add(loss, stop=interruption.signum is not None)
+                losses.add(loss, stop=bool(came))
                 meter.step(optim.batch_size)
 
-                # A step that is logged, evaluated or saved waits for its own loss; else the last one's is there by now.
+                # Its loss: a step that is logged, evaluated or saved waits for it; else the one before is there by now.
                 taken = step + 1
-                is_saved = taken == length.steps or taken % length.steps_per_epoch == 0
-                is_saved |= compute.save_every > 0 and taken % compute.save_every == 0
-                is_logged = taken % config.tracking.every == 0
-                read = losses.read(newest=is_saved or is_logged or is_evaluated(taken, length, optim))
+                is_last, ends_epoch = taken == length.steps, taken % length.steps_per_epoch == 0
+                is_logged = is_every(config.tracking.every, taken)
+                is_evaluated = optim.evaluate_every > 0 and (is_last or is_every(optim.evaluate_every, taken))
+                is_saved = is_last or ends_epoch or is_every(compute.save_every, taken)
+                read = losses.read(newest=is_logged or is_evaluated or is_saved)
                 stop = any(asked for _, asked in read)
                 read += losses.read(newest=True) if stop else []
                 for value, _ in read:
                     progress.step += 1
                     progress.epoch_loss += value
                     show_step(progress.step, value)
-                if progress.step == taken:
-                    for row in due_metrics(state, held_out, config, length, loss=read[-1][0], lr=lr):
-                        progress.metrics.append(row)
-                        log(row | meter.rates() if "lr" in row else row)
+
+                # Metrics, and what a restart needs.
+                if is_logged:
+                    record({"step": taken, "loss": value, "lr": lr})
+                if ends_epoch:
+                    mean_loss = progress.epoch_loss / length.steps_per_epoch
+                    record({"epoch": taken // length.steps_per_epoch, "step": taken, "loss": mean_loss, "lr": lr})
+                    progress.epoch_loss = 0.0
+                if is_evaluated and held_out is not None:
+                    for row in evaluations(state, held_out, optim):
+                        record(row)
                 if stop or is_saved:
                     state.save(folder / "state.pt")
                     first_decides(lambda: write_jsonl(folder / "metrics.jsonl", progress.metrics), processes)
                 if stop:
-                    interruption.end()
+                    raise InterruptedBySignalError(came[-1] if came else signal.SIGTERM)
                 after_step(taken)
                 meter.resume()
 
         return _end(state, optim)
     except DivergedError:
         return Trained(False, {}, {}, state.earlier)
+
+
+def is_every(interval: int, step: int) -> bool:
+    """Whether something that happens every so many steps, or never where that is 0, happens after this one."""
+    return interval > 0 and step % interval == 0
 
 
 def meter_of(model: Network, config: Experiment, length: Length, processes: Processes) -> Meter:
@@ -281,36 +301,15 @@ def meter_of(model: Network, config: Experiment, length: Length, processes: Proc
     return Meter(length.steps, flops=flops, peak=peak * processes.world if peak else None)
 
 
-def is_evaluated(step: int, length: Length, optim: Optim) -> bool:
-    """Whether the model is evaluated on held-out after this many steps."""
-    return optim.evaluate_every > 0 and (step % optim.evaluate_every == 0 or step == length.steps)
-
-
-def due_metrics(
-    state: State,
-    held_out: Callable[[Network], tuple[int, int] | None] | None,
-    config: Experiment,
-    length: Length,
-    *,
-    loss: float,
-    lr: float,
+def evaluations(
+    state: State, held_out: Callable[[Network], tuple[int, int] | None], optim: Optim
 ) -> Iterator[dict[str, Any]]:
-    """The metrics that fall due after a step: a point of the loss curve, an epoch's end, an evaluation on held-out.
-
-    Where the best weights are kept, those that are the best so far are copied.
+    """Evaluate the weights and their averages on held-out; with `optim.keep=best`, copy those that are the best so far.
 
     Raises:
         DivergedError: the logits of an evaluation are no numbers.
     """
-    progress, optim = state.progress, config.optim
-    if progress.step % config.tracking.every == 0:
-        yield {"step": progress.step, "loss": loss, "lr": lr}
-    if progress.step % length.steps_per_epoch == 0:
-        epoch = progress.step // length.steps_per_epoch
-        yield {"epoch": epoch, "step": progress.step, "loss": progress.epoch_loss / length.steps_per_epoch, "lr": lr}
-        progress.epoch_loss = 0.0
-    if held_out is None or not is_evaluated(progress.step, length, optim):
-        return
+    step = state.progress.step
     for kind, weights in {RAW: state.model.state_dict(), **state.averages.weights()}.items():
         with holding(state.model, weights if kind != RAW else {}):
             found = held_out(state.model)
@@ -318,11 +317,11 @@ def due_metrics(
         if found is None:
             raise DivergedError
         right, n = found
-        yield {"step": progress.step, "weights": kind, "held_out_correct": right, "held_out_n": n}
+        yield {"step": step, "weights": kind, "held_out_correct": right, "held_out_n": n}
         if optim.keep == "best" and (kind not in state.best or right > state.best[kind].correct):
             whole = gathered(weights, keep=state.processes.is_main)
             copy = {name: tensor.clone() for name, tensor in whole.items()}
-            state.best[kind] = Checkpoint(progress.step, right, n, copy)
+            state.best[kind] = Checkpoint(step, right, n, copy)
     state.model.train()
 
 
@@ -337,9 +336,9 @@ def evaluation_settings(settings: Experiment, processes: Processes) -> Experimen
     if compute.strategy != "fsdp" or compute.eval_batch is not None:
         return settings
     trained = compute.micro_batch or settings.optim.batch_size // processes.world
-    larger = 1.0 if model.is_reader else max(1.0, (model.evaluated_at / model.image_size) ** 4)  # as attention's memory
+    larger = 1.0 if model.is_reader else max(1.0, (model.evaluated_at / model.image_size) ** 4)  # attention's memory
     fits = max(1, int(trained / larger))
-    return replace(settings, compute=replace(compute, eval_batch=fits))  # type: ignore[type-var]  # as above
+    return replace(settings, compute=replace(compute, eval_batch=fits))  # type: ignore[type-var]  # see `scored`
 
 
 def held_out_correct(evaluator: Evaluator, processes: Processes, model: Network) -> tuple[int, int] | None:

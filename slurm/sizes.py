@@ -137,5 +137,5 @@ def state_bytes(row: Experiment) -> int:
 
 @lru_cache(maxsize=256)
 def _averages_bytes(model: Model, task: Task, regularizer: Regularizer) -> int:
-    tensors = Averages.of(_skeleton(model, task.size, task.answers).state_dict(), regularizer, 1).tensors()
+    tensors = Averages(_skeleton(model, task.size, task.answers).state_dict(), regularizer, 1).tensors()
     return sum(tensor.numel() * tensor.element_size() for kind in tensors.values() for tensor in kind.values())

@@ -36,12 +36,12 @@ from tests.commands import python
 
 @dataclass(frozen=True)
 class Pair:
-    """The processes, and what they are told."""
+    """The processes, and the folder through which they get their jobs."""
 
     folder: Path
     processes: list
 
-    def tell(self, config, row=1, *, stop=None, kill=False, timeout=60, slow=0):
+    def train(self, config, row=1, *, stop=None, kill=False, timeout=60, slow=0):
         """Train a row under the name of its runs' folder, and stop after some steps, whose state is on disk then.
 
         Args:
@@ -145,7 +145,7 @@ def jobs(path):
 
 
 def main(folder):
-    """Do what is told."""
+    """Do the jobs of a folder."""
     use_threads(1)
     for job in jobs(folder / "jobs.jsonl"):
         open_clip.add_model_config(folder / "open_clip")  # networks that it knows from here on, if there are any

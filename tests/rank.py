@@ -8,9 +8,9 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -34,13 +34,8 @@ from store.workers import use_threads
 RANK = int(os.environ.get("RANK", "0"))
 ROW = ["sweep.rows=1", "~sweep.draw.optim.epochs", "~sweep.draw.optim.lr", "~sweep.draw.optim.mixup"]
 ROW += ["optim.lr=1e-4", "tracking.every=1", "optim.steps=6", "optim.evaluate_every=3", "optim.keep=best"]
-ROW += [
-    "regularizer.ema=[0.9]",
-    "compute.save_every=2",
-    "compute.eval_batch=null",
-    "task.classes=10",
-    "model.frozen_stages=0",
-]
+ROW += ["regularizer.ema=[0.9]", "compute.save_every=2", "compute.eval_batch=null", "task.classes=10"]
+ROW += ["model.frozen_stages=0"]
 FITS = {0: 64, 1: 16}  # examples in the memory of each process
 AGREED = 8  # of them at once, half of the smaller, as room for what else is there
 COLLECTIVES = ("all_reduce", "broadcast", "broadcast_object_list", "barrier", "gather", "scatter", "gather_object")
@@ -116,29 +111,25 @@ def forbidden(*args, **kwargs):
     raise AssertionError("this must not happen here")
 
 
-def searched(look, example, device):
+def searched(evaluate, example, device):
     """The search on a GPU whose memory holds FITS[RANK] examples."""
 
     def attempt(examples):
         if examples > FITS[RANK]:
             raise torch.OutOfMemoryError
-        look(example.repeat(examples, *[1] * (example.ndim - 1)))
+        evaluate(example.repeat(examples, *[1] * (example.ndim - 1)))
 
     return eval.batch_size.largest_that_fits(attempt)
 
 
-@contextmanager
-def replaced(module, name, function):
-    before = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield before
-    finally:
-        setattr(module, name, before)
-
-
 def stop(*args, **kwargs):
     raise StoppedError
+
+
+def stopped_when_saved():
+    """Let a training stop when its first state is on disk."""
+    save = finetune.state.State.save
+    return patch.object(finetune.state.State, "save", lambda *state: (save(*state), stop()))
 
 
 def sweep(runs, processes):
@@ -159,7 +150,7 @@ def saved_again(file):
         load_state(state, path)
         state.save(file)
 
-    return replaced(finetune.state.State, "load", both)
+    return patch.object(finetune.state.State, "load", both)
 
 
 def main(folder):
@@ -182,16 +173,15 @@ def main(folder):
     processes = start_processes()
 
     # All rows from nothing, until the first state is written; then until row 1 is trained; then it is only scored.
-    with replaced(finetune.state.State, "save", stop) as save:
-        finetune.state.State.save = lambda *state: (save(*state), stop())
+    with stopped_when_saved():
         seen["first"] = sweep(folder / "two", processes)
     if processes.is_main:
         shutil.copytree(folder / "two", folder / "begun")
     score = finetune.finish.score
-    with replaced(finetune.finish, "score", lambda *a: score(*a) if a[2]["row"] != 1 else stop()):
+    with patch.object(finetune.finish, "score", lambda *a: score(*a) if a[2]["row"] != 1 else stop()):
         seen["second"] = sweep(folder / "two", processes)
     seen["unscored"] = sorted(path.name for path in (folder / "two/demo_tiny/ingredients/001").iterdir())
-    with replaced(finetune.train, "fine_tune", forbidden):
+    with patch.object(finetune.train, "fine_tune", forbidden):
         seen["third"] = sweep(folder / "two", processes)
     # A state that one process wrote, and one that is damaged.
     with saved_again(folder / "again.pt"):

@@ -30,7 +30,7 @@ from configs.errors import UserError
 from configs.schema import CONFIGS, load
 from configs.training import Model
 from finetune.dist import blocks, wrap
-from finetune.train import ALONE
+from finetune.train import ONE_PROCESS
 from models.backbones import preprocessing, skeleton
 from models.classifier import architecture, pretrained, random_head
 
@@ -258,7 +258,7 @@ def test_recomputed_activations_give_the_same_gradients_block_by_block(kind, dep
     compute, gradients, calls = load("demo_tiny").compute, [], []
     for recompute in (False, True):
         classifier = pretrained(model, NAMES)
-        network = wrap(classifier, replace(compute, gradient_checkpointing=recompute), ALONE).train()
+        network = wrap(classifier, replace(compute, gradient_checkpointing=recompute), ONE_PROCESS).train()
         parts = blocks(classifier)
         assert len(parts) == depth
         count = [0]

@@ -64,7 +64,7 @@ def test_every_row_parses_and_its_augmentation_and_optimiser_build():
         for optim in {row.optim for row in rows(name)}:
             assert build(optim, model).param_groups[0]["lr"] == optim.lr, name
         for regularizer in {row.regularizer for row in rows(name)}:
-            averages = Averages.of(start, regularizer, 10)
+            averages = Averages(start, regularizer, 10)
             averages.update(start, 9)
             assert set(averages.decays) == {f"ema_{decay}" for decay in regularizer.ema}, name
 

@@ -17,90 +17,73 @@ from eval.forward import Evaluator
 from finetune.data import TrainingBatches, augmentation, epoch_order, mixed_batch
 from finetune.dist import DivergedError, LateLosses
 from finetune.length import Length
-from finetune.train import ALONE, fine_tune, held_out_correct
+from finetune.train import ONE_PROCESS, held_out_correct
 from models.classifier import Classifier, pretrained, zero_shot_head
 from store.processes import Processes, use_kernels
 from tasks.ahead import made_ahead
-from tasks.load import class_names, load_split
-from tests.pools import small_network
+from tasks.load import class_names
+from tests.training import network, small_config, small_split, trained
 
-MINIMAL = Augment(kind="minimal", crop=0.9, magnitude=0, layers=0, increasing=True, flip=0.5)
-STRONG = Augment(kind="rand", crop=0.5, magnitude=9, layers=2, increasing=True, flip=0.5)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return load("demo_tiny", *small_network(tmp_path_factory.mktemp("network")), "optim.batch_size=8")
+MINIMAL = Augment(kind="minimal", crop=0.9)
+STRONG = Augment(kind="rand", crop=0.5, magnitude=9, layers=2)
 
 
 @pytest.fixture(scope="module")
-def train(config):
-    return load_split(config.task, "train")
+def config():
+    return replace(small_config(), augment=MINIMAL)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return small_split()
 
 
 @pytest.fixture
 def model(config):
-    torch.set_num_threads(1)
-    return pretrained(config.model, class_names(config.task))
+    return network(config)
 
 
 @pytest.fixture
 def clip():
     """The network of demo_tiny itself: with unit features, and stages that are not trained."""
-    torch.set_num_threads(1)
-    config = load("demo_tiny")
-    return pretrained(config.model, class_names(config.task))
+    return network(load("demo_tiny"))
 
 
-def run(model, train, config, folder, **changes):
-    """Train with changed settings of the optimiser, or of other groups and calls where they are named so."""
-    calls = {k: changes.pop(k) for k in ("after_step", "teacher", "held_out", "processes", "log") if k in changes}
-    groups = {k: changes.pop(k) for k in ("augment", "regularizer", "compute") if k in changes}
-    optim = replace(config.optim, **{"epochs": 2} | changes)
-    settings = replace(config, **{"optim": optim, "augment": MINIMAL} | groups)
-    return fine_tune(model, train, settings, run_seed=1, folder=folder, **calls)
-
-
-def batch_of(train, augment, step):
-    """The uint8 images of one step of eight images, 64 pixels wide, and which they are."""
-    length = Length(images=len(train), batch_size=8, steps_per_epoch=len(train) // 8, steps=500)
-    batches = TrainingBatches(train, augment, 64, length, run_seed=1, processes=ALONE)
-    return batches[step], batches.indices(step)
+def batches_of(train, augment, **settings):
+    """Batches of eight images, 64 pixels wide."""
+    length = Length(examples=len(train), batch_size=8, steps_per_epoch=len(train) // 8, steps=500)
+    return TrainingBatches(train, augment, 64, length, **{"run_seed": 1, "processes": ONE_PROCESS} | settings)
 
 
 @pytest.mark.parametrize("augment", [MINIMAL, STRONG], ids=["minimal", "rand"])
 def test_a_sample_looks_the_same_whatever_was_made_before_it(train, augment):
-    later, _ = batch_of(train, augment, 3)
-    batch_of(train, STRONG, 7)
+    later = batches_of(train, augment)[3]
+    batches_of(train, STRONG)[7]
     torch.rand(5)
-    again, _ = batch_of(train, augment, 3)
-    assert later.dtype == torch.uint8
-    assert later.shape == (8, 3, 64, 64)
-    assert torch.equal(later, again)
+    assert (later.dtype, later.shape) == (torch.uint8, (8, 3, 64, 64))
+    assert torch.equal(later, batches_of(train, augment)[3])
 
 
 def test_a_sample_looks_the_same_whichever_process_makes_it(train):
-    length = Length(images=len(train), batch_size=8, steps_per_epoch=len(train) // 8, steps=4)
-    whole = TrainingBatches(train, STRONG, 64, length, run_seed=1, processes=ALONE)
-    shares = [replace(whole, processes=Processes(rank, 2, torch.device("cpu"))) for rank in range(2)]
-    together = torch.cat([share[2] for share in shares])
-    order = torch.cat([share.indices(2) for share in shares])
+    whole = batches_of(train, STRONG)
+    parts = [replace(whole, processes=Processes(rank, 2, torch.device("cpu"))) for rank in range(2)]
+    together = torch.cat([part[2] for part in parts])
+    order = torch.cat([part.indices(2) for part in parts])
     assert torch.equal(whole[2][whole.indices(2).argsort()], together[order.argsort()])
-    ahead = list(made_ahead(replace(whole, first=2), workers=1))
-    assert len(ahead) == 2
-    assert torch.equal(ahead[0], whole[2])
+    prefetched = list(made_ahead(replace(whole, first=498), workers=1))
+    assert len(prefetched) == 2
+    assert torch.equal(prefetched[0], whole[498])
 
 
 def test_a_sample_looks_different_in_another_epoch_and_under_a_stronger_augmentation(train):
-    epoch = len(train) // 8
-    first, which = batch_of(train, STRONG, 0)
-    weak, _ = batch_of(train, MINIMAL, 0)
+    strong, weak = batches_of(train, STRONG), batches_of(train, MINIMAL)
+    first, which = strong[0], strong.indices(0)
     original = train.images[which].float()
-    assert (weak.float() - original).abs().mean() < (first.float() - original).abs().mean()
-    place = epoch_order(len(train), 1, 1).tolist().index(which[0].item())
-    later, found = batch_of(train, STRONG, epoch + place // 8)
-    assert found[place % 8] == which[0]
-    assert not torch.equal(first[0], later[place % 8])
+    assert (weak[0].float() - original).abs().mean() < (first.float() - original).abs().mean()
+    step, place = divmod(epoch_order(len(train), 1, 1).tolist().index(which[0].item()), 8)
+    step += len(train) // 8
+    assert strong.indices(step)[place] == which[0]
+    assert not torch.equal(first[0], strong[step][place])
 
 
 def test_an_epoch_that_the_steps_cut_short_is_one(config):
@@ -112,7 +95,7 @@ def test_an_epoch_that_the_steps_cut_short_is_one(config):
 def test_the_crop_keeps_the_share_that_it_says():
     # A picture of one white quarter: a crop of at least 0.9 of the area keeps its share near a quarter.
     image = Image.fromarray(np.kron([[255, 0], [0, 0]], np.ones((32, 32))).astype(np.uint8)).convert("RGB")
-    transform = augmentation(replace(MINIMAL, crop=0.9), 64)
+    transform = augmentation(MINIMAL, 64)
     for sample in range(20):
         seed_globals(sample)
         assert 0.15 < np.asarray(transform(image)).mean() / 255 < 0.37
@@ -128,15 +111,12 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
 def test_training_lowers_the_loss_and_moves_only_what_has_a_gradient(clip, train, tmp_path):
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     losses = []
-
-    assert run(clip, train, load("demo_tiny"), tmp_path, log=lambda row: losses.append(row["loss"])).finite
+    config = replace(load("demo_tiny"), augment=MINIMAL)
+    assert trained(config, train, tmp_path, clip, epochs=2, log=lambda row: losses.append(row["loss"])).finite
     assert losses[-1] < losses[0]
-    after = clip.state_dict()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert "head.weight" in moved
-    assert "tower.trunk.conv_stem.weight" not in moved
-    assert "tower.trunk.blocks.1.0.conv_pw.weight" not in moved
-    assert "tower.trunk.blocks.4.0.conv_pw.weight" in moved
+    moved = {name for name, tensor in clip.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert {"head.weight", "tower.trunk.blocks.4.0.conv_pw.weight"} < moved
+    assert moved.isdisjoint({"tower.trunk.conv_stem.weight", "tower.trunk.blocks.1.0.conv_pw.weight"})
     assert not {name for name in moved if "running_" in name or "num_batches" in name}
 
 
@@ -148,15 +128,13 @@ def test_an_interrupted_run_ends_with_the_same_bits(config, train, tmp_path):
         if step == 5:
             raise KilledError
 
-    names, often = class_names(config.task), replace(config.compute, save_every=2)
-    same = {"mixup": 0.3, "regularizer": Regularizer(ema=(0.9,), swa=Swa(start=0.0, every=1))}
-    whole = run(pretrained(config.model, names), train, config, tmp_path / "whole", **same)
+    same = {"epochs": 2, "mixup": 0.3, "regularizer": Regularizer(ema=(0.9,), swa=Swa(start=0.0, every=1))}
+    cut = same | {"compute": replace(config.compute, save_every=2)}
+    whole = trained(config, train, tmp_path / "whole", **same)
     with pytest.raises(KilledError):
-        run(pretrained(config.model, names), train, config, tmp_path / "cut", compute=often, after_step=die, **same)
+        trained(config, train, tmp_path / "cut", after_step=die, **cut)
     steps = []
-    resumed = run(
-        pretrained(config.model, names), train, config, tmp_path / "cut", compute=often, after_step=steps.append, **same
-    )
+    resumed = trained(config, train, tmp_path / "cut", after_step=steps.append, **cut)
     assert steps[0] == 5  # the state after step 4 was kept
     assert whole.weights.keys() == resumed.weights.keys() == {"raw", "ema_0.9", "swa"}
     for kind, weights in whole.weights.items():
@@ -168,40 +146,36 @@ def test_an_interrupted_run_ends_with_the_same_bits(config, train, tmp_path):
 def test_a_loss_that_is_not_finite_ends_training_and_says_so(model, train, config, tmp_path):
     with torch.no_grad():
         model.head.bias[0] = math.inf
-    assert not run(model, train, config, tmp_path).finite
+    assert not trained(config, train, tmp_path, model).finite
 
 
 @pytest.mark.parametrize("groups", [{}, {"regularizer": Regularizer(ema=(0.5,))}], ids=["raw", "with an average"])
-def test_a_last_step_that_no_loss_sees_ends_as_diverged_too(model, train, config, tmp_path, groups):
+def test_a_last_step_that_no_loss_sees_ends_as_diverged_too(train, config, tmp_path, groups):
     huge = {"kind": "sgd", "lr": 1e30, "weight_decay": 1e38}
-    ended = run(model, train, config, tmp_path, warmup_steps=0, steps=1, **huge, **groups)
+    ended = trained(config, train, tmp_path, warmup_steps=0, steps=1, **huge, **groups)
     assert not ended.finite
     assert ended.weights == {}
 
 
-def test_a_look_at_logits_that_are_no_numbers_ends_as_diverged(model, train, config, tmp_path):
-    looks = iter([(3, 10), None])
-    rows = []
-    ended = run(
-        model, train, config, tmp_path, steps=3, evaluate_every=1, held_out=lambda model: next(looks), log=rows.append
-    )
-    assert not ended.finite
+def test_an_evaluation_whose_logits_are_no_numbers_ends_as_diverged(train, config, tmp_path):
+    counts, rows = iter([(3, 10), None]), []
+    held_out = lambda model: next(counts)  # noqa: E731
+    assert not trained(config, train, tmp_path, evaluate_every=1, held_out=held_out, log=rows.append).finite
     assert [row["step"] for row in rows if "weights" in row] == [1]
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_process_says_so_where_the_logits_of_a_look_are_no_numbers(model, config, monkeypatch, world):
+def test_every_process_says_so_where_the_logits_of_an_evaluation_are_no_numbers(model, config, monkeypatch, world):
     evaluator = Evaluator(config)
     with torch.no_grad():
         model.head.weight[0, 0] = math.nan
     monkeypatch.setattr("finetune.train.sum_over", lambda both: both)
-    assert [
-        held_out_correct(evaluator, Processes(rank, world, torch.device("cpu")), model) for rank in range(world)
-    ] == ([None] * world)
+    for rank in range(world):
+        assert held_out_correct(evaluator, Processes(rank, world, torch.device("cpu")), model) is None
 
 
 def test_a_loss_is_read_one_step_late_unless_something_is_made_of_it():
-    losses = LateLosses(ALONE)
+    losses = LateLosses()
     losses.add(torch.tensor(1.0), stop=False)
     assert losses.read(newest=False) == []
     losses.add(torch.tensor(2.0), stop=True)
@@ -216,10 +190,10 @@ def test_a_loss_is_read_one_step_late_unless_something_is_made_of_it():
 def test_dropout_on_gpus_has_a_seed_of_run_step_and_process(monkeypatch):
     seeds = []
     monkeypatch.setattr("torch.cuda.manual_seed_all", seeds.append)
-    leave = lambda inputs, labels: (inputs, labels)  # noqa: E731
 
     def last_seed(run_seed, step, rank, world):
         processes = Processes(rank, world, torch.device("cpu"))
+        leave = lambda inputs, labels: (inputs, labels)  # noqa: E731
         mixed_batch(torch.zeros(2, 4), torch.zeros(2), leave, run_seed=run_seed, step=step, processes=processes)
         return seeds[-1]
 
@@ -229,21 +203,23 @@ def test_dropout_on_gpus_has_a_seed_of_run_step_and_process(monkeypatch):
     assert found == {key: last_seed(*key) for key in keys}  # whatever was drawn before, as after a restart
 
 
-def test_gradients_are_not_looked_at_where_nothing_is_clipped(model, train, config, tmp_path, monkeypatch):
+def test_gradients_are_not_looked_at_where_nothing_is_clipped(train, config, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: pytest.fail("a pass over all gradients"))
-    assert run(model, train, config, tmp_path, steps=1, clip_norm=None).finite
+    assert trained(config, train, tmp_path, steps=1, clip_norm=None).finite
 
 
-def test_a_teacher_computes_in_the_precision_of_its_student(model, train, config, tmp_path):
+def test_a_teacher_computes_in_the_precision_of_its_student(train, config, tmp_path):
     precisions = []
 
     def teacher(images):
         precisions.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-        return torch.zeros(len(images), model.num_classes, dtype=torch.bfloat16)
+        return torch.zeros(len(images), config.task.size, dtype=torch.bfloat16)
 
-    taught = Regularizer(distill=Distill(rows=(1,)))
-    compute = replace(config.compute, precision="bf16")
-    assert run(model, train, config, tmp_path, steps=1, teacher=teacher, regularizer=taught, compute=compute).finite
+    groups = {
+        "regularizer": Regularizer(distill=Distill(rows=(1,))),
+        "compute": replace(config.compute, precision="bf16"),
+    }
+    assert trained(config, train, tmp_path, steps=1, teacher=teacher, **groups).finite
     assert precisions == [torch.bfloat16]
 
 
@@ -270,17 +246,19 @@ def test_a_gpu_computes_as_the_settings_say_and_a_cpu_is_left_alone(config, monk
         torch.use_deterministic_algorithms(before[3])
 
 
-def test_a_damaged_state_is_named(model, train, config, tmp_path):
-    run(model, train, config, tmp_path, epochs=1)
+def test_a_state_that_is_damaged_or_of_another_training_is_named(train, config, tmp_path):
+    trained(config, train, tmp_path, steps=1)
+    with pytest.raises(UserError, match=r"of another training .*exp_avg.* is unknown\): delete the file to start"):
+        trained(config, train, tmp_path, steps=2, kind="sgd")
     state = tmp_path / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"state.pt is damaged .*delete the file to start this row anew"):
-        run(model, train, config, tmp_path, epochs=2)
+        trained(config, train, tmp_path, steps=2)
 
 
-def test_a_batch_larger_than_the_training_set_is_refused(model, train, config, tmp_path):
+def test_a_batch_larger_than_the_training_set_is_refused(train, config, tmp_path):
     with pytest.raises(UserError, match=f"more than the {len(train.labels)} training images"):
-        run(model, train, config, tmp_path, batch_size=5000)
+        trained(config, train, tmp_path, steps=None, batch_size=5000)
 
 
 def test_features_have_unit_norm_and_logits_are_linear_in_them(clip, train):

@@ -16,78 +16,71 @@ from tests.readers import FOLDERS, prompted_model
 class Clock:
     """Seconds that pass when the test says so."""
 
-    def __init__(self):
-        self.now = 1000.0
+    now = 1000.0
 
     def __call__(self):
         return self.now
 
 
-@pytest.fixture
-def clock():
-    return Clock()
+class Timed(Meter):
+    """A meter under a clock of its own."""
+
+    def __init__(self, **settings):
+        super().__init__(clock=Clock(), **settings)
+
+    def take(self, steps, seconds, examples=8):
+        for _ in range(steps):
+            self.clock.now += seconds
+            self.step(examples)
+
+    def pause(self, seconds):
+        self.clock.now += seconds
+        self.resume()
 
 
-def take(meter, clock, steps, seconds, images=8):
-    for _ in range(steps):
-        clock.now += seconds
-        meter.step(images)
-
-
-def lines_of(meter, clock, steps, seconds, width=200, **console):
+def lines_of(meter, steps, seconds, width=200, **console):
     """What is printed while a training takes its steps."""
     out = io.StringIO()
-    with show_progress(meter, "row 3", Console(file=out, width=width, **console)) as tell:
+    with show_progress(meter, "row 3", Console(file=out, width=width, **console)) as progress:
         for step in range(meter.first + 1, meter.first + steps + 1):
-            take(meter, clock, 1, seconds)
-            tell(step, 1 / step)
+            meter.take(1, seconds)
+            progress(step, 1 / step)
     return out.getvalue().splitlines()
 
 
-def test_examples_per_second_leave_out_the_first_step_and_what_was_no_training(clock):
-    meter = Meter(total=10, clock=clock)
-    take(meter, clock, 1, seconds=60)  # compilation
+def test_examples_per_second_leave_out_the_first_step_and_what_was_no_training():
+    meter = Timed(total=10)
+    meter.take(1, seconds=60)  # compilation
     assert meter.examples_per_second is meter.seconds_left is None
-    take(meter, clock, 1, seconds=1)
-    clock.now += 500  # a look at held-out
-    meter.resume()
-    take(meter, clock, 1, seconds=3)
+    meter.take(1, seconds=1)
+    meter.pause(500)  # an evaluation on held-out
+    meter.take(1, seconds=3)
     assert meter.examples_per_second == 16 / 4
 
 
-def test_examples_per_second_are_those_of_the_last_hundred_steps(clock):
-    meter = Meter(total=1000, clock=clock)
-    take(meter, clock, 100, seconds=1)
-    take(meter, clock, 100, seconds=0.5)
+def test_examples_per_second_are_those_of_the_last_hundred_steps():
+    meter = Timed(total=1000)
+    meter.take(100, seconds=1)
+    meter.take(100, seconds=0.5)
     assert meter.examples_per_second == 16
 
 
-def test_the_time_left_has_pauses_as_often_as_they_were(clock):
-    meter = Meter(total=100, clock=clock)
-    take(meter, clock, 10, seconds=2)
-    clock.now += 30
-    meter.resume()  # 3 seconds for each of the 10 steps
-    assert meter.seconds_left == pytest.approx(90 * (2 + 3))
+@pytest.mark.parametrize(("first", "steps"), [(0, 10), (60, 4)], ids=["from the start", "resumed"])
+def test_the_time_left_is_that_of_the_steps_to_come_with_pauses_as_often_as_they_were(first, steps):
+    meter = Timed(total=100, first=first)
+    meter.take(steps, seconds=2)
+    left = 100 - first - steps
+    assert meter.seconds_left == pytest.approx(left * 2)
+    meter.pause(30)
+    assert meter.seconds_left == pytest.approx(left * (2 + 30 / steps))
 
 
-def test_a_resumed_training_counts_only_its_own_steps_and_what_is_left(clock):
-    meter = Meter(total=100, first=60, clock=clock)
-    take(meter, clock, 4, seconds=2)
-    assert meter.seconds_left == pytest.approx(36 * 2)
-    clock.now += 8
-    meter.resume()
-    assert meter.seconds_left == pytest.approx(36 * (2 + 8 / 4))
-
-
-def test_utilisation_is_the_share_of_the_peak_and_unknown_without_it(clock):
-    meter = Meter(total=10, flops=3e9, peak=120e9, clock=clock)
-    take(meter, clock, 3, seconds=1, images=10)
-    assert meter.mfu == pytest.approx(10 * 3e9 / 120e9)
-    assert meter.rates() == {"examples_per_second": 10, "mfu": meter.mfu}
-    for unknown in (Meter(total=10, flops=3e9, clock=clock), Meter(total=10, peak=1e9, clock=clock)):
-        take(unknown, clock, 3, seconds=1)
-        assert unknown.mfu is None
-        assert unknown.rates() == {"examples_per_second": 8}
+def test_utilisation_is_the_share_of_the_peak_and_unknown_without_it():
+    for known, share in (({"flops": 3e9, "peak": 120e9}, 0.25), ({"flops": 3e9}, None), ({"peak": 1e9}, None)):
+        meter = Timed(total=10, **known)
+        meter.take(3, seconds=1, examples=10)
+        assert meter.mfu == (None if share is None else pytest.approx(share))
+        assert meter.rates() == {"examples_per_second": 10} | ({} if share is None else {"mfu": meter.mfu})
 
 
 def image(size):
@@ -175,28 +168,29 @@ def test_the_peak_is_that_of_the_very_card_or_unknown(name, precision, tera):
     assert peak == (None if tera is None else pytest.approx(tera * 1e12))
 
 
-def test_a_log_has_a_line_every_30_seconds_and_one_at_the_end(clock):
-    lines = lines_of(Meter(total=100, flops=1e9, peak=16e9, clock=clock), clock, steps=100, seconds=1)
+def test_a_log_has_a_line_every_30_seconds_and_one_at_the_end():
+    lines = lines_of(Timed(total=100, flops=1e9, peak=16e9), steps=100, seconds=1)
     assert [line.split(" of ")[0] for line in lines] == [f"row 3: step {n}" for n in (30, 60, 90, 100)]
     assert lines[1] == "row 3: step 60 of 100 after 0:01:00, loss 0.01667, 8 examples/s, MFU 50.0 %, 0:00:40 left"
 
 
-def test_a_log_of_a_resumed_training_goes_on_from_its_step(clock):
-    (line,) = lines_of(Meter(total=100, first=60, clock=clock), clock, steps=10, seconds=2)
+def test_a_log_of_a_resumed_training_goes_on_from_its_step():
+    (line,) = lines_of(Timed(total=100, first=60), steps=10, seconds=2)
     assert line == "row 3: step 70 of 100 after 0:00:20, loss 0.01429, 4 examples/s, 0:01:00 left"
 
 
-def test_a_training_that_fails_says_where_it_was(clock):
-    out, meter = io.StringIO(), Meter(total=100, clock=clock)
-    with pytest.raises(ValueError, match="broken"), show_progress(meter, "row 3", Console(file=out, width=200)) as tell:
-        take(meter, clock, 1, seconds=1)
-        tell(1, 0.5)
+def test_a_training_that_fails_says_where_it_was():
+    out, meter = io.StringIO(), Timed(total=100)
+    console = Console(file=out, width=200)
+    with pytest.raises(ValueError, match="broken"), show_progress(meter, "row 3", console) as progress:
+        meter.take(1, seconds=1)
+        progress(1, 0.5)
         raise ValueError("broken")
     assert out.getvalue() == "row 3: step 1 of 100 after 0:00:01, loss 0.5\n"
 
 
-def test_a_terminal_has_a_bar_and_the_same_numbers_even_where_it_is_narrow(clock):
-    meter = Meter(total=7185, first=60, flops=1e9, peak=16e9, clock=clock)
-    shown = lines_of(meter, clock, steps=10, seconds=2, width=80, force_terminal=True, no_color=True)
+def test_a_terminal_has_a_bar_and_the_same_numbers_even_where_it_is_narrow():
+    meter = Timed(total=7185, first=60, flops=1e9, peak=16e9)
+    shown = lines_of(meter, steps=10, seconds=2, width=80, force_terminal=True, no_color=True)
     bar = re.sub(r"\x1b\[[\d?]*\w", "", shown[-2])
     assert " ".join(bar.split()) == "row 3 70/7185 0:00:20, loss 0.01429, 4 examples/s, MFU 25.0 %, 3:57:10 left"

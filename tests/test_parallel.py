@@ -82,22 +82,22 @@ def started(tmp_path_factory):
         initialise(tied("tied start"))
         for strategy in ("ddp", "fsdp"):
             configs[strategy, "tied"] = tied(f"tied {strategy}", f"compute.strategy={strategy}")
-            pair.tell(configs[strategy, "tied"])
+            pair.train(configs[strategy, "tied"])
         initialise(settings(folder / "start", SGD))
         for name, (what, how) in EQUAL.items():
             configs[name] = from_the_start(name, what, how)
-            pair.tell(configs[name])
+            pair.train(configs[name])
         configs["own sam"] = from_the_start("own sam", OWN_SAM)
-        pair.tell(configs["own sam"])
+        pair.train(configs["own sam"])
         for name, (what, how) in SHARED.items():
             first, last = f"{name}, begun by two", f"{name}, ended by two"
             configs |= {each: from_the_start(each, what, how) for each in (first, last)}
-            pair.tell(configs[first], stop=STOP)
+            pair.train(configs[first], stop=STOP)
             with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
                 stop = partial(stop_after, {"stop": STOP, "kill": False})
                 patch.setattr("finetune.train.fine_tune", partial(fine_tune, after_step=stop))
                 train_row(settings(folder / last, what), 1)
-            pair.tell(configs[last])
+            pair.train(configs[last])
         for what in (SGD, BEST, SAM):
             by_one[tuple(what)] = from_the_start(f"one{len(by_one)}", what)
             train_row(by_one[tuple(what)], 1)
@@ -107,18 +107,18 @@ def started(tmp_path_factory):
 
 
 def made(config):
-    """What a row left: the loss of every step, what held-out looks counted, the best, and weights of each kind."""
+    """What a row left: the loss of every step, the counts of evaluations on held-out, and weights of each kind."""
     folder = RunFolder.of(config).ingredient(1)
     rows = read_jsonl(folder / "metrics.jsonl")
     points = [row["loss"] for row in rows if "loss" in row and "epoch" not in row]
-    looks = [row for row in rows if "weights" in row]
-    return points, looks, {path.stem: load_weights(path) for path in folder.glob("*.safetensors")}
+    counts = [row for row in rows if "weights" in row]
+    return points, counts, {path.stem: load_weights(path) for path in folder.glob("*.safetensors")}
 
 
 def assert_equal(config, expected):
-    (points, looks, kinds), (points_of_one, looks_of_one, kinds_of_one) = made(config), made(expected)
+    (points, counts, kinds), (points_of_one, counts_of_one, kinds_of_one) = made(config), made(expected)
     assert len(points) == STEPS and points == pytest.approx(points_of_one, rel=1e-9)
-    assert looks == looks_of_one and len(looks) == STEPS // 2 * len(kinds)
+    assert counts == counts_of_one and len(counts) == STEPS // 2 * len(kinds)
     assert kinds.keys() == kinds_of_one.keys() >= {"weights"}
     for kind, weights in kinds_of_one.items():
         assert kinds[kind].keys() == weights.keys()  # a tied tensor once, whoever wrote it

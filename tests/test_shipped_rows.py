@@ -1,7 +1,7 @@
 """Every shipped row trains: each combination of settings that the experiment files have, on a miniature of its network.
 
-Two processes take two steps, look at held-out and keep their state; one process goes on from there, ends the row and
-scores it, and has the losses and weights of a row that one process trained. New experiments enter by themselves.
+Two processes take two steps, evaluate on held-out and keep their state; one process goes on from there, ends the row
+and scores it, and has the losses and weights of a row that one process trained. New experiments enter by themselves.
 
 On a machine with GPUs the same rows train there, by nccl and on as many processes as there are GPUs, and the speed and
 memory of the published networks are measured:  make gpu-check
@@ -209,7 +209,7 @@ def by_one(config: Experiment, runs: Path | None = None) -> Experiment:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the pair was told to do."""
+    """The jobs of the pair."""
 
     pair: object
     rows: dict  # experiment -> its combinations
@@ -237,13 +237,13 @@ def trained(tmp_path_factory):
                 whole[one] = by_one(configs[one], folder / f"{i}-whole")
         for config in [*whole.values(), *(configs[one] for one in order[:-1])]:
             begin(config, made)
-            pair.tell(config, config.sweep.size, stop=STOP)
+            pair.train(config, config.sweep.size, stop=STOP)
         ended = ends(configs[order[-1]], folder)
         for config, more in ended.values():
             begin(config, made)
-            pair.tell(config, **more)
+            pair.train(config, **more)
         begin(configs[order[-1]], made)
-        pair.tell(configs[order[-1]], stop=STOP, kill=True)
+        pair.train(configs[order[-1]], stop=STOP, kill=True)
         yield Trained(pair, rows, configs, whole, {name: config for name, (config, _) in ended.items()}, {})
 
 
@@ -262,7 +262,7 @@ def ends(config, folder):
     """Rows that the pair trains to the end: one that is scored for longer than processes wait, two that diverge."""
     short = replace(config.optim, steps=1, keep="last", evaluate_every=0)
     large = replace(short, lr=1e30, warmup_steps=0)
-    optims = {"slow": short, "diverged": large, "diverged at a look": replace(large, evaluate_every=1)}
+    optims = {"slow": short, "diverged": large, "diverged at an evaluation": replace(large, evaluate_every=1)}
     compute = replace(config.compute, eval_batch=24)
     found = {
         name: replace(config, optim=optim, compute=compute, paths=replace(config.paths, runs=folder / name))
@@ -344,7 +344,7 @@ def test_a_row_ends_although_its_scoring_takes_longer_than_processes_wait(traine
     assert train_row(by_one(config), 1)["status"] == "done"  # it is, already
 
 
-@pytest.mark.parametrize("name", ["diverged", "diverged at a look"])
+@pytest.mark.parametrize("name", ["diverged", "diverged at an evaluation"])
 def test_a_row_that_diverges_ends_so_in_all_processes(name, trained):
     config = trained.ended[name]
     assert trained.pair.outcomes(config) == ["ended"] * WORLD

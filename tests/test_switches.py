@@ -24,44 +24,52 @@ from finetune.data import augmentation, augmentation_of_epoch, local_batch
 from finetune.dist import wrap
 from finetune.length import largest_world, refuse_unequal_shares
 from finetune.optim import build, classification_loss, distillation_loss, learning_rate, perturbed
-from finetune.train import fine_tune, held_out_correct
-from models.classifier import pretrained
+from finetune.train import held_out_correct
 from soups.files.atomic import read_jsonl
 from store.processes import Processes
-from tasks.load import class_names, load_split
 from tasks.split import ImageSplit
-from tests.pools import small_network
+from tests.training import distance, network, small_config, small_split, trained
 
 OPTIM = Optim(
     lr=0.1, weight_decay=0.0, epochs=1, batch_size=2, warmup_steps=0, clip_norm=None, label_smoothing=0.0, mixup=0.0
 )
-SOME = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -2.0]])
+LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -2.0]])
+KINDS = ("sgd", "adam", "adamw", "rmsprop", "adafactor")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    torch.set_num_threads(1)
-    return load("demo_tiny", *small_network(tmp_path_factory.mktemp("network")), "optim.batch_size=8")
+def config():
+    return small_config()
 
 
 @pytest.fixture(scope="module")
-def train(config):
-    return load_split(config.task, "train")
-
-
-def train_some(config, train, folder, *, optim=None, groups=None, **calls):
-    model = pretrained(config.model, class_names(config.task))
-    settings = replace(config, optim=replace(config.optim, **{"steps": 3} | (optim or {})), **(groups or {}))
-    return fine_tune(model, train, settings, run_seed=1, folder=folder, **calls)
-
-
-def distance(one, two):
-    return max((one[name].double() - two[name].double()).abs().max().item() for name in one)
+def train():
+    return small_split()
 
 
 @pytest.fixture(scope="module")
 def plain(config, train, tmp_path_factory):
-    return train_some(config, train, tmp_path_factory.mktemp("plain")).weights["raw"]
+    """The weights after three steps without any switch."""
+    return trained(config, train, tmp_path_factory.mktemp("plain")).weights["raw"]
+
+
+def of_world(world):
+    """Processes 0, 1, ... on the CPU, of which none runs."""
+    return [Processes(rank, world, torch.device("cpu")) for rank in range(world)]
+
+
+def layer_of(value, *shape):
+    """A linear layer whose weights and biases have one value."""
+    layer = torch.nn.Linear(*shape)
+    for parameter in layer.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return layer
+
+
+def step(optimizer, layer, gradient):
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.step()
 
 
 # One step on w = 1 with gradient 2 and lr 0.1, worked out by hand from each method's definition.
@@ -76,12 +84,8 @@ def plain(config, train, tmp_path_factory):
     ],
 )
 def test_each_optimiser_takes_the_step_of_its_definition(kind, after):
-    layer = torch.nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        layer.weight.fill_(1.0)
-    optimizer = build(replace(OPTIM, kind=kind), layer)
-    layer.weight.grad = torch.tensor([[2.0]])
-    optimizer.step()
+    layer = layer_of(1.0, 1, 1)
+    step(build(replace(OPTIM, kind=kind), layer), layer, 2.0)
     assert layer.weight.item() == pytest.approx(after, abs=1e-4)
 
 
@@ -106,30 +110,25 @@ def test_adafactor_moves_small_weights_as_far_as_adamw_does():
 def test_adafactor_has_a_momentum_only_where_one_is_set():
     states = {}
     for momentum in (0.0, 0.9):
-        layer = torch.nn.Linear(40, 40)
+        layer = layer_of(1.0, 40, 40)
         optimizer = build(replace(OPTIM, kind="adafactor", momentum=momentum), layer)
-        layer.weight.grad = torch.ones(40, 40)
-        optimizer.step()
+        step(optimizer, layer, 1.0)
         states[momentum] = optimizer.state[layer.weight]
     assert states[0.0].keys() == {"step", "exp_avg_sq_r", "exp_avg_sq_c"}
     assert states[0.9]["exp_avg"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "rmsprop", "adafactor"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_optimiser_decays_matrices_and_spares_biases(kind):
     moved = []
     for decay in (0.0, 0.5):
-        layer = torch.nn.Linear(2, 2)
-        with torch.no_grad():
-            layer.weight.fill_(1.0)
-            layer.bias.fill_(1.0)
+        layer = layer_of(1.0, 2, 2)
         optimizer = build(replace(OPTIM, kind=kind, weight_decay=decay), layer)
-        layer.weight.grad, layer.bias.grad = torch.full((2, 2), 0.1), torch.full((2,), 0.1)
-        optimizer.step()
-        optimizer.step()
-        moved.append((layer.weight.detach().clone(), layer.bias.detach().clone()))
-    assert not torch.allclose(moved[0][0], moved[1][0])
-    assert torch.equal(moved[0][1], moved[1][1])
+        for _ in range(2):
+            step(optimizer, layer, 0.1)
+        moved.append(layer)
+    assert not torch.allclose(moved[0].weight, moved[1].weight)
+    assert torch.equal(moved[0].bias, moved[1].bias)
 
 
 @pytest.mark.parametrize(
@@ -148,46 +147,46 @@ def test_schedules_are_their_closed_forms_after_the_warm_up(schedule, rates):
 
 def test_binary_cross_entropy_asks_of_every_class_on_its_own():
     targets = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.7, 0.3]])
-    by_hand = -(targets * SOME.sigmoid().log() + (1 - targets) * (1 - SOME.sigmoid()).log()).sum() / 2
-    assert classification_loss(replace(OPTIM, loss="bce"), SOME, targets).item() == pytest.approx(by_hand.item())
-    softmax = -(targets * SOME.log_softmax(dim=1)).sum() / 2
-    assert classification_loss(OPTIM, SOME, targets).item() == pytest.approx(softmax.item())
+    by_hand = -(targets * LOGITS.sigmoid().log() + (1 - targets) * (1 - LOGITS.sigmoid()).log()).sum() / 2
+    assert classification_loss(replace(OPTIM, loss="bce"), LOGITS, targets).item() == pytest.approx(by_hand.item())
+    softmax = -(targets * LOGITS.log_softmax(dim=1)).sum() / 2
+    assert classification_loss(OPTIM, LOGITS, targets).item() == pytest.approx(softmax.item())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_distillation_at_equal_logits_is_the_entropy_of_the_teacher(temperature):
-    shares = (SOME / temperature).softmax(dim=1)
+    shares = (LOGITS / temperature).softmax(dim=1)
     entropy = -(shares * shares.log()).sum(dim=1).mean()
-    found = distillation_loss(SOME, SOME, temperature)
+    found = distillation_loss(LOGITS, LOGITS, temperature)
     assert found.item() == pytest.approx(temperature**2 * entropy.item())
-    assert distillation_loss(SOME + torch.tensor([1.0, 0, 0]), SOME, temperature) > found
+    assert distillation_loss(LOGITS + torch.tensor([1.0, 0, 0]), LOGITS, temperature) > found
 
 
 def test_distillation_follows_its_teacher_and_its_weight(config, train, plain, tmp_path):
-    classes = len(class_names(config.task))
-    teacher = lambda images: 20 * F.one_hot(torch.zeros(len(images), dtype=torch.long), classes).float()  # noqa: E731
-    taught = {
-        weight: train_some(
-            config,
-            train,
-            tmp_path / str(weight),
-            groups={"regularizer": Regularizer(distill=Distill(rows=(1,), weight=weight))},
-            teacher=teacher,
-        ).weights["raw"]
-        for weight in (0.0, 1.0)
-    }
+    teacher = lambda images: 20 * F.one_hot(torch.zeros(len(images), dtype=torch.long), config.task.size).float()  # noqa: E731
+    taught = {}
+    for weight in (0.0, 1.0):
+        distill = Regularizer(distill=Distill(rows=(1,), weight=weight))
+        found = trained(config, train, tmp_path / str(weight), regularizer=distill, teacher=teacher)
+        taught[weight] = found.weights["raw"]
     assert distance(plain, taught[0.0]) == 0
     assert taught[1.0]["head.bias"].argmax() == 0
 
 
+def averaged(values, steps=None, **regularizer):
+    """Averages of a model with one weight, which starts as the first value and has each other one after a step."""
+    averages = Averages({"w": torch.tensor([values[0]])}, Regularizer(**regularizer), steps or len(values) - 1)
+    for number, value in enumerate(values[1:]):
+        averages.update({"w": torch.tensor([value])}, number)
+    return {kind: weights["w"] for kind, weights in averages.weights().items()}
+
+
 def test_an_ema_is_its_closed_form_at_several_decays_at_once():
     values = [1.0, 3.0, -2.0, 5.0]
-    averages = Averages.of({"w": torch.tensor([values[0]])}, Regularizer(ema=(0.9, 0.5)), steps=3)
-    for step, value in enumerate(values[1:]):
-        averages.update({"w": torch.tensor([value])}, step)
+    found = averaged(values, ema=(0.9, 0.5))
     for decay in (0.9, 0.5):
         closed = decay**3 * values[0] + sum((1 - decay) * decay ** (3 - i) * values[i] for i in (1, 2, 3))
-        assert averages.weights()[f"ema_{decay}"]["w"].item() == pytest.approx(closed)
+        assert found[f"ema_{decay}"].item() == pytest.approx(closed)
 
 
 def test_averages_of_one_precision_move_together_and_to_the_same_bits(monkeypatch):
@@ -196,7 +195,7 @@ def test_averages_of_one_precision_move_together_and_to_the_same_bits(monkeypatc
     start, weights, moved = draw(), draw(), []
     together = torch._foreach_lerp_
     monkeypatch.setattr("torch._foreach_lerp_", lambda *call: (moved.append(len(call[0])), together(*call))[1])
-    averages = Averages.of(start, Regularizer(ema=(0.9, 0.9999999)), steps=3)
+    averages = Averages(start, Regularizer(ema=(0.9, 0.9999999)), steps=3)
     averages.update(weights, 0)
     assert moved == [3]  # the other average is float64, and takes one wide copy of the weights at a time
     for key in "012":
@@ -205,34 +204,27 @@ def test_averages_of_one_precision_move_together_and_to_the_same_bits(monkeypatc
 
 def test_a_ramp_starts_with_low_decays_and_ends_with_the_full_one():
     values = [1.0, 3.0, -2.0, 5.0]
-    averages = Averages.of({"w": torch.tensor([values[0]])}, Regularizer(ema=(0.22,), ema_ramp=True), steps=3)
     expected = values[0]
-    for step, (value, decay) in enumerate(zip(values[1:], (2 / 11, 0.22, 0.22), strict=True)):
-        averages.update({"w": torch.tensor([value])}, step)
+    for value, decay in zip(values[1:], (2 / 11, 0.22, 0.22), strict=True):
         expected = decay * expected + (1 - decay) * value
-    assert averages.weights()["ema_0.22"]["w"].item() == pytest.approx(expected)
+    assert averaged(values, ema=(0.22,), ema_ramp=True)["ema_0.22"].item() == pytest.approx(expected)
 
 
 def test_an_ema_of_almost_no_forgetting_still_moves():
-    averages = Averages.of({"w": torch.tensor([1.0])}, Regularizer(ema=(0.9999999,)), steps=1000)
-    for step in range(1000):
-        averages.update({"w": torch.tensor([1.5])}, step)
-    found = averages.weights()["ema_0.9999999"]["w"]
+    found = averaged([1.0, *[1.5] * 1000], ema=(0.9999999,))["ema_0.9999999"]
     assert found.item() == pytest.approx(1 + 0.5 * (1 - 0.9999999**1000), abs=1e-7)
     assert found.item() > 1
     assert found.dtype == torch.float32
 
 
 def test_swa_is_the_plain_mean_of_the_models_from_its_start_on():
-    averages = Averages.of({"w": torch.zeros(1)}, Regularizer(swa=Swa(start=0.5, every=2)), steps=8)
-    for step in range(8):
-        averages.update({"w": torch.tensor([float(10**step)])}, step)
-    assert averages.weights()["swa"]["w"].item() == pytest.approx((10**4 + 10**6) / 2)
+    found = averaged([0.0, *(float(10**number) for number in range(8))], swa=Swa(start=0.5, every=2))["swa"]
+    assert found.item() == pytest.approx((10**4 + 10**6) / 2)
 
 
 def test_averages_of_a_training_are_kept_beside_its_last_weights(config, train, plain, tmp_path):
     regularizer = Regularizer(ema=(0.5,), swa=Swa(start=0.0, every=1))
-    found = train_some(config, train, tmp_path, groups={"regularizer": regularizer}).weights
+    found = trained(config, train, tmp_path, regularizer=regularizer).weights
     assert list(found) == ["raw", "ema_0.5", "swa"]
     assert distance(plain, found["raw"]) == 0
     assert distance(found["raw"], found["ema_0.5"]) > 0
@@ -263,37 +255,35 @@ def test_sam_puts_the_weights_back_after_an_error_and_stands_still_without_a_gra
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"optim": {"kind": kind}} for kind in ("sgd", "adam", "rmsprop", "adafactor")),
-        {"optim": {"lr": 2e-3}},
-        {"optim": {"weight_decay": 3.0}},
-        {"optim": {"label_smoothing": 0.2}},
-        {"optim": {"mixup": 0.5}},
-        {"optim": {"loss": "bce"}},
-        {"optim": {"cutmix": 1.0}},
-        {"optim": {"clip_norm": 0.01}},
-        {"optim": {"momentum": 0.5, "kind": "sgd"}},
-        {"groups": {"regularizer": Regularizer(sam=Sam(rho=0.5, synchronised=True))}},
-        {"groups": {"augment": Augment(kind="medium", crop=0.5, color_jitter=0.4)}},
-        {"groups": {"augment": Augment(kind="auto", crop=0.9)}},
+        *({"kind": kind} for kind in KINDS if kind != "adamw"),
+        {"lr": 2e-3},
+        {"weight_decay": 3.0},
+        {"label_smoothing": 0.2},
+        {"mixup": 0.5},
+        {"loss": "bce"},
+        {"cutmix": 1.0},
+        {"clip_norm": 0.01},
+        {"momentum": 0.5, "kind": "sgd"},
+        {"regularizer": Regularizer(sam=Sam(rho=0.5, synchronised=True))},
+        {"augment": Augment(kind="medium", crop=0.5, color_jitter=0.4)},
+        {"augment": Augment(kind="auto", crop=0.9)},
     ],
     ids=str,
 )
 def test_every_switch_changes_the_training(changes, config, train, plain, tmp_path):
-    assert distance(plain, train_some(config, train, tmp_path, **changes).weights["raw"]) > 0
+    assert distance(plain, trained(config, train, tmp_path, **changes).weights["raw"]) > 0
 
 
 def test_a_frozen_head_stays_as_it_was_initialised(train, tmp_path):
-    config = load("demo_tiny", *small_network(tmp_path), "optim.batch_size=8", "model.train_head=false")
-    start = pretrained(config.model, class_names(config.task)).state_dict()
-    found = train_some(config, train, tmp_path).weights["raw"]
+    config = small_config("model.train_head=false")
+    start, found = network(config).state_dict(), trained(config, train, tmp_path).weights["raw"]
     assert torch.equal(found["head.weight"], start["head.weight"])
     assert distance(start, found) > 0
 
 
 def test_batch_norm_statistics_move_only_where_they_are_not_frozen(train, plain, tmp_path):
-    config = load("demo_tiny", *small_network(tmp_path), "optim.batch_size=8", "model.frozen_batch_norm=false")
-    start = pretrained(config.model, class_names(config.task)).state_dict()
-    found = train_some(config, train, tmp_path).weights["raw"]
+    config = small_config("model.frozen_batch_norm=false")
+    start, found = network(config).state_dict(), trained(config, train, tmp_path).weights["raw"]
     statistics = [name for name in start if "running_mean" in name]
     assert statistics
     assert all(torch.equal(plain[name], start[name]) for name in statistics)
@@ -301,17 +291,14 @@ def test_batch_norm_statistics_move_only_where_they_are_not_frozen(train, plain,
 
 
 def test_the_memory_format_is_the_one_of_the_config_and_changes_last_bits_only(config, train, plain, tmp_path):
-    found = {}
+    apart = {}
     for on in (True, False):
-        model = pretrained(config.model, class_names(config.task))
-        settings = replace(
-            config, optim=replace(config.optim, steps=3), compute=replace(config.compute, channels_last=on)
-        )
-        found[on] = fine_tune(model, train, settings, run_seed=1, folder=tmp_path / str(on)).weights["raw"]
-        convolution = model.tower.conv_stem.weight
-        assert convolution.is_contiguous(memory_format=torch.channels_last) == on
-    assert distance(plain, found[True]) == 0
-    assert distance(plain, found[False]) < 0.02
+        model, compute = network(config), replace(config.compute, channels_last=on)
+        found = trained(config, train, tmp_path / str(on), model, compute=compute).weights["raw"]
+        assert model.tower.conv_stem.weight.is_contiguous(memory_format=torch.channels_last) == on
+        apart[on] = distance(plain, found)
+    assert apart[True] == 0
+    assert apart[False] < 0.02
 
 
 @pytest.mark.slow
@@ -321,84 +308,56 @@ def test_a_compiled_network_trains_nearly_the_same(train, tmp_path):
     save_file(timm.create_model("test_vit.r160_in1k").state_dict(), tmp_path / "start.safetensors")
     words = ["model=timm", "model.name=test_vit.r160_in1k", f"model.weights={tmp_path / 'start.safetensors'}"]
     small = load("demo_tiny", *words, "model.head=random", "model.image_size=64", "model.frozen_stages=0")
-    found = {}
-    for on in (False, True):
-        compute = replace(small.compute, compile=on)
-        found[on] = train_some(small, train, tmp_path / str(on), groups={"compute": compute}).weights["raw"]
-    assert found[True].keys() == found[False].keys()
-    assert 0 < distance(found[False], found[True]) < 0.02
+    off, on = (
+        trained(small, train, tmp_path / str(each), compute=replace(small.compute, compile=each)).weights["raw"]
+        for each in (False, True)
+    )
+    assert on.keys() == off.keys()
+    assert 0 < distance(off, on) < 0.02
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_trains_nearly_the_same(precision, config, train, plain, tmp_path):
     compute = replace(config.compute, precision=precision)
-    found = train_some(config, train, tmp_path, groups={"compute": compute}).weights["raw"]
-    assert 0 < distance(plain, found) < 0.2
+    assert 0 < distance(plain, trained(config, train, tmp_path, compute=compute).weights["raw"]) < 0.2
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.5])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(mixup, config, train, tmp_path):
-    found = [
-        train_some(
-            config,
-            train,
-            tmp_path / str(size),
-            optim={"mixup": mixup, "kind": "sgd"},
-            groups={"compute": replace(config.compute, micro_batch=size)},
-        ).weights["raw"]
-        for size in (None, 3)
-    ]
+    found = []
+    for size in (None, 3):
+        settings = {"mixup": mixup, "kind": "sgd", "compute": replace(config.compute, micro_batch=size)}
+        found.append(trained(config, train, tmp_path / str(size), **settings).weights["raw"])
     assert 0 < distance(*found) < 1e-5
 
 
-def test_the_best_look_at_held_out_is_kept_for_each_kind_of_weights(config, train, tmp_path):
-    scores = iter([3, 5, 9, 1, 4, 2, 5, 5])  # raw, ema; raw, ema; ... after steps 1, 2, 3, 4
-    rows = []
-    trained = train_some(
-        config,
-        train,
-        tmp_path,
-        optim={"evaluate_every": 1, "keep": "best", "steps": 4},
-        groups={"regularizer": Regularizer(ema=(0.5,))},
-        held_out=lambda model: (next(scores), 10),
-        log=rows.append,
-    )
-    assert trained.best == {
+def test_the_best_evaluation_on_held_out_is_kept_for_each_kind_of_weights(config, train, tmp_path):
+    scores, rows = iter([3, 5, 9, 1, 4, 2, 5, 5]), []  # raw, ema; raw, ema; ... after steps 1, 2, 3, 4
+    best = {"evaluate_every": 1, "keep": "best", "steps": 4, "regularizer": Regularizer(ema=(0.5,))}
+    found = trained(config, train, tmp_path, held_out=lambda model: (next(scores), 10), log=rows.append, **best)
+    assert found.best == {
         "raw": {"step": 2, "correct": 9, "n": 10},
         "ema_0.5": {"step": 1, "correct": 5, "n": 10},
     }
-    looked = [row for row in rows if "weights" in row]
-    assert [row["step"] for row in looked] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [row["step"] for row in rows if "weights" in row] == [1, 1, 2, 2, 3, 3, 4, 4]
     later = iter([9, 1])
-    two_steps = train_some(config, train, tmp_path / "two", optim={"steps": 2, "schedule": "constant"})
-    four = train_some(
-        config,
-        train,
-        tmp_path / "four",
-        optim={"evaluate_every": 2, "keep": "best", "steps": 4, "schedule": "constant"},
-        held_out=lambda model: (next(later), 10),
-    )
+    best = {"evaluate_every": 2, "keep": "best", "schedule": "constant"}
+    two_steps = trained(config, train, tmp_path / "two", steps=2, schedule="constant")
+    four = trained(config, train, tmp_path / "four", steps=4, held_out=lambda model: (next(later), 10), **best)
     assert distance(two_steps.weights["raw"], four.weights["raw"]) == 0
 
 
-def test_a_look_at_an_average_sees_its_weights_and_leaves_the_model_its_own(config, train, plain, tmp_path):
+def test_an_evaluation_of_an_average_sees_its_weights_and_leaves_the_model_its_own(config, train, plain, tmp_path):
     seen = []
 
     def held_out(model):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return 1, 10
 
-    found = train_some(
-        config,
-        train,
-        tmp_path,
-        optim={"evaluate_every": 1},
-        groups={"regularizer": Regularizer(ema=(0.5,))},
-        held_out=held_out,
-    ).weights
+    evaluated = {"evaluate_every": 1, "regularizer": Regularizer(ema=(0.5,)), "held_out": held_out}
+    found = trained(config, train, tmp_path, **evaluated).weights
     assert len(seen) == 6  # raw and average, after each of three steps
-    assert distance(seen[-2], found["raw"]) == 0
-    assert distance(seen[-1], found["ema_0.5"]) == 0
+    assert distance(seen[-2], found["raw"]) == distance(seen[-1], found["ema_0.5"]) == 0
     assert distance(seen[-2], seen[-1]) > 0
     assert distance(found["raw"], plain) == 0
 
@@ -411,41 +370,37 @@ def test_fix_aug_switches_at_the_last_epoch_and_only_then():
 
 
 def test_fix_aug_leaves_all_but_the_last_epoch_as_it_was(config, train, tmp_path):
-    augment = Augment(kind="rand", crop=0.5, layers=2, magnitude=9)
     losses = {}
     for last in (0, 1):
-        rows = []
-        groups = {"augment": replace(augment, last_epochs_minimal=last)}
-        optim = {"steps": None, "epochs": 2}
-        train_some(config, train, tmp_path / str(last), optim=optim, groups=groups, log=rows.append)
+        rows, augment = [], Augment(kind="rand", crop=0.5, layers=2, magnitude=9, last_epochs_minimal=last)
+        trained(config, train, tmp_path / str(last), epochs=2, augment=augment, log=rows.append)
         losses[last] = [row["loss"] for row in rows]
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
+
+
+def seen_by(transform, image, samples):
+    """What an augmentation makes of an image, each time with another seed."""
+    for sample in range(samples):
+        seed_globals(sample)
+        yield np.asarray(transform(image)).astype(int)
 
 
 def test_stochastic_augmentation_takes_each_of_its_kinds_about_equally_often():
     small = [Augment(kind="minimal", crop=crop) for crop in (1.0, 0.02)]
     transform = augmentation(Augment(kind="stochastic", among=small), 16)
     image = Image.fromarray(np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8))
-    widths = []
-    for sample in range(200):
-        seed_globals(sample)
-        widths.append(int(np.ptp(np.asarray(transform(image)).astype(int))) > 200)
-    assert 70 < sum(widths) < 160
+    assert 70 < sum(int(np.ptp(made)) > 200 for made in seen_by(transform, image, 200)) < 160
 
 
 def test_a_magnitude_acts_up_to_its_limit_and_no_further():
     image = Image.fromarray((np.indices((64, 64)).sum(0)[..., None] * [1, 1.5, 2]).astype(np.uint8))
-    looks = {}
+    made = {}
     for magnitude, limit in ((10, 10), (20, 10), (20, 20)):
         transform = augmentation(Augment(kind="rand", crop=1.0, layers=2, magnitude=magnitude, magnitude_max=limit), 64)
-        made = []
-        for sample in range(20):
-            seed_globals(sample)
-            made.append(np.asarray(transform(image)))
-        looks[magnitude, limit] = np.stack(made)
-    assert np.array_equal(looks[10, 10], looks[20, 10])
-    assert not np.array_equal(looks[20, 10], looks[20, 20])
+        made[magnitude, limit] = np.stack(list(seen_by(transform, image, 20)))
+    assert np.array_equal(made[10, 10], made[20, 10])
+    assert not np.array_equal(made[20, 10], made[20, 20])
 
 
 @pytest.mark.parametrize(("kind", "smallest"), [("minimal", 0.9), ("medium", 0.08), ("rand", 0.08), ("auto", 0.08)])
@@ -456,8 +411,7 @@ def test_a_crop_that_is_not_set_is_the_one_of_its_kind(kind, smallest):
 
 def test_points_of_the_loss_curve_come_as_often_as_tracking_says(config, train, tmp_path):
     rows = []
-    tracking = replace(config.tracking, every=2)
-    train_some(config, train, tmp_path, optim={"steps": 5}, groups={"tracking": tracking}, log=rows.append)
+    trained(config, train, tmp_path, steps=5, tracking=replace(config.tracking, every=2), log=rows.append)
     points = [row for row in rows if "epoch" not in row]
     assert [row["step"] for row in points] == [2, 4]
     kept = read_jsonl(tmp_path / "metrics.jsonl")
@@ -465,40 +419,35 @@ def test_points_of_the_loss_curve_come_as_often_as_tracking_says(config, train, 
 
 
 def test_batch_norms_that_move_are_refused_on_several_processes_without_gpus(config):
-    model = pretrained(replace(config.model, frozen_batch_norm=False), class_names(config.task))
+    moving = replace(config, model=replace(config.model, frozen_batch_norm=False))
     with pytest.raises(UserError, match=r"frozen_batch_norm=false on several processes needs GPUs"):
-        wrap(model, config.compute, Processes(0, 2, torch.device("cpu")))
+        wrap(network(moving), config.compute, of_world(2)[0])
 
 
-@pytest.mark.parametrize("world", [3, 7])  # of neither are the images a multiple
+@pytest.mark.parametrize("world", [3, 7])  # the number of images is a multiple of neither
 def test_each_process_counts_its_own_held_out_images_and_no_extra_one(world, config):
     evaluator = Evaluator(config)
-    with torch.no_grad():  # every image is right, so that an extra one would show
+    with torch.no_grad():  # class 0 is the answer to every image
         evaluator.model.head.weight.zero_()
         evaluator.model.head.bias.zero_()
-    labels = evaluator.split("held_out").labels
-    right = int((labels == 0).sum())
-    whole = ImageSplit("held_out", evaluator.split("held_out").stored, torch.zeros_like(labels), "all of class 0")
-    counts = {}
-    for name, split in (("some", evaluator.split("held_out")), ("all", whole)):
-        evaluator._splits["held_out"] = split
-        parts = [
-            held_out_correct(evaluator, Processes(r, world, torch.device("cpu")), evaluator.model) for r in range(world)
-        ]
-        assert {n for _, n in parts} == {len(labels)}
-        counts[name] = sum(correct for correct, _ in parts)
-    assert counts == {"some": right, "all": len(labels)}
-    assert len(labels) % world
+    split = evaluator.split("held_out")
+    assert len(split.labels) % world
+    whole = ImageSplit("held_out", split.stored, torch.zeros_like(split.labels), "all of class 0")
+    for each in (split, whole):  # in the second every image is right, so that an extra one would show
+        evaluator._splits["held_out"] = each
+        counts = [held_out_correct(evaluator, one, evaluator.model) for one in of_world(world)]
+        assert {n for _, n in counts} == {len(split.labels)}
+        assert sum(correct for correct, _ in counts) == int((each.labels == 0).sum())
 
 
 def test_a_share_of_a_batch_keeps_mixups_pairs_and_shares_make_up_the_batch():
     batch = torch.arange(100, 114)
     for world in (1, 2, 3):
-        parts = [local_batch(batch, Processes(rank, world, torch.device("cpu"))) for rank in range(world)]
+        parts = [local_batch(batch, one) for one in of_world(world)]
         assert sorted(itertools.chain(*(part.tolist() for part in parts))) == batch.tolist()
         for part in parts:
             assert ((part + part.flip(0)) == 213).all()  # image i with image B - 1 - i
-    assert torch.equal(local_batch(batch, Processes(0, 1, torch.device("cpu"))), batch)
+    assert torch.equal(local_batch(batch, of_world(1)[0]), batch)
 
 
 @pytest.mark.parametrize("batch_size", [2, 6, 8, 16, 24, 512])
@@ -506,10 +455,8 @@ def test_processes_share_a_batch_exactly_where_their_shares_are_of_one_size(batc
     optim = replace(OPTIM, batch_size=batch_size)
     for world in range(1, 13):
         if batch_size % (2 * world) == 0:
-            parts = [
-                local_batch(torch.arange(batch_size), Processes(r, world, torch.device("cpu"))) for r in range(world)
-            ]
-            assert {len(part) for part in parts} == {batch_size // world}
+            sizes = {len(local_batch(torch.arange(batch_size), one)) for one in of_world(world)}
+            assert sizes == {batch_size // world}
             refuse_unequal_shares(optim, world)
             assert largest_world(optim, world) == world
         else:

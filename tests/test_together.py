@@ -15,14 +15,13 @@ from configs.errors import UserError
 from configs.schema import CONFIGS, load
 from eval.batch_size import found_by_all
 from finetune.start import initialise
-from finetune.state import State
 from finetune.train import evaluation_settings, train_row
 from soups.errors import one_line_errors
 from soups.files.atomic import read_jsonl
 from soups.files.weights import load_weights
 from store.processes import COLLECTIVE_TIMEOUT, Processes, alone, start_processes
 from tests.commands import python
-from tests.rank import AGREED, ROW, StoppedError, replaced, saved_again, stop
+from tests.rank import AGREED, ROW, StoppedError, saved_again, stopped_when_saved
 
 ROOT = CONFIGS.parent
 
@@ -46,8 +45,7 @@ def begin_alone(runs):
     """
     config = settings(runs)
     initialise(replace(config, compute=replace(config.compute, eval_batch=AGREED)))
-    save = State.save
-    with replaced(State, "save", lambda *state: (save(*state), stop())), pytest.raises(StoppedError):
+    with stopped_when_saved(), pytest.raises(StoppedError):
         train_row(settings(runs), 1)
 
 
@@ -192,17 +190,20 @@ def test_several_processes_are_refused_where_they_cannot_meet_or_have_nothing_to
     assert not list(tmp_path.iterdir())
 
 
-def test_looks_of_sharded_weights_try_nothing_and_take_as_many_examples_as_training():
-    processes = Processes(1, 2, torch.device("cpu"))
-    config = load("demo_tiny", "compute.strategy=fsdp", "compute.eval_batch=null", "optim.batch_size=16")
-    assert evaluation_settings(config, processes).compute.eval_batch == 8
-    parts = replace(config, compute=replace(config.compute, micro_batch=3))
-    assert evaluation_settings(parts, processes).compute.eval_batch == 3
-    larger = replace(config, model=replace(config.model, eval_size=2 * config.model.image_size))
-    assert evaluation_settings(larger, processes).compute.eval_batch == 1  # of 8, at four times the tokens
-    asked = replace(config, compute=replace(config.compute, eval_batch=5))
-    assert evaluation_settings(asked, processes).compute.eval_batch == 5
-    assert evaluation_settings(load("demo_tiny", "compute.eval_batch=null"), processes).compute.eval_batch is None
+@pytest.mark.parametrize(
+    ("changes", "examples"),
+    [
+        ([], 8),
+        (["compute.micro_batch=3"], 3),
+        (["model.eval_size=128"], 1),  # of 8, at four times the tokens
+        (["compute.eval_batch=5"], 5),
+        (["compute.strategy=ddp"], None),
+    ],
+)
+def test_evaluations_of_sharded_weights_try_nothing_and_take_as_many_examples_as_training(changes, examples):
+    words = ["model.image_size=64", "compute.strategy=fsdp", "compute.eval_batch=null", "optim.batch_size=16"]
+    found = evaluation_settings(load("demo_tiny", *words, *changes), Processes(1, 2, torch.device("cpu")))
+    assert found.compute.eval_batch == examples
 
 
 def test_processes_meet_with_a_device_of_their_own_and_a_limit_that_is_said(monkeypatch):
