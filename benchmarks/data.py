@@ -17,11 +17,11 @@ Contenders:
   decode_jpeg          the same with torchvision's own decoder, and its transforms of uint8 tensors
   timm                 ImageDataset, create_transform, fast_collate, DataLoader: timm's own create_loader without its
                        prefetcher, which is for GPUs
-  ours                 TrainingBatches or fixed_batches, which decode with Pillow
+  ours                 TrainingBatches or eval_batches, which decode with Pillow
   ours_simplejpeg      compute.decoder=simplejpeg
   ours_copies          compute.resized=256
   ours_copies_fast     both
-  ours_decoded         fixed_batches with a folder of decoded images (compute.decoded), which was filled before
+  ours_decoded         eval_batches with a folder of decoded images (compute.decoded), which was filled before
 
 Writes results/measured/bench_data.csv, or the file named by --out.
 """
@@ -60,10 +60,10 @@ from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.workers import use_threads
-from tasks.ahead import made_ahead
+from tasks.eval_images import EvalTransform, eval_batches
 from tasks.files import Files
-from tasks.fixed import FixedTransform, fixed_batches
 from tasks.image_folder import load_split
+from tasks.prefetch import prefetch
 from tasks.resized import with_copies
 from tasks.split import ImageSplit
 
@@ -176,7 +176,7 @@ def ours_train(transform: str, images: ImageSplit, workers: int, decoder: str = 
     length = Length(len(images), BATCH, steps, steps)
     augment = Augment(**AUGMENT[transform])  # type: ignore[arg-type, call-arg]  # mypy sees no dataclass in `closed`
     batches = TrainingBatches(images, augment, SIZE, length, 0, ONE_PROCESS, decoder=decoder)
-    return made_ahead(batches, workers)
+    return prefetch(batches, workers)
 
 
 def torchvision_fixed(images: ImageSplit, workers: int) -> Iterable[Tensor]:
@@ -188,8 +188,8 @@ def torchvision_fixed(images: ImageSplit, workers: int) -> Iterable[Tensor]:
 def ours_fixed(images: ImageSplit, workers: int, decoded: Path | None = None) -> Iterable[Tensor]:
     """What `eval.forward` iterates over, but for a last incomplete batch, which the others drop."""
     rows = torch.arange(len(images) // BATCH * BATCH)
-    transform = FixedTransform(SIZE, RESIZE, squash=False)
-    return fixed_batches(images, transform, batch=BATCH, rows=rows, workers=workers, decoded=decoded)
+    transform = EvalTransform(SIZE, RESIZE, squash=False)
+    return eval_batches(images, transform, batch=BATCH, rows=rows, workers=workers, decoded=decoded)
 
 
 Load = Callable[[int], Iterable[Tensor]]  # of a number of workers

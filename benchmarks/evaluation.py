@@ -32,7 +32,7 @@ from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from store.provenance import provenance_columns
 from store.workers import use_threads
-from tasks.fixed import fixed_batches, of_model
+from tasks.eval_images import eval_batches, eval_transform
 from tasks.load import load_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,11 +75,11 @@ def ours(models: list[Classifier], folder: Path, cache: Path) -> list[Tensor]:
         test="test",
         shifts=(),
     )
-    transform = of_model(
+    transform = eval_transform(
         Model(kind="timm", name=NETWORK, image_size=224, normalize=False, head="random", probe_c=(1.0,))
     )
     split = load_split(task, "test")
-    return [forward(model, fixed_batches(split, transform, batch=BATCH, decoded=cache)) for model in models]
+    return [forward(model, eval_batches(split, transform, batch=BATCH, decoded=cache)) for model in models]
 
 
 @torch.no_grad()

@@ -247,7 +247,7 @@ class ImageFolder(ImageFiles):
 
 @closed
 class ImageTable(ImageFiles):
-    """Images that a csv or tsv lists (tasks/image_table.py)."""
+    """Images that a csv or tsv lists (tasks/image_lists.py)."""
 
     kind: Literal["image_table"]
     label: str = "label"  # column of class names
@@ -272,7 +272,7 @@ class Cifar(Cut, Images):
 
 @closed
 class ListedImages(ImageFiles):
-    """Published data sets whose own files list their images (tasks/load.py)."""
+    """Published data sets whose own files list their images (tasks/image_lists.py)."""
 
     kind: Literal["dtd", "food101", "sun397", "cars", "fmow", "iwildcam"]
 
@@ -297,7 +297,7 @@ class Glue(Cut, Texts):
 
 @closed
 class Sentences(Cut, Texts):
-    """Texts of your own in tsv files (tasks/tables.py)."""
+    """Texts of your own in tsv files (tasks/texts.py)."""
 
     kind: Literal["sentences"]
     label: str = "label"  # column of class ids or of names of `options`

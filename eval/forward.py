@@ -35,7 +35,7 @@ from store.processes import (
     wait_for_all,
 )
 from store.runs import RunFolder
-from tasks.fixed import fixed_batches, of_model
+from tasks.eval_images import eval_batches, eval_transform
 from tasks.label_space import project
 from tasks.load import load_annotations, load_split
 from tasks.overlaps import refuse_overlaps
@@ -149,9 +149,9 @@ class Evaluator:
         rows = self.order(split) if rows is None else rows
         if isinstance(inputs, TokenSplit):
             return (inputs.batch(part) for part in (rows.split(self.batch_size) if len(rows) else ()))
-        return fixed_batches(
+        return eval_batches(
             inputs,
-            of_model(self.config.model),
+            eval_transform(self.config.model),
             batch=self.batch_size,
             rows=rows,
             workers=compute.loader_workers,
@@ -232,7 +232,7 @@ class Evaluator:
         """
         inputs, compute = self.inputs(split), self.config.compute
         precision = arithmetic(compute.evaluates_in, tf32=compute.tf32)
-        transform = inputs.key if isinstance(inputs, TokenSplit) else of_model(self.config.model).key
+        transform = inputs.key if isinstance(inputs, TokenSplit) else eval_transform(self.config.model).key
         parts = {"weights": weights, "images": self.split(split).digest, "transform": transform, "precision": precision}
         return self.run.root / what / split / f"{digest_of(parts)}.npy"
 

@@ -40,7 +40,7 @@ from soups.files.weights import load_weights
 from store.processes import Processes, first_decides, start_processes, sum_over, use_kernels
 from store.rows import draw, identity, require_trainable, row_config
 from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished, record_config
-from tasks.ahead import made_ahead
+from tasks.prefetch import prefetch
 from tasks.split import ImageSplit
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
@@ -231,7 +231,7 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
 
     try:
         with interruptions() as came, show_progress(meter, title, console) as show_step:
-            prefetched = made_ahead(batches, batches.workers(compute), batches.bytes_each)
+            prefetched = prefetch(batches, batches.workers(compute), batches.bytes_each)
             for step, batch in enumerate(prefetched, start=first):
                 # One step.
                 lr = learning_rate(optim, step, length.steps)

@@ -1,6 +1,6 @@
-"""Look at every split of a task before anything is trained on it:  python -m tasks.check task=imagenet
+"""Check every split of a task before anything is trained on it:  python -m tasks.check task=imagenet
 
-Prints for each split how many images and classes it has, where they are and a digest, and decodes a few of them; of
+Prints for each split how many images and classes it has, where they are and a digest, and decodes a few of them; for
 texts how many there are of each class, and one of them. Then it says which splits have examples in common, by their
 content. Ends with OK, or with what is wrong and exit status 2.
 """
@@ -17,15 +17,15 @@ from configs.registered import CONFIGS
 from configs.schema import parse_task
 from soups.errors import one_line_errors
 from tasks.files import Files
+from tasks.held_out import noun
 from tasks.load import class_names, load_annotations, load_split
 from tasks.overlaps import overlaps, refused
-from tasks.parts import noun
-from tasks.split import Examples, ImageSplit
+from tasks.split import ImageSplit
 from tasks.texts import TextSplit
 
 
-def _classes(task: Task, images: Examples) -> str:
-    """What a split reports, e.g. 113 over 125 of 1,000."""
+def _reported_classes(task: Task, images: ImageSplit) -> str:
+    """The number of classes that a split reports, e.g. 113 over 125 of 1,000."""
     if images.space is None:
         return f"{task.size:,}"
     network = len({i for several in images.space.ids for i in several})
@@ -39,35 +39,24 @@ def describe(task: Task, name: str) -> str:
     Raises:
         UserError: as `load_split`; an image that cannot be decoded, or no example.
     """
-    examples = load_split(task, name)
-    if len(examples) == 0:
+    split = load_split(task, name)
+    n, digest = len(split), split.digest[:12]
+    if n == 0:
         raise UserError(f"split {name!r} has no example")
-    if isinstance(examples, TextSplit):
-        return _describe_texts(task, examples)
-    assert isinstance(examples, ImageSplit)  # of every other kind
-    return _describe_images(task, name, examples)
+    if isinstance(split, TextSplit):
+        counts = torch.bincount(split.labels, minlength=task.size).tolist()
+        of_each = ", ".join(f"{count:,} {option}" for count, option in zip(counts, class_names(task), strict=True))
+        first = " | ".join(split.fields[0])
+        return f"{name}: {n:,} texts ({of_each}), e.g. {first[:80]!r}, digest {digest}"
+    assert isinstance(split, ImageSplit)  # of every other kind
+    sizes = sorted({"{}x{}".format(*split.pil(row).size) for row in sorted({0, n // 2, n - 1})})
+    groups = f", {len(split.group_names)} groups" if split.groups is not None else ""
+    where = split.stored.root if isinstance(split.stored, Files) else task.folder
+    classes = _reported_classes(task, split)
+    return f"{name}: {n:,} images, classes {classes}{groups}, e.g. {' '.join(sizes)} pixels, {where}, digest {digest}"
 
 
-def _describe_texts(task: Task, texts: TextSplit) -> str:
-    counts = torch.bincount(texts.labels, minlength=task.size).tolist()
-    of_each = ", ".join(f"{n:,} {option}" for n, option in zip(counts, class_names(task), strict=True))
-    first = " | ".join(texts.fields[0])
-    return f"{texts.name}: {len(texts):,} texts ({of_each}), e.g. {first[:80]!r}, digest {texts.digest[:12]}"
-
-
-def _describe_images(task: Task, name: str, images: ImageSplit) -> str:
-    sizes = set()
-    for row in sorted({0, len(images) // 2, len(images) - 1}):
-        sizes.add("{}x{}".format(*images.pil(row).size))
-    groups = f", {len(images.group_names)} groups" if images.groups is not None else ""
-    where = images.stored.root if isinstance(images.stored, Files) else task.folder
-    return (
-        f"{name}: {len(images):,} images, classes {_classes(task, images)}{groups}, e.g. {' '.join(sorted(sizes))} "
-        f"pixels, {where}, digest {images.digest[:12]}"
-    )
-
-
-def _common(task: Task) -> list[str]:
+def _print_overlaps(task: Task) -> list[str]:
     """Print how many examples stand in two splits; returns what of that is refused."""
     try:
         shared = overlaps(task)
@@ -101,8 +90,7 @@ def check(task: Task) -> None:
             print(f"annotations {name}: {int(right.any(dim=1).sum()):,} images, {int(right.sum()):,} answers")
     except UserError as error:
         problems.append(str(error))
-    if not problems:  # all splits can be read
-        problems = _common(task)
+    problems = problems or _print_overlaps(task)  # which reads all splits
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     print(f"OK: {len(splits)} splits")
@@ -110,7 +98,7 @@ def check(task: Task) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def main(cfg: DictConfig) -> None:
-    """As `check`, of the task that the command line composes."""
+    """Check the task that the command line composes, as `check`."""
     if OmegaConf.is_missing(cfg, "name"):
         cfg.name = "check"  # no experiment is needed
     typed = HydraConfig.get().overrides.task

@@ -1,7 +1,6 @@
 """CIFAR-10, CIFAR-100 and CIFAR-10.1, whole in memory, from their binary files."""
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,37 +10,23 @@ from numpy.typing import NDArray
 from configs.data import Cifar
 from configs.errors import UserError
 from tasks.files import ROOT, lines, spaced
-from tasks.parts import own_name, rows_of
+from tasks.held_out import own_name, rows_of
 from tasks.split import ImageSplit, Pixels
 
-PIXELS = 3 * 32 * 32  # bytes of an image, red, then green, then blue
-
-
-@dataclass(frozen=True)
-class _Binary:
-    """The binary version of a data set: records of some label bytes and one image."""
-
-    folder: str
-    files: dict[str, tuple[str, ...]]  # split -> its files
-    label_bytes: int  # before each image; the last one is the class
-    names: str  # the file of class names
-
-
-BINARIES = {
-    "cifar10": _Binary(
+PIXELS = 3 * 32 * 32  # bytes of an image: red, then green, then blue
+BINARIES = {  # kind -> its folder, the file of class names, label bytes before each image, and split -> its files
+    "cifar10": (
         "cifar-10-batches-bin",
-        {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)},
-        1,
         "batches.meta.txt",
+        1,
+        {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]},
     ),
-    "cifar100": _Binary(
-        "cifar-100-binary", {"train": ("train.bin",), "test": ("test.bin",)}, 2, "fine_label_names.txt"
-    ),
+    "cifar100": ("cifar-100-binary", "fine_label_names.txt", 2, {"train": ["train.bin"], "test": ["test.bin"]}),
 }
 
 
 def _records(path: Path, label_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """(N, 3, 32, 32) images and (N,) labels of one binary file."""
+    """(N, 3, 32, 32) images and (N,) labels of one binary file; the last of the label bytes is the class."""
     try:
         content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
@@ -56,11 +41,11 @@ def _records(path: Path, label_bytes: int) -> tuple[NDArray[np.uint8], NDArray[n
     return table[:, label_bytes:].reshape(-1, 3, 32, 32), table[:, label_bytes - 1].astype(np.int64)
 
 
-def _arrays(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _arrays(prefix: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """(N, 3, 32, 32) images and (N,) labels in the two .npy files of CIFAR-10.1."""
     found = []
     for what, shape in (("data", (32, 32, 3)), ("labels", ())):
-        path = folder / f"{prefix}_{what}.npy"
+        path = Path(f"{prefix}_{what}.npy")
         try:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -70,7 +55,7 @@ def _arrays(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.in
         found.append(array)
     images, labels = found
     if len(images) != len(labels) or images.dtype != np.uint8:
-        raise UserError(f"{folder / prefix}_*.npy has {len(images)} {images.dtype} images and {len(labels)} labels")
+        raise UserError(f"{prefix}_*.npy has {len(images)} {images.dtype} images and {len(labels)} labels")
     return images.transpose(0, 3, 1, 2), labels.astype(np.int64)
 
 
@@ -80,36 +65,31 @@ def class_names(task: Cifar) -> tuple[str, ...]:
     Raises:
         UserError: the file is missing.
     """
-    binary = BINARIES[task.kind]
-    return spaced(lines(ROOT / task.folder / binary.folder / binary.names))
+    folder, names, *_ = BINARIES[task.kind]
+    return spaced(lines(ROOT / task.folder / folder / names))
 
 
 def load_split(task: Cifar, name: str) -> ImageSplit:
     """One split in memory: train or test of the binary version, or of CIFAR-10.1, as `task.folders` calls it.
 
+    A split that is neither train nor test is read from <folder>/<name>_data.npy and <folder>/<name>_labels.npy.
     Held-out is drawn by the place of an image in its files.
-
-    Args:
-        task: of kind cifar10 or cifar100. A split that is neither train nor test is read from
-            <folder>/<name>_data.npy and <folder>/<name>_labels.npy.
-        name: one of the task's splits.
 
     Raises:
         UserError: a file that is missing or cut off, another number of images, or a label past the classes.
     """
-    binary, own = BINARIES[task.kind], own_name(task, name)
-    folder = ROOT / task.folder
-    if own in binary.files:
-        source = folder / binary.folder
-        parts = [_records(source / file, binary.label_bytes) for file in binary.files[own]]
-        images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    own = own_name(task, name)
+    inner, _, label_bytes, files = BINARIES[task.kind]
+    if own in files:
+        where = ROOT / task.folder / inner
+        records = [_records(where / file, label_bytes) for file in files[own]]
+        images, labels = (np.concatenate(arrays) for arrays in zip(*records, strict=True))
     else:
-        source = folder / f"{own}_data.npy"
-        images, labels = _arrays(folder, own)
+        where = ROOT / task.folder / f"{own}_data.npy"
+        images, labels = _arrays(ROOT / task.folder / own)
     if not ((labels >= 0) & (labels < task.num_classes)).all():
-        raise UserError(f"{source} has class ids up to {labels.max()}, but task.num_classes={task.num_classes}")
-    names = [str(i) for i in range(task.num_classes)]
-    rows = rows_of(task, name, labels, names, key=str, where=source)
+        raise UserError(f"{where} has class ids up to {labels.max()}, but task.num_classes={task.num_classes}")
+    rows = rows_of(task, name, labels, [str(i) for i in range(task.num_classes)], key=str, where=where)
     images, labels = np.ascontiguousarray(images[rows]), labels[rows]
     digest = hashlib.blake2b(f"{name}\0{own}\n".encode(), digest_size=16)
     digest.update(images.data)

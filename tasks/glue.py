@@ -1,6 +1,6 @@
 """Four tasks of GLUE (Wang et al. 2018): local files in the layout of its download, or Hugging Face's nyu-mll/glue.
 
-Of GLUE's own splits, train has labels, validation (dev.tsv) reports, and the labels of test are not public.
+Train of GLUE's own splits has labels, validation (dev.tsv) reports, and the labels of test are not public.
 """
 
 from collections.abc import Mapping
@@ -10,33 +10,28 @@ from pathlib import Path
 from configs.data import Glue
 from configs.errors import UserError
 from tasks.files import ROOT
-from tasks.parts import own_name
-from tasks.tables import labelled, read_tsv
-from tasks.texts import Rows, TextSplit, text_split
+from tasks.held_out import own_name
+from tasks.texts import Rows, TextSplit, read_tsv, text_split
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a task look."""
+    """The layout of a task's files."""
 
     folder: str
     label: str  # column
-    texts: Mapping[str, str]  # column -> what nyu-mll/glue calls it
-    ids: Mapping[str, int]  # what a label says -> the class id of nyu-mll/glue
-    header: tuple[str, ...] | None = None  # of files without one
+    texts: Mapping[str, str]  # column -> its name in nyu-mll/glue
+    ids: Mapping[str, int]  # label in the file -> class id of nyu-mll/glue
+    header: tuple[str, ...] | None = None  # columns of files that do not name them
 
 
 BINARY = {"0": 0, "1": 1}
+ONE, TWO = ({column: column for column in columns} for columns in (["sentence"], ["sentence1", "sentence2"]))
 LAYOUTS = {
     "mrpc": Layout("MRPC", "Quality", {"#1 String": "sentence1", "#2 String": "sentence2"}, BINARY),
-    "rte": Layout(
-        "RTE",
-        "label",
-        {"sentence1": "sentence1", "sentence2": "sentence2"},
-        {"entailment": 0, "not_entailment": 1},
-    ),
-    "cola": Layout("CoLA", "label", {"sentence": "sentence"}, BINARY, ("source", "label", "star", "sentence")),
-    "sst2": Layout("SST-2", "label", {"sentence": "sentence"}, BINARY),
+    "rte": Layout("RTE", "label", TWO, {"entailment": 0, "not_entailment": 1}),
+    "cola": Layout("CoLA", "label", ONE, BINARY, ("source", "label", "star", "sentence")),
+    "sst2": Layout("SST-2", "label", ONE, BINARY),
 }
 FILES = {"train": "train.tsv", "validation": "dev.tsv"}
 
@@ -51,11 +46,7 @@ def read_local(folder: Path, subset: str, split: str) -> Rows:
     if split not in FILES:
         raise UserError(f"GLUE has labels for {' and '.join(FILES)}, not for {split!r}: set task.folders")
     path = folder / layout.folder / FILES[split]
-    table = read_tsv(path, layout.header)
-    rows = labelled(path, table, layout.label, layout.ids, first=1 if layout.header else 2)
-    missing = [column for column in layout.texts if column not in rows.columns]
-    if missing:
-        raise UserError(f"{path} has no column {missing[0]!r}, only {', '.join(table[0])}")
+    rows = read_tsv(path, layout.label, layout.ids, layout.header, needed=tuple(layout.texts))
     places = [rows.columns.index(column) for column in layout.texts]
     fields = [tuple(row[place] for place in places) for row in rows.fields]
     return Rows(tuple(layout.texts.values()), fields, rows.labels, path)
@@ -69,7 +60,7 @@ def read_hub(name: str, subset: str, split: str) -> Rows:
     """
     import datasets  # noqa: PLC0415  # seconds that other tasks need not wait for
 
-    # Of a local copy the files are named one by one: by its own card, `datasets` would answer with the tables of any
+    # The files of a local copy are named one by one: by its own card, `datasets` would answer with the tables of any
     # other copy that it has seen before.
     files = [str(path) for path in sorted((Path(name) / subset).glob(f"{split}-*.parquet"))]
     try:

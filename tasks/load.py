@@ -1,61 +1,46 @@
 """From a task's settings to examples, labels, annotations and class names, whatever the task."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from configs.data import Emoji, ImageFiles, Task
+from configs.data import Emoji, Task
 from configs.errors import UserError
-from tasks import annotations, cifar, glue, image_folder, image_table, parquet, tables
-from tasks.emoji.load import class_names as emoji_class_names
-from tasks.emoji.load import load_split as load_emoji_split
-from tasks.emoji.load import read_split
-from tasks.files import ROOT, Files, Lists, listed_split
-from tasks.published import PUBLISHED
+from tasks import annotations, cifar, glue, image_folder, image_lists, parquet
+from tasks.emoji import load as emoji
+from tasks.files import ROOT, Files
 from tasks.sentiment import load as sentiment
 from tasks.split import Examples, ImageSplit
-from tasks.texts import TextSplit
+from tasks.texts import TextSplit, load_sentences
 
 
-@dataclass(frozen=True)
-class Loader:
-    """How a kind of task is read."""
+class Loader(NamedTuple):
+    """The readers of a kind of task."""
 
-    split: Callable[[Any, str], ImageSplit | TextSplit]  # one of its splits, of all classes; of a task of this kind
-    names: Callable[[Any], tuple[str, ...]]  # what the data call their classes
-
-
-def _listed(lists: Callable[[Any], Lists]) -> Loader:
-    """Images that the data's own files list."""
-
-    def split(task: ImageFiles, name: str) -> ImageSplit:
-        return listed_split(task, name, lists(task))
-
-    return Loader(split, lambda task: lists(task).names(ROOT / task.folder))
+    split: Callable[[Any, str], ImageSplit | TextSplit]  # a task of this kind, a split -> its examples of all classes
+    names: Callable[[Any], tuple[str, ...]]  # a task of this kind -> the data's names of its classes
 
 
-def _texts(split: Callable[[Any, str], TextSplit]) -> Loader:
-    return Loader(split, lambda task: task.options)
+def _options(task: Any) -> tuple[str, ...]:
+    return task.options
 
 
 LOADERS = {
     "emoji": Loader(
-        lambda task, name: load_emoji_split(name, ROOT / task.folder, task.ids, task.fold),
-        lambda task: emoji_class_names(ROOT / task.folder),
+        lambda task, name: emoji.load_split(name, ROOT / task.folder, task.ids, task.fold),
+        lambda task: emoji.class_names(ROOT / task.folder),
     ),
     "image_folder": Loader(image_folder.load_split, image_folder.class_names),
-    "image_table": _listed(image_table.lists),
     "cifar10": Loader(cifar.load_split, cifar.class_names),
     "cifar100": Loader(cifar.load_split, cifar.class_names),
-    **{kind: _listed(lambda task: PUBLISHED[task.kind]) for kind in PUBLISHED},
+    **dict.fromkeys(("image_table", *image_lists.PUBLISHED), Loader(image_lists.load_split, image_lists.class_names)),
     "parquet": Loader(parquet.load_split, parquet.class_names),
-    "glue": _texts(glue.load_split),
-    "sentences": _texts(tables.load_split),
-    "sentiment": _texts(sentiment.load_split),
+    "glue": Loader(glue.load_split, _options),
+    "sentences": Loader(load_sentences, _options),
+    "sentiment": Loader(sentiment.load_split, _options),
 }
 
 
@@ -108,7 +93,7 @@ def count(task: Task, name: str) -> int:
     """How many examples a split has, as `load_split`, but without decoding the pictures of the embedded benchmark."""
     if not isinstance(task, Emoji):
         return len(load_split(task, name))
-    labels = read_split(name, ROOT / task.folder, task.fold)[0]["label"].to_pylist()
+    labels = emoji.read_split(name, ROOT / task.folder, task.fold)[0]["label"].to_pylist()
     return sum(label in task.ids for label in labels)
 
 

@@ -8,18 +8,12 @@ from tasks.files import lines, read_json
 BORDER = 2  # pixels at each edge of its images that its authors marked, to be cut before any use
 
 
-def _entry(table: dict[str, object], key: str, path: Path) -> object:
-    if key not in table:
-        raise UserError(f"{path} has no entry {key!r}: restore ObjectNet's mappings from its archive")
-    return table[key]
-
-
-def overlap(mappings: Path, size: int) -> dict[str, tuple[int, ...]]:
-    """Folders of ObjectNet's images whose objects are ImageNet classes, and which; sorted by folder.
+def overlap(mappings: Path, size: int) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Folders of ObjectNet's images whose objects are ImageNet classes, with the ids of these; and the other folders.
 
     Four files are chained: folder -> ObjectNet's label -> names of ImageNet classes, separated by semicolons -> line,
     from 0, in the list of names -> class id of PyTorch. The published files give 113 folders and 125 class ids. The
-    order of the folders is the order of the reported classes.
+    order of the folders, which is by name, is the order of the reported classes.
 
     Args:
         mappings: the folder `mappings` of ObjectNet's archive.
@@ -41,7 +35,6 @@ def overlap(mappings: Path, size: int) -> dict[str, tuple[int, ...]]:
     lines_of_name: dict[str, list[int]] = {}
     for line, name in enumerate(lines(names_path)):
         lines_of_name.setdefault(name, []).append(line)
-
     folder_of_label = {label: folder for folder, label in label_of_folder.items()}
     found = {}
     for label, names in imagenet_of_label.items():
@@ -51,10 +44,7 @@ def overlap(mappings: Path, size: int) -> dict[str, tuple[int, ...]]:
             if len(places) != 1:
                 raise UserError(f"{imagenet_path}: {name!r} of {label!r} stands {len(places)} times in {names_path}")
             ids.append(id_of_line[places[0]])
-        found[str(_entry(folder_of_label, label, labels_path))] = tuple(ids)
-    return {folder: found[folder] for folder in sorted(found)}
-
-
-def all_folders(mappings: Path) -> set[str]:
-    """Every folder of ObjectNet's images, of the overlap or not."""
-    return set(read_json(mappings / "folder_to_objectnet_label.json"))
+        if label not in folder_of_label:
+            raise UserError(f"{labels_path} has no entry {label!r}: restore ObjectNet's mappings from its archive")
+        found[folder_of_label[label]] = tuple(ids)
+    return {folder: found[folder] for folder in sorted(found)}, set(label_of_folder) - set(found)

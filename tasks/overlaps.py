@@ -1,8 +1,8 @@
-"""Examples that stand in two splits of a task, by their content, whatever they are called."""
+"""Examples that stand in two splits of a task, by their content, whatever their names are."""
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -16,11 +16,10 @@ from configs.data import Task
 from configs.errors import UserError
 from soups.files.atomic import digest_of, read_json, write_json
 from store.runs import lock
-from tasks.content import READERS
 from tasks.emoji.load import DATA
-from tasks.files import ROOT
+from tasks.files import READERS, ROOT
+from tasks.held_out import noun
 from tasks.load import load_split
-from tasks.parts import noun
 from tasks.split import Examples
 
 PIECE = 4096  # bytes at the end of an example, which are read before all of it is
@@ -29,7 +28,7 @@ CHUNK = 256  # examples that one call of a thread reads
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two splits share."""
+    """Examples that two splits share."""
 
     first: str
     second: str
@@ -42,23 +41,23 @@ def _digests(examples: Examples, rows: NDArray[np.int64], last: int | None) -> N
     """(len(rows),) 64 bits of each example's content, or of its last bytes."""
 
     def of_chunk(first: int) -> list[int]:
-        contents = (examples.content(int(row), last) for row in rows[first : first + CHUNK])
+        contents = (examples.stored.content(int(row), last) for row in rows[first : first + CHUNK])
         return [int.from_bytes(hashlib.blake2b(each, digest_size=8).digest(), "big", signed=True) for each in contents]
 
     with ThreadPoolExecutor(READERS) as pool:
-        chunks = list(pool.map(of_chunk, range(0, len(rows), CHUNK)))
-    return np.array([digest for chunk in chunks for digest in chunk], dtype=np.int64)
+        chunks = pool.map(of_chunk, range(0, len(rows), CHUNK))
+        return np.array([digest for chunk in chunks for digest in chunk], dtype=np.int64)
 
 
 def overlaps(task: Task, names: Sequence[str] | None = None) -> list[Overlap]:
     """Every two splits of a task with examples of equal content: bytes of files, pixels in memory, texts.
 
-    What can be equal is looked for in steps, so that little is read: sizes, which the listing has; the last 4 KiB of
-    examples whose size another split has too; all bytes of those whose last 4 KiB are equal as well.
+    Little is read: sizes, which the listing has; the last 4 KiB of examples whose size another split has too; all
+    bytes of those whose last 4 KiB are equal as well.
 
     Args:
         task: whose splits are read.
-        names: of splits; all where None.
+        names: names of the splits; all where None.
 
     Raises:
         UserError: a split or a file that cannot be read.
@@ -66,24 +65,21 @@ def overlaps(task: Task, names: Sequence[str] | None = None) -> list[Overlap]:
     names = names or (task.train, task.held_out, *task.reported)
     splits = {name: load_split(task, name) for name in names}
     rows: dict[str, NDArray[np.int64]] = {name: np.arange(len(split)) for name, split in splits.items()}
-    keys = {name: split.sizes for name, split in splits.items()}
-    steps: tuple[Callable[[Examples, NDArray[np.int64]], NDArray[np.int64]], ...] = (
-        lambda split, left: _digests(split, left, PIECE),
-        lambda split, left: _digests(split, left, None),
-    )
-    for step in steps:
+    keys = {name: split.stored.sizes for name, split in splits.items()}
+    for last in (PIECE, None):
         found = {name: np.unique(keys[name]) for name in names}
         for name in names:
             elsewhere = np.concatenate([found[other] for other in names if other != name])
             rows[name] = rows[name][np.isin(keys[name], elsewhere)]
-        keys = {name: step(split, rows[name]) for name, split in splits.items()}
+        keys = {name: _digests(split, rows[name], last) for name, split in splits.items()}
     shared = []
     for first, second in combinations(names, 2):
         equal = np.flatnonzero(np.isin(keys[second], keys[first]))
         if len(equal):
             here = int(rows[second][equal[0]])
             there = int(rows[first][np.flatnonzero(keys[first] == keys[second][equal[0]])[0]])
-            example = f"{splits[first].called(there)} of {first} is {splits[second].called(here)} of {second}"
+            called = splits[first].stored.called(there), splits[second].stored.called(here)
+            example = f"{called[0]} of {first} is {called[1]} of {second}"
             shared.append(Overlap(first, second, len(equal), len(splits[second]), example))
     return shared
 
@@ -108,10 +104,7 @@ def refused(task: Task, shared: list[Overlap]) -> list[str]:
 
 
 def is_embedded(task: Task) -> bool:
-    """Whether the data are this repository's own, whose files are compared with its digests whenever they are read.
-
-    The tests compare their splits once and for all.
-    """
+    """Whether the data are this repository's own: files are compared with its digests, and the tests compare splits."""
     return task.kind == "sentiment" or (task.kind == "emoji" and (ROOT / task.folder).resolve() == DATA)
 
 
@@ -132,8 +125,8 @@ def refuse_overlaps(task: Task, runs: Path) -> None:
 
     Args:
         task: whose splits are read.
-        runs: `paths.runs`, where what was found is kept under the digests of the splits. Of processes that ask at the
-            same time, one compares and the others wait for it.
+        runs: `paths.runs`, where the answer is kept under the digests of the splits. Where several processes ask at
+            the same time, one compares and the others wait for it.
 
     Raises:
         UserError: they overlap; the message says how many examples, names one and says what to type. Or a split or a

@@ -2,7 +2,7 @@
 
 import io
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from configs.data import Parquet
 from configs.errors import UserError
-from tasks.content import content_digest, is_data, read_file
-from tasks.files import ROOT, spaced
-from tasks.parts import own_name, rows_of
-from tasks.split import ImageSplit
+from tasks.files import ROOT, content_digest, is_data, read_file, spaced
+from tasks.held_out import own_name, rows_of
+from tasks.split import ImageSplit, decoded, ending
 
 if TYPE_CHECKING:
     import datasets
@@ -35,11 +34,11 @@ class Encoded:
     sizes: NDArray[np.int64]  # (N,) bytes of each encoded image
 
     def content(self, index: int, last: int | None = None) -> bytes:
-        """The encoded bytes of an image."""
+        """The encoded bytes of an image, or their last ones."""
         return _encoded(self.table, self.column, int(self.rows[index]), last)
 
     def called(self, index: int) -> str:
-        """Its place in the table."""
+        """The place of an image in the table."""
         return f"row {self.rows[index]}"
 
     def pil(self, index: int) -> Image.Image:
@@ -48,35 +47,52 @@ class Encoded:
         Raises:
             UserError: it cannot be decoded to its end.
         """
-        try:
-            with Image.open(io.BytesIO(self.content(index))) as image:
-                return image.convert("RGB")
-        except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-            row = self.rows[index]
-            raise UserError(f"image {row} of split {self.split!r} in parquet cannot be decoded ({error})") from error
+        name = f"{self.rows[index]} of split {self.split!r} in parquet"
+        return decoded(io.BytesIO(self.content(index)), name)
 
     def of(self, rows: Tensor) -> "Encoded":
-        """Only some of them."""
-        return Encoded(self.split, self.table, self.column, self.rows[rows.numpy()], self.sizes[rows.numpy()])
+        """Only the images `rows`."""
+        return replace(self, rows=self.rows[rows.numpy()], sizes=self.sizes[rows.numpy()])
 
 
 def _encoded(table: "datasets.Dataset", column: str, row: int, last: int | None = None) -> bytes:
     """An image as it is encoded: in the table, or in the file that the table names."""
     found = table[row][column]
-    if not found["bytes"]:
-        return read_file(Path(found["path"] or f"image {row}, which has neither bytes nor a path,"), last)
-    return found["bytes"] if last is None else found["bytes"][-last:]
+    if found["bytes"]:
+        return ending(found["bytes"], last)
+    return read_file(Path(found["path"] or f"image {row}, which has neither bytes nor a path,"), last)
 
 
 @lru_cache(maxsize=4)
 def _table(where: str, own: str) -> "datasets.Dataset":
-    """A split with its images as they are encoded."""
+    """A split with its images as they are encoded.
+
+    The files of a local folder are those that its card or their names say, and are read one by one: by the folder alone
+    `datasets` would answer with the tables of any other folder that has its name and a card and that it has seen
+    before. The name of what it keeps is a digest of the files' content.
+    """
     import datasets  # noqa: PLC0415  # seconds that other tasks need not wait for
 
+    folder = Path(where)
     try:
-        if Path(where).is_dir():
-            return _local_table(Path(where), own)
-        return datasets.load_dataset(where, split=own)
+        if not folder.is_dir():
+            return datasets.load_dataset(where, split=own)
+        with tempfile.TemporaryDirectory() as empty:  # nothing that it has kept says what is here
+            builder = datasets.load_dataset_builder(where, cache_dir=empty)
+        known = {
+            str(split): [Path(file) for file in files if is_data(str(Path(file).relative_to(folder)))]
+            for split, files in (builder.config.data_files or {}).items()
+        }
+        files = known.get(own, [])
+        if not files:
+            splits = ", ".join(split for split, files in known.items() if files) or "none"
+            raise UserError(f"{folder} has no parquet files of split {own!r}, but of {splits}: set task.folders")
+        sizes = np.array([file.stat().st_size for file in files], dtype=np.int64)
+        names = [str(file.relative_to(folder)) for file in files]
+        digest = content_digest(names, sizes, lambda i, last: read_file(files[i], last))
+        paths = {own: [str(file) for file in files]}
+        features = builder.info.features
+        return datasets.load_dataset("parquet", f"files-{digest}", data_files=paths, features=features, split=own)
     except UserError:
         raise
     except Exception as error:  # of the network, of parquet, of its cache, or of the split's name
@@ -84,38 +100,6 @@ def _table(where: str, own: str) -> "datasets.Dataset":
             f"{where}, split {own!r}, is neither a folder of parquet files nor a data set on the hub that can be had: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from None
-
-
-def _local_table(folder: Path, own: str) -> "datasets.Dataset":
-    """A split of a local folder, from its files one by one, which its card or their names say.
-
-    By the folder alone `datasets` would answer with the tables of any other folder that has its name and a card and
-    that it has seen before. The name of what it keeps is a digest of the files' content.
-    """
-    import datasets  # noqa: PLC0415
-
-    with tempfile.TemporaryDirectory() as empty:  # nothing that it has kept says what is here
-        builder = datasets.load_dataset_builder(str(folder), cache_dir=empty)
-    known = {
-        str(split): [Path(file) for file in files if is_data(str(Path(file).relative_to(folder)))]
-        for split, files in (builder.config.data_files or {}).items()
-    }
-    files = known.get(own, [])
-    if not files:
-        splits = ", ".join(split for split, files in known.items() if files) or "none"
-        raise UserError(f"{folder} has no parquet files of split {own!r}, but of {splits}: set task.folders")
-    digest = content_digest(
-        [str(file.relative_to(folder)) for file in files],
-        np.array([file.stat().st_size for file in files], dtype=np.int64),
-        lambda i, last: read_file(files[i], last),
-    )
-    return datasets.load_dataset(
-        "parquet",
-        f"files-{digest}",
-        data_files={own: [str(file) for file in files]},
-        features=builder.info.features,
-        split=own,
-    )
 
 
 def _columns(task: Parquet, own: str) -> tuple["datasets.Dataset", str, Any]:
@@ -151,9 +135,7 @@ def class_names(task: Parquet) -> tuple[str, ...]:
 def load_split(task: Parquet, name: str) -> ImageSplit:
     """One split, whose images are decoded when they are asked for; held-out is drawn by the place in the table.
 
-    Args:
-        task: of kind parquet.
-        name: one of the task's splits; `task.folders` says what the data call it.
+    `task.folders` says what the data call it.
 
     Raises:
         UserError: no such data or split, not as many images as `task.counts`, or labels that are no class ids.

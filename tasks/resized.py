@@ -33,8 +33,8 @@ from configs.schema import Experiment
 from configs.training import Compute
 from soups.files.atomic import digest_of, replacing, write_json
 from store.runs import lock
-from tasks.ahead import made_ahead
 from tasks.load import load_split
+from tasks.prefetch import prefetch
 from tasks.split import ImageSplit, Pixels
 
 SHARD = 4096  # images in a file: about 120 MB of copies with a shorter side of 256
@@ -179,7 +179,7 @@ def with_copies(images: ImageSplit, compute: Compute) -> ImageSplit:
         numbers = [n for n in range(-(-len(images) // SHARD)) if not shard_path(folder, n).exists()]
         shards = _Shards(images, folder, compute.resized, compute.resized_quality, numbers)
         print(f"copying {len(images):,} images of {images.name} to {folder}", flush=True)
-        made = made_ahead(shards, min(compute.loader_workers, len(numbers)))
+        made = prefetch(shards, min(compute.loader_workers, len(numbers)))
         for _ in track(made, "files", len(numbers), disable=not sys.stdout.isatty()):
             pass
         for number in numbers:  # which another process may still be writing

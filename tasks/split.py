@@ -1,7 +1,9 @@
-"""One split of a benchmark: what training and evaluation ask of any, and images."""
+"""One split of a benchmark: its examples, wherever they are stored, and their labels."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -10,16 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from configs.errors import UserError
 from tasks.label_space import LabelSpace
 
 Split = TypeVar("Split", bound="Examples")
 
 
 class Stored(Protocol):
-    """Where examples are: images in memory (`Pixels`), in files (tasks.files), in a table (tasks.parquet), or texts.
-
-    It is sent to the processes that load images.
-    """
+    """N examples: images in memory, in files or in a table, or texts. It is sent to the processes that load images."""
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -29,14 +29,14 @@ class Stored(Protocol):
         """An example as it is stored; only its last so many bytes where a number is given."""
 
     def called(self, index: int) -> str:
-        """What an example is called in messages."""
+        """The name of an example in messages."""
 
     def of(self, rows: Tensor) -> "Stored":
         """Only the examples `rows`, (n,) int64, in this order."""
 
 
 class StoredImages(Stored, Protocol):
-    """Where images are."""
+    """N images."""
 
     def pil(self, index: int) -> Image.Image:
         """One image, RGB.
@@ -46,39 +46,52 @@ class StoredImages(Stored, Protocol):
         """
 
 
-@dataclass(frozen=True, eq=False)
+def ending(content: bytes, last: int | None) -> bytes:
+    """The last so many bytes; all of them where no number is given."""
+    return content if last is None else content[-last:]
+
+
+def decoded(file: Path | io.BytesIO, name: str, remedy: str = "") -> Image.Image:
+    """An image, converted to RGB as torchvision's loader does it; an orientation in its EXIF is ignored.
+
+    Raises:
+        UserError: it is missing, or cannot be decoded to its end; the message has its name.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
+        raise UserError(f"image {name} cannot be decoded ({error}){remedy}") from error
+
+
 class Pixels:
-    """Images of one size in memory."""
+    """Images of one size in memory: (N, 3, H, W) uint8."""
 
-    images: Tensor  # (N, 3, H, W) uint8
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) bytes of the pixels of each image."""
-        return np.full(len(self.images), self.images[0].numel() if len(self.images) else 0)
+    def __init__(self, images: Tensor):
+        self.images = images
+        self.sizes = np.full(len(images), images[0].numel() if len(images) else 0)
 
     def content(self, index: int, last: int | None = None) -> bytes:
-        """The pixels of an image."""
-        pixels = self.images[index].numpy().tobytes()
-        return pixels if last is None else pixels[-last:]
+        """The pixels of an image, or their last bytes."""
+        return ending(self.images[index].numpy().tobytes(), last)
 
     def called(self, index: int) -> str:
-        """Its place."""
+        """The place of an image."""
         return f"image {index}"
 
     def pil(self, index: int) -> Image.Image:
-        """One image."""
+        """One image, RGB."""
         # Contiguous before Pillow sees it, which copies a strided array element by element.
         return Image.fromarray(self.images[index].permute(1, 2, 0).contiguous().numpy())
 
     def of(self, rows: Tensor) -> "Pixels":
-        """Only some of them."""
+        """Only the images `rows`."""
         return Pixels(self.images[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Images or texts and labels that are used together, wherever they are."""
+    """Images or texts, and labels."""
 
     name: str
     stored: Stored
@@ -91,21 +104,8 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) bytes of each example as it is stored."""
-        return self.stored.sizes
-
-    def content(self, index: int, last: int | None = None) -> bytes:
-        """An example as it is stored; only its last so many bytes where a number is given."""
-        return self.stored.content(index, last)
-
-    def called(self, index: int) -> str:
-        """What an example is called in messages."""
-        return self.stored.called(index)
-
     def rows_of(self, ids: Sequence[int]) -> tuple[Tensor, Tensor, LabelSpace | None]:
-        """Which examples are about the task's classes `ids`, their labels among these, and what of them is reported.
+        """The examples of the task's classes `ids`: their rows, their labels among these, and the reported classes.
 
         Raises:
             UserError: the split reports none of them.
@@ -128,7 +128,7 @@ class ImageSplit(Examples):
 
     @property
     def images(self) -> Tensor:
-        """(N, 3, H, W) uint8, of a split in memory."""
+        """(N, 3, H, W) uint8 images of a split in memory."""
         assert isinstance(self.stored, Pixels)
         return self.stored.images
 

@@ -1,26 +1,29 @@
-"""One split of a text benchmark, in memory: what each example's columns say, and its label."""
+"""Texts and labels of one split, in memory, and texts of your own in tsv files.
+
+Files have one example a line with tabs between fields, as GLUE has them: no quoting, and nothing lost.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.data import Texts
+from configs.data import Sentences, Texts
 from configs.errors import UserError
 from soups.chance import uniform
-from tasks.parts import rows_of
-from tasks.split import Examples
+from tasks.files import ROOT
+from tasks.held_out import own_name, rows_of
+from tasks.split import Examples, ending
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a file says."""
+    """The examples of a file."""
 
     columns: tuple[str, ...]
     fields: Sequence[tuple[str, ...]]  # N, a text for each column
@@ -28,29 +31,23 @@ class Rows:
     source: Path  # for messages
 
 
-@dataclass(frozen=True)
 class TextRows:
-    """Texts in memory, with columns in place of pixels."""
+    """Texts in memory: N tuples with one text for each column."""
 
-    columns: tuple[str, ...]
-    fields: tuple[tuple[str, ...], ...]  # N texts, one for each column
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) bytes of each text."""
-        return np.array([len(self.content(row)) for row in range(len(self.fields))], dtype=np.int64)
+    def __init__(self, columns: tuple[str, ...], fields: tuple[tuple[str, ...], ...]):
+        self.columns, self.fields = columns, fields
+        self.sizes = np.array([len(self.content(row)) for row in range(len(fields))], dtype=np.int64)
 
     def content(self, index: int, last: int | None = None) -> bytes:
-        """What a text says, whatever white space is between its words."""
-        said = said_by(self.fields[index]).encode()
-        return said if last is None else said[-last:]
+        """The words of a text, whatever white space is between them."""
+        return ending(words_of(self.fields[index]).encode(), last)
 
     def called(self, index: int) -> str:
-        """How it begins."""
+        """The beginning of a text."""
         return repr(" | ".join(self.fields[index])[:40])
 
     def of(self, rows: Tensor) -> "TextRows":
-        """Only some of them."""
+        """Only the texts `rows`."""
         return TextRows(self.columns, tuple(self.fields[row] for row in rows.tolist()))
 
 
@@ -66,10 +63,10 @@ class TextSplit(Examples):
         return self.stored.fields
 
 
-def said_by(fields: Sequence[str]) -> str:
+def words_of(fields: Sequence[str]) -> str:
     r"""A text as it is compared with others: its fields, with one space between words.
 
-    >>> said_by(["a  good ", "film"])
+    >>> words_of(["a  good ", "film"])
     'a good\x00film'
     """
     return "\0".join(" ".join(field.split()) for field in fields)
@@ -85,7 +82,7 @@ def pieces_of(template: str) -> list[tuple[str, str | None]]:
     [('premise: ', 'a'), (' | ', 'b'), (' |', None)]
     """
     try:
-        parsed = [(words, column, spec, how) for words, column, spec, how in Formatter().parse(template)]
+        parsed = list(Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"task.template={template!r}: {error}") from None
     if any(column == "" or spec or how for _, column, spec, how in parsed):
@@ -94,9 +91,9 @@ def pieces_of(template: str) -> list[tuple[str, str | None]]:
 
 
 def text_split(task: Texts, name: str, rows: Rows) -> TextSplit:
-    """A split from what its file says: all rows, the part of train that is or is not held out, or some of them.
+    """A split of the examples of its file: all rows, the part of train that is or is not held out, or some of them.
 
-    A text is what the template's columns say; other columns, such as numbers of lines, are left out. Whether a text is
+    A text has the columns that the template reads; others, such as numbers of lines, are left out. Whether a text is
     held out by `task.held_out_share` depends on it alone, not on those beside it.
 
     Raises:
@@ -110,23 +107,85 @@ def text_split(task: Texts, name: str, rows: Rows) -> TextSplit:
     if not read:
         raise UserError(f"task.template={task.template!r} reads no column of {rows.source}: {', '.join(rows.columns)}")
     places = [place for place, column in enumerate(rows.columns) if column in read]
+    columns = tuple(rows.columns[place] for place in places)
     fields = [tuple(row[place] for place in places) for row in rows.fields]
-    rows = Rows(tuple(rows.columns[place] for place in places), fields, rows.labels, rows.source)
     labels = np.array(rows.labels, dtype=np.int64)
 
     def key(row: int) -> str:
-        return "\0".join(rows.fields[row])
+        return "\0".join(fields[row])
 
-    said = [said_by(row) for row in fields]
-    chosen = rows_of(task, name, labels, task.options, key=said.__getitem__, where=rows.source).tolist()
+    words = [words_of(row) for row in fields]
+    chosen = rows_of(task, name, labels, task.options, key=words.__getitem__, where=rows.source).tolist()
     wanted = (task.take or {}).get(name)
     if wanted is not None:
         if wanted > len(chosen):
             raise UserError(f"task.take.{name}={wanted}, but {rows.source} has {len(chosen)} texts for it")
-        drawn = sorted(chosen, key=lambda row: (uniform("take", key(row)), row))
-        chosen = sorted(drawn[:wanted])
-    content = hashlib.blake2b("\0".join(rows.columns).encode(), digest_size=16)
+        chosen = sorted(sorted(chosen, key=lambda row: (uniform("take", key(row)), row))[:wanted])
+    content = hashlib.blake2b("\0".join(columns).encode(), digest_size=16)
     for row in chosen:
         content.update(f"{key(row)}\0{labels[row]}\n".encode())
-    texts = TextRows(rows.columns, tuple(rows.fields[row] for row in chosen))
+    texts = TextRows(columns, tuple(fields[row] for row in chosen))
     return TextSplit(name, texts, torch.from_numpy(labels[chosen]), content.hexdigest())
+
+
+def read_tsv(
+    path: Path, label: str, ids: Mapping[str, int], header: Sequence[str] | None = None, needed: Sequence[str] = ()
+) -> Rows:
+    """The texts and class ids of a file in UTF-8, with or without a byte-order mark.
+
+    Lines end with a line feed or with carriage return and line feed, and with nothing else: sentences may contain
+    quotes, which mean nothing, and every other character that ends a line for some program.
+
+    Args:
+        path: the file.
+        label: name of the label column.
+        ids: label in the file -> class id.
+        header: the columns, where the first line does not name them.
+        needed: columns that must be there besides.
+
+    Raises:
+        UserError: it is missing, not UTF-8 or empty; a line has more or fewer fields than there are columns; no such
+            column; a label that is none of them; or an example without any text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: tasks/README.md says where to get it") from None
+    except UnicodeDecodeError as error:
+        before = path.read_bytes()[: error.start].count(b"\n")
+        raise UserError(f"{path}, line {before + 1}: not UTF-8; get the file again") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if not lines[-1]:
+        lines.pop()
+    table = [tuple(line.split("\t")) for line in lines]
+    columns, first = (tuple(header), 1) if header is not None else (table[0] if table else (), 2)
+    table = table[first - 1 :]
+    if not table:
+        raise UserError(f"{path} has no example")
+    for number, row in enumerate(table, start=first):
+        if len(row) != len(columns):
+            raise UserError(
+                f"{path}, line {number}: {len(row)} fields with tabs between them, and there are {len(columns)} "
+                f"columns ({', '.join(columns)}); mend that line or get the file again"
+            )
+    for column in (label, *needed):
+        if column not in columns:
+            raise UserError(f"{path} has no column {column!r}, only {', '.join(columns)}")
+    place = columns.index(label)
+    fields = [row[:place] + row[place + 1 :] for row in table]
+    for number, (row, texts) in enumerate(zip(table, fields, strict=True), start=first):
+        if row[place] not in ids:
+            raise UserError(f"{path}, line {number}: label {row[place]!r} is none of {', '.join(ids)}")
+        if not any(each.strip() for each in texts):
+            raise UserError(f"{path}, line {number}: no text")
+    return Rows(columns[:place] + columns[place + 1 :], fields, [ids[row[place]] for row in table], path)
+
+
+def load_sentences(task: Sentences, name: str) -> TextSplit:
+    """One split of texts of your own, from <folder>/<split>.tsv; labels are class ids or names of the options.
+
+    Raises:
+        UserError: as `read_tsv` and `text_split`.
+    """
+    ids = {str(i): i for i in range(len(task.options))} | {option: i for i, option in enumerate(task.options)}
+    return text_split(task, name, read_tsv(ROOT / task.folder / f"{own_name(task, name)}.tsv", task.label, ids))

@@ -34,7 +34,7 @@ from models.prompts import question
 from slurm.plan import paper_experiments
 from store.processes import alone
 from store.rows import identity, row_config
-from tasks.parts import own_name
+from tasks.held_out import own_name
 from tasks.split import ImageSplit, Pixels
 from tests.commands import here
 from tests.experiments import EXPERIMENTS, ROOT, hub_folders, loaded, loaded_locally

@@ -20,8 +20,8 @@ from finetune.length import Length
 from finetune.train import ONE_PROCESS, held_out_correct
 from models.classifier import Classifier, pretrained, zero_shot_head
 from store.processes import Processes, use_kernels
-from tasks.ahead import made_ahead
 from tasks.load import class_names
+from tasks.prefetch import prefetch
 from tests.training import network, small_config, small_split, trained
 
 MINIMAL = Augment(kind="minimal", crop=0.9)
@@ -70,7 +70,7 @@ def test_a_sample_looks_the_same_whichever_process_makes_it(train):
     together = torch.cat([part[2] for part in parts])
     order = torch.cat([part.indices(2) for part in parts])
     assert torch.equal(whole[2][whole.indices(2).argsort()], together[order.argsort()])
-    prefetched = list(made_ahead(replace(whole, first=498), workers=1))
+    prefetched = list(prefetch(replace(whole, first=498), workers=1))
     assert len(prefetched) == 2
     assert torch.equal(prefetched[0], whole[498])
 

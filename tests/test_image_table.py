@@ -43,7 +43,7 @@ def test_one_table_says_the_split_of_each_line_and_classes_are_the_labels_of_tra
     assert class_names(task) == ("cat", "dog")
     train, held_out = load_split(task, "train"), load_split(task, "held_out")
     assert train.labels.tolist() == [1, 0, 1, 0] and held_out.labels.tolist() == [0]
-    assert [train.called(i) for i in range(4)] == [f"photos/{i}.png" for i in range(4)]
+    assert [train.stored.called(i) for i in range(4)] == [f"photos/{i}.png" for i in range(4)]
     assert held_out.pil(0).getpixel((0, 0)) == (160, 160, 160)
     assert "held_out: 1 images, classes 2" in describe(task, "held_out")
     assert overlaps(task) == []

@@ -13,9 +13,9 @@ from configs.schema import load
 from eval.forward import Evaluator
 from tasks import overlaps as module
 from tasks.check import check
-from tasks.image_folder import _listing
 from tasks.load import load_split
 from tasks.overlaps import overlaps, refuse_overlaps, refused
+from tasks.scan import scanned
 from tasks.split import ImageSplit, Pixels
 from tasks.texts import Rows, text_split
 
@@ -27,7 +27,7 @@ def tree(tmp_path):
 
 
 def images(root, **settings):
-    for cached in (load_split, _listing, refuse_overlaps):
+    for cached in (load_split, scanned, refuse_overlaps):
         cached.cache_clear()
     return task(root, shifts=("night",), **settings)
 
@@ -68,7 +68,7 @@ def test_only_what_can_be_equal_is_read(tree, monkeypatch):
     for name in ("train", "held_out", "test", "night"):
         load_split(settings, name)
     read.clear()
-    sizes = [set(load_split(settings, name).sizes.tolist()) for name in ("train", "held_out", "test", "night")]
+    sizes = [set(load_split(settings, name).stored.sizes.tolist()) for name in ("train", "held_out", "test", "night")]
     shared = {size for i, own in enumerate(sizes) for j, other in enumerate(sizes) if i != j for size in own & other}
     assert overlaps(settings) == []
     assert len(read) < 12 if not shared else len(read) < 48

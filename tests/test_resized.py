@@ -69,13 +69,13 @@ def test_copies_are_in_the_order_of_the_split_in_files_of_several(data, monkeypa
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["00000.arrow", "00001.arrow", "00002.arrow", "index.json"]  # no lock and no half-written file
     for index in range(len(images)):
-        assert copies.content(index) == smaller(images.pil(index), 24, 90)
+        assert copies.stored.content(index) == smaller(images.pil(index), 24, 90)
         assert np.array_equal(np.asarray(copies.pil(index)), pixels_of(copies, index).permute(1, 2, 0))
-    assert copies.sizes.tolist() == [len(copies.content(index)) for index in range(len(images))]
+    assert copies.stored.sizes.tolist() == [len(copies.stored.content(index)) for index in range(len(images))]
     part = copies.stored.of(torch.tensor([11, 2]))
-    assert part.content(0) == copies.content(11) and part.content(1, 4) == copies.content(2)[-4:]
+    assert part.content(0) == copies.stored.content(11) and part.content(1, 4) == copies.stored.content(2)[-4:]
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert copies_of(config).content(3) == copies.content(3)
+    assert copies_of(config).stored.content(3) == copies.stored.content(3)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
@@ -92,21 +92,21 @@ def test_a_damaged_copy_is_refused_with_what_to_delete(data):
     config = experiment(data)
     copies = copies_of(config)
     path = shard_path(copies.stored.folder, 0)
-    content, place = bytearray(path.read_bytes()), path.read_bytes().find(copies.content(2))
+    content, place = bytearray(path.read_bytes()), path.read_bytes().find(copies.stored.content(2))
     content[place + 100] ^= 1
     resized._opened.cache_clear()
     path.write_bytes(content)
-    copies.content(1)
+    copies.stored.content(1)
     with pytest.raises(UserError, match=r"00000\.arrow is damaged: delete it and .*index\.json, and run the same"):
-        copies.content(2)
+        copies.stored.content(2)
     resized._opened.cache_clear()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"00000\.arrow cannot be read"):
-        copies.content(1)
+        copies.stored.content(1)
     path.unlink()
     (path.parent / "index.json").unlink()
     resized._opened.cache_clear()
-    assert copies_of(config).content(2) == smaller(load_split(config.task, "train").pil(2), 24, 90)
+    assert copies_of(config).stored.content(2) == smaller(load_split(config.task, "train").pil(2), 24, 90)
 
 
 MAKE = """
@@ -176,11 +176,11 @@ def test_every_kind_of_image_has_the_pixels_that_pillow_gives(tmp_path):
     images = load_split(task(tmp_path, num_classes=2), "train")
     for index in range(len(images)):
         expected = torch.from_numpy(np.array(images.pil(index))).permute(2, 0, 1)
-        difference = (pixels_of(images, index).int() - expected.int()).abs().max()
-        assert difference <= (2 if "cmyk" in images.called(index) else 0), images.called(index)
-    broken = images.stored.path(next(i for i in range(len(images)) if images.called(i).endswith("plain.jpg")))
+        difference, name = (pixels_of(images, index).int() - expected.int()).abs().max(), images.stored.called(index)
+        assert difference <= (2 if "cmyk" in name else 0), name
+    broken = images.stored.path(next(i for i in range(len(images)) if images.stored.called(i).endswith("plain.jpg")))
     broken.write_bytes(broken.read_bytes()[:-200])
-    index = next(i for i in range(len(images)) if images.called(i).endswith("plain.jpg"))
+    index = next(i for i in range(len(images)) if images.stored.called(i).endswith("plain.jpg"))
     with pytest.raises(UserError, match=r"plain\.jpg cannot be decoded"):
         pixels_of(images, index)
 
@@ -214,7 +214,7 @@ def test_copies_are_staged_as_few_files_and_cleaned_away(data, tmp_path, monkeyp
     there = staged(config)
     assert there.task == config.task and there.compute.resized_to.is_relative_to(tmp_path / "node")
     assert copies_of(there).stored.folder.is_relative_to(tmp_path / "node")
-    assert copies_of(there).content(3) == copies_of(config).content(3)
+    assert copies_of(there).stored.content(3) == copies_of(config).stored.content(3)
     assert identity(there, 1) == identity(config, 1)
     assert removable(config, "resized") == [config.compute.resized_to]
 
@@ -236,5 +236,5 @@ def test_arrow_keeps_each_image_by_itself(data):
     """So that a crop reads the pages of one copy, whatever else is in the file."""
     copies = copies_of(experiment(data))
     allocated = pa.total_allocated_bytes()
-    copies.content(0)
+    copies.stored.content(0)
     assert pa.total_allocated_bytes() - allocated < 100_000

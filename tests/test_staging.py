@@ -6,7 +6,6 @@ import threading
 import time
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 from pictures import rgb, save_tree
@@ -18,7 +17,7 @@ from slurm.clean import clean, removable
 from store import staging
 from store.rows import identity
 from store.staging import staged
-from tasks import ahead, files, image_folder
+from tasks import prefetch, scan
 from tasks.load import load_split
 
 
@@ -123,10 +122,10 @@ def test_a_data_set_is_listed_once_and_again_when_a_file_is_added_deleted_or_of_
     task = experiment(data).task
     assert task.listings is not None
     calls = []
-    monkeypatch.setattr(image_folder, "_found", lambda *words: calls.append(words) or found(*words))
+    monkeypatch.setattr(scan, "_scan", lambda *words: calls.append(words) or found(*words))
 
     def listed():
-        image_folder._listing.cache_clear()
+        scan.scanned.cache_clear()
         load_split.cache_clear()
         calls.clear()
         return len(load_split(task, "train")), load_split(task, "train").digest, len(calls)
@@ -145,29 +144,32 @@ def test_a_data_set_is_listed_once_and_again_when_a_file_is_added_deleted_or_of_
     first.write_bytes(whole)
     assert listed()[1] == digest
     (file,) = task.listings.glob("*.npz")
-    with np.load(file) as stored:
-        wrong = {name: stored[name] for name in stored.files}
-    wrong["counts"] = wrong["counts"][::-1] + np.array([1, 0, 0, -1])
-    np.savez(file, **wrong)
+    damaged = bytearray(file.read_bytes())
+    damaged[damaged.index(b"0.jpg")] ^= 1  # a name
+    file.write_bytes(damaged)
     assert listed() == (n, digest, 1)  # a damaged list is made anew
     file.write_bytes(file.read_bytes()[:100])
     assert listed() == (n, digest, 1)
 
 
-found = image_folder._found
+found = scan._scan
 
 
 def test_sizes_of_listed_files_are_asked_for_once(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     for name in ("x", "y"):
         (tmp_path / "a" / name).write_text(name * 3)
-    listed = files.Listed(tmp_path / "list.txt", tmp_path, ("a/y", "a/x"), [0, 1])
-    assert files._sizes(listed, listed.files, tmp_path / "keep").tolist() == [3, 3]
+    names = ("a/y", "a/x")
+
+    def sizes():
+        return scan.looked_up(tmp_path, names, tmp_path / "list.txt", tmp_path / "keep").sizes.tolist()
+
+    assert sizes() == [3, 3]
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_found", lambda *words: pytest.fail("listed again"))
-        assert files._sizes(listed, listed.files, tmp_path / "keep").tolist() == [3, 3]
+        patched.setattr(scan, "_look_up", lambda *words: pytest.fail("listed again"))
+        assert sizes() == [3, 3]
     (tmp_path / "a/x").write_text("longer")
-    assert files._sizes(listed, listed.files, tmp_path / "keep").tolist() == [3, 6]
+    assert sizes() == [3, 6]
 
 
 def test_lists_are_kept_of_data_sets_of_files_only():
@@ -176,13 +178,13 @@ def test_lists_are_kept_of_data_sets_of_files_only():
 
 
 def test_batches_that_do_not_fit_into_shared_memory_are_refused_before_a_worker_dies_of_it(monkeypatch):
-    monkeypatch.setattr(ahead.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(64, 0, 64 * 10**6))
+    monkeypatch.setattr(prefetch.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(64, 0, 64 * 10**6))
     with pytest.raises(UserError, match=r"need 0\.24 GB of shared memory, and /dev/shm has 0\.06 GB left: .*shm-size"):
-        next(ahead.made_ahead([torch.zeros(1)] * 4, workers=3, bytes_each=40 * 10**6))
-    ahead.refuse_little_shared_memory(40 * 10**6)
+        next(prefetch.prefetch([torch.zeros(1)] * 4, workers=3, bytes_each=40 * 10**6))
+    prefetch.refuse_little_shared_memory(40 * 10**6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match=r"need 0\.32 GB"):
-        ahead.refuse_little_shared_memory(40 * 10**6)
+        prefetch.refuse_little_shared_memory(40 * 10**6)
 
 
 def test_only_what_finished_runs_can_do_without_is_deleted(tmp_path, capsys):

@@ -46,7 +46,7 @@ from configs.schema import load
 from finetune.data import TrainingBatches
 from finetune.length import Length
 from store.processes import alone
-from tasks.ahead import made_ahead
+from tasks.prefetch import prefetch
 from tasks.load import load_split
 
 def children(pid):
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     config = load("demo_tiny", f"paths.runs={sys.argv[1]}")
     images = load_split(config.task, "train")
     batches = TrainingBatches(images, config.augment, 64, Length(len(images), 8, 4, 40), 1, alone())
-    made = made_ahead(batches, 2)
+    made = prefetch(batches, 2)
     next(made), next(made), next(made)
     workers = [worker for server in children(os.getpid()) for worker in children(server)]
     print(*workers, *map(own, workers), flush=True)

@@ -31,16 +31,13 @@ class DataError(UserError):
 
 
 def load_split(name: str, folder: Path = DATA, classes: Container[int] | None = None, fold: int = 0) -> ImageSplit:
-    """The images and labels of one split, of all classes or of some.
+    """The images of one split, (N, 3, 64, 64) uint8, and their labels, (N,) int64.
 
     Args:
         name: one of `SPLITS`. `held_out` selects, `test` and the shifts report.
-        folder: where the files are.
-        classes: ids of the classes whose images are decoded and returned; of all where None.
-        fold: how drawings are dealt to train, held-out and test, see `deal`.
-
-    Returns:
-        images (N, 3, 64, 64) uint8, labels (N,) int64 in [0, number of classes).
+        folder: the folder of the files.
+        classes: ids of the classes whose images are decoded and returned; all where None.
+        fold: decides which drawings are train, held-out and test, see `deal`.
 
     Raises:
         DataError: no such split; the file is missing, is not the one of the manifest, or its labels and names do not
@@ -49,12 +46,8 @@ def load_split(name: str, folder: Path = DATA, classes: Container[int] | None = 
     table, digest = read_split(name, folder, fold)
     if classes is not None:
         table = table.filter([label in classes for label in table["label"].to_pylist()])
-    return ImageSplit(
-        name=name,
-        stored=Pixels(torch.from_numpy(decoded(table, folder)).permute(0, 3, 1, 2).contiguous()),
-        labels=torch.tensor(table["label"].to_pylist(), dtype=torch.int64),
-        digest=digest,
-    )
+    images = torch.from_numpy(decoded(table, folder)).permute(0, 3, 1, 2).contiguous()
+    return ImageSplit(name, Pixels(images), torch.tensor(table["label"].to_pylist(), dtype=torch.int64), digest)
 
 
 def decoded(table: pa.Table, folder: Path = DATA) -> NDArray[np.uint8]:
@@ -88,8 +81,8 @@ def read_split(name: str, folder: Path = DATA, fold: int = 0) -> tuple[pa.Table,
 def deal(table: pa.Table, fold: int) -> NDArray[np.str_]:
     """The split of each drawing in a fold, "" for those that are left out.
 
-    Of a class with n drawings, in a keyed order, number `fold` modulo n is test, the next is held-out, and the rest is
-    train: both unseen drawings have as many to learn from, so that held-out and test are exchangeable. Over the folds
+    In a class with n drawings, in a keyed order, number `fold` modulo n is test, the next is held-out, and the rest
+    is train: both unseen drawings have as many to learn from, so held-out and test are exchangeable. Over the folds
     every drawing is test. A drawing of test or held-out that is nearly that of another split is left out.
     """
     labels, places = np.asarray(table["label"]), np.asarray(table["place"])

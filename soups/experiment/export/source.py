@@ -19,7 +19,7 @@ from soups.errors import UserError
 from soups.files.atomic import read_json, read_jsonl
 from soups.files.weights import Weights, load_weights
 from store.rows import score_of
-from tasks.fixed import FixedTransform, of_model
+from tasks.eval_images import EvalTransform, eval_transform
 from tasks.load import class_names
 
 WEIGHTS = "weights.safetensors"
@@ -56,9 +56,9 @@ class Source:
         return self.network
 
     @property
-    def images(self) -> FixedTransform:
+    def images(self) -> EvalTransform:
         """What is done to images before they are normalised."""
-        return of_model(self.model)
+        return eval_transform(self.model)
 
     @property
     def tokenizer(self) -> Tokenizer:

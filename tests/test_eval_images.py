@@ -16,14 +16,14 @@ from PIL import Image
 from configs.errors import UserError
 from configs.schema import load
 from store.decoded import SHARD, Shards
-from tasks.ahead import made_ahead
-from tasks.fixed import FixedTransform, fixed_batches, of_model
+from tasks.eval_images import EvalTransform, eval_batches, eval_transform
 from tasks.image_folder import load_split
+from tasks.prefetch import prefetch
 from tasks.split import ImageSplit, Pixels
 from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = FixedTransform(size=16, resize=18, squash=False)
+SMALL = EvalTransform(size=16, resize=18, squash=False)
 SIZES = [(16, 16), (37, 23), (23, 37), (101, 20), (7, 5), (18, 500), (17, 33)]
 
 
@@ -35,7 +35,7 @@ def plain(size, mode):
 @pytest.mark.parametrize("size", [16, 19])
 @pytest.mark.parametrize(("squash", "mode"), [(False, "shortest"), (True, "squash")])
 def test_images_are_those_of_open_clip_before_its_normalisation(size, squash, mode):
-    ours, theirs = FixedTransform(size, size, squash), plain(size, mode)
+    ours, theirs = EvalTransform(size, size, squash), plain(size, mode)
     for seed, (width, height) in enumerate(SIZES):
         image = rgb(width, height, seed)
         assert ours(image).dtype == torch.uint8
@@ -49,17 +49,17 @@ def test_a_larger_resize_is_cropped_in_its_middle(squash):
     resized = np.asarray(image.resize(sides, 3)).transpose(2, 0, 1)  # 3 is bicubic
     left = (sides[0] - 16) // 2
     expected = resized[:, 2:18, left : left + 16]
-    assert np.array_equal(FixedTransform(16, 20, squash)(image).numpy(), expected)
+    assert np.array_equal(EvalTransform(16, 20, squash)(image).numpy(), expected)
 
 
 def test_a_model_says_what_it_sees():
     model = load("demo").model
-    assert of_model(model) == FixedTransform(64, 64, False)
+    assert eval_transform(model) == EvalTransform(64, 64, False)
     other = load("demo", "model.eval_size=48", "model.eval_resize=56", "model.squash=true").model
-    assert of_model(other) == FixedTransform(48, 56, True)
-    assert len({of_model(m).key for m in (model, other)} | {FixedTransform(48, 56, False).key}) == 3
+    assert eval_transform(other) == EvalTransform(48, 56, True)
+    assert len({eval_transform(m).key for m in (model, other)} | {EvalTransform(48, 56, False).key}) == 3
     with pytest.raises(UserError, match=r"model\.eval_resize=30 is smaller than the 64 pixels"):
-        of_model(load("demo", "model.eval_resize=30").model)
+        eval_transform(load("demo", "model.eval_resize=30").model)
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,12 @@ def one_by_one(folder):
 def test_batches_depend_on_nothing_but_the_images(folder, one_by_one, tmp_path, cached, way):
     way = way | {"decoded": tmp_path if cached else None}
     for _ in range(1 + cached):
-        batches = list(fixed_batches(folder, SMALL, **way))
+        batches = list(eval_batches(folder, SMALL, **way))
         assert torch.equal(torch.cat(batches), one_by_one)
         assert [len(b) for b in batches] == [len(part) for part in one_by_one.split(way["batch"])]
     rows = torch.tensor([20, 3, 3, 0, 27])
-    assert torch.equal(torch.cat(list(fixed_batches(folder, SMALL, rows=rows, **way))), one_by_one[rows])
-    assert list(fixed_batches(folder, SMALL, rows=rows[:0], **way)) == []
+    assert torch.equal(torch.cat(list(eval_batches(folder, SMALL, rows=rows, **way))), one_by_one[rows])
+    assert list(eval_batches(folder, SMALL, rows=rows[:0], **way)) == []
 
 
 def in_memory(n, height, width):
@@ -96,12 +96,12 @@ def in_memory(n, height, width):
 
 def test_images_in_memory_of_the_right_size_are_given_as_they_are(tmp_path):
     split = in_memory(9, 16, 16)
-    same = FixedTransform(16, 16, False)
-    given = torch.cat(list(fixed_batches(split, same, batch=4, decoded=tmp_path)))
+    same = EvalTransform(16, 16, False)
+    given = torch.cat(list(eval_batches(split, same, batch=4, decoded=tmp_path)))
     assert torch.equal(given, split.images)
     assert not list(tmp_path.iterdir())
     assert torch.equal(given, torch.stack([same(split.pil(i)) for i in range(9)]))
-    resized = torch.cat(list(fixed_batches(split, SMALL, batch=4)))
+    resized = torch.cat(list(eval_batches(split, SMALL, batch=4)))
     assert torch.equal(resized, torch.stack([SMALL(split.pil(i)) for i in range(9)]))
 
 
@@ -113,7 +113,7 @@ def test_a_damaged_image_is_one_clear_line_whoever_decodes_it(tmp_path, workers)
     split = load_split(task(root), "train")
     for decoded in (None, tmp_path / "decoded"):
         with pytest.raises(UserError, match=r"Öl/1.jpg cannot be decoded") as error:
-            list(fixed_batches(split, SMALL, batch=4, workers=workers, decoded=decoded))
+            list(eval_batches(split, SMALL, batch=4, workers=workers, decoded=decoded))
         assert "\n" not in str(error.value)
     assert not list((tmp_path / "decoded").rglob("*.npy"))
 
@@ -123,20 +123,20 @@ def test_decoding_elsewhere_leaves_the_callers_chance_alone(folder):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    list(made_ahead(folder.labels, workers=1))  # type: ignore[arg-type]
+    list(prefetch(folder.labels, workers=1))  # type: ignore[arg-type]
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_only_needed_shards_are_made_and_each_only_once(tmp_path):
     split = in_memory(2 * SHARD + 5, 3, 4)
     rows = torch.tensor([2 * SHARD + 4, 1])
-    tiny = FixedTransform(4, 4, False)
-    given = torch.cat(list(fixed_batches(split, tiny, batch=2, rows=rows, decoded=tmp_path)))
+    tiny = EvalTransform(4, 4, False)
+    given = torch.cat(list(eval_batches(split, tiny, batch=2, rows=rows, decoded=tmp_path)))
     assert torch.equal(given, torch.stack([tiny(split.pil(i)) for i in rows.tolist()]))
     made = {path.name: path.stat() for path in tmp_path.rglob("*.npy")}
     assert sorted(made) == ["00000000.npy", f"{2 * SHARD:08d}.npy"]
-    every = torch.cat(list(fixed_batches(split, tiny, batch=999, decoded=tmp_path)))
-    assert torch.equal(every, torch.cat(list(fixed_batches(split, tiny, batch=999))))
+    every = torch.cat(list(eval_batches(split, tiny, batch=999, decoded=tmp_path)))
+    assert torch.equal(every, torch.cat(list(eval_batches(split, tiny, batch=999))))
     now = {path.name: path.stat() for path in tmp_path.rglob("*.npy")}
     assert len(now) == 3
     assert all(now[name].st_ino == made[name].st_ino for name in made)
@@ -144,8 +144,8 @@ def test_only_needed_shards_are_made_and_each_only_once(tmp_path):
 
 def test_other_images_and_other_transforms_have_other_shards(tmp_path):
     for split in (in_memory(3, 5, 5), in_memory(3, 5, 6)):
-        for transform in (FixedTransform(4, 4, False), FixedTransform(4, 5, False), FixedTransform(4, 5, True)):
-            given = torch.cat(list(fixed_batches(split, transform, batch=3, decoded=tmp_path)))
+        for transform in (EvalTransform(4, 4, False), EvalTransform(4, 5, False), EvalTransform(4, 5, True)):
+            given = torch.cat(list(eval_batches(split, transform, batch=3, decoded=tmp_path)))
             assert torch.equal(given, torch.stack([transform(split.pil(i)) for i in range(3)]))
     assert len(list(tmp_path.iterdir())) == 6
 
@@ -163,13 +163,13 @@ def test_other_images_and_other_transforms_have_other_shards(tmp_path):
 )
 def test_a_damaged_shard_is_decoded_anew_with_a_word(tmp_path, capsys, damage):
     split = in_memory(9, 3, 4)
-    right = torch.cat(list(fixed_batches(split, SMALL, batch=4, decoded=tmp_path)))
+    right = torch.cat(list(eval_batches(split, SMALL, batch=4, decoded=tmp_path)))
     (path,) = tmp_path.rglob("*.npy")
     damage(path)
     capsys.readouterr()
-    assert torch.equal(torch.cat(list(fixed_batches(split, SMALL, batch=4, decoded=tmp_path))), right)
+    assert torch.equal(torch.cat(list(eval_batches(split, SMALL, batch=4, decoded=tmp_path))), right)
     assert re.search(r"images .*/00000000.npy are damaged \(.*\): decoding them anew\n$", capsys.readouterr().out)
-    assert torch.equal(torch.cat(list(fixed_batches(split, SMALL, batch=4, decoded=tmp_path))), right)
+    assert torch.equal(torch.cat(list(eval_batches(split, SMALL, batch=4, decoded=tmp_path))), right)
     assert capsys.readouterr().out == ""
 
 
@@ -187,9 +187,9 @@ SHARDS = 10
 BUILD = """
 import sys
 from pathlib import Path
-from test_fixed import SHARD, SHARDS, SMALL, in_memory
-from tasks.fixed import fixed_batches
-list(fixed_batches(in_memory(SHARDS * SHARD, 5, 4), SMALL, batch=64, decoded=Path(sys.argv[1])))
+from test_eval_images import SHARD, SHARDS, SMALL, in_memory
+from tasks.eval_images import eval_batches
+list(eval_batches(in_memory(SHARDS * SHARD, 5, 4), SMALL, batch=64, decoded=Path(sys.argv[1])))
 """
 
 
@@ -204,8 +204,8 @@ def whole_shards(folder):
 
 def assert_the_cache_gives_the_images(folder):
     split = in_memory(SHARDS * SHARD, 5, 4)
-    given = torch.cat(list(fixed_batches(split, SMALL, batch=1000, decoded=folder)))
-    assert torch.equal(given, torch.cat(list(fixed_batches(split, SMALL, batch=1000))))
+    given = torch.cat(list(eval_batches(split, SMALL, batch=1000, decoded=folder)))
+    assert torch.equal(given, torch.cat(list(eval_batches(split, SMALL, batch=1000))))
 
 
 def test_a_killed_build_is_continued_with_what_is_missing(tmp_path):
@@ -236,5 +236,5 @@ def test_decoded_images_of_one_split_are_not_served_for_another_of_equal_names_a
             Image.new("RGB", (16, 16), (value,) * 3).save(tmp_path / "data" / split / c / "0.bmp")
     for name, value in (("train", 9), ("test", 70)) * 2:
         split = load_split(task(tmp_path / "data"), name)
-        given = torch.cat(list(fixed_batches(split, SMALL, batch=4, decoded=tmp_path / "decoded")))
+        given = torch.cat(list(eval_batches(split, SMALL, batch=4, decoded=tmp_path / "decoded")))
         assert given.unique().tolist() == [value]

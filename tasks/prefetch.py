@@ -1,4 +1,4 @@
-"""Things made ahead of their use by other processes."""
+"""Batches that other processes make before they are asked for."""
 
 import multiprocessing
 import os
@@ -19,39 +19,39 @@ from configs.slurm import SIGNALS
 from store.workers import use_threads
 
 T = TypeVar("T")
-AHEAD = 2  # things that each worker makes before they are asked for
+PER_WORKER = 2  # batches that each worker makes before they are asked for
 SHARED = Path("/dev/shm")  # where workers put them
 
 
 @dataclass(frozen=True)
-class _Told(Dataset[T | UserError], Generic[T]):
-    """The same things; a user's mistake comes as a value, since DataLoader would wrap it in a worker's traceback."""
+class _Caught(Dataset[T | UserError], Generic[T]):
+    """The same batches; a user's mistake is a value, since DataLoader would wrap it in a worker's traceback."""
 
-    things: Dataset[T]
+    batches: Dataset[T]
 
     def __getitem__(self, index: int) -> T | UserError:
         try:
-            return self.things[index]
+            return self.batches[index]
         except UserError as error:
             return error
 
     def __len__(self) -> int:
-        return len(self.things)  # type: ignore[arg-type]
+        return len(self.batches)  # type: ignore[arg-type]
 
 
-def _once(signum: int, frame: object) -> None:
+def _default_next_time(signum: int, frame: object) -> None:
     signal.signal(signum, signal.SIG_DFL)
 
 
 def _leave_with_parent() -> None:
-    """End when the process that uses the things is gone, even by kill -9; DataLoader watches the one that forks."""
+    """End when the process that uses the batches is gone, even by kill -9; DataLoader watches the one that forks."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _settle(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Images are freed and asked for again all the time, in a worker too.
 
     A signal that asks the training for an end may be sent to all of its processes; it still needs its workers for the
@@ -60,13 +60,13 @@ def _settle(worker: int) -> None:
     use_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _once)
+    signal.signal(signal.SIGTERM, _default_next_time)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Signals come when the block is over; processes that are started in it have them wait until `_settle`."""
+    """Signals come when the block is over; processes that are started in it have them wait until `_start_worker`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -75,15 +75,15 @@ def _signals_wait() -> Iterator[None]:
 
 
 def refuse_little_shared_memory(needed: int) -> None:
-    """Refuse what does not fit into /dev/shm, which would end a worker by a bus error in the middle of its work.
+    """Refuse batches that do not fit into /dev/shm, which would end a worker by a bus error in the middle of its work.
 
     Args:
-        needed: bytes of the batches that one process has ahead; those of all that torchrun started here are counted.
+        needed: bytes of the batches that one process prefetches; those of all that torchrun started here are counted.
 
     Raises:
         UserError: /dev/shm has too little room.
     """
-    if not SHARED.exists():  # of another system than Linux
+    if not SHARED.exists():  # on other systems than Linux
         return
     needed, free = needed * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), shutil.disk_usage(SHARED).free
     if needed > free:
@@ -93,41 +93,41 @@ def refuse_little_shared_memory(needed: int) -> None:
         )
 
 
-def made_ahead(things: Dataset[T], workers: int, bytes_each: int = 0) -> Iterator[T]:
-    """All of `things`, picklable and with a length, in order.
+def prefetch(batches: Dataset[T], workers: int, bytes_each: int = 0) -> Iterator[T]:
+    """All batches, in order.
 
     Args:
-        things: made by `things[i]`, e.g. a whole batch each.
-        workers: processes that make them, two each ahead; 0 makes them here.
-        bytes_each: of a thing in shared memory, where it is known.
+        batches: picklable, with a length; batches[i] makes one.
+        workers: processes that make them, two each before they are asked for; 0 makes them here.
+        bytes_each: bytes of a batch in shared memory, where it is known.
 
     Raises:
-        UserError: as `things[i]` raises it, whoever makes it; too little shared memory.
+        UserError: as `batches[i]` raises it, whoever makes it; too little shared memory.
     """
-    n = len(things)  # type: ignore[arg-type]
+    n = len(batches)  # type: ignore[arg-type]
     if workers == 0:
         for index in range(n):
-            yield things[index]
+            yield batches[index]
         return
-    refuse_little_shared_memory(AHEAD * workers * bytes_each)
+    refuse_little_shared_memory(PER_WORKER * workers * bytes_each)
     # Not forked from here, since a copy of a process with torch threads may wait for them for ever; but all from one
-    # process that has loaded what the things need and does nothing else, so that they share the memory of it. With a
+    # process that has loaded what the batches need and does nothing else, so that they share its memory. With a
     # generator of its own, since DataLoader draws a seed, which must not move the caller's chance.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([type(things).__module__, __name__])
+    context.set_forkserver_preload([type(batches).__module__, __name__])
     loader = DataLoader(
-        _Told(things),
+        _Caught(batches),
         batch_size=None,
         num_workers=min(workers, max(1, n)),
-        prefetch_factor=AHEAD,
+        prefetch_factor=PER_WORKER,
         multiprocessing_context=context,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
-        worker_init_fn=_settle,
+        worker_init_fn=_start_worker,
     )
     with _signals_wait():
-        things_made = iter(loader)
-    for thing in things_made:
-        if isinstance(thing, UserError):
-            raise thing
-        yield thing
+        made = iter(loader)
+    for batch in made:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -15,12 +15,12 @@ from configs.errors import UserError
 from configs.training import Model
 from soups.files.atomic import digest_of
 from store.decoded import Shards
-from tasks.ahead import made_ahead
+from tasks.prefetch import prefetch
 from tasks.split import ImageSplit, Pixels
 
 
 @dataclass(frozen=True)
-class FixedTransform:
+class EvalTransform:
     """Bicubic resize, then centre crop; CLIP's preprocessing before the normalisation.
 
     Raises:
@@ -51,14 +51,14 @@ class FixedTransform:
         return images.shape[-2:] == (self.size, self.size) and self.resize == self.size
 
 
-def of_model(model: Model) -> FixedTransform:
-    """What the network sees at evaluation.
+def eval_transform(model: Model) -> EvalTransform:
+    """The transform of what a network sees at evaluation.
 
     Raises:
         UserError: `model.eval_resize` is smaller than what the network sees.
     """
     size = model.evaluated_at
-    return FixedTransform(size, model.eval_resize or size, model.squash)
+    return EvalTransform(size, model.eval_resize or size, model.squash)
 
 
 @dataclass(frozen=True)
@@ -66,23 +66,23 @@ class _Batches(Dataset[Tensor]):
     """Batches, each made whole by one process."""
 
     images: ImageSplit
-    transform: FixedTransform
-    parts: Sequence[Tensor]
+    transform: EvalTransform
+    rows: Sequence[Tensor]
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.rows)
 
-    def __getitem__(self, part: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:
         # Stacked; by a worker at once where the other process will read them.
-        return default_collate([self.transform(self.images.pil(row)) for row in self.parts[part].tolist()])
+        return default_collate([self.transform(self.images.pil(row)) for row in self.rows[index].tolist()])
 
 
 @dataclass(frozen=True)
-class _Missing(Dataset[int]):
+class _NewShards(Dataset[int]):
     """Shards of decoded images, each written whole by one process."""
 
     images: ImageSplit
-    transform: FixedTransform
+    transform: EvalTransform
     shards: Shards
     firsts: Sequence[int]
 
@@ -92,47 +92,43 @@ class _Missing(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         first = self.firsts[index]
         if not self.shards.path(first).exists():  # another process may have been faster
-            _write(self.images, self.transform, self.shards, first)
+            self.write(first)
         return first
+
+    def write(self, first: int) -> None:
+        """Decode the images of a shard."""
+        images = (self.transform(self.images.pil(row)).numpy() for row in self.shards.rows(first))
+        self.shards.write(first, images)
 
 
 def _decoded_once(
-    images: ImageSplit, transform: FixedTransform, parts: Sequence[Tensor], workers: int, folder: Path
+    images: ImageSplit, transform: EvalTransform, batches: Sequence[Tensor], workers: int, folder: Path
 ) -> Iterator[Tensor]:
-    """The batches from shards; missing ones are made in the order in which they are needed."""
+    """The batches from shards; missing ones are made in the order in which they are needed, damaged ones anew."""
     key = digest_of({"images": images.digest, "transform": transform.key})
     shards = Shards(folder / key, len(images), (3, transform.size, transform.size))
-    missing = [first for first in shards.needed(torch.cat(list(parts))) if not shards.path(first).exists()]
-    waiting = set(missing)
-    made = made_ahead(_Missing(images, transform, shards, missing), workers if missing else 0)
-    whole: set[int] = set()
-    for part in parts:
-        needed = shards.needed(part)
-        while not waiting.isdisjoint(needed):
-            waiting.remove(next(made))
-        for first in needed:
-            if first not in whole:
-                _mend(images, transform, shards, first)
-                whole.add(first)
-        yield shards.read(part)
+    missing = [first for first in shards.needed(torch.cat(list(batches))) if not shards.path(first).exists()]
+    new = _NewShards(images, transform, shards, missing)
+    made = prefetch(new, workers if missing else 0)
+    waiting, checked = set(missing), set[int]()
+    for rows in batches:
+        for first in shards.needed(rows):
+            while first in waiting:
+                waiting.remove(next(made))
+            if first in checked:
+                continue
+            checked.add(first)
+            try:
+                shards.check(first)
+            except ValueError as error:
+                print(f"decoded images {shards.path(first)} are damaged ({error}): decoding them anew", flush=True)
+                new.write(first)
+        yield shards.read(rows)
 
 
-def _mend(images: ImageSplit, transform: FixedTransform, shards: Shards, first: int) -> None:
-    """Make a shard anew that is damaged, or has no digest of its content, and say so."""
-    try:
-        shards.check(first)
-    except ValueError as error:
-        print(f"decoded images {shards.path(first)} are damaged ({error}): decoding them anew", flush=True)
-        _write(images, transform, shards, first)
-
-
-def _write(images: ImageSplit, transform: FixedTransform, shards: Shards, first: int) -> None:
-    shards.write(first, (transform(images.pil(row)).numpy() for row in shards.rows(first)))
-
-
-def fixed_batches(
+def eval_batches(
     images: ImageSplit,
-    transform: FixedTransform,
+    transform: EvalTransform,
     *,
     batch: int,
     rows: Tensor | None = None,
@@ -142,11 +138,11 @@ def fixed_batches(
     """(b, 3, size, size) uint8 batches in order, of `batch` images but for the last; none of no images.
 
     Args:
-        images: in files or in memory. Of those that the transform keeps as they are, the stored bytes are given.
-        transform: what to make of each.
+        images: in files or in memory. Images that the transform keeps as they are are given as they are stored.
+        transform: makes an input of each.
         batch: images at once.
         rows: (N,) int64, which of them; all where None.
-        workers: processes that decode ahead; 0 decodes here. The batches do not depend on it.
+        workers: processes that decode before batches are asked for; 0 decodes here. The batches do not depend on it.
         decoded: a folder that keeps transformed images, so that they are decoded once, by whichever process is first;
             the bytes are those of a fresh decoding. Only shards with one of `rows` are made.
 
@@ -156,10 +152,10 @@ def fixed_batches(
     rows = torch.arange(len(images)) if rows is None else rows
     if len(rows) == 0:
         return
-    parts = rows.split(batch)
+    batches = rows.split(batch)
     if isinstance(images.stored, Pixels) and transform.keeps(images.images):
-        yield from (images.images[part] for part in parts)
+        yield from (images.images[each] for each in batches)
     elif decoded is None:
-        yield from made_ahead(_Batches(images, transform, parts), workers)
+        yield from prefetch(_Batches(images, transform, batches), workers)
     else:
-        yield from _decoded_once(images, transform, parts, workers, decoded)
+        yield from _decoded_once(images, transform, batches, workers, decoded)
