@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from configs.chance import seed_globals
-from configs.errors import UserError
+from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import load
 from configs.training import Augment, Distill, Regularizer, Swa
 from eval.forward import Evaluator
@@ -141,6 +142,20 @@ def test_an_interrupted_run_ends_with_the_same_bits(config, train, tmp_path):
         for name, tensor in weights.items():
             assert torch.equal(tensor, resumed.weights[kind][name]), (kind, name)
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
+def test_a_signal_is_seen_within_two_steps_and_the_next_run_goes_on_after_them(config, train, tmp_path, number):
+    def ask(step):
+        if step == 1:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(InterruptedBySignalError) as ended:
+        trained(config, train, tmp_path, steps=4, after_step=ask)
+    assert ended.value.signum == number
+    steps = []
+    assert trained(config, train, tmp_path, steps=4, after_step=steps.append).finite
+    assert steps == [4]
 
 
 def test_a_loss_that_is_not_finite_ends_training_and_says_so(model, train, config, tmp_path):
