@@ -203,7 +203,8 @@ def test_a_digest_names_the_files_and_not_the_machine(tmp_path):
     assert len(digests) == 2
     settings = task(one, held_out_per_class=1)
     digests |= {load_split(settings, name).digest for name in ("train", "held_out")}
-    assert len(digests) == 4
+    digests.add(load_split(task(one, folders={"test": "train"}), "test").digest)  # the same images in another role
+    assert len(digests) == 5
     (two / "test/a b/1.jpg").rename(two / "test/a b/1b.jpg")
     (two / "train/a b/1.jpg").write_bytes(b"another size")
     three = shutil.copytree(two, tmp_path / "three")
