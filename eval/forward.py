@@ -25,12 +25,12 @@ from soups.scorers.metrics import score
 from store.arrays import cached_array, read_array, stored_array, write_array
 from store.processes import (
     Processes,
-    alone,
     any_of,
     first_decides,
     from_the_first,
     on_the_first,
     send_tensors,
+    single_process,
     use_kernels,
     wait_for_all,
 )
@@ -106,7 +106,7 @@ class Evaluator:
 
     def __init__(self, config: Experiment, processes: Processes | None = None):
         self.config = config
-        self.processes = processes or alone()
+        self.processes = processes or single_process()
         self.run = RunFolder.of(config)
         self._splits: dict[str, Examples] = {}
 

@@ -1,43 +1,55 @@
 """Arrays with a row for each image: logits and features, computed once for each model and split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 from torch import Tensor
 
 from soups.files.atomic import replacing
 
 
-def hash_of(dtype: str, shape: tuple[int, ...]) -> xxhash.xxh3_128:
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file, whole or not at all, in which the array's digest follows the array."""
+    write_rows(path, array.dtype.str, array.shape, [array])
+
+
+def write_rows(path: Path, dtype: str, shape: tuple[int, ...], rows: Iterable[NDArray[Any]]) -> None:
+    """The same of an array that comes in parts, which are never in memory together.
+
+    The digest is in the same file, so that no kill can part them; `numpy.load` reads the array and stops there.
+
+    Args:
+        path: of the file.
+        dtype: as numpy writes it, e.g. "|u1".
+        shape: of the whole array.
+        rows: its parts, in order.
+
+    Raises:
+        UserError: no space is left on the disk.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        # Not by a memory map, which a full disk ends with a signal.
+        write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        content = _hash(dtype, shape)
+        for row in map(np.ascontiguousarray, rows):
+            content.update(row.data)
+            file.write(row.data)
+        np.save(file, _as_array(content))
+
+
+def _hash(dtype: str, shape: tuple[int, ...]) -> xxhash.xxh3_128:
     """A hash to feed the bytes of an array of this type and shape to; 10 ms for 26,000 x 1,000 float32 numbers."""
     return xxhash.xxh3_128(f"{dtype} {shape} ".encode())
 
 
-def as_array(content: xxhash.xxh3_128) -> NDArray[np.uint8]:
-    """(16,) bytes: the digest of what it was fed."""
+def _as_array(content: xxhash.xxh3_128) -> NDArray[np.uint8]:
     return np.frombuffer(content.digest(), dtype=np.uint8)
-
-
-def _digest(array: NDArray[Any]) -> NDArray[np.uint8]:
-    content = hash_of(array.dtype.str, array.shape)
-    content.update(array.data)
-    return as_array(content)
-
-
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a .npy file, whole or not at all, in which the array's digest follows the array.
-
-    In one file, so that no kill can part them; `numpy.load` reads the array and stops there.
-    """
-    array = np.ascontiguousarray(array)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
-        np.save(file, _digest(array))
 
 
 def read_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic], *, checked: bool = True) -> NDArray[Any]:
@@ -65,7 +77,9 @@ def read_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic], *, c
         raise ValueError("it ends without the digest of its content") from None
     except OSError as error:
         raise ValueError(str(error)) from None
-    if not np.array_equal(recorded, _digest(stored)):
+    content = _hash(stored.dtype.str, shape)
+    content.update(stored.data)
+    if not np.array_equal(recorded, _as_array(content)):
         raise ValueError("its content is not what was written")
     return stored
 

@@ -2,20 +2,19 @@
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soups.files.atomic import replacing
-from store.arrays import as_array, hash_of, read_array
+from store.arrays import read_array, write_rows
 
 SHARD = 2048  # images
-ABANDONED = 3600  # seconds without a write, after which a half-written shard is of a dead process
+ABANDONED = 3600  # seconds without a write, after which a half-written shard is taken for that of a dead process
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,11 @@ class Shards:
         Raises:
             UserError: no space is left on the disk.
         """
-        path, shape = self.path(first), (len(self.rows(first)), *self.shape)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            # Not by a memory map, which a full disk ends with a signal.
-            write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            content = hash_of("|u1", shape)
-            for image in images:
-                content.update(np.ascontiguousarray(image).data)
-                file.write(np.ascontiguousarray(image).data)
-            np.save(file, as_array(content))
+        write_rows(self.path(first), "|u1", self._shape(first), images)
         for half_written in self.folder.glob(".*.tmp.npy"):
-            _remove_abandoned(half_written)
+            with suppress(FileNotFoundError):  # its writer has renamed it, or another process was faster
+                if time.time() - half_written.stat().st_mtime > ABANDONED:
+                    half_written.unlink()
 
     def check(self, first: int) -> None:
         """Compare the content of a shard with its digest, and with what it should be of; all of it is read.
@@ -62,11 +55,10 @@ class Shards:
         Raises:
             ValueError: it is damaged, of another shape or type, or of a version that wrote no digest.
         """
-        self._open(first, checked=True)
+        read_array(self.path(first), self._shape(first), np.uint8)
 
-    def _open(self, first: int, *, checked: bool = False) -> NDArray[np.uint8]:
-        shape = (len(self.rows(first)), *self.shape)
-        return read_array(self.path(first), shape, np.uint8, checked=checked)
+    def _shape(self, first: int) -> tuple[int, ...]:
+        return (len(self.rows(first)), *self.shape)
 
     def read(self, rows: Tensor) -> Tensor:
         """(len(rows), *shape) uint8 images, whose shards have been written and checked.
@@ -78,13 +70,6 @@ class Shards:
         images = np.empty((len(numbers), *self.shape), dtype=np.uint8)
         for first in self.needed(rows):
             of_shard = numbers // SHARD * SHARD == first
-            images[of_shard] = self._open(first)[numbers[of_shard] - first]
+            shard = read_array(self.path(first), self._shape(first), np.uint8, checked=False)
+            images[of_shard] = shard[numbers[of_shard] - first]
         return torch.from_numpy(images)
-
-
-def _remove_abandoned(half_written: Path) -> None:
-    try:
-        if time.time() - half_written.stat().st_mtime > ABANDONED:
-            half_written.unlink()
-    except FileNotFoundError:  # its writer has renamed it, or another process was faster
-        pass

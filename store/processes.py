@@ -43,8 +43,8 @@ def device_of_this_process() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def alone() -> Processes:
-    """A process that works by itself."""
+def single_process() -> Processes:
+    """This process, working by itself."""
     return Processes(0, 1, device_of_this_process())
 
 
@@ -66,7 +66,7 @@ def start_processes() -> Processes:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu else None
         )
-        _talk()
+        _cpu_group()
     return Processes(int(os.environ.get("RANK", "0")), world, device)
 
 
@@ -86,7 +86,7 @@ def use_kernels(compute: Compute, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _talk() -> dist.ProcessGroup:
+def _cpu_group() -> dist.ProcessGroup:
     """The group in which processes exchange what lies on no GPU: answers, scores, states.
 
     The default one is NCCL's on GPUs, whose watchdog ends a process that waits longer than COLLECTIVE_TIMEOUT.
@@ -104,14 +104,14 @@ def _made_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
 def end_processes() -> None:
     """Wait for the others, which may still read or write, and part."""
     if dist.is_initialized():
-        dist.barrier(group=_talk())
+        dist.barrier(group=_cpu_group())
         dist.destroy_process_group()
 
 
 def wait_for_all(processes: Processes) -> None:
     """Go on when all processes have come here, however long one works."""
     if processes.world > 1:
-        dist.barrier(group=_talk())
+        dist.barrier(group=_cpu_group())
 
 
 def first_decides(decide: Callable[[], T], processes: Processes) -> T:
@@ -135,7 +135,7 @@ def first_decides(decide: Callable[[], T], processes: Processes) -> T:
             answer[0] = decide()
         except UserError as error:
             answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, group=_talk())
+    dist.broadcast_object_list(answer, src=0, group=_cpu_group())
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]
@@ -144,14 +144,14 @@ def first_decides(decide: Callable[[], T], processes: Processes) -> T:
 def on_the_first(own: Tensor, processes: Processes) -> list[Tensor]:
     """The tensors of all processes in their order, on the CPU of the first one; none elsewhere."""
     parts: list[Any] | None = [None] * processes.world if processes.is_main else None
-    dist.gather_object(own, parts, dst=0, group=_talk())
+    dist.gather_object(own, parts, dst=0, group=_cpu_group())
     return parts or []
 
 
 def from_the_first(whole: Sequence[Tensor], shape: tuple[int, ...], processes: Processes) -> Tensor:
     """The one float32 tensor in the first process's list, on the CPU of all; those of the others are empty."""
     found = whole[0].to(torch.float32).contiguous() if processes.is_main else torch.empty(shape, dtype=torch.float32)
-    dist.broadcast(found, src=0, group=_talk())
+    dist.broadcast(found, src=0, group=_cpu_group())
     return found
 
 
@@ -183,5 +183,5 @@ def least_of_all(number: int, processes: Processes) -> int:
     if processes.world == 1:
         return number
     value = torch.tensor(number)
-    dist.all_reduce(value, dist.ReduceOp.MIN, group=_talk())
+    dist.all_reduce(value, dist.ReduceOp.MIN, group=_cpu_group())
     return int(value.item())

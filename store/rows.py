@@ -39,29 +39,14 @@ GROUPS: dict[str, Any] = {
 }
 # What does not change a row's weights: where things lie on a disk, what their owners call them, and what only reports.
 LEFT_OUT = {
-    "task": {
-        "folder",
-        "test",
-        "shifts",
-        "counts",
-        "annotations",
-        "subsets",
-        "numbered",
-        "objectnet",
-        "objectnet_border",
-        "overlap_allowed",
-        "bootstrap_unit",
-        "title",
-        "titles",
-        "proxy_for",
-        "listings",
-        "path_column",
-        "split_column",
-    },
+    "task": {"folder", "listings", "path_column", "split_column", "counts", "numbered"}
+    | {"title", "titles", "proxy_for"}
+    | {"test", "shifts", "annotations", "subsets", "objectnet", "objectnet_border"}
+    | {"overlap_allowed", "bootstrap_unit"},
     "model": {"proxy_for"},
 }
-BY_SPLIT = ("folders", "take", "metrics")  # of a task: only those of the splits that train and select
-# a file's name counts, its folder does not
+BY_SPLIT = ("folders", "take", "metrics")  # settings of a task that count only for the splits that train and select
+# Files whose name counts and whose folder does not.
 FILES = {"task": ("names", "held_out_index", "table"), "model": ("weights",)}
 
 
@@ -118,12 +103,10 @@ def draw(config: Experiment, row: int) -> dict[str, Any]:
     if laws:
         return {field: inverse(law, uniform(sweep.seed, row, field)) for field, law in laws.items()}
     axes = {f"{group}.{field}": values for group, fields in sweep.grid.items() for field, values in fields.items()}
-    listed = _listed(sweep)
-    combinations = list(product(*axes.values()))
-    if sweep.file is None and not sweep.listed and not axes:
-        return {}
+    listed, combinations = _listed(sweep), list(product(*axes.values()))
     i, j = divmod(row - 1, len(combinations))
-    own = {f"{group}.{field}": value for group, fields in listed[i].items() for field, value in fields.items()}
+    line = listed[i % len(listed)]  # rows that differ by their random stream alone share one empty line
+    own = {f"{group}.{field}": value for group, fields in line.items() for field, value in fields.items()}
     return own | dict(zip(axes, combinations[j], strict=True))
 
 
@@ -206,9 +189,6 @@ def row_config(config: Experiment, row: int) -> Experiment:
         group, _, name = field.partition(".")
         if group not in GROUPS:
             raise UserError(f"the sweep varies {field}, but rows can differ in {', '.join(GROUPS)} only")
-        if name not in values[group]:
-            listed = "data" if group == "task" else "training"
-            raise UserError(f"the sweep varies {field}, which is not a setting; configs/{listed}.py lists them")
         values[group][name] = value
     return parse_values(values)
 

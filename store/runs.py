@@ -158,10 +158,6 @@ class Ingredient:
         }
 
 
-_FOREIGN = (
-    "{what} made with other settings than these (config.json beside the weights has them): "
-    "give this experiment another name, e.g. name=demo_mine, or delete what is there"
-)
 DONE = "done.json"  # written last
 TRAINED = "trained.json"  # stands between training and scoring: the weights are on disk
 
@@ -177,8 +173,15 @@ def finished(folder: Path, identity: str, record: str = DONE) -> dict[str, Any] 
         return None
     done = read_json(path)
     if not _is_of(folder, done, identity):
-        raise UserError(_FOREIGN.format(what=f"{folder} was"))
+        raise _foreign(f"{folder} was")
     return done
+
+
+def _foreign(what: str) -> UserError:
+    return UserError(
+        f"{what} made with other settings than these (config.json beside the weights has them): give this experiment "
+        "another name, e.g. name=demo_mine, or delete what is there"
+    )
 
 
 def _is_of(folder: Path, done: dict[str, Any], identity: str) -> bool:
@@ -200,12 +203,11 @@ def done_rows(config: Experiment) -> dict[int, dict[str, Any]]:
     run = RunFolder.of(config)
     folders = {row: run.ingredient(row) for row in range(config.sweep.size + 1) if run.is_done(row)}
     done = {row: read_json(folder / "done.json") for row, folder in folders.items()}
-    foreign = [str(row) for row in done if not _is_of(folders[row], done[row], identity(config, row))]
+    foreign = [row for row in done if not _is_of(folders[row], done[row], identity(config, row))]
+    if len(foreign) == 1:
+        raise _foreign(f"{folders[foreign[0]]} was")
     if foreign:
-        what = (
-            f"rows {', '.join(foreign)} of {run.root} were" if len(foreign) > 1 else f"{folders[int(foreign[0])]} was"
-        )
-        raise UserError(_FOREIGN.format(what=what))
+        raise _foreign(f"rows {', '.join(map(str, foreign))} of {run.root} were")
     return done
 
 

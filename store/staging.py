@@ -5,7 +5,6 @@ training reads. The first job on a node unpacks it, the others
 wait for that one or find it done. What a killed job left half-unpacked has another name, and is deleted by the next.
 """
 
-import errno
 import os
 import shutil
 import tarfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from soups.files.atomic import digest_of
+from soups.files.atomic import digest_of, replacing
 from store.runs import lock
 
 ARCHIVES = ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip"
@@ -68,17 +67,14 @@ def _unpacked(source: Path, disk: Path, name: str) -> Path:
                 "cluster.stage_to=FOLDER of a larger local disk, or cluster.stage=null"
             )
         print(f"unpacking {source} to {home}", flush=True)
-        half = disk / f"{home.name}.half"
-        shutil.rmtree(half, ignore_errors=True)
+        for half_unpacked in disk.glob(f".{home.name}.*.tmp"):
+            shutil.rmtree(half_unpacked, ignore_errors=True)
         try:
-            _unpack(source, half / name)
+            with replacing(home, sync=False, folder=True) as temporary:
+                _unpack(source, temporary / name)
+                os.sync()  # all files at once, so that a machine that goes down leaves none empty under the final name
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-            shutil.rmtree(half, ignore_errors=True)
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"no space left on {disk} for {source}: type cluster.stage_to=FOLDER") from None
             raise UserError(f"cluster.stage={source} cannot be unpacked ({error}): make it anew") from None
-        os.sync()  # before it has its name, so that a machine that goes down leaves no empty files under it
-        half.rename(home)
     return home / name
 
 

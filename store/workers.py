@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from threadpoolctl import threadpool_limits
 
 from configs.errors import UserError
@@ -36,7 +36,7 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
-def _tell_allocator(settings: dict[int, int]) -> None:
+def _set_allocator(settings: dict[int, int]) -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # absent from musl
@@ -54,17 +54,17 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     threadpool_limits(threads)
     os.environ |= dict.fromkeys(POOLS, str(threads))  # read by libraries that are loaded later
-    _tell_allocator(KEEP)
+    _set_allocator(KEEP)
 
 
 @contextmanager
 def little_memory() -> Iterator[None]:
     """Give freed blocks of 1 MiB and more back to the system at once, where memory is scarcer than time."""
-    _tell_allocator(RETURN)
+    _set_allocator(RETURN)
     try:
         yield
     finally:
-        _tell_allocator(KEEP)
+        _set_allocator(KEEP)
 
 
 def gpus_of_workers(workers: int, gpus: int, visible: str | None) -> list[str]:
@@ -91,19 +91,6 @@ def _start(parent: int, threads: int, gpus: "SimpleQueue[str] | None") -> None:
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
-def progress_bar(console: Console) -> Progress:
-    """The bar of every long stage: done of total, elapsed, remaining."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-    )
-
-
 @lru_cache(maxsize=1)
 def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
     """Started once and used by all stages of a command, since each process imports torch for seconds.
@@ -117,13 +104,6 @@ def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
         assert gpus is not None
         gpus.put(name)
     return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads, gpus))
-
-
-def leave_gpu() -> None:
-    """Give back what this process holds of a GPU's memory for later use, before others compute on it."""
-    if torch.cuda.is_initialized():
-        gc.collect()  # networks that refer to themselves
-        torch.cuda.empty_cache()
 
 
 def spread(
@@ -154,9 +134,13 @@ def spread(
     """
     if not calls:
         return []
-    leave_gpu()
+    if torch.cuda.is_initialized():  # give back what this process holds of a GPU's memory, before others compute on it
+        gc.collect()  # networks that refer to themselves
+        torch.cuda.empty_cache()
     pool = _pool(workers, threads)
-    with progress_bar(console) as bar:
+    left = TimeRemainingColumn(elapsed_when_finished=False)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", left)
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=units, completed=done_units())
         futures = [pool.submit(call) for call in calls]
         pending = set(futures)

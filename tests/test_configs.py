@@ -32,7 +32,7 @@ from finetune.optim import build, learning_rate
 from models.classifier import architecture
 from models.prompts import question
 from slurm.plan import paper_experiments
-from store.processes import alone
+from store.processes import single_process
 from store.rows import identity, row_config
 from tasks.held_out import own_name
 from tasks.split import ImageSplit, Pixels
@@ -376,7 +376,7 @@ def test_what_comes_from_beyond_an_image_has_the_colour_that_the_model_subtracts
         "train", Pixels(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)), torch.zeros(4, dtype=torch.int64), "x"
     )
     length = Length.of(loaded("demo").optim, 64)
-    told = {"run_seed": 0, "processes": alone(), "first": 0, "mean": model.subtracted}
+    told = {"run_seed": 0, "processes": single_process(), "first": 0, "mean": model.subtracted}
     assert training_batches(train, loaded("demo"), length, **told).mean == model.subtracted
 
 

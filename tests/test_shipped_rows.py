@@ -35,7 +35,7 @@ from finetune.train import train_row
 from models.classifier import architecture
 from soups.files.atomic import read_jsonl
 from soups.files.weights import load_weights
-from store.processes import alone
+from store.processes import single_process
 from store.rows import draw, row_config
 from store.runs import RunFolder
 from tests.experiments import EXPERIMENTS, TYPED, hub_folders
@@ -361,7 +361,7 @@ def measured(model: Model, options, config: Experiment, *, batch: int, steps: in
         batch: examples a step.
         steps: that are measured, after as many that are not.
     """
-    processes, compute = alone(), config.compute
+    processes, compute = single_process(), config.compute
     network = architecture(model, len(options), options)
     forward = wrap(network, compute, processes)
     network.train()

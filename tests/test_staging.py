@@ -87,9 +87,12 @@ def test_what_a_killed_job_left_half_unpacked_is_not_taken_for_whole(data, tmp_p
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(staging, "_unpack", killed)
+        patched.setattr(shutil, "rmtree", lambda *words, **more: None)  # a killed job deletes nothing
         staged(config)
+    assert [path for path in (tmp_path / "node").iterdir() if path.name.endswith(".tmp")]
     folder = staged(config).task.folder
     assert {path.name for path in folder.iterdir()} == {path.name for path in data.iterdir()}
+    assert not [path for path in (tmp_path / "node").iterdir() if path.name.endswith(".tmp")]
 
 
 def test_what_cannot_be_unpacked_is_said_in_one_line(data, tmp_path, monkeypatch):

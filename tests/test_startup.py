@@ -45,7 +45,7 @@ import os, sys
 from configs.schema import load
 from finetune.data import TrainingBatches
 from finetune.length import Length
-from store.processes import alone
+from store.processes import single_process
 from tasks.prefetch import prefetch
 from tasks.load import load_split
 
@@ -59,7 +59,7 @@ def own(pid):
 if __name__ == "__main__":
     config = load("demo_tiny", f"paths.runs={sys.argv[1]}")
     images = load_split(config.task, "train")
-    batches = TrainingBatches(images, config.augment, 64, Length(len(images), 8, 4, 40), 1, alone())
+    batches = TrainingBatches(images, config.augment, 64, Length(len(images), 8, 4, 40), 1, single_process())
     made = prefetch(batches, 2)
     next(made), next(made), next(made)
     workers = [worker for server in children(os.getpid()) for worker in children(server)]

@@ -22,7 +22,7 @@ from soups.export.files import export_soup
 from soups.files.weights import load_weights
 from soups.mean import average_files
 from store.arrays import read_array
-from store.processes import alone
+from store.processes import single_process
 from tasks.load import load_split
 from tests.miniatures import save_cifar10
 
@@ -116,7 +116,7 @@ def of_hub(folder):
 
 def resumed(path):
     """What a restart of a training reads."""
-    state = State(torch.nn.Linear(1, 1), None, None, None, alone())
+    state = State(torch.nn.Linear(1, 1), None, None, None, single_process())
     state.load(path)
 
 

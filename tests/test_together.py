@@ -19,7 +19,7 @@ from finetune.train import evaluation_settings, train_row
 from soups.errors import one_line_errors
 from soups.files.atomic import read_jsonl
 from soups.files.weights import load_weights
-from store.processes import COLLECTIVE_TIMEOUT, Processes, alone, start_processes
+from store.processes import COLLECTIVE_TIMEOUT, Processes, single_process, start_processes
 from tests.commands import python
 from tests.rank import AGREED, ROW, StoppedError, saved_again, stopped_when_saved
 
@@ -148,17 +148,17 @@ def test_a_damaged_state_ends_both_processes_with_the_same_line(together):
 def test_a_process_that_finds_no_batch_ends_all_and_the_smallest_batch_is_taken(monkeypatch):
     heard = []
     monkeypatch.setattr("eval.batch_size.least_of_all", lambda own, processes: heard.append(own) or min(own, 8))
-    assert found_by_all(lambda: 64, alone()) == 8
+    assert found_by_all(lambda: 64, single_process()) == 8
 
     def nothing_fits():
         raise UserError("not even 4 examples fit")
 
     with pytest.raises(UserError, match="not even 4"):
-        found_by_all(nothing_fits, alone())
+        found_by_all(nothing_fits, single_process())
     assert heard == [64, 0]  # it has told the others
     monkeypatch.setattr("eval.batch_size.least_of_all", lambda own, processes: 0)
     with pytest.raises(UserError, match="another process found no memory"):
-        found_by_all(lambda: 64, alone())
+        found_by_all(lambda: 64, single_process())
 
 
 def test_torchrun_is_refused_by_commands_that_are_one_process(monkeypatch, capsys):

@@ -45,7 +45,7 @@ def test_a_worker_computes_with_the_threads_it_is_given(monkeypatch):
 
 
 def test_a_process_gives_back_a_gpus_memory_before_workers_take_it(monkeypatch):
-    from tests.pools import Here
+    from tests.pools import Here  # which loads libraries
 
     done = []
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)

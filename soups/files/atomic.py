@@ -42,8 +42,8 @@ def replacing(path: Path, *, sync: bool = True, folder: bool = False) -> Iterato
         if folder:
             temporary.mkdir()
         yield temporary
-        for written in [each for each in temporary.rglob("*") if each.is_file()] if folder else [temporary]:
-            if sync:
+        if sync:
+            for written in [each for each in temporary.rglob("*") if each.is_file()] if folder else [temporary]:
                 with written.open("rb") as file:
                     os.fsync(file.fileno())
         temporary.replace(path)
