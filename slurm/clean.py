@@ -15,10 +15,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from configs.cli import entry_point, parts_of
 from configs.errors import UserError
 from configs.schema import Experiment
-from slurm.plan import gigabytes
 from store.runs import WEIGHTS, RunFolder
 
 KINDS = ("states", "features", "decoded", "resized", "logits", "variants")
@@ -32,21 +33,20 @@ def removable(config: Experiment, kind: str) -> list[Path]:
         UserError: there is no such kind.
     """
     run = RunFolder.of(config)
-    done_rows = [done.parent for done in sorted((run.root / "ingredients").glob("*/done.json"))]
-    if kind in AFTER_TABLES and not (run.analysis / "provenance.json").exists():
-        return []
-    is_fitted, copies = (run.ingredient(0) / "done.json").exists(), config.compute.decoded
+    rows = [done.parent for done in sorted((run.root / "ingredients").glob("*/done.json"))]
     found = {
-        "states": [file for row in done_rows for file in (*row.glob("state.pt"), *row.glob(".*.tmp*"))],
-        "features": [run.root / "features"] if is_fitted else [],
-        "decoded": [] if copies is None else [copies],
+        "states": [file for row in rows for file in (*row.glob("state.pt"), *row.glob(".*.tmp*"))],
+        "features": [run.root / "features"] if run.is_done(0) else [],
+        "decoded": [config.compute.decoded] if config.compute.decoded is not None else [],
         "resized": [config.compute.resized_to],
         "logits": [run.root / "logits"],
-        "variants": [file for row in done_rows for file in row.glob("*.safetensors") if file.name != WEIGHTS],
+        "variants": [file for row in rows for file in row.glob("*.safetensors") if file.name != WEIGHTS],
     }
-    if kind in found:
-        return [path for path in found[kind] if path.exists()]
-    raise UserError(f"{kind} is no kind of files that can be deleted; type one of {', '.join(KINDS)}")
+    if kind not in found:
+        raise UserError(f"{kind} is no kind of files that can be deleted; type one of {', '.join(KINDS)}")
+    if kind in AFTER_TABLES and not (run.analysis / "provenance.json").exists():
+        return []
+    return [path for path in found[kind] if path.exists()]
 
 
 def clean(config: Experiment, kinds: tuple[str, ...], *, delete: bool) -> None:
@@ -65,7 +65,7 @@ def clean(config: Experiment, kinds: tuple[str, ...], *, delete: bool) -> None:
     for kind in kinds or KINDS:
         found = removable(config, kind)
         files = [file for path in found for file in (path, *path.rglob("*")) if file.is_file()]
-        size = gigabytes(sum(file.stat().st_size for file in files))
+        size = decimal(sum(file.stat().st_size for file in files))
         for path in found if delete else ():
             if path.is_dir():
                 shutil.rmtree(path)

@@ -1,110 +1,106 @@
 """What an experiment takes, estimated from its settings: GPU-hours, wall time and bytes of each stage.
 
-FLOPs, images and bytes are counted; how fast a machine works is assumed in configs/plan/assumed.yaml.
+FLOPs, images and bytes are counted; how fast a machine works is assumed in configs/plan/assumed.yaml. `python -m
+slurm.plan` lists what is not counted.
 """
 
 import heapq
+import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from configs.data import Task
 from configs.errors import UserError
 from configs.schema import Experiment
+from configs.training import PROMPTED, Model
+from eval.batch_size import largest_input
+from finetune.averages import FINEST_FLOAT32
 from finetune.length import Length
-from finetune.log import BACKWARD_TOO, PEAKS, peak_flops
+from finetune.log import BACKWARD_TOO, PEAKS, peak_flops, training_flops
 from models.probe import fit_flops
-from slurm.sizes import FLOAT32, network, state_bytes, weights_per_row
 from soups.experiment.cook import ENSEMBLES, dishes
 from store.rows import row_config
 from tasks.load import count
 
+Hours = NDArray[np.float64]  # (3,): of computing, of decoding while the GPU computes, of reading before it does
+
 HOUR = 3600  # seconds
 GIGA = 10**9
+FLOAT32 = 4  # bytes
 NODE = 8  # GPUs that share a row under FSDP, where plan.gpus_per_row does not say
 LEARNED_READS = 2  # times that a step of a learned soup reads each ingredient: to mix, and for the inner products
+HUB_KINDS = ("transformers", "text_encoder", *PROMPTED)  # kinds of models whose configs are downloaded
+HUB_SECONDS = 3  # to wait for the hub
+# Float32 numbers that an optimiser keeps for each parameter, without and with momentum. Adafactor's momentum is
+# bfloat16, and the rows and columns of its second moments are too few to count.
+MOMENTS: dict[str, tuple[float, float]] = {
+    "adamw": (2, 2),
+    "adam": (2, 2),
+    "rmsprop": (1, 2),
+    "sgd": (0, 1),
+    "adafactor": (0, 0.5),
+}
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a job has to do."""
+class Network:
+    """Sizes of a network, without its values."""
 
-    trained: float = 0  # FLOPs of training steps, with what gradient checkpointing computes again
-    inferred: float = 0  # FLOPs of forward passes outside of training
-    fitted: float = 0  # FLOPs of a linear probe's fit, in float32 whatever the precision
-    augmented: int = 0  # images decoded and augmented
-    fixed: int = 0  # images decoded for evaluation
-    copied: int = 0  # images read from decoded copies
-    read: int = 0  # bytes of weights and logits read from the file system
-    again: int = 0  # bytes of weights that one job reads once more
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)})
-
-    def times(self, n: int) -> "Work":
-        """The same work n times."""
-        return Work(**{f.name: n * getattr(self, f.name) for f in fields(Work)})
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Jobs that may run at the same time; the next stage waits for all of them."""
-
-    name: str
-    jobs: tuple[float, ...]  # GPU-hours of each
-    gpus_per_job: int
-    bound: str  # what takes longest: computing, decoding or reading; empty where there is nothing to do
-    storage: int  # bytes that are kept
-
-    @property
-    def gpu_hours(self) -> float:
-        """GPU-hours of all jobs."""
-        return sum(self.jobs)
-
-    def wall_hours(self, gpus: int) -> float | None:
-        """Hours on so many GPUs, the longest job first; None where they are too few for one job."""
-        slots = gpus // self.gpus_per_job
-        return makespan([job / self.gpus_per_job for job in self.jobs], slots) if slots else None
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Costs of a whole experiment; hours and bytes are those of all its replicates."""
-
-    rows: int  # that are trained
     parameters: int
-    flops: float  # of training all rows
-    stages: tuple[Stage, ...]
-    state: int  # bytes of the largest state.pt; each row that trains has one
-    copies: int  # replicates
-
-    @property
-    def gpu_hours(self) -> float:
-        """GPU-hours of all stages."""
-        return sum(stage.gpu_hours for stage in self.stages)
-
-    @property
-    def storage(self) -> int:
-        """Bytes that are kept."""
-        return sum(stage.storage for stage in self.stages)
-
-    def wall_hours(self, gpus: int) -> float | None:
-        """Hours on so many GPUs, one stage after the other; None where a job needs more."""
-        hours = [stage.wall_hours(gpus) for stage in self.stages]
-        return None if None in hours else sum(hour for hour in hours if hour is not None)
+    trainable: int
+    bytes: int  # of its weights file: parameters and buffers
+    width: int  # of the features that the head gets
+    forward: float  # FLOPs of a forward pass on an example of training
+    inference: float  # FLOPs of a forward pass on an example of evaluation
 
 
-def makespan(jobs: Sequence[float], workers: int) -> float:
-    """When the last job ends if each free worker takes the longest one left; at most 4/3 of the best order's time.
+@lru_cache(maxsize=64)
+def network(model: Model, task: Task) -> Network:
+    """Sizes and FLOPs of a network; each text counts as `model.max_length` tokens, the most it may have.
 
-    Source: Graham 1969, longest processing time first.
-
-    >>> makespan([3, 3, 2, 2, 2], workers=2)
-    7
+    Raises:
+        UserError: a network that needs values to know what to do, or whose config is not here.
     """
-    free: list[float] = [0] * min(workers, max(1, len(jobs)))
-    for job in sorted(jobs, reverse=True):
-        heapq.heapreplace(free, free[0] + job)
-    return max(free)
+    from models.classifier import architecture  # noqa: PLC0415  # seconds that other commands need not wait for
+
+    if model.kind in HUB_KINDS and model.weights is None:
+        _skip_silent_hub()
+    with torch.device("meta"):  # where tensors have shapes and no values
+        built = architecture(model, task.size, task.answers).train()
+    seen, evaluated = largest_input(model, training=True), largest_input(model)
+    training = training_flops(built, seen)
+    evaluation = training if seen.shape == evaluated.shape else training_flops(built, evaluated)
+    if training is None or evaluation is None:
+        raise UserError(f"the FLOPs of model.name={model.name} cannot be counted: it needs values, not shapes alone")
+    head = getattr(built, "head", None)
+    return Network(
+        parameters=sum(parameter.numel() for parameter in built.parameters()),
+        trainable=sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in built.state_dict().values()),
+        width=head.in_features if isinstance(head, nn.Linear) else 0,
+        forward=training / BACKWARD_TOO,
+        inference=evaluation / BACKWARD_TOO,
+    )
+
+
+@lru_cache(maxsize=1)
+def _skip_silent_hub() -> None:
+    """Where the hub cannot be reached, do not ask it: its client tries for half a minute, for each network."""
+    from huggingface_hub import constants  # noqa: PLC0415  # a tenth of a second that others need not wait for
+
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=HUB_SECONDS).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = not getproxies()  # through a proxy it may be reached all the same
 
 
 def images_of(task: Task) -> dict[str, int]:
@@ -130,101 +126,176 @@ def images_of(task: Task) -> dict[str, int]:
     missing = [name for name in names if counts.get(name, 0) <= 0]
     if missing:
         raise UserError(f"how many images split {missing[0]!r} has is not known: type +task.counts.{missing[0]}=N")
-    return {name: counts[name] * task.size // task.num_classes for name in names}  # of a task with some classes only
+    # A task with some of the classes only has as large a part of the images.
+    return {name: counts[name] * task.size // task.num_classes for name in names}
 
 
-def forward_work(config: Experiment, images: int, *, from_copies: bool = True) -> Work:
-    """One forward pass over images of evaluation, which are decoded already where copies are kept."""
-    copied = images if from_copies and config.compute.decoded is not None else 0
-    inferred = network(config.model, config.task).inference * images
-    return Work(inferred=inferred, fixed=images - copied, copied=copied)
+def state_bytes(row: Experiment) -> int:
+    """Bytes of a row's state.pt, which is there while it trains.
+
+    It has the weights, the optimiser's moments, a copy for each EMA (of float64 where it is slow), a float64 sum for
+    SWA, and with optim.keep=best one more copy of each kind of weights.
+    """
+    net, averages = network(row.model, row.task), row.regularizer
+    copies = 1 + sum(1 + (1 - decay < FINEST_FLOAT32) for decay in averages.ema) + 2 * (averages.swa is not None)
+    copies += len(averages.made) if row.optim.keep == "best" else 0
+    return copies * net.bytes + int(FLOAT32 * net.trainable * MOMENTS[row.optim.kind][row.optim.momentum > 0])
 
 
-def row_work(row: Experiment, images: dict[str, int]) -> Work:
-    """Training of a row with its evaluations on held-out on the way, without the last one.
+@dataclass(frozen=True)
+class Stage:
+    """Jobs that may run at the same time; the next stage waits for all of them."""
 
-    A step is a forward pass and a backward one, which costs two; SAM does both twice; gradient checkpointing does the
-    forward pass again; distillation adds a forward pass of each teacher. Frozen parts do not count less.
+    name: str
+    jobs: tuple[float, ...]  # GPU-hours of each
+    gpus_per_job: int
+    bound: str  # what takes longest: computing, decoding or reading; empty where there is nothing to do
+    storage: int  # bytes that are kept
 
-    Args:
-        row: the row's settings, from `store.rows.row_config`.
-        images: how many each split has.
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of all jobs."""
+        return sum(self.jobs)
+
+    def wall_hours(self, gpus: int) -> float | None:
+        """Hours on so many GPUs, the longest job first; None where they are too few for one job."""
+        slots = gpus // self.gpus_per_job
+        return makespan([job / self.gpus_per_job for job in self.jobs], slots) if slots else None
+
+
+def makespan(jobs: Sequence[float], workers: int) -> float:
+    """When the last job ends if each free worker takes the longest one left; at most 4/3 of the best order's time.
+
+    Source: Graham 1969, longest processing time first.
+
+    >>> makespan([3, 3, 2, 2, 2], workers=2)
+    7
+    """
+    free: list[float] = [0] * min(workers, max(1, len(jobs)))
+    for job in sorted(jobs, reverse=True):
+        heapq.heapreplace(free, free[0] + job)
+    return max(free)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a whole experiment; hours and bytes are those of all its replicates."""
+
+    rows: int  # that are trained
+    parameters: int
+    flops: float  # of training all rows
+    stages: tuple[Stage, ...]
+    state: int  # bytes of the largest state.pt; each row that trains has one
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of all stages."""
+        return sum(stage.gpu_hours for stage in self.stages)
+
+    @property
+    def storage(self) -> int:
+        """Bytes that are kept."""
+        return sum(stage.storage for stage in self.stages)
+
+    def wall_hours(self, gpus: int) -> float | None:
+        """Hours on so many GPUs, one stage after the other; None where a job needs more."""
+        hours = [stage.wall_hours(gpus) for stage in self.stages]
+        return None if None in hours else sum(hour for hour in hours if hour is not None)
+
+
+class Work:
+    """Hours of the jobs of one sweep, each (3,): computing, decoding and reading, on one GPU and its share of cores.
 
     Raises:
-        UserError: as in `network`; a batch larger than the training set.
+        UserError: a GPU that is not in the table, or one without the experiment's precision; as `images_of`, `network`.
     """
-    net, optim, regularizer = network(row.model, row.task), row.optim, row.regularizer
-    length = Length.of(optim, images[row.task.train])
-    seen = length.steps * length.batch_size
-    passes = BACKWARD_TOO + row.compute.gradient_checkpointing
-    passes *= 2 if regularizer.sam is not None else 1
-    passes += len(regularizer.distill.rows) if regularizer.distill is not None else 0
-    evaluations = -(-length.steps // optim.evaluate_every) if optim.evaluate_every else 0
-    held_out = forward_work(row, images[row.task.held_out]).times(evaluations * weights_per_row(regularizer))
-    return Work(trained=passes * net.forward * seen, augmented=seen) + held_out
 
+    def __init__(self, config: Experiment):
+        self.config, self.plan, self.images = config, config.plan, images_of(config.task)
+        self.net, self.held_out = network(config.model, config.task), self.images[config.task.held_out]
+        self.pool = config.sweep.size + config.cooking.initialisation  # K, the models that recipes choose from
+        gpu, precision = config.plan.gpu, config.compute.precision
+        peak = peak_flops(gpu, precision)
+        if peak is None:
+            names = ", ".join(" ".join(words).lower() for words in PEAKS)
+            raise UserError(
+                f"the peak of gpu={gpu} in compute.precision={precision} is not known; known are {names}, those "
+                "before the A100 without bf16 (compute.precision=fp16)"
+            )
+        self.peak = peak
 
-def pool_size(config: Experiment) -> int:
-    """K, the models of the pool: fine-tuned rows, and the initialisation where it is a candidate."""
-    return config.sweep.size + config.cooking.initialisation
+    def hours(self, flops: float = 0, core_seconds: float = 0, read_seconds: float = 0) -> Hours:
+        """FLOPs at the GPU's peak, decoding (texts need none) by the cores of a GPU, and reading, in hours."""
+        decoding = 0 if self.config.task.is_text else core_seconds / self.plan.cores_per_gpu
+        return np.array([flops / self.peak, decoding, read_seconds]) / HOUR
 
+    def reading(self, size: int, again: int = 0) -> Hours:
+        """Bytes of weights, and those that are read `again`, which a node's memory has kept if it holds the pool."""
+        fits = self.pool * self.net.bytes <= self.plan.cache_gigabytes * GIGA
+        again_per_second = self.plan.reread_gigabytes if fits else self.plan.read_gigabytes
+        return self.hours(read_seconds=(size / self.plan.read_gigabytes + again / again_per_second) / GIGA)
 
-def recipe_work(config: Experiment, output: str, images: dict[str, int]) -> Work:
-    """What making one output takes, at the longest for recipes that may end sooner.
+    def evaluation(self, images: int, *, from_copies: bool = True) -> Hours:
+        """One forward pass over images of evaluation, which are decoded already where copies are kept."""
+        copied = from_copies and self.config.compute.decoded is not None
+        rate = self.plan.copied_per_core if copied else self.plan.fixed_per_core
+        return self.hours(self.net.inference * images / self.plan.inference_utilisation, images / rate)
 
-    Args:
-        config: of the experiment.
-        output: one of `soups.experiment.cook.dishes`.
-        images: how many each split has.
-    """
-    recipe, k, held_out = output.partition("/")[0], pool_size(config), images[config.task.held_out]
-    net, evaluation, learned = (
-        network(config.model, config.task),
-        forward_work(config, held_out),
-        config.cooking.learned,
-    )
-    if recipe in ENSEMBLES:
-        return Work(read=k * held_out * config.task.size * FLOAT32)
-    match recipe:
-        case "greedy" | "greedy_random_order":
-            return evaluation.times(k - 1) + Work(read=k * net.bytes)
-        case "greedy_with_replacement":
-            tries = config.cooking.rounds * k
-            return evaluation.times(tries) + Work(read=k * net.bytes, again=(tries - k) * net.bytes)
-        case "learned" | "learned_by_layer" | "learned_by_tensor":  # left in their files, all are read at every step
-            steps = learned.epochs * -(-held_out // learned.batch_size) if learned.place == "stream" else 0
-            trained = BACKWARD_TOO * net.inference * held_out * learned.epochs
-            again = LEARNED_READS * steps * k * net.bytes
-            return replace(evaluation, inferred=0, trained=trained, read=k * net.bytes, again=again)
-    few = {"best": 1, "second_best": 1, "wise_ft": 2, "subset": len(config.cooking.rows)}
-    return Work(read=few.get(recipe, k) * net.bytes)
+    def probe_fit(self, images: int) -> Hours:
+        """The fit of a linear probe for each value of C, in float32 whatever the precision."""
+        model = self.config.model
+        flops = fit_flops(images, self.net.width, self.config.task.size, len(model.probe_c))
+        slower = self.peak / (peak_flops(self.plan.gpu, "fp32") or self.peak)
+        return self.hours(slower * flops / self.plan.inference_utilisation)
 
+    def length(self, row: Experiment) -> Length:
+        """How many steps a row takes; raises a UserError for a batch larger than the training set."""
+        return Length.of(row.optim, self.images[row.task.train])
 
-def hours(config: Experiment, work: Work) -> tuple[float, float, float]:
-    """Hours of computing, decoding and reading of a job, on one GPU and its share of CPU cores, as the plan assumes.
+    def flops(self, row: Experiment) -> float:
+        """FLOPs of a row's training steps.
 
-    Raises:
-        UserError: a GPU that is not in the table, or one without the experiment's precision.
-    """
-    plan, precision = config.plan, config.compute.precision
-    flops = peak_flops(plan.gpu, precision)
-    if flops is None:
-        names = ", ".join(" ".join(words).lower() for words in PEAKS)
-        raise UserError(
-            f"the peak of gpu={plan.gpu} in compute.precision={precision} is not known; known are {names}, those "
-            "before the A100 without bf16 (compute.precision=fp16)"
+        A step is a forward pass and a backward one, which costs two; SAM does both twice; gradient checkpointing does
+        the forward pass again; distillation adds a forward pass of each teacher. Frozen parts do not count less.
+        """
+        passes = BACKWARD_TOO + row.compute.gradient_checkpointing
+        passes *= 2 if row.regularizer.sam is not None else 1
+        passes += len(row.regularizer.distill.rows) if row.regularizer.distill is not None else 0
+        return passes * network(row.model, row.task).forward * self.length(row).steps * row.optim.batch_size
+
+    def row(self, row: Experiment) -> Hours:
+        """Training of a row, its evaluations on held-out on the way, and those of averages that are no ingredient."""
+        steps, every, kinds = self.length(row).steps, row.optim.evaluate_every, len(row.regularizer.made)
+        evaluations = kinds * (-(-steps // every) if every else 0) + kinds - 1
+        decoding = steps * row.optim.batch_size / self.plan.augmented_per_core
+        return self.hours(self.flops(row) / self.plan.utilisation, decoding) + evaluations * self.evaluation(
+            self.held_out
         )
-    pool = pool_size(config) * network(config.model, config.task).bytes
-    again = plan.reread_gigabytes if pool <= plan.cache_gigabytes * GIGA else plan.read_gigabytes
-    core_seconds = (
-        work.augmented / plan.augmented_per_core + work.fixed / plan.fixed_per_core + work.copied / plan.copied_per_core
-    )
-    if config.task.is_text:  # nothing is decoded
-        core_seconds = 0.0
-    seconds = (work.trained / plan.utilisation + work.inferred / plan.inference_utilisation) / flops
-    fit = work.fitted / plan.inference_utilisation / (peak_flops(plan.gpu, "fp32") or flops)
-    reading = (work.read / plan.read_gigabytes + work.again / again) / GIGA
-    return (seconds + fit) / HOUR, core_seconds / plan.cores_per_gpu / HOUR, reading / HOUR
+
+    def recipe(self, output: str) -> Hours:
+        """Making one of `soups.experiment.cook.dishes`, at the longest for recipes that may end sooner."""
+        recipe, k, pool, cooking = output.partition("/")[0], self.pool, self.pool * self.net.bytes, self.config.cooking
+        evaluation = self.evaluation(self.held_out)
+        if recipe in ENSEMBLES:  # means of logits
+            return self.reading(k * self.held_out * self.config.task.size * FLOAT32)
+        match recipe:
+            case "greedy" | "greedy_random_order":
+                return (k - 1) * evaluation + self.reading(pool)
+            case "greedy_with_replacement":
+                return cooking.rounds * k * evaluation + self.reading(pool, (cooking.rounds - 1) * pool)
+            case "learned" | "learned_by_layer" | "learned_by_tensor":
+                learned = cooking.learned
+                flops = BACKWARD_TOO * self.net.inference * self.held_out * learned.epochs
+                steps = learned.epochs * -(-self.held_out // learned.batch_size)
+                # Left in their files, all are read at every step.
+                again = LEARNED_READS * steps * pool if learned.place == "stream" else 0
+                return (
+                    self.hours(flops / self.plan.utilisation)
+                    + evaluation * np.array([0, 1, 0])
+                    + self.reading(pool, again)
+                )
+        few = {"best": 1, "second_best": 1, "wise_ft": 2, "subset": len(cooking.rows)}
+        return self.reading(few.get(recipe, k) * self.net.bytes)
 
 
 def gpus_per_row(config: Experiment) -> int:
@@ -232,59 +303,42 @@ def gpus_per_row(config: Experiment) -> int:
     return config.plan.gpus_per_row or (NODE if config.compute.strategy == "fsdp" else 1)
 
 
-def _stage(config: Experiment, name: str, works: Sequence[Work], storage: int, gpus: int = 1) -> Stage:
-    each = [hours(config, work) for work in works]
-    # Images are decoded while the GPU computes; weights are read before it does.
-    jobs = tuple(max(compute, decode) + read for compute, decode, read in each)
-    sums = dict(zip(("computing", "decoding", "reading"), map(sum, zip(*each, strict=True)), strict=False))
-    bound = max(sums, key=lambda kind: sums[kind]) if any(sums.values()) else ""
-    return Stage(name, jobs, gpus, bound, storage)
+def stage_of(name: str, works: Sequence[Hours], storage: int, gpus: int = 1) -> Stage:
+    """A stage of jobs with these (3,) hours: images are decoded while the GPU computes, weights are read before."""
+    jobs = tuple(float(max(computing, decoding) + reading) for computing, decoding, reading in works)
+    sums = dict(zip(("computing", "decoding", "reading"), sum(works, np.zeros(3)), strict=True))
+    return Stage(name, jobs, gpus, max(sums, key=lambda kind: sums[kind]) if any(sums.values()) else "", storage)
 
 
-def initialise_work(config: Experiment, images: dict[str, int]) -> Work:
-    """Row 0: a linear probe sees train and held-out once, and is fitted for each value of C; else nothing."""
-    model, task = config.model, config.task
-    if model.head != "linear_probe":
-        return Work()
-    fitted = fit_flops(images[task.train], network(model, task).width, task.size, len(model.probe_c))
-    both = images[task.train] + images[task.held_out]
-    return forward_work(config, both, from_copies=False) + Work(fitted=fitted)
-
-
-def stages_of(config: Experiment, rows: Sequence[Experiment]) -> tuple[Stage, ...]:
-    """The stages of `reproduce.py`, in their order, for rows with these settings; raises as `network` and `peak`."""
-    task, model, images = config.task, config.model, images_of(config.task)
-    net, held_out = network(model, task), images[task.held_out]
+def stages_of(work: Work, rows: Sequence[Experiment]) -> tuple[Stage, ...]:
+    """The stages of `reproduce.py`, in their order, for rows with these settings."""
+    config, net, images, held_out = work.config, work.net, work.images, work.held_out
+    task, model = config.task, config.model
     logits, everything = task.size * FLOAT32, held_out + sum(images[split] for split in task.reported)
-    has_zero_shot = model.templates is not None
+    has_zero_shot, has_probe = model.templates is not None, model.head == "linear_probe"
 
-    head = 0  # bytes of a linear probe's features and of its heads for each value of C
-    if model.head == "linear_probe":
-        head = (images[task.train] + held_out) * net.width + len(model.probe_c) * task.size * (net.width + 1)
-    kept = (1 + has_zero_shot) * net.bytes + head * FLOAT32
-    found = [_stage(config, "initialise", [initialise_work(config, images)], kept)]
+    probed = (images[task.train] + held_out) * has_probe  # images whose features are kept
+    heads = has_probe * len(model.probe_c) * task.size * (net.width + 1)
+    probe = work.evaluation(probed, from_copies=False) + work.probe_fit(images[task.train]) * has_probe
+    kept = (1 + has_zero_shot) * net.bytes + (probed * net.width + heads) * FLOAT32
+    found = [stage_of("initialise", [probe], kept)]
     for name, is_distilled in (("fine-tune", False), ("distil", True)):
         own = [row for row in rows if (row.regularizer.distill is not None) == is_distilled]
-        # Averages that are no ingredient are evaluated on held-out too, and nowhere else.
-        beside = [weights_per_row(row.regularizer) - 1 for row in own]
-        works = [
-            row_work(row, images) + forward_work(config, held_out).times(more)
-            for row, more in zip(own, beside, strict=True)
-        ]
-        kept = (len(own) + sum(beside)) * net.bytes + sum(beside) * held_out * logits
-        found.append(_stage(config, name, works, kept, gpus_per_row(config)))
+        files = sum(len(row.regularizer.made) for row in own)
+        kept = files * net.bytes + (files - len(own)) * held_out * logits
+        found.append(stage_of(name, [work.row(row) for row in own], kept, gpus_per_row(config)))
 
     # Each kind of a row's weights that single models are chosen from, the initialisation and the zero-shot model.
     models = 1 + has_zero_shot + config.sweep.size * max(1, len(config.cooking.individuals))
     copies = everything * 3 * model.evaluated_at**2 if config.compute.decoded is not None else 0
-    evaluation = forward_work(config, everything)
-    evaluations = [forward_work(config, everything, from_copies=False)] + [evaluation] * (models - 1)
+    evaluation = work.evaluation(everything)
+    evaluations = [work.evaluation(everything, from_copies=False)] + [evaluation] * (models - 1)
     outputs = [name for recipe in config.recipes for name in dishes(config, recipe)]
-    soups = [name for name in outputs if name not in ENSEMBLES]
+    soups = len([name for name in outputs if name not in ENSEMBLES])
     found += [
-        _stage(config, "evaluate", evaluations, models * everything * logits + copies),
-        _stage(config, "recipes", [recipe_work(config, name, images) for name in outputs], len(soups) * net.bytes),
-        _stage(config, "evaluate soups", [evaluation] * len(soups), len(soups) * everything * logits),
+        stage_of("evaluate", evaluations, models * everything * logits + copies),
+        stage_of("recipes", [work.recipe(name) for name in outputs], soups * net.bytes),
+        stage_of("evaluate soups", [evaluation] * soups, soups * everything * logits),
     ]
     return tuple(stage for stage in found if stage.jobs)
 
@@ -298,16 +352,13 @@ def costs(config: Experiment) -> Costs:
     """
     if config.sweep.imported is not None:
         raise UserError(f"{config.name}: its rows are imported, not trained, so there is no training to estimate")
-    copies, images = max(1, len(config.replicates)), images_of(config.task)
+    work, copies = Work(config), max(1, len(config.replicates))
     rows = [row_config(config, row) for row in range(1, config.sweep.size + 1)]
+    stages = stages_of(work, rows)
     return Costs(
         rows=copies * len(rows),
-        parameters=network(config.model, config.task).parameters,
-        flops=copies * sum(row_work(row, images).trained for row in rows),
-        stages=tuple(
-            replace(stage, jobs=stage.jobs * copies, storage=stage.storage * copies)
-            for stage in stages_of(config, rows)
-        ),
-        state=max(state_bytes(row) for row in rows),
-        copies=copies,
+        parameters=work.net.parameters,
+        flops=copies * sum(map(work.flops, rows)),
+        stages=tuple(replace(each, jobs=each.jobs * copies, storage=each.storage * copies) for each in stages),
+        state=max(map(state_bytes, rows)),
     )

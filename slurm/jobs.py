@@ -1,10 +1,13 @@
 """The jobs that an experiment still needs, in their order: what each waits for and asks for, and its sbatch line."""
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import pandas as pd
 
 from analysis.artefacts import FORWARD, forward_artefacts
 from configs.clusters import Slurm
@@ -13,16 +16,21 @@ from configs.schema import Experiment, replicate
 from configs.slurm import FIRST_INDEX
 from eval.pool import is_scored
 from finetune.length import largest_world
-from slurm.cost import HOUR, Costs
+from slurm.cost import HOUR, Costs, Stage
 from soups.experiment.cook import ENSEMBLES, dishes, identity_of
 from soups.experiment.pool import pool_of
 from soups.files.atomic import read_json
-from store.rows import row_config, teachers
+from store.rows import row_config
 from store.runs import RunFolder, done_rows
 
 TRAINING = ("fine-tune", "distil")  # stages that train rows
 ROWS = ("initialise", *TRAINING)  # stages that make rows
-OF_COMMAND = ("submit", "sweep.index", "share.of", "share.index")  # settings that jobs do not take over
+SCRIPTS = {  # stage -> its script in slurm/; rows of several processes have finetune_multi
+    **dict.fromkeys(ROWS, "finetune"),
+    **{"evaluate": "evaluate", "recipes": "soups", "evaluate soups": "evaluate"},
+    **{"figures": "figures", "analysis": "analysis"},
+}
+NOT_OF_JOBS = ("submit", "sweep.index", "share.of", "share.index")  # settings that jobs do not take over
 START_HOURS = 0.25  # until a job computes: imports, weights, lists of images
 LEAST = HOUR  # seconds that a job asks for at least: estimates are least sure where they are short
 STEP = 300  # seconds to which a job's time is rounded up
@@ -70,7 +78,14 @@ class Job:
     settings: tuple[str, ...]  # of python
     shape: Shape
     at_once: int | None = None  # tasks at the same time, at most
+    hours: float | None = None  # GPU-hours of a task, the mean of those that are left; None: not estimated
+    bytes: float = 0  # that a task is expected to leave
     first: int = 0  # the task that index 0 of the array stands for
+
+    @property
+    def count(self) -> int:
+        """How many jobs it is."""
+        return max(1, len(self.tasks))
 
     @property
     def array(self) -> str:
@@ -130,15 +145,13 @@ def shape_of(row: Experiment, slurm: Slurm) -> Shape:
     return found
 
 
-def seconds_of(time: str) -> int:
+def seconds_of(limit: str) -> int:
     """A time as SLURM writes it, in seconds.
 
     >>> seconds_of("08:00:00"), seconds_of("1-00:30:00")
     (28800, 88200)
     """
-    days, _, clock = time.rpartition("-")
-    hours, minutes, seconds = map(int, clock.split(":"))
-    return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
+    return int(pd.Timedelta(limit.replace("-", " days ")).total_seconds())
 
 
 def clock(seconds: int) -> str:
@@ -148,8 +161,7 @@ def clock(seconds: int) -> str:
     ('00:05:00', '1-00:30:00')
     """
     days, rest = divmod(seconds, 86400)
-    time = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
-    return f"{days}-{time}" if days else time
+    return (f"{days}-" if days else "") + time.strftime("%H:%M:%S", time.gmtime(rest))
 
 
 def time_limit(config: Experiment, hours: float | None, stage: str) -> str:
@@ -180,32 +192,168 @@ def time_limit(config: Experiment, hours: float | None, stage: str) -> str:
     return clock(min(limit, max(LEAST, math.ceil(wanted / STEP) * STEP)))
 
 
-def _options(config: Experiment, stage: str, shape: Shape, hours: float | None) -> tuple[str, ...]:
-    slurm, logs = slurm_of(config), RunFolder.of(config).root / "slurm" / "logs"
-    kind = f":{slurm.gpu_type}" if slurm.gpu_type else ""
-    needs_gpu = is_array = stage != "analysis"
-    found = [
-        f"--job-name={config.name.replace('/', '-')}-{stage.replace(' ', '-')}",
-        f"--output={logs}/%x-{'%A_%a' if is_array else '%j'}.out",
-        f"--time={time_limit(config, hours, stage)}",
-        f"--cpus-per-task={max(1, slurm.cpus // max(1, slurm.gpus)) * max(1, shape.gpus)}",
-    ]
-    if needs_gpu:
-        found.append(f"--gres=gpu{kind}:{shape.gpus}" if shape.gpus else "--gres=none")
-    values = {
-        "partition": slurm.partition if needs_gpu else slurm.cpu_partition or slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "mem-per-cpu": slurm.memory,
-    }
-    return (*found, *(f"--{name}={value}" for name, value in values.items() if value is not None), *slurm.options)
-
-
 def left_rows(config: Experiment) -> tuple[int, ...]:
     """Rows without a done.json of these settings; raises as `done_rows`."""
     done = done_rows(config)
     return tuple(row for row in range(config.sweep.size + 1) if row not in done)
+
+
+def jobs_of(config: Experiment, typed: Sequence[str], costs: Costs | None = None) -> list[Job]:
+    """The jobs that are left to do, each after those that it needs; nothing is written, no image is read.
+
+    Args:
+        config: of the experiment; with `replicates`, of all of them.
+        typed: the settings of the command line, which the jobs get too.
+        costs: of the experiment, or of one replicate; without, jobs ask for the cluster file's longest times.
+
+    Raises:
+        UserError: a cluster that is not SLURM; rows that were made with other settings, that this cluster cannot train,
+            or that would not end within all restarts.
+    """
+    settings = tuple(word for word in typed if word.split("=")[0].lstrip("+~") not in NOT_OF_JOBS and word[:2] != "--")
+    stages = {stage.name: stage for stage in costs.stages} if costs is not None else {}
+    if not config.replicates:
+        return _Sweep(config, settings, stages).jobs()
+    jobs = []
+    for sweep_seed in config.replicates:
+        once = replicate(config, sweep_seed)
+        own = (*settings, f"sweep.seed={sweep_seed}", f"name={once.name}", "replicates=[]")
+        jobs += [job for job in _Sweep(once, own, stages).jobs() if job.stage != "analysis"]
+    return [*jobs, _Sweep(config, settings, stages).analysis()]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """One sweep, or a figure of other experiments' models (`towers`)."""
+
+    config: Experiment
+    settings: tuple[str, ...]  # of all its jobs
+    stages: Mapping[str, Stage]  # what they are expected to take; empty: not known
+
+    def jobs(self) -> list[Job]:
+        """The jobs that are left, in their order."""
+        config, run, most = self.config, RunFolder.of(self.config), slurm_of(self.config).evaluate_jobs
+        if config.towers:
+            others = dict.fromkeys(tower.parts[-3] for tower in config.towers)
+            return self.figures(tuple(each for name in others for each in after("afterok", *ROWS, name=name)))
+
+        rows, pool = self.rows(), after("afterok", *ROWS)
+        # Models are shared in the order of `eval.pool.model_folders`.
+        models = [run.ingredient(row) for row in range(config.sweep.size + 1)]
+        models += [run.zero_shot] if config.model.templates is not None else []
+        unscored, of = [_is_unscored(config, folder) for folder in models], min(most, len(models))
+        shares = [share for share in range(of) if any(unscored[share::of])]
+        # A row that failed takes no other's evaluation along.
+        jobs = rows + self.array("evaluate", shares, of, after("afterany", *ROWS))
+
+        outputs = [dishes(config, recipe) for recipe in config.recipes]
+        unmade = [i for i, names in enumerate(outputs) if rows or any(_is_unmade(config, name) for name in names)]
+        jobs += self.array("recipes", unmade, len(outputs), pool + after("afterok", "evaluate"))
+        soups = [run.soup(name) for names in outputs for name in names if name not in ENSEMBLES]
+        of = min(most, len(soups))
+        shares = list(range(of)) if unmade or any(_is_unscored(config, folder) for folder in soups) else []
+        jobs += self.array("evaluate soups", shares, of, pool + after("afterany", "recipes"))
+
+        waits = pool + after("afterany", "evaluate", "recipes", "evaluate soups")
+        last = [self.analysis()] if jobs or not (run.analysis / "provenance.json").exists() else []
+        return [*jobs, *self.figures(waits, anew=bool(jobs)), *last]
+
+    def rows(self) -> list[Job]:
+        """The initialisation by one GPU, then rows, then those that are distilled from rows.
+
+        Rows of one stage whose batches are shared by different numbers of processes are arrays of their own.
+        """
+        config, slurm, left = self.config, slurm_of(self.config), set(left_rows(self.config))
+        rows = {row: row_config(config, row) for row in range(1, config.sweep.size + 1)}
+        taught = {row: own.regularizer.distill.rows for row, own in rows.items() if own.regularizer.distill is not None}
+        jobs = [self.job("initialise", [0], [0], ())] if 0 in left else []
+        for stage in TRAINING:
+            whole = [row for row in rows if (row in taught) == (stage == "distil")]
+            missing = [row for row in whole if row in left]
+            teachers = tuple(sorted({teacher for row in missing for teacher in taught.get(row, ())}))
+            waits = after("afterok", "initialise") + ((After("fine-tune", "afterok", teachers),) if teachers else ())
+            if config.sweep.best_of is not None:  # the search whose best settings the rows take
+                waits += after("afterok", *ROWS, name=config.sweep.best_of.name)
+            for head in sorted({head for row in missing if (head := rows[row].model.head_of) is not None}):
+                waits += after("afterok", "initialise", name=head)
+            shapes: dict[Shape, list[int]] = {}
+            for row in missing:
+                shapes.setdefault(shape_of(rows[row], slurm), []).append(row)
+            for shape, own in shapes.items():
+                at_once = slurm.max_parallel and max(1, slurm.max_parallel * len(own) // len(missing))
+                jobs.append(self.job(stage, own, whole, waits, shape=shape, at_once=at_once))
+        return jobs
+
+    def figures(self, waits: tuple[After, ...], *, anew: bool = False) -> list[Job]:
+        """A job for each table and figure that needs forward passes; `python -m analysis` draws the others."""
+        names, folder = forward_artefacts(self.config.name), RunFolder.of(self.config).analysis
+        left = [place for place, name in enumerate(names) if anew or not (folder / f"{name}_provenance.json").exists()]
+        return self.array("figures", left, len(names), waits, f"artefact={FORWARD}")
+
+    def analysis(self) -> Job:
+        """Tables and figures, from what is on disk, without a GPU; figures with jobs of their own hold up nothing."""
+        waits = after("afterok", *ROWS, "evaluate", "recipes", "evaluate soups")
+        return self.job("analysis", [], [0], waits, shape=Shape(1, 0))
+
+    def array(self, stage: str, left: Sequence[int], of: int, waits: tuple[After, ...], *more: str) -> list[Job]:
+        """Jobs that share a stage's models, recipes or figures; none where nothing is left."""
+        return [self.job(stage, left, range(of), waits, *more, f"share.of={of}")] if left else []
+
+    def job(
+        self,
+        stage: str,
+        left: Sequence[int],
+        whole: Sequence[int],
+        waits: tuple[After, ...],
+        *more: str,
+        shape: Shape | None = None,
+        at_once: int | None = None,
+    ) -> Job:
+        """A job with what it asks for.
+
+        Args:
+            stage: of `SCRIPTS`.
+            left: the tasks that are left to do; none of a job without an array.
+            whole: all tasks of the stage, in the order of its expected hours.
+            waits: what it waits for.
+            more: settings beside those of all jobs.
+            shape: its machines; one GPU, if the cluster has any, where None.
+            at_once: tasks at the same time, at most.
+        """
+        config, slurm, of = self.config, slurm_of(self.config), len(whole)
+        shape = shape or Shape(1, min(slurm.gpus, 1))
+        script = SCRIPTS[stage] if shape.processes == 1 else "finetune_multi"
+        hours, storage, longest = None, 0.0, None
+        if stage in self.stages:
+            jobs, storage = self.stages[stage].jobs, self.stages[stage].storage / of
+            if stage == "recipes":  # which are several jobs where they make several soups
+                made = iter(jobs)
+                each = [sum(next(made) for _ in dishes(config, recipe)) for recipe in config.recipes]
+            else:
+                each = [sum(jobs[place::of]) for place in range(of)]
+            expected = [each[whole.index(task)] for task in left]
+            hours = sum(expected) / len(expected)
+            longest = max(expected) / shape.processes if stage != "initialise" else None
+        kind = f":{slurm.gpu_type}" if slurm.gpu_type else ""
+        is_array, logs = stage != "analysis", RunFolder.of(config).root / "slurm" / "logs"
+        values = {
+            "job-name": f"{config.name.replace('/', '-')}-{stage.replace(' ', '-')}",
+            "output": f"{logs}/%x-{'%A_%a' if is_array else '%j'}.out",
+            "time": time_limit(config, longest, stage),
+            "cpus-per-task": max(1, slurm.cpus // max(1, slurm.gpus)) * max(1, shape.gpus),
+            "gres": (f"gpu{kind}:{shape.gpus}" if shape.gpus else "none") if is_array else None,
+            "partition": slurm.partition if is_array else slurm.cpu_partition or slurm.partition,
+            "account": slurm.account,
+            "qos": slurm.qos,
+            "constraint": slurm.constraint,
+            "mem-per-cpu": slurm.memory,
+        }
+        options = (*(f"--{name}={value}" for name, value in values.items() if value is not None), *slurm.options)
+        options += (f"--nodes={shape.nodes}",) if shape.processes > 1 else ()
+        settings = (*self.settings, *more)
+        return Job(
+            stage, script, config.name, tuple(left), of, waits, options, settings, shape, at_once, hours, storage
+        )
 
 
 def _is_unmade(config: Experiment, name: str) -> bool:
@@ -222,160 +370,6 @@ def _is_unscored(config: Experiment, folder: Path) -> bool:
     """Whether a model still has to be evaluated, or to be made first; a diverged row has nothing to be evaluated."""
     record = next((path for path in (folder / "done.json", folder / "soup.json") if path.exists()), None)
     return record is None or (read_json(record)["digest"] is not None and not is_scored(config, folder))
-
-
-def _expected(costs: Costs | None, stage: str) -> tuple[float, ...] | None:
-    """GPU-hours of a stage's jobs, of one replicate; None where they are not known."""
-    jobs = next((part.jobs for part in costs.stages if part.name == stage), None) if costs is not None else None
-    return None if costs is None or jobs is None else jobs[: len(jobs) // costs.copies]
-
-
-def _longest(config: Experiment, costs: Costs | None, stage: str, of: int) -> float | None:
-    """Hours of the longest of the `of` jobs that share a stage's models; or of the longest recipe."""
-    jobs = _expected(costs, stage)
-    if jobs is None:
-        return None
-    if stage != "recipes":
-        return max(sum(jobs[index::of]) for index in range(of))
-    left = iter(jobs)
-    each = {recipe: sum(next(left) for _ in dishes(config, recipe)) for recipe in config.recipes}
-    return max(each.values()) + (each.get("wise_ft", 0.0) if config.cooking.of in each else 0.0)
-
-
-def _trainings(config: Experiment, settings: tuple[str, ...], costs: Costs | None) -> list[Job]:
-    """The initialisation by one GPU, then rows, then those that are distilled from rows.
-
-    Rows of one stage whose batches are shared by different numbers of processes are arrays of their own.
-    """
-    slurm, left = slurm_of(config), set(left_rows(config))
-    rows = {row: row_config(config, row) for row in range(1, config.sweep.size + 1)}
-    taught = {row: own.regularizer.distill.rows for row, own in rows.items() if own.regularizer.distill is not None}
-    jobs = []
-    if 0 in left:
-        one = Shape(1, min(slurm.gpus, 1))
-        options = _options(config, "initialise", one, None)
-        jobs.append(Job("initialise", "finetune", config.name, (0,), 1, (), options, settings, one))
-    for stage in TRAINING:
-        whole = sorted(row for row in rows if (row in taught) == (stage == "distil"))
-        some = [row for row in whole if row in left]
-        shapes: dict[Shape, list[int]] = {}
-        for row in some:
-            shapes.setdefault(shape_of(rows[row], slurm), []).append(row)
-        awaited = tuple(sorted({teacher for row in some for teacher in taught.get(row, ())}))
-        waits = after("afterok", "initialise") + ((After("fine-tune", "afterok", awaited),) if awaited else ())
-        if config.sweep.best_of is not None:  # the search whose best settings the rows take
-            waits += after("afterok", *ROWS, name=config.sweep.best_of.name)
-        for head in sorted({head for row in some if (head := rows[row].model.head_of) is not None}):
-            waits += after("afterok", "initialise", name=head)
-        expected = _expected(costs, stage)
-        hours = dict(zip(whole, expected, strict=True)) if expected is not None else None
-        for shape, own in shapes.items():
-            longest = max(hours[row] for row in own) / shape.processes if hours is not None else None
-            options = _options(config, stage, shape, longest)
-            several = shape.processes > 1
-            options += (f"--nodes={shape.nodes}",) if several else ()
-            script = "finetune_multi" if several else "finetune"
-            at_once = slurm.max_parallel and max(1, slurm.max_parallel * len(own) // len(some))
-            jobs.append(
-                Job(stage, script, config.name, tuple(own), len(whole), waits, options, settings, shape, at_once)
-            )
-    return jobs
-
-
-def soups_of(config: Experiment) -> list[str]:
-    """What recipes make that has weights of its own."""
-    return [name for recipe in config.recipes for name in dishes(config, recipe) if name not in ENSEMBLES]
-
-
-def totals(config: Experiment) -> dict[str, int]:
-    """How many jobs each stage of one sweep has in all, with those that are done."""
-    figures = len(forward_artefacts(config.name))
-    if config.towers:
-        return {"figures": figures}
-    size, slurm = config.sweep.size, slurm_of(config)
-    distilled = sum(bool(teachers(config, row)) for row in range(1, size + 1))
-    models = size + 1 + (config.model.templates is not None)
-    found = {"initialise": 1, "fine-tune": size - distilled, "distil": distilled}
-    found |= {"evaluate": min(slurm.evaluate_jobs, models), "recipes": len(config.recipes)}
-    found |= {"evaluate soups": min(slurm.evaluate_jobs, len(soups_of(config))), "figures": figures, "analysis": 1}
-    return {stage: number for stage, number in found.items() if number}
-
-
-def jobs_of(config: Experiment, typed: Sequence[str], costs: Costs | None = None) -> list[Job]:
-    """The jobs that are left to do, each after those that it needs; nothing is written, no image is read.
-
-    Args:
-        config: of the experiment; with `replicates`, of all of them.
-        typed: the settings of the command line, which the jobs get too.
-        costs: of the experiment, or of one replicate; without, jobs ask for the cluster file's longest times.
-
-    Raises:
-        UserError: a cluster that is not SLURM; rows that were made with other settings, that this cluster cannot train,
-            or that would not end within all restarts.
-    """
-    settings = tuple(word for word in typed if word.split("=")[0].lstrip("+~") not in OF_COMMAND and word[:2] != "--")
-    if not config.replicates:
-        return _once(config, settings, costs)
-    jobs = []
-    for sweep_seed in config.replicates:
-        once = replicate(config, sweep_seed)
-        own = (*settings, f"sweep.seed={sweep_seed}", f"name={once.name}", "replicates=[]")
-        jobs += [job for job in _once(once, own, costs) if job.stage != "analysis"]
-    return [*jobs, _analysis(config, settings)]
-
-
-def _once(config: Experiment, settings: tuple[str, ...], costs: Costs | None) -> list[Job]:
-    """The jobs of one sweep, or of a figure of other experiments' models (`towers`), which waits for their rows."""
-    slurm, run, number = slurm_of(config), RunFolder.of(config), totals(config)
-
-    def array(stage: str, script: str, tasks: Iterable[int], waits: tuple[After, ...], *more: str) -> list[Job]:
-        """An array of jobs with one GPU, if the cluster has any; none where nothing is left."""
-        left, of, shape = tuple(tasks), number.get(stage, 0), Shape(1, min(slurm.gpus, 1))
-        if not left:
-            return []
-        options = _options(config, stage, shape, _longest(config, costs, stage, of))
-        return [Job(stage, script, config.name, left, of, waits, options, (*settings, *more, f"share.of={of}"), shape)]
-
-    def figures(anew: bool, waits: tuple[After, ...]) -> list[Job]:
-        """A job for each table and figure that needs forward passes; `python -m analysis` draws the others."""
-        records = [run.analysis / f"{name}_provenance.json" for name in forward_artefacts(config.name)]
-        left = [place for place, record in enumerate(records) if anew or not record.exists()]
-        return array("figures", "figures", left, waits, f"artefact={FORWARD}")
-
-    if config.towers:
-        others = dict.fromkeys(tower.parts[-3] for tower in config.towers)
-        return figures(False, tuple(each for name in others for each in after("afterok", *ROWS, name=name)))
-
-    jobs, pool, every = _trainings(config, settings, costs), after("afterok", *ROWS), after("afterany", *ROWS)
-    rows_left = any(job.stage in ROWS for job in jobs)
-    # Models are shared in the order of `eval.pool.model_folders`; a row that failed takes no other's evaluation along.
-    models = [run.ingredient(row) for row in range(config.sweep.size + 1)]
-    models += [run.zero_shot] if config.model.templates is not None else []
-    unscored, of = [_is_unscored(config, folder) for folder in models], number["evaluate"]
-    jobs += array("evaluate", "evaluate", (share for share in range(of) if any(unscored[share::of])), every)
-
-    recipes = [
-        place
-        for place, recipe in enumerate(config.recipes)
-        if rows_left or any(_is_unmade(config, name) for name in dishes(config, recipe))
-    ]
-    jobs += array("recipes", "soups", recipes, pool + after("afterok", "evaluate"))
-    soups_left = recipes or any(_is_unscored(config, run.soup(name)) for name in soups_of(config))
-    shares = range(number.get("evaluate soups", 0) if soups_left else 0)
-    jobs += array("evaluate soups", "evaluate", shares, pool + after("afterany", "recipes"))
-
-    is_drawn = (run.analysis / "provenance.json").exists()
-    last = [_analysis(config, settings)] if jobs or not is_drawn else []
-    waits = pool + after("afterany", "evaluate", "recipes", "evaluate soups")
-    return [*jobs, *figures(bool(jobs), waits), *last]
-
-
-def _analysis(config: Experiment, settings: tuple[str, ...]) -> Job:
-    """Tables and figures, from what is on disk, without a GPU; figures that have jobs of their own hold up nothing."""
-    shape = Shape(1, 0)
-    waits = after("afterok", *ROWS, "evaluate", "recipes", "evaluate soups")
-    options = _options(config, "analysis", shape, None)
-    return Job("analysis", "analysis", config.name, (), 1, waits, options, settings, shape)
 
 
 def sbatch_words(job: Job, waits: Mapping[str, Sequence[str]]) -> list[str]:

@@ -8,12 +8,13 @@ python -m slurm.plan all gpu=h100 [out=FILE [force=true]]    a line for each exp
 
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
+from rich.filesize import decimal
+from tabulate import tabulate
 
 from configs.cli import entry_point
 from configs.errors import UserError
@@ -24,20 +25,11 @@ from slurm.cost import GIGA, Costs, Stage, costs, gpus_per_row
 from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 
-GPUS = (1, 8, 64)
+GPUS = (1, 8, 64)  # for which wall time is printed
 FORCE = "force=true"
 SHORT = ("gpu", "gpus", "utilisation")  # may be typed without plan.
 OWN_DATA = ("demo", "own")  # how the names of experiments begin that are not the paper's
-IMPORTED = ("released",)  # experiments whose rows nobody trains here
-
-
-def gigabytes(size: float) -> str:
-    """Bytes in decimal gigabytes or terabytes.
-
-    >>> gigabytes(353_448_864), gigabytes(3.53e12)
-    ('0.4 GB', '3.5 TB')
-    """
-    return f"{size / GIGA / 1000:,.1f} TB" if size >= 1000 * GIGA else f"{size / GIGA:,.1f} GB"
+IMPORTED = "released"  # the experiment whose rows nobody trains here
 
 
 def duration(hours: float | None) -> str:
@@ -55,33 +47,27 @@ def duration(hours: float | None) -> str:
     return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} d"
 
 
-def grid_of(columns: Sequence[str], left: Sequence[str]) -> Table:
-    """An empty table for the terminal, whose columns are right-aligned but for some."""
-    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        grid.add_column(column, justify="left" if column in left else "right", no_wrap=True)
-    return grid
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
+    """A table for the terminal, whose columns are right-aligned but for some."""
+    aligned = ["left" if column in left else "right" for column in columns]
+    return tabulate(rows, columns, tablefmt="plain", disable_numparse=True, colalign=aligned if rows else None)
 
 
 def show(config: Experiment) -> None:
     """Print a line for each stage of an experiment, and what the numbers rest on."""
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     found, plan = costs(config), config.plan
     gpus = sorted({*GPUS, plan.gpus or 1})
 
     def numbers(part: Stage | Costs) -> list[str]:
-        return [f"{part.gpu_hours:,.1f}", *(duration(part.wall_hours(n)) for n in gpus), gigabytes(part.storage)]
+        return [f"{part.gpu_hours:,.1f}", *(duration(part.wall_hours(n)) for n in gpus), decimal(part.storage)]
 
     columns = ("stage", "jobs", "GPUs a job", "most by", "GPU-hours", *(f"on {n}" for n in gpus), "kept")
-    grid = grid_of(columns, ("stage", "most by"))
-    for part in found.stages:
-        grid.add_row(part.name, f"{len(part.jobs):,}", str(part.gpus_per_job), part.bound, *numbers(part))
-    grid.add_row("all", "", "", "", *numbers(found), style="bold")
-    console.print(f"{config.name}: an estimate, nothing of it measured on a cluster\n")
-    console.print(grid)
+    rows = [[s.name, f"{len(s.jobs):,}", str(s.gpus_per_job), s.bound, *numbers(s)] for s in found.stages]
+    print(f"{config.name}: an estimate, nothing of it measured on a cluster\n")
+    print(table(columns, [*rows, ["all", "", "", "", *numbers(found)]], ("stage", "most by")))
     proxy = f", a proxy for {config.model.proxy_for}" if config.model.proxy_for else ""
     teraflops = (peak_flops(plan.gpu, config.compute.precision) or 0) / 1e12
-    console.print()
+    print()
     for sentence in (
         f"{found.rows:,} rows of a network of {found.parameters / 1e6:,.1f} million parameters{proxy}; "
         f"{found.flops:.3g} FLOPs of training.",
@@ -95,18 +81,17 @@ def show(config: Experiment) -> None:
         f"has kept, up to {plan.cache_gigabytes:g} GB, at {plan.reread_gigabytes:g} GB/s.",
         f"A row is trained by {gpus_per_row(config)} GPU(s), at no loss for working together. Wall times are of the "
         "longest job first, and of stages one after the other.",
-        f"While a row trains, its state takes up to {gigabytes(found.state)} more. Recipes that end by themselves are "
+        f"While a row trains, its state takes up to {decimal(found.state)} more. Recipes that end by themselves are "
         "counted at their longest.",
         "Not counted: queues, starts and restarts, saving, tables.",
     ):
-        console.print(f"- {sentence}")
+        print(textwrap.fill(f"- {sentence}", 120))
 
 
 def paper_experiments() -> list[str]:
     """Names of the paper's experiments, in order, without those that are made of others and train nothing."""
-    files = experiments()
-    names = [name for name in files if not re.search(r"^(parts|towers):", files[name].read_text(), re.MULTILINE)]
-    return [name for name in names if not name.startswith(OWN_DATA) and name not in IMPORTED]
+    files = {name: file for name, file in experiments().items() if not name.startswith(OWN_DATA) and name != IMPORTED}
+    return [name for name in files if not re.search(r"^(parts|towers):", files[name].read_text(), re.MULTILINE)]
 
 
 def overview(names: Sequence[str], typed: Sequence[str]) -> pd.DataFrame:
@@ -132,64 +117,41 @@ def overview(names: Sequence[str], typed: Sequence[str]) -> pd.DataFrame:
     return table.astype({column: "Int64" for column in ("rows", "parameters") if column in table})
 
 
-def show_all(typed: Sequence[str], out: Path | None) -> None:
-    """Print a line for each experiment of the paper, and write them where asked."""
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+def show_all(typed: Sequence[str], out: Path | None, *, force: bool) -> None:
+    """Print a line for each experiment of the paper, and write them where asked.
+
+    Raises:
+        UserError: a table that is no csv, or that is there already and is not to be overwritten.
+    """
+    if out is not None and out.suffix != ".csv":
+        raise UserError(f"out={out}: the table is written as csv, name a file that ends in .csv")
+    if out is not None and out.exists() and not force:
+        raise UserError(f"out={out} is there already: name another file, or type {FORCE} to overwrite it")
     found = overview(paper_experiments(), typed)
-    grid = grid_of(("experiment", "rows", "GPU-hours", *(f"on {n}" for n in GPUS), "kept"), ("experiment",))
+    rows = []
     for line in found.to_dict("records"):
         if line["not_counted"]:
-            console.print(f"{line['experiment']}: not counted: {line['not_counted']}", soft_wrap=True)
+            print(f"{line['experiment']}: not counted: {line['not_counted']}")
             continue
-        walls = [duration(line[f"wall_hours_{n}"]) for n in GPUS]
-        kept = gigabytes(line["kept_gb"] * GIGA)
-        grid.add_row(line["experiment"], str(line["rows"]), f"{line['gpu_hours']:,.1f}", *walls, kept)
-    console.print(grid)
+        walls, kept = [duration(line[f"wall_hours_{n}"]) for n in GPUS], decimal(round(line["kept_gb"] * GIGA))
+        rows.append([line["experiment"], str(line["rows"]), f"{line['gpu_hours']:,.1f}", *walls, kept])
+    print(table(("experiment", "rows", "GPU-hours", *(f"on {n}" for n in GPUS), "kept"), rows, ("experiment",)))
     if out is not None:
         with replacing(out) as temporary:
             found.to_csv(temporary, index=False)
-        console.print(str(out))
-
-
-def refuse_out(out: Path, *, force: bool) -> None:
-    """Before anything is counted: a table is a csv, and overwrites a file only if it is told to.
-
-    Raises:
-        UserError: another suffix; a file that is there.
-    """
-    if out.suffix != ".csv":
-        raise UserError(f"out={out}: the table is written as csv, name a file that ends in .csv")
-    if out.exists() and not force:
-        raise UserError(f"out={out} is there already: name another file, or type {FORCE} to overwrite it")
-
-
-def spelled_out(typed: Sequence[str]) -> list[str]:
-    """Settings of a plan with the name of their group.
-
-    >>> spelled_out(["experiment=demo", "gpu=h100"])
-    ['experiment=demo', 'plan.gpu=h100']
-    """
-    return [f"plan.{setting}" if setting.split("=")[0] in SHORT else setting for setting in typed]
+        print(out)
 
 
 def main() -> None:
     """One experiment, by way of Hydra, or all of them."""
-    typed = spelled_out(sys.argv[1:])
-    every = [word for word in typed if word in ("all", "experiment=all")]
-    if not every:
+    typed = [f"plan.{word}" if word.split("=")[0] in SHORT else word for word in sys.argv[1:]]
+    if {"all", "experiment=all"}.isdisjoint(typed):
         sys.argv[1:] = typed
         entry_point(show)()
         return
-    outs = [word.removeprefix("out=") for word in typed if word.startswith("out=")]
-    settings = [word for word in typed if word not in (*every, FORCE) and not word.startswith("out=")]
-
-    def work() -> None:
-        out = Path(outs[-1]) if outs else None
-        if out is not None:
-            refuse_out(out, force=FORCE in typed)
-        show_all(settings, out)
-
-    one_line_errors(work)
+    outs = [Path(word.removeprefix("out=")) for word in typed if word.startswith("out=")]
+    settings = [word for word in typed if word not in ("all", "experiment=all", FORCE) and not word.startswith("out=")]
+    one_line_errors(lambda: show_all(settings, outs[-1] if outs else None, force=FORCE in typed))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from configs.cli import entry_point, parts_as_typed
 from configs.schema import Experiment
-from slurm.jobs import ROWS, compact
+from slurm.jobs import ROWS
 from slurm.status import failures
 from slurm.submit import planned, send, sent_jobs, states_of
 
@@ -22,16 +22,15 @@ def retry(config: Experiment) -> None:
     """
     for part, typed in parts_as_typed(config, sys.argv[1:]):
         left, before = planned(part, typed).jobs, sent_jobs(part)
-        failed = {(f.name, f.stage, f.task) for f in failures(part, left, before, states_of(before))}
+        failed = {(each.name, each.stage, each.task) for each in failures(part, left, before, states_of(before))}
         again = [
             replace(job, tasks=tasks)
             for job in left
             if job.stage in ROWS and (tasks := tuple(t for t in job.tasks if (job.name, job.stage, t) in failed))
         ]
-        sent = send(part, again) if again else []
-        for each in sent:
-            print(f"job {each.job}: {each.name}, {each.stage}, tasks {compact(each.tasks)}")
-        if not sent:
+        for each in send(part, again) if again else ():
+            print(each.line)
+        if not again:
             print(f"{part.name}: no row has failed")
 
 

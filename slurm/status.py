@@ -4,23 +4,24 @@ For each stage how many jobs are done, run, wait and failed; for failures the re
 printed; the pace of rows, and when the last one will end. Where SLURM is not installed, what the files tell.
 """
 
+import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from rich.console import Console
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from configs.cli import entry_point, parts_as_typed
 from configs.errors import UserError
 from configs.schema import Experiment, replicate
-from slurm.jobs import ROWS, TRAINING, Job, jobs_of, left_rows, slurm_of, totals
-from slurm.plan import duration, grid_of
-from slurm.submit import Key, Sent, State, active, sent_jobs, states_of
+from slurm.jobs import ROWS, TRAINING, Job, jobs_of, left_rows, slurm_of
+from slurm.plan import duration, table
+from slurm.submit import Sent, State, active, sent_jobs, states_of
 from soups.files.atomic import read_jsonl
-from store.runs import RunFolder, done_row
+from store.runs import RunFolder, done_rows
 
 UNKNOWN = State("ENDED", "SLURM has forgotten why")
-SLURMS_OWN = ("srun:", "slurmstepd:")  # how lines of a job's output begin that SLURM wrote
+BY_SLURM = ("srun:", "slurmstepd:")  # how lines of a job's output begin that SLURM wrote
 ENDS = {  # what SLURM prints into a job's output when it ends one -> its word for it
     "DUE TO TIME LIMIT": "TIMEOUT",
     "DUE TO NODE FAILURE": "NODE_FAIL",
@@ -50,19 +51,18 @@ class Failure:
         return f"{self.name}: {what} (job {self.job}): {self.why.word}{reason}: {self.last_line}"
 
 
-def output_of(config: Experiment, job: str, task: int | None) -> tuple[str, State]:
-    """The last line that a job or a task of its array printed, and why it ended by what SLURM wrote there.
+def output_of(config: Experiment, job: str) -> tuple[str, State]:
+    """The last line that a job or a task of an array, as in 12_3, printed, and why it ended by what SLURM wrote there.
 
     After an error SLURM writes lines of its own; the last line is that of the program, where there is one.
     """
-    name = f"*-{job}.out" if task is None else f"*-{job}_{task}.out"
-    logs = sorted((RunFolder.of(config).root / "slurm" / "logs").glob(name))
+    logs = sorted((RunFolder.of(config).root / "slurm" / "logs").glob(f"*-{job}.out"))
     lines = [line.strip() for log in logs for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    program = [line for line in lines if not line.startswith(SLURMS_OWN)]
+    program = [line for line in lines if not line.startswith(BY_SLURM)]
     last = (program or lines or ["it printed nothing"])[-1]
     for line in reversed(lines):
         word = next((word for mark, word in ENDS.items() if mark in line), None)
-        if word is not None and line.startswith(SLURMS_OWN):
+        if word is not None and line.startswith(BY_SLURM):
             return last, State(word, "by its output")
     return last, UNKNOWN
 
@@ -74,26 +74,24 @@ def failures(config: Experiment, left: Sequence[Job], sent: Sequence[Sent], stat
     is no failure, and is sent again with the others.
     """
     queued = active(sent, states)
-    latest = {(each.name, each.stage, task): (name, each) for each in sent for name, task in each.ids.items()}
+    latest = {(each.name, each.stage, task): name for each in sent for name, task in each.ids.items()}
     found = []
     for job in left:
         for task in job.tasks or (None,):
             key = (job.name, job.stage, task)
             if key in queued or key not in latest:
                 continue
-            name, each = latest[key]
-            line, ended = output_of(config, each.job, None if task is None else task - each.first)
-            why = states.get(name) or ended
+            line, ended = output_of(config, latest[key])
+            why = states.get(latest[key]) or ended
             if why.word != "COMPLETED" or job.stage in ROWS:
-                found.append(Failure(job.name, job.stage, task, name, why, line))
+                found.append(Failure(job.name, job.stage, task, latest[key], why, line))
     return found
 
 
 def pace(config: Experiment, running: int = 0) -> str:
     """How many rows are done, what one took, its restarts included, and when the last will end, if that can be said."""
     left = len([row for row in left_rows(config) if row])
-    done = [done_row(config, row) for row in range(1, config.sweep.size + 1)]
-    seconds = [each["seconds"] for each in done if each is not None]
+    seconds = [done["seconds"] for row, done in done_rows(config).items() if row]
     if not seconds:
         return f"{config.name}: no row is done yet, {left} are left"
     mean = sum(seconds) / len(seconds)
@@ -115,7 +113,6 @@ def _steps(config: Experiment, row: int) -> str:
 
 def show(config: Experiment, typed: Sequence[str]) -> None:
     """Print the state of every stage."""
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     left, sent = jobs_of(config, typed), sent_jobs(config)
     states: dict[str, State] = {}
     failed: list[Failure] = []
@@ -123,38 +120,35 @@ def show(config: Experiment, typed: Sequence[str]) -> None:
         states = states_of(sent)
         failed = failures(config, left, sent, states)
     except UserError as error:
-        console.print(f"SLURM says nothing ({error}); what follows is told by the files alone")
+        print(f"SLURM says nothing ({error}); what follows is told by the files alone")
     queued = active(sent, states)
+    # In a folder where nothing is done; mypy does not know pydantic's dataclasses.
+    nowhere = replace(config, paths=replace(config.paths, runs=Path(os.devnull)))  # type: ignore[type-var]
+    whole: Counter[tuple[str, str]] = Counter()
+    for job in jobs_of(nowhere, typed):
+        whole[job.name, job.stage] += job.count
+    rows = []
+    for stage, number in whole.items():
+        keys = [(*stage, task) for job in left if (job.name, job.stage) == stage for task in job.tasks or (None,)]
+        own = [states[queued[key]] for key in keys if key in queued]
+        counts = [sum(state.is_running for state in own), sum(state.is_waiting for state in own)]
+        counts += [sum((each.name, each.stage) == stage for each in failed)]
+        rows.append([*stage, *map(str, (number - len(keys), *counts, len(keys) - sum(counts)))])
     columns = ("experiment", "stage", "done", "running", "waiting", "failed", "not sent")
-    grid = grid_of(columns, ("experiment", "stage"))
-    keys: dict[tuple[str, str], list[Key]] = {}
-    for job in left:  # of rows that ask for different numbers of GPUs, several of one stage
-        keys.setdefault((job.name, job.stage), []).extend((job.name, job.stage, task) for task in job.tasks or (None,))
-    sweeps = [replicate(config, seed) for seed in config.replicates] or [config]
-    stages = [(once.name, stage, number) for once in sweeps for stage, number in totals(once).items()]
-    stages = [each for each in stages if each[1] != "analysis"]
-    stages += [(config.name, "analysis", 1)] if not config.towers else []  # of several sweeps it is one
-    for name, stage, number in stages:
-        own = keys.get((name, stage), [])
-        running = sum(states[queued[key]].is_running for key in own if key in queued)
-        waiting = sum(states[queued[key]].is_waiting for key in own if key in queued)
-        broken = sum((each.name, each.stage) == (name, stage) for each in failed)
-        rest = len(own) - running - waiting - broken
-        grid.add_row(name, stage, *map(str, (number - len(own), running, waiting, broken, rest)))
-    console.print(grid)
-    for once in sweeps if not config.towers else ():
-        rows = [
-            row
-            for (name, stage, row), number in queued.items()
-            if name == once.name and stage in TRAINING and row is not None and states[number].is_running
+    print(table(columns, rows, ("experiment", "stage")))
+    for once in [replicate(config, seed) for seed in config.replicates] or ([] if config.towers else [config]):
+        training = [
+            task
+            for (name, stage, task), job in queued.items()
+            if name == once.name and stage in TRAINING and task is not None and states[job].is_running
         ]
-        for row in rows:
-            console.print(f"{once.name}: row {row} runs, {_steps(once, row)}")
-        console.print(pace(once, len(rows)))
+        for row in training:
+            print(f"{once.name}: row {row} runs, {_steps(once, row)}")
+        print(pace(once, len(training)))
     for each in failed:
-        console.print(each.line, markup=False, soft_wrap=True)
+        print(each.line)
     if failed:
-        console.print("Next: python -m slurm.retry with the same settings sends the failed rows again")
+        print("Next: python -m slurm.retry with the same settings sends the failed rows again")
 
 
 def show_parts(config: Experiment) -> None:

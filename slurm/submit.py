@@ -5,27 +5,26 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rich.filesize import decimal
 
 from configs.errors import UserError
 from configs.schema import Experiment
 from configs.slurm import RUNNING, WAITING, accounted
 from finetune.length import LargeBatchError
 from slurm.cost import Costs, costs
-from slurm.jobs import TRAINING, After, Job, compact, jobs_of, sbatch_words, slurm_of
-from slurm.plan import gigabytes
+from slurm.jobs import TRAINING, Job, compact, jobs_of, sbatch_words, slurm_of
+from slurm.plan import table
 from soups.files.atomic import read_jsonl, write_jsonl
 from store.runs import RunFolder, sole_writer
 from tasks.load import check_annotations
 
 MAX_ARRAY_SIZE = 1001  # SLURM's default of MaxArraySize
+ASKED = ("nodes", "gres", "cpus-per-task", "mem-per-cpu", "time")  # options of sbatch that the table of jobs has
 Key = tuple[str, str, int | None]  # experiment, stage, and task of an array
 
 
@@ -46,6 +45,11 @@ class Sent:
     def ids(self) -> dict[str, int | None]:
         """What SLURM calls its parts -> which of `tasks`; without an array, itself."""
         return {f"{self.job}_{task - self.first}": task for task in self.tasks} or {self.job: None}
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        return f"job {self.job}: {self.name}, {self.stage}" + (f", tasks {compact(self.tasks)}" if self.tasks else "")
 
 
 @dataclass(frozen=True)
@@ -112,21 +116,19 @@ def states_of(sent: Sequence[Sent]) -> dict[str, State]:
         lines = []
     found = {name: State(word, reason) for name, word, reason in (line.strip().split("|", 2) for line in lines)}
     forgotten = [each.job for each in sent if any(name not in found for name in each.ids)]
-    if forgotten:
-        ended = {name: State(word, reason) for name, (word, reason) in accounted(forgotten).items()}
-        # What the accounts call running or waiting, and the queue does not know, has ended unseen.
-        found = {name: state for name, state in ended.items() if state.word not in WAITING | RUNNING} | found
-    return found
+    ended = {name: State(*told) for name, told in accounted(forgotten).items()} if forgotten else {}
+    # What the accounts call running or waiting, and the queue does not know, has ended unseen.
+    return {name: state for name, state in ended.items() if state.word not in WAITING | RUNNING} | found
 
 
 def active(sent: Sequence[Sent], states: Mapping[str, State]) -> dict[Key, str]:
     """What waits or runs -> its id."""
-    found: dict[Key, str] = {}
-    for each in sent:
-        for name, task in each.ids.items():
-            if name in states and (states[name].is_waiting or states[name].is_running):
-                found[each.name, each.stage, task] = name
-    return found
+    return {
+        (each.name, each.stage, task): name
+        for each in sent
+        for name, task in each.ids.items()
+        if name in states and (states[name].is_waiting or states[name].is_running)
+    }
 
 
 def most_tasks() -> int:
@@ -147,13 +149,10 @@ def cut(jobs: Sequence[Job], most: int) -> list[Job]:
     """
     found: list[Job] = []
     for job in jobs:
-        blocks: dict[int, list[int]] = {}
-        for task in job.tasks:
-            blocks.setdefault(task // most, []).append(task)
-        for block, tasks in blocks.items():
+        for first in sorted({task // most * most for task in job.tasks} or {0}):
+            tasks = tuple(task for task in job.tasks if first <= task < first + most)
             at_once = job.at_once and max(1, job.at_once * len(tasks) // len(job.tasks))
-            found.append(replace(job, tasks=tuple(tasks), first=block * most, at_once=at_once))
-        found += [job] if not blocks else []
+            found.append(replace(job, tasks=tasks, first=first, at_once=at_once))
     return found
 
 
@@ -163,11 +162,10 @@ def environment_of(config: Experiment) -> dict[str, str]:
     What SLURM set for this process is left out, but for where its settings are: sbatch would take it for options.
     """
     slurm = slurm_of(config)
-    foreign = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]
-    found = {name: value for name, value in os.environ.items() if name not in foreign}
-    if slurm.setup is not None:
-        found["MODEL_SOUPS_SETUP"] = str(slurm.setup)
-    return found | slurm.environment
+    foreign = ("SLURM_", "SBATCH_")
+    found = {name: value for name, value in os.environ.items() if not name.startswith(foreign) or name == "SLURM_CONF"}
+    setup = {} if slurm.setup is None else {"MODEL_SOUPS_SETUP": str(slurm.setup)}
+    return found | setup | slurm.environment
 
 
 def send(config: Experiment, jobs: Sequence[Job]) -> list[Sent]:
@@ -205,20 +203,15 @@ def _waits(job: Job, new: Sequence[Sent], queued: Mapping[Key, str]) -> dict[str
     """Ids that a job waits for, by how: of new calls of sbatch or single tasks of them, and of what is in the queue."""
     found: dict[str, list[str]] = {}
     for after in job.after:
+        whole = after.name or job.name  # with its replicates
         ids = found.setdefault(after.how, [])
         for each in new:
-            if each.stage == after.stage and _follows(job, after, each.name):
+            if each.stage == after.stage and f"{each.name}/".startswith(f"{whole}/"):
                 ids += [each.job] if after.tasks is None else [k for k, task in each.ids.items() if task in after.tasks]
         for (name, stage, task), number in queued.items():
-            if stage == after.stage and _follows(job, after, name) and (after.tasks is None or task in after.tasks):
-                ids.append(number)
+            if stage == after.stage and f"{name}/".startswith(f"{whole}/"):
+                ids += [number] if after.tasks is None or task in after.tasks else []
     return found
-
-
-def _follows(job: Job, after: After, name: str) -> bool:
-    """Whether a job waits for those of an experiment: its own, or of all replicates where it is of the whole."""
-    whole = after.name or job.name
-    return name == whole or name.startswith(f"{whole}/")
 
 
 @dataclass(frozen=True)
@@ -228,107 +221,67 @@ class Planned:
     config: Experiment
     typed: tuple[str, ...]  # settings of the command line that make it
     jobs: tuple[Job, ...]
-    costs: Costs | None  # of all replicates
+    costs: Costs | None  # of one of its replicates
     unknown: str  # why there are none
 
     @property
-    def shares(self) -> dict[str, float]:
-        """Stage -> the share of its jobs that is left."""
-        found: dict[str, float] = {}
-        for job in self.jobs:
-            found[job.stage] = found.get(job.stage, 0.0) + (len(job.tasks) / job.of if job.tasks else 1)
-        return {stage: share / max(1, len(self.config.replicates)) for stage, share in found.items()}
-
-    @property
-    def hours(self) -> dict[str, float]:
-        """Stage -> expected GPU-hours of the jobs that are left, over all replicates."""
-        stages, shares = self.costs.stages if self.costs is not None else (), self.shares
-        return {part.name: part.gpu_hours * shares[part.name] for part in stages if part.name in shares}
+    def hours(self) -> float:
+        """Expected GPU-hours of the jobs that are left."""
+        return sum((job.hours or 0) * job.count for job in self.jobs)
 
     @property
     def bytes(self) -> float:
         """What the jobs are expected to write: what is kept, and the states of the rows that train at once."""
-        if self.costs is None:
-            return 0.0
-        rows, shares = [job for job in self.jobs if job.stage in TRAINING], self.shares
-        at_once = sum(min(len(job.tasks), job.at_once or len(job.tasks)) for job in rows)
-        kept = sum(part.storage * shares.get(part.name, 0.0) for part in self.costs.stages)
-        return kept + self.costs.state * at_once
-
-
-def estimated(config: Experiment) -> tuple[Costs | None, str]:
-    """What an experiment takes by `slurm.cost`, all replicates together; or None and why it cannot be counted.
-
-    Raises:
-        LargeBatchError: rows whose batch is larger than the training set, which no job could train.
-    """
-    if config.towers:
-        return None, "it trains nothing"
-    try:
-        return costs(config), ""
-    except LargeBatchError:
-        raise
-    except UserError as error:
-        return None, str(error)
+        at_once = sum(min(job.count, job.at_once or job.count) for job in self.jobs if job.stage in TRAINING)
+        return sum(job.bytes * job.count for job in self.jobs) + at_once * (self.costs.state if self.costs else 0)
 
 
 def planned(config: Experiment, typed: Sequence[str]) -> Planned:
-    """The jobs that are left of an experiment, with what they ask for; raises as `estimated` and `jobs_of` do."""
+    """The jobs that are left of an experiment, with what they ask for by `slurm.cost`, where that can be counted.
+
+    Raises:
+        UserError: as `jobs_of`; rows whose batch is larger than the training set, which no job could train.
+    """
     slurm_of(config)
     check_annotations(config.task)
-    found, unknown = estimated(config)
-    jobs = cut(jobs_of(config, typed, found), most_tasks())
-    return Planned(config, tuple(typed), tuple(jobs), found, unknown)
+    found: Costs | None = None
+    unknown = "it trains nothing"
+    try:
+        if not config.towers:
+            found = costs(replace(config, replicates=()))  # type: ignore[type-var]  # mypy does not know pydantic's
+    except LargeBatchError:
+        raise
+    except UserError as error:
+        unknown = str(error)
+    return Planned(config, tuple(typed), tuple(cut(jobs_of(config, typed, found), most_tasks())), found, unknown)
 
 
-def _job_table(plan: Planned) -> Table:
-    """A line for each job: what is left of its array, and what it asks for."""
-    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    several = len({job.name for job in plan.jobs}) > 1
-    for column in (*(["experiment"] if several else []), "stage", "jobs left", "of", "array", "each", "GPU-hours"):
-        grid.add_column(column, justify="right" if column in ("jobs left", "of", "GPU-hours") else "left")
-    hours, of_stage = plan.hours, dict.fromkeys((job.stage for job in plan.jobs), 0)
-    for job in plan.jobs:
-        of_stage[job.stage] += max(1, len(job.tasks))
-    for job in plan.jobs:
-        left = max(1, len(job.tasks))
-        expected = f"{hours[job.stage] * left / of_stage[job.stage]:,.1f}" if job.stage in hours else ""
-        cells = (job.stage, str(left), str(job.of), job.array, _asks(job), expected)
-        grid.add_row(*([job.name] if several else []), *cells)
-    return grid
-
-
-def _asks(job: Job) -> str:
-    """The resources of a job, in words."""
-    values = dict(option.lstrip("-").split("=", 1) for option in job.options if "=" in option)
-    nodes = f"{values['nodes']} x " if values.get("nodes", "1") != "1" else ""
-    gres = values.get("gres", "none").removeprefix("gpu:").replace(":", " ")
-    gpus = "no GPU" if gres == "none" else f"{nodes}{gres} GPU"
-    memory = f" of {values['mem-per-cpu']}" if "mem-per-cpu" in values else ""
-    return f"{gpus}, {values['cpus-per-task']} CPUs{memory}, {values['time']}"
-
-
-def _show_plan(plan: Planned, console: Console) -> None:
+def _show_plan(plan: Planned) -> None:
     """What would be sent, what it is expected to take, and the sbatch lines, dependencies by the names of stages."""
-    if plan.costs is None:
-        line = f"hours and storage are not estimated, and jobs ask for the longest times: {plan.unknown}"
-    else:
-        line = f"{sum(plan.hours.values()):,.1f} GPU-hours expected on {plan.config.plan.gpu}"
-        line += f", {gigabytes(plan.costs.storage)} kept when all is done"
-        if plan.config.replicates:
-            line = f"all {len(plan.config.replicates)} sweeps: {line}"
-        line += " (python -m slurm.plan says how this is estimated)"
-    console.print(_job_table(plan))
-    console.print(f"\n{line}\n")
+    columns = ("experiment", "stage", "jobs left", "of", "array", "each", "GPU-hours")
+    rows = []
     for job in plan.jobs:
-        stages = {other.stage for other in plan.jobs if other.name == job.name or other.name.startswith(f"{job.name}/")}
+        each = ", ".join(option[2:] for option in job.options if option[2:].partition("=")[0] in ASKED)
+        hours = "" if job.hours is None else f"{job.hours * job.count:,.1f}"
+        rows.append([job.name, job.stage, str(job.count), str(job.of), job.array, each, hours])
+    print(table(columns, rows, ("experiment", "stage", "array", "each")))
+    copies, of_all = max(1, len(plan.config.replicates)), f"all {len(plan.config.replicates)} sweeps: "
+    if plan.costs is None:
+        print(f"\nhours and storage are not estimated, and jobs ask for the longest times: {plan.unknown}\n")
+    else:
+        print(
+            f"\n{of_all if copies > 1 else ''}{plan.hours:,.1f} GPU-hours expected on {plan.config.plan.gpu}, "
+            f"{decimal(copies * plan.costs.storage)} kept when all is done (python -m slurm.plan says how this is "
+            "estimated)\n"
+        )
+    for job in plan.jobs:
+        stages = {other.stage for other in plan.jobs if f"{other.name}/".startswith(f"{job.name}/")}
         waits: dict[str, list[str]] = {}
-        for each in job.after:
-            if each.name is not None:
-                waits.setdefault(each.how, []).append(f"<{each.name}: {each.stage}>")
-            elif each.stage in stages:
-                waits.setdefault(each.how, []).append(f"<{each.stage}>")
-        console.print(shlex.join(sbatch_words(job, waits)), soft_wrap=True, markup=False)
+        for after in job.after:
+            if after.name is not None or after.stage in stages:
+                named = after.stage if after.name is None else f"{after.name}: {after.stage}"
+                waits.setdefault(after.how, []).append(f"<{named}>")
+        print(shlex.join(sbatch_words(job, waits)))
 
 
 def free_space(folder: Path) -> tuple[Path, int]:
@@ -347,18 +300,16 @@ def reproduce(parts: Sequence[tuple[Experiment, Sequence[str]]]) -> None:
         UserError: rows that were made with other settings; too little space; SLURM is not here or refuses. Nothing is
             sent before all of it is planned.
     """
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     plans = [planned(config, typed) for config, typed in parts]
     left = [plan for plan in plans if plan.jobs]
     for plan in plans:
         if not plan.jobs:
-            place = RunFolder.of(plan.config).analysis
-            console.print(f"{plan.config.name}: nothing is left to do; {place} has the tables")
+            print(f"{plan.config.name}: nothing is left to do; {RunFolder.of(plan.config).analysis} has the tables")
     if not left:
         return
     place, free = free_space(left[0].config.paths.runs)
     needed = sum(plan.bytes for plan in left)
-    space = f"about {gigabytes(needed)} will be written, and the disk of {place} has {gigabytes(free)} left"
+    space = f"about {decimal(int(needed))} will be written, and the disk of {place} has {decimal(free)} left"
     if left[0].config.submit:
         if needed > free and slurm_of(left[0].config).check_space:
             raise UserError(
@@ -366,32 +317,29 @@ def reproduce(parts: Sequence[tuple[Experiment, Sequence[str]]]) -> None:
                 "type paths.runs=FOLDER on another disk, or send it all the same by cluster.slurm.check_space=false"
             )
         for plan in left:
-            _send(plan, console)
+            _send(plan)
         return
     for plan in left:
         if len(plans) > 1:
-            console.rule(plan.config.name)
-        _show_plan(plan, console)
+            print(f"\n--- {plan.config.name}")
+        _show_plan(plan)
     if len(plans) > 1:
-        console.rule("all")
-        hours = sum(sum(plan.hours.values()) for plan in left)
-        calls, jobs = sum(len(plan.jobs) for plan in left), sum(max(1, len(j.tasks)) for p in left for j in p.jobs)
+        calls, jobs = sum(len(plan.jobs) for plan in left), sum(job.count for plan in left for job in plan.jobs)
         unknown = sum(plan.costs is None and not plan.config.towers for plan in left)
         besides = f", besides {unknown} experiments that are not estimated" if unknown else ""
-        console.print(
-            f"{len(left)} experiments, {jobs:,} jobs by {calls:,} calls of sbatch, {hours:,.0f} GPU-hours{besides}"
+        hours = sum(plan.hours for plan in left)
+        print(
+            f"\n--- all\n{len(left)} experiments, {jobs:,} jobs by {calls:,} calls of sbatch, {hours:,.0f} "
+            f"GPU-hours{besides}"
         )
-    console.print(f"\n{'' if needed <= free else 'TOO LITTLE SPACE: '}{space}", soft_wrap=True)
-    console.print("Nothing was sent. Next: the same with submit=true")
+    print(f"\n{'' if needed <= free else 'TOO LITTLE SPACE: '}{space}")
+    print("Nothing was sent. Next: the same with submit=true")
 
 
-def _send(plan: Planned, console: Console) -> None:
+def _send(plan: Planned) -> None:
     sent = send(plan.config, plan.jobs)
     for each in sent:
-        tasks = f", tasks {compact(each.tasks)}" if each.tasks else ""
-        console.print(f"job {each.job}: {each.name}, {each.stage}{tasks}")
-    queued = (
-        "" if len(sent) == len(plan.jobs) else " What was sent before and is still in the queue was not sent again."
-    )
+        print(each.line)
+    queued = "" if len(sent) == len(plan.jobs) else " What is still in the queue was not sent again."
     watch = shlex.join(["python", "-m", "slurm.status", *(word for word in plan.typed if word != "submit=true")])
-    console.print(f"{len(sent)} sent.{queued} Next: {watch}", soft_wrap=True)
+    print(f"{len(sent)} sent.{queued} Next: {watch}")

@@ -19,75 +19,33 @@ from configs.tables import ROOT
 from configs.training import Distill, Optim, Regularizer, Sam, Swa
 from finetune.optim import build
 from models.probe import PASSES
-from slurm.cost import (
-    HOUR,
-    Stage,
-    Work,
-    _stage,
-    costs,
-    hours,
-    images_of,
-    initialise_work,
-    makespan,
-    pool_size,
-    recipe_work,
-    row_work,
-)
+from slurm.cost import FLOAT32, HOUR, MOMENTS, Stage, Work, costs, images_of, makespan, stage_of, state_bytes
 from slurm.jobs import TRAINING, jobs_of, seconds_of
-from slurm.plan import overview, paper_experiments, refuse_out, spelled_out
-from slurm.sizes import Network, factored, measured, moments, network, state_bytes
+from slurm.plan import overview, paper_experiments, show_all
 from store.rows import row_config
-from tests.experiments import hub_folders, loaded_locally
+from tests.commands import here
+from tests.experiments import hub_folders, loaded, loaded_locally
 
 TRACE = ROOT.parent / "shared/reference/released/greedy_trace.json"
 B32 = 88_362_216  # parameters: the tower of CLIP ViT-B/32 and a head of 512 x 1,000 and 1,000
-
-
-class Tiny(nn.Module):
-    """Two multiplications by hand: 3 x 4 x 4 pixels to 5 features to 2 classes."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(48, 5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, images):
-        return self.head(self.body(images.flatten(1)))
-
-
-def image(size):
-    return torch.empty(1, 3, size, size, device="meta")
-
-
+PEAK = 989.4e12  # FLOP/s of an H100 in bf16
 IMAGES = {"train": 1000, "held_out": 30, "test": 20, "v2": 4, "r": 4, "sketch": 4, "objectnet": 4, "a": 4}
 
 
 @pytest.fixture
-def counted():
-    """An experiment whose work is counted for IMAGES."""
-    return load("demo", "optim.batch_size=32", "optim.epochs=2", "~sweep.draw.optim.epochs")
+def work(monkeypatch):
+    """The work of an experiment of two epochs on IMAGES in batches of 32."""
+    monkeypatch.setattr("slurm.cost.images_of", lambda task: IMAGES)
+    words = ("optim.batch_size=32", "optim.epochs=2", "~sweep.draw.optim.epochs", "compute.precision=bf16")
+    return Work(load("demo", *words))
 
 
-def test_flops_of_a_network_of_two_matrices_are_two_for_each_of_their_numbers():
-    found = measured(Tiny(), image(4), image(4))
-    assert found.forward == found.inference == 2 * (48 * 5 + 5 * 2)
-    assert found.parameters == 48 * 5 + 5 + 5 * 2 + 2
-    assert found.bytes == 4 * found.parameters
-    assert measured(Tiny(), image(5), image(5)) is None  # a network that such images do not fit
-
-
-def test_a_row_trains_on_whole_batches_three_forward_passes_each(counted):
-    forward = network(counted.model, counted.task).forward
-    work = row_work(counted, IMAGES)
-    assert work == Work(trained=3 * forward * 2 * 31 * 32, augmented=2 * 31 * 32)
-
-
-def test_sam_distillation_and_checkpointing_add_their_passes(counted):
-    images, once = IMAGES, network(counted.model, counted.task).forward * 2 * 31 * 32
+def test_a_row_trains_on_whole_batches_and_regularisers_add_their_passes(work):
+    config, once = work.config, work.net.forward * 2 * 31 * 32
 
     def passes(regularizer, checkpointing=False):
-        compute = replace(counted.compute, gradient_checkpointing=checkpointing)
-        return row_work(replace(counted, regularizer=regularizer, compute=compute), images).trained / once
+        compute = replace(config.compute, gradient_checkpointing=checkpointing)
+        return work.flops(replace(config, regularizer=regularizer, compute=compute)) / once
 
     sam = Sam(rho=0.05, synchronised=True)
     assert passes(Regularizer()) == 3
@@ -97,35 +55,44 @@ def test_sam_distillation_and_checkpointing_add_their_passes(counted):
     assert passes(Regularizer(distill=Distill(rows=(1, 2)))) == 5
 
 
-def test_steps_replace_epochs_and_looks_are_of_every_kind_of_weights(counted):
-    optim = replace(counted.optim, steps=10, evaluate_every=4)
-    row = replace(counted, optim=optim, regularizer=Regularizer(ema=(0.9,), swa=Swa(start=0.5, every=1)))
-    forward = network(counted.model, counted.task).forward
-    # After steps 4, 8 and 10: raw, EMA and SWA on 30 images.
-    assert row_work(row, IMAGES) == Work(
-        trained=3 * forward * 320, augmented=320, inferred=forward * 30 * 9, fixed=30 * 9
-    )
+def test_steps_replace_epochs_and_evaluations_are_of_every_kind_of_weights(work):
+    optim = replace(work.config.optim, steps=10, evaluate_every=4)
+    row = replace(work.config, optim=optim, regularizer=Regularizer(ema=(0.9,), swa=Swa(start=0.5, every=1)))
+    # Raw, EMA and SWA weights are evaluated on 30 images after steps 4, 8 and 10; EMA and SWA at the end too.
+    computing = 3 * work.net.forward * 320 / work.plan.utilisation
+    computing += work.net.inference * 30 * (9 + 2) / work.plan.inference_utilisation
+    decoding = 320 / work.plan.augmented_per_core + 30 * (9 + 2) / work.plan.fixed_per_core
+    expected = [computing / PEAK / HOUR, decoding / work.plan.cores_per_gpu / HOUR, 0]
+    assert work.row(row) == pytest.approx(expected)
 
 
-def test_held_out_images_are_taken_from_train():
-    images = images_of(load("table3_clip_b32").task)
+def test_images_are_counted_from_settings_or_from_the_data():
+    images = images_of(loaded("table3_clip_b32").task)
     assert images["held_out"] == 26_000
     assert images["train"] == 1_281_167 - 26_000
     assert images["sketch"] == 50_889
+    assert images_of(loaded("demo").task)["held_out"] == 616
 
 
-def test_a_task_without_counts_is_counted_from_its_data():
-    images = images_of(load("demo").task)
-    assert images["held_out"] == 616
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "task.held_out_index=x.npy task.held_out_per_class=null",
+            r"task\.held_out_index=null task\.held_out_per_class",
+        ),
+        ("~task.counts.a", r"\+task\.counts\.a=N"),
+        ("plan.gpu=h101", "gpu=h101 .*h100"),
+    ],
+)
+def test_what_is_not_known_is_said_and_not_guessed(words, said):
+    with pytest.raises(UserError, match=said):
+        costs(load("table3_clip_b32", *words.split()))
 
 
-def test_what_is_not_known_is_said_and_not_guessed():
-    with pytest.raises(UserError, match=r"task\.held_out_index=null task\.held_out_per_class"):
-        images_of(load("table3_clip_b32", "task.held_out_index=x.npy", "task.held_out_per_class=null").task)
-    with pytest.raises(UserError, match=r"\+task\.counts\.a=N"):
-        images_of(load("table3_clip_b32", "~task.counts.a").task)
-    with pytest.raises(UserError, match="h100"):
-        costs(load("table3_clip_b32", "plan.gpu=h101"))
+def test_rows_that_are_imported_have_no_training_to_estimate():
+    with pytest.raises(UserError, match="its rows are imported"):
+        costs(loaded("released"))
 
 
 @pytest.mark.parametrize(
@@ -134,22 +101,22 @@ def test_what_is_not_known_is_said_and_not_guessed():
     ids=str,
 )
 def test_moments_are_those_that_the_optimiser_keeps(optim):
-    model = nn.Sequential(nn.Conv2d(3, 40, 4), nn.Flatten(), nn.Linear(40, 36))  # adafactor factors the latter
+    model = nn.Linear(400, 300)
     others = {"lr": 0.1, "weight_decay": 0.0, "epochs": 1, "batch_size": 2, "warmup_steps": 0, "clip_norm": None}
     settings_ = Optim(**optim, **others, label_smoothing=0.0, mixup=0.0)
     optimizer = build(settings_, model)
-    model(torch.ones(2, 3, 4, 4)).sum().backward()
+    model(torch.ones(2, 400)).sum().backward()
     optimizer.step()
-    states = [t for state in optimizer.state.values() for name, t in state.items() if torch.is_tensor(t)]
-    kept = sum(t.numel() * t.element_size() for t in states if t.dim() > 0)
-    trainable = list(model.parameters())
-    size = sum(p.numel() for p in trainable)
-    net = Network(size, size, 4 * size, 40, 0, 0, sum(factored(p) for p in trainable))
-    assert moments(settings_, net) == kept
+    states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim() > 0]
+    kept = sum(t.numel() * t.element_size() for t in states)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert FLOAT32 * parameters * MOMENTS[settings_.kind][settings_.momentum > 0] == pytest.approx(kept, rel=0.02)
 
 
-def test_storage_of_table_3_by_hand():
-    found = costs(load("table3_clip_b32"))
+def test_jobs_and_storage_of_table_3_by_hand():
+    found = costs(loaded("table3_clip_b32"))
+    jobs = {stage.name: len(stage.jobs) for stage in found.stages}
+    assert jobs == {"initialise": 1, "fine-tune": 71, "evaluate": 73, "recipes": 14, "evaluate soups": 12}
     kept = {stage.name: stage.storage for stage in found.stages}
     images = 26_000 + 50_000 + 10_000 + 30_000 + 50_889 + 18_574 + 7_500
     assert found.parameters == B32
@@ -161,58 +128,37 @@ def test_storage_of_table_3_by_hand():
     assert found.state == 3 * 4 * B32  # weights and AdamW's two moments
 
 
-def test_the_fit_of_a_probe_is_paid_in_float32_whatever_the_precision():
-    config = load("table3_clip_b32", "plan.gpu=a100", "compute.precision=bf16")
-    work = initialise_work(config, images_of(config.task))
-    assert work.fitted == 3 * PASSES * 4 * 1_255_167 * 512 * 1000 + 2 * 1_255_167 * 512**2  # 26,000 are held out
-    seconds = 3600 * (hours(config, work)[0] - hours(config, replace(work, fitted=0))[0])
-    assert seconds == pytest.approx(work.fitted / 19.5e12 / config.plan.inference_utilisation)
-    assert 15 < seconds < 90
-
-
-def test_every_row_and_model_and_dish_is_a_job():
-    config = load("table3_clip_b32")
-    jobs = {stage.name: len(stage.jobs) for stage in costs(config).stages}
-    assert jobs == {"initialise": 1, "fine-tune": 71, "evaluate": 73, "recipes": 14, "evaluate soups": 12}
-    jobs = {stage.name: len(stage.jobs) for stage in costs(load("tablel1_distill")).stages}
-    assert (jobs["fine-tune"], jobs["distil"]) == (10, 4)
-
-
 def test_a_row_is_evaluated_once_for_each_kind_of_weights_that_single_models_are_chosen_from():
-    found = costs(load("table4_vitg"))
-    jobs = {stage.name: len(stage.jobs) for stage in found.stages}
-    zero_shot = load("table4_vitg").model.templates is not None
-    assert (jobs["fine-tune"], jobs["evaluate"]) == (58, 58 * 2 + 1 + zero_shot)
-    assert pool_size(load("table4_vitg")) == 58  # the initialisation is no candidate
-    assert pool_size(load("table3_clip_b32")) == 72
+    jobs = {stage.name: len(stage.jobs) for stage in costs(loaded("tablel1_distill")).stages}
+    assert (jobs["fine-tune"], jobs["distil"]) == (10, 4)
+    config = loaded("table4_vitg")
+    jobs = {stage.name: len(stage.jobs) for stage in costs(config).stages}
+    assert (jobs["fine-tune"], jobs["evaluate"]) == (58, 58 * 2 + 1 + (config.model.templates is not None))
+    assert Work(config).pool == 58  # the initialisation is no candidate
 
 
-def test_greedy_looks_at_held_out_for_every_candidate_but_the_first():
-    config = load("table3_clip_b32")
-    images, net = images_of(config.task), network(config.model, config.task)
-    work = recipe_work(config, "greedy", images)
-    assert work == Work(inferred=71 * 26_000 * net.inference, copied=71 * 26_000, read=72 * 4 * B32)
-    learned = recipe_work(config, "learned", images)
-    assert learned.again == 2 * 3 * 407 * 72 * 4 * B32  # twice at each of 407 steps of 64 in three epochs
+def test_hours_are_those_of_the_slower_of_gpu_and_cores_and_of_reading_before():
+    words = ("plan.gpu=h100", "plan.utilisation=0.5", "plan.cores_per_gpu=10", "plan.augmented_per_core=100")
+    work = Work(load("table3_clip_b32", *words))
+    assert work.hours(PEAK * HOUR, 7200, 0) == pytest.approx([1, 0.2, 0])
+    assert work.reading(2 * 10**9 * HOUR, 7 * 10**9 * HOUR) == pytest.approx([0, 0, 2])
+    assert stage_of("x", [work.hours(PEAK * HOUR, 7200, HOUR)], 0).jobs == (pytest.approx(2),)
+    # A pool that the node's memory does not hold is read again at the file system's pace.
+    assert Work(loaded("table4_vitg")).reading(0, 2 * 10**9 * HOUR)[2] == pytest.approx(1)
+    # Greedy tries every candidate but the first; a learned soup reads all 72 twice at each of 407 steps of an epoch.
+    assert work.pool == 72
+    computing, _, reading = work.recipe("greedy")
+    assert computing == pytest.approx(71 * 26_000 * work.net.inference / 0.4 / PEAK / HOUR)
+    assert reading == pytest.approx(72 * 4 * B32 / 2e9 / HOUR)
+    assert work.recipe("learned")[2] - reading == pytest.approx(2 * 3 * 407 * 72 * 4 * B32 / 7e9 / HOUR)
 
 
-def test_hours_are_those_of_the_slower_of_gpu_and_cores():
-    config = load(
-        "table3_clip_b32",
-        *("plan.gpu=h100", "plan.utilisation=0.5", "plan.cores_per_gpu=10", "plan.augmented_per_core=100"),
-    )
-    assert hours(config, Work(trained=989.4e12 * 1800, augmented=1000)) == pytest.approx((1, 1 / 3600, 0))
-    assert hours(config, Work(trained=989.4e12, augmented=3_600_000)) == pytest.approx((1 / 1800, 1, 0))
-    assert hours(config, Work(read=2 * 10**9 * 3600, again=7 * 10**9 * 3600)) == pytest.approx((0, 0, 2))
-    # Images are decoded while the GPU computes, and weights are read before it does.
-    assert _stage(config, "x", [Work(trained=989.4e12 * 1800, augmented=1000, read=2 * 10**9 * 3600)], 0).jobs == (
-        pytest.approx(2),
-    )
-
-
-def test_a_pool_larger_than_memory_is_read_again_at_the_file_system_s_pace():
-    large = load("table4_vitg")
-    assert hours(large, Work(again=2 * 10**9 * 3600))[2] == pytest.approx(1)
+def test_the_fit_of_a_probe_is_paid_in_float32_whatever_the_precision():
+    work = Work(load("table3_clip_b32", "plan.gpu=a100", "compute.precision=bf16"))
+    flops = 3 * PASSES * 4 * 1_255_167 * 512 * 1000 + 2 * 1_255_167 * 512**2
+    seconds = HOUR * work.probe_fit(1_255_167)[0]
+    assert seconds == pytest.approx(flops / 19.5e12 / work.plan.inference_utilisation)
+    assert 15 < seconds < 90
 
 
 def best_end(jobs, workers):
@@ -232,15 +178,8 @@ def test_the_end_of_the_longest_first_is_within_a_third_of_the_best(jobs, worker
 
 def test_the_longest_first_ends_where_it_does_by_hand():
     assert makespan([1, 1, 1, 3], 2) == 3  # in the order of the list it would be 5
-    assert makespan([2, 4], 1) == 6
-    assert makespan([2, 4], 9) == 4
-
-
-def test_a_row_of_eight_gpus_does_not_run_on_fewer():
-    stage = Stage("fine-tune", (8.0, 8.0), 8, "computing", 0)
-    assert stage.wall_hours(7) is None
-    assert stage.wall_hours(15) == 2
-    assert stage.wall_hours(16) == 1
+    stage = Stage("fine-tune", (8.0, 8.0), 8, "computing", 0)  # rows of eight GPUs do not run on fewer
+    assert [stage.wall_hours(gpus) for gpus in (7, 15, 16)] == [None, 2, 1]
 
 
 @pytest.mark.skipif(not TRACE.exists(), reason="the reference files are not beside the project")
@@ -294,18 +233,19 @@ def test_every_experiment_of_the_paper_has_a_plan(name, folders, clusters):
         assert sum(len(job.tasks) for job in trained) == config.sweep.size
 
 
-def test_short_names_are_of_the_plan():
-    assert spelled_out(["gpu=a100", "gpus=4", "utilisation=0.5", "experiment=demo", "plan.gpu=h200"]) == [
-        *("plan.gpu=a100", "plan.gpus=4", "plan.utilisation=0.5", "experiment=demo", "plan.gpu=h200")
-    ]
+def test_a_plan_takes_short_words_and_says_what_it_assumes():
+    answer = here(["-m", "slurm.plan", "experiment=demo", "gpu=a100", "gpus=4", "utilisation=0.5", "plan.gpu=h200"])
+    assert answer.returncode == 0, answer.stderr
+    assert " on 4 " in answer.stdout and "gpu=h200" in answer.stdout and "50 % are used in training" in answer.stdout
 
 
-def test_a_table_that_is_there_is_overwritten_only_if_it_is_said(tmp_path):
+def test_a_table_that_is_there_is_overwritten_only_if_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("slurm.plan.paper_experiments", lambda: [])
     there = tmp_path / "costs.csv"
     there.write_text("of yesterday")
     with pytest.raises(UserError, match="is there already: name another file, or type force=true"):
-        refuse_out(there, force=False)
-    refuse_out(there, force=True)
-    refuse_out(tmp_path / "new.csv", force=False)
+        show_all([], there, force=False)
+    show_all([], there, force=True)
+    assert there.read_text() != "of yesterday"
     with pytest.raises(UserError, match=r"name a file that ends in \.csv"):
-        refuse_out(tmp_path / "new.xlsx", force=False)
+        show_all([], tmp_path / "new.xlsx", force=False)

@@ -230,7 +230,7 @@ def test_a_setting_that_is_added_with_a_default_makes_no_finished_row_foreign(na
     }
     grown = {group: kind(**values[group]) for group, kind in kinds.items()}
     told = {"row": row, "sweep_seed": config.sweep.seed, "imported": False}
-    told |= {"precision": config.compute.precision, "evaluated": config.compute.evaluates_in}
+    told |= {"precision": config.compute.precision, "evaluated": config.compute.evaluates_in, "compute": {}}
     assert digest_of(meaning(grown, **told)) == before
     set_otherwise = grown | {"optim": GrownOptim(**values["optim"], added={"x": 1})}
     assert digest_of(meaning(set_otherwise, **told)) != before

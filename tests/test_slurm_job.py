@@ -21,31 +21,25 @@ def job(monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     for name, value in {"JOB_ID": "15", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "3"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    yield "12_3"
+    yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def asked_to_end(number, limit):
-    with requeueing(limit):
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize(
+    ("number", "limit", "said"),
+    [
+        (signal.SIGUSR1, 3, "job 12_3 has saved its state, but was restarted 3 times"),
+        (signal.SIGUSR1, 4, "job 12_3 has saved its state, but cannot go back into the queue"),  # without scontrol
+        (signal.SIGTERM, 0, ""),  # a job that SLURM ends does not requeue itself
+    ],
+)
+def test_a_job_that_is_asked_to_end_is_requeued_or_says_why_not(monkeypatch, tmp_path, number, limit, said):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError if said else InterruptedBySignalError, match=said or None), requeueing(limit):
         os.kill(os.getpid(), number)
         time.sleep(5)
-
-
-def test_a_job_at_its_limit_of_restarts_is_not_requeued_and_says_so(job):
-    with pytest.raises(UserError, match=f"job {job} has saved its state, but was restarted 3 times"):
-        asked_to_end(signal.SIGUSR1, limit=3)
-
-
-def test_a_job_that_slurm_does_not_take_back_says_so(job, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))  # no scontrol
-    with pytest.raises(UserError, match=f"job {job} has saved its state, but cannot go back into the queue"):
-        asked_to_end(signal.SIGUSR1, limit=4)
-
-
-def test_a_job_that_slurm_ends_does_not_requeue_itself(job):
-    with pytest.raises(InterruptedBySignalError):
-        asked_to_end(signal.SIGTERM, limit=0)
 
 
 def test_outside_of_slurm_nobody_waits_and_signals_stay_what_they_are(monkeypatch):

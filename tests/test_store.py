@@ -150,7 +150,9 @@ def test_damaged_or_foreign_logits_are_computed_anew_with_a_word(tmp_path, capsy
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("right", [torch.arange(6.0).view(3, 2).T, torch.tensor([[1 / 3, 2 / 3, 1]] * 2).double()])
+@pytest.mark.parametrize(
+    "right", [torch.arange(6.0).view(3, 2).T, torch.tensor([[1 / 3, 2 / 3, 1]] * 2, dtype=torch.float64)]
+)
 def test_an_array_is_computed_once_and_read_by_numpy_alone_whatever_its_layout_and_type(tmp_path, right):
     path = tmp_path / "logits/test/abc.npy"
     computed = cached_array(path, (2, 3), lambda: right)

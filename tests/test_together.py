@@ -213,7 +213,7 @@ def test_processes_meet_with_a_device_of_their_own_and_a_limit_that_is_said(monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: met.update(set=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: met.update(how, backend=backend))
-    monkeypatch.setattr("store.processes._talk", lambda: None)
+    monkeypatch.setattr("store.processes._cpu_group", lambda: None)
     start_processes()
     device = torch.device("cuda", 1)
     assert met == {"set": device, "backend": "nccl", "timeout": COLLECTIVE_TIMEOUT, "device_id": device}
