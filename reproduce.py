@@ -1,6 +1,6 @@
 """Every stage of one experiment, on this machine:  python reproduce.py experiment=demo
 
-Fine-tunes the sweep, evaluates it, cooks soups and ensembles, evaluates those, writes tables and figures. What is done
+Fine-tunes the sweep, evaluates it, makes soups and ensembles, evaluates those, writes tables and figures. What is done
 is skipped, so a second call takes seconds and a killed one continues. The stages are also commands of their own:
 python -m finetune, python -m eval, python -m soups, python -m analysis, each with the same experiment=...
 
@@ -19,7 +19,7 @@ import configs.first_contact  # noqa: F401 - says in one line what is not instal
 from configs.cli import entry_point, parts_as_typed, record_words
 from configs.errors import UserError
 from configs.schema import Experiment
-from configs.tables import ROOT
+from configs.sweep_csv import ROOT
 from store.again import said_before
 
 
@@ -30,8 +30,8 @@ def missing_data(parts: Sequence[Experiment]) -> list[str]:
         task, place = part.task, part.cluster.stage or part.task.folder
         on_hub = task.kind in ("parquet", "glue") and not place.is_absolute()  # a name there, not a folder
         if not on_hub and not (ROOT / place).exists():
-            said = f"MISSING DATA: {place} ({task.name}) is not on this machine"
-            lines[f"{said}: docs/datasets.md says where to get it, task.folder=DIR names another place"] = None
+            missing = f"MISSING DATA: {place} ({task.name}) is not on this machine"
+            lines[f"{missing}: docs/datasets.md says where to get it, task.folder=DIR names another place"] = None
     return list(lines)
 
 

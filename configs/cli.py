@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -33,45 +31,36 @@ from configs.help import (
     topic_help,
 )
 from configs.registered import CONFIGS
-from configs.schema import Experiment, fields_of, load, parse
+from configs.schema import Experiment, composed, field_of, fields_of, load, parse
 from configs.slurm import requeueing
 from soups.errors import one_line_errors, refuse
 from soups.files.atomic import read_json, write_json
 
-RENAMED = {  # files of groups, whose names are those of their kinds
-    "task=folders": "task=image_folder",
-    "model=any_timm": "model=timm",
-    "model=any_open_clip": "model=open_clip",
-    "model=any_transformers": "model=transformers",
-    "model=any_text_encoder": "model=text_encoder",
-}
 COMMAND = "command.json"  # in a run's folder: the words that make it
 OF_ONE_CALL = ("run", "recipe", "artefact", "submit", "sweep.index", "share.index", "share.of", "paths.results")
 
 
-def parts_of(config: Experiment, typed: Sequence[str]) -> list[Experiment]:
-    """The experiments that one is made of, each with what was typed beside `experiment` and `artefact`; or itself.
+def parts_as_typed(config: Experiment, typed: Sequence[str]) -> list[tuple[Experiment, list[str]]]:
+    """The experiments that one is made of, each with the words that make it by itself; or itself with its own words.
 
     Args:
-        config: of the experiment that was named.
-        typed: overrides of the command line.
+        config: the experiment that was named.
+        typed: overrides of the command line; all parts get those that say nothing of the whole.
 
     Raises:
         UserError: a name, which all parts would share, and with it their run folder; an archive of data for parts of
             several data sets.
     """
     if not config.parts:
-        return [config]
-    fields = fields_of(typed)
-    if "name" in fields:
+        return [(config, list(typed))]
+    if "name" in fields_of(typed):
         raise UserError(
             f"{config.name} is made of {len(config.parts)} experiments, which keep their own names: to keep these runs "
             "apart from others, type another folder, paths.runs=runs/mine"
         )
-    own = ("experiment", "artefact", "parts")
-    shared = [override for override, field in zip(typed, fields, strict=True) if field not in own]
-    parts = [load(name, *shared) for name in config.parts]
-    if config.cluster.stage is not None and len({part.task.folder for part in parts}) > 1:
+    shared = [word for word in typed if field_of(word) not in ("experiment", "artefact", "parts")]
+    parts = [(load(name, *shared), [f"experiment={name}", *shared]) for name in config.parts]
+    if config.cluster.stage is not None and len({part.task.folder for part, _ in parts}) > 1:
         raise UserError(
             f"cluster.stage is the data of one experiment, and those of {config.name} have several data sets: type it "
             "for each experiment by itself"
@@ -79,12 +68,9 @@ def parts_of(config: Experiment, typed: Sequence[str]) -> list[Experiment]:
     return parts
 
 
-def parts_as_typed(config: Experiment, typed: Sequence[str]) -> list[tuple[Experiment, list[str]]]:
-    """`parts_of`, each with the words that make it by itself; or the experiment and its own words."""
-    if not config.parts:
-        return [(config, list(typed))]
-    others = [word for word in typed if _field(word) not in ("experiment", "artefact", "parts")]
-    return [(part, [f"experiment={part.name}", *others]) for part in parts_of(config, typed)]
+def parts_of(config: Experiment, typed: Sequence[str]) -> list[Experiment]:
+    """The experiments of `parts_as_typed`, without their words."""
+    return [part for part, _ in parts_as_typed(config, typed)]
 
 
 def typed_right(main: Callable[[], None], document: str = "") -> Callable[[], None]:
@@ -132,8 +118,8 @@ def with_run(words: Sequence[str]) -> list[str]:
     folder = Path(named[-1].removeprefix("run="))
     folder = folder if folder.name else folder.resolve()
     more = [word for word in words if word not in named]
-    typed = {_field(word) for word in more}
-    kept = [word for word in words_of_run(folder) if _field(word) not in typed]
+    typed = {field_of(word) for word in more}
+    kept = [word for word in words_of_run(folder) if field_of(word) not in typed]
     return [*kept, *more]
 
 
@@ -152,7 +138,7 @@ def words_of_run(folder: Path) -> list[str]:
             f"type experiment=NAME and its settings{beside}"
         )
     words = read_json(path)["words"]
-    kept = [word for word in words if _field(word) not in ("name", "paths.runs")]
+    kept = [word for word in words if field_of(word) not in ("name", "paths.runs")]
     name = [] if f"experiment={folder.name}" in kept else [f"name={folder.name}"]
     return [*kept, *name, *([] if folder.parent == Path("runs") else [f"paths.runs={folder.parent}"])]
 
@@ -164,14 +150,10 @@ def record_words(config: Experiment, typed: Sequence[str]) -> None:
         config: of the experiment.
         typed: the words that make it.
     """
-    words = [word for word in typed if _field(word) not in OF_ONE_CALL and "=" in word]
+    words = [word for word in typed if field_of(word) not in OF_ONE_CALL and "=" in word]
     path = config.paths.runs / config.name / COMMAND
     if not (path.exists() and read_json(path)["words"] == words):
         write_json(path, {"words": words})
-
-
-def _field(word: str) -> str:
-    return word.split("=", maxsplit=1)[0].lstrip("+~")
 
 
 def refuse_bare_words(words: Sequence[str]) -> None:
@@ -186,11 +168,11 @@ def refuse_bare_words(words: Sequence[str]) -> None:
     for place, word in enumerate(words):
         if "=" in word or word.startswith(("-", "~")) or place in after_flag:
             continue
-        if any(word == each.name for each in settings_of(Experiment)):
+        if word in GROUPS or any(word == each.name for each in settings_of(Experiment)):
             raise UserError(f"{word} has no value: type {word}=VALUE")
         near = nearest(word, options_of("experiment"))
-        said = f"type experiment={near[0]}" if near else "settings are typed as field=value, as in experiment=demo"
-        raise UserError(f"{word!r} is no setting: {said}")
+        remedy = f"type experiment={near[0]}" if near else "settings are typed as field=value, as in experiment=demo"
+        raise UserError(f"{word!r} is no setting: {remedy}")
 
 
 def helped(words: Sequence[str], document: str) -> str:
@@ -202,9 +184,7 @@ def helped(words: Sequence[str], document: str) -> str:
     topics = [word for word in words if "=" not in word and not word.startswith("-")]
     if not topics:
         return command_help(document, _command())
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", [word for word in words if "=" in word]), resolve=False)
+    values = OmegaConf.to_container(composed(*(word for word in words if "=" in word)), resolve=False)
     try:
         return "\n".join(topic_help(topic, Experiment, values) for topic in topics)  # type: ignore[arg-type]
     except KeyError as error:
@@ -236,9 +216,9 @@ def _unknown(error: MissingConfigException) -> str:
     options = list(error.options or [])
     if not group or not options:
         return str(error).splitlines()[0]
-    now = RENAMED.get(f"{group}={name}")
-    if now is not None:
-        return f"{group}={name} is called {now} now"
+    now = {"folders": "image_folder"}.get(name, name.removeprefix("any_"))  # from the name of an earlier version
+    if now != name and now in options:
+        return f"{group}={name} is called {group}={now} now"
     near = nearest(name, options) or [each for each in options if mentions(group, each, name)] or sorted(options)[:3]
     more = f"; all are in configs/{group}" if len(options) > len(near) else ""
     return f"there is no {group}={name}, but {', '.join(near)}{more}"
@@ -267,7 +247,7 @@ def entry_point(stage: Callable[[Experiment], None], *, several: bool = False) -
 
 
 def export_entry_point(stage: Callable[[Export], None]) -> Callable[[], None]:
-    """The same for a finished soup: compose configs/export.yaml."""
+    """The `main` of the export of a finished soup, which composes configs/export.yaml."""
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="export")
     def main(cfg: DictConfig) -> None:

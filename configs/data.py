@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from configs.fields import Count, Natural, Needs, Probability, closed
 from configs.registered import neutral
-from configs.training import Count, Natural, closed
 from soups.scoring import Metric
 
 Annotation = Literal["real", "multilabel"]
@@ -32,7 +32,7 @@ def lettered(options: Sequence[str], order: Sequence[int] = ()) -> tuple[str, ..
 
 
 class Unset:
-    """What code that takes any task reads where its kind has no such setting.
+    """What code that takes any task reads where the task's kind has no such setting.
 
     It is no dataclass, so these are no settings; but a kind that has one by this name without a default says Field().
     """
@@ -57,24 +57,25 @@ class Task(Unset):
     """What every kind of task has: its data, and the splits that train, select and report."""
 
     kind: str  # how the data lie on the disk
-    folder: Path  # the data as they are distributed; of image_folder: <folder>/<split>/<class>/<image>;
-    # of parquet and glue: a folder, or a name on Hugging Face's hub; of sentences: <folder>/<split>.tsv
+    # the data as they are distributed; image_folder: <folder>/<split>/<class>/<image>; parquet and glue: a folder, or a
+    # name on Hugging Face's hub; sentences: <folder>/<split>.tsv
+    folder: Path
     num_classes: Annotated[int, Field(ge=2)]  # the data must have so many
     # the share of a split that may stand in train or held-out too, by content; 0 refuses a single one
-    overlap_allowed: Annotated[float, Field(ge=0, le=1)] = 0
+    overlap_allowed: Probability = 0
     train: str
     held_out: str  # selects: greedy order, best individual, regularisation
     test: str  # reports
     shifts: tuple[str, ...]  # report; their unweighted mean is the "shift mean" (Section 3.1)
     metrics: dict[str, Metric] = dataclasses.field(default_factory=dict, hash=False)  # how a split is scored; else top1
-    title: str | None = None  # what tables and figures call the benchmark; null: as its folder is called
+    title: str | None = None  # the benchmark's name in tables and figures; null: its folder's name
     # split -> what tables and figures call it; others have their role (Train, Held-out, Test), shifts their name
     titles: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     proxy_for: str | None = None  # the paper's data set in whose place it stands; named wherever its numbers are
-    bootstrap_unit: Literal["class", "image"] = "image"  # what intervals resample; class where images share concepts
+    bootstrap_unit: Literal["class", "image"] = "image"  # intervals resample these; class where images share concepts
     classes: Annotated[int | None, Field(ge=2)] = None  # only the first n classes; for tests
-    parts: Annotated[int, Field(ge=1)] = 1  # classes are dealt out to so many tasks (Appendix E in small),
-    part: Natural = 0  # and this is the one with every parts-th class from this one on
+    parts: Count = 1  # classes are dealt out to so many tasks (Appendix E in small)
+    part: Natural = 0  # which of them this is: the one with every parts-th class from this one on
 
     @model_validator(mode="after")
     def selects_and_reports_apart(self) -> "Task":
@@ -101,7 +102,7 @@ class Task(Unset):
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """What a language model that is asked by a prompt is to say, by class; nothing of images."""
+        """What a language model that is asked by a prompt is to say, by class; nothing for images."""
         return ()
 
     @property
@@ -113,7 +114,7 @@ class Task(Unset):
     def split_title(self, split: str) -> str:
         """What tables and figures call a split."""
         roles = {self.train: "Train", self.held_out: "Held-out", self.test: "Test"}
-        spelled = split.replace("_", " ")  # of your own data, beside titles that are spelled as words
+        spelled = split.replace("_", " ")  # for the user's data, beside titles that are spelled as words
         title = self.titles.get(split) or roles.get(split) or spelled[:1].upper() + spelled[1:]
         return f"{title} (selected on it)" if self.protocol == "paper" and split == self.test else title
 
@@ -127,16 +128,16 @@ class Task(Unset):
 class Counted(Task):
     """Tasks whose data are not this repository's, and may be incomplete."""
 
-    counts: dict[str, int] | None = dataclasses.field(default=None, hash=False)  # split -> how many images its folder
-    # must have, train's before held-out is taken from it; null: not checked
+    # split -> how many images its folder must have, train's before held-out is taken from it; null: not checked
+    counts: dict[str, int] | None = dataclasses.field(default=None, hash=False)
 
 
 @closed
 class Cut(Counted):
-    """Tasks of which held-out may be a part of train."""
+    """Tasks whose held-out split may be a part of train."""
 
-    folders: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)  # split -> its folder of
-    # image_folder, or what the data call it, where that is not its name
+    # split -> its folder (image_folder), or what the data call it, where that is not its name
+    folders: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     held_out_per_class: Count | None = None  # held-out is so many images of each class of train
     held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None  # held-out is about this share of train
 
@@ -160,16 +161,17 @@ class Cut(Counted):
 class Images(Task):
     """Tasks of images."""
 
-    names: str = "folder"  # class names: the data's own, of image_folder those of the class folders; imagenet
-    # (open_clip's); or a file with one a line
+    # class names: the data's, which are those of the class folders for image_folder; imagenet (open_clip's); or a file
+    # with one a line
+    names: str = "folder"
 
 
 @closed
 class ImageFiles(Cut, Images):
     """Tasks with a file for each image."""
 
-    listings: Path | None = None  # a folder that keeps the lists of files, which are made once and not by every task;
-    # null: not kept
+    # a folder that keeps the lists of files, which are made once and not by every task; null: not kept
+    listings: Path | None = None
     # more answers that count as right in the test split: real (Beyer et al. 2020), whose accuracy is the mean over
     # images, and multilabel (Shankar et al. 2020), the mean over classes; a file each, null: no such column
     annotations: dict[Annotation, Path] = dataclasses.field(default_factory=dict, hash=False)
@@ -186,11 +188,10 @@ class Texts(Counted):
     """Tasks whose examples are texts."""
 
     is_text: ClassVar[bool] = True
-    template: str = Field(min_length=1)  # what a network reads, with columns in braces, as in
-    # "sentence: {sentence}"
-    options: tuple[str, ...] = Field()  # what the classes are called, in the order of their ids
-    asked: tuple[Natural, ...] = ()  # class ids in the order in which a prompt lists the options, as A), B), ...;
-    # empty: the order of the ids
+    template: str = Field(min_length=1)  # a network reads this, with columns in braces: "sentence: {sentence}"
+    options: tuple[str, ...] = Field()  # names of the classes, in the order of their ids
+    # class ids in the order in which a prompt lists the options, as A), B), ...; empty: the order of the ids
+    asked: Annotated[tuple[Natural, ...], Needs("model.head", "prompt", typed_only=True)] = ()
     take: dict[str, Count] | None = dataclasses.field(default=None, hash=False)  # split -> only so many
 
     @model_validator(mode="after")
@@ -253,7 +254,7 @@ class ImageTable(ImageFiles):
     label: str = "label"  # column of class names
     table: Path | None = None  # a csv or tsv within `folder` with all splits; null: one file for each
     path_column: str = "path"  # the column of paths, which are relative to `folder`
-    split_column: str = "split"  # with `table`: the column that says which split a line is of
+    split_column: str = "split"  # with `table`: the column that says which split a line belongs to
 
     @model_validator(mode="after")
     def column_is_of_a_table(self) -> "ImageTable":
@@ -291,16 +292,17 @@ class Glue(Cut, Texts):
 
     kind: Literal["glue"]
     subset: Literal["mrpc", "rte", "cola", "sst2"] = Field()  # which of its tasks
-    protocol: Protocol = "apart"  # what selects is not reported; or held-out is the whole test split, as the paper
-    # seems to have it, which says so wherever its numbers stand
+    # apart: what selects is not reported; paper: held-out is the whole test split, as the paper seems to have it, and
+    # this is said wherever its numbers stand
+    protocol: Protocol = "apart"
 
 
 @closed
 class Sentences(Cut, Texts):
-    """Texts of your own in tsv files (tasks/texts.py)."""
+    """The user's texts in tsv files (tasks/texts.py)."""
 
     kind: Literal["sentences"]
-    label: str = "label"  # column of class ids or of names of `options`
+    label: str = "label"  # column of class ids or names of `options`
 
 
 @closed

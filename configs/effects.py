@@ -1,177 +1,81 @@
-"""Settings that the others leave without effect: they are refused, not ignored."""
+"""Settings that the others leave without effect: they are refused, not ignored.
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+What a setting needs stands beside it, as `Needs` (configs/fields.py); here it is asked whether some row has that.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticUndefined
 
-from configs.tables import read_table
-from configs.training import Choice, default_of
+from configs.fields import Needs, default_of, kinds_in, needs_in, typed_fields
+from configs.sweep_csv import read_table
+from configs.training import Choice
 
 if TYPE_CHECKING:
     from configs.data import Task
     from configs.schema import Experiment
 
+TRAINED = ("optim", "augment", "regularizer")  # groups of settings that only training reads
+BY_SPLIT = ("folders", "counts", "take", "subsets", "metrics", "titles")  # settings of a task: split -> value
+OF_SPLITS = ("numbered", "objectnet")  # settings of a task: names of splits
 
-@dataclass(frozen=True)
-class Rule:
-    """What some settings need to have an effect."""
 
-    settings: tuple[str, ...]  # dotted
-    needs: str  # for the message
-    holds: Callable[["Experiment"], bool]
-    typed_only: bool = (
-        False  # their values in the yaml files are neutral in no way, so that only typing them is an error
-    )
+@cache
+def needs_of(root: Any, group: str = "") -> Mapping[str, Needs]:
+    """What each setting needs that needs something, by its dotted name, or a group's where it is about all of it.
+
+    Args:
+        root: a dataclass or union of the schema.
+        group: the setting that holds it, as in "optim"; empty for the whole experiment.
+    """
+    found: dict[str, Needs] = {}
+    for kind in kinds_in(root):
+        for name, annotation in typed_fields(kind).items():
+            dotted = f"{group}.{name}" if group else name
+            if needs := needs_in(annotation):
+                found[dotted] = needs
+            found |= needs_of(annotation, dotted)
+    return found
 
 
 def possible(config: "Experiment", group: str, field: str) -> set[Any]:
     """Values that a setting has in some row: the experiment's own, and those that its sweep gives it."""
     sweep, found = config.sweep, {getattr(getattr(config, group), field)}
-    law = sweep.draw.get(group, {}).get(field)  # type: ignore[call-overload]  # of names of groups
+    law = sweep.draw.get(group, {}).get(field)  # type: ignore[call-overload]  # names are those of groups
     found |= set(law.values) if isinstance(law, Choice) else set()
     found |= set(sweep.grid.get(group, {}).get(field, ()))  # type: ignore[call-overload]
     lines: Iterable[Any] = sweep.listed if sweep.file is None else read_table(sweep.file)
     return found | {line[group][field] for line in lines if field in line.get(group, {})}
 
 
-def _some(group: str, field: str, *values: Any) -> Callable[["Experiment"], bool]:
-    return lambda config: not possible(config, group, field).isdisjoint(values)
-
-
-def _cooks(*recipes: str) -> Callable[["Experiment"], bool]:
-    return lambda config: not {*config.recipes, config.recipe}.isdisjoint(recipes)
-
-
-def _varies(group: str, field: str) -> Callable[["Experiment"], bool]:
-    """Whether a setting is on: not null, empty or 0, in some row."""
-    return lambda config: f"{group}.{field}" in config.sweep.varied or bool(getattr(getattr(config, group), field))
-
-
-GREEDY = ("greedy", "greedy_random_order", "greedy_ensemble")
-TRAINED = ("optim", "augment", "regularizer")  # groups of settings that only training reads
-
-RULES = (
-    # The network.
-    Rule(("model.max_length",), "a model that reads texts", lambda c: c.model.is_reader),
-    Rule(
-        ("model.eval_size", "model.eval_resize", "model.squash", "model.frozen_batch_norm"),
-        "a model of images",
-        lambda c: not c.model.is_reader,
-    ),
-    Rule(
-        ("model.image_size", "compute.channels_last", "compute.decoded", "compute.loader_workers"),
-        "a model of images",
-        lambda c: not c.model.is_reader,
-        typed_only=True,
-    ),
-    Rule(
-        ("compute.decoder", "compute.resized"),
-        "images in files or tables",
-        lambda c: not c.model.is_reader and c.task.kind not in ("emoji", "cifar10", "cifar100"),
-    ),
-    Rule(
-        ("compute.resized_quality", "compute.resized_to"),
-        "compute.resized",
-        lambda c: c.compute.resized is not None,
-        typed_only=True,
-    ),
-    Rule(("model.train_head",), "a head, which model.head=prompt has not", lambda c: c.model.head != "prompt"),
-    Rule(
-        ("model.normalize",),
-        "a head, which model.head=prompt has not",
-        lambda c: c.model.head != "prompt",
-        typed_only=True,
-    ),
-    Rule(("model.probe_c",), "model.head=linear_probe", lambda c: c.model.head == "linear_probe", typed_only=True),
-    Rule(("model.weights",), "another model.kind than imagenet_lite0", lambda c: c.model.kind != "imagenet_lite0"),
-    Rule(("task.asked",), "model.head=prompt", lambda c: c.model.head == "prompt", typed_only=True),
-    # The optimiser.
-    Rule(("optim.momentum",), "optim.kind=sgd or rmsprop", _some("optim", "kind", "sgd", "rmsprop")),
-    Rule(("optim.cycles",), "optim.schedule=cosine_restarts", _some("optim", "schedule", "cosine_restarts")),
-    Rule(("optim.decay",), "optim.weight_decay above 0", _varies("optim", "weight_decay"), typed_only=True),
-    Rule(("optim.epochs",), "optim.steps=null", lambda c: None in possible(c, "optim", "steps"), typed_only=True),
-    Rule(
-        ("optim.label_smoothing",),
-        "optim.loss=softmax or bce",
-        lambda c: possible(c, "optim", "loss") != {"likelihood"},
-    ),
-    # The augmentation.
-    Rule(
-        ("augment.crop", "augment.aspect"),
-        "augment.kind=minimal, medium, rand or auto (of stochastic: in augment.among)",
-        _some("augment", "kind", "minimal", "medium", "rand", "auto"),
-    ),
-    Rule(("augment.flip",), "augment.kind=medium, rand or auto", _some("augment", "kind", "medium", "rand", "auto")),
-    Rule(("augment.color_jitter",), "augment.kind=medium", _some("augment", "kind", "medium")),
-    Rule(
-        ("augment.magnitude", "augment.layers", "augment.magnitude_max", "augment.increasing"),
-        "augment.kind=rand",
-        _some("augment", "kind", "rand"),
-    ),
-    Rule(("augment.fill",), "augment.kind=rand or auto", _some("augment", "kind", "rand", "auto")),
-    Rule(
-        ("augment.last_epochs_minimal",),
-        "an augmentation of images",
-        lambda c: possible(c, "augment", "kind") != {"none"},
-    ),
-    # Averages, recipes and the rest.
-    Rule(("regularizer.ema_ramp",), "regularizer.ema", _varies("regularizer", "ema")),
-    Rule(("tracking.entity", "tracking.mode"), "tracking.kind=wandb", lambda c: c.tracking.kind == "wandb"),
-    Rule(("cluster.restarts", "submit"), "cluster.kind=slurm", lambda c: c.cluster.kind == "slurm"),
-    Rule(("cooking.rows",), "recipe=subset", _cooks("subset"), typed_only=True),
-    Rule(("cooking.of", "cooking.alpha"), "recipe=wise_ft", _cooks("wise_ft"), typed_only=True),
-    Rule(
-        ("cooking.rounds",),
-        "recipe=greedy_with_replacement or ensemble_with_replacement",
-        _cooks("greedy_with_replacement", "ensemble_with_replacement"),
-        typed_only=True,
-    ),
-    Rule(
-        ("cooking.learned",),
-        "a learned recipe",
-        _cooks("learned", "learned_by_layer", "learned_by_tensor"),
-        typed_only=True,
-    ),
-    Rule(
-        ("cooking.shortcut",),
-        "recipe=greedy",
-        _cooks("greedy"),
-        typed_only=True,
-    ),
-    Rule(
-        ("cooking.ahead",),
-        "cooking.shortcut=speculative",
-        lambda c: c.cooking.shortcut == "speculative",
-        typed_only=True,
-    ),
-    Rule(
-        ("cooking.chunk",), "cooking.shortcut=hard_first", lambda c: c.cooking.shortcut == "hard_first", typed_only=True
-    ),
-    Rule(
-        TRAINED,
-        "rows that are trained: sweep.imported has the weights",
-        lambda c: c.sweep.imported is None,
-        typed_only=True,
-    ),
-)
-BY_SPLIT = ("folders", "counts", "take", "subsets", "metrics", "titles")  # of a task: split -> value
-OF_SPLITS = ("numbered", "objectnet")  # of a task: names of splits
+def _has(config: "Experiment", needs: Needs) -> bool:
+    """Whether some row has what a setting needs."""
+    if needs.setting == "recipe":
+        return not {*config.recipes, config.recipe}.isdisjoint(needs.values)
+    group, _, field = needs.setting.partition(".")
+    if needs.values:
+        return not possible(config, group, field).isdisjoint(needs.values)
+    return needs.setting in config.sweep.varied or bool(getattr(getattr(config, group), field))
 
 
 def _is_set(config: "Experiment", name: str) -> bool:
     """Whether a setting has another value than its default; of one without a default, than null, 0 or nothing.
 
-    Of an augmentation whose kind is the sweep's business, or another sweep's, all kinds have their settings
-    (configs/augment/levels.yaml); of rows that are imported, no file says how they were trained.
+    Where an augmentation's kind is the sweep's business, or another sweep's, settings of all kinds have values
+    (configs/augment/levels.yaml); where rows are imported, no file says how they were trained.
     """
-    group, _, field = name.rpartition(".")
-    if group in TRAINED and config.sweep.imported is not None:
+    *groups, field = name.split(".")
+    if name.startswith(TRAINED) and config.sweep.imported is not None:
         return False
-    if group == "augment" and ("augment.kind" in config.sweep.varied or config.sweep.best_of is not None):
+    if groups == ["augment"] and ("augment.kind" in config.sweep.varied or config.sweep.best_of is not None):
         return False
-    holder = getattr(config, group) if group else config
+    holder: Any = config
+    for group in groups:
+        holder = getattr(holder, group)
+    if field not in holder.__dataclass_fields__:  # another kind of task has it
+        return False
     default, value = default_of(type(holder), field), getattr(holder, field)
     return bool(value) if default is PydanticUndefined else bool(value != default)
 
@@ -180,17 +84,14 @@ def without_effect(config: "Experiment", typed: Iterable[str] = ()) -> str | Non
     """What is wrong with the first setting that was given and that the others leave without effect, if there is one.
 
     Args:
-        config: of the experiment.
+        config: the experiment.
         typed: dotted names of the command line; others count as given where they do not have their default.
     """
-    typed = list(typed)
-    for rule in RULES:
-        for name in rule.settings:
-            given = any(f"{field}.".startswith(f"{name}.") for field in typed)
-            if not given and not rule.typed_only:
-                given = _is_set(config, name)
-            if given and not rule.holds(config):
-                return f"{name} needs {rule.needs}: here it would have no effect"
+    typed, root = list(typed), type(config)
+    for name, needs in needs_of(root).items():  # type: ignore[arg-type]  # mypy takes the class for one of its objects
+        given = any(f"{field}.".startswith(f"{name}.") for field in typed)
+        if (given or (not needs.typed_only and _is_set(config, name))) and not _has(config, needs):
+            return f"{name} needs {needs}: here it would have no effect"
     return of_no_split(config.task, typed)
 
 
@@ -198,13 +99,12 @@ def of_no_split(task: "Task", typed: Iterable[str]) -> str | None:
     """What was typed for a split that the task has not."""
     splits = (task.train, task.held_out, *task.reported)
     for field in typed:
-        group, name, *key = [*field.split("."), ""][:3] if "." in field else (field, "")
-        key = [split for split in key if split]
+        group, name, split, *_ = [*field.split("."), "", ""]
         if group != "task" or name not in (*BY_SPLIT, *OF_SPLITS):
             continue
-        named = getattr(task, name, None) or ()
-        named = [named] if isinstance(named, str) else named
-        unknown = [split for split in (key or named) if split not in splits]
+        value = getattr(task, name, None) or ()
+        named = [split] if split else [value] if isinstance(value, str) else value
+        unknown = [each for each in named if each not in splits]
         if unknown:
             return f"task.{name} names the split {unknown[0]!r}, which the task has not: it has {', '.join(splits)}"
     return None

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from omegaconf import DictConfig
 from pydantic import Field, model_validator
 
+from configs.fields import closed
 from configs.schema import checked, plain
-from configs.training import closed
 
 Target = Literal["timm", "open_clip", "transformers", "onnx"]
 
@@ -19,7 +19,7 @@ class Export:
     soup: Path  # runs/<name>/soups/<recipe> or runs/<name>/ingredients/<iii>
     to: Target  # the library that is to load it
     out: Path  # a folder that is not there yet
-    license: Annotated[str, Field(pattern=r"^[a-z0-9.\-]+$")] = "other"  # of the weights, as the hub names licences
+    license: Annotated[str, Field(pattern=r"^[a-z0-9.\-]+$")] = "other"  # the weights' licence, in the hub's words
     classes: tuple[str, ...] | None = None  # names by class id, where the data that have them are not here
 
     @model_validator(mode="after")

@@ -1,18 +1,19 @@
-"""Settings of the figures that need forward passes of their own: means of two models, and planes through three."""
+"""Settings of tables, and of the figures that need forward passes: means of two models, and planes through three."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.training import Count, NonNegative, Positive, closed
+from configs.fields import Count, NonNegative, Positive, closed
 
 
 @closed
 class Angles:
     """Figure 3: fine-tuned models that differ in one thing, in pairs."""
 
-    weights: Literal["repeated", "blocks", "all"] = "repeated"  # what angles are over: matrices and convolutions of the
-    # blocks (Appendix J.1's "repeated weights"), these with gains and biases, or all parameters
+    # angles are over matrices and convolutions of the blocks (Appendix J.1's "repeated weights"), these with gains and
+    # biases, or all parameters
+    weights: Literal["repeated", "blocks", "all"] = "repeated"
     below_lr: Positive | None = None  # leave out models of this learning rate and above, the paper's 1e-4; null: none
     several: bool = False  # also pairs that differ in more than one thing
 
@@ -40,9 +41,26 @@ class Plane:
 class Theory:
     """Figure K.1: approximation (1) against the truth, in the pairs of Appendix K.4."""
 
-    learning_rates: tuple[Positive, ...] = (1e-4, 1e-5, 1e-6)  # of the rows that pairs are made of; four panels leave
-    # out the highest
+    # those of the rows that pairs are made of; four panels leave out the highest
+    learning_rates: tuple[Positive, ...] = (1e-4, 1e-5, 1e-6)
     alphas: Annotated[int, Field(ge=5)] = 11  # equidistant, 0 and 1 among them
-    # of the loss along a pair: from the losses at neighbouring alphas, or by second derivatives of the network, which
-    # must be smooth (no relu)
+    # how the loss bends along a pair, from the losses at neighbouring alphas, or by second derivatives of the network,
+    # which must be smooth (no relu)
     curvature: Literal["differences", "exact"] = "exact"
+
+
+@closed
+class Analysis:
+    """How tables state their uncertainty, and what figures measure."""
+
+    resamples: Count = 10_000  # how many the paired bootstrap takes
+    bins: Count = 15  # for calibration errors, with as many examples in each; how many the paper has is not known
+    oracle: bool = False  # a row with the best individual model on each test set, labelled so, as in Table 4
+    seed: int = 0
+    note: str = ""  # a sentence that captions end with, on what to keep in mind of these models
+    labels: tuple[str, ...] = ()  # names of the rows 1, 2, ... in a table of rows; the first is its baseline
+    sets: dict[str, tuple[Count, ...]] = Field(default_factory=dict)  # rows whose soup and ensemble join that table
+    angles: Angles
+    pairs: Pairs
+    plane: Plane
+    theory: Theory

@@ -10,30 +10,11 @@ import shutil
 import sys
 
 OLDEST, NEWEST = (3, 10), (3, 13)
-NEEDED = (  # import names of requirements.txt, without those of tests and of tracking
-    "hydra",
-    "omegaconf",
-    "pydantic",
-    "numpy",
-    "torch",
-    "torchvision",
-    "safetensors",
-    "timm",
-    "open_clip",
-    "transformers",
-    "datasets",
-    "pandas",
-    "pyarrow",
-    "scipy",
-    "sklearn",
-    "threadpoolctl",
-    "matplotlib",
-    "PIL",
-    "simplejpeg",
-    "rich",
-    "tabulate",
-    "xxhash",
-    "yaml",
+# Import names of requirements.txt, without those of tests and of tracking.
+NEEDED = (
+    *("hydra", "omegaconf", "pydantic", "numpy", "torch", "torchvision", "safetensors", "timm", "open_clip"),
+    *("transformers", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "threadpoolctl", "matplotlib", "PIL"),
+    *("simplejpeg", "rich", "tabulate", "xxhash", "yaml"),
 )
 ROOM = 8 * 10**9  # bytes of an environment, of which torch is most
 
@@ -56,8 +37,8 @@ def missing_packages(needed: "tuple[str, ...]" = NEEDED) -> str:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if not missing:
         return ""
-    some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    return f"{sys.executable} lacks {some}: `make setup`, then .venv/bin/python; or pip install -r requirements.txt"
+    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    return f"{sys.executable} lacks {shown}: `make setup`, then .venv/bin/python; or pip install -r requirements.txt"
 
 
 def room_problem(folder: str, free: int) -> str:
@@ -98,7 +79,7 @@ def is_command(argv: "list[str]") -> bool:
     return bool(argv) and (argv[0] == "-m" or os.path.basename(argv[0]) == "reproduce.py")  # noqa: PTH119
 
 
-if __name__ == "__main__":  # of the Makefile: python configs/first_contact.py .venv
+if __name__ == "__main__":  # the Makefile starts it: python configs/first_contact.py .venv
     refuse(python_problem(tuple(sys.version_info[:3])))
     refuse(room_problem(sys.argv[1], free_bytes(sys.argv[1])))
 elif is_command(sys.argv):

@@ -1,21 +1,20 @@
 """What `--help` prints for a command whose settings are an experiment's, and the settings nearest to a mistyped one."""
 
-import ast
 import inspect
 import re
 import textwrap
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from configs.fields import either, kinds_in, needs_in, typed_fields
 from configs.registered import CONFIGS, experiments
 
 WIDTH = 110  # columns of what is printed
-FULL = 120  # columns of source, where a comment goes on in the next line
 LAPTOP = ("demo", "own_")  # how names of experiments begin that need neither a GPU nor the paper's data
 GROUPS = {
     "task": "the data: splits, classes, metrics",
@@ -43,7 +42,7 @@ class Setting:
     name: str  # dotted, as in optim.lr
     values: str  # what it may be
     meaning: str  # the comment beside it
-    kinds: tuple[str, ...]  # of tasks that have it; empty: all have it
+    kinds: tuple[str, ...]  # which kinds of tasks have it; empty: all have it
 
 
 def settings_of(root: Any, group: str = "") -> list[Setting]:
@@ -53,71 +52,37 @@ def settings_of(root: Any, group: str = "") -> list[Setting]:
         root: the dataclass, or a union of several with a field `kind`, whose common settings come first.
         group: the setting that holds it, as in "optim"; empty for the whole experiment.
     """
-    owners: dict[str, list[type]] = {}  # name -> the dataclasses that have it
-    hints = {each: get_type_hints(each, include_extras=True) for each in _dataclasses(root)}
-    for owner in hints:
-        for field in fields(owner):
-            owners.setdefault(field.name, []).append(owner)
+    types_of = {kind: typed_fields(kind) for kind in kinds_in(root)}
     found = []
-    for name, having in owners.items():
+    for name in dict.fromkeys(name for each in types_of.values() for name in each):
         dotted = f"{group}.{name}" if group else name
-        annotation: Any = Union[tuple(hints[owner][name] for owner in having)]  # noqa: UP007  # which is not known here
-        if get_origin(annotation) not in (tuple, dict) and _dataclasses(annotation):
+        having = [kind for kind, its_types in types_of.items() if name in its_types]
+        annotation: Any = Union[tuple(types_of[kind][name] for kind in having)]  # noqa: UP007  # which is not known here
+        if kinds_in(annotation):
             found += settings_of(annotation, dotted)
             continue
-        meanings = dict.fromkeys(comments_of(owner).get(name, "") for owner in having)
-        some = having if len(having) < len(hints) else []
-        kinds = tuple(kind for owner in some for kind in get_args(hints[owner]["kind"]))
-        found.append(Setting(dotted, allowed(annotation), "; ".join(meanings), kinds))
+        meanings = dict.fromkeys(comments_of(kind).get(name, "") for kind in having)
+        needs = [f"needs {needs_in(annotation)}"] if needs_in(annotation) else []
+        owners = having if len(having) < len(types_of) else []
+        kinds = tuple(each for kind in owners for each in get_args(types_of[kind]["kind"]))
+        found.append(Setting(dotted, allowed(annotation), "; ".join(filter(None, [*meanings, *needs])), kinds))
     return found
-
-
-def _dataclasses(annotation: Any) -> list[type]:
-    """The dataclasses that a value of this type may be."""
-    if isinstance(annotation, type) and is_dataclass(annotation):
-        return [annotation]
-    return [kind for part in get_args(annotation) for kind in _dataclasses(part)]
 
 
 @cache
 def comments_of(kind: type) -> Mapping[str, str]:
-    """Field -> the comment that stands beside it and on the lines below, or above a field that has none beside it."""
+    """Field of a dataclass -> the comment in the lines above it and beside it, that of its bases where it has none."""
     found: dict[str, str] = {}
     for each in reversed(kind.__mro__[:-1]):
-        found |= _own_comments(each)
+        comment: list[str] = []
+        for line in inspect.getsource(each).splitlines():
+            code, _, words = line.partition("# ")
+            comment += [words] if words else []
+            if field := re.match(r"    (\w+): ", code):
+                found |= {field[1]: " ".join(comment)} if comment else {}
+            if code.strip():
+                comment = []
     return found
-
-
-def _own_comments(kind: type) -> dict[str, str]:
-    lines = textwrap.dedent(inspect.getsource(kind)).splitlines()
-    body = ast.parse("\n".join(lines)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    fields = [each for each in body.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]
-    found: dict[str, str] = {}
-    for place, field in enumerate(fields):
-        end = field.end_lineno or field.lineno
-        until = fields[place + 1].lineno - 1 if place + 1 < len(fields) else len(lines)
-        beside = [line.partition("  # ")[2] for line in lines[field.lineno - 1 : end] if "  # " in line]
-        below = []
-        for line in lines[end:until]:
-            if not line.lstrip().startswith("#"):
-                break
-            below.append(line.strip(" #"))
-        name = field.target.id  # type: ignore[union-attr]  # filtered above
-        if place + 1 < len(fields) and below and not _has_comment(lines, fields[place + 1]):
-            # The lines are about the next field, but for those that go on with what is said of this one.
-            line = lines[end - 1]
-            while below and beside and (len(f"{line} {below[0].split()[0]}") > FULL or line.endswith((",", ";"))):
-                line = f"    # {below[0]}"
-                beside.append(below.pop(0))
-            found[fields[place + 1].target.id] = " ".join(below)  # type: ignore[union-attr]
-            below = []
-        found[name] = " ".join([*([found[name]] if name in found else []), *beside, *below])
-    return found
-
-
-def _has_comment(lines: Sequence[str], field: ast.AnnAssign) -> bool:
-    return any("  # " in line for line in lines[field.lineno - 1 : field.end_lineno])
 
 
 WORDS = {
@@ -139,22 +104,18 @@ def allowed(annotation: Any) -> str:
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return _either([str(value) for value in arguments])
+        return either([str(value) for value in arguments])
     if origin is Annotated:
         return " ".join([allowed(arguments[0]), *(limit for each in arguments[1:] for limit in _limits(each))])
     if origin in (Union, types.UnionType):
         options: list[str] = []
         for each in arguments:
             options += map(str, get_args(each)) if get_origin(each) is Literal else [allowed(each)]
-        return _either(options)
+        return either(options)
     if origin in (tuple, dict):
         inner = f"{allowed(arguments[0])}, ..." if origin is tuple else ": ".join(map(allowed, arguments))
         return f"[{inner}]" if origin is tuple else f"{{{inner}}}"
     return WORDS.get(annotation, "a group of settings")
-
-
-def _either(options: Sequence[str]) -> str:
-    return f"{', '.join(options[:-1])} or {options[-1]}" if len(options) > 1 else options[0]
 
 
 def _limits(field: Any) -> list[str]:

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from configs.training import default_of
+from configs.fields import default_of
 
 CONFIGS = Path(__file__).resolve().parent
 # Settings that have a usual value but no default in their dataclass: store/rows.py leaves defaults out of what names a

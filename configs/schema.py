@@ -20,27 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from configs.clusters import Cluster, Share
 from configs.data import KINDS, NEUTRAL, AnyTask
 from configs.effects import of_no_split, without_effect
 from configs.errors import UserError
-from configs.figures import Angles, Pairs, Plane, Theory
+from configs.fields import Count, Needs, NonNegative, Positive, Probability, closed
+from configs.figures import Analysis
 from configs.help import nearest, nearest_setting
-from configs.planning import Plan
+from configs.machines import Cluster, Plan, Share
 from configs.registered import CONFIGS, register
-from configs.training import (
-    Augment,
-    Compute,
-    Count,
-    Model,
-    NonNegative,
-    Optim,
-    Positive,
-    Probability,
-    Regularizer,
-    Sweep,
-    closed,
-)
+from configs.training import Augment, Compute, Model, Optim, Regularizer, Sweep
 
 SEARCHED = ("optim", "augment")  # groups that `sweep.best_of` takes from another experiment's best row
 
@@ -87,25 +75,26 @@ class Learning:
 class Cooking:
     """configs/cooking/*.yaml: what the recipes leave open."""
 
-    ties: Literal[
-        "keep", "drop"
-    ]  # of greedy: Recipe 1 keeps a model that changes nothing, the authors' script drops it
-    shortcut: Literal["none", "hard_first", "speculative"]  # of greedy: fewer forward passes, the same decisions
-    ahead: Count  # candidates tried at once by speculative
-    chunk: Count  # images between two looks of hard_first
-    significance: bool  # of hard_first: report paired z and McNemar p of each accepted model
-    min_sigma: NonNegative  # of hard_first: accept only above this z; 0 is the paper's rule
-    orders: Count  # of greedy_random_order
-    rounds: Count  # of greedy_with_replacement and ensemble_with_replacement, at most
+    # greedy with a model that changes nothing: Recipe 1 keeps it, the authors' script drops it
+    ties: Literal["keep", "drop"]
+    # fewer forward passes for the same decisions of greedy
+    shortcut: Annotated[Literal["none", "hard_first", "speculative"], Needs("recipe", "greedy", typed_only=True)]
+    ahead: Annotated[Count, Needs("cooking.shortcut", "speculative", typed_only=True)]  # candidates tried at once
+    chunk: Annotated[Count, Needs("cooking.shortcut", "hard_first", typed_only=True)]  # images between two decisions
+    significance: bool  # with hard_first: report paired z and McNemar p of each accepted model
+    min_sigma: NonNegative  # with hard_first: accept only above this z; 0 is the paper's rule
+    orders: Count  # how many greedy_random_order takes
+    # at most, of greedy_with_replacement and ensemble_with_replacement
+    rounds: Annotated[Count, Needs("recipe", "greedy_with_replacement", "ensemble_with_replacement", typed_only=True)]
     initialisation: bool  # whether row 0 is one of the models that recipes may choose
-    individuals: tuple[
-        str, ...
-    ] = ()  # kinds of weights, as in ema_0.999, of which best, second_best and the oracle may
-    # choose any row's (Section 3.3.2); empty: regularizer.ingredient alone, which soups and ensembles are made of
-    rows: tuple[int, ...]  # of subset
-    of: Recipe  # of wise_ft: the soup that is interpolated with the initialisation
-    alpha: Probability  # of wise_ft: 0 is the initialisation, 1 the soup
-    learned: Learning
+    # kinds of weights, as in ema_0.999, among which best, second_best and the oracle may choose any row's (Section
+    # 3.3.2); empty: regularizer.ingredient alone, which soups and ensembles are made of
+    individuals: tuple[str, ...] = ()
+    rows: Annotated[tuple[int, ...], Needs("recipe", "subset", typed_only=True)]  # the subset
+    # the soup that is interpolated with the initialisation
+    of: Annotated[Recipe, Needs("recipe", "wise_ft", typed_only=True)]
+    alpha: Annotated[Probability, Needs("recipe", "wise_ft", typed_only=True)]  # 0 is the initialisation, 1 the soup
+    learned: Annotated[Learning, Needs("recipe", "learned", "learned_by_layer", "learned_by_tensor", typed_only=True)]
 
     @model_validator(mode="after")
     def settings_have_an_effect(self) -> "Cooking":
@@ -121,9 +110,10 @@ class Tracking:
 
     kind: Literal["none", "wandb"]
     every: Count  # steps between two points of the loss curve
-    project: str | None = None  # of wandb
-    entity: str | None = None  # of wandb: user or team
-    mode: Literal["online", "offline"] = "online"  # of wandb; offline: `wandb sync` sends it later
+    project: str | None = None  # the project on W&B
+    entity: Annotated[str | None, Needs("tracking.kind", "wandb")] = None  # user or team
+    # offline: `wandb sync` sends it later
+    mode: Annotated[Literal["online", "offline"], Needs("tracking.kind", "wandb")] = "online"
 
     @model_validator(mode="after")
     def wandb_has_a_project(self) -> "Tracking":
@@ -133,21 +123,7 @@ class Tracking:
         return self
 
 
-@closed
-class Analysis:
-    """How tables state their uncertainty, and what figures measure."""
-
-    resamples: Count = 10_000  # of the paired bootstrap
-    bins: Count = 15  # of calibration errors, with as many examples in each; how many the paper has is not known
-    oracle: bool = False  # a row with the best individual model on each test set, labelled so, as in Table 4
-    seed: int = 0
-    note: str = ""  # a sentence that captions end with, on what to keep in mind of these models
-    labels: tuple[str, ...] = ()  # what the rows 1, 2, ... are called in a table of rows; the first is its baseline
-    sets: dict[str, tuple[Count, ...]] = Field(default_factory=dict)  # rows whose soup and ensemble join that table
-    angles: Angles
-    pairs: Pairs
-    plane: Plane
-    theory: Theory
+IF_TRAINED = Needs("sweep.imported", None, typed_only=True)  # imported rows have their weights
 
 
 @closed
@@ -157,9 +133,9 @@ class Experiment:
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+(/[a-z0-9_]+)?$")]
     task: AnyTask
     model: Model
-    optim: Optim
-    augment: Augment
-    regularizer: Regularizer
+    optim: Annotated[Optim, IF_TRAINED]
+    augment: Annotated[Augment, IF_TRAINED]
+    regularizer: Annotated[Regularizer, IF_TRAINED]
     compute: Compute
     tracking: Tracking
     sweep: Sweep
@@ -171,11 +147,11 @@ class Experiment:
     cluster: Cluster
     plan: Plan
     paths: Paths
-    submit: bool = False  # of reproduce.py with cluster.kind=slurm: send the jobs, not only print them
-    towers: tuple[
-        Path, ...
-    ] = ()  # of python -m soups.experiment.backbones: folders of rows, in the order in which they are added
-    artefact: str | None = None  # of python -m analysis: a table or figure of the paper, or all
+    # reproduce.py sends the jobs, and does not only print them
+    submit: Annotated[bool, Needs("cluster.kind", "slurm")] = False
+    # python -m soups.experiment.backbones: folders of rows, in the order in which they are added
+    towers: tuple[Path, ...] = ()
+    artefact: str | None = None  # python -m analysis: a table or figure of the paper, or all
     parts: tuple[str, ...] = ()  # experiments that this one is made of; it has no models of its own then
     replicates: tuple[int, ...] = ()  # repeat the whole experiment with these sweep seeds, under name/seed<n>
 
@@ -209,15 +185,15 @@ class Experiment:
         """Texts meet a model that reads, and none of what is done to images."""
         if self.task.is_text != self.model.is_reader:
             raise ValueError(
-                f"task.kind={self.task.kind} is of {'texts' if self.task.is_text else 'images'}, which "
+                f"task.kind={self.task.kind} has {'texts' if self.task.is_text else 'images'}, which "
                 f"model.kind={self.model.kind} does not take"
             )
         if self.task.is_text != (self.augment.kind == "none"):
-            raise ValueError(f"augment=none is for texts and nothing else, got augment.kind={self.augment.kind}")
+            raise ValueError(f"augment=none is for texts, and for texts alone: got augment.kind={self.augment.kind}")
         if self.task.is_text and (self.optim.mixup or self.optim.cutmix):
-            raise ValueError("mixup and CutMix mix pixels: of texts both are 0")
+            raise ValueError("mixup and CutMix mix pixels: with texts, optim.mixup=0 and optim.cutmix=0")
         if (self.optim.loss == "likelihood") != (self.model.head == "prompt"):
-            raise ValueError("optim.loss=likelihood is of answers to prompts, model.head=prompt, and belongs to it")
+            raise ValueError("optim.loss=likelihood and model.head=prompt belong together: answers to prompts")
         if self.model.head == "prompt" and not self.task.answers:
             raise ValueError(f"{len(self.task.options)} task.options are more than a prompt has letters")
         return self
@@ -241,7 +217,7 @@ class Experiment:
 
 @closed
 class OnlyTask:
-    """What is looked at before there is an experiment."""
+    """A task without the rest of an experiment, as python -m tasks.check reads it."""
 
     task: AnyTask
 
@@ -266,13 +242,13 @@ def _explain(error: ValidationError, root: type) -> str:
         elif not where or (problem["type"] == "value_error" and isinstance(problem["input"], dict)):
             lines.append(problem["msg"].removeprefix("Value error, "))  # about several settings, which it names
         else:
-            got, said = problem["input"], problem["msg"]
+            got, wanted = problem["input"], problem["msg"]
             if problem["type"] == "union_tag_invalid":  # the kind of a task or of a distribution
-                where, got, said = f"{where}.kind", got["kind"], f"Input should be {problem['ctx']['expected_tags']}"
-            options = re.findall(r"'([^']*)'", said) if said.startswith("Input should be '") else []
-            close = nearest(str(got), options, 1)
-            said = f"{where}: {said}, got {str(got)[:80]!r}"
-            lines.append(said + (f"; near is {close[0]}" if close else ""))
+                where, got, wanted = f"{where}.kind", got["kind"], f"Input should be {problem['ctx']['expected_tags']}"
+            options = re.findall(r"'([^']*)'", wanted) if wanted.startswith("Input should be '") else []
+            near = f"; near is {close[0]}" if (close := nearest(str(got), options, 1)) else ""
+            given = "" if isinstance(got, dict) else f", got {str(got)[:80]!r}"  # a group that lacks a setting
+            lines.append(f"{where}: {wanted}{given}{near}")
     return "; ".join(lines)
 
 
@@ -304,9 +280,14 @@ def parse_values(values: Any) -> Experiment:
     return checked(Experiment, values)
 
 
+def field_of(word: str) -> str:
+    """The dotted name in an override of the command line."""
+    return word.split("=", maxsplit=1)[0].lstrip("+~")
+
+
 def fields_of(typed: Iterable[str]) -> list[str]:
     """The dotted names in overrides of the command line."""
-    return [override.split("=")[0].lstrip("+~") for override in typed]
+    return [field_of(word) for word in typed]
 
 
 def parse_task(cfg: DictConfig, typed: Iterable[str]) -> AnyTask:
@@ -348,7 +329,7 @@ def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
 def _freeing(sweep: Sweep, varied: str) -> str:
     """What to type so that a varied field can be typed."""
     group, field = varied.split(".")
-    if field in {**sweep.draw, **sweep.grid}.get(group, {}):  # type: ignore[call-overload]  # of names of groups
+    if field in {**sweep.draw, **sweep.grid}.get(group, {}):  # type: ignore[call-overload]  # names are those of groups
         way = "draw" if sweep.draw else "grid"
         return f"; to fix it in every row, type '~sweep.{way}.{varied}' too"
     where = f"the column {varied} of {sweep.file}" if sweep.file is not None else "sweep.listed"
@@ -362,7 +343,7 @@ def load(experiment: str, *overrides: str) -> Experiment:
 
 def _composed(experiment: str, words: Sequence[str]) -> DictConfig:
     """Hydra's answer. That to an experiment and its groups takes 0.2 s and is kept; fields are set in a copy of it."""
-    groups = [word for word in words if (CONFIGS / word.lstrip("+~").split("=")[0]).is_dir()]
+    groups = [word for word in words if (CONFIGS / field_of(word)).is_dir()]
     kept = _of_files((f"experiment={experiment}", *groups), _last_change())
     if len(groups) == len(words):
         return kept
@@ -372,7 +353,7 @@ def _composed(experiment: str, words: Sequence[str]) -> DictConfig:
             config = deepcopy(kept)
             ConfigLoaderImpl._apply_overrides_to_config(fields, config)
             return config
-    return _of_files.__wrapped__((f"experiment={experiment}", *words), None)
+    return composed(f"experiment={experiment}", *words)
 
 
 def _last_change() -> int:
@@ -381,7 +362,12 @@ def _last_change() -> int:
 
 
 @lru_cache(maxsize=128)
-def _of_files(words: tuple[str, ...], changed: int | None) -> DictConfig:
+def _of_files(words: tuple[str, ...], changed: int) -> DictConfig:
+    return composed(*words)
+
+
+def composed(*words: str) -> DictConfig:
+    """Hydra's answer to configs/config.yaml with these words."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("config", list(words))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from configs.errors import InterruptedBySignalError, UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a job away, and what it can be told to
-POLL_SECONDS = 5  # between two looks for a file that another task of the array writes
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends one before it takes a job away, the other if asked
+POLL_SECONDS = 5  # between two checks for a file that another task of the array writes
 ASK_SECONDS = 30  # between two questions to SLURM, which all tasks ask
 UNKNOWN_SECONDS = 1800  # that a task is waited for that is not in the queue, e.g. since what it made is seen late
 CLIENT_SECONDS = 60  # for an answer of squeue or sacct
@@ -22,19 +22,19 @@ FIRST_INDEX = "MODEL_SOUPS_FIRST"  # variable of a job: what its array's index 0
 
 
 @dataclass(frozen=True)
-class Job:
+class RunningJob:
     """The job that this process belongs to."""
 
-    job: str  # as scontrol calls it: 17, or 12_3, the task 3 of the array 12
+    job: str  # its id for scontrol: 17, or 12_3, the task 3 of the array 12
     restarts: int  # how often it was requeued, by whomever
-    nodes: str  # as SLURM lists them, e.g. node[1-2]
+    nodes: str  # SLURM's list of them, e.g. node[1-2]
 
 
-def this_job(environment: Mapping[str, str] = os.environ) -> Job | None:
+def this_job(environment: Mapping[str, str] = os.environ) -> RunningJob | None:
     """The SLURM job of this process, or None outside of one.
 
     >>> this_job({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"})
-    Job(job='12_3', restarts=0, nodes='')
+    RunningJob(job='12_3', restarts=0, nodes='')
     """
     if "SLURM_JOB_ID" not in environment:
         return None
@@ -42,7 +42,7 @@ def this_job(environment: Mapping[str, str] = os.environ) -> Job | None:
     if "SLURM_ARRAY_TASK_ID" in environment:
         name = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    return Job(name, restarts, environment.get("SLURM_JOB_NODELIST", ""))
+    return RunningJob(name, restarts, environment.get("SLURM_JOB_NODELIST", ""))
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -79,7 +79,7 @@ def requeueing(limit: int) -> Iterator[None]:
         raise
 
 
-def _requeue(job: Job, limit: int) -> None:
+def _requeue(job: RunningJob, limit: int) -> None:
     if job.restarts >= limit:
         raise UserError(
             f"job {job.job} has saved its state, but was restarted {job.restarts} times, "
@@ -88,9 +88,9 @@ def _requeue(job: Job, limit: int) -> None:
     try:
         subprocess.run(["scontrol", "requeue", job.job], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        answer = getattr(error, "stderr", None) or str(error)
         raise UserError(
-            f"job {job.job} has saved its state, but cannot go back into the queue ({said.strip()}): "
+            f"job {job.job} has saved its state, but cannot go back into the queue ({answer.strip()}): "
             "send it again to continue"
         ) from None
     print(f"job {job.job} is back in the queue, restart {job.restarts + 1} of at most {limit}", flush=True)
@@ -152,8 +152,8 @@ def accounted(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
     call = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason"]
     found: dict[str, tuple[str, str]] = {}
     for line in _output([*call, f"--jobs={','.join(jobs)}"]).splitlines():
-        name, told, reason = line.split("|", 2)
-        state = told.split()[0] if told.strip() else "UNKNOWN"  # CANCELLED by 1000
+        name, states, reason = line.split("|", 2)
+        state = states.split()[0] if states.strip() else "UNKNOWN"  # the first word of: CANCELLED by 1000
         found |= dict.fromkeys(_tasks(name), (state, reason if state == "CANCELLED" else "None"))
     return found
 

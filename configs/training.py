@@ -1,33 +1,32 @@
-"""Settings of what a row trains: network, optimiser, augmentation, regularisation, and the sweep that varies them."""
+"""Settings of what a row trains: network, optimiser, augmentation, regularisation, and the sweep that varies them.
 
+The comment beside a setting, or in the lines above it, is what --help prints.
+"""
+
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import AfterValidator, Field, model_validator
 
-from configs.tables import read_table
-
-closed = dataclass(config=ConfigDict(extra="forbid", frozen=True), kw_only=True)
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-
-
-def default_of(kind: type, setting: str) -> Any:
-    """A setting's default; `pydantic_core.PydanticUndefined` where it has none."""
-    return kind.__pydantic_fields__[setting].get_default(call_default_factory=True)  # type: ignore[attr-defined]
-
+from configs.data import KINDS, ImageFiles, Parquet
+from configs.fields import Count, Fraction, Natural, Needs, NonNegative, Positive, Probability, closed
+from configs.sweep_csv import read_table
 
 EMBEDDED = ("emoji_clip", "imagenet_lite0", "minilm")  # from files of the project or of a package
 PROMPTED = ("masked_lm", "seq2seq_lm")  # language models that answer a prompt, by transformers
 READERS = ("minilm", "text_encoder", *PROMPTED)  # kinds of models that read texts
-SMALLEST_FACTORED = 32  # of optim.kind=adafactor: narrower matrices keep whole second moments, as in Big Vision
+SEERS = ("emoji_clip", "imagenet_lite0", "open_clip", "timm", "transformers")  # kinds that see images
+FROM_FILES = ("emoji_clip", *SEERS[2:], *READERS)  # kinds whose weights can be a local file
+HEADS = ("linear_probe", "zero_shot", "random")  # where a head is put on the network
+CROPPED = ("minimal", "medium", "rand", "auto")  # augmentations that are one random crop, and more
+IMAGES, IMAGES_IF_TYPED = Needs("model.kind", *SEERS), Needs("model.kind", *SEERS, typed_only=True)
+CROPS, RAND = Needs("augment.kind", *CROPPED), Needs("augment.kind", "rand")
+PHOTOGRAPHS = Needs("task.kind", *(kind for kind, each in KINDS.items() if issubclass(each, ImageFiles | Parquet)))
+RESIZED = Needs("compute.resized", typed_only=True)
+SMALLEST_FACTORED = 32  # with optim.kind=adafactor narrower matrices keep whole second moments, as in Big Vision
 
-Group = Literal["task", "model", "optim", "augment", "regularizer"]  # what a sweep may vary
+Group = Literal["task", "model", "optim", "augment", "regularizer"]  # groups that a sweep may vary
 
 
 @closed
@@ -47,29 +46,36 @@ class Model:
         "masked_lm",
         "seq2seq_lm",
     ]
-    name: str | None = None  # as the library calls it, transformers for the last four; null for the embedded kinds
-    pretrained: str | None = None  # of open_clip: which of the weights that it knows for `name`
-    weights: Path | None = None  # a local file or folder, in place of the library's download
+    name: str | None = None  # the library's name of it, transformers' for the last four; null for the embedded kinds
+    pretrained: str | None = None  # which of the weights that open_clip knows for `name`
+    # a local file or folder, in place of the library's download
+    weights: Annotated[Path | None, Needs("model.kind", *FROM_FILES)] = None
     proxy_for: str | None = None  # the paper's model in whose place it stands; named wherever its numbers are
-    image_size: Count  # pixels, square, of training crops
-    max_length: Annotated[int, Field(ge=16)] = 128  # tokens of a text, of which the longest field is shortened
-    eval_size: Count | None = None  # pixels, square, at evaluation; null: image_size
-    eval_resize: Count | None = None  # to which an image is resized before the centre crop; null: eval_size
-    squash: bool = False  # at evaluation: resize both sides, not the shorter one
-    normalize: bool  # features have unit norm before the head, as the authors' wrapper around CLIP has it
+    image_size: Annotated[Count, IMAGES_IF_TYPED]  # pixels, square, of training crops
+    # tokens of a text; of a longer one the longest field is shortened
+    max_length: Annotated[int, Field(ge=16), Needs("model.kind", *READERS)] = 128
+    eval_size: Annotated[Count | None, IMAGES] = None  # pixels, square, at evaluation; null: image_size
+    # to which an image is resized before the centre crop; null: eval_size
+    eval_resize: Annotated[Count | None, IMAGES] = None
+    squash: Annotated[bool, IMAGES] = False  # at evaluation resize both sides, not the shorter one
+    # features have unit norm before the head, as the authors' wrapper around CLIP has it
+    normalize: Annotated[bool, Needs("model.head", *HEADS, typed_only=True)]
     # the initialisation of the classifier (Section 3.1); prompt: there is none, a language model answers (Appendix J.5)
     head: Literal["linear_probe", "zero_shot", "random", "prompt"]
-    templates: Literal["openai", "emoji", "sentiment", "name"] | None = None  # prompts of the zero-shot model: CLIP's
-    # 80, icons', of opinions, the class name alone; null: there is none, as of towers without text
-    head_of: str | None = None  # a run in paths.runs: a row starts with the head of that run's row 0, not of its own
-    train_head: bool = True  # false: the head stays as it was initialised (Appendix E)
-    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0  # of emoji_clip: stem and this many stages get no gradient
-    frozen_batch_norm: bool = True  # batch norms keep the pretrained statistics, in every ingredient the same
-    probe_loss: Literal["softmax", "bce"] = (
-        "softmax"  # of the linear probe; bce is a binary one for each class, for rows
-    )
-    # that are trained with optim.loss=bce (Appendix J.2.3)
-    probe_c: tuple[Positive, ...]  # inverse regularisation of the linear probe; the best on held-out is taken
+    # prompts of the zero-shot model: CLIP's 80, those for icons, for opinions, or the class name alone; null: none, for
+    # towers without a text encoder
+    templates: Literal["openai", "emoji", "sentiment", "name"] | None = None
+    head_of: str | None = None  # a run in paths.runs: a row starts with the head of that run's row 0, not with its own
+    train_head: Annotated[bool, Needs("model.head", *HEADS)] = True  # false: the head stays as initialised (Appendix E)
+    # with emoji_clip: the stem and this many stages get no gradient
+    frozen_stages: Annotated[int, Field(ge=0, le=7)] = 0
+    # batch norms keep the pretrained statistics, in every ingredient the same
+    frozen_batch_norm: Annotated[bool, IMAGES] = True
+    # loss of the linear probe; bce is a binary one for each class, for rows that are trained with optim.loss=bce
+    # (Appendix J.2.3)
+    probe_loss: Literal["softmax", "bce"] = "softmax"
+    # inverse regularisation of the linear probe; the best on held-out is taken
+    probe_c: Annotated[tuple[Positive, ...], Needs("model.head", "linear_probe", typed_only=True)]
 
     @model_validator(mode="after")
     def names_what_its_library_needs(self) -> "Model":
@@ -77,7 +83,7 @@ class Model:
         if (self.name is None) != (self.kind in EMBEDDED):
             raise ValueError(f"model.kind={self.kind} {'has no name' if self.name else 'needs model.name'}")
         if self.frozen_stages and self.kind != "emoji_clip":
-            raise ValueError("model.frozen_stages is for the embedded model")
+            raise ValueError("model.frozen_stages is for model.kind=emoji_clip, the embedded model")
         if self.head == "zero_shot" and self.templates is None:
             raise ValueError("model.head=zero_shot needs prompts: model.templates=openai, emoji, sentiment or name")
         if (self.head == "prompt") != (self.kind in PROMPTED) or (self.head == "prompt" and self.templates):
@@ -106,27 +112,28 @@ class Optim:
     kind: Literal["adamw", "adam", "rmsprop", "sgd", "adafactor"] = "adamw"
     lr: Positive  # peak, per optimizer step
     weight_decay: NonNegative  # decoupled in adamw and adafactor, added to the gradient in the others
-    decay: Literal["weights", "all"] = "weights"  # what weight_decay shrinks: all but biases and norms, or all
-    # parameters, as the authors' script does
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd, rmsprop and adafactor
+    # weight_decay shrinks all parameters but biases and norms, or all of them, as the authors' script does
+    decay: Annotated[Literal["weights", "all"], Needs("optim.weight_decay", typed_only=True)] = "weights"
+    momentum: Annotated[float, Field(ge=0, lt=1), Needs("optim.kind", "sgd", "rmsprop", "adafactor")] = 0.9
     schedule: Literal["cosine", "constant", "linear", "cosine_restarts"] = "cosine"  # after the warm-up
-    cycles: Count = 1  # of cosine_restarts
-    epochs: Count
+    cycles: Annotated[Count, Needs("optim.schedule", "cosine_restarts")] = 1  # how many the schedule has
+    epochs: Annotated[Count, Needs("optim.steps", None, typed_only=True)]
     steps: Count | None = None  # how long it trains, in place of epochs
     batch_size: Annotated[int, Field(ge=2, multiple_of=2)]  # images per step over all GPUs; even, for mixup's pairs
     warmup_steps: Natural  # linear from lr / warmup_steps
-    clip_norm: Positive | None  # of the whole gradient; null: not clipped
-    loss: Literal["softmax", "bce", "likelihood"] = "softmax"  # cross-entropy, a binary one for each class, or that of
-    # the answer's tokens over the whole vocabulary, of prompts
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    clip_norm: Positive | None  # largest norm of the whole gradient; null: not clipped
+    # cross-entropy; bce: a binary one for each class; likelihood, for prompts: that of the answer's tokens over the
+    # whole vocabulary
+    loss: Literal["softmax", "bce", "likelihood"] = "softmax"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1), Needs("optim.loss", "softmax", "bce")]
     mixup: NonNegative  # alpha of the Beta distribution; 0 is off
     cutmix: NonNegative = 0.0  # alpha; 0 is off; with both on, each batch takes one of them by a fair coin
     seed: Natural | None = None  # names data order and augmentation; null: each row has its own
-    evaluate_every: Natural = 0  # steps between looks at held-out during training; 0: never
-    keep: Literal["last", "best"] = "last"  # which weights a row ends with: the last, or the best looked at
+    evaluate_every: Natural = 0  # steps between evaluations on held-out during training; 0: never
+    keep: Literal["last", "best"] = "last"  # which weights a row ends with: the last, or the best evaluated ones
 
     @model_validator(mode="after")
-    def best_is_looked_for(self) -> "Optim":
+    def best_has_evaluations(self) -> "Optim":
         """A best checkpoint needs evaluations to be the best of."""
         if self.keep == "best" and self.evaluate_every == 0:
             raise ValueError("optim.keep=best needs optim.evaluate_every")
@@ -137,20 +144,23 @@ class Optim:
 class Augment:
     """configs/augment/*.yaml"""
 
-    kind: Literal["minimal", "medium", "rand", "auto", "stochastic", "none"]  # none: of texts
-    crop: Annotated[float, Field(gt=0, le=1)] | None = None  # smallest share of the image that a random crop keeps;
-    # null: 0.9 of minimal (Appendix J.2.1), 0.08 of the others, timm's
-    aspect: Annotated[float, Field(gt=0, le=1)] = 0.75  # narrowest crop, width to height; the widest is its inverse
-    flip: Probability = 0.5  # horizontal; of all kinds but minimal
-    color_jitter: NonNegative = 0.0  # of medium: brightness, contrast and saturation change by up to this share
-    magnitude: Annotated[int, Field(ge=0, le=30)] = 0  # of rand: RandAugment's M
-    layers: Annotated[int, Field(ge=0, le=8)] = 0  # of rand: RandAugment's N
-    magnitude_max: Annotated[int, Field(ge=1, le=30)] = 10  # of rand: M acts up to this; 10 is timm's own limit
-    increasing: bool = True  # of rand: timm's inc1, where every operation is stronger at a larger M
-    fill: Literal["white", "mean"] = "white"  # of rand and auto: what comes from beyond the image's edges; mean: the
-    # colour that the model subtracts, as in timm
-    last_epochs_minimal: Natural = 0  # fix-aug (Table L.2): the last epochs see crops of 90 % and more, nothing else
-    among: tuple["Augment", ...] = ()  # of stochastic: each sample gets one of these, all equally likely (Table L.1)
+    kind: Literal["minimal", "medium", "rand", "auto", "stochastic", "none"]  # none: for texts
+    # smallest share of the image that a random crop keeps; null: 0.9 for minimal (Appendix J.2.1), 0.08 for the others,
+    # timm's; stochastic has its own in augment.among
+    crop: Annotated[Fraction | None, CROPS] = None
+    aspect: Annotated[Fraction, CROPS] = 0.75  # narrowest crop, width to height; the widest is its inverse
+    flip: Annotated[Probability, Needs("augment.kind", "medium", "rand", "auto")] = 0.5  # horizontal
+    # brightness, contrast and saturation change by up to this share
+    color_jitter: Annotated[NonNegative, Needs("augment.kind", "medium")] = 0.0
+    magnitude: Annotated[int, Field(ge=0, le=30), RAND] = 0  # RandAugment's M
+    layers: Annotated[int, Field(ge=0, le=8), RAND] = 0  # RandAugment's N
+    magnitude_max: Annotated[int, Field(ge=1, le=30), RAND] = 10  # M acts up to this; 10 is timm's own limit
+    increasing: Annotated[bool, RAND] = True  # timm's inc1, where every operation is stronger at a larger M
+    # colour of what comes from beyond the image's edges; mean: the one that the model subtracts, as in timm
+    fill: Annotated[Literal["white", "mean"], Needs("augment.kind", "rand", "auto")] = "white"
+    # fix-aug (Table L.2): the last epochs see crops of 90 % and more, nothing else
+    last_epochs_minimal: Annotated[Natural, Needs("augment.kind", *CROPPED, "stochastic")] = 0
+    among: tuple["Augment", ...] = ()  # stochastic chooses from these for each sample, all equally likely (Table L.1)
 
     @model_validator(mode="after")
     def stochastic_has_a_choice(self) -> "Augment":
@@ -180,9 +190,9 @@ class Sam:
 class Distill:
     """Distillation from an ensemble (Table L.1)."""
 
-    rows: Annotated[tuple[Count, ...], Field(min_length=1)]  # of this sweep, trained before: the teachers
-    temperature: Positive = 1.0  # of teachers and student
-    weight: Probability = 1.0  # of the teachers; the labels have the rest
+    rows: Annotated[tuple[Count, ...], Field(min_length=1)]  # the teachers, rows of this sweep that are trained before
+    temperature: Positive = 1.0  # divides the logits of teachers and student
+    weight: Probability = 1.0  # the teachers' part of the loss; the labels have the rest
 
 
 @closed
@@ -190,7 +200,8 @@ class Regularizer:
     """configs/regularizer/*.yaml: Appendix L, and the ViT-G protocol's EMAs."""
 
     ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()  # decays per step, each of them kept
-    ema_ramp: bool = False  # decays start low: after t steps at most (1 + t) / (10 + t), TensorFlow's num_updates
+    # decays start low: after t steps at most (1 + t) / (10 + t), TensorFlow's num_updates
+    ema_ramp: Annotated[bool, Needs("regularizer.ema")] = False
     swa: Swa | None = None
     sam: Sam | None = None
     distill: Distill | None = None
@@ -222,21 +233,25 @@ def arithmetic(precision: str, *, tf32: bool) -> str:
 class Compute:
     """configs/compute/*.yaml: how a row is computed. Its weights depend on the precision and on how images are read."""
 
-    precision: Literal["fp32", "bf16", "fp16"]  # of forward passes; weights and optimiser are float32
-    eval_precision: Literal["fp32", "bf16", "fp16"] | None = None  # of evaluation; null: `precision`
+    precision: Literal["fp32", "bf16", "fp16"]  # in forward passes; weights and optimiser are float32
+    eval_precision: Literal["fp32", "bf16", "fp16"] | None = None  # at evaluation; null: `precision`
     micro_batch: Count | None  # images a forward pass on one process; null: all of the process's share at once
     strategy: Literal["ddp", "fsdp"]  # with several processes: whole copies, or sharded parameters (FSDP2)
     compile: bool  # torch.compile
-    channels_last: bool  # memory format of images and convolutions
+    channels_last: Annotated[bool, IMAGES_IF_TYPED]  # memory format of images and convolutions
     gradient_checkpointing: bool  # forward passes of blocks are done again in the backward pass, to save memory
     eval_batch: Count | None  # images a forward pass at evaluation; null: as many as fit into the GPU's memory
-    decoded: Path | None  # a folder for uint8 copies of decoded images under fixed transforms; null: decode each time
-    loader_workers: Natural  # processes that decode and augment, for each training process; 0: in the process itself
+    # a folder for uint8 copies of decoded images under fixed transforms; null: decode each time
+    decoded: Annotated[Path | None, IMAGES_IF_TYPED]
+    # processes that decode and augment, for each training process; 0: in the process itself
+    loader_workers: Annotated[Natural, IMAGES_IF_TYPED]
     save_every: Natural  # steps between two states on disk; 0: at the end of each epoch only
-    decoder: Literal["pillow", "simplejpeg"] = "pillow"  # of training images; PyTorch resizes what simplejpeg decodes
-    resized: Count | None = None  # pixels of the shorter side of copies that training reads, made once; null: none
-    resized_quality: Annotated[int, Field(ge=1, le=100)] = 90  # JPEG quality of these copies
-    resized_to: Path = Path("runs/resized")  # a folder for these copies, of all data sets
+    # reads training images; PyTorch resizes what simplejpeg decodes
+    decoder: Annotated[Literal["pillow", "simplejpeg"], PHOTOGRAPHS] = "pillow"
+    # pixels of the shorter side of copies that training reads, made once; null: none
+    resized: Annotated[Count | None, PHOTOGRAPHS] = None
+    resized_quality: Annotated[int, Field(ge=1, le=100), RESIZED] = 90  # JPEG quality of these copies
+    resized_to: Annotated[Path, RESIZED] = Path("runs/resized")  # a folder for these copies, of all data sets
     tf32: bool = False  # on GPUs: products and convolutions of float32 with 10 bits of mantissa, which is faster
     deterministic: bool = False  # on GPUs: the same bits each time, by slower kernels; without, sums change their order
 
@@ -246,15 +261,6 @@ class Compute:
         return self.eval_precision or self.precision
 
 
-Ends = TypeVar("Ends", "LogUniform", "ZeroOrUniform", "Integers")
-
-
-def _ordered(law: Ends) -> Ends:
-    if law.low > law.high:
-        raise ValueError(f"low={law.low:g} is above high={law.high:g}")
-    return law
-
-
 @closed
 class LogUniform:
     """10 to the power of a uniform exponent in [low, high)."""
@@ -262,11 +268,6 @@ class LogUniform:
     kind: Literal["log10_uniform"]
     low: float
     high: float
-
-    @model_validator(mode="after")
-    def ends_are_in_order(self) -> "LogUniform":
-        """From low to high."""
-        return _ordered(self)
 
 
 @closed
@@ -278,11 +279,6 @@ class ZeroOrUniform:
     low: float
     high: float
 
-    @model_validator(mode="after")
-    def ends_are_in_order(self) -> "ZeroOrUniform":
-        """From low to high."""
-        return _ordered(self)
-
 
 @closed
 class Integers:
@@ -291,11 +287,6 @@ class Integers:
     kind: Literal["integers"]
     low: int
     high: int
-
-    @model_validator(mode="after")
-    def ends_are_in_order(self) -> "Integers":
-        """From low to high."""
-        return _ordered(self)
 
 
 @closed
@@ -306,7 +297,16 @@ class Choice:
     values: Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 
 
-Distribution = Annotated[LogUniform | ZeroOrUniform | Integers | Choice, Field(discriminator="kind")]
+AnyLaw = LogUniform | ZeroOrUniform | Integers | Choice
+
+
+def _ordered(law: AnyLaw) -> AnyLaw:
+    if not isinstance(law, Choice) and law.low > law.high:
+        raise ValueError(f"low={law.low:g} is above high={law.high:g}")
+    return law
+
+
+Distribution = Annotated[AnyLaw, Field(discriminator="kind"), AfterValidator(_ordered)]
 
 
 @closed
@@ -316,7 +316,7 @@ class Sweep:
     Rows differ by what is listed, in a file or here, times a grid, or by draws, or by their random stream alone.
     """
 
-    rows: Count | None = None  # how many are drawn; of lists and grids, how many there are is theirs
+    rows: Count | None = None  # how many are drawn or in the file; null for lists and grids, which have their own
     seed: int = 0
     draw: dict[Group, dict[str, Distribution]] = Field(default_factory=dict)  # group -> field -> its distribution
     listed: tuple[dict[Group, dict[str, Any]], ...] = ()  # for each row, group -> field -> value
@@ -324,9 +324,8 @@ class Sweep:
     file: Path | None = None  # a csv in place of `listed`: a row a line, columns named as in optim.lr
     best_of: Path | None = None  # the folder of another experiment's run: optim and augment are those of its best row
     index: Natural | None = None  # train this row only, as an array job does
-    imported: Path | None = (
-        None  # a folder with model_<row>.pt: rows are not trained but are the authors' released ones
-    )
+    # a folder with model_<row>.pt: rows are not trained but are the authors' released ones
+    imported: Path | None = None
 
     @model_validator(mode="after")
     def rows_come_from_one_place(self) -> "Sweep":
@@ -336,7 +335,7 @@ class Sweep:
         if self.listed and self.file:
             raise ValueError("sweep.listed and sweep.file exclude each other")
         if (self.rows is None) != bool(self.listed or self.grid):
-            raise ValueError("sweep.rows says how many rows are drawn or in the file; of listed and grid it is null")
+            raise ValueError("sweep.rows says how many rows are drawn or in the file; with listed and grid it is null")
         return self
 
     @property
@@ -344,10 +343,7 @@ class Sweep:
         """How many fine-tuned rows there are."""
         if self.rows is not None:
             return self.rows
-        combinations = 1
-        for fields in self.grid.values():
-            for values in fields.values():
-                combinations *= len(values)
+        combinations = math.prod(len(values) for fields in self.grid.values() for values in fields.values())
         return max(1, len(self.listed)) * combinations
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import Experiment, dump
 from configs.slurm import wait_in_array
-from configs.tables import ROOT
+from configs.sweep_csv import ROOT
 from eval.forward import Evaluator
 from finetune.finish import complete, save_trained, sole_writers
 from finetune.state import end_if, interruptions

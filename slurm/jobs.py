@@ -10,8 +10,8 @@ from typing import Literal
 import pandas as pd
 
 from analysis.artefacts import FORWARD, forward_artefacts
-from configs.clusters import Slurm
 from configs.errors import UserError
+from configs.machines import Slurm
 from configs.schema import Experiment, replicate
 from configs.slurm import FIRST_INDEX
 from eval.pool import is_scored

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from configs.schema import Experiment, dump
-from configs.tables import ROOT
+from configs.sweep_csv import ROOT
 from soups.files.atomic import digest_of, read_json, write_json
 
 PRINTED = "printed.json"

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from configs.data import AnyTask
 from configs.errors import UserError
 from configs.schema import SEARCHED, Experiment, checked, dump, parse_values
-from configs.tables import read_table
+from configs.sweep_csv import read_table
 from configs.training import (
     Augment,
     Choice,

@@ -17,15 +17,8 @@ from torch import nn
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(
-        collections.OrderedDict(
-            conv=nn.Conv2d(3, 8, 3),
-            bn=nn.BatchNorm2d(8),
-            pool=nn.AdaptiveAvgPool2d(4),
-            flat=nn.Flatten(),
-            fc=nn.Linear(128, 3),
-        )
-    )
+    layers = {"conv": nn.Conv2d(3, 8, 3), "bn": nn.BatchNorm2d(8), "pool": nn.AdaptiveAvgPool2d(4)}
+    return nn.Sequential(collections.OrderedDict(**layers, flat=nn.Flatten(), fc=nn.Linear(128, 3)))
 
 
 START = network().state_dict()
@@ -59,6 +52,22 @@ def optimizer():
     return found.state_dict()
 
 
+def held(key, **beside):
+    """What a training script keeps: a state under a key, and more."""
+    return lambda i: {key: model(i), **beside}
+
+
+def lightning(**hyperparameters):
+    callbacks = {"ModelCheckpoint": {"best": torch.tensor(1.0)}}
+    known = {"epoch": 1, "pytorch-lightning_version": "2.1", "callbacks": callbacks}
+    return lambda i: known | {"state_dict": prefixed("model.", i), "hyper_parameters": hyperparameters}
+
+
+def timm(**more):
+    """Weights with their moving average beside them."""
+    return lambda i: {"state_dict": model(i), "state_dict_ema": model(i + 10), **more}
+
+
 def pickles(suffix, make):
     """A writer of two files of torch.save."""
 
@@ -84,79 +93,60 @@ def _mixed(folder):
     save_file(model(3), folder / "m3.safetensors")
 
 
-def _scripted(folder):
-    for i in range(2):
-        torch.jit.script(network()).save(str(folder / f"m{i}.pt"))
+def each(save):
+    """A writer of two files or folders: `save` gets the number of one and its path."""
+
+    def write(folder):
+        for i in range(2):
+            save(i, folder / f"m{i}")
+
+    return write
 
 
-def _arrays(folder):
-    for i in range(2):
-        state = {name: tensor.numpy() for name, tensor in model(i).items()}
-        torch.save(state, folder / f"m{i}.pt")
+def _arrays(i):
+    return {name: tensor.numpy() for name, tensor in model(i).items()}
 
 
 def _truncated(folder):
-    for i in range(2):
-        torch.save(model(i), folder / f"m{i}.pt")
+    pickles(".pt", model)(folder)
     whole = (folder / "m1.pt").read_bytes()
     (folder / "m1.pt").write_bytes(whole[: len(whole) // 2])
 
 
-def _adapters(folder):
-    for i in range(2):
-        (folder / f"m{i}").mkdir()
-        state = {
-            f"base_model.model.q.lora_{side}.weight": torch.randn(2, 4) if side == "A" else torch.randn(4, 2)
-            for side in "AB"
-        }
-        save_file(state, folder / f"m{i}/adapter_model.safetensors")
-        (folder / f"m{i}/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+def _adapter(i, folder):
+    folder.mkdir()
+    shapes = {"A": (2, 4), "B": (4, 2)}
+    state = {f"base_model.model.q.lora_{side}.weight": torch.randn(shape) for side, shape in shapes.items()}
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
 
 
-def _heads(folder):
-    for i in range(2):
-        state = model(i)
-        if i:
-            state |= {"fc.weight": torch.randn(5, 128), "fc.bias": torch.randn(5)}
-        save_file(state, folder / f"m{i}.safetensors")
+def _heads(i):
+    return model(i) | ({"fc.weight": torch.randn(5, 128), "fc.bias": torch.randn(5)} if i else {})
 
 
 def _ids(i):
     return model(i) | ({"position_ids": torch.arange(5)[None]} if i else {})
 
 
-def _shards(folder):
+def shards(save, stem, suffix):
     """Two shards and their index, as save_pretrained writes them."""
-    for i in range(2):
-        inside = folder / f"m{i}"
-        inside.mkdir()
-        names = sorted(model(i))
-        halves = names[:3], names[3:]
-        where = {}
-        for k, half in enumerate(halves):
-            file = f"model-0000{k + 1}-of-00002.safetensors"
-            save_file({name: model(i)[name] for name in half}, inside / file)
-            where |= dict.fromkeys(half, file)
-        (inside / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
-
-def _shards_of_pickles(folder):
-    for i in range(2):
-        inside = folder / f"m{i}"
-        inside.mkdir()
-        names = sorted(model(i))
-        where = {}
+    def write(i, folder):
+        folder.mkdir()
+        names, where = sorted(model(i)), {}
         for k, half in enumerate((names[:3], names[3:])):
-            file = f"pytorch_model-0000{k + 1}-of-00002.bin"
-            torch.save({name: model(i)[name] for name in half}, inside / file)
+            file = f"{stem}-0000{k + 1}-of-00002.{suffix}"
+            save({name: model(i)[name] for name in half}, folder / file)
             where |= dict.fromkeys(half, file)
-        (inside / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+    return each(write)
 
 
-def _lone_shard(folder):
-    for i in range(2):
-        (folder / f"m{i}").mkdir()
-        save_file(model(i), folder / f"m{i}/model-00001-of-00002.safetensors")
+def _lone_shard(i, folder):
+    folder.mkdir()
+    save_file(model(i), folder / "model-00001-of-00002.safetensors")
 
 
 def random(i):
@@ -189,187 +179,109 @@ def _quantised(i):
     return model(i) | {"fc.weight": torch.quantize_per_tensor(model(i)["fc.weight"], 0.1, 0, torch.qint8)}
 
 
-LIT = {"epoch": 1, "pytorch-lightning_version": "2.1", "callbacks": {"ModelCheckpoint": {"best": torch.tensor(1.0)}}}
+def _strides(i):
+    last = torch.channels_last
+    return {name: tensor.to(memory_format=last) if tensor.ndim == 4 else tensor for name, tensor in model(i).items()}
+
+
+ARGS = argparse.Namespace(lr=1e-3)
+SCALARS = {"none": torch.zeros(0, 4), "scale": torch.tensor(1.5)}
+HALVES = (torch.bfloat16, torch.float16)
 # what it is, a name for its folder, how it is made, what is typed besides the files
 KINDS = [
-    ("state dict", "plain", pickles(".pt", model), []),
-    ("state dict, `.pth.tar`", "tar", pickles(".pth.tar", model), []),
-    ("state dict without a suffix", "no_suffix", pickles("", model), []),
-    ("safetensors", "safetensors", safe(model), []),
+    ("state dict", "plain", pickles(".pt", model)),
+    ("state dict, `.pth.tar`", "tar", pickles(".pth.tar", model)),
+    ("state dict without a suffix", "no_suffix", pickles("", model)),
+    ("safetensors", "safetensors", safe(model)),
     (
         "`state_dict` beside an optimizer",
         "optimizer_beside",
-        pickles(".pt", lambda i: {"state_dict": model(i), "optimizer": optimizer(), "epoch": i, "arch": "net"}),
-        [],
+        pickles(".pt", held("state_dict", optimizer=optimizer(), epoch=1, arch="net")),
     ),
     (
         "`model` beside an optimizer and a schedule",
         "schedule",
-        pickles(".pth", lambda i: {"model": model(i), "optimizer": optimizer(), "lr_scheduler": {"x": 1}}),
-        [],
+        pickles(".pth", held("model", optimizer=optimizer(), lr_scheduler={"x": 1})),
     ),
-    ("`model.` before all names, and no key", "named_model", pickles(".ckpt", lambda i: prefixed("model.", i)), []),
-    (
-        "Lightning, `epoch=0-step=100.ckpt`",
-        "lightning",
-        pickles(
-            "-epoch=0-step=100.ckpt",
-            lambda i: LIT | {"state_dict": prefixed("model.", i), "hyper_parameters": {"lr": 0.1}},
-        ),
-        [],
-    ),
+    ("`model.` before all names, and no key", "named_model", pickles(".ckpt", lambda i: prefixed("model.", i))),
+    ("Lightning, `epoch=0-step=100.ckpt`", "lightning", pickles("-epoch=0-step=100.ckpt", lightning(lr=0.1))),
     (
         "Lightning with omegaconf hyperparameters",
         "omegaconf",
-        pickles(
-            ".ckpt",
-            lambda i: LIT | {"state_dict": prefixed("model.", i), "hyper_parameters": OmegaConf.create({"lr": 0.1})},
-        ),
-        [],
+        pickles(".ckpt", lambda i: lightning()(i) | {"hyper_parameters": OmegaConf.create({"lr": 0.1})}),
     ),
-    (
-        "Lightning with a Path in its hyperparameters",
-        "path",
-        pickles(
-            ".ckpt", lambda i: LIT | {"state_dict": prefixed("model.", i), "hyper_parameters": {"p": pathlib.Path("x")}}
-        ),
-        [],
-    ),
-    (
-        "DeiT: `model`, `args`, optimizer",
-        "deit",
-        pickles(".pth", lambda i: {"model": model(i), "optimizer": optimizer(), "args": argparse.Namespace(lr=1e-3)}),
-        [],
-    ),
-    (
-        "numpy scalars beside the weights",
-        "numpy",
-        pickles(".pt", lambda i: {"state_dict": model(i), "best": np.float64(0.5)}),
-        [],
-    ),
+    ("Lightning with a Path in its hyperparameters", "path", pickles(".ckpt", lightning(p=pathlib.Path("x")))),
+    ("DeiT: `model`, `args`, optimizer", "deit", pickles(".pth", held("model", optimizer=optimizer(), args=ARGS))),
+    ("numpy scalars beside the weights", "numpy", pickles(".pt", held("state_dict", best=np.float64(0.5)))),
     (
         "timm: `state_dict` and `state_dict_ema`",
         "timm",
-        pickles(
-            ".pth.tar",
-            lambda i: {
-                "state_dict": model(i),
-                "state_dict_ema": model(i + 10),
-                "args": argparse.Namespace(lr=1),
-                "metric": 77.1,
-            },
-        ),
-        [],
+        pickles(".pth.tar", timm(args=ARGS, metric=77.1)),
     ),
     (
         "the same with `--key ema`",
         "timm_ema",
-        pickles(
-            ".pth.tar",
-            lambda i: {"state_dict": model(i), "state_dict_ema": model(i + 10), "args": argparse.Namespace(lr=1)},
-        ),
-        ["--key", "ema"],
+        pickles(".pth.tar", timm(args=ARGS)),
+        *("--key", "ema"),
     ),
     (
         "`state_dict` and `state_dict_ema` with `--key state_dict`",
         "timm_raw",
-        pickles(".pth", lambda i: {"state_dict": model(i), "state_dict_ema": model(i + 10)}),
-        ["--key", "state_dict"],
+        pickles(".pth", timm()),
+        *("--key", "state_dict"),
     ),
-    (
-        "`model` and `model_ema`",
-        "model_ema",
-        pickles(".pt", lambda i: {"model_ema": model(i + 10), "model": model(i)}),
-        [],
-    ),
-    ("`ema` alone", "ema_alone", pickles(".pt", lambda i: {"ema": model(i), "epoch": 1}), []),
-    ("`net`", "net", pickles(".pt", lambda i: {"net": model(i), "acc": 1}), []),
-    ("`model_state`", "model_state", pickles(".pt", lambda i: {"model_state": model(i)}), []),
-    ("DeepSpeed: `module`", "module", pickles(".pt", lambda i: {"module": model(i), "epoch": 3}), []),
-    ("DDP and compile, `_orig_mod.module.`", "wrapped", pickles(".pt", lambda i: prefixed("_orig_mod.module.", i)), []),
+    ("`model` and `model_ema`", "model_ema", pickles(".pt", lambda i: {"model_ema": model(i + 10), "model": model(i)})),
+    ("`ema` alone", "ema_alone", pickles(".pt", held("ema", epoch=1))),
+    ("`net`", "net", pickles(".pt", held("net", acc=1))),
+    ("`model_state`", "model_state", pickles(".pt", held("model_state"))),
+    ("DeepSpeed: `module`", "module", pickles(".pt", held("module", epoch=3))),
+    ("DDP and compile, `_orig_mod.module.`", "wrapped", pickles(".pt", lambda i: prefixed("_orig_mod.module.", i))),
     (
         "DDP around compile, `module._orig_mod.`",
         "wrapped_again",
         pickles(".pt", lambda i: prefixed("module._orig_mod.", i)),
-        [],
     ),
-    ("prefixes mixed within a pool", "mixed", _mixed, []),
-    (
-        "SWA: `n_averaged`",
-        "swa",
-        pickles(".pt", lambda i: prefixed("module.", i) | {"n_averaged": torch.tensor(i)}),
-        [],
-    ),
-    ("`_extra_state` is None", "extra_state", pickles(".pt", lambda i: model(i) | {"fc._extra_state": None}), []),
-    ("a plain number among tensors", "number", pickles(".pt", lambda i: model(i) | {"epoch": 3}), []),
-    ("shards of safetensors", "shards", _shards, []),
-    ("shards of pickles", "pickled_shards", _shards_of_pickles, []),
-    ("one shard without its index", "lone_shard", _lone_shard, []),
+    ("prefixes mixed within a pool", "mixed", _mixed),
+    ("SWA: `n_averaged`", "swa", pickles(".pt", lambda i: prefixed("module.", i) | {"n_averaged": torch.tensor(i)})),
+    ("`_extra_state` is None", "extra_state", pickles(".pt", lambda i: model(i) | {"fc._extra_state": None})),
+    ("a plain number among tensors", "number", pickles(".pt", lambda i: model(i) | {"epoch": 3})),
+    ("shards of safetensors", "shards", shards(save_file, "model", "safetensors")),
+    ("shards of pickles", "pickled_shards", shards(torch.save, "pytorch_model", "bin")),
+    ("one shard without its index", "lone_shard", each(_lone_shard)),
     (
         "float32 and float16 in one pool",
         "mixed_kinds",
         safe(lambda i: as_kind(model(i), (torch.float32, torch.float16)[i])),
-        ["--dtype", "F32"],
+        *("--dtype", "F32"),
     ),
     (
         "bfloat16 and float16 in one pool",
         "halves",
-        safe(lambda i: as_kind(model(i), (torch.bfloat16, torch.float16)[i])),
-        ["--dtype", "F32"],
+        safe(lambda i: as_kind(model(i), HALVES[i])),
+        *("--dtype", "F32"),
     ),
-    ("`position_ids` in some files", "position_ids", safe(_ids), []),
-    ("the same with `--only-common`", "only_common", safe(_ids), ["--only-common"]),
-    ("heads of different classes", "heads", _heads, []),
-    ("the same with `--exclude ^fc`", "no_heads", _heads, ["--exclude", "^fc"]),
-    (
-        "transposed, sliced and channels-last tensors",
-        "strides",
-        pickles(
-            ".pt",
-            lambda i: {
-                name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-                for name, tensor in model(i).items()
-            },
-        ),
-        [],
-    ),
-    (
-        "a tensor under two names",
-        "tied",
-        pickles(".pt", _tied),
-        [],
-    ),
-    (
-        "an empty tensor and 0-d tensors",
-        "empty",
-        safe(lambda i: model(i) | {"none": torch.zeros(0, 4), "scale": torch.tensor(1.5 + i)}),
-        [],
-    ),
-    (
-        "the same in files of torch.save",
-        "empty_pickled",
-        pickles(".pt", lambda i: model(i) | {"none": torch.zeros(0, 4), "scale": torch.tensor(1.5 + i)}),
-        [],
-    ),
-    ("a tensor, its name again, and a view of it in another shape", "view", pickles(".pt", _viewed), []),
-    ("LoRA adapters", "lora", _adapters, []),
-    ("float8", "float8", safe(_float8), []),
-    (
-        "complex numbers",
-        "complex",
-        pickles(".pt", lambda i: model(i) | {"w": torch.randn(4, 4, dtype=torch.complex64)}),
-        [],
-    ),
-    ("sparse tensors", "sparse", pickles(".pt", lambda i: model(i) | {"w": torch.eye(4).to_sparse()}), []),
-    ("quantised tensors", "quantised", pickles(".pt", _quantised), []),
-    ("NaN", "nan", pickles(".pt", lambda i: model(i) | {"fc.bias": torch.full((3,), float("nan") if i else 0.0)}), []),
-    ("models of different origins", "elsewhere", _elsewhere, []),
-    ("the same with `--allow-unrelated`", "unrelated", _elsewhere, ["--allow-unrelated"]),
-    ("a whole pickled module", "whole", pickles(".pt", lambda i: network()), []),
-    ("TorchScript", "scripted", _scripted, []),
-    ("arrays of numpy", "arrays", _arrays, []),
-    ("the state of an optimizer", "optimizer", pickles(".pt", lambda i: optimizer()), []),
-    ("a truncated file", "truncated", _truncated, []),
+    ("`position_ids` in some files", "position_ids", safe(_ids)),
+    ("the same with `--only-common`", "only_common", safe(_ids), "--only-common"),
+    ("heads of different classes", "heads", safe(_heads)),
+    ("the same with `--exclude ^fc`", "no_heads", safe(_heads), "--exclude", "^fc"),
+    ("transposed, sliced and channels-last tensors", "strides", pickles(".pt", _strides)),
+    ("a tensor under two names", "tied", pickles(".pt", _tied)),
+    ("an empty tensor and 0-d tensors", "empty", safe(lambda i: model(i) | SCALARS)),
+    ("the same in files of torch.save", "empty_pickled", pickles(".pt", lambda i: model(i) | SCALARS)),
+    ("a tensor, its name again, and a view of it in another shape", "view", pickles(".pt", _viewed)),
+    ("LoRA adapters", "lora", each(_adapter)),
+    ("float8", "float8", safe(_float8)),
+    ("complex numbers", "complex", pickles(".pt", lambda i: model(i) | {"w": torch.randn(4, 4).to(torch.complex64)})),
+    ("sparse tensors", "sparse", pickles(".pt", lambda i: model(i) | {"w": torch.eye(4).to_sparse()})),
+    ("quantised tensors", "quantised", pickles(".pt", _quantised)),
+    ("NaN", "nan", pickles(".pt", lambda i: model(i) | {"fc.bias": torch.full((3,), float("nan") if i else 0.0)})),
+    ("models of different origins", "elsewhere", _elsewhere),
+    ("the same with `--allow-unrelated`", "unrelated", _elsewhere, "--allow-unrelated"),
+    ("a whole pickled module", "whole", pickles(".pt", lambda i: network())),
+    ("TorchScript", "scripted", each(lambda i, path: torch.jit.script(network()).save(f"{path}.pt"))),
+    ("arrays of numpy", "arrays", pickles(".pt", _arrays)),
+    ("the state of an optimizer", "optimizer", pickles(".pt", lambda i: optimizer())),
+    ("a truncated file", "truncated", _truncated),
 ]
 
 

@@ -20,10 +20,9 @@ from analysis.artefacts import ARTEFACTS, GLUE
 from analysis.tables.table3 import note
 from configs import schema
 from configs.data import KINDS
-from configs.errors import UserError
-from configs.figures import Angles, Pairs, Plane, Theory
+from configs.figures import Analysis, Angles, Pairs, Plane, Theory
 from configs.registered import experiments, neutral
-from configs.schema import CONFIGS, Analysis, Experiment, checked, dump, load, parse, parse_values, replicate
+from configs.schema import CONFIGS, Experiment, checked, dump, load, parse, parse_values, replicate
 from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
 from finetune.averages import Averages
 from finetune.data import augmentation, training_batches
@@ -36,7 +35,6 @@ from store.processes import single_process
 from store.rows import identity, row_config
 from tasks.held_out import own_name
 from tasks.split import ImageSplit, Pixels
-from tests.commands import here
 from tests.experiments import EXPERIMENTS, ROOT, hub_folders, loaded, loaded_locally
 
 PUBLISHED = ROOT.parent / "shared/reference/released/hparam_info.json"
@@ -180,8 +178,6 @@ def test_an_answer_is_kept_until_a_file_changes(monkeypatch):
 def test_a_setting_that_no_file_has_is_its_dataclass_default_and_one_without_a_default_must_be_typed(tmp_path):
     assert loaded("demo").optim.momentum == Optim.__pydantic_fields__["momentum"].default == 0.9
     assert loaded("demo_angles").analysis == Analysis(angles=Angles(), pairs=Pairs(), plane=Plane(), theory=Theory())
-    with pytest.raises(UserError, match=r"this experiment leaves it to you: type task\.num_classes="):
-        load("own_images", "task.folder=images")
     assert neutral(Optim)["lr"] == "???" and neutral(Experiment)["cooking"]["learned"]["lr"] == "???"
 
 
@@ -191,14 +187,8 @@ def test_every_experiment_of_the_paper_says_what_it_costs_and_what_the_paper_has
         assert "# Cost: about" in text and "an estimate" in text and "# Paper:" in text, name
 
 
-GROUPS = {
-    "task": tuple(KINDS.values()),
-    "model": (Model,),
-    "optim": (Optim,),
-    "augment": (Augment,),
-    "regularizer": (Regularizer,),
-    "compute": (Compute,),
-}
+SETTINGS = {"model": Model, "optim": Optim, "augment": Augment, "regularizer": Regularizer, "compute": Compute}
+GROUPS = {"task": tuple(KINDS.values())} | {group: (settings,) for group, settings in SETTINGS.items()}
 
 
 @cache
@@ -293,14 +283,7 @@ def test_a_prompt_lists_options_in_the_order_of_the_paper_and_answers_keep_their
         assert [answer[3:] for answer in glue.answers] == list(glue.options)
 
 
-def test_an_order_of_options_names_every_class_once_and_letters_are_enough():
-    with pytest.raises(UserError, match=r"task.asked=\[1, 1\]: not each class id below 2 once"):
-        load("tablej1_bert_base_cola", "task.asked=[1,1]")
-    with pytest.raises(UserError, match=r"task\.asked is for task\.kind=glue, sentences, sentiment, not for emoji"):
-        load("demo", "task.asked=[0]")
-    many = [f"word{i}" for i in range(27)]
-    with pytest.raises(UserError, match=r"27 task\.options are more than a prompt has letters"):
-        load("own_text", "task.folder=x", "task.num_classes=27", f"task.options=[{','.join(many)}]", *PROMPT)
+def test_answers_have_the_letters_of_the_order_in_which_they_are_asked():
     few = load("own_text", "task.folder=x", "task.num_classes=3", "task.options=[a,b,c]", "task.asked=[2,1,0]", *PROMPT)
     assert few.task.answers == ("C) a", "B) b", "A) c")
     assert load_like(few, classes=2).task.answers == ("B) a", "A) b")
@@ -316,19 +299,11 @@ PROMPT = ("task.template='{text}'", "model=bert_base", "optim=text_prompt")
 
 def test_by_the_papers_protocol_for_glue_held_out_is_what_reports_and_names_say_so():
     ours, paper = loaded("tablej1_bert_base_cola"), load("tablej1_bert_base_cola", *PROTOCOL)
-    assert [own_name(ours.task, split) for split in ("train", "held_out", "test")] == ["train", "train", "validation"]
-    assert [own_name(paper.task, split) for split in ("train", "held_out", "test")] == [
-        "train",
-        "validation",
-        "validation",
-    ]
+    for task, held_out in ((ours.task, "train"), (paper.task, "validation")):
+        assert [own_name(task, split) for split in ("train", "held_out", "test")] == ["train", held_out, "validation"]
     assert "selected on" not in note(ours) and "(selected on the reported split)" in note(paper)
     assert paper.task.split_title("test") == "Test (selected on it)"
     assert identity(ours, 1) != identity(paper, 1)
-    with pytest.raises(UserError, match=r"type task\.held_out_share=null too"):
-        load("tablej1_bert_base_cola", "task.protocol=paper")
-    with pytest.raises(UserError, match=r"task\.protocol is for task\.kind=glue, not for"):
-        load("demo", "task.protocol=paper")
 
 
 PROTOCOL = ("task.protocol=paper", "task.held_out_share=null")
@@ -372,12 +347,11 @@ def test_what_comes_from_beyond_an_image_has_the_colour_that_the_model_subtracts
     assert fills == {"white": {(255, 255, 255)}, "mean": {(64, 128, 255)}}
     model = architecture(loaded("demo").model, 3)
     assert torch.allclose(255 * torch.tensor(model.subtracted), model.mean.flatten())
-    train = ImageSplit(
-        "train", Pixels(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)), torch.zeros(4, dtype=torch.int64), "x"
-    )
+    pixels = Pixels(torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    train = ImageSplit("train", pixels, torch.zeros(4, dtype=torch.int64), "x")
     length = Length.of(loaded("demo").optim, 64)
-    told = {"run_seed": 0, "processes": single_process(), "first": 0, "mean": model.subtracted}
-    assert training_batches(train, loaded("demo"), length, **told).mean == model.subtracted
+    given = {"run_seed": 0, "processes": single_process(), "first": 0, "mean": model.subtracted}
+    assert training_batches(train, loaded("demo"), length, **given).mean == model.subtracted
 
 
 def test_images_of_your_own_are_trained_as_their_sweep_means_it_on_a_cluster_file_that_has_a_gpu():
@@ -392,13 +366,11 @@ def test_images_of_your_own_are_trained_as_their_sweep_means_it_on_a_cluster_fil
 def test_a_text_experiment_has_32_runs_as_in_appendix_j5_and_soups_of_them_alone():
     for name in TEXT:
         config = loaded(name)
-        assert len(rows(name)) == 32, name
-        assert {row.optim.kind for row in rows(name)} == {"adam"}, name
-        assert {row.optim.schedule for row in rows(name)} == {"linear"}, name
+        shared = {(row.optim.kind, row.optim.schedule, row.optim.seed) for row in rows(name)}
+        assert (len(rows(name)), shared) == (32, {("adam", "linear", None)}), name  # a stream of its own for each
         assert (config.model.max_length, config.optim.clip_norm, config.optim.weight_decay) == (128, 1.0, 0.0), name
         made = (config.model.head, config.optim.loss, config.cooking.initialisation)
         assert made == ("prompt", "likelihood", False), name
-        assert {row.optim.seed for row in rows(name)} == {None}, name  # a stream of its own for each
         metrics = config.task.metrics
         assert metrics.get("held_out") == metrics.get("test"), name  # what selects is what is reported
         assert config.task.subset == name.rsplit("_", 1)[1]
@@ -421,8 +393,8 @@ def test_a_grid_over_levels_gives_the_crops_and_strengths_of_appendix_j():
 
 
 def test_the_seeds_of_a_grid_share_their_order_of_images_and_the_draws_do_not():
-    assert {row.optim.seed for row in rows("extreme_lp")} == {0, 1}
-    assert {row.optim.seed for row in rows("table3_clip_b32")} == {None}
+    for name, seeds in (("extreme_lp", {0, 1}), ("table3_clip_b32", {None})):
+        assert {row.optim.seed for row in rows(name)} == seeds
 
 
 def test_the_vit_g_rows_hold_its_two_best_models_and_four_of_sam():
@@ -456,10 +428,7 @@ def test_distillation_is_from_the_three_augmentations_of_its_own_learning_rate()
 def test_the_labels_of_figure_l1_name_the_rows_they_stand_for():
     for label, row in zip(loaded("figurel1_clip").analysis.labels, rows("figurel1_clip"), strict=True):
         lr, schedule = label.split(", ")
-        assert (float(lr), {"restarts": "cosine_restarts"}.get(schedule, schedule)) == (
-            row.optim.lr,
-            row.optim.schedule,
-        )
+        assert (row.optim.lr, row.optim.schedule.removeprefix("cosine_")) == (float(lr), schedule)
 
 
 def test_swa_with_restarts_averages_the_ends_of_cycles_of_imagenet():
@@ -487,9 +456,10 @@ def test_a_cross_dataset_row_learns_other_classes_than_those_it_is_evaluated_on(
 
 def test_the_best_released_model_has_the_settings_that_the_authors_published():
     row = rows("released_sweep")[42]  # model_43, by its published log
-    assert (row.optim.lr, row.optim.epochs, row.optim.mixup) == (1.2309748931412387e-05, 11, 0)
-    assert (row.optim.label_smoothing, row.optim.weight_decay) == (0.13393743606826894, 0.0035920124968717246)
-    assert (row.augment.kind, row.augment.magnitude, row.augment.layers) == ("rand", 19, 0)
+    optim, augment = row.optim, row.augment
+    assert (optim.lr, optim.epochs, optim.mixup) == (1.2309748931412387e-05, 11, 0)
+    assert (optim.label_smoothing, optim.weight_decay) == (0.13393743606826894, 0.0035920124968717246)
+    assert (augment.kind, augment.magnitude, augment.layers) == ("rand", 19, 0)
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the authors' file is not here")
@@ -499,34 +469,12 @@ def test_the_released_rows_are_the_authors_own():
         names = [line["model"] for line in csv.DictReader(file)]
     assert names == [f"model_{number}" for number in range(1, 72)]
     for name, row in zip(names, rows("released_sweep"), strict=True):
-        theirs, augment = published[name], row.augment
-        assert (row.optim.lr, row.optim.weight_decay) == (theirs["lr"], theirs["wd"])
-        assert (row.optim.label_smoothing, row.optim.mixup) == (theirs["smoothing"], theirs["mix"])
-        assert row.optim.epochs == theirs["epochs"]
+        theirs, optim, augment = published[name], row.optim, row.augment
+        ours = (optim.lr, optim.weight_decay, optim.label_smoothing, optim.mixup, optim.epochs)
+        assert ours == tuple(theirs[word] for word in ("lr", "wd", "smoothing", "mix", "epochs"))
         ours = f"rand-m{augment.magnitude}-n{augment.layers}" if augment.kind == "rand" else None
         assert ours == theirs["aug"]
         assert (augment.crop, augment.increasing) == (None, False)
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("+optim.learning_rate=1", "optim.learning_rate: there is no such setting"),
-        ("optim.clip_norm=-1", "optim.clip_norm: Input should be greater than 0"),
-        ("optim.batch_size=63", "optim.batch_size: Input should be a multiple of 2"),
-        ("task.held_out=test", "each split has one role"),
-        ("task.train=held_out", "each split has one role"),
-        ("sweep.index=99", "past the last row"),
-        ("recipes=[greedy]", "must contain best"),
-        ("recipe=stew", "recipe: Input should be 'best'"),
-        ("name='../elsewhere'", "name: String should match"),
-        ("optim.lr=0.001", "optim.lr is varied by the sweep"),
-    ],
-)
-def test_a_wrong_setting_is_named(override, words):
-    with pytest.raises(UserError, match=words.replace("[", r"\[")) as error:
-        load("demo", override)
-    assert "\n" not in str(error.value) and "{'" not in str(error.value)
 
 
 def test_a_drawn_field_can_be_fixed_by_taking_it_out_of_the_draw():
@@ -545,26 +493,6 @@ def test_a_replicate_differs_in_its_seed_and_its_folder_only():
     one = replicate(config, 1)
     assert (one.name, one.sweep.seed, one.replicates) == ("demo_seeds/seed1", 1, ())
     assert one.optim == config.optim
-
-
-def test_an_entry_point_answers_a_wrong_setting_in_one_line(tmp_path):
-    answer = here(["reproduce.py", "experiment=demo_tiny", "task.held_out=test", f"paths.runs={tmp_path}/runs"])
-    assert answer.returncode == 2
-    assert answer.stderr.startswith("error: bad config: each split has one role")
-    assert len(answer.stderr.splitlines()) == 1
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_stage_without_an_experiment_says_how_to_name_one():
-    answer = here(["-m", "finetune"])
-    assert answer.returncode == 2
-    assert answer.stderr.startswith("error: bad config: Missing mandatory value: name; an experiment sets it")
-    assert len(answer.stderr.splitlines()) == 1
-
-
-def test_what_an_experiment_leaves_to_its_user_is_named_whole():
-    with pytest.raises(UserError, match=r"this experiment leaves it to you: type task\.folder=\.\.\."):
-        load("own_images")
 
 
 def test_splits_without_titles_are_spelled_as_words_beside_those_with():

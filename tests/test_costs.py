@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.schedule import replay, schedule
 from configs.errors import UserError
 from configs.schema import Paths, load
-from configs.tables import ROOT
+from configs.sweep_csv import ROOT
 from configs.training import Distill, Optim, Regularizer, Sam, Swa
 from finetune.optim import build
 from models.probe import PASSES

@@ -16,9 +16,11 @@ from pydantic import ValidationError
 from analysis.measure.methods import bootstrap_groups
 from analysis.tables.table3 import note
 from configs.data import KINDS, kinds_with
+from configs.effects import needs_of
 from configs.errors import UserError
-from configs.schema import dump, load, parse_values
-from configs.training import Integers, LogUniform, ZeroOrUniform
+from configs.help import settings_of
+from configs.schema import Experiment, checked, dump, load, parse_values
+from configs.training import Distribution
 from eval.forward import Evaluator
 from store.rows import row_config
 from tasks.load import class_names, load_annotations, load_split
@@ -26,31 +28,26 @@ from tasks.texts import pieces_of
 from tests.experiments import TYPED
 
 
-def save_image_folder(root):
+def drawings(root, place):
+    """Save 2, 3 and 4 images of three classes in three splits; yields split, class and path of each."""
     for split in ("train", "held_out", "test"):
         for label, name in enumerate(("cat", "dog", "fox")):
             for image in range(2 + label):
-                path = root / split / name / f"{image}.png"
+                path = root / place.format(split=split, name=name, image=image)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                rgb(8, 8, hash_of(split, name, image)).save(path)
+                rgb(8, 8, sum(map(ord, f"{split}{name}{image}"))).save(path)
+                yield split, name, path
+
+
+def save_image_folder(root):
+    list(drawings(root, "{split}/{name}/{image}.png"))
     return miniatures.settings("image_folder", root, 3)
 
 
 def save_image_table(root):
-    lines = ["path,label,split"]
-    for split in ("train", "held_out", "test"):
-        for label, name in enumerate(("cat", "dog", "fox")):
-            for image in range(2 + label):
-                path = root / f"{split}_{name}_{image}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                rgb(8, 8, hash_of(split, name, image)).save(path)
-                lines.append(f"{path.name},{name},{split}")
-    miniatures.write(root / "all.csv", "\n".join(lines) + "\n")
+    lines = [f"{path.name},{name},{split}" for split, name, path in drawings(root, "{split}_{name}_{image}.png")]
+    miniatures.write(root / "all.csv", "\n".join(["path,label,split", *lines]) + "\n")
     return miniatures.settings("image_table", root, 3, table=Path("all.csv"))
-
-
-def hash_of(*words):
-    return sum(map(ord, "".join(map(str, words))))
 
 
 def save_glue(root):
@@ -165,58 +162,27 @@ def test_every_setting_of_every_kind_of_task_changes_something_or_is_refused(kin
             assert any(now != then for now, then in pairs), setting
 
 
-ANY = {  # a value of each setting that some kinds do not have
-    "fold": 1,
-    "names": "nowhere.txt",
-    "folders": {"train": "nowhere"},
-    "counts": {"train": 1},
-    "held_out_per_class": 1,
-    "held_out_share": 0.5,
-    "listings": "kept",
-    "annotations": {"real": "nowhere.json"},
-    "label": "another",
-    "table": "nowhere.csv",
-    "path_column": "another",
-    "split_column": "another",
-    "subsets": {"test": 1},
-    "numbered": ["test"],
-    "objectnet": "test",
-    "objectnet_border": True,
-    "held_out_index": "nowhere.npy",
-    "template": "{again}",
-    "options": ["a", "b"],
-    "asked": [1, 0],
-    "take": {"test": 2},
-    "subset": "rte",
-    "protocol": "paper",
-}
-
-
-def settings_of_some_kinds():
-    """Settings that some kind of task has, and some other has not."""
-    every = {each.name for kind in KINDS.values() for each in fields(kind)}
-    return {setting for setting in every if len(kinds_with(setting)) < len(KINDS)}
-
-
 def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
-    assert settings_of_some_kinds() == set(ANY)
+    every = {each.name for kind in KINDS.values() for each in fields(kind)}
+    of_some = [setting for setting in every if len(kinds_with(setting)) < len(KINDS)]
+    assert len(of_some) == 23
     for name in ("demo", "demo_text", "table3_clip_b32", "figuree1_dtd", "figureg2_cifar10", "tablej1_bert_base_rte"):
         values = dump(load_once(name))
         assert set(values["task"]) == {"kind", *CHANGED, "overlap_allowed"}  # whatever the kind
-        for setting, value in ANY.items():
+        for setting in of_some:
             kinds, own = kinds_with(setting), values["task"]["kind"]
-            if own in kinds:
-                continue
-            with pytest.raises(UserError) as refused:
-                parse_values(values | {"task": values["task"] | {setting: value}})
-            said = f"bad config: task.{setting} is for task.kind={', '.join(kinds)}, not for {own}"
-            assert str(refused.value) == said
+            for other in ("another", {"test": "another"}) if own not in kinds else ():
+                with pytest.raises(UserError) as refused:
+                    parse_values(values | {"task": values["task"] | {setting: other}})
+                said = f"bad config: task.{setting} is for task.kind={', '.join(kinds)}, not for {own}"
+                assert str(refused.value) == said
 
 
 @pytest.mark.parametrize(
     ("experiment", "typed", "words"),
     [
         # What the sweep gives its rows, by whatever way it does.
+        ("demo", "optim.lr=0.001", r"optim\.lr is varied by the sweep"),
         ("released_sweep", "optim.lr=0.5", r"optim\.lr is varied by the sweep, by the column optim\.lr of"),
         ("released_sweep", "augment.magnitude=3", r"augment\.magnitude is varied by the sweep, by the column"),
         (
@@ -226,7 +192,7 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
         ),
         ("tablel3_sam", "+regularizer.sam.rho=1", r"regularizer\.sam"),
         ("standard_lp", "optim.lr=1", r"optim\.lr is varied by the sweep; .*'~sweep\.grid\.optim\.lr'"),
-        ("released", "optim.batch_size=64", "optim needs rows that are trained"),
+        ("released", "optim.batch_size=64", r"optim needs sweep\.imported=null"),
         ("demo", "sweep.draw.optim.epochs={kind: integers, low: 9, high: 4}", "low=9 is above high=4"),
         # A task's.
         ("demo", "task.held_out_per_class=1", r"task\.held_out_per_class is for task\.kind="),
@@ -238,29 +204,48 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
         ("own_text", "task.options=[a,a]", r"task\.options has 'a' for two classes"),
         ("own_text", "task.options=['1','0']", r"task\.options calls class 0 '1', which is also the id of another"),
         ("demo_text", "task.asked=[1,0]", r"task\.asked needs model\.head=prompt"),
+        ("demo", "task.asked=[0]", r"task\.asked is for task\.kind=glue, sentences, sentiment, not for emoji"),
+        ("tablej1_bert_base_cola", "task.asked=[1,1]", r"task.asked=\[1, 1\]: not each class id below 2 once"),
+        ("tablej1_bert_base_cola", "task.protocol=paper", r"type task\.held_out_share=null too"),
+        ("demo", "task.protocol=paper", r"task\.protocol is for task\.kind=glue, not for"),
+        ("demo", "task.held_out=test", "each split has one role"),
+        ("demo", "task.train=held_out", "each split has one role"),
+        ("demo", "task.num_classes=1", r"task\.num_classes: Input should be greater than or equal to 2, got '1'"),
+        ("demo", "task.kind=imagefolder", r"task\.kind: Input should be .*, got 'imagefolder'; near is image_folder"),
+        ("demo", "+task.fodler=x", r"task\.fodler: there is no such setting; near is task\.folder"),
+        ("own_images", "task.folder=???", r"this experiment leaves it to you: type task\.folder=\.\.\."),
         # A network's.
-        ("demo", "model.max_length=64", r"model\.max_length needs a model that reads texts"),
-        ("demo_text", "model.image_size=32", r"model\.image_size needs a model of images"),
-        ("demo_text", "model.squash=true", r"model\.squash needs a model of images"),
-        ("demo_text", "compute.loader_workers=3", r"compute\.loader_workers needs a model of images"),
+        ("demo", "model.max_length=64", r"model\.max_length needs model\.kind=minilm, text_encoder"),
+        ("demo_text", "model.image_size=32", r"model\.image_size needs model\.kind=emoji_clip, "),
+        ("demo_text", "model.squash=true", r"model\.squash needs model\.kind=emoji_clip, "),
+        ("demo_text", "compute.loader_workers=3", r"compute\.loader_workers needs model\.kind=emoji_clip"),
         ("demo_grid_zeroshot", "model.probe_c=[1]", r"model\.probe_c needs model\.head=linear_probe"),
-        ("tablej1_t5_small_rte", "model.train_head=false", r"model\.train_head needs a head"),
-        ("demo_imagenet_init", "model.weights=x", r"model\.weights needs another model\.kind"),
+        ("tablej1_t5_small_rte", "model.train_head=false", r"model\.train_head needs model\.head=linear_probe, zero"),
+        ("demo_imagenet_init", "model.weights=x", r"model\.weights needs model\.kind=emoji_clip, open_clip"),
         # An optimiser's.
-        ("demo", "optim.momentum=0.5", r"optim\.momentum needs optim\.kind=sgd or rmsprop"),
-        ("demo", "optim.momentum=0.9", r"optim\.momentum needs optim\.kind=sgd or rmsprop"),
+        ("demo", "optim.momentum=0.9", r"optim\.momentum needs optim\.kind=sgd, rmsprop or adafactor"),
         ("demo", "optim.cycles=3", r"optim\.cycles needs optim\.schedule=cosine_restarts"),
         ("table4_vitg", "optim.epochs=3", r"optim\.epochs needs optim\.steps=null"),
         ("tablej1_t5_small_rte", "optim.label_smoothing=0.1", r"optim\.label_smoothing needs optim\.loss=softmax"),
-        ("demo_text", "optim.decay=all", r"optim\.decay needs optim\.weight_decay above 0"),
+        ("demo_text", "optim.decay=all", r"optim\.decay needs optim\.weight_decay"),
+        ("demo", "+optim.learning_rate=1", r"optim\.learning_rate: there is no such setting"),
+        ("demo", "optim.clip_norm=-1", r"optim\.clip_norm: Input should be greater than 0"),
+        ("demo", "optim.batch_size=63", r"optim\.batch_size: Input should be a multiple of 2"),
+        ("demo_tiny", "optim.keep=best", r"optim\.keep=best needs optim\.evaluate_every"),
         # An augmentation's.
         ("demo_sam", "augment.magnitude=3", r"augment\.magnitude needs augment\.kind=rand"),
         ("demo_sam", "augment.fill=mean", r"augment\.fill needs augment\.kind=rand or auto"),
         ("demo", "augment.color_jitter=0.1", r"augment\.color_jitter needs augment\.kind=medium"),
         ("demo_cross_dataset", "augment.flip=0.1", r"augment\.flip needs augment\.kind=medium, rand or auto"),
         ("demo_text", "augment.crop=0.5", r"augment\.crop needs augment\.kind="),
-        ("demo_text", "augment.last_epochs_minimal=1", r"augment\.last_epochs_minimal needs an augmentation of images"),
+        ("demo_text", "augment.last_epochs_minimal=1", r"augment\.last_epochs_minimal needs augment\.kind="),
+        ("demo_sam", "augment.kind=stochastic", r"augment\.among and augment\.kind=stochastic belong together"),
         # And of the rest.
+        ("demo", "sweep.index=99", "past the last row"),
+        ("demo", "recipes=[greedy]", "must contain best"),
+        ("demo", "recipe=gredy", r"recipe: Input should be 'best', .* got 'gredy'; near is greedy"),
+        ("demo", "name='../elsewhere'", "name: String should match"),
+        ("demo_tiny", "regularizer.ingredient=swa", r"regularizer\.ingredient=swa is not made"),
         ("demo", "regularizer.ema_ramp=true", r"regularizer\.ema_ramp needs regularizer\.ema"),
         ("demo", "tracking.mode=offline", r"tracking\.mode needs tracking\.kind=wandb"),
         ("demo", "cluster.restarts=3", r"cluster\.restarts needs cluster\.kind=slurm"),
@@ -268,21 +253,36 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
         ("demo", "cooking.rows=[1]", r"cooking\.rows needs recipe=subset"),
         ("demo", "cooking.alpha=0.3", r"cooking\.alpha needs recipe=wise_ft"),
         ("demo_text", "cooking.rounds=3", r"cooking\.rounds needs recipe=greedy_with_replacement"),
-        ("demo_text", "cooking.learned.lr=1", r"cooking\.learned needs a learned recipe"),
+        ("demo_text", "cooking.learned.lr=1", r"cooking\.learned needs recipe=learned, learned_by_layer or"),
         ("demo", "cooking.ahead=3", r"cooking\.ahead needs cooking\.shortcut=speculative"),
         ("demo", "cooking.chunk=3", r"cooking\.chunk needs cooking\.shortcut=hard_first"),
     ],
 )
-def test_a_setting_that_the_others_leave_without_effect_is_refused(experiment, typed, words):
+def test_a_setting_that_is_wrong_or_has_no_effect_is_refused_in_one_line(experiment, typed, words):
     own = [word for word in TYPED.get(experiment, ()) if word.split("=")[0] != typed.split("=")[0]]
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as refused:
         load(experiment, *own, typed)
+    assert "\n" not in str(refused.value) and "{'" not in str(refused.value)
+
+
+def test_a_prompt_has_no_more_options_than_letters():
+    many = f"task.options=[{','.join(f'word{i}' for i in range(27))}]"
+    prompt = ("task.template='{text}'", "model=bert_base", "optim=text_prompt")
+    with pytest.raises(UserError, match=r"27 task\.options are more than a prompt has letters"):
+        load("own_text", "task.folder=x", "task.num_classes=27", many, *prompt)
+
+
+def test_what_a_setting_needs_is_a_setting_that_can_have_such_values():
+    values_of = {each.name: re.split(", | or ", each.values) for each in settings_of(Experiment)}
+    for name, needs in needs_of(Experiment).items():
+        values = ["null" if value is None else value for value in needs.values]
+        assert set(values) <= set(values_of[needs.setting]), name
 
 
 @pytest.mark.parametrize(
     ("experiment", "typed"),
     [
-        ("demo", ["optim.kind=sgd", "optim.momentum=0.5"]),
+        *(("demo", [f"optim.kind={kind}", "optim.momentum=0.5"]) for kind in ("sgd", "rmsprop", "adafactor")),
         ("demo_grids", ["optim.momentum=0.5"]),  # rows 1 and 2 have one
         ("demo", ["optim.schedule=cosine_restarts", "optim.cycles=3"]),
         ("demo_ema_swa", ["optim.cycles=3"]),
@@ -307,7 +307,7 @@ def test_rows_that_are_imported_need_no_settings_of_their_training(tmp_path):
     assert row_config(config, 1).optim.lr == 1e-5
     with pytest.raises(UserError) as refused:
         load("released", f"sweep.imported={tmp_path}", "augment.crop=0.5")
-    assert "rows that are trained" in str(refused.value)
+    assert "augment needs sweep.imported=null" in str(refused.value)
 
 
 def test_an_error_about_all_settings_does_not_print_them():
@@ -318,10 +318,9 @@ def test_an_error_about_all_settings_does_not_print_them():
     assert str(refused.value) == "bad config: regularizer.ema_ramp needs regularizer.ema: here it would have no effect"
 
 
-@pytest.mark.parametrize("law", [LogUniform, ZeroOrUniform, Integers])
-def test_a_distribution_ends_where_it_begins_or_later(law):
-    kind = {LogUniform: "log10_uniform", ZeroOrUniform: "zero_or_uniform", Integers: "integers"}[law]
-    own = {"kind": kind} | ({"zero": 0.5} if law is ZeroOrUniform else {})
-    assert law(**own, low=3, high=3).low == 3
-    with pytest.raises(ValidationError, match="low=4 is above high=3"):
-        law(**own, low=4, high=3)
+@pytest.mark.parametrize("kind", ["log10_uniform", "zero_or_uniform", "integers"])
+def test_a_distribution_ends_where_it_begins_or_later(kind):
+    own = {"kind": kind, "high": 3} | ({"zero": 0.5} if kind == "zero_or_uniform" else {})
+    assert checked(Distribution, own | {"low": 3}).low == 3
+    with pytest.raises(UserError, match="low=4 is above high=3"):
+        checked(Distribution, own | {"low": 4})

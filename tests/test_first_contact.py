@@ -1,6 +1,8 @@
 """What a new user meets first, tried as one would: every answer is a line that says what to do."""
 
 import ast
+import errno
+import io
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 import venv
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -19,22 +22,15 @@ from configs.errors import UserError
 from configs.first_contact import NEEDED, ROOM, free_bytes, is_command, missing_packages, python_problem, room_problem
 from configs.schema import load
 from slurm.jobs import left_rows
-from soups.errors import OWN
-from tests.commands import here, python
+from soups.errors import OWN, one_line_errors
+from tests.commands import here, python, status_of
 
 pytestmark = pytest.mark.slow  # dozens of commands are started
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [path for package in OWN for path in sorted((ROOT / package).rglob("*.py"))]
-OPTIONAL = {  # of experiments with tracking, exports to ONNX, and rebuilding data
-    "wandb",
-    "onnx",
-    "onnxruntime",
-    "resvg_py",
-    "skimage",
-    "mergekit",
-    "curvlinops",  # of a benchmark
-}
+# What tracking, exports to ONNX, rebuilding the data and a benchmark need.
+OPTIONAL = {"wandb", "onnx", "onnxruntime", "resvg_py", "skimage", "mergekit", "curvlinops"}
 STARTS = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 
 
@@ -81,32 +77,23 @@ def old_python():
 
 
 def test_there_are_commands():
-    assert (
-        ["-m", "soups"] in COMMANDS and ["-m", "soups.experiment.export"] in COMMANDS and ["reproduce.py"] in COMMANDS
-    )
+    assert all(words in COMMANDS for words in (["-m", "soups"], ["-m", "soups.experiment.export"], ["reproduce.py"]))
     assert len(COMMANDS) > 25
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_without_packages_says_what_to_install(words, bare):
     line = refused(start(bare, words))
-    assert (
-        re.search("lacks (hydra|numpy), ", line)
-        and "`make setup`" in line
-        and "pip install -r requirements.txt" in line
-    )
+    assert re.search("lacks (hydra|numpy), .*`make setup`.* pip install -r requirements.txt", line), line
 
 
-@pytest.mark.parametrize(
-    "words", [["-m", "soups"], ["-m", "soups.experiment.export"], ["-m", "tasks.check"], ["reproduce.py"]]
-)
+@pytest.mark.parametrize("words", ["-m soups", "-m soups.experiment.export", "-m tasks.check", "reproduce.py"])
 def test_an_old_python_is_told_which_ones_will_do(words):
-    assert "Python 3.10 to 3.13 is needed, and this is 3." in refused(start(old_python(), words))
+    assert "Python 3.10 to 3.13 is needed, and this is 3." in refused(start(old_python(), words.split()))
 
 
 def test_make_with_an_old_python_is_told_so_before_anything_is_set_up(tmp_path):
-    words = ["make", f"PYTHON={old_python()}", f"VENV={tmp_path / 'environment'}", "setup"]
-    answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = start("make", [f"PYTHON={old_python()}", f"VENV={tmp_path / 'environment'}", "setup"])
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: Python 3.10 to 3.13 is needed, ")
     assert not (tmp_path / "environment").exists()
@@ -150,37 +137,32 @@ def test_an_environment_that_does_not_fit_is_refused(tmp_path):
 
 def test_make_on_a_small_disk_is_told_so_before_anything_is_set_up():
     with small_disk("4m") as folder:
-        words = ["make", f"PYTHON={sys.executable}", f"VENV={folder / 'environment'}", "setup"]
-        answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        answer = start("make", [f"PYTHON={sys.executable}", f"VENV={folder / 'environment'}", "setup"])
         assert answer.returncode == 2
         assert "error: an environment takes 8 GB, and the disk of " in answer.stderr
         assert not list(folder.iterdir())
 
 
-class small_disk:  # noqa: N801 - used as a function
+@contextmanager
+def small_disk(size):
     """A file system of a given size, or a skipped test."""
-
-    def __init__(self, size):
-        self.size, self.folder = size, Path("/dev/shm") / f"model-soups-small-{os.getpid()}"
-
-    def __enter__(self):
-        self.folder.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={self.size}", "none", self.folder]
-        if subprocess.run(mount, capture_output=True, check=False).returncode:
-            self.folder.rmdir()
-            pytest.skip("mounting a small file system needs root")
-        return self.folder
-
-    def __exit__(self, *error):
-        subprocess.run(["umount", self.folder], check=True)
-        self.folder.rmdir()
+    folder = Path("/dev/shm") / f"model-soups-small-{os.getpid()}"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        folder.rmdir()
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        folder.rmdir()
 
 
 def test_tests_on_a_small_disk_are_told_so_before_any_of_them_runs():
     with small_disk("4m") as folder:
-        words = [sys.executable, "-m", "pytest", "-n", "0", "tests/test_layout.py"]
-        own = os.environ | {"TMPDIR": str(folder)}
-        answer = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+        words = ["-m", "pytest", "-n", "0", "tests/test_layout.py"]
+        answer = start(sys.executable, words, env=os.environ | {"TMPDIR": str(folder)})
         assert answer.returncode == 2
         assert "tests write up to 6 GB, and " in answer.stdout + answer.stderr
         assert "passed" not in answer.stdout
@@ -202,25 +184,6 @@ def test_every_command_has_help(words):
     assert len(answer.stdout.splitlines()) >= 3
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["experiment=demoo"], "there is no experiment=demoo, but demo, "),
-        (["experiment=demo", "model=emoji"], "there is no model=emoji, but emoji_clip; all are in configs/model"),
-        (["experiment=demo", "optim.foo=1"], "there is no setting optim.foo; --help optim lists all of optim"),
-        (["experiment=demo", "task.fodler=x"], "there is no setting task.fodler, but task.folder"),
-        (["experiment=demo", "task=folders"], "task=folders is called task=image_folder now"),
-        (["experiment=demo", "model=any_timm"], "model=any_timm is called model=timm now"),
-        (["experiment=demo", "recipe=gredy"], "got 'gredy'; near is greedy"),
-        (["demo"], "'demo' is no setting: type experiment=demo"),
-        (["run=runs/nowhere"], "run=runs/nowhere does not exist"),
-        (["experiment=demo", "optim.lr"], "optim.lr has no value: type optim.lr=VALUE"),
-    ],
-)
-def test_a_mistyped_word_is_one_line(words, said, tmp_path):
-    assert said in refused(here(["-m", "finetune", *words, f"paths.runs={tmp_path}"]))
-
-
 def test_the_tests_meet_rows_of_other_settings_and_never_the_runs_of_a_person():
     """`make demo` comes before `make test`: conftest.py keeps every test out of what it left behind."""
     with pytest.raises(UserError, match=r"rows 0, 1 of runs/demo were made with other settings than these"):
@@ -237,40 +200,31 @@ def test_missing_data_are_one_line(tmp_path):
     assert "nowhere" in line and "task.folder" in line and "Traceback" not in answer.stderr
 
 
-def test_a_place_that_may_not_be_written_is_one_line(tmp_path):
-    answer = start(python(), ["-c", FORBIDDEN])
-    assert (
-        refused(answer)
-        == "error: /a/b cannot be read or written (Permission denied): name another place, or change that"
-    )
+def ended_by(error):
+    """How a command ends whose work raises an error, here, and what it prints."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        status = status_of(lambda: one_line_errors(lambda: raising(error)))
+    return status, said.getvalue()
 
 
-FORBIDDEN = """
-import errno
-from soups.errors import one_line_errors
-def work():
-    raise PermissionError(errno.EACCES, "Permission denied", "/a/b")
-one_line_errors(work)
-"""
+def raising(error):
+    raise error
+
+
+def test_a_place_that_may_not_be_written_is_one_line():
+    said = "/a/b cannot be read or written (Permission denied): name another place, or change that"
+    assert ended_by(PermissionError(errno.EACCES, "Permission denied", "/a/b")) == (2, f"error: {said}\n")
 
 
 @pytest.mark.parametrize(
-    ("raised", "status"),
-    [
-        ("KeyboardInterrupt()", 130),
-        ("UserError('no')", 2),
-        ("ModuleNotFoundError(name='torchdata')", 2),
-        ("KeyError(1)", 1),
-    ],
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (UserError("no"), 2), (ModuleNotFoundError(name="torchdata"), 2), (KeyError(1), 1)],
 )
-def test_exit_statuses(raised, status):
-    code = (
-        "from soups.errors import one_line_errors\nfrom configs.errors import UserError\n"
-        f"def work():\n    raise {raised}\none_line_errors(work)"
-    )
-    answer = start(python(), ["-c", code])
-    assert answer.returncode == status
-    assert ("Traceback" in answer.stderr) == (status == 1)
+def test_exit_statuses(error, status):
+    ended, said = ended_by(error)
+    assert ended == status
+    assert ("Traceback" in said) == (status == 1)
 
 
 def test_ctrl_c_ends_a_stage_with_130(tmp_path):

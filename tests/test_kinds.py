@@ -32,6 +32,7 @@ the mean of the models does.
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 # Language models in shards of save_pretrained: what it is, a name for its folder, the network, its kind of numbers.
+SMALL_GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 LANGUAGE = [
     (
         "Llama with tied embeddings, bfloat16, in shards",
@@ -45,12 +46,7 @@ LANGUAGE = [
         lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=False)),
         torch.bfloat16,
     ),
-    (
-        "GPT-2, float32, in shards",
-        "gpt2",
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64)),
-        torch.float32,
-    ),
+    ("GPT-2, float32, in shards", "gpt2", lambda: GPT2LMHeadModel(GPT2Config(**SMALL_GPT2)), torch.float32),
 ]
 INPUTS = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -70,7 +66,7 @@ def save_language(make, dtype, folder, number=4):
         network.to(dtype).save_pretrained(folder / f"m{i}", max_shard_size="60KB")
 
 
-def outcome(made, folder, options):
+def outcome(made, folder, *options):
     """What the command answers for a pool of one kind: of a soup what was kept or renamed, else its line."""
     folder.mkdir()
     with warnings.catch_warnings():
@@ -142,28 +138,27 @@ def shown(text, folder):
 
 def table():
     with tempfile.TemporaryDirectory() as place:
-        rows = [f"| {what} | {outcome(made, Path(place) / name, options)} |" for what, name, made, options in KINDS]
-        rows += [
-            f"| {what} | {outcome_of_language(make, dtype, Path(place) / name)} |"
-            for what, name, make, dtype in LANGUAGE
-        ]
-    return HEAD + "\n".join(rows) + "\n"
+        rows = [(what, outcome(made, Path(place) / name, *options)) for what, name, made, *options in KINDS]
+        rows += [(what, outcome_of_language(*how, Path(place) / name)) for what, name, *how in LANGUAGE]
+    return HEAD + "".join(f"| {what} | {found} |\n" for what, found in rows)
 
 
 REFUSED = {"lora", "float8", "complex", "sparse", "quantised", "nan", "elsewhere", "whole", "scripted", "optimizer"}
 REFUSED |= {"truncated", "timm", "model_ema", "lone_shard", "position_ids", "heads", "arrays"}
 
 
-@pytest.mark.parametrize(("what", "name", "made", "options"), KINDS, ids=[name for _, name, _, _ in KINDS])
-def test_a_kind_ends_as_the_page_says(what, name, made, options, tmp_path):
-    found = outcome(made, tmp_path / name, options)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[1])
+def test_a_kind_ends_as_the_page_says(kind, tmp_path):
+    what, name, made, *options = kind
+    found = outcome(made, tmp_path / name, *options)
     assert found.startswith("error: ") == (name in REFUSED), found
     assert f"| {what} | {found} |" in PAGE.read_text(encoding="utf-8"), found
 
 
-@pytest.mark.parametrize(("what", "name", "make", "dtype"), LANGUAGE, ids=[name for _, name, _, _ in LANGUAGE])
-def test_a_language_model_ends_as_the_page_says(what, name, make, dtype, tmp_path):
-    found = outcome_of_language(make, dtype, tmp_path / name)
+@pytest.mark.parametrize("kind", LANGUAGE, ids=lambda kind: kind[1])
+def test_a_language_model_ends_as_the_page_says(kind, tmp_path):
+    what, name, *how = kind
+    found = outcome_of_language(*how, tmp_path / name)
     assert f"| {what} | {found} |" in PAGE.read_text(encoding="utf-8"), found
 
 

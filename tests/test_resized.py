@@ -220,9 +220,9 @@ def test_copies_are_staged_as_few_files_and_cleaned_away(data, tmp_path, monkeyp
 
 
 def test_settings_that_would_have_no_effect_are_refused():
-    with pytest.raises(UserError, match=r"compute\.resized needs images in files or tables"):
+    with pytest.raises(UserError, match=r"compute\.resized needs task\.kind=image_folder, image_table, dtd"):
         load("demo", "compute.resized=256")
-    with pytest.raises(UserError, match=r"compute\.decoder needs images in files or tables"):
+    with pytest.raises(UserError, match=r"compute\.decoder needs task\.kind=image_folder, image_table, dtd"):
         load("demo", "compute.decoder=simplejpeg")
     with pytest.raises(UserError, match=r"compute\.resized_quality needs compute\.resized"):
         load("table3_clip_b32", "compute.resized_quality=80")

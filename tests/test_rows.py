@@ -4,6 +4,7 @@ import io
 import re
 from dataclasses import field, fields, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,24 +161,11 @@ def test_what_scores_held_out_is_part_of_a_row_since_recipes_sort_by_it():
     assert identity(load("demo"), 1) != identity(load("demo", "+task.metrics.held_out=macro_f1"), 1)
 
 
-def grown_task(kind):
-    """A kind of task with one setting more."""
-
-    @closed
-    class GrownTask(kind):
-        added: int = 7
-
-    return GrownTask
-
-
-@closed
-class GrownModel(Model):
-    added: str | None = None
-
-
-@closed
-class GrownOptim(Optim):
-    added: dict[str, int] = field(default_factory=dict)
+def grown(kind, default=7, **nested):
+    """A kind of settings with one setting more, and with other kinds in some of its own."""
+    types = {"added": Any} | {name: each | None for name, each in nested.items()}
+    body = {"__annotations__": types, "added": default} | dict.fromkeys(nested)
+    return closed(type(f"Grown{kind.__name__}", (kind,), body))
 
 
 @closed
@@ -186,35 +174,8 @@ class GrownAugment(Augment):
     added: float = 0.5
 
 
-@closed
-class GrownSwa(Swa):
-    added: bool = False
-
-
-@closed
-class GrownSam(Sam):
-    added: bool = False
-
-
-@closed
-class GrownDistill(Distill):
-    added: bool = False
-
-
-@closed
-class GrownRegularizer(Regularizer):
-    swa: GrownSwa | None = None
-    sam: GrownSam | None = None
-    distill: GrownDistill | None = None
-    added: tuple[int, ...] = (1,)
-
-
-GROWN = {
-    "model": GrownModel,
-    "optim": GrownOptim,
-    "augment": GrownAugment,
-    "regularizer": GrownRegularizer,
-}
+GROWN = {"model": grown(Model, None), "optim": grown(Optim, field(default_factory=dict)), "augment": GrownAugment}
+GROWN["regularizer"] = grown(Regularizer, (1,), swa=grown(Swa), sam=grown(Sam, False), distill=grown(Distill))
 
 
 @pytest.mark.parametrize(
@@ -223,17 +184,18 @@ GROWN = {
 def test_a_setting_that_is_added_with_a_default_makes_no_finished_row_foreign(name, row, monkeypatch):
     config = load(name)
     own, before = row_config(config, row), identity(config, row)
-    kinds = {"task": grown_task(type(own.task))} | GROWN
+    kinds = {"task": grown(type(own.task))} | GROWN
     monkeypatch.setattr("store.rows.GROUPS", kinds)
     values = {
         group: {each.name: dump(own)[group][each.name] for each in fields(getattr(own, group))} for group in kinds
     }
-    grown = {group: kind(**values[group]) for group, kind in kinds.items()}
-    told = {"row": row, "sweep_seed": config.sweep.seed, "imported": False}
-    told |= {"precision": config.compute.precision, "evaluated": config.compute.evaluates_in, "compute": {}}
-    assert digest_of(meaning(grown, **told)) == before
-    set_otherwise = grown | {"optim": GrownOptim(**values["optim"], added={"x": 1})}
-    assert digest_of(meaning(set_otherwise, **told)) != before
+    more = {group: kind(**values[group]) for group, kind in kinds.items()}
+    given = {"row": row, "sweep_seed": config.sweep.seed, "imported": False}
+    given |= {"precision": config.compute.precision, "evaluated": config.compute.evaluates_in}
+    given["compute"] = vars(config.compute)
+    assert digest_of(meaning(more, **given)) == before
+    set_otherwise = more | {"optim": GROWN["optim"](**values["optim"], added={"x": 1})}
+    assert digest_of(meaning(set_otherwise, **given)) != before
 
 
 PINNED = {  # of rows as they have been named from the first version on that leaves defaults out
@@ -260,87 +222,21 @@ def test_rows_keep_their_names(name):
     assert {row: identity(config, row) for row in PINNED[name]} == PINNED[name]
 
 
-DEFAULTS = {  # of settings that rows depend on
-    "Task": {
-        "folders": {},
-        "counts": None,
-        "names": "folder",
-        "label": "label",
-        "asked": (),
-        "take": None,
-        "subsets": {},
-        "numbered": (),
-        "objectnet": None,
-        "objectnet_border": False,
-        "annotations": {},
-        "held_out_per_class": None,
-        "held_out_share": None,
-        "held_out_index": None,
-        "protocol": "apart",
-        "overlap_allowed": 0,
-        "metrics": {},
-        "title": None,
-        "titles": {},
-        "proxy_for": None,
-        "bootstrap_unit": "image",
-        "classes": None,
-        "parts": 1,
-        "part": 0,
-    },
-    "Model": {
-        "name": None,
-        "pretrained": None,
-        "weights": None,
-        "proxy_for": None,
-        "max_length": 128,
-        "eval_size": None,
-        "eval_resize": None,
-        "squash": False,
-        "templates": None,
-        "train_head": True,
-        "frozen_stages": 0,
-        "frozen_batch_norm": True,
-    },
-    "Optim": {
-        "kind": "adamw",
-        "decay": "weights",
-        "momentum": 0.9,
-        "schedule": "cosine",
-        "cycles": 1,
-        "steps": None,
-        "loss": "softmax",
-        "cutmix": 0.0,
-        "seed": None,
-        "evaluate_every": 0,
-        "keep": "last",
-    },
-    "Augment": {
-        "crop": None,
-        "aspect": 0.75,
-        "flip": 0.5,
-        "color_jitter": 0.0,
-        "magnitude": 0,
-        "layers": 0,
-        "magnitude_max": 10,
-        "increasing": True,
-        "fill": "white",
-        "last_epochs_minimal": 0,
-        "among": (),
-    },
-    "Regularizer": {
-        "ema": (),
-        "ema_ramp": False,
-        "swa": None,
-        "sam": None,
-        "distill": None,
-        "ingredient": "raw",
-    },
-    "Swa": {},
-    "Sam": {},
-    "Distill": {
-        "temperature": 1.0,
-        "weight": 1.0,
-    },
+DEFAULTS = {  # those of settings that rows depend on
+    "Task": {"folders": {}, "counts": None, "names": "folder", "label": "label", "asked": (), "take": None}
+    | {"subsets": {}, "numbered": (), "objectnet": None, "objectnet_border": False, "annotations": {}}
+    | {"held_out_per_class": None, "held_out_share": None, "held_out_index": None, "protocol": "apart"}
+    | {"overlap_allowed": 0, "metrics": {}, "title": None, "titles": {}, "proxy_for": None}
+    | {"bootstrap_unit": "image", "classes": None, "parts": 1, "part": 0},
+    "Model": {"name": None, "pretrained": None, "weights": None, "proxy_for": None, "max_length": 128}
+    | {"eval_size": None, "eval_resize": None, "squash": False, "templates": None, "train_head": True}
+    | {"frozen_stages": 0, "frozen_batch_norm": True},
+    "Optim": {"kind": "adamw", "decay": "weights", "momentum": 0.9, "schedule": "cosine", "cycles": 1, "steps": None}
+    | {"loss": "softmax", "cutmix": 0.0, "seed": None, "evaluate_every": 0, "keep": "last"},
+    "Augment": {"crop": None, "aspect": 0.75, "flip": 0.5, "color_jitter": 0.0, "magnitude": 0, "layers": 0}
+    | {"magnitude_max": 10, "increasing": True, "fill": "white", "last_epochs_minimal": 0, "among": ()},
+    "Regularizer": {"ema": (), "ema_ramp": False, "swa": None, "sam": None, "distill": None, "ingredient": "raw"},
+    "Distill": {"temperature": 1.0, "weight": 1.0},
 }
 
 
@@ -348,7 +244,7 @@ def now(kind):
     return {name: at.get_default(call_default_factory=True) for name, at in kind.__pydantic_fields__.items()}
 
 
-@pytest.mark.parametrize("kind", [Model, Optim, Augment, Regularizer, Swa, Sam, Distill])
+@pytest.mark.parametrize("kind", [Model, Optim, Augment, Regularizer, Distill])
 def test_defaults_which_identities_leave_out_never_change(kind):
     """Where another default is better, yaml files have it: a row that leaves one out must always mean the same."""
     assert {name: now(kind)[name] for name in DEFAULTS[kind.__name__]} == DEFAULTS[kind.__name__]

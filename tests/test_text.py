@@ -247,10 +247,10 @@ def test_mixing_is_one_of_all_processes_and_dropout_each_one_s_own():
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["model=emoji_clip"], "of texts, which model.kind=emoji_clip does not take"),
+        (["model=emoji_clip"], "has texts, which model.kind=emoji_clip does not take"),
         (["augment=minimal"], "augment=none is for texts"),
         (["optim.mixup=0.2"], "mixup and CutMix mix pixels"),
-        (["optim.loss=likelihood"], "belongs to it"),
+        (["optim.loss=likelihood"], "belong together"),
         (["task.options=[a,b,c]"], "task.num_classes=2 task.options"),
         (["task.subset=rte"], "task.subset is for task.kind=glue, not for sentiment"),
     ],
