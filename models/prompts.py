@@ -16,7 +16,7 @@ from models.tokens import Tokenizer
 
 
 def question(answers: Sequence[str]) -> str:
-    """What comes after every text: the answers, by class id, in the order of their letters.
+    """The end of every prompt: the answers, which come by class id, in the order of their letters.
 
     >>> question(["B) no", "A) yes"])
     ' | options: A) yes B) no | label:'
@@ -32,7 +32,7 @@ class Prompted(nn.Module):
     """
 
     options: Tensor
-    subtracted: tuple[float, ...] = ()  # from pixels, of which there are none
+    subtracted: tuple[float, ...] = ()  # a mean of pixels, which texts have not
 
     def __init__(self, network: "transformers.PreTrainedModel", options: Tensor, pad: int):
         super().__init__()
@@ -44,12 +44,12 @@ class Prompted(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """How many logits a text has: C."""
         return len(self.options)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return self.options.device
 
     def channels_last(self, on: bool) -> "Prompted":
@@ -68,8 +68,8 @@ class MaskedPrompt(Prompted):
         places = torch.arange(self.options.shape[1], device=ids.device)  # (M,)
         masks = attended.sum(dim=1, keepdim=True) - 1 - len(places) + places  # (b, M)
         at_masks = hidden.gather(1, masks.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
-        said = self.network.cls(at_masks).float().log_softmax(dim=2)  # (b, M, V)
-        return said[:, places, self.options].sum(dim=2)
+        predicted = self.network.cls(at_masks).float().log_softmax(dim=2)  # (b, M, V)
+        return predicted[:, places, self.options].sum(dim=2)
 
 
 class Seq2SeqPrompt(Prompted):
@@ -87,8 +87,8 @@ class Seq2SeqPrompt(Prompted):
             decoder_input_ids=self.network.prepare_decoder_input_ids_from_labels(labels),
             use_cache=False,
         )
-        said = output.logits.float().log_softmax(dim=2).gather(2, labels.unsqueeze(2)).squeeze(2)  # (b C, M)
-        return said.masked_fill(labels == self.pad, 0.0).sum(dim=1).view(len(ids), choices)
+        predicted = output.logits.float().log_softmax(dim=2).gather(2, labels.unsqueeze(2)).squeeze(2)  # (b C, M)
+        return predicted.masked_fill(labels == self.pad, 0.0).sum(dim=1).view(len(ids), choices)
 
 
 def _ties(model: nn.Module) -> dict[str, str]:
@@ -110,7 +110,7 @@ def _with_ties(model: nn.Module, state: dict[str, Any], prefix: str, *others: ob
 
 
 def masked_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) -> tuple[Tokenizer, Tensor]:
-    """What BERT reads around a text, and (C, M) what it is to say at the masks.
+    """A tokenizer that puts BERT's prompt around a text, and (C, M) ids of the answers at the masks.
 
     Raises:
         UserError: a tokenizer without [CLS], [SEP], [MASK] and [PAD].
@@ -120,15 +120,15 @@ def masked_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) ->
         raise UserError("model.kind=masked_lm needs a tokenizer with [CLS], [SEP], [MASK] and [PAD], as BERT's")
     cls, end, mask, _ = special
     plain = Tokenizer(tokenizer, max_length, (), ())
-    said = plain.plain(answers)
-    longest = max(map(len, said))
+    wanted = plain.plain(answers)
+    longest = max(map(len, wanted))
     after = (*plain.plain([question(answers)])[0], *longest * (mask,), end)
-    wanted = [ids + (longest - len(ids)) * [end] for ids in said]
+    wanted = [ids + (longest - len(ids)) * [end] for ids in wanted]
     return Tokenizer(tokenizer, max_length, (cls,), after), torch.tensor(wanted)
 
 
 def seq2seq_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) -> tuple[Tokenizer, Tensor]:
-    """What T5 reads around a text, and (C, M) what it is to write, with its end.
+    """A tokenizer that puts T5's prompt around a text, and (C, M) ids of the answers that it writes, with their end.
 
     Raises:
         UserError: a tokenizer without an end of sequence or a padding token.
@@ -137,7 +137,7 @@ def seq2seq_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) -
     if end is None or pad is None:
         raise UserError("model.kind=seq2seq_lm needs a tokenizer with an end of sequence and a padding token, as T5's")
     plain = Tokenizer(tokenizer, max_length, (), ())
-    said = [[*ids, end] for ids in plain.plain(answers)]
-    longest = max(map(len, said))
+    wanted = [[*ids, end] for ids in plain.plain(answers)]
+    longest = max(map(len, wanted))
     after = (*plain.plain([question(answers)])[0], end)
-    return Tokenizer(tokenizer, max_length, (), after), torch.tensor([x + (longest - len(x)) * [pad] for x in said])
+    return Tokenizer(tokenizer, max_length, (), after), torch.tensor([x + (longest - len(x)) * [pad] for x in wanted])

@@ -13,15 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configs.errors import UserError
 
-Pieces = Sequence[tuple[str, str | None]]  # words of a template, each with the column after it, if one is there
+Pieces = Sequence[tuple[str, str | None]]  # words of a template, each with the column that follows, or None
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer, and what a network wants around every text."""
+    """A tokenizer, and the ids that a network wants around every text."""
 
     tokenizer: Any  # of transformers
-    max_length: int  # tokens, with all that is around
+    max_length: int  # tokens, with those around the text
     before: tuple[int, ...]  # ids
     after: tuple[int, ...]
 
@@ -31,7 +31,7 @@ class Tokenizer:
         return self.tokenizer.pad_token_id
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text by itself; what looks like a special token in it is read as words."""
+        """Ids of each text by itself; special tokens written in a text are read as words."""
         if not texts:
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -43,12 +43,12 @@ class Tokenizer:
         template and shorter fields stay whole. A column that the template names twice counts twice.
 
         Raises:
-            UserError: what is around the fields alone is longer than `max_length`.
+            UserError: the tokens around the fields leave no room for them in `max_length`.
         """
         words = self.plain([text for text, _ in pieces])
         fields = {column: self.plain([row[columns.index(column)] for row in rows]) for _, column in pieces if column}
         room = self.max_length - len(self.before) - len(self.after) - sum(map(len, words))
-        times = Counter(column for _, column in pieces if column)  # that a template names a column
+        times = Counter(column for _, column in pieces if column)  # how often the template names a column
         if room < times.total():
             raise UserError(f"model.max_length={self.max_length} leaves no room beside the template and the options")
         encoded = []
@@ -59,7 +59,7 @@ class Tokenizer:
                 lengths[longest] -= 1
             parts: list[Sequence[int]] = [self.before]
             for ids, (_, column) in zip(words, pieces, strict=True):
-                parts += [ids] if column is None else [ids, fields[column][i][: lengths[column]]]
+                parts += [ids, fields[column][i][: lengths[column]] if column else ()]
             encoded.append(torch.tensor([*chain.from_iterable(parts), *self.after]))
         return tuple(encoded)
 
@@ -71,14 +71,14 @@ class TokenSplit:
     ids: tuple[Tensor, ...]  # (N) of (L_i,) int64
     labels: Tensor  # (N,) int64 class ids
     pad: int
-    key: str  # names what the ids depend on beside the texts
+    key: str  # names everything that the ids depend on beside the texts
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(N,) tokens of each."""
+        """(N,) how many tokens each text has."""
         return torch.tensor([len(ids) for ids in self.ids])
 
     def batch(self, rows: Tensor) -> Tensor:
@@ -87,25 +87,24 @@ class TokenSplit:
 
 
 def longest_first(lengths: Tensor) -> Tensor:
-    """(N,) the order of texts in which neighbours are alike in length and memory is asked for most at first."""
+    """(N,) an order of texts from the longest, which needs the most memory, to the shortest."""
     return lengths.argsort(descending=True, stable=True)
 
 
 def alike_in_length(order: Tensor, lengths: Tensor, batch: int, window: int, generator: torch.Generator) -> Tensor:
-    """(n,) an order whose batches are of texts that are alike in length, by chance in all other respects.
+    """(n,) an order with texts of similar length in each batch, and random in all other respects.
 
-    Of each `window` batches of a random order, texts are sorted by length and cut into batches anew, which then come
-    in random order. What is left over at the end, and belongs to no whole batch, stays there.
+    The texts of every `window` batches of a random order are sorted by length and cut into batches anew, which then
+    come in random order. Texts at the end that fill no whole batch stay there.
 
     Args:
         order: (n,) a random order of rows.
         lengths: (N,) tokens of each row.
         batch: texts a step.
-        window: batches.
-        generator: of the order of batches.
+        window: how many batches are sorted together.
+        generator: draws the order of batches.
     """
-    whole = len(order) // batch * batch
-    found = []
+    whole, found = len(order) // batch * batch, []
     for part in order[:whole].split(window * batch):
         batches = part[longest_first(lengths[part])].split(batch)
         found += [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -31,7 +31,7 @@ from configs.schema import CONFIGS, load
 from configs.training import Model
 from finetune.dist import blocks, wrap
 from finetune.train import ONE_PROCESS
-from models.backbones import preprocessing, skeleton
+from models.backbones import backbone_of, mean_and_std
 from models.classifier import architecture, pretrained, random_head
 
 NAMES = ("red fox", "tea pot", "grand piano")
@@ -129,27 +129,26 @@ def test_a_head_is_as_wide_as_what_comes_out_where_the_last_layer_is_not(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "mean", "squash"),
+    ("name", "pretrained", "mean"),
     [
-        ("ViT-B-16-SigLIP", (0.5, 0.5, 0.5), True),
-        ("MobileCLIP-S1", (0.0, 0.0, 0.0), False),
-        ("ViT-B-32", open_clip.OPENAI_DATASET_MEAN, False),
-        ("ViT-L-14", open_clip.OPENAI_DATASET_MEAN, False),  # of its weights one had other statistics
-        ("ViT-S-32-alt", open_clip.OPENAI_DATASET_MEAN, False),  # has no published weights
+        ("ViT-B-16-SigLIP", None, (0.5, 0.5, 0.5)),
+        ("MobileCLIP-S1", None, (0.0, 0.0, 0.0)),
+        ("ViT-B-32", None, open_clip.OPENAI_DATASET_MEAN),
+        ("ViT-L-14", None, open_clip.OPENAI_DATASET_MEAN),  # one of its weights had other statistics
+        ("ViT-L-14", "laion2b_s32b_b82k", (0.5, 0.5, 0.5)),
+        ("ViT-S-32-alt", None, open_clip.OPENAI_DATASET_MEAN),  # has no published weights
     ],
 )
-def test_without_the_weights_name_images_are_normalised_as_all_published_weights_want_it(name, mean, squash):
-    seen = preprocessing(name)
-    assert tuple(seen["mean"]) == mean
-    assert (seen["resize_mode"] == "squash") == squash
+def test_images_are_normalised_as_the_weights_or_else_all_published_ones_want_it(name, pretrained, mean):
+    assert mean_and_std(name, pretrained)[0] == mean
 
 
-def test_the_weights_name_and_the_tower_say_how_images_are_normalised():
-    assert preprocessing("ViT-L-14", "laion2b_s32b_b82k")["mean"] == (0.5, 0.5, 0.5)
-    values = {"kind": "open_clip", "image_size": 224, "normalize": True, "head": "random", "probe_c": (1.0,)}
+def test_a_tower_says_how_its_images_are_normalised():
+    model = clip_model(None, name="ViT-B-16-SigLIP", image_size=224)
     with torch.device("meta"):
-        backbone = skeleton(Model(name="ViT-B-16-SigLIP", **values))
-    assert tuple(backbone.mean) == tuple(backbone.std) == (0.5, 0.5, 0.5)
+        backbone, text = backbone_of(model, torch.device("cpu"), weights=False)
+    assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+    assert text is None
 
 
 def test_a_random_head_is_small_and_the_same_for_the_same_sizes(timm_file):
@@ -206,39 +205,30 @@ def hub_model(folder, **changes):
     return Model(**(values | {"head": "zero_shot", "templates": "name", "probe_c": (1,)} | changes))
 
 
-@pytest.mark.parametrize("make", [hub_clip, hub_align])
-def test_a_dual_encoder_of_the_hub_gives_its_own_similarities_and_leaves_its_text_tower_behind(make, tmp_path, images):
+@pytest.mark.parametrize(
+    ("make", "mean", "std"), [(hub_clip, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]), (hub_align, [0.5] * 3, [0.5] * 3)]
+)
+def test_a_dual_encoder_of_the_hub_gives_its_similarities_under_its_preprocessing_and_leaves_its_text_tower_behind(
+    make, mean, std, tmp_path, images
+):
     torch.manual_seed(0)
     network, folder = make(tmp_path)
     classifier = pretrained(hub_model(folder), NAMES).eval()
     assert not [name for name in classifier.state_dict() if "text" in name or "scale" in name or "temperature" in name]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokens = tokenizer(list(NAMES), padding="max_length", max_length=64, return_tensors="pt")
-    seen = (images.float() - classifier.mean) / classifier.std
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean, std))
     with torch.no_grad():
-        expected = network(**tokens, pixel_values=seen).logits_per_image
+        expected = network(**tokens, pixel_values=(images / 255 - mean) / std).logits_per_image
         torch.testing.assert_close(classifier(images), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_hubs_own_preprocessing_says_how_images_are_normalised(tmp_path):
-    _, folder = hub_clip(tmp_path / "clip")
-    found = pretrained(hub_model(folder), NAMES)
-    assert (found.mean.flatten() / 255).tolist() == pytest.approx([0.1, 0.2, 0.3])
-    _, folder = hub_align(tmp_path / "align")
-    found = pretrained(hub_model(folder), NAMES)
-    assert (found.std.flatten() / 255).tolist() == pytest.approx([0.5, 0.5, 0.5])
-
-
-def test_a_vision_network_of_the_hub_gives_its_pooled_output(tmp_path, images):
+def test_a_vision_network_of_the_hub_gives_its_pooled_output_and_has_no_zero_shot_head(tmp_path, images):
     network, folder = hub_vit(tmp_path)
     classifier = pretrained(hub_model(folder, head="random", templates=None, normalize=False), NAMES).eval()
     with torch.no_grad():
         expected = network(pixel_values=(images.float() - classifier.mean) / classifier.std).pooler_output
         torch.testing.assert_close(classifier.features(images), expected)
-
-
-def test_a_network_without_text_has_no_zero_shot_head(tmp_path):
-    _, folder = hub_vit(tmp_path)
     with pytest.raises(UserError, match=r"owner/name has no text tower: set model.templates=null"):
         pretrained(hub_model(folder), NAMES)
 

@@ -55,8 +55,7 @@ def slowly(model, text, option):
 
 
 def test_prompt_and_answers_are_those_of_the_paper():
-    text = "sentence: The best movie I’ve ever seen!" + question(["A) positive", "B) negative"])
-    assert text == "sentence: The best movie I’ve ever seen! | options: A) positive B) negative | label:"
+    assert question(["B) negative", "A) positive"]) == " | options: A) positive B) negative | label:"
 
 
 @torch.no_grad()
@@ -72,18 +71,10 @@ def test_an_order_of_options_changes_letters_and_not_which_logit_is_which_class(
 
 def test_logits_are_the_log_probabilities_of_the_answers_computed_the_slow_way(model):
     network, split = pretrained_network(model, OPTIONS, ANSWERS).eval(), tokens(model)
-    logits = network(split.batch(torch.arange(3)))  # padded together
+    logits = network(split.batch(torch.arange(3)))  # padded together, which the slow way is not
     expected = torch.tensor([[slowly(model, text, option) for option in OPTIONS] for text in TEXTS])
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert logits.argmax(dim=1).tolist() == expected.argmax(dim=1).tolist()
-
-
-@torch.no_grad()
-def test_padding_changes_no_answer(model):
-    network, split = pretrained_network(model, OPTIONS, ANSWERS).eval(), tokens(model)
-    together = network(split.batch(torch.arange(3)))
-    alone = torch.cat([network(split.batch(torch.tensor([row]))) for row in range(3)])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_no_parameter_is_added_and_a_tied_one_stands_once(model):

@@ -108,6 +108,7 @@ def wrapper(state, images):
 
 def test_the_converted_network_gives_the_logits_of_the_authors_wrapper(tmp_path):
     state, path = random_state(released_shapes()), tmp_path / "model_0.pt"
+    assert (len(state), sum(tensor.numel() for tensor in state.values())) == (160, 113_961_705)
     torch.save(state, path)
     network = architecture(load("released").model, 1000)
     weights, dropped = convert(path)

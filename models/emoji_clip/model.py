@@ -25,18 +25,11 @@ VOCABULARY = HERE / "vocabulary.json"
 IMAGE_SIZE = 64  # pixels, square
 CONTEXT = 16  # tokens, with start and end
 EMBED_DIM = 256
-# what the ImageNet weights of the image tower expect of RGB in [0, 1]; timm says the same of tf_efficientnet_lite0
+# The ImageNet weights of the image tower expect this of RGB in [0, 1]; timm says the same of tf_efficientnet_lite0.
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
-# the prompts whose average is a class's zero-shot weight; pretraining wraps icon names in the same ones
-TEMPLATES = (
-    "{}",
-    "a picture of {}",
-    "an icon of {}",
-    "an emoji of {}",
-    "a drawing of {}",
-    "the {} symbol",
-)
+# A class's zero-shot weight is the average over these prompts; pretraining wraps icon names in the same ones.
+TEMPLATES = ("{}", "a picture of {}", "an icon of {}", "an emoji of {}", "a drawing of {}", "the {} symbol")
 
 
 class WeightsError(UserError):
@@ -76,11 +69,11 @@ def load(path: Path = WEIGHTS) -> CLIP:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); {remedy}") from error
     clip = build()
-    own = {name: tuple(value.shape) for name, value in clip.state_dict().items()}
+    ours = {name: tuple(value.shape) for name, value in clip.state_dict().items()}
     wrong = [
-        f"{name}: {tuple(state[name].shape) if name in state else 'missing'}, not {own.get(name, 'there')}"
-        for name in sorted(own.keys() | state.keys())
-        if name not in state or name not in own or tuple(state[name].shape) != own[name]
+        f"{name}: {tuple(state[name].shape) if name in state else 'missing'}, not {ours.get(name, 'there')}"
+        for name in sorted(ours.keys() | state.keys())
+        if name not in state or tuple(state[name].shape) != ours.get(name)
     ]
     if wrong:
         raise WeightsError(f"{path} is not of this model ({len(wrong)} tensors differ, first {wrong[0]}); {remedy}")
@@ -92,8 +85,8 @@ def tokenize(texts: Sequence[str], vocabulary: Sequence[int] | None = None) -> T
     """Token ids of texts: open_clip's byte-pair encoding, cut to the ids that occurred in pretraining.
 
     Ids are 0 for padding, 1 to V for the vocabulary's entries in order, V + 1 for the start, V + 2 for the end of
-    a text. Pieces of words that did not occur in pretraining are dropped, as there is nothing known of them. A long
-    text loses its tail.
+    a text. Pieces of words that did not occur in pretraining are dropped, since nothing is known of them. A long text
+    loses its tail.
 
     Args:
         texts: N strings.
