@@ -2,6 +2,7 @@
 
     python -m analysis list                                    the paper's tables and figures, and what is measured
     python -m analysis artefact=figure4 experiment=demo        one of them; artefact=all: all of this experiment
+    python -m analysis artefact=all                            all of them again from results/measured, without runs
     python -m analysis report experiment=demo                  runs/demo/report.html: all of it on one page
     python -m analysis predictions experiment=demo72           what each method gets right, image by image
     python -m analysis claims                                  docs/claims.md, answered from results/measured
@@ -14,6 +15,7 @@ With replicates (experiment=demo_seeds) their tables, and seeds.{md,csv} over al
 """
 
 import sys
+from functools import partial
 
 from configs.cli import entry_point
 from configs.schema import Experiment
@@ -51,6 +53,13 @@ def show_claims() -> None:
     claims()
 
 
+def show_measured(artefact: str) -> None:
+    """Make tables and figures from the numbers in results/measured."""
+    from analysis.commands import redraw_measured  # noqa: PLC0415
+
+    print(*redraw_measured(artefact), sep="\n")
+
+
 def show_list() -> None:
     """A line for each of the paper's tables and figures."""
     from analysis.commands import list_artefacts  # noqa: PLC0415
@@ -63,6 +72,8 @@ if __name__ == "__main__":
         one_line_errors(show_list)
     elif sys.argv[1:] == ["claims"]:
         one_line_errors(show_claims)
+    elif len(sys.argv) == 2 and sys.argv[1].startswith("artefact="):
+        one_line_errors(partial(show_measured, sys.argv[1].removeprefix("artefact=")))
     elif sys.argv[1:2] in (["report"], ["predictions"]):
         entry_point({"report": report, "predictions": predictions}[sys.argv.pop(1)])()
     else:

@@ -1,251 +1,22 @@
-"""The paper's 33 tables and figures: what each shows, the experiments it is made of, and the function that draws it."""
+"""Make the paper's tables and figures: from finished runs, or again from the numbers that were measured and kept."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 
-from analysis.figures.angles import figure3
-from analysis.figures.cross_dataset import figuree1
-from analysis.figures.grids import figuref1
-from analysis.figures.landscape import figure2, figurej1
-from analysis.figures.pairs import figure4
-from analysis.figures.pool_size import figureb1, figureh1, figureh2, figureh3, figureh4
-from analysis.figures.reliability import figure_reliability
-from analysis.figures.scatter import figurel1, figurel2, figurel3
-from analysis.figures.training_seeds import figureb2, figureg4
-from analysis.figures.wise_curves import figured1
+from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED
 from analysis.tables.paper import paper_table
-from analysis.tables.paper_tables import methods_beside_paper, named_rows_beside_paper
-from analysis.tables.table2 import table2
-from analysis.tables.table3 import publish, scatter
-from analysis.tables.text_tables import texts_beside_paper
-from analysis.theory.approximation import figurek1
+from analysis.tables.table3 import publish
 from configs.errors import UserError
-from configs.schema import Experiment
+from configs.schema import Experiment, load
 from soups.files.atomic import write_json
 from store.provenance import provenance
 from store.runs import RunFolder
 
-MEASURED = Path(__file__).resolve().parents[1] / "results/measured"
-GLUE = ("mrpc", "rte", "cola", "sst2")
-Draw = Callable[[Sequence[Experiment], Console | None], list[Path]]
-DrawOne = Callable[..., list[Path]]  # of an experiment and console=
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """A table or figure of the paper."""
-
-    shows: str
-    paper: tuple[str, ...]  # experiments it is made of; none where the paper has formulas alone
-    embedded: tuple[str, ...]  # their counterparts of the embedded benchmark
-    draw: Draw  # from finished experiments; returns the files that it wrote
-    numbers: tuple[tuple[str, str, str], ...] = ()  # of results/paper (table, row, column), the first to look at
-
-    def is_of(self, experiment: str) -> bool:
-        """Whether an experiment is one of those it is made of."""
-        return experiment in (*self.paper, *self.embedded)
-
-
-def each(draw: DrawOne) -> Draw:
-    """One table or figure for each experiment."""
-
-    def drawn(configs: Sequence[Experiment], console: Console | None) -> list[Path]:
-        return [file for config in configs for file in draw(config, console=console)]
-
-    return drawn
-
-
-def _table(draw: Callable[[Experiment], list[Path]]) -> Draw:
-    return lambda configs, _: [file for config in configs for file in draw(config)]
-
-
-def _texts(table: str) -> Draw:
-    return lambda configs, _: texts_beside_paper(configs, table)
-
-
-def _methods(table: str) -> Draw:
-    return _table(partial(methods_beside_paper, table=table))
-
-
-def _rows(table: str) -> Draw:
-    return _table(partial(named_rows_beside_paper, table=table))
-
-
-def _scatter(stem: str) -> Draw:
-    return each(partial(scatter, stem=stem))
-
-
-TABLE3, TABLE4 = ("table3_clip_b32",), ("table4_vitg",)
-DEMO = ("demo",)
-SHIFTS = "shift_mean"
-
-ARTEFACTS = {
-    "table1": Artefact(
-        "headline numbers of the largest model",
-        TABLE4,
-        DEMO,
-        _methods("table1"),
-        (("table1", "greedy", "test"), ("table1", "greedy", SHIFTS)),
-    ),
-    "table2": Artefact("methods, formulas and the cost of an answer", (), DEMO, _table(table2)),
-    "table3": Artefact(
-        "every recipe and baseline, CLIP ViT-B/32",
-        (*TABLE3, "released"),
-        DEMO,
-        _methods("table3"),
-        (("table3", "greedy", "test"), ("table3", "best", "test"), ("table3", "uniform", "test")),
-    ),
-    "table4": Artefact(
-        "ViT-G/14 on ImageNet, its other labels and five shifts",
-        TABLE4,
-        DEMO,
-        _methods("table4"),
-        (("table4", "greedy", "test"), ("table4", "best", "test"), ("table4", "greedy_ensemble", "test")),
-    ),
-    "table5": Artefact(
-        "BERT-base and T5-base on four GLUE tasks",
-        tuple(f"tablej1_{network}_base_{task}" for network in ("bert", "t5") for task in GLUE),
-        ("demo_text",),
-        _texts("table5"),
-        (("table5", "bert_base/greedy", "rte"), ("table5", "bert_base/best", "rte")),
-    ),
-    "tablec1": Artefact(
-        "BASIC-L on ImageNet and five shifts",
-        ("tablec1_basic",),
-        DEMO,
-        _methods("tablec1"),
-        (("tablec1", "greedy", "test"), ("tablec1", "best", "test")),
-    ),
-    "tablej1": Artefact(
-        "five text models on four GLUE tasks",
-        tuple(
-            f"tablej1_{network}_{task}"
-            for network in ("bert_base", "bert_large", "t5_small", "t5_base", "t5_large")
-            for task in GLUE
-        ),
-        ("demo_text",),
-        _texts("tablej1"),
-        (("tablej1", "t5_large/greedy", "rte"), ("tablej1", "t5_large/uniform", "rte")),
-    ),
-    "tablel1": Artefact(
-        "soups of augmentations against distillation",
-        ("tablel1_distill",),
-        ("demo_distill",),
-        _rows("tablel1"),
-        (("tablel1", "Soup of minimal, medium, strong", "test@3e-5"),),
-    ),
-    "tablel2": Artefact(
-        "soups of augmentations against fix-aug",
-        ("tablel2_fixaug",),
-        ("demo_fixaug",),
-        _rows("tablel2"),
-        (("tablel2", "fix-aug", "test@3e-5"),),
-    ),
-    "tablel3": Artefact(
-        "soups of models trained without and with SAM",
-        ("tablel3_sam",),
-        ("demo_sam",),
-        _rows("tablel3"),
-        (("tablel3", "SAM, seed 0", "test"),),
-    ),
-    "figure1": Artefact(
-        "ingredients and soups, test against shifts",
-        (*TABLE3, "figure5_align", "released"),
-        DEMO,
-        _scatter("figure1"),
-        (("table3", "greedy", "test"), ("table3", "greedy", SHIFTS)),
-    ),
-    "figure2": Artefact("error landscape in a plane", ("figure2_landscape",), ("demo_landscape",), each(figure2)),
-    "figure3": Artefact("gain of an average against angle", ("figure3_angles",), ("demo_angles",), each(figure3)),
-    "figure4": Artefact("soup against ensemble of random pairs", TABLE3, DEMO, each(figure4)),
-    "figure5": Artefact(
-        "ingredients and soups of ALIGN and ViT-G",
-        ("figure5_align", *TABLE4),
-        DEMO,
-        _scatter("figure5"),
-        (("headlines", "align", "greedy minus best, test"),),
-    ),
-    "figureb1": Artefact("by the number of models considered", TABLE3, DEMO, each(figureb1)),
-    "figureb2": Artefact("calibration of soup and ensemble", ("figureb2_seeds",), ("demo_seeds_only",), each(figureb2)),
-    "figured1": Artefact(
-        "curves from the initialisation to every model and soup (WiSE-FT)",
-        (*TABLE3, "standard_zeroshot"),
-        ("demo", "demo_grid_zeroshot"),
-        each(figured1),
-    ),
-    "figuree1": Artefact(
-        "soups of backbones fine-tuned on other data sets",
-        ("figuree1_soups",),
-        ("demo_cross_dataset",),
-        each(figuree1),
-        (("headlines", "clip_vit_b32", "backbone soup minus zero-shot, CIFAR-100"),),
-    ),
-    "figuref1": Artefact(
-        "averages of the ends of one-dimensional grids",
-        tuple(f"figuref1_{grid}" for grid in ("optimizer", "augment", "lr")),
-        ("demo_grids",),
-        each(figuref1),
-    ),
-    "figureg1": Artefact(
-        "FMoW and iWildCam, CLIP ViT-L",
-        ("figureg1_fmow", "figureg1_iwildcam"),
-        DEMO,
-        _scatter("figureg1"),
-    ),
-    "figureg2": Artefact("CIFAR-10 against CIFAR-10.1", ("figureg2_cifar10",), DEMO, _scatter("figureg2")),
-    "figureg3": Artefact(
-        "a pool from an initialisation without contrastive pretraining",
-        ("figureg3_in22k",),
-        ("demo_imagenet_init",),
-        _scatter("figureg3"),
-    ),
-    "figureg4": Artefact(
-        "models that differ by seed alone, of two initialisations",
-        ("figureg4_clip", "figureg4_in22k"),
-        ("demo_seeds_only", "demo_imagenet_init"),
-        each(figureg4),
-    ),
-    "figureh1": Artefact("as B.1: linear probe, standard grid", ("standard_lp",), ("demo_grid_lp",), each(figureh1)),
-    "figureh2": Artefact("as B.1: linear probe, extreme grid", ("extreme_lp",), ("demo_extreme_lp",), each(figureh2)),
-    "figureh3": Artefact(
-        "as B.1: zero-shot, standard grid", ("standard_zeroshot",), ("demo_grid_zeroshot",), each(figureh3)
-    ),
-    "figureh4": Artefact(
-        "as B.1: zero-shot, extreme grid", ("extreme_zeroshot",), ("demo_extreme_zeroshot",), each(figureh4)
-    ),
-    "figurej1": Artefact(
-        "error landscape at a ten times larger learning rate",
-        ("figurej1_landscape",),
-        ("demo_landscape_high_lr",),
-        each(figurej1),
-    ),
-    "figurek1": Artefact("approximation (1) against the truth", ("extreme_lp",), ("demo_extreme_lp",), each(figurek1)),
-    "figurel1": Artefact(
-        "soups of averages along training (EMA, SWA)", ("figurel1_clip",), ("demo_ema_swa",), each(figurel1)
-    ),
-    "figurel2": Artefact(
-        "the same, from an initialisation pretrained on labels",
-        ("figurel2_in22k",),
-        ("demo_imagenet_init",),
-        each(figurel2),
-    ),
-    "figurel3": Artefact("Figure 1 with all methods of Table 3", TABLE3, DEMO, each(figurel3)),
-}
-
-MORE = {  # no figures of the paper, drawn by the same command
-    "reliability": Artefact("reliability diagrams before and after a temperature", (), (), each(figure_reliability))
-}
-
-
-DRAWN = ARTEFACTS | MORE  # all that `artefact=` may name; `all` means the paper's
-
-
-FORWARD = "forward"  # as artefact=forward: all of NEED_FORWARD
+FORWARD = "forward"  # artefact=forward means all of NEED_FORWARD
 NEED_FORWARD = (  # those that evaluate soups or points of a plane which no recipe made, and keep what they answer
     *("figure2", "figure3", "figure4", "figureb1", "figureb2", "figured1", "figuree1", "figuref1", "figureg4"),
     *("figureh1", "figureh2", "figureh3", "figureh4", "figurej1", "figurek1", "figurel1", "figurel2"),
@@ -282,6 +53,20 @@ def parts_of(name: str, configs: Sequence[Experiment]) -> list[Experiment]:
     return [by_name[each] for each in (*artefact.paper, *artefact.embedded) if each in by_name]
 
 
+def write_artefact(name: str, configs: Sequence[Experiment], console: Console | None = None) -> list[Path]:
+    """Make an artefact of finished experiments, in their analysis folders; returns the files.
+
+    Raises:
+        UserError: one is not finished, or is of another shape than the artefact needs.
+    """
+    made = DRAWN[name].made
+    files = []
+    for group in [configs] if made.is_one else [[config] for config in configs]:
+        stem = RunFolder.of(group[0]).analysis / f"{name}{made.ending}"
+        files += made.write(group, made.numbers(group, console), stem)
+    return files
+
+
 def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: Console) -> list[Path]:
     """Make an artefact, record where it comes from, and publish it where `paths.results` is set.
 
@@ -292,9 +77,9 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: 
         console: for progress.
 
     Raises:
-        UserError: one is not finished, or is of another shape than the artefact needs.
+        UserError: as `write_artefact`.
     """
-    files = DRAWN[name].draw(configs, console)
+    files = write_artefact(name, configs, console)
     homes = {RunFolder.of(each).analysis: each for each in configs}
     for folder, each in homes.items():
         if any(file.parent == folder for file in files):
@@ -305,6 +90,29 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: 
     if config.paths.results is None:
         return files
     return [publish(file, config.paths.results, homes[file.parent].name) for file in files]
+
+
+def redraw(name: str, out: Path, folder: Path = MEASURED) -> list[Path]:
+    """Make an artefact again from the numbers that were measured and kept, without runs.
+
+    Args:
+        name: of the artefact.
+        out: folder of the files.
+        folder: where <experiment>_<artefact>.csv are.
+
+    Raises:
+        UserError: it was not measured yet; says what to run.
+    """
+    measured = measured_files(name, folder)
+    if not measured:
+        raise UserError(f"{name} is {state(name, folder)}")
+    made, files = DRAWN[name].made, []
+    for experiment, file in measured.items():
+        config, numbers = load(experiment, f"paths.results={folder}"), pd.read_csv(file)
+        texts = numbers.columns.intersection(["confidence", "source"])
+        numbers[texts] = numbers[texts].fillna("")
+        files += made.write([config], numbers, out / file.stem)
+    return files
 
 
 def paper_numbers(name: str) -> str:
@@ -321,11 +129,22 @@ def paper_numbers(name: str) -> str:
     return ", ".join(found)
 
 
-def measured_files(name: str) -> list[Path]:
-    """The numbers of an artefact that were measured and committed, one csv an experiment."""
-    artefact = ARTEFACTS[name]
-    found = []
-    for experiment in (*artefact.paper, *artefact.embedded):
-        stems = (f"{experiment}_{name}", f"{experiment}_{name}_with_paper")
-        found += [MEASURED / f"{stem}.csv" for stem in stems if (MEASURED / f"{stem}.csv").exists()]
-    return found
+def measured_files(name: str, folder: Path = MEASURED) -> dict[str, Path]:
+    """Experiment -> its numbers of an artefact, of those that were measured and kept in a folder."""
+    artefact = DRAWN[name]
+    files = {
+        experiment: folder / f"{experiment}_{name}{artefact.made.ending}.csv"
+        for experiment in (*artefact.paper, *artefact.embedded)
+    }
+    return {experiment: file for experiment, file in files.items() if file.exists()}
+
+
+def state(name: str, folder: Path = MEASURED) -> str:
+    """Which numbers of an artefact there are, or what to run for some."""
+    files = measured_files(name, folder)
+    if files:
+        return "measured: " + ", ".join(file.name for file in files.values())
+    command, embedded = f"python -m analysis artefact={name} experiment=", DRAWN[name].embedded
+    if not embedded:
+        return f"not measured yet: {command}NAME, of a finished run"
+    return f"not measured yet: python reproduce.py experiment={embedded[0]}, then {command}{embedded[0]}"

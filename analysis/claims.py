@@ -32,7 +32,7 @@ class Claim:
     baseline: str
     on: str  # test or shifts
     paper: str
-    margin: float | None = None  # of a claim of equivalence, in [0, 1]
+    margin: float | None = None  # a claim of equivalence has one, in [0, 1]
 
 
 CLAIMS = (

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from analysis.artefacts import ARTEFACTS, DRAWN, MEASURED, draw, measured_files, named, paper_numbers, parts_of
+from analysis.artefacts import draw, measured_files, named, paper_numbers, parts_of, redraw, state
+from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED
 from analysis.claims import POOLS, write_claims
 from analysis.ending import reminder, verdict
 from analysis.page.write import write_report
@@ -46,18 +47,18 @@ def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> 
     names, files = named(config.artefact), []
     wanted = {name: parts_of(name, parts) for name in names}
     if len(names) > 1:
-        wanted = {name: own for name, own in wanted.items() if own}
+        wanted = {name: chosen for name, chosen in wanted.items() if chosen}
         wanted = {name: wanted[name] for name in list(wanted)[config.share.index :: config.share.of]}
     elif not wanted[names[0]] and not config.parts:
-        wanted[names[0]] = parts  # an experiment of one's own
+        wanted[names[0]] = parts  # your own experiment
     if published_instead(config):
         return write_instead(config)
-    for name, own in wanted.items():
-        if not own:
+    for name, chosen in wanted.items():
+        if not chosen:
             needs = ", ".join((*DRAWN[name].paper, *DRAWN[name].embedded))
             raise UserError(f"artefact={name} is made of {needs}, none of which {config.name} has")
         started = time.monotonic()
-        made = draw(config, name, own, console)
+        made = draw(config, name, chosen, console)
         console.print(f"{name}: {DRAWN[name].shows}, {time.monotonic() - started:.0f} s")
         files += made
     if not wanted:
@@ -69,16 +70,29 @@ def list_artefacts() -> None:
     """A line for each of the paper's tables and figures."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("artefact", "shows", "the paper's numbers", "state", "command"):
+    for column in ("artefact", "shows", "the paper's numbers", "state", "made by (numbers, then picture or cells)"):
         grid.add_column(column, overflow="fold")
     for name, artefact in ARTEFACTS.items():
-        files = measured_files(name)
-        state = "measured: " + ", ".join(path.name for path in files) if files else "from the paper only"
-        experiment = "demo_full" if len(artefact.embedded) > 1 else artefact.embedded[0]
-        command = f"python -m analysis artefact={name} experiment={experiment}"
-        grid.add_row(name, artefact.shows, paper_numbers(name) or "none recovered", state, command)
+        grid.add_row(name, artefact.shows, paper_numbers(name) or "none recovered", state(name), artefact.functions)
     console.print(grid)
-    console.print(f"{len(ARTEFACTS)} tables and figures. On the paper's own data: experiment=paper, or any part of it.")
+    console.print(f"{len(ARTEFACTS)} tables and figures. Each from a finished run: artefact=NAME experiment=NAME; from")
+    console.print("results/measured, without runs: python -m analysis artefact=NAME, or artefact=all.")
+
+
+def redraw_measured(name: str, out: Path = Path("runs/measured"), folder: Path = MEASURED) -> list[Path]:
+    """Make an artefact, or all, from results/measured alone; says which were not measured yet.
+
+    Raises:
+        UserError: there is none of this name, or the one that is named was not measured yet.
+    """
+    console, files = Console(width=None if sys.stdout.isatty() else 110), []
+    names = named(name)
+    for each in names:
+        if len(names) > 1 and not measured_files(each, folder):
+            console.print(f"{each}: {state(each, folder)}", highlight=False, soft_wrap=True)
+        else:
+            files += redraw(each, out, folder)
+    return files
 
 
 def predictions_of_all(config: Experiment) -> None:

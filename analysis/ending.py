@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.artefacts import ARTEFACTS, MEASURED
+from analysis.catalogue import ARTEFACTS, MEASURED
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.cells import METRICS, NAMES, percent, points
 from configs.schema import Experiment
@@ -37,7 +37,7 @@ def verdict(config: Experiment, tidy: pd.DataFrame) -> list[str]:
         return [f"{title}, {_in_sweeps(config, lines.loc[[column]], column)}" for column in columns]
     record = RunFolder.of(config).soup(soup) / "soup.json"
     of = f" of {len(read_json(record)['ingredients'])}" if record.exists() else ""  # several random orders have several
-    return [f"{title}{of}: {_told(config, lines.loc[column], column)}" for column in columns]
+    return [f"{title}{of}: {_sentence(config, lines.loc[column], column)}" for column in columns]
 
 
 def _is_soup(name: str) -> bool:
@@ -52,7 +52,7 @@ def _called(config: Experiment, column: str) -> str:
     return name if metric == "top1" else f"{name}, {METRICS[metric].lower()}"
 
 
-def _told(config: Experiment, line: pd.Series, column: str) -> str:
+def _sentence(config: Experiment, line: pd.Series, column: str) -> str:
     low, high = line["low"], line["high"]
     decided = "better" if low > 0 else "worse" if high < 0 else "undecided"
     difference = f"{100 * line['difference']:+.1f} [{percent(low)}, {percent(high)}]"

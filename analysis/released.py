@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures.style import STYLE, figure1, save
+from analysis.figures.scatter import figure1
+from analysis.figures.style import STYLE, save_with_numbers
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.cells import NAMES, write_cells
 from analysis.tables.paper import beside, beside_table, legend
@@ -20,7 +21,6 @@ from configs.errors import UserError
 from configs.schema import Experiment
 from eval.selection import best_on_held_out
 from soups.errors import one_line_errors
-from soups.files.atomic import replacing
 from store.runs import RunFolder
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def by_held_out(individual: pd.DataFrame) -> pd.DataFrame:
     """The individual models that Table 3 has: `method` is initialisation, best or second_best.
 
     The two are those of the highest accuracies on held-out, the initialisation among the candidates as in the authors'
-    pool; what reports is not looked at.
+    pool; test and shifts have no influence.
     """
     left = individual.reset_index(drop=True)
     picked = [left[left["model"] == INITIALISATION].assign(method="initialisation")]
@@ -141,11 +141,8 @@ def write_released(out: Path) -> list[Path]:
     """Write table3_released.{md,tex,csv} and figure1_released.{pdf,png,csv} in a folder."""
     files = write_cells(released_table(), released_numbers(), out / "table3_released", caption())
     points = released_points()
-    files += save(figure1(points, pd.DataFrame(), "ImageNet", len(SHIFTS)), out / "figure1_released")
-    csv = out / "figure1_released.csv"
-    with replacing(csv) as temporary:
-        points.to_csv(temporary, index=False, float_format="%.8f")
-    return [*files, csv]
+    figure = figure1(points, pd.DataFrame(), "ImageNet", len(SHIFTS))
+    return files + save_with_numbers(figure, points, out / "figure1_released")
 
 
 def published_instead(config: Experiment) -> bool:

@@ -48,7 +48,7 @@ class Subpool:
 
     kind: str
     number: int
-    share: float  # of the held-out images
+    share: float  # the share of the held-out images that choose
     members: tuple[int, ...]
     held_out: tuple[int, ...]  # rows of the split
 

@@ -6,12 +6,14 @@ from functools import partial
 import pandas as pd
 import pytest
 
-from analysis.figures.style import STYLE, coefficients_map, figure1, save
+from analysis.figures.coefficients import coefficients_map
+from analysis.figures.scatter import DRAWN_WITH_BARS, figure1
+from analysis.figures.style import STYLE, save
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels
 from analysis.tables.cells import NAMES, caption, table3, write_table
 from analysis.tables.sweep_seeds import seeds_table
-from analysis.tables.table3 import DRAWN_WITH_BARS, note
+from analysis.tables.table3 import note
 from configs.schema import load
 
 TASK = load("demo").task

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from analysis.artefacts import write_artefact
 from analysis.figures.angles import (
     AUGMENTATION,
     LEARNING_RATE,
@@ -13,7 +14,6 @@ from analysis.figures.angles import (
     SEVERAL,
     angles_figure,
     chosen_pairs,
-    figure3,
     measured_part,
     pool_geometry,
     series_of,
@@ -116,7 +116,7 @@ def measured(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     config = load("demo_tiny", f"paths.runs={runs}", "analysis.angles.several=true", *FEW)
     weights = moved_pool(config)
-    return config, weights, figure3(config)
+    return config, weights, write_artefact("figure3", [config])
 
 
 def accuracy(evaluator, weights):
@@ -174,4 +174,4 @@ def test_the_pool_needs_to_be_finished(tmp_path):
     with pytest.raises(UserError, match="not finished"):
         usable_pool(load("demo_angles", f"paths.runs={tmp_path}"))
     with pytest.raises(UserError, match="not finished"):
-        figure3(load("demo_angles", f"paths.runs={tmp_path}"))
+        write_artefact("figure3", [load("demo_angles", f"paths.runs={tmp_path}")])

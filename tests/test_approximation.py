@@ -4,14 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.artefacts import write_artefact
 from analysis.measure.mixtures import Pair
 from analysis.theory.approximation import (
     AUGMENTATION,
     LEARNING_RATE,
     SEED,
     START,
+    STATISTICS,
     approximation_table,
-    figurek1,
     points,
     related_pairs,
     summary_table,
@@ -75,11 +76,11 @@ def test_losses_are_those_of_soup_and_ensemble_at_every_alpha(finished):
 @pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(finished, monkeypatch):
     config, _ = finished
-    files = figurek1(config)
+    files = write_artefact("figurek1", [config])
     assert [file.name for file in files] == ["figurek1.pdf", "figurek1.png", "figurek1.csv", "figurek1_summary.csv"]
     monkeypatch.setattr(Evaluator, "fresh_logits", None)
     before = files[2].read_bytes()
-    assert figurek1(config)[2].read_bytes() == before
+    assert write_artefact("figurek1", [config])[2].read_bytes() == before
 
 
 def test_a_row_adds_both_terms_and_subtracts_the_ensemble(finished):
@@ -114,8 +115,11 @@ def planted(slope_of_error):
 def test_correlations_are_of_the_points_of_each_panel_with_intervals_over_pairs():
     summary = summary_table(planted(-1.0), seed=0).set_index(["beta", "pairs", "truth", "statistic"])["value"]
     without = summary["calibrated", "without highest lr"]
-    assert without["loss_difference"].tolist() == pytest.approx([1, 1, 1])
-    assert without["error_difference"].tolist() == pytest.approx([-1, -1, 0])
+    assert without["loss_difference"][list(STATISTICS)].tolist() == pytest.approx([1, 1, 1])
+    assert without["error_difference"][list(STATISTICS)].tolist() == pytest.approx([-1, -1, 0])
+    ensemble, soup = (without["loss_difference", f"always the {answer}"] for answer in ("ensemble", "soup"))
+    right = (planted(1.0).query("first == 0 and highest_lr < 1e-2 and what == 'plain'")["loss_difference"] > 0).mean()
+    assert (ensemble, soup) == (pytest.approx(right), pytest.approx(1 - right))
     assert summary["plain", "all", "loss_difference", "sign agreement"] == pytest.approx(8 / 12)
     whole = summary_table(planted(1.0), seed=0).query("pairs == 'all' and statistic == 'sign agreement'")
     assert (whole["low"] < whole["value"]).all()

@@ -1,11 +1,13 @@
 """The paper's 33 artefacts are all there, and made of experiments that exist."""
 
+import importlib
 import subprocess
 
 import pytest
 from rich.console import Console
 
-from analysis.artefacts import ARTEFACTS, draw, named, paper_numbers, parts_of
+from analysis.artefacts import draw, measured_files, named, paper_numbers, parts_of, redraw, state
+from analysis.catalogue import ARTEFACTS
 from configs.cli import parts_of as parts_of_experiment
 from configs.errors import UserError
 from configs.schema import load
@@ -49,6 +51,37 @@ def test_every_number_that_is_named_is_in_the_papers_tables():
 def test_an_artefact_that_is_none_is_refused():
     with pytest.raises(UserError, match="artefact=figure9"):
         named("figure9")
+
+
+def test_what_was_not_measured_says_what_to_run_and_is_not_drawn(tmp_path):
+    assert "python reproduce.py experiment=demo_align, then python -m analysis artefact=figure5" in state("figure5")
+    with pytest.raises(UserError, match=r"figure5 is not measured yet: python reproduce\.py experiment=demo_align"):
+        redraw("figure5", tmp_path)
+    with pytest.raises(UserError, match="artefact=reliability experiment=NAME"):
+        redraw("reliability", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["table3", "tablel1", "figure1", "figureg4"])
+def test_what_was_measured_is_made_again_without_runs(tmp_path, name):
+    files = redraw(name, tmp_path)
+    kept = {file.name: file for file in measured_files(name).values()}
+    assert {file.name for file in files if file.suffix == ".csv"} == set(kept)
+    assert all(file.stat().st_size for file in files)
+    if name.startswith("figure"):
+        assert all((tmp_path / each).read_bytes() == file.read_bytes() for each, file in kept.items())
+
+
+def test_no_two_artefacts_are_the_same_picture_of_the_same_runs():
+    seen = [(artefact.made, artefact.embedded) for artefact in ARTEFACTS.values()]
+    assert not [each for each in seen if seen.count(each) > 1]
+
+
+def test_every_function_behind_an_artefact_is_where_the_list_says():
+    for artefact in ARTEFACTS.values():
+        for place in artefact.functions.split():
+            module, _, function = place.partition(":")
+            assert callable(getattr(importlib.import_module(module), function)), place
 
 
 def test_an_artefact_is_drawn_recorded_and_published(tmp_path):

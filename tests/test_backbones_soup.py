@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import results
+from analysis.measure import methods as results
 from analysis.tables.cells import table3
 from configs.errors import UserError
 from configs.schema import load

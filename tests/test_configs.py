@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from torch import nn
 
-from analysis.artefacts import ARTEFACTS, GLUE
+from analysis.catalogue import ARTEFACTS, GLUE
 from analysis.tables.table3 import note
 from configs import schema
 from configs.data import KINDS

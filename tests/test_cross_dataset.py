@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 
 import reproduce
+from analysis.artefacts import write_artefact
 from analysis.figures.cross_dataset import (
     cross_figure,
     cross_table,
-    figuree1,
     mean_changes,
     orders_of,
     sets_along,
@@ -114,7 +114,11 @@ def test_the_changes_of_an_order_sum_to_what_all_of_it_gains(table):
 
 def test_what_is_no_pool_of_backbones_is_refused_and_files_are_written(finished, tmp_path, capsys, monkeypatch):
     config, _ = finished
-    assert [file.name for file in figuree1(config)] == ["figuree1.pdf", "figuree1.png", "figuree1.csv"]
+    assert [file.name for file in write_artefact("figuree1", [config])] == [
+        "figuree1.pdf",
+        "figuree1.png",
+        "figuree1.csv",
+    ]
     assert list(axis_labels(config)) == ["test", "shift_mean"]
     done = RunFolder.of(config).ingredient(1) / "done.json"
     assert read_json(done)["status"] == "done"
@@ -125,4 +129,4 @@ def test_what_is_no_pool_of_backbones_is_refused_and_files_are_written(finished,
     assert capsys.readouterr().out.split()[-4:-1] == written
     probed, _ = finished_pool(tmp_path, "sweep.rows=1")
     with pytest.raises(UserError, match="heads from class names"):
-        figuree1(probed)
+        write_artefact("figuree1", [probed])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.artefacts import ARTEFACTS
+from analysis.catalogue import ARTEFACTS
 from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.figures.grids import best_in_range, figuref1, grids_figure, grids_of, grids_table
+from analysis.artefacts import write_artefact
+from analysis.figures.grids import best_in_range, grids_figure, grids_of, grids_table
 from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
 from soups.files.atomic import read_json, write_json
@@ -112,7 +113,7 @@ def test_the_map_is_upper_triangular_with_signed_points_and_what_is_clear_in_bol
 
 
 def test_its_files_are_written(finished):
-    names = [file.name for file in figuref1(finished[0])]
+    names = [file.name for file in write_artefact("figuref1", [finished[0]])]
     assert names == ["figuref1.pdf", "figuref1.png", "figuref1.csv"]
 
 

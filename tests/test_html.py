@@ -8,8 +8,8 @@ from html import unescape
 import pandas as pd
 import pytest
 
-from analysis.figures.landscape import figure2
-from analysis.figures.reliability import figure_reliability, reliability_rows
+from analysis.artefacts import write_artefact
+from analysis.figures.reliability import reliability_rows
 from analysis.page.cells import Interval
 from analysis.page.files import pictures
 from analysis.page.write import ENVIRONMENT, write_report
@@ -85,8 +85,8 @@ def before(finished):
 @pytest.fixture(scope="module")
 def path(finished, before):
     del before  # was made first
-    figure_reliability(finished[0])
-    figure2(replace(finished[0], analysis=replace(finished[0].analysis, labels=())))
+    write_artefact("reliability", [finished[0]])
+    write_artefact("figure2", [replace(finished[0], analysis=replace(finished[0].analysis, labels=()))])
     return write_report(finished[0])
 
 

@@ -17,8 +17,9 @@ from matplotlib.collections import PathCollection
 from rich.console import Console
 from safetensors.torch import save_file
 
+from analysis.artefacts import write_artefact
 from analysis.figures.contours import LEVELS, landscape_figure, levels
-from analysis.figures.landscape import figure2, figurej1, slices, training_rows
+from analysis.figures.landscape import slices, training_rows
 from analysis.figures.plane import Plane, axes_of, moving, plane_through, set_between
 from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
@@ -159,7 +160,7 @@ def measured(tmp_path_factory):
     config = configured(tmp_path_factory.mktemp("runs"))
     weights = moved_pool(config)
     log = Console(file=StringIO(), width=200)
-    files = figure2(config, log)
+    files = write_artefact("figure2", [config], log)
     assert re.match(r"\d+ planes? of \d+ points: [\d,]+ forward passes, about \d+ s", log.file.getvalue())
     return config, weights, files
 
@@ -197,7 +198,7 @@ def test_a_point_of_the_grid_is_evaluated_with_the_sum_of_its_shares(measured):
 def test_figure_j1_draws_the_same_numbers_and_evaluates_nothing_again(measured):
     config, _, files = measured
     before = {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")}
-    again = figurej1(config)
+    again = write_artefact("figurej1", [config])
     assert [file.name for file in again] == ["figurej1.pdf", "figurej1.png", "figurej1.csv"]
     assert again[-1].read_bytes() == files[-1].read_bytes()
     assert {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")} == before
@@ -208,8 +209,8 @@ def test_a_killed_grid_continues_to_the_same_csv(measured, tmp_path):
     config = configured(tmp_path)
     moved_pool(config)
     folder = RunFolder.of(config).root / "landscape"
-    code = "from analysis.figures.landscape import figure2; from configs.schema import load\n"
-    code += f"figure2(load('demo_tiny', 'paths.runs={tmp_path}', *{SETTINGS!r}))"
+    code = "from analysis.artefacts import write_artefact; from configs.schema import load\n"
+    code += f"write_artefact('figure2', [load('demo_tiny', 'paths.runs={tmp_path}', *{SETTINGS!r})])"
     process = subprocess.Popen([python(), "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(folder.rglob("*.npy")) and process.poll() is None and time.monotonic() < deadline:
@@ -221,7 +222,7 @@ def test_a_killed_grid_continues_to_the_same_csv(measured, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     expected = len(list((RunFolder.of(measured[0]).root / "landscape").rglob("*.npy")))
     assert 0 < len(before) < expected
-    files = figure2(config)
+    files = write_artefact("figure2", [config])
     assert files[-1].read_bytes() == measured[2][-1].read_bytes()
     assert len(list(folder.rglob("[!.]*.npy"))) == expected
     assert all(path.stat().st_mtime_ns == written for path, written in before.items() if path.name[0] != ".")

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.figures.pairs import figure4, pairs_figure, random_pairs
+from analysis.artefacts import write_artefact
+from analysis.figures.pairs import pairs_figure, random_pairs
 from analysis.measure.methods import SHIFT_MEAN, difference_in, method_of_answers, over_orders
 from analysis.measure.mixtures import Pair
 from configs.errors import UserError
@@ -63,7 +64,7 @@ def measured(tmp_path_factory):
         "demo_tiny", f"paths.runs={tmp_path_factory.mktemp('runs')}", "task.classes=8", "analysis.pairs.count=2", *FEW
     )
     weights = moved_pool(config)
-    return config, weights, figure4(config)
+    return config, weights, write_artefact("figure4", [config])
 
 
 def predicted(evaluator, weights, split):
@@ -98,7 +99,7 @@ def test_a_second_call_evaluates_nothing_again(measured):
     config, _, files = measured
     before = {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")}
     csv = files[-1].read_bytes()
-    assert figure4(config)[-1].read_bytes() == csv
+    assert write_artefact("figure4", [config])[-1].read_bytes() == csv
     assert {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")} == before
 
 

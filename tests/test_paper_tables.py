@@ -10,11 +10,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from analysis.artefacts import write_artefact
+from analysis.catalogue import ARTEFACTS
 from analysis.measure.methods import measure
 from analysis.tables.paper import paper_table
-from analysis.tables.paper_tables import methods_beside_paper, named_rows_beside_paper, with_significance
-from analysis.tables.table2 import table2
-from analysis.tables.text_tables import network_of, texts_beside_paper
+from analysis.tables.paper_tables import (
+    cells_beside_paper,
+    measure_beside_paper,
+    measure_rows_beside_paper,
+    with_significance,
+)
+from analysis.tables.text_tables import network_of
 from configs.errors import UserError
 from configs.schema import load
 from eval.pool import evaluate, is_scored
@@ -53,16 +59,13 @@ def test_bold_is_the_best_and_what_mcnemars_test_does_not_tell_from_it(finished)
 
 def test_an_oracle_is_never_bold_and_stands_where_the_paper_has_one(finished):
     config, _ = finished
-    markdown, latex, csv = methods_beside_paper(config, "table4")
+    markdown, latex, csv = write_artefact("table4", [config])
     numbers = pd.read_csv(csv)
     assert not numbers.loc[numbers["method"] == "oracle", "bold"].any()
-    assert "oracle" not in set(pd.read_csv(methods_beside_paper(config, "table3")[2])["method"])
+    assert "oracle" not in set(pd.read_csv(write_artefact("table3", [config])[2])["method"])
     paper = paper_table("table4").set_index(["row", "column"])["value"]
     beside = numbers.dropna(subset=["paper"]).set_index(["method", "column"])
     assert beside.loc[("greedy", "test"), "paper"] == paper["greedy", "test"]
-    assert beside.loc[("greedy", "shift_mean"), "minus_paper"] == pytest.approx(
-        100 * beside.loc[("greedy", "shift_mean"), "accuracy"] - paper["greedy", "shift_mean"]
-    )
     said = markdown.read_text()
     assert "emoji, a proxy for ImageNet" in said
     assert "**" in said
@@ -80,16 +83,29 @@ def test_an_oracle_is_never_bold_and_stands_where_the_paper_has_one(finished):
     ],
 )
 def test_what_only_the_paper_has_is_printed_as_the_papers(finished, table, alone):
-    markdown, _, csv = methods_beside_paper(finished[0], table)
+    markdown, _, csv = write_artefact(table, [finished[0]])
     head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in _rows_of(markdown)]
     by_name = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
     for name, value in alone.items():
         row = by_name[f"{name}, paper only"]
-        assert (row["Test"], row["Test, paper"], row["Test − paper"], row["Test − best"]) == ("", value, "", "")
+        assert (row["Test"], row["Test, paper"], row["Test − best"]) == ("", value, "")
     assert "paper only" not in " ".join(name for name in by_name if name.startswith("Best individual model"))
     numbers = pd.read_csv(csv)
     there = set(paper_table(table).query("column == 'test'")["row"])
     assert there == set(numbers[numbers["paper"].notna() & (numbers["column"] == "test")]["method"])
+
+
+def test_differences_to_the_paper_are_of_the_papers_own_model_alone(finished):
+    config, _ = finished
+    numbers = measure_beside_paper(config, "table3")
+    off = 100 * numbers["accuracy"] - numbers["paper"]
+    assert off.notna().any() and numbers["minus_paper"].dropna().tolist() == pytest.approx(off.dropna().tolist())
+    assert "Test − paper" in cells_beside_paper(config, numbers)[0]
+    markdown, _, csv = write_artefact("table3", [config])  # of a proxy
+    assert "− paper" not in markdown.read_text() and pd.read_csv(csv)["minus_paper"].isna().all()
+    made = ARTEFACTS["table3"].made
+    assert made.is_papers(load("table3_clip_b32")) and made.is_papers(load("released"))
+    assert not ARTEFACTS["table4"].made.is_papers(load("table4_vitg"))  # of a stand-in
 
 
 def _rows_of(markdown):
@@ -134,7 +150,7 @@ def test_single_models_are_chosen_of_both_averages_and_soups_are_of_the_low_one(
     assert by_name["oracle"].accuracy("test") == by_name["best"].accuracy("test")
     assert by_name["best"].accuracy("test") > max(method.accuracy("test") for method in pool[1:])
     assert pool[0].accuracy("test") >= by_name["oracle"].accuracy("test")  # the initialisation is no candidate
-    said = methods_beside_paper(config, "table4")[0].read_text()
+    said = write_artefact("table4", [config])[0].read_text()
     assert "without the initialisation, soups and ensembles of ema_0.9, best of ema_0.9, ema_0.99" in said
 
 
@@ -179,7 +195,7 @@ def test_81_37_stands_beside_one_coefficient_for_each_tensor():
 
 
 def test_the_papers_gain_is_its_row_minus_its_best(finished):
-    table = methods_beside_paper(finished[0], "table3")[0].read_text().splitlines()
+    table = write_artefact("table3", [finished[0]])[0].read_text().splitlines()
     header = [cell.strip() for cell in table[0].strip("|").split("|")]
     greedy = next(line for line in table if line.startswith("| Greedy soup "))
     cells = dict(zip(header, [cell.strip() for cell in greedy.strip("|").split("|")], strict=True))
@@ -193,14 +209,14 @@ def test_a_row_stands_beside_the_papers_number_at_its_learning_rate(finished, ra
     names = [f"{name}, {rate}" if rate else name for name in ("minimal", "medium", "strong")]
     whole = "minimal, medium, strong" + (f", {rate}" if rate else "")
     named = replace(config.analysis, labels=tuple(names), sets={whole: (1, 2, 3)})
-    numbers = pd.read_csv(named_rows_beside_paper(replace(config, analysis=named), "tablel1")[2])
+    numbers = pd.read_csv(write_artefact("tablel1", [replace(config, analysis=named)])[2])
     soup = numbers[numbers["method"].str.startswith("Soup") & (numbers["column"] == "test")]
     assert soup["paper"].item() == paper
 
 
 def test_rows_without_names_are_refused(finished):
     with pytest.raises(UserError, match=r"analysis\.labels"):
-        named_rows_beside_paper(finished[0], "tablel1")
+        measure_rows_beside_paper(finished[0], "tablel1")
 
 
 def test_networks_are_called_as_in_the_papers_tables():
@@ -212,14 +228,14 @@ def test_networks_are_called_as_in_the_papers_tables():
 
 def test_a_table_of_texts_has_ours_and_every_number_of_the_paper(finished):
     config, _ = finished
-    text = texts_beside_paper([config], "table5")[0].read_text()
+    text = write_artefact("table5", [config])[0].read_text()
     assert re.search(r"\| BERT-base +\| rte +\|.*\| Greedy soup +\|.*\| 61.7", text)
     assert "| emoji" in text
 
 
 def test_an_ensemble_costs_as_many_forward_passes_as_it_has_models(finished):
     torch.set_num_threads(1)
-    numbers = pd.read_csv(table2(finished[0])[2]).set_index("method")
+    numbers = pd.read_csv(write_artefact("table2", [finished[0]])[2]).set_index("method")
     assert list(numbers.index) == ["best", "ensemble", "uniform", "greedy"]
     assert numbers.loc["ensemble", "models"] == 4
     assert numbers.loc["ensemble", "gflops"] == pytest.approx(4 * numbers.loc["best", "gflops"])
@@ -229,7 +245,7 @@ def test_an_ensemble_costs_as_many_forward_passes_as_it_has_models(finished):
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles(finished, tmp_path):
-    tables = [methods_beside_paper(finished[0], "table4")[1], table2(finished[0])[1]]
+    tables = [write_artefact("table4", [finished[0]])[1], write_artefact("table2", [finished[0]])[1]]
     body = "".join(f"\\input{{{table}}}\n" for table in tables)
     document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\\tiny\n{body}\\end{{document}}\n"
     (tmp_path / "all.tex").write_text(document)

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.artefacts import write_artefact
 from analysis.figures.pool_size import (
     best_of_first,
-    figureb1,
     greedy_of_first,
     orders_of,
     pool_size_figure,
@@ -145,7 +145,7 @@ def test_a_second_call_reads_no_weights_and_writes_the_same_numbers(finished, ta
         (each.folder / "weights.safetensors").rename(each.folder / "away")
     try:
         pd.testing.assert_frame_equal(pool_size_table(config, evaluator), table)
-        files = figureb1(config, "figureh1")
+        files = write_artefact("figureh1", [config])
     finally:
         for each in ingredients_of(config):
             (each.folder / "away").rename(each.folder / "weights.safetensors")

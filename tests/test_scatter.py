@@ -3,10 +3,21 @@
 import pandas as pd
 import pytest
 
-from analysis.figures.scatter import figurel1, figurel2, figurel3, methods_figure, styles
+from analysis.artefacts import write_artefact
+from analysis.figures.scatter import (
+    draw_scatter,
+    draw_subgroups,
+    measure_scatter,
+    measure_subgroups,
+    methods_figure,
+    styles,
+)
+from analysis.measure.methods import measure
 from configs.errors import UserError
 from configs.schema import load
 from soups.experiment.cook import cook
+from soups.scorers.metrics import score
+from tasks.emoji.load import read_manifest
 from tests.pools import finished_pool
 
 ONE = ("sweep.rows=2", "recipes=[best,uniform]", "model.templates=null", "cluster.workers=1")
@@ -41,18 +52,40 @@ def test_the_figure_has_each_method_at_its_place_in_percent():
 def test_its_files_are_written_from_what_was_cooked(finished):
     config, evaluator = finished
     with pytest.raises(UserError, match="recipe=best first"):
-        figurel3(config)
+        write_artefact("figurel3", [config])
     for recipe in config.recipes:
         cook(recipe, evaluator)
-    files = figurel3(config)
+    files = write_artefact("figurel3", [config])
     assert [file.name for file in files] == ["figurel3.pdf", "figurel3.png", "figurel3.csv"]
     assert {"individual", "initialisation", "best", "uniform"} <= set(pd.read_csv(files[-1])["kind"])
 
 
+def test_figure_g2_is_of_one_shift_and_figure_g1_of_groups_and_classes(finished):
+    config, evaluator = finished
+    for recipe in config.recipes:
+        cook(recipe, evaluator)
+    pool, methods = measure(config, evaluator)
+    one = measure_scatter(config, one_shift=True).set_index("name")
+    assert one.loc["row 1", "shift_mean"] == pool[1].accuracy("v2")
+    assert draw_scatter(config, one.reset_index(), one_shift=True).axes[0].get_ylabel() == "Accuracy on V2 (%)"
+
+    points = measure_subgroups(config)
+    found = points[points["kind"] == "best"].set_index("metric")
+    best = next(method for method in methods if method.name == "best")
+    classes = [row["group"] for row in read_manifest()["classes"]]
+    groups = [classes[label] for label in evaluator.split("test").labels]
+    by_group = pd.Series(best.hits["test"].double().numpy()).groupby(groups).mean()
+    assert found.loc["worst_group", "test"] == pytest.approx(by_group.min())
+    f1 = [score("macro_f1", best.predicted[s][0], evaluator.split(s).labels) for s in config.task.shifts]
+    assert found.loc["macro_f1", "shift_mean"] == pytest.approx(sum(f1) / len(f1))
+    labels = [axes.get_xlabel() for axes in draw_subgroups(config, points).axes]
+    assert labels == ["Emoji test, accuracy of the worst group (%)", "Emoji test, macro F1 (%)"]
+
+
 def test_rows_need_names_for_figures_l1_and_l2(finished, tmp_path):
     with pytest.raises(UserError, match="name the rows in"):
-        figurel1(finished[0])
+        write_artefact("figurel1", [finished[0]])
     config, _ = finished_pool(tmp_path, *ONE, "analysis.labels=[ema,swa]", "+analysis.sets.both=[1,2]")
-    files = figurel2(config)
+    files = write_artefact("figurel2", [config])
     assert [file.name for file in files] == ["figurel2.pdf", "figurel2.png", "figurel2.csv"]
     assert list(pd.read_csv(files[-1])["method"].unique()) == ["ema", "swa", "Soup of both", "Ensemble of both"]

@@ -3,21 +3,22 @@
 import pytest
 import torch
 
+from analysis.artefacts import write_artefact
 from analysis.figures.training_seeds import (
     answering,
     budget_figure,
     calibration_figure,
-    figureb2,
-    figureg4,
     scaled_head,
     seed_group,
     seeds_table,
 )
+from analysis.measure.calibration import debiased_error
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels
 from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import fit_beta, reliability_bins
+from eval.metrics import nll
 from soups.experiment.pool import usable_pool
 from store.runs import Ingredient
 from tests.pools import finished_pool
@@ -104,6 +105,22 @@ def test_a_scaled_head_gives_logits_times_beta_and_calibrated_members_are_averag
         scaled_head({"lm_head.weight": torch.ones(1)}, 2.0)
 
 
+def test_calibration_is_also_told_by_nll_brier_score_and_a_debiased_error(finished, members, table):
+    _, evaluator = finished
+    logits, labels = evaluator.fresh_logits(members[0].load(), "test"), evaluator.split("test").labels
+    chances = logits.double().softmax(1)
+    row = cell(table, "individual", 1)
+    assert row["nll"] == pytest.approx(nll(logits, labels), abs=1e-6)
+    assert row["brier"] == pytest.approx((chances - torch.eye(chances.shape[1])[labels]).square().sum(1).mean().item())
+    for name in ("nll", "brier"):
+        assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
+    sure = torch.tensor([[5.0, 0.0]]).repeat(400, 1)  # 99.3 % sure
+    half = torch.arange(400) % 2
+    assert debiased_error(sure, half, 2) == pytest.approx(0.4933, abs=2e-3)
+    fair = torch.tensor([[0.0, 1e-9]]).repeat(400, 1)
+    assert debiased_error(fair, half, 2) == 0 == pytest.approx(reliability_bins(fair, half).ece, abs=1e-6)
+
+
 def test_differences_are_to_the_mean_of_the_individuals_so_far(table):
     for column in ("test", SHIFT_MEAN):
         base = sum(cell(table, "individual", k, column=column)["accuracy"] for k in (1, 2)) / 2
@@ -127,5 +144,6 @@ def test_figures_have_their_lines_and_axes(finished, table):
 
 
 def test_both_artefacts_are_written(finished):
-    for function, stem in ((figureb2, "figureb2"), (figureg4, "figureg4")):
-        assert [file.name for file in function(finished[0])] == [f"{stem}.pdf", f"{stem}.png", f"{stem}.csv"]
+    for stem in ("figureb2", "figureg4"):
+        files = write_artefact(stem, [finished[0]])
+        assert [file.name for file in files] == [f"{stem}.pdf", f"{stem}.png", f"{stem}.csv"]

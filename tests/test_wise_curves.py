@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from analysis.figures.wise_curves import ALPHAS, ends_of, figured1, is_augmentation_varied, wise_figure, wise_table
+from analysis.artefacts import write_artefact
+from analysis.figures.wise_curves import ALPHAS, ends_of, is_augmentation_varied, wise_figure, wise_table
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels
 from configs.errors import UserError
@@ -19,7 +20,7 @@ SOUPS = ("recipes=[best,uniform,greedy]", "sweep.rows=2", "cluster.workers=1")
 def finished(tmp_path_factory):
     config, evaluator = finished_pool(tmp_path_factory.mktemp("runs"), *SOUPS)
     with pytest.raises(UserError, match="recipe=uniform first"):
-        figured1(config)
+        write_artefact("figured1", [config])
     for recipe in config.recipes:
         cook(recipe, evaluator)
     return config, evaluator
@@ -86,7 +87,7 @@ def test_its_files_are_written_without_reading_weights_again(finished, table):
         torch.testing.assert_close(each.load(), each.load())
         (each.folder / "weights.safetensors").rename(each.folder / "away")
     try:
-        files = figured1(config)
+        files = write_artefact("figured1", [config])
     finally:
         for each in usable_pool(config):
             (each.folder / "away").rename(each.folder / "weights.safetensors")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from typing import Literal
 
 import matplotlib as mpl
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.figures.style import SETTINGS
 from analysis.measure.methods import Method, difference_in, method_of_model, over_orders
 from analysis.measure.mixtures import Pair, learning_rates, measure_midpoints
 from configs.errors import UserError
@@ -35,7 +34,7 @@ SERIES = {  # Okabe and Ito's colours
     SEVERAL: ("#999999", "x"),
 }
 OTHER = ("#CC79A7", "D")
-NOT_REPEATED = ("embed", "relative_attention_bias")  # tables of T5's blocks and the like, which are looked up
+NOT_REPEATED = ("embed", "relative_attention_bias")  # tables that T5's blocks look values up in
 
 
 def measured_part(layout: Layout, weights: Literal["repeated", "blocks", "all"]) -> Layout:
@@ -200,14 +199,17 @@ def angles_figure(tidy: pd.DataFrame, shifts: int) -> Figure:
         return figure
 
 
-def figure3(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Measure what is missing and write figure3.{pdf,png,csv} into the experiment's analysis folder.
+def measure_angles(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure 3, from `angles_table`; evaluates the means of two models that are not on disk.
 
     Raises:
         UserError: the sweep is not finished, or has no pairs to draw.
     """
     pairs = chosen_pairs(config)
     measure_midpoints(config, [pair for pair, _ in pairs], console)
-    tidy = angles_table(config, Evaluator(config), pairs)
-    figure = angles_figure(tidy, len(config.task.shifts))
-    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figure3")
+    return angles_table(config, Evaluator(config), pairs)
+
+
+def draw_angles(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure 3 of an experiment."""
+    return angles_figure(numbers, len(config.task.shifts))

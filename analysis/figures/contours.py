@@ -15,8 +15,8 @@ from analysis.figures.style import SETTINGS
 from analysis.measure.methods import SHIFT_MEAN
 
 LEVELS = 12
-NEAREST = 1 / 128  # of a log scale: the first contour's distance to the least value, as a share of the whole range
-MARKERS = (("*", 70), ("o", 26), ("o", 26))  # of theta_0, theta_1, theta_2
+NEAREST = 1 / 128  # log scales: distance of the first contour to the least value, as a share of the range
+MARKERS = (("*", 70), ("o", 26), ("o", 26))  # theta_0, theta_1, theta_2
 
 
 def levels(values: NDArray[np.float64], *, log: bool) -> NDArray[np.float64]:
@@ -49,7 +49,7 @@ def _panel(axes: Axes, plane: pd.DataFrame, column: str, scale: float, *, log: b
     filled = axes.contourf(xs, ys, values, levels=at, norm=norm, cmap="viridis")
     axes.contour(xs, ys, values, levels=at, colors="white", linewidths=0.3, alpha=0.6)
     # Each level has the same share of the bar, whatever the scale.
-    beside = axes.inset_axes((1.04, 0.0, 0.06, 1.0))  # as high as the panel, whatever its aspect
+    beside = axes.inset_axes((1.04, 0.0, 0.06, 1.0))  # has the height of the panel, whatever its aspect
     bar = axes.figure.colorbar(filled, cax=beside, spacing="uniform", ticks=at[::2])
     bar.ax.set_yticklabels([f"{value:.3g}" for value in at[::2]], fontsize=6)
     bar.set_label(label, fontsize=7)

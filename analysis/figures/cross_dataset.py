@@ -19,9 +19,9 @@ from rich.console import Console
 from torch import Tensor
 
 from analysis.figures.pool_size import orders_of
-from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.figures.style import SETTINGS
 from analysis.measure.methods import numbers_of
-from analysis.measure.mixtures import Mixture, axis_labels, drawn_columns, measure_mixtures, method_of_mixture
+from analysis.measure.mixtures import Mixture, drawn_columns, measure_mixtures, method_of_mixture
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -33,14 +33,14 @@ from soups.files.weights import Weights, load_weights
 from store.runs import RunFolder, done_row
 from tasks.load import class_names
 
-SOUP, GAINS = "#0072B2", ("#009E73", "#D55E00")  # of Okabe and Ito's colours: up and down
+SOUP, GAINS = "#0072B2", ("#009E73", "#D55E00")  # Okabe and Ito's colours; gains are up and down
 
 
 @dataclass(frozen=True)
 class Tower:
     """A backbone that was fine-tuned on a data set."""
 
-    name: str  # of the data set
+    name: str  # the data set's
     folder: Path
     digest: str
 
@@ -194,10 +194,8 @@ def cross_figure(tidy: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
         return figure
 
 
-def figuree1(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Evaluate what is missing and write figuree1.{pdf,png,csv} into the experiment's analysis folder.
-
-    It costs an evaluation of each distinct set, at most `cooking.orders` times the number of backbones.
+def measure_backbones(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure E.1, from `cross_table`; an evaluation of each distinct set of backbones.
 
     Raises:
         UserError: as `towers_of`; backbones of another network.
@@ -206,6 +204,4 @@ def figuree1(config: Experiment, console: Console | None = None) -> list[Path]:
     orders = orders_of(config, len(towers))
     soups = [soup_of(config, towers, chosen) for chosen in sets_along(orders)]
     measure_mixtures(config, "soups of backbones", soups, console)
-    tidy = cross_table(config, Evaluator(config), towers, orders)
-    figure = cross_figure(tidy, axis_labels(config))
-    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figuree1")
+    return cross_table(config, Evaluator(config), towers, orders)

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -15,11 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.figures.style import SETTINGS
 from analysis.measure.methods import accuracy_in, method_of_model, numbers_of
 from analysis.measure.mixtures import (
     Mixture,
-    axis_labels,
     drawn_columns,
     mean_mixture,
     measure_mixtures,
@@ -30,7 +28,7 @@ from configs.schema import Experiment, dump
 from eval.forward import Evaluator
 from soups.experiment.pool import usable_pool
 from store.rows import draw, row_config
-from store.runs import Ingredient, RunFolder
+from store.runs import Ingredient
 
 CLIP = 5.0  # points at which colours end, so that one bad end leaves the others theirs
 
@@ -54,14 +52,14 @@ class Grid:
 
 
 def _label(config: Experiment, row: int) -> str:
-    """The name that `analysis.labels` gives to a row, else what the sweep sets in it first."""
+    """The name that `analysis.labels` gives to a row, or else the first setting that the sweep gives it."""
     if config.analysis.labels:
         return config.analysis.labels[row - 1]
-    return _said(next(iter(draw(config, row).values()), row))
+    return _written(next(iter(draw(config, row).values()), row))
 
 
-def _said(value: Any) -> str:
-    """A setting's value, of small numbers as in 3e-4."""
+def _written(value: Any) -> str:
+    """A setting's value; small numbers are written as in 3e-4."""
     if not isinstance(value, float):
         return str(value)
     digits, _, power = f"{value:.3e}".partition("e")
@@ -77,9 +75,9 @@ def _labels(config: Experiment, rows: Sequence[int], elsewhere: Collection[int])
     fields = [(group, field) for group in ("optim", "augment", "regularizer") for field in settings[0][group]]
     differ = [(g, f) for g, f in fields if len({str(values[g][f]) for values in settings}) > 1]
     groups = {group for group, _ in differ}
-    telling = differ[0] if len(differ) == 1 else (groups.pop(), "kind") if len(groups) == 1 else None
+    differing = differ[0] if len(differ) == 1 else (groups.pop(), "kind") if len(groups) == 1 else None
     return tuple(
-        _said(values[telling[0]][telling[1]]) if row in elsewhere and telling else _label(config, row)
+        _written(values[differing[0]][differing[1]]) if row in elsewhere and differing else _label(config, row)
         for row, values in zip(rows, settings, strict=True)
     )
 
@@ -125,7 +123,7 @@ def grids_table(config: Experiment, evaluator: Evaluator, grids: Sequence[Grid])
     it is on this column), column, n, average (accuracy of the average of the ends), best_accuracy, and difference
     (average minus best) with its interval low and high; fractions.
 
-    The best is chosen on what reports, as in the paper, which puts the average at a disadvantage.
+    The best is chosen on the test and shift splits, as in the paper, which puts the average at a disadvantage.
     """
     rows: list[dict[str, Any]] = []
     for grid in grids:
@@ -201,10 +199,8 @@ def grids_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
         return figure
 
 
-def figuref1(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Evaluate what is missing and write figuref1.{pdf,png,csv} into the experiment's analysis folder.
-
-    It costs n (n - 1) / 2 evaluations of a grid of n models.
+def measure_grids(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure F.1, from `grids_table`; n (n - 1) / 2 evaluations of a grid of n models.
 
     Raises:
         UserError: the sweep is not finished, or the experiment has no grid.
@@ -212,6 +208,4 @@ def figuref1(config: Experiment, console: Console | None = None) -> list[Path]:
     grids = grids_of(config)
     averages = [grid.average(i, j) for grid in grids for i, j in grid.ends]
     measure_mixtures(config, "averages of ends", averages, console)
-    tidy = grids_table(config, Evaluator(config), grids)
-    figure = grids_figure(tidy, axis_labels(config))
-    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figuref1")
+    return grids_table(config, Evaluator(config), grids)

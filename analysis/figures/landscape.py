@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
 from analysis.figures.contours import landscape_figure
 from analysis.figures.plane import Plane, Shares, axes_of, moving, plane_through, set_between
-from analysis.figures.style import save_with_numbers
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import drawn_settings
 from configs.errors import UserError
@@ -36,7 +36,7 @@ from soups.files.opening import opened
 from soups.geometry import geometry
 from soups.scorers.metrics import score
 from store.arrays import cached_array
-from store.runs import Ingredient, RunFolder
+from store.runs import Ingredient
 from store.workers import spread
 
 TIMED = 64  # images of the forward pass by which the whole is estimated
@@ -67,7 +67,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Examples of a split that are looked at together."""
+    """Examples of a split that are evaluated together."""
 
     split: str
     rows: Tensor  # (n,)
@@ -126,7 +126,7 @@ def evaluated_rows(evaluator: Evaluator, split: str) -> Tensor:
 
 
 def chunks(evaluator: Evaluator) -> list[Chunk]:
-    """All examples that are looked at, split by split."""
+    """All examples that are evaluated, split by split."""
     task, size = evaluator.config.task, evaluator.config.analysis.plane.chunk
     return [
         Chunk(split, rows)
@@ -220,7 +220,7 @@ def measure_slice(config: Experiment, piece: Slice, console: Console | None = No
 
 
 def _on_split(evaluator: Evaluator, piece: Slice, split: str) -> Iterator[Tensor]:
-    """(n,) answers on all examples that are looked at, point by point."""
+    """(n,) answers on all examples that are evaluated, point by point."""
     parts = [
         cached_array(chunk.path(evaluator, piece), (len(piece.points), len(chunk.rows)), lambda: torch.empty(0))
         for chunk in chunks(evaluator)
@@ -263,28 +263,23 @@ def slice_table(config: Experiment, evaluator: Evaluator, piece: Slice) -> pd.Da
     return table
 
 
-def _figure(config: Experiment, stem: str, *, log: bool, console: Console | None) -> list[Path]:
-    evaluator, pieces = Evaluator(config), slices(config)
-    (console or Console()).print(estimate(config, evaluator, pieces), highlight=False)
-    for piece in pieces:
-        measure_slice(config, piece, console)
-    tidy = pd.concat([slice_table(config, evaluator, piece) for piece in pieces], ignore_index=True)
-    captions = [
-        "\n".join(f"$\\theta_{i}$: {drawn_settings(config, piece.models[i].row)}" for i in (1, 2)) for piece in pieces
-    ]
-    figure = landscape_figure(tidy, captions, test=config.task.test, shifts=len(config.task.shifts), log=log)
-    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / stem)
-
-
-def figure2(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Measure what is missing and write figure2.{pdf,png,csv}, with contours on a log scale.
+def measure_landscape(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figures 2 and J.1: `slice_table` of each plane; says first about how long they take.
 
     Raises:
         UserError: the sweep is not finished, or `analysis.plane.rows` are not three models of a plane.
     """
-    return _figure(config, "figure2", log=True, console=console)
+    evaluator, pieces = Evaluator(config), slices(config)
+    (console or Console()).print(estimate(config, evaluator, pieces), highlight=False)
+    for piece in pieces:
+        measure_slice(config, piece, console)
+    return pd.concat([slice_table(config, evaluator, piece) for piece in pieces], ignore_index=True)
 
 
-def figurej1(config: Experiment, console: Console | None = None) -> list[Path]:
-    """The same as figurej1.{pdf,png,csv}, with contours on a linear scale."""
-    return _figure(config, "figurej1", log=False, console=console)
+def draw_landscape(config: Experiment, numbers: pd.DataFrame, *, log: bool) -> Figure:
+    """The planes of an experiment, with contours on a log scale (Figure 2) or on a linear one (Figure J.1)."""
+    rows = numbers[["first", "second"]].drop_duplicates().to_numpy().tolist()
+    captions = [
+        "\n".join(f"$\\theta_{i}$: {drawn_settings(config, row)}" for i, row in enumerate(pair, 1)) for pair in rows
+    ]
+    return landscape_figure(numbers, captions, test=config.task.test, shifts=len(config.task.shifts), log=log)

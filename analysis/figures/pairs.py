@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -13,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.figures.style import SETTINGS
 from analysis.measure.methods import SHIFT_MEAN, accuracy_in, columns_of, method_of, numbers_of, shift_name, titled
 from analysis.measure.mixtures import Pair, learning_rates, mean_logits, measure_midpoints
 from configs.errors import UserError
@@ -21,7 +20,7 @@ from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.chance import uniform
 from soups.experiment.pool import usable_pool
-from store.runs import Ingredient, RunFolder
+from store.runs import Ingredient
 
 
 def random_pairs(config: Experiment, pool: Sequence[Ingredient]) -> list[Pair]:
@@ -45,7 +44,7 @@ def random_pairs(config: Experiment, pool: Sequence[Ingredient]) -> list[Pair]:
 
 
 def pairs_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[Pair]) -> pd.DataFrame:
-    """One row per pair and column (each split that reports, and the mean of the shifts).
+    """One row per pair and column (each test and shift split, and the mean of the shifts).
 
     Columns: first, second (rows of the sweep), larger_lr, column, n, soup and ensemble (accuracies in [0, 1]),
     difference (soup minus ensemble) with its interval low and high.
@@ -109,16 +108,20 @@ def pairs_figure(tidy: pd.DataFrame, columns: dict[str, str]) -> Figure:
         return figure
 
 
-def figure4(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Measure what is missing and write figure4.{pdf,png,csv} into the experiment's analysis folder.
+def measure_pairs(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure 4, from `pairs_table`; evaluates the means of two models that are not on disk.
 
     Raises:
         UserError: the sweep is not finished, or has fewer than two fine-tuned models.
     """
     pairs = random_pairs(config, usable_pool(config))
     measure_midpoints(config, pairs, console)
-    tidy = pairs_table(config, Evaluator(config), pairs)
+    return pairs_table(config, Evaluator(config), pairs)
+
+
+def draw_pairs(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure 4 of an experiment."""
     columns = {config.task.test: f"{titled(config.task.name)} test"}
     if config.task.shifts:
         columns[SHIFT_MEAN] = shift_name(config)
-    return save_with_numbers(pairs_figure(tidy, columns), tidy, RunFolder.of(config).analysis / "figure4")
+    return pairs_figure(numbers, columns)

@@ -1,4 +1,4 @@
-"""The plane through three models, in coordinates of an orthonormal basis, told from their distances and angle alone."""
+"""The plane through three models, in coordinates of an orthonormal basis, from their distances and angle alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from soups.average import rounded
 from soups.files.weights import Weights
 
-Shares = tuple[float, float, float]  # of theta_0, theta_1, theta_2 in a point's weights; they sum to 1
+Shares = tuple[float, float, float]  # coefficients of theta_0, theta_1 and theta_2 at a point; they sum to 1
 FLAT = 1e-6  # share of theta_2's way out of the line below which three models make no plane
 
 
@@ -59,7 +59,7 @@ def plane_through(products: NDArray[np.float64]) -> Plane:
     along = products[0, 1] / first if first > 0 else 0.0
     rest = products[1, 1] - along**2
     if first == 0 or rest <= FLAT**2 * products[1, 1]:
-        raise ValueError("the three models are on one line, which is in no plane of its own")
+        raise ValueError("the three models are on one line, which spans no plane")
     return Plane(float(first), (float(along), sqrt(rest)))
 
 

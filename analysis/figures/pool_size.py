@@ -1,15 +1,14 @@
 """Figures B.1 and H.1 to H.4: soups and ensembles of the first k models of random orders.
 
 Orders are those of Table 3's greedy soups in random order. In an order the uniform soups cost one evaluation for each
-k. The greedy soup of the first k models is Recipe 1 over these, sorted by held-out as Recipe 1 has it; decisions of
-smaller k are used again where soup and candidate are the same, so a new model that is rejected costs one look at the
-held-out split, and one that is accepted at most as many as there are models behind it. Only distinct greedy soups are
-evaluated on what reports. Ensembles and single models come from cached logits.
+k. The greedy soup of the first k models is Recipe 1 over these, sorted by held-out accuracy; decisions of smaller k are
+used again where soup and candidate are the same, so a new model that is rejected costs one evaluation on the held-out
+split, and one that is accepted at most as many as there are models behind it. Only distinct greedy soups are evaluated
+on test and shifts. Ensembles and single models come from cached logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -20,13 +19,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.figures.style import SETTINGS, STYLE
 from analysis.measure.methods import Method, method_of_answers, method_of_model, numbers_of, over_orders
 from analysis.measure.mixtures import (
     Mixture,
     RunningMean,
     answers,
-    axis_labels,
     drawn_columns,
     key_of_mean,
     mean_logits,
@@ -39,14 +37,14 @@ from eval.forward import Evaluator
 from soups.experiment.pool import ingredients_of
 from soups.scorers.metrics import score
 from soups.selection import Ties, accepts, best_first, random_order
-from store.runs import Ingredient, RunFolder
+from store.runs import Ingredient
 
 BEST = "best"
 LABELS = {kind: STYLE[kind][0] for kind in ("uniform", "greedy", "ensemble", "greedy_ensemble")} | {
     BEST: "Best individual so far (held-out)"
 }
 WIDTHS = {"greedy": 3.0, BEST: 1.2}  # where curves are one, all of them are seen
-Considered = tuple[str, int, Method]  # method, how many models were considered, what it answers
+PointOfCurve = tuple[str, int, Method]  # method, how many models were considered, what it answers
 
 
 def orders_of(config: Experiment, number: int) -> list[list[int]]:
@@ -107,13 +105,13 @@ def ensembles_of_first(evaluator: Evaluator, members: Sequence[Ingredient], spli
     return found
 
 
-def _held_out(evaluator: Evaluator, said: Tensor) -> float:
+def _held_out(evaluator: Evaluator, ids: Tensor) -> float:
     task = evaluator.config.task
     images = evaluator.split(task.held_out)
-    return score(task.metrics.get(task.held_out, "top1"), said, images.labels, images.groups)
+    return score(task.metrics.get(task.held_out, "top1"), ids, images.labels, images.groups)
 
 
-def uniform_along(evaluator: Evaluator, members: Sequence[Ingredient]) -> Iterator[Considered]:
+def uniform_along(evaluator: Evaluator, members: Sequence[Ingredient]) -> Iterator[PointOfCurve]:
     """The uniform soup of the first 1, 2, ..., K members, by a running sum."""
     mean = RunningMean()
     for k, member in enumerate(members, 1):
@@ -123,7 +121,7 @@ def uniform_along(evaluator: Evaluator, members: Sequence[Ingredient]) -> Iterat
         yield "uniform", k, alone or method_of_mixture("uniform", soup, evaluator)
 
 
-def greedy_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[Considered]:
+def greedy_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[PointOfCurve]:
     """Greedy soups of the first 1, 2, ..., K models of an order."""
     config = evaluator.config
 
@@ -146,7 +144,7 @@ def greedy_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequen
         yield "greedy", k, soups[kept]
 
 
-def from_logits_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[Considered]:
+def from_logits_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[PointOfCurve]:
     """Best individual, ensemble and greedy ensemble of the first 1, 2, ..., K models of an order."""
     config, nan = evaluator.config, float("nan")
     held_out = [each.held_out_score for each in pool]
@@ -154,11 +152,11 @@ def from_logits_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: S
     for k, i in enumerate(best_of_first(order, held_out), 1):
         yield BEST, k, singles[i]
     members = [pool[i] for i in order]
-    said = {split: ensembles_of_first(evaluator, members, split) for split in config.task.reported}
+    by_split = {split: ensembles_of_first(evaluator, members, split) for split in config.task.reported}
     for k in range(1, len(order) + 1):
 
         def of_first(split: str, k: int = k) -> Tensor:
-            return said[split][k - 1]
+            return by_split[split][k - 1]
 
         yield "ensemble", k, method_of_answers("ensemble", k, of_first, nan, evaluator)
 
@@ -208,10 +206,10 @@ def pool_size_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
         columns, shared = drawn_columns(config), {"method": name, "considered": k}
         means = numbers_of(config, evaluator, mean, best, columns)
         of_orders = zip(*(numbers_of(config, evaluator, method, None, columns) for method in methods), strict=True)
-        for row, own in zip(means, of_orders, strict=True):
+        for row, by_order in zip(means, of_orders, strict=True):
             rows += [
                 {"order": str(j), **shared, "models": method.models} | each
-                for j, (method, each) in enumerate(zip(methods, own, strict=True))
+                for j, (method, each) in enumerate(zip(methods, by_order, strict=True))
             ]
             rows.append({"order": "mean", **shared, "models": models} | row)
     numbers = ["column", "n", "models", "accuracy", "difference", "low", "high"]
@@ -260,8 +258,8 @@ def pool_size_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
         return figure
 
 
-def figureb1(config: Experiment, stem: str = "figureb1", console: Console | None = None) -> list[Path]:
-    """Evaluate what is missing and write figureb1.{pdf,png,csv} into the experiment's analysis folder.
+def measure_pool_size(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figures B.1 and H.1 to H.4, from `pool_size_table`; evaluates what is not on disk.
 
     Raises:
         UserError: the sweep is not finished.
@@ -271,10 +269,4 @@ def figureb1(config: Experiment, stem: str = "figureb1", console: Console | None
     soups = [mean_mixture([pool[i] for i in order[:k]]) for order in orders for k in range(2, len(pool) + 1)]
     calls = [partial(_measure_order, config, order) for order in orders]
     measure_mixtures(config, "uniform soups, and greedy ones", soups, console, calls=calls)
-    tidy = pool_size_table(config, Evaluator(config))
-    figure = pool_size_figure(tidy, axis_labels(config))
-    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / stem)
-
-
-# Figure B.1 from other initialisations and grids (Appendix H).
-figureh1, figureh2, figureh3, figureh4 = (partial(figureb1, stem=f"figureh{i}") for i in range(1, 5))
+    return pool_size_table(config, Evaluator(config))

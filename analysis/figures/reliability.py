@@ -1,26 +1,27 @@
 """Reliability diagrams: is a model right as often as it says, before and after temperature scaling."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.figures.style import SETTINGS
+from analysis.measure.calibration import calibration_of
 from analysis.measure.methods import soup_record
 from analysis.tables.cells import NAMES
 from configs.schema import Experiment
 from eval.calibration import Bins, Calibration, calibrate
 from eval.forward import Evaluator
 from soups.experiment.cook import logits_of
-from store.runs import RunFolder
 
 SHOWN = ("best", "uniform", "greedy", "ensemble")
-ACCURACY, GAP = "#0072B2", "#D55E00"  # of Okabe and Ito's colours, as in analysis.figures.style
+ACCURACY, GAP = "#0072B2", "#D55E00"  # Okabe and Ito's colours, like those of analysis.figures.style
 
 
 def reliability_rows(models: Mapping[str, Calibration]) -> pd.DataFrame:
@@ -148,27 +149,52 @@ def calibrations(config: Experiment) -> dict[str, Calibration]:
     Temperatures are fitted on the held-out split, and bins are of the test split; logits come from the cache.
 
     Raises:
-        UserError: a soup is missing, or was selected on a split that reports.
+        UserError: a soup is missing, or was selected on a test or shift split.
     """
     evaluator, task = Evaluator(config), config.task
     labels = {split: evaluator.split(split).labels for split in (task.held_out, task.test)}
-    found = {}
-    for recipe in (recipe for recipe in SHOWN if recipe in config.recipes):
-        cooked = soup_record(config, recipe)
-        chosen = logits_of(cooked, task.held_out, evaluator)
-        reported = evaluator.projected(logits_of(cooked, task.test, evaluator), task.test)
-        held_out, test = (chosen, labels[task.held_out]), (reported, labels[task.test])
-        found[NAMES[recipe]] = calibrate(held_out, test, bins=config.analysis.bins)
-    return found
+    return {
+        name: calibrate(
+            (logits_of(soup, task.held_out, evaluator), labels[task.held_out]),
+            (evaluator.projected(logits_of(soup, task.test, evaluator), task.test), labels[task.test]),
+            bins=config.analysis.bins,
+        )
+        for name, soup in _soups(config).items()
+    }
 
 
-def figure_reliability(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Write reliability.{pdf,png,csv} into the experiment's analysis folder, from cached logits.
+def _soups(config: Experiment) -> dict[str, dict[str, Any]]:
+    return {NAMES[recipe]: soup_record(config, recipe) for recipe in SHOWN if recipe in config.recipes}
+
+
+def measure_reliability(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """One row per model, stage and bin, from cached logits: `reliability_rows`, with those of `calibration_of`.
 
     Raises:
         UserError: as `calibrations`.
     """
     del console  # nothing is evaluated
-    models = calibrations(config)
-    stem = RunFolder.of(config).analysis / "reliability"
-    return save_with_numbers(reliability_figure(models), reliability_rows(models), stem)
+    evaluator, test, found = Evaluator(config), config.task.test, calibrations(config)
+    scores = []
+    for name, soup in _soups(config).items():
+        logits = evaluator.projected(logits_of(soup, test, evaluator), test).double()
+        for stage, beta in (("before", 1.0), ("after", found[name].beta)):
+            errors = calibration_of(config, evaluator, {test: beta * logits}.__getitem__, [test])
+            scores.append({"model": name, "stage": stage} | errors)
+    return reliability_rows(found).merge(pd.DataFrame(scores).drop(columns="ece"), on=["model", "stage"])
+
+
+def draw_reliability(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Reliability diagrams of an experiment, from `measure_reliability`."""
+    del config
+    models = {}
+    for name, rows in numbers.groupby("model", sort=False):
+        stages = {str(stage): _bins(group) for stage, group in rows.groupby("stage", sort=False)}
+        beta = float(rows.loc[rows["stage"] == "after", "beta"].iloc[0])
+        models[str(name)] = Calibration(beta, stages["before"], stages["after"])
+    return reliability_figure(models)
+
+
+def _bins(rows: pd.DataFrame) -> Bins:
+    count, confidence, accuracy = (torch.tensor(rows[key].to_numpy()) for key in ("count", "confidence", "accuracy"))
+    return Bins(count, confidence, accuracy)

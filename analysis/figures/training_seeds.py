@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -12,19 +12,20 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.figures.style import SETTINGS, STYLE
+from analysis.measure.calibration import calibration_of
 from analysis.measure.methods import Method, method_of, numbers_of, over_orders
 from analysis.measure.mixtures import RunningMean, axis_labels, drawn_columns, kept_logits, mean_logits
 from configs.errors import UserError
 from configs.schema import Experiment, dump
-from eval.calibration import fit_beta, reliability_bins
+from eval.calibration import fit_beta
 from eval.forward import Evaluator
 from eval.pool import evaluate_all
 from soups.average import Average
 from soups.experiment.pool import usable_pool
 from soups.files.atomic import digest_of
 from store.rows import row_config
-from store.runs import Ingredient, RunFolder
+from store.runs import Ingredient
 
 INDIVIDUAL, SOUP, ENSEMBLE = "individual", "soup", "ensemble"
 NONE, FIRST, AFTER = "none", "first", "after"  # when temperatures are fitted
@@ -35,7 +36,7 @@ WHAT = {
     SOUP: ("Soup of seeds 1 to k", STYLE["uniform"][1], "o"),
     ENSEMBLE: ("Ensemble of seeds 1 to k", STYLE["greedy_ensemble"][1], "s"),
 }
-LINES = {
+LINES = {  # when temperatures are fitted -> its name and line style
     NONE: ("as trained", "-"),
     FIRST: ("members calibrated first", "--"),
     AFTER: ("calibrated afterwards", ":"),
@@ -69,7 +70,7 @@ def seed_group(config: Experiment, pool: Sequence[Ingredient]) -> list[Ingredien
 
 @dataclass(frozen=True)
 class Answering:
-    """Something with logits on every split, and the inverse temperature that is applied to them."""
+    """A model, soup or ensemble: its logits on every split, and the inverse temperature that they are scaled by."""
 
     what: str
     k: int  # the seed's place, or how many models it is made of
@@ -129,14 +130,8 @@ def answering(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated
             yield Answering(each.what, k, AFTER, each.logits, beta_of(each.logits))
 
 
-def _ece(config: Experiment, evaluator: Evaluator, each: Answering, splits: Sequence[str]) -> float:
-    """Expected calibration error in [0, 1], of several splits their mean."""
-    total = 0.0
-    for split in splits:
-        seen = each.beta * evaluator.projected(each.logits(split), split).double()
-        bins = config.analysis.bins
-        total += reliability_bins(seen, evaluator.split(split).labels, bins=bins).ece
-    return total / len(splits)
+def _scaled(evaluator: Evaluator, each: Answering, split: str) -> Tensor:
+    return each.beta * evaluator.projected(each.logits(split), split).double()
 
 
 def seeds_table(
@@ -146,7 +141,7 @@ def seeds_table(
 
     Columns: what (individual, soup, ensemble), k, temperature (none, first, after), models (at inference), beta,
     column, n, accuracy; where no temperature is fitted difference (to the mean accuracy of the individuals 1 to k)
-    with its interval low and high; and ece where `calibrated`. Fractions.
+    with its interval low and high; and those of `calibration_of` where `calibrated`. Fractions.
     """
     rows: list[dict[str, Any]] = []
     individuals: list[Method] = []
@@ -160,24 +155,25 @@ def seeds_table(
         baseline = over_orders(INDIVIDUAL, individuals) if is_compared else None
         columns = drawn_columns(config)
         for row in numbers_of(config, evaluator, method, baseline, columns):
-            ece = {"ece": _ece(config, evaluator, each, columns[row["column"]])} if calibrated else {}
-            rows.append(head | row | ece)
+            splits = columns[row["column"]]
+            scaled = (partial(_scaled, evaluator, each), splits) if calibrated else None
+            rows.append(head | row | ({} if scaled is None else calibration_of(config, evaluator, *scaled)))
     return pd.DataFrame(rows)
 
 
-def _curves(axes: Axes, drawn: pd.DataFrame, value: str, temperatures: Sequence[str]) -> None:
+def _curves(axes: Axes, drawn: pd.DataFrame, value: str, temperatures: Sequence[str], scale: float = 100) -> None:
     for what, (title, colour, marker) in WHAT.items():
         for temperature in temperatures:
             curve = drawn[(drawn["what"] == what) & (drawn["temperature"] == temperature)]
             if curve.empty:
                 continue
-            said, line = LINES[temperature]
-            label = title if len(temperatures) == 1 else f"{title}, {said}"
+            when, line = LINES[temperature]
+            label = title if len(temperatures) == 1 else f"{title}, {when}"
             is_alone = what == INDIVIDUAL  # no line: seed 2 does not follow from seed 1
             filled = colour if temperature == NONE else "none"
             axes.plot(
                 curve["k"],
-                100 * curve[value],
+                scale * curve[value],
                 color=colour,
                 marker=marker,
                 ms=3.5,
@@ -202,25 +198,28 @@ def _bars(axes: Axes, drawn: pd.DataFrame) -> None:
 
 
 def calibration_figure(tidy: pd.DataFrame, labels: dict[str, str], bins: int) -> Figure:
-    """ECE above and accuracy below against the number of models, a column of panels for each column of the table.
+    """Calibration errors above and accuracy below against the number of models, a column of panels for each column.
 
     Args:
-        tidy: from `seeds_table`, calibrated.
+        tidy: from `seeds_table`, calibrated; older tables without NLL and Brier scores have no panels of them.
         labels: columns that are drawn -> what their axis says.
         bins: of the ECE.
     """
+    errors = {"ece": (100, f"ECE\n({bins} equal-mass bins, %)"), "nll": (1, "NLL (nats)"), "brier": (1, "Brier score")}
+    drawn_errors = {name: error for name, error in errors.items() if name in tidy}
+    size = len(drawn_errors) + 1
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(0.4 + 3.1 * len(labels), 4.8))
-        grid = figure.subplots(2, len(labels), squeeze=False, sharex=True)
-        for (above, below), (column, label) in zip(grid.T, labels.items(), strict=True):
-            drawn = tidy[tidy["column"] == column]
-            _curves(above, drawn, "ece", list(LINES))
-            _curves(below, drawn, "accuracy", [NONE])  # a temperature does not move a model's accuracy
-            _bars(below, drawn)
-            above.set_ylabel(f"{label.partition(',')[0]}, ECE\n({bins} equal-mass bins, %)")
-            above.set_ylim(bottom=0)
-            below.set_ylabel(label)
-            below.set_xlabel("Number of models k")
+        figure = Figure(figsize=(0.4 + 3.1 * len(labels), 2.4 * size))
+        grid = figure.subplots(size, len(labels), squeeze=False, sharex=True)
+        for panels, (column, label) in zip(grid.T, labels.items(), strict=True):
+            drawn, name = tidy[tidy["column"] == column], label.partition(",")[0]
+            for axes, (error, (scale, title)) in zip(panels, drawn_errors.items(), strict=False):
+                _curves(axes, drawn, error, list(LINES), scale)
+                axes.set_ylabel(f"{name}, {title}")
+            panels[0].set_ylim(bottom=0)
+            _curves(panels[-1], drawn, "accuracy", [NONE])  # a temperature does not move a model's accuracy
+            _bars(panels[-1], drawn)
+            panels[-1].set(ylabel=label, xlabel="Number of models k")
         figure.subplots_adjust(wspace=0.3, hspace=0.12)
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.04), ncol=2, frameon=False)
@@ -248,34 +247,32 @@ def budget_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
         return figure
 
 
-def _write(
-    config: Experiment, stem: str, *, calibrated: bool, at_most: int | None, console: Console | None
-) -> list[Path]:
+def _measure(config: Experiment, console: Console | None, *, calibrated: bool, at_most: int | None) -> pd.DataFrame:
     members = seed_group(config, usable_pool(config))[:at_most]
     evaluate_all(config, [each.folder for each in members], console)
-    tidy = seeds_table(config, Evaluator(config), members, calibrated=calibrated)
-    labels = axis_labels(config)
-    figure = calibration_figure(tidy, labels, config.analysis.bins) if calibrated else budget_figure(tidy, labels)
-    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / stem)
+    return seeds_table(config, Evaluator(config), members, calibrated=calibrated)
 
 
-def figureb2(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Write figureb2.{pdf,png,csv} into the experiment's analysis folder, from all seeds.
+def measure_calibration(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure B.2, from `seeds_table` of all seeds.
 
     It costs two evaluations for each seed, held-out included: of the soup so far, as it is and with calibrated heads.
 
     Raises:
         UserError: the sweep is not finished, no two models differ by their seed alone, or they have no linear head.
     """
-    return _write(config, "figureb2", calibrated=True, at_most=None, console=console)
+    return _measure(config, console, calibrated=True, at_most=None)
 
 
-def figureg4(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Write figureg4.{pdf,png,csv} into the experiment's analysis folder, from the first five seeds.
-
-    It costs an evaluation for each soup of 2, ..., 5 seeds, which Figure B.2 shares.
+def measure_budget(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure G.4, from `seeds_table` of the first five seeds; Figure B.2 shares their evaluations.
 
     Raises:
         UserError: the sweep is not finished, or no two models differ by their seed alone.
     """
-    return _write(config, "figureg4", calibrated=False, at_most=FIGURE_G4, console=console)
+    return _measure(config, console, calibrated=False, at_most=FIGURE_G4)
+
+
+def draw_calibration(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure B.2 of an experiment."""
+    return calibration_figure(numbers, axis_labels(config), config.analysis.bins)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.figures.style import SETTINGS, STYLE
 from analysis.measure.methods import SHIFT_MEAN, Method, method_of, need_shifts, numbers_of, soup_record
 from analysis.measure.mixtures import Mixture, axis_labels, drawn_columns, measure_mixtures, method_of_mixture
 from configs.schema import Experiment
@@ -36,7 +35,7 @@ class End:
 
     name: str
     kind: str  # individual, or the soup's recipe
-    group: str  # what colours it: the augmentation where the sweep varies it
+    group: str  # its colour says this: the augmentation, where the sweep varies it
     digest: str
     load: Callable[[], Weights]
 
@@ -147,10 +146,8 @@ def wise_figure(tidy: pd.DataFrame, test: str, labels: dict[str, str]) -> Figure
         return figure
 
 
-def figured1(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Evaluate what is missing and write figured1.{pdf,png,csv} into the experiment's analysis folder.
-
-    It costs 9 evaluations for each fine-tuned model and soup.
+def measure_wise(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure D.1, from `wise_table`; 9 evaluations for each fine-tuned model and soup.
 
     Raises:
         UserError: the sweep is not finished, a soup is missing, or the task has no shifts.
@@ -159,6 +156,9 @@ def figured1(config: Experiment, console: Console | None = None) -> list[Path]:
     start, ends = usable_pool(config)[0], ends_of(config)
     mixtures = [mixture_at(start, end, alpha) for end in ends for alpha in ALPHAS[1:-1]]
     measure_mixtures(config, "points of WiSE-FT curves", mixtures, console)
-    tidy = wise_table(config, Evaluator(config))
-    figure = wise_figure(tidy, config.task.test, axis_labels(config))
-    return save_with_numbers(figure, tidy, RunFolder.of(config).analysis / "figured1")
+    return wise_table(config, Evaluator(config))
+
+
+def draw_wise(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure D.1 of an experiment."""
+    return wise_figure(numbers, config.task.test, axis_labels(config))

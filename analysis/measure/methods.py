@@ -1,4 +1,4 @@
-"""From cached logits to a tidy table: one row a model and split, with what was selected on what."""
+"""From cached logits to a tidy table: one row for each model, soup or ensemble and each split."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,10 +34,10 @@ class Method:
     models: int  # forward passes at inference
     hits: dict[str, Tensor]  # split -> (N,) bool; of several random orders the (N,) share of them that is right
     held_out: float
-    orders: tuple["Method", ...] = ()  # of greedy in random order
+    orders: tuple["Method", ...] = ()  # one for each order of a greedy soup in random order
     predicted: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # split -> (N,) class ids, of each order
     scores: dict[str, float] = field(default_factory=dict)  # split that top-1 does not score -> score
-    for_mean: "Method | None" = None  # of an oracle: the model that is best in the mean of the shifts
+    for_mean: "Method | None" = None  # an oracle's model that is best in the mean of the shifts
     annotated: dict[str, Annotated] = field(default_factory=dict)  # annotation of the test split -> results
 
     def accuracy(self, split: str) -> float:
@@ -48,7 +48,7 @@ class Method:
 def method_of(
     name: str, models: int, logits_on: Callable[[str], Tensor], held_out: float, evaluator: Evaluator
 ) -> Method:
-    """A method from its logits on each split that reports."""
+    """A method from its logits on each test and shift split."""
     test = evaluator.config.task.test
     logits = {split: logits_on(split) for split in evaluator.config.task.reported}
     found = method_of_answers(
@@ -59,11 +59,11 @@ def method_of(
 
 
 def method_of_answers(
-    name: str, models: int, said: Callable[[str], Tensor], held_out: float, evaluator: Evaluator
+    name: str, models: int, ids_on: Callable[[str], Tensor], held_out: float, evaluator: Evaluator
 ) -> Method:
-    """A method from the (N,) class ids that it answers on each split that reports."""
+    """A method from the (N,) class ids that it predicts on each test and shift split."""
     task = evaluator.config.task
-    found = {split: said(split) for split in task.reported}
+    found = {split: ids_on(split) for split in task.reported}
     images = {split: evaluator.split(split) for split in task.reported}
     hits = {split: found[split] == images[split].labels for split in task.reported}
     other = [split for split in task.reported if task.metrics.get(split, "top1") != "top1"]
@@ -98,7 +98,7 @@ def shift_name(config: Experiment) -> str:
 
 
 def over_orders(name: str, orders: list[Method]) -> Method:
-    """The mean of several soups of one recipe, which keeps them to tell their spread."""
+    """The mean of several soups of one recipe; the soups are kept for their spread."""
     first, k = orders[0], len(orders)
     hits = {split: torch.stack([each.hits[split].double() for each in orders]).mean(dim=0) for split in first.hits}
     held_out = sum(each.held_out for each in orders) / k
@@ -114,7 +114,7 @@ def over_orders(name: str, orders: list[Method]) -> Method:
 
 
 def oracle_of(config: Experiment, pool: list[Method]) -> Method:
-    """The best individual model on each split that reports, and in the mean of the shifts: another one in each column.
+    """The best individual model on each test and shift split, and in the mean of the shifts: each column has its own.
 
     It is chosen on what it reports, and named so; Table 4 has it beside the model that is chosen on held-out.
     """
@@ -133,26 +133,26 @@ def soup_record(config: Experiment, name: str) -> dict[str, Any]:
     """The soup.json of a recipe, or of one of its random orders.
 
     Raises:
-        UserError: it is missing, or it chose on a split which reports.
+        UserError: it is missing, or it chose on a test or shift split.
     """
     path = RunFolder.of(config).soup(name) / "soup.json"
     if not path.exists():
         raise UserError(f"{path} is missing: run python -m soups recipe={name.partition('/')[0]} first")
-    cooked: dict[str, Any] = read_json(path)
-    refuse_leak(config, cooked)
-    return cooked
+    record: dict[str, Any] = read_json(path)
+    refuse_leak(config, record)
+    return record
 
 
-def refuse_leak(config: Experiment, cooked: dict[str, Any]) -> None:
-    """A recipe that chose on a split which reports would be an oracle under another name.
+def refuse_leak(config: Experiment, record: dict[str, Any]) -> None:
+    """A recipe that chose on a test or shift split would be an oracle under another name.
 
     Raises:
         UserError: it did.
     """
-    used = cooked["selected_on"]["split"]
+    used = record["selected_on"]["split"]
     if used != config.task.held_out or used in config.task.reported:
         raise UserError(
-            f"recipe {cooked['recipe']} selected on {used!r}, not on the held-out split {config.task.held_out!r}: "
+            f"recipe {record['recipe']} selected on {used!r}, not on the held-out split {config.task.held_out!r}: "
             "its numbers would be an oracle's; delete its folder and run python -m soups again"
         )
 
@@ -173,7 +173,7 @@ def measure(
         with_oracle: add the oracle's row, as `analysis.oracle` does.
 
     Raises:
-        UserError: a soup is missing, or was selected on a split that reports.
+        UserError: a soup is missing, or was selected on a test or shift split.
     """
     run = RunFolder.of(config)
     members = usable_pool(config)
@@ -198,10 +198,10 @@ def measure(
 
 
 def _soup(config: Experiment, name: str, evaluator: Evaluator) -> Method:
-    cooked = soup_record(config, name)
-    models = 1 if cooked["digest"] else len(cooked["ingredients"])
-    logits = partial(logits_of, cooked, evaluator=evaluator)
-    return method_of(name, models, logits, score_of(cooked["held_out"]), evaluator)
+    record = soup_record(config, name)
+    models = 1 if record["digest"] else len(record["ingredients"])
+    logits = partial(logits_of, record, evaluator=evaluator)
+    return method_of(name, models, logits, score_of(record["held_out"]), evaluator)
 
 
 def bootstrap_groups(config: Experiment, evaluator: Evaluator, splits: tuple[str, ...]) -> list[Tensor]:
@@ -257,8 +257,8 @@ def difference_in(
     answers = []
     for split, unit in zip(splits, units, strict=True):
         images, metric = evaluator.split(split), config.task.metrics.get(split, "top1")
-        said = many.predicted[split], one.predicted[split][0]
-        answers.append(Answers(metric, *said, images.labels, unit, images.groups))
+        predicted = many.predicted[split], one.predicted[split][0]
+        answers.append(Answers(metric, *predicted, images.labels, unit, images.groups))
     found = bootstrap_scores(answers, **resampling)
     return Difference(-found.mean, -found.high, -found.low) if is_turned else found
 
@@ -341,8 +341,18 @@ def tidy(
     return pd.DataFrame(rows)[TIDY]
 
 
-def scatter_points(config: Experiment, pool: list[Method], methods: list[Method]) -> pd.DataFrame:
-    """One row per point of Figure 1: name, kind (individual or the method's name), test, shift_mean; fractions."""
+def scatter_points(
+    config: Experiment, pool: Sequence[Method], methods: Sequence[Method], shifts: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """One row per point of Figure 1: name, kind (individual or the method's name), test, shift_mean; fractions.
+
+    Args:
+        config: of the experiment.
+        pool: its models, the initialisation first, which is drawn as a method.
+        methods: of Table 3.
+        shifts: over which the mean is; all where None.
+    """
+    over = config.task.shifts if shifts is None else shifts
     points = [("individual", method) for method in pool[1:]] + [(method.name, method) for method in methods]
     return pd.DataFrame(
         {
@@ -350,7 +360,7 @@ def scatter_points(config: Experiment, pool: list[Method], methods: list[Method]
             "kind": kind,
             "held_out": method.held_out,
             "test": method.accuracy(config.task.test),
-            "shift_mean": shift_mean(config, method) if config.task.shifts else float("nan"),
+            "shift_mean": sum(map(method.accuracy, over)) / len(over) if over else float("nan"),
         }
         for kind, method in points
     )

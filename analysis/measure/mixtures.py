@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -21,6 +22,8 @@ from store.arrays import cached_array
 from store.rows import draw, row_config
 from store.runs import Ingredient
 from store.workers import spread
+
+T = TypeVar("T")
 
 
 class RunningMean:
@@ -93,7 +96,7 @@ def kept_logits(evaluator: Evaluator, weights: Weights) -> Callable[[str], Tenso
 def answers(evaluator: Evaluator, key: str, load: Loader, split: str) -> Tensor:
     """(N,) class ids that a mixture predicts on a split, from disk or by a forward pass.
 
-    Of so many mixtures not the logits are kept, which of ImageNet's splits are hundreds of megabytes each.
+    Class ids are kept and logits are not, which take hundreds of megabytes for each mixture on ImageNet.
 
     Args:
         evaluator: of the experiment.
@@ -110,7 +113,7 @@ def answers(evaluator: Evaluator, key: str, load: Loader, split: str) -> Tensor:
 
 
 def is_answered(evaluator: Evaluator, key: str) -> bool:
-    """Whether a mixture's answers on every split that reports are on disk."""
+    """Whether a mixture's answers on every test and shift split are on disk."""
     return all(evaluator.place("answers", split, key).exists() for split in evaluator.config.task.reported)
 
 
@@ -127,6 +130,45 @@ def _answer(config: Experiment, mixtures: Sequence[Mixture]) -> str:
     return f"{len(mixtures)} mixtures: answered"
 
 
+def do_missing(
+    config: Experiment,
+    title: str,
+    units: Sequence[T],
+    call: Callable[[Sequence[T]], str],
+    is_done: Callable[[T], bool],
+    *,
+    console: Console | None = None,
+    calls: Sequence[Callable[[], str]] = (),
+) -> None:
+    """Let the cluster's worker processes do what is not on disk yet.
+
+    Args:
+        config: of the experiment.
+        title: of the progress bar; {} in it is how many units are left.
+        units: what there is to do.
+        call: picklable; does some units and returns a line.
+        is_done: whether a unit is on disk.
+        console: where the bar goes.
+        calls: what workers do instead, where units follow from one another.
+
+    Raises:
+        UserError: missing or damaged weights or data, or a worker that was killed.
+    """
+    missing, workers = [unit for unit in units if not is_done(unit)], config.cluster.workers
+    if not missing:
+        return
+    spread(
+        title.format(len(missing)),
+        calls or [partial(call, missing[i::workers]) for i in range(workers) if missing[i::workers]],
+        workers=workers,
+        threads=config.cluster.threads,
+        units=len(missing),
+        done_units=lambda: sum(map(is_done, missing)),
+        report=str,
+        console=console or Console(),
+    )
+
+
 def measure_mixtures(
     config: Experiment,
     title: str,
@@ -135,7 +177,7 @@ def measure_mixtures(
     *,
     calls: Sequence[Callable[[], str]] = (),
 ) -> None:
-    """Let the cluster's worker processes evaluate mixtures on every split that reports; what is on disk is kept.
+    """Let the cluster's worker processes evaluate mixtures on every test and shift split; what is on disk is kept.
 
     Args:
         config: of the experiment.
@@ -147,20 +189,14 @@ def measure_mixtures(
     Raises:
         UserError: missing or damaged weights or data, or a worker that was killed.
     """
-    evaluator, workers = Evaluator(config), config.cluster.workers
-    missing = list({each.key: each for each in mixtures if not is_answered(evaluator, each.key)}.values())
-    if not missing:
-        return
-    spread(
-        f"evaluating {len(missing)} {title}",
-        calls or [partial(_answer, config, missing[i::workers]) for i in range(workers) if missing[i::workers]],
-        workers=workers,
-        threads=config.cluster.threads,
-        units=len(missing),
-        done_units=lambda: sum(is_answered(evaluator, each.key) for each in missing),
-        report=str,
-        console=console or Console(),
-    )
+    evaluator = Evaluator(config)
+    distinct = list({each.key: each for each in mixtures}.values())
+
+    def is_done(each: Mixture) -> bool:
+        return is_answered(evaluator, each.key)
+
+    title, call = f"evaluating {{}} {title}", partial(_answer, config)
+    do_missing(config, title, distinct, call, is_done, console=console, calls=calls)
 
 
 def drawn_columns(config: Experiment) -> dict[str, tuple[str, ...]]:
@@ -202,12 +238,12 @@ class Pair:
         return mean_mixture((self.first, self.second))
 
     def method(self, evaluator: Evaluator) -> Method:
-        """What the weights half way between them answer."""
+        """The class ids that the weights half way between them predict."""
         return method_of_mixture("mean", self.mean, evaluator)
 
 
 def measure_midpoints(config: Experiment, pairs: Sequence[Pair], console: Console | None = None) -> None:
-    """Evaluate the models of all pairs, and each pair's mean, on the splits that report; what is on disk is kept.
+    """Evaluate the models of all pairs, and each pair's mean, on the test and shift splits; what is on disk is kept.
 
     Raises:
         UserError: missing or damaged weights or data, or a worker that was killed.
@@ -223,7 +259,7 @@ def learning_rates(config: Experiment, rows: Sequence[int]) -> dict[int, float]:
 
 
 def drawn_settings(config: Experiment, row: int) -> str:
-    """What is a row's own, for a caption.
+    """The settings that a sweep draws for a row, for a caption.
 
     >>> from configs.schema import load
     >>> drawn_settings(load("demo_landscape"), 3)

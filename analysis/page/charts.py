@@ -10,13 +10,12 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures.scatter import styles
+from analysis.figures.scatter import DRAWN_WITH_BARS, styles
 from analysis.figures.style import STYLE
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels
 from analysis.page.files import Results, Texts
 from analysis.page.tables import by_method, method_name, row_name
-from analysis.tables.table3 import DRAWN_WITH_BARS
 
 LETTERS = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C"}
 # Figure 1's methods lie above the others, which may be at the same place.

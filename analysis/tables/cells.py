@@ -37,7 +37,7 @@ HEADS = {
     "random": "random head",
     "prompt": "pretrained, asked",
 }
-ANNOTATIONS = {"real": "ReaL", "multilabel": "Multilabel"}  # of the test split
+ANNOTATIONS = {"real": "ReaL", "multilabel": "Multilabel"}  # columns that score the test split otherwise
 METRICS = {
     "top1": "Top-1 accuracy",
     "macro_f1": "Macro F1",
@@ -66,7 +66,7 @@ def points(difference: float, low: float, high: float) -> str:
 
 
 def column_title(task: Task, column: str) -> str:
-    """What a table calls a column: a split as its task does, or ReaL, multilabel, or the mean of the shifts.
+    """The title of a column: the split's in its task, ReaL, Multilabel, or Mean of shifts.
 
     >>> from configs.schema import load
     >>> [column_title(load(name).task, "objectnet") for name in ("demo", "table4_vitg")]
@@ -110,7 +110,7 @@ def table3(tidy: pd.DataFrame, task: Task, head: str = "linear_probe") -> pd.Dat
 
 
 def measured(task: Task, columns: Iterable[str]) -> str:
-    """What the numbers of a table are, split by split where they differ.
+    """The metric of a table's numbers, split by split where they differ.
 
     >>> from configs.schema import load
     >>> measured(load("figureg1_fmow").task, ["test", "ood"])
@@ -127,7 +127,7 @@ def measured(task: Task, columns: Iterable[str]) -> str:
 
 
 def caption(tidy: pd.DataFrame, note: str, baseline: str, task: Task) -> str:
-    """What the table shows, with n of every split."""
+    """Caption of a table: metric, n of every split, and the baseline of differences."""
     sizes = tidy.drop_duplicates("column").set_index("column")["n"]
     counts = ", ".join(f"{column_title(task, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
     return (

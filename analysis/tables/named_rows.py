@@ -59,13 +59,13 @@ def measure_named_rows(config: Experiment, evaluator: Evaluator) -> tuple[list[M
     methods: list[Method] = []
     notes: list[dict[str, str]] = []
     for kind in kinds:
-        own = {variant.row: variant for variant in pool if variant.kind == kind}
+        of_kind = {variant.row: variant for variant in pool if variant.kind == kind}
         suffix = _suffix(kind, kinds)
-        for row, variant in own.items():
+        for row, variant in of_kind.items():
             methods.append(method_of_model(config.analysis.labels[row - 1] + suffix, variant, evaluator))
             notes.append({"kind": kind, "what": "individual"})
         for name, rows in config.analysis.sets.items():
-            members = [own[row] for row in rows if row in own]
+            members = [of_kind[row] for row in rows if row in of_kind]
             if len(members) == len(rows):
                 soup = kept_logits(evaluator, mean_of([member.load for member in members]))
                 methods.append(_made(evaluator, f"Soup of {name}{suffix}", 1, soup))

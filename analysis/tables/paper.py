@@ -9,7 +9,7 @@ from analysis.tables.cells import NAMES
 from configs.errors import UserError
 
 PAPER = Path(__file__).resolve().parents[2] / "results/paper"
-MARKS = {"H": "", "M": "†", "L": "‡"}  # by confidence, at each number of the paper
+MARKS = {"H": "", "M": "†", "L": "‡"}  # confidence -> the mark that the table puts at a number
 LEGEND = "The paper's numbers are from results/paper, which names their sources"
 ALONE = {  # rows of the paper's tables that are no method of this project
     "vit_g_zhai": "ViT-G/14 (Zhai et al. 2021)",
@@ -95,6 +95,11 @@ def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapp
     )
 
 
+def without_differences(compared: pd.DataFrame) -> pd.DataFrame:
+    """The same without ours minus the paper's, which says nothing where ours is of a proxy of the paper's model."""
+    return compared.assign(minus_paper=float("nan"))
+
+
 def only_in_paper(compared: pd.DataFrame, name: str, columns: Mapping[str, str]) -> pd.DataFrame:
     """The paper's rows that nothing of ours stands beside, in the form of `beside`, without numbers of ours.
 
@@ -132,9 +137,12 @@ def beside_table(
         decimals: of every number; GLUE is printed with one.
 
     Returns:
-        For each column ours, and where the paper has numbers of it two more, the paper's with the marks of `MARKS`.
+        For each column ours, and where the paper has numbers of it the paper's, with the marks of `MARKS`; differences
+        only where `compared` has some.
     """
-    with_paper = set(compared.loc[compared["paper"].notna(), "column"])
+    with_paper, with_difference = (
+        set(compared.loc[compared[name].notna(), "column"]) for name in ("paper", "minus_paper")
+    )
     rows = []
     for method, group in compared.groupby("method", sort=False):
         row = {"Method": names.get(str(method), str(method))}
@@ -147,6 +155,7 @@ def beside_table(
             if column in with_paper:
                 mark = MARKS.get(cell["confidence"], "")
                 row[f"{title}, paper"] = _number(cell["paper"], cell["paper_spread"], decimals) + mark
+            if column in with_difference:
                 row[f"{title} − paper"] = _difference(cell["minus_paper"], decimals)
         rows.append(row)
     return pd.DataFrame(rows).fillna("")

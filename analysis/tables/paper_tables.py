@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,20 +17,19 @@ from analysis.measure.methods import (
     numbers_of,
     tidy,
 )
-from analysis.tables.cells import BEST, HEADS, NAMES, column_title, measured, points, write_cells
+from analysis.tables.cells import BEST, HEADS, NAMES, column_title, measured, points
 from analysis.tables.named_rows import measure_named_rows, need_labels
 from analysis.tables.paper import ALONE, beside, beside_table, legend, only_in_paper, paper_table
 from analysis.tables.table3 import note
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.significance import paired_permutation
-from store.runs import RunFolder
 
 LEVEL = 0.05
 ORACLE = "oracle"
 RATE = re.compile(r", (\d+e-\d+)$")  # at the end of a row's name in Tables L.1 and L.2
 PAPER_ONLY = "paper only"  # ends the name of a row without numbers of ours
-DEMO_RATE = "3e-5"  # of the paper's two, which stands beside rows that name none
+DEMO_RATE = "3e-5"  # the paper has two; rows that name none stand beside this one
 
 
 def _hits(
@@ -43,8 +41,8 @@ def _hits(
         everything = torch.arange(len(found.right))
         if found.classes is None:
             return [found.right], [everything]
-        own = [everything[found.classes == label] for label in found.classes.unique()]  # classes weigh alike
-        return [found.right[images] for images in own], own
+        by_class = [everything[found.classes == label] for label in found.classes.unique()]  # classes weigh alike
+        return [found.right[images] for images in by_class], by_class
     splits = columns_of(config)[column]
     if any(split in method.scores for split in splits):
         return None
@@ -57,8 +55,8 @@ def _is_worse(
     """Whether `method` is significantly worse than `best`, and the p-value where a permutation test gives one."""
     ours, theirs = (_hits(config, each, evaluator, column) for each in (method, best))
     if ours is None or theirs is None:  # scored by no mean over images: by the bootstrap interval of the difference
-        own = {column: columns_of(config)[column]}
-        (row,) = numbers_of(config, evaluator, method, best, own, redraw=True)
+        splits = {column: columns_of(config)[column]}
+        (row,) = numbers_of(config, evaluator, method, best, splits, redraw=True)
         return row["high"] < 0, float("nan")
     p = paired_permutation(ours[0], theirs[0], ours[1], seed=config.analysis.seed)
     return p < LEVEL, p
@@ -69,8 +67,8 @@ def with_significance(
 ) -> pd.DataFrame:
     """One row per method and column: accuracy, n, difference to the baseline and its interval, and whether it is bold.
 
-    Bold is the best of a column and whatever a paired permutation test at 0.05 does not tell from it; images of a
-    `task.bootstrap_unit` are swapped together. An oracle is never bold: it was not chosen fairly.
+    Bold is the best of a column and what is not significantly different from it by a paired permutation test at 0.05,
+    in which images of a `task.bootstrap_unit` are swapped together. An oracle is never bold: it was not chosen fairly.
 
     Columns: method, models, held_out, column, n, accuracy, spread, difference, low, high, p_to_best, bold; fractions.
     """
@@ -85,13 +83,13 @@ def with_significance(
             rows.append(head | {"column": name, "n": len(seen.right), "accuracy": seen.accuracy})
         rows += scores[place * per_method : (place + 1) * per_method]
     for column in (*annotations, *columns_of(config)):
-        own = list(zip(methods, (row for row in rows if row["column"] == column), strict=True))
-        best, _ = max((each for each in own if each[0].name != ORACLE), key=lambda each: each[1]["accuracy"])
-        for method, row in own:
+        pairs = list(zip(methods, (row for row in rows if row["column"] == column), strict=True))
+        best, _ = max((each for each in pairs if each[0].name != ORACLE), key=lambda each: each[1]["accuracy"])
+        for method, row in pairs:
             is_worse, p = _is_worse(config, evaluator, method, best, column) if method is not best else (False, 1.0)
             row |= {"p_to_best": p, "bold": not is_worse and method.name != ORACLE}
-    told = ["accuracy", "spread", "n", "p_to_best", "bold", "difference", "low", "high"]
-    return pd.DataFrame(rows)[["method", "models", "held_out", "column", *told]]
+    numbers = ["accuracy", "spread", "n", "p_to_best", "bold", "difference", "low", "high"]
+    return pd.DataFrame(rows)[["method", "models", "held_out", "column", *numbers]]
 
 
 def _beside(tidy: pd.DataFrame, table: str, rows: Mapping[str, str], columns: Mapping[str, str]) -> pd.DataFrame:
@@ -102,44 +100,47 @@ def _beside(tidy: pd.DataFrame, table: str, rows: Mapping[str, str], columns: Ma
     return beside(tidy, table, rows, columns)
 
 
-def _paper_baseline(own: pd.DataFrame, baseline: str) -> float:
+def _paper_baseline(rows: pd.DataFrame, baseline: str) -> float:
     """The paper's number of the method that differences are to, in one column; NaN where it is not known."""
-    first = own.loc[["best"]] if baseline == BEST else own.head(1)
+    first = rows.loc[["best"]] if baseline == BEST else rows.head(1)
     return float(first["paper"].iloc[0])
 
 
-def _write(
-    config: Experiment, compared: pd.DataFrame, table: str, names: Mapping[str, str], baseline: str
-) -> list[Path]:
-    """Write <table>_with_paper.{md,tex,csv} into the experiment's analysis folder."""
+def _cells(
+    config: Experiment, compared: pd.DataFrame, names: Mapping[str, str], baseline: str
+) -> tuple[pd.DataFrame, str]:
+    """Text cells and caption of numbers beside the paper's."""
     task = config.task
     titles = {column: column_title(task, column) for column in compared["column"]}
     methods = compared["method"].unique()
     cells = beside_table(compared, titles, names)
     for column in (task.test, SHIFT_MEAN):
-        own = compared[compared["column"] == column].set_index("method").reindex(methods)
-        if own["ours"].isna().all():
+        rows = compared[compared["column"] == column].set_index("method").reindex(methods)
+        if rows["ours"].isna().all():
             continue
         title = f"{titles[column]} − {baseline.split()[1]}"
-        ends = zip(own["difference"], own["low"], own["high"], strict=True)
+        ends = zip(rows["difference"], rows["low"], rows["high"], strict=True)
         cells[title] = [points(*each) if any(each) and pd.notna(each[0]) else "" for each in ends]
-        gains = own["paper"] - _paper_baseline(own, baseline)
+        gains = rows["paper"] - _paper_baseline(rows, baseline)
         if gains.notna().sum() > 1:
             cells[f"{title}, paper"] = ["" if pd.isna(gain) or not gain else f"{gain:+.2f}" for gain in gains]
     sizes = compared.dropna(subset="ours").drop_duplicates("column").set_index("column")["n"]
     counts = ", ".join(f"{titles[c]} {n:.0f}" for c, n in sizes.items() if c != SHIFT_MEAN)
     alone = f" Rows marked {PAPER_ONLY} have no number of ours." if compared["ours"].isna().any() else ""
+    minus = ", and ours minus the paper's in points" if compared["minus_paper"].notna().any() else ""
     text = (
-        f"{measured(task, columns_of(config))} in %, n: {counts}. Ours beside the paper's, and ours "
-        "minus the paper's in points. Bold: the best of a column, and what a paired permutation test does not tell "
-        f"from it at {LEVEL}. Last columns: points to {baseline}, with 95 % paired-bootstrap intervals, and the "
+        f"{measured(task, columns_of(config))} in %, n: {counts}. Ours beside the paper's{minus}. Bold: the best of a "
+        f"column, and what is not significantly different from it (paired permutation test, p >= {LEVEL}). Last "
+        f"columns: points to {baseline}, with 95 % paired-bootstrap intervals, and the "
         f"paper's.{alone} {note(config)} {legend(compared)}"
     )
-    return write_cells(cells, compared, RunFolder.of(config).analysis / f"{table}_with_paper", text)
+    return cells, text
 
 
-def methods_beside_paper(config: Experiment, table: str) -> list[Path]:
-    """Table 1, 3, 4 or C.1: the recipes of an experiment, in every column that it reports.
+def measure_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
+    """The numbers of Table 1, 3, 4 or C.1: an experiment's recipes in every column, with the paper's beside them.
+
+    Columns: those of `with_significance` and of `beside`. Rows that only the paper has follow, without numbers of ours.
 
     Raises:
         UserError: a stage before this one is not finished.
@@ -152,15 +153,19 @@ def methods_beside_paper(config: Experiment, table: str) -> list[Path]:
         tidy = tidy[tidy["column"].isin([config.task.test, SHIFT_MEAN])]
     columns = {column: column for column in tidy["column"]} | {config.task.test: "test"}
     compared = _beside(tidy, table, {name: name for name in tidy["method"]}, columns)
-    alone = only_in_paper(compared, table, columns)
+    return pd.concat([compared, only_in_paper(compared, table, columns)], ignore_index=True)
+
+
+def cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Table 1, 3, 4 or C.1 as text cells, and its caption; `numbers` are from `measure_beside_paper`."""
     names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"} | ALONE
-    names |= {row: f"{names[row]}, {PAPER_ONLY}" for row in alone["method"]}
-    compared = pd.concat([compared, alone], ignore_index=True)
-    return _write(config, compared, table, names, BEST)
+    has_ours = numbers.groupby("method")["ours"].count() > 0
+    names |= {row: f"{names[row]}, {PAPER_ONLY}" for row in has_ours.index[~has_ours]}
+    return _cells(config, numbers, names, BEST)
 
 
-def named_rows_beside_paper(config: Experiment, table: str) -> list[Path]:
-    """Table L.1, L.2 or L.3: named rows, soups and ensembles of sets of them.
+def measure_rows_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
+    """The numbers of Table L.1, L.2 or L.3: named rows, soups and ensembles of sets of them, beside the paper's.
 
     Names that end in a learning rate stand beside the paper's number at that rate, others beside those at 3e-5.
 
@@ -174,10 +179,14 @@ def named_rows_beside_paper(config: Experiment, table: str) -> list[Path]:
     rates = tidy["method"].str.extract(RATE, expand=False).fillna(DEMO_RATE)
     has_rates = paper_table(table)["column"].str.contains("@").any()
     parts = []
-    for rate, own in tidy.groupby(rates, sort=False):
-        rows = {method: RATE.sub("", method) for method in own["method"]}
+    for rate, group in tidy.groupby(rates, sort=False):
+        rows = {method: RATE.sub("", method) for method in group["method"]}
         ending = f"@{rate}" if has_rates else ""
         columns = {config.task.test: f"test{ending}", SHIFT_MEAN: f"{SHIFT_MEAN}{ending}"}
-        parts.append(_beside(own, table, rows, columns))
-    compared = pd.concat(parts)
-    return _write(config, compared, table, {}, "the first row")
+        parts.append(_beside(group, table, rows, columns))
+    return pd.concat(parts)
+
+
+def row_cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Table L.1, L.2 or L.3 as text cells, and its caption; `numbers` are from `measure_rows_beside_paper`."""
+    return _cells(config, numbers, {}, "the first row")

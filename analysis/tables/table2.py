@@ -3,23 +3,21 @@
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.measure.methods import measure
-from analysis.tables.cells import NAMES, write_cells
+from analysis.tables.cells import NAMES
 from analysis.tables.table3 import note
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.experiment.pool import usable_pool
 from store.provenance import provenance
-from store.runs import RunFolder
 
 EXAMPLES, ROUNDS = 64, 7
-FORMULAS = {  # of Table 2: what is answered to x, and how inference grows with k ingredients
+FORMULAS = {  # method -> its answer to x, and how the cost of inference grows with k ingredients
     "best": (r"f(x, θ_i) with i = argmax_j ValAcc(θ_j)", "O(1)"),
     "ensemble": (r"(1/k) Σ f(x, θ_i)", "O(k)"),
     "uniform": (r"f(x, (1/k) Σ θ_i)", "O(1)"),
@@ -44,7 +42,7 @@ def inference_table(config: Experiment) -> pd.DataFrame:
     inputs = next(iter(evaluator.batches(config.task.test, torch.arange(min(EXAMPLES, len(split))))))
     inputs = inputs.to(evaluator.model.device)
     network = evaluator.model.eval()
-    network.load_state_dict(usable_pool(config)[0].load())  # what weights hold does not change the cost
+    network.load_state_dict(usable_pool(config)[0].load())  # any weights cost the same
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(inputs)
     flops = counter.get_total_flops() / len(inputs)
@@ -90,13 +88,13 @@ def _wait(inputs: torch.Tensor) -> None:
         torch.cuda.synchronize(inputs.device)
 
 
-def table2(config: Experiment) -> list[Path]:
-    """Write table2_with_paper.{md,tex,csv}: formulas and costs of the paper, and the costs measured here.
+def cost_cells(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Table 2 as text cells and its caption: formulas and costs of the paper, and the costs measured.
 
-    Raises:
-        UserError: a stage before this one is not finished.
+    Args:
+        config: of the experiment.
+        numbers: from `inference_table`.
     """
-    numbers = inference_table(config)
     cells = pd.DataFrame(
         {
             "Method": [NAMES[name] for name in numbers["method"]],
@@ -114,4 +112,4 @@ def table2(config: Experiment) -> list[Path]:
         f"thread(s) of {machine['processor']}; θ_1, ..., θ_k are the k ingredients. GFLOPs count convolutions and "
         f"matrix products, two for a multiplication with its addition. {note(config)}"
     )
-    return write_cells(cells, numbers, RunFolder.of(config).analysis / "table2_with_paper", text)
+    return cells, text

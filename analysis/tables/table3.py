@@ -1,15 +1,16 @@
-"""All that an experiment shows: its table, its figure, and the files behind them."""
+"""The analysis of one experiment: Table 3, Figure 1, and the files behind them."""
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 
-from analysis.figures.style import coefficients_map, figure1, save, save_with_numbers
-from analysis.measure.methods import SHIFT_MEAN, Method, measure, need_shifts, scatter_points, shift_name, tidy, titled
-from analysis.tables.cells import BEST, caption, measured, table3, write_table
+from analysis.figures.coefficients import coefficients_map
+from analysis.figures.scatter import draw_scatter, scatter_numbers
+from analysis.figures.style import save, save_with_numbers
+from analysis.measure.methods import measure, scatter_points, tidy
+from analysis.tables.cells import BEST, caption, table3, write_table
 from analysis.tables.named_rows import write_named_rows
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -17,12 +18,10 @@ from soups.files.atomic import replacing, write_json
 from store.provenance import provenance
 from store.runs import RunFolder
 
-DRAWN_WITH_BARS = ("uniform", "greedy", "ensemble", "greedy_ensemble")
-
 
 @dataclass(frozen=True)
 class Report:
-    """What `analyse` wrote, and the table for the terminal."""
+    """The files that `analyse` wrote, and the table for the terminal."""
 
     table: pd.DataFrame
     tidy: pd.DataFrame
@@ -31,14 +30,14 @@ class Report:
 
 
 def note(config: Experiment) -> str:
-    """Names the proxies wherever the numbers stand, and what the experiment wants to be kept in mind."""
+    """A sentence for captions: benchmark and model, with what they are proxies for, the pool, and `analysis.note`."""
     model, task = config.model, config.task
-    said = (
+    text = (
         f"Benchmark {task.name}{_proxy(task.proxy_for)}; "
         f"model {model.name or model.kind}{_proxy(model.proxy_for)}; "
         f"{config.sweep.size} fine-tuned models {_candidates(config)}, sweep seed {config.sweep.seed}."
     )
-    return f"{said} {config.analysis.note}".strip()
+    return f"{text} {config.analysis.note}".strip()
 
 
 def _candidates(config: Experiment) -> str:
@@ -52,50 +51,6 @@ def _candidates(config: Experiment) -> str:
 
 def _proxy(stands_for: str | None) -> str:
     return "" if stands_for is None else f", a proxy for {stands_for}"
-
-
-def scatter_errors(scores: pd.DataFrame, test: str) -> pd.DataFrame:
-    """The intervals around soups and ensembles in Figure 1: method, test_low, test_high, shift_low, shift_high.
-
-    Args:
-        scores: from `analysis.measure.methods.tidy`.
-        test: name of the test split.
-    """
-    wide = scores.pivot(index="method", columns="column", values=["low", "high"])
-    return pd.DataFrame(
-        {
-            "method": method,
-            "test_low": wide.loc[method, ("low", test)],
-            "test_high": wide.loc[method, ("high", test)],
-            "shift_low": wide.loc[method, ("low", SHIFT_MEAN)],
-            "shift_high": wide.loc[method, ("high", SHIFT_MEAN)],
-        }
-        for method in DRAWN_WITH_BARS
-        if method in wide.index
-    )
-
-
-def scatter(config: Experiment, stem: str = "figure1", console: Console | None = None) -> list[Path]:
-    """Write <stem>.{pdf,png,csv}: Figure 1's scatter of ingredients, soups and ensembles, from cached logits.
-
-    Raises:
-        UserError: a stage before this one is not finished, or a task without shifts.
-    """
-    del console  # nothing is evaluated
-    need_shifts(config)
-    evaluator = Evaluator(config)
-    pool, methods = measure(config, evaluator)
-    return _scatter(config, pool, methods, tidy(config, methods, evaluator), stem)
-
-
-def _scatter(
-    config: Experiment, pool: list[Method], methods: list[Method], scores: pd.DataFrame, stem: str
-) -> list[Path]:
-    points, task = scatter_points(config, pool, methods), config.task
-    errors, title = scatter_errors(scores, task.test), titled(config.task.name)
-    metrics = [measured(task, splits) for splits in ((task.test,), task.shifts)]
-    figure = figure1(points, errors, title, len(task.shifts), (metrics[0], metrics[1]), shift=shift_name(config))
-    return save_with_numbers(figure, points, RunFolder.of(config).analysis / stem)
 
 
 def analyse(config: Experiment) -> Report:
@@ -112,7 +67,8 @@ def analyse(config: Experiment) -> Report:
     stem = folder / ("table5" if config.task.is_text else "table3")
     files = write_table(table, scores, stem, note(config), config.task)
     if config.task.shifts:
-        files += _scatter(config, pool, methods, scores, "figure1")
+        points = scatter_numbers(config, pool, methods, scores)
+        files += save_with_numbers(draw_scatter(config, points), points, folder / "figure1")
     else:
         with replacing(folder / "figure1.csv") as temporary:
             scatter_points(config, pool, methods).to_csv(temporary, index=False, float_format="%.8f")

@@ -1,18 +1,16 @@
-"""Tables 5 and J.1: several text models on several tasks, each an experiment of its own."""
+"""Tables 5 and J.1: several text models on several tasks, an experiment for each model and task."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 
 from analysis.measure.methods import measure
-from analysis.tables.cells import BEST, METRICS, NAMES, points, write_cells
+from analysis.tables.cells import BEST, METRICS, NAMES, points
 from analysis.tables.paper import MARKS, legend, paper_table
 from analysis.tables.paper_tables import LEVEL, with_significance
 from analysis.tables.table3 import note
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from store.runs import RunFolder
 
 RECIPES = {"table5": ("best", "greedy"), "tablej1": ("best", "uniform", "greedy")}
 MODELS = {"bert_base": "BERT-base", "bert_large": "BERT-large", "t5_small": "T5-small"}
@@ -59,7 +57,7 @@ def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
 
 
 def network_of(config: Experiment) -> str:
-    """What results/paper calls the network of an experiment, e.g. bert_base; of others its own name."""
+    """The network of an experiment as results/paper calls it, e.g. bert_base; other networks by their names."""
     name = config.model.name or config.model.kind
     key = name.rpartition("/")[2].removesuffix("-uncased").replace("-", "_")
     return key if key in MODELS else name
@@ -81,11 +79,12 @@ def text_table(numbers: pd.DataFrame) -> pd.DataFrame:
                 "Method": NAMES[cell["method"]],
                 "Ours": f"**{ours}**" if cell["bold"] else ours,
                 "Paper": f"{cell['paper']:.1f}{MARKS[cell['confidence']]}" if known else "",
-                "Ours − paper": f"{cell['minus_paper']:+.1f}" if known else "",
+                "Ours − paper": "" if pd.isna(cell["minus_paper"]) else f"{cell['minus_paper']:+.1f}",
                 "Ours − best": points(*gain) if cell["method"] != "best" else "",
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if table["Ours − paper"].any() else table.drop(columns="Ours − paper")
 
 
 def paper_rows(table: str, there: pd.DataFrame) -> pd.DataFrame:
@@ -106,22 +105,20 @@ def paper_rows(table: str, there: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def texts_beside_paper(configs: Sequence[Experiment], table: str) -> list[Path]:
-    """Write <table>_with_paper.{md,tex,csv} into the analysis folder of the first experiment.
+def text_cells(configs: Sequence[Experiment], numbers: pd.DataFrame, table: str) -> tuple[pd.DataFrame, str]:
+    """Table 5 or J.1 as text cells, and its caption.
 
     Args:
         configs: one for each model and task.
+        numbers: from `text_numbers`.
         table: table5 or tablej1.
-
-    Raises:
-        UserError: a stage before this one is not finished.
     """
-    numbers = text_numbers(configs, table)
     cells = pd.concat([text_table(numbers), paper_rows(table, numbers)], ignore_index=True).fillna("")
     notes = " ".join(dict.fromkeys(note(config) for config in configs))
     text = (
-        "Scores in %, on the split that reports. Bold: the better of an experiment's recipes, and what is not told "
-        f"from it at {LEVEL}. Ours − best: points to {BEST}, with 95 % paired-bootstrap intervals. Rows without a "
-        f"number of ours are the paper's alone. {notes} {legend(pd.concat([numbers, paper_table(table)]))}"
+        "Scores in %, on the test split. Bold: the better of an experiment's recipes, and what is not "
+        f"significantly different from it (p >= {LEVEL}). Ours − best: points to {BEST}, with 95 % paired-bootstrap "
+        "intervals. Rows without a number of ours are the paper's alone. "
+        f"{notes} {legend(pd.concat([numbers, paper_table(table)]))}"
     )
-    return write_cells(cells, numbers, RunFolder.of(configs[0]).analysis / f"{table}_with_paper", text)
+    return cells, text

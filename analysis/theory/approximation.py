@@ -1,4 +1,4 @@
-"""Figure K.1: does approximation (1) tell where a soup of two models is better than their ensemble, and by how much?"""
+"""Figure K.1: does approximation (1) predict where a soup of two models beats their ensemble, and by how much?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,24 +16,23 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.stats import rankdata
 
-from analysis.figures.style import SETTINGS, save_with_numbers
+from analysis.figures.style import SETTINGS
 from analysis.measure.methods import titled
-from analysis.measure.mixtures import Pair
+from analysis.measure.mixtures import Pair, do_missing
 from analysis.theory.equation import Comparison, Point, Segment, compare, on_grid
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.pool import evaluate_all
 from soups.experiment.pool import usable_pool
-from soups.files.atomic import digest_of, read_json, replacing, write_json
+from soups.files.atomic import digest_of, read_json, write_json
 from store.rows import row_config
-from store.runs import Ingredient, RunFolder
-from store.workers import spread
+from store.runs import Ingredient
 
 LEARNING_RATE, AUGMENTATION, SEED, START = "learning rate", "augmentation", "seed", "initialisation"
 WEAK, STRONG = "none", "RandAugment and mixup"  # the two levels of augmentation
 BETAS = {"calibrated": "β calibrated", "plain": "β = 1"}
-RESAMPLES = 2000  # of pairs, for the intervals of correlations
+RESAMPLES = 2000  # draws of pairs, for the intervals of correlations
 TRUTHS = ("loss_difference", "error_difference")
 TERMS = ("beta", "soup_loss", "ensemble_loss", "curvature", "curvature_error", "convexity_term", "variance_term")
 
@@ -44,7 +43,7 @@ class Related:
 
     pair: Pair
     differ: str
-    highest_lr: float  # of the two; of the initialisation and a model, the model's
+    highest_lr: float  # the higher of the two; the initialisation has none
 
 
 def level_of(config: Experiment) -> str | None:
@@ -176,26 +175,19 @@ def approximation_table(config: Experiment, evaluator: Evaluator, pairs: Sequenc
     """
     rows = []
     for each in pairs:
+        head: dict[str, Any] = {"first": each.pair.first.row, "second": each.pair.second.row}
+        head |= {"differ": each.differ, "highest_lr": each.highest_lr}
         for split in config.task.reported:
             for found in points(evaluator, each.pair, split):
                 for what in BETAS:
                     terms = found[what]
-                    rows.append(
-                        {
-                            "first": each.pair.first.row,
-                            "second": each.pair.second.row,
-                            "differ": each.differ,
-                            "highest_lr": each.highest_lr,
-                            "split": split,
-                            "n": found["n"],
-                            "alpha": found["alpha"],
-                            "what": what,
-                            **terms,
-                            "approximation": terms["convexity_term"] + terms["variance_term"],
-                            "loss_difference": terms["soup_loss"] - terms["ensemble_loss"],
-                            "error_difference": found["soup_error"] - found["ensemble_error"],
-                        }
-                    )
+                    point: dict[str, Any] = {"split": split, "n": found["n"], "alpha": found["alpha"], "what": what}
+                    ends = {
+                        "approximation": terms["convexity_term"] + terms["variance_term"],
+                        "loss_difference": terms["soup_loss"] - terms["ensemble_loss"],
+                        "error_difference": found["soup_error"] - found["ensemble_error"],
+                    }
+                    rows.append(head | point | terms | ends)
     return pd.DataFrame(rows)
 
 
@@ -204,27 +196,40 @@ def _panels(tidy: pd.DataFrame) -> list[tuple[str, str, str, pd.DataFrame]]:
     found = []
     below = tidy["highest_lr"] < tidy["highest_lr"].max()
     for what in BETAS:
-        own = tidy["what"] == what
-        found.append((what, "all", "loss_difference", tidy[own]))
+        of_beta = tidy["what"] == what
+        found.append((what, "all", "loss_difference", tidy[of_beta]))
         found += [
-            (what, "without highest lr", truth, tidy[own & below]) for truth in ("loss_difference", "error_difference")
+            (what, "without highest lr", truth, tidy[of_beta & below])
+            for truth in ("loss_difference", "error_difference")
         ]
     return found
 
 
-def _statistics(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Correlation, rank correlation, and the share of points of equal sign among those whose truth is not 0."""
-    told = y != 0
-    agree = float((np.sign(x[told]) == np.sign(y[told])).mean()) if told.any() else float("nan")
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan"), float("nan"), agree
-    return float(np.corrcoef(x, y)[0, 1]), float(np.corrcoef(rankdata(x), rankdata(y))[0, 1]), agree
+STATISTICS = ("correlation", "rank correlation", "sign agreement")
+BASELINES = {"always the ensemble": 1.0, "always the soup": -1.0}  # sign of the difference that each answers
+
+
+def _agreement(answers: np.ndarray, truth: np.ndarray) -> float:
+    """The share of points of equal sign among those whose truth is not 0; NaN where all are."""
+    decided = truth != 0
+    return float((np.sign(answers[decided]) == np.sign(truth[decided])).mean()) if decided.any() else float("nan")
+
+
+def _statistics(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Correlation, rank correlation and sign agreement of the approximation, and how often each baseline is right."""
+    is_flat = len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0
+    both = [float("nan")] * 2 if is_flat else [np.corrcoef(x, y)[0, 1], np.corrcoef(rankdata(x), rankdata(y))[0, 1]]
+    found = dict(zip(STATISTICS, (*both, _agreement(x, y)), strict=True))
+    return found | {name: _agreement(np.full_like(y, sign), y) for name, sign in BASELINES.items()}
 
 
 def summary_table(tidy: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """One row per panel and statistic (correlation, rank correlation, sign agreement) with a 95 % bootstrap interval.
+    """One row per panel and statistic, with a 95 % bootstrap interval.
 
-    What is resampled are pairs of models, with all their alphas and splits, which are not independent.
+    Statistics: correlation, rank correlation and sign agreement of the approximation; beside the last, how often
+    answers without it are right: always the ensemble, always the soup.
+
+    Pairs of models are resampled, with all their alphas and splits, which are not independent.
     """
     rows = []
     for what, pairs, truth, drawn in _panels(tidy):
@@ -235,21 +240,11 @@ def summary_table(tidy: pd.DataFrame, seed: int) -> pd.DataFrame:
         for _ in range(RESAMPLES):
             some = [groups[i] for i in generator.integers(len(groups), size=len(groups))]
             draws.append(_statistics(*(np.concatenate(parts) for parts in zip(*some, strict=True))))
-        low, high = (pd.DataFrame(draws).quantile(end).to_numpy() for end in (0.025, 0.975))
-        for i, name in enumerate(("correlation", "rank correlation", "sign agreement")):
-            rows.append(
-                {
-                    "beta": what,
-                    "pairs": pairs,
-                    "truth": truth,
-                    "n_pairs": len(groups),
-                    "n_points": len(drawn),
-                    "statistic": name,
-                    "value": whole[i],
-                    "low": low[i],
-                    "high": high[i],
-                }
-            )
+        ends = pd.DataFrame(draws).quantile([0.025, 0.975])
+        head = {"beta": what, "pairs": pairs, "truth": truth, "n_pairs": len(groups), "n_points": len(drawn)}
+        for name, value in whole.items():
+            low, high = ends[name]
+            rows.append(head | {"statistic": name, "value": value, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -295,11 +290,14 @@ def approximation_figure(tidy: pd.DataFrame, summary: pd.DataFrame, test: str, t
         grid = figure.subplots(2, 3)
         for axes, (what, pairs, truth, drawn) in zip(grid.flat, _panels(tidy), strict=True):
             _panel(axes, drawn, truth, colours, test)
-            own = summary.query("beta == @what and pairs == @pairs and truth == @truth").set_index("statistic")["value"]
+            rows = summary.query("beta == @what and pairs == @pairs and truth == @truth")
+            panel = rows.set_index("statistic")["value"]
+            ensemble = panel.get("always the ensemble")  # absent in older tables
+            beside = "" if ensemble is None else f" (always ensemble {100 * ensemble:.0f} %)"
             axes.set_title(
                 f"{'all pairs' if pairs == 'all' else f'without lr {rates[-1]:g}'}; {BETAS[what]}\n"
-                f"r = {own['correlation']:.2f}, rank {own['rank correlation']:.2f}, "
-                f"sign {100 * own['sign agreement']:.0f} %",
+                f"r = {panel['correlation']:.2f}, rank {panel['rank correlation']:.2f}, "
+                f"sign {100 * panel['sign agreement']:.0f} %{beside}",
                 fontsize=7,
             )
             axes.set_xlabel("approximation (1) (nats)")
@@ -313,8 +311,8 @@ def approximation_figure(tidy: pd.DataFrame, summary: pd.DataFrame, test: str, t
         return figure
 
 
-def figurek1(config: Experiment, console: Console | None = None) -> list[Path]:
-    """Measure what is missing and write figurek1.{pdf,png,csv} and figurek1_summary.csv.
+def measure_approximation(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure K.1, from `approximation_table`; evaluates what is not on disk.
 
     It costs, for each pair and split, a forward pass at every alpha (curvature=differences), or about ten of them
     (exact).
@@ -324,30 +322,23 @@ def figurek1(config: Experiment, console: Console | None = None) -> list[Path]:
     """
     pairs = related_pairs(config, usable_pool(config))
     members = {each.row: each.folder for related in pairs for each in (related.pair.first, related.pair.second)}
-    console = console or Console()
-    evaluate_all(config, [members[row] for row in sorted(members)], console)
-    evaluator, workers = Evaluator(config), config.cluster.workers
+    evaluate_all(config, [members[row] for row in sorted(members)], console or Console())
+    evaluator = Evaluator(config)
 
     def is_done(pair: Pair) -> bool:
         return all(_place(evaluator, pair, split).exists() for split in config.task.reported)
 
-    missing = [each.pair for each in pairs if not is_done(each.pair)]
-    if missing:
-        spread(
-            f"measuring {len(missing)} segments between two models",
-            [partial(_measure, config, missing[i::workers]) for i in range(workers) if missing[i::workers]],
-            workers=workers,
-            threads=config.cluster.threads,
-            units=len(missing),
-            done_units=lambda: sum(is_done(pair) for pair in missing),
-            report=str,
-            console=console,
-        )
-    tidy = approximation_table(config, evaluator, pairs)
-    summary = summary_table(tidy, config.analysis.seed)
-    stem = RunFolder.of(config).analysis / "figurek1"
-    figure = approximation_figure(tidy, summary, config.task.test, titled(config.task.name))
-    files = save_with_numbers(figure, tidy, stem)
-    with replacing(stem.with_name("figurek1_summary.csv")) as temporary:
-        summary.to_csv(temporary, index=False, float_format="%.6f")
-    return [*files, stem.with_name("figurek1_summary.csv")]
+    segments, title = [each.pair for each in pairs], "measuring {} segments between two models"
+    do_missing(config, title, segments, partial(_measure, config), is_done, console=console)
+    return approximation_table(config, evaluator, pairs)
+
+
+def draw_approximation(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure K.1 of an experiment."""
+    summary = summary_table(numbers, config.analysis.seed)
+    return approximation_figure(numbers, summary, config.task.test, titled(config.task.name))
+
+
+def summarised(config: Experiment, numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What is written beside Figure K.1: `summary_table` as figurek1_summary.csv."""
+    return {"summary": summary_table(numbers, config.analysis.seed)}

@@ -141,7 +141,7 @@ def variance(logits: Tensor, values: Tensor, beta: float) -> float:
 
 
 def curvature(line: Line, labels: Tensor, beta: float) -> Curvature:
-    """Exactly d^2/da^2 of the mean loss, from logits and their derivatives: no further look at the network.
+    """Exactly d^2/da^2 of the mean loss, from logits and their derivatives: no further forward pass.
 
     Source: Appendix K.1; the chain rule with gradient p - e_y and Hessian diag(p) - p p^T of the cross-entropy.
     """
@@ -224,7 +224,7 @@ def point(
 
 
 def on_grid(logits: Sequence[Tensor], labels: Tensor) -> list[Point]:
-    """The points of one pair by central differences, from cached logits of its soups alone: no look at the network.
+    """The points of one pair by central differences, from cached logits of its soups alone: no forward pass.
 
     Args:
         logits: (N, C) of the soups at A equidistant alphas from 0 to 1, so that the first and last are the two models.

@@ -1,0 +1,332 @@
+"""The paper's 33 tables and figures: what each shows, the experiments it is made of, and the functions that make it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from analysis.figures.angles import draw_angles, measure_angles
+from analysis.figures.cross_dataset import cross_figure, measure_backbones
+from analysis.figures.grids import grids_figure, measure_grids
+from analysis.figures.landscape import draw_landscape, measure_landscape
+from analysis.figures.pairs import draw_pairs, measure_pairs
+from analysis.figures.pool_size import measure_pool_size, pool_size_figure
+from analysis.figures.reliability import draw_reliability, measure_reliability
+from analysis.figures.scatter import (
+    draw_methods,
+    draw_rows,
+    draw_scatter,
+    draw_subgroups,
+    measure_methods,
+    measure_rows,
+    measure_scatter,
+    measure_subgroups,
+)
+from analysis.figures.style import save_with_numbers
+from analysis.figures.training_seeds import budget_figure, draw_calibration, measure_budget, measure_calibration
+from analysis.figures.wise_curves import draw_wise, measure_wise
+from analysis.measure.mixtures import axis_labels
+from analysis.tables.cells import write_cells
+from analysis.tables.paper import without_differences
+from analysis.tables.paper_tables import (
+    cells_beside_paper,
+    measure_beside_paper,
+    measure_rows_beside_paper,
+    row_cells_beside_paper,
+)
+from analysis.tables.table2 import cost_cells, inference_table
+from analysis.tables.text_tables import text_cells, text_numbers
+from analysis.theory.approximation import draw_approximation, measure_approximation, summarised
+from configs.schema import Experiment
+from soups.files.atomic import replacing
+
+MEASURED = Path(__file__).resolve().parents[1] / "results/measured"
+GLUE = ("mrpc", "rte", "cola", "sst2")
+Configs = Sequence[Experiment]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: its numbers from finished runs, and the picture from these numbers alone."""
+
+    measure: Callable[..., pd.DataFrame]  # takes an experiment and a console
+    draw: Callable[..., Figure]  # takes the experiment and its numbers
+    of_columns: bool = False  # `draw` takes the numbers, and the columns that are drawn with their labels
+    beside: Callable[[Experiment, pd.DataFrame], dict[str, pd.DataFrame]] = lambda *_: {}  # other tables, by ending
+    ending = ""  # the files' names end with it
+    is_one = False  # whether several experiments make one of it
+
+    def numbers(self, configs: Configs, console: Console | None) -> pd.DataFrame:
+        """Its numbers, of one experiment."""
+        return self.measure(configs[0], console)
+
+    def write(self, configs: Configs, numbers: pd.DataFrame, stem: Path) -> list[Path]:
+        """Write stem.{pdf,png,csv}, and other tables beside."""
+        labelled = (numbers, axis_labels(configs[0])) if self.of_columns else (configs[0], numbers)
+        files = save_with_numbers(self.draw(*labelled), numbers, stem)
+        for name, table in self.beside(configs[0], numbers).items():
+            files.append(stem.with_name(f"{stem.name}_{name}.csv"))
+            with replacing(files[-1]) as temporary:
+                table.to_csv(temporary, index=False, float_format="%.6f")
+        return files
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A table beside the paper's: its numbers from finished runs, and the cells and caption from these numbers alone.
+
+    Differences to the paper stand only in tables of the paper's own experiments: of a proxy they say nothing.
+    """
+
+    measure: Callable[..., pd.DataFrame]  # takes an experiment, or all of them where `is_one`
+    cells: Callable[[Any, pd.DataFrame], tuple[pd.DataFrame, str]]
+    papers: tuple[str, ...] = ()  # experiments with the paper's model on the paper's data
+    is_one: bool = False  # whether several experiments make one of it
+    ending = "_with_paper"
+
+    def numbers(self, configs: Configs, console: Console | None) -> pd.DataFrame:
+        """Its numbers, of one experiment or of all."""
+        del console  # nothing is evaluated
+        return self.measure(configs if self.is_one else configs[0])
+
+    def write(self, configs: Configs, numbers: pd.DataFrame, stem: Path) -> list[Path]:
+        """Write stem.{md,tex,csv}."""
+        if "minus_paper" in numbers and not all(self.is_papers(config) for config in configs):
+            numbers = without_differences(numbers)
+        cells, caption = self.cells(configs if self.is_one else configs[0], numbers)
+        return write_cells(cells, numbers, stem, caption)
+
+    def is_papers(self, config: Experiment) -> bool:
+        """Whether an experiment has the paper's model."""
+        return config.name in self.papers and config.model.proxy_for is None and config.task.proxy_for is None
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A table or figure of the paper."""
+
+    shows: str
+    paper: tuple[str, ...]  # experiments it is made of; none where the paper has formulas alone
+    embedded: tuple[str, ...]  # their counterparts of the embedded benchmark
+    made: Drawing | Printed
+    numbers: tuple[tuple[str, str, str], ...] = field(default=())  # in results/paper: table, row, column
+
+    def is_of(self, experiment: str) -> bool:
+        """Whether an experiment is one of those it is made of."""
+        return experiment in (*self.paper, *self.embedded)
+
+    @property
+    def functions(self) -> str:
+        """Where its numbers and its cells or picture are made, each as module:function."""
+        second = self.made.draw if isinstance(self.made, Drawing) else self.made.cells
+        return " ".join(_place(function) for function in (self.made.measure, second))
+
+
+def _place(function: Any) -> str:
+    function = getattr(function, "func", function)
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _texts(table: str, papers: tuple[str, ...]) -> Printed:
+    return Printed(partial(text_numbers, table=table), partial(text_cells, table=table), papers, is_one=True)
+
+
+def _methods(table: str, papers: tuple[str, ...]) -> Printed:
+    return Printed(partial(measure_beside_paper, table=table), cells_beside_paper, papers)
+
+
+def _rows(table: str, papers: tuple[str, ...]) -> Printed:
+    return Printed(partial(measure_rows_beside_paper, table=table), row_cells_beside_paper, papers)
+
+
+SCATTER = Drawing(measure_scatter, draw_scatter)
+ONE_SHIFT = Drawing(partial(measure_scatter, one_shift=True), partial(draw_scatter, one_shift=True))
+POOL_SIZE = Drawing(measure_pool_size, pool_size_figure, of_columns=True)
+ROWS = Drawing(measure_rows, draw_rows)
+TABLE3, TABLE4 = ("table3_clip_b32",), ("table4_vitg",)
+TABLE5 = tuple(f"tablej1_{network}_base_{task}" for network in ("bert", "t5") for task in GLUE)
+TABLEJ1 = tuple(
+    f"tablej1_{network}_{task}"
+    for network in ("bert_base", "bert_large", "t5_small", "t5_base", "t5_large")
+    for task in GLUE
+)
+DEMO = ("demo",)
+SHIFTS = "shift_mean"
+
+ARTEFACTS = {
+    "table1": Artefact(
+        "headline numbers of the largest model",
+        TABLE4,
+        ("demo_vit_g",),
+        _methods("table1", TABLE4),
+        (("table1", "greedy", "test"), ("table1", "greedy", SHIFTS)),
+    ),
+    "table2": Artefact("methods, formulas and the cost of an answer", (), DEMO, Printed(inference_table, cost_cells)),
+    "table3": Artefact(
+        "every recipe and baseline, CLIP ViT-B/32",
+        (*TABLE3, "released"),
+        DEMO,
+        _methods("table3", (*TABLE3, "released")),
+        (("table3", "greedy", "test"), ("table3", "best", "test"), ("table3", "uniform", "test")),
+    ),
+    "table4": Artefact(
+        "ViT-G/14 on ImageNet, its other labels and five shifts",
+        TABLE4,
+        ("demo_vit_g",),
+        _methods("table4", TABLE4),
+        (("table4", "greedy", "test"), ("table4", "best", "test"), ("table4", "greedy_ensemble", "test")),
+    ),
+    "table5": Artefact(
+        "BERT-base and T5-base on four GLUE tasks",
+        TABLE5,
+        ("demo_text",),
+        _texts("table5", TABLE5),
+        (("table5", "bert_base/greedy", "rte"), ("table5", "bert_base/best", "rte")),
+    ),
+    "tablec1": Artefact(
+        "BASIC-L on ImageNet and five shifts",
+        ("tablec1_basic",),
+        ("demo_basic",),
+        _methods("tablec1", ("tablec1_basic",)),
+        (("tablec1", "greedy", "test"), ("tablec1", "best", "test")),
+    ),
+    "tablej1": Artefact(
+        "five text models on four GLUE tasks",
+        TABLEJ1,
+        ("demo_text",),
+        _texts("tablej1", TABLEJ1),
+        (("tablej1", "t5_large/greedy", "rte"), ("tablej1", "t5_large/uniform", "rte")),
+    ),
+    "tablel1": Artefact(
+        "soups of augmentations against distillation",
+        ("tablel1_distill",),
+        ("demo_distill",),
+        _rows("tablel1", ("tablel1_distill",)),
+        (("tablel1", "Soup of minimal, medium, strong", "test@3e-5"),),
+    ),
+    "tablel2": Artefact(
+        "soups of augmentations against fix-aug",
+        ("tablel2_fixaug",),
+        ("demo_fixaug",),
+        _rows("tablel2", ("tablel2_fixaug",)),
+        (("tablel2", "fix-aug", "test@3e-5"),),
+    ),
+    "tablel3": Artefact(
+        "soups of models trained without and with SAM",
+        ("tablel3_sam",),
+        ("demo_sam",),
+        _rows("tablel3", ("tablel3_sam",)),
+        (("tablel3", "SAM, seed 0", "test"),),
+    ),
+    "figure1": Artefact(
+        "ingredients and soups, test against shifts",
+        (*TABLE3, "figure5_align", "released"),
+        DEMO,
+        SCATTER,
+        (("table3", "greedy", "test"), ("table3", "greedy", SHIFTS)),
+    ),
+    "figure2": Artefact(
+        "error landscape in a plane",
+        ("figure2_landscape",),
+        ("demo_landscape",),
+        Drawing(measure_landscape, partial(draw_landscape, log=True)),
+    ),
+    "figure3": Artefact(
+        "gain of an average against angle", ("figure3_angles",), ("demo_angles",), Drawing(measure_angles, draw_angles)
+    ),
+    "figure4": Artefact("soup against ensemble of random pairs", TABLE3, DEMO, Drawing(measure_pairs, draw_pairs)),
+    "figure5": Artefact(
+        "ingredients and soups of ALIGN and ViT-G",
+        ("figure5_align", *TABLE4),
+        ("demo_align", "demo_vit_g"),
+        SCATTER,
+        (("headlines", "align", "greedy minus best, test"),),
+    ),
+    "figureb1": Artefact("by the number of models considered", TABLE3, DEMO, POOL_SIZE),
+    "figureb2": Artefact(
+        "calibration of soup and ensemble",
+        ("figureb2_seeds",),
+        ("demo_seeds_only",),
+        Drawing(measure_calibration, draw_calibration),
+    ),
+    "figured1": Artefact(
+        "curves from the initialisation to every model and soup (WiSE-FT)",
+        (*TABLE3, "standard_zeroshot"),
+        ("demo", "demo_grid_zeroshot"),
+        Drawing(measure_wise, draw_wise),
+    ),
+    "figuree1": Artefact(
+        "soups of backbones fine-tuned on other data sets",
+        ("figuree1_soups",),
+        ("demo_cross_dataset",),
+        Drawing(measure_backbones, cross_figure, of_columns=True),
+        (("headlines", "clip_vit_b32", "backbone soup minus zero-shot, CIFAR-100"),),
+    ),
+    "figuref1": Artefact(
+        "averages of the ends of one-dimensional grids",
+        tuple(f"figuref1_{grid}" for grid in ("optimizer", "augment", "lr")),
+        ("demo_grids",),
+        Drawing(measure_grids, grids_figure, of_columns=True),
+    ),
+    "figureg1": Artefact(
+        "FMoW and iWildCam, CLIP ViT-L",
+        ("figureg1_fmow", "figureg1_iwildcam"),
+        DEMO,
+        Drawing(measure_subgroups, draw_subgroups),
+    ),
+    "figureg2": Artefact("CIFAR-10 against CIFAR-10.1", ("figureg2_cifar10",), DEMO, ONE_SHIFT),
+    "figureg3": Artefact(
+        "a pool from an initialisation without contrastive pretraining",
+        ("figureg3_in22k",),
+        ("demo_imagenet_init",),
+        SCATTER,
+    ),
+    "figureg4": Artefact(
+        "models that differ by seed alone, of two initialisations",
+        ("figureg4_clip", "figureg4_in22k"),
+        ("demo_seeds_only", "demo_imagenet_init"),
+        Drawing(measure_budget, budget_figure, of_columns=True),
+    ),
+    "figureh1": Artefact("as B.1: linear probe, standard grid", ("standard_lp",), ("demo_grid_lp",), POOL_SIZE),
+    "figureh2": Artefact("as B.1: linear probe, extreme grid", ("extreme_lp",), ("demo_extreme_lp",), POOL_SIZE),
+    "figureh3": Artefact(
+        "as B.1: zero-shot, standard grid", ("standard_zeroshot",), ("demo_grid_zeroshot",), POOL_SIZE
+    ),
+    "figureh4": Artefact(
+        "as B.1: zero-shot, extreme grid", ("extreme_zeroshot",), ("demo_extreme_zeroshot",), POOL_SIZE
+    ),
+    "figurej1": Artefact(
+        "error landscape at a ten times larger learning rate",
+        ("figurej1_landscape",),
+        ("demo_landscape_high_lr",),
+        Drawing(measure_landscape, partial(draw_landscape, log=False)),
+    ),
+    "figurek1": Artefact(
+        "approximation (1) against the truth",
+        ("extreme_lp",),
+        ("demo_extreme_lp",),
+        Drawing(measure_approximation, draw_approximation, beside=summarised),
+    ),
+    "figurel1": Artefact("soups of averages along training (EMA, SWA)", ("figurel1_clip",), ("demo_ema_swa",), ROWS),
+    "figurel2": Artefact(
+        "the same, from an initialisation pretrained on labels",
+        ("figurel2_in22k",),
+        ("demo_imagenet_init",),
+        ROWS,
+    ),
+    "figurel3": Artefact("Figure 1 with all methods of Table 3", TABLE3, DEMO, Drawing(measure_methods, draw_methods)),
+}
+
+MORE = {  # no figures of the paper, drawn by the same command
+    "reliability": Artefact(
+        "reliability diagrams before and after a temperature", (), (), Drawing(measure_reliability, draw_reliability)
+    )
+}
+
+
+DRAWN = ARTEFACTS | MORE  # all that `artefact=` may name; `all` means the paper's
