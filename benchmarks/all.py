@@ -126,6 +126,10 @@ BARS = (
 )
 
 
+def _short(processor: str) -> str:
+    return processor.replace("(R)", "").removesuffix(" Processor")
+
+
 def lines() -> list[dict[str, str]]:
     """A line for each bar, from the files in results/measured."""
     found = []
@@ -141,7 +145,7 @@ def lines() -> list[dict[str, str]]:
             found.append(line | {"Ours": "not measured yet"})
             continue
         line |= {"Ours": f"{ours:.3g}", "Best peer": "" if peer is None else f"{peer:.3g}"}
-        line |= {"Floor": "" if bar.floor is None else f"{bar.floor:g}", "Processor": rows.processor.iloc[0]}
+        line |= {"Floor": "" if bar.floor is None else f"{bar.floor:g}", "Processor": _short(rows.processor.iloc[0])}
         met = ours >= bar.target if bar.at_least else ours <= bar.target
         found.append(line | {"Met": "yes" if met else "no"})
     return found

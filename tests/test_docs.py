@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from analysis.catalogue import ARTEFACTS
+from benchmarks.all import table
 from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,10 @@ def test_the_answers_on_pages_are_what_the_command_prints():
     assert len(printed.splitlines()) == 2 + 6
     for page in ("README.md", "docs/results.md"):
         assert f"<!-- claims -->\n{printed}\n\n" in (ROOT / page).read_text(encoding="utf-8"), page
+
+
+def test_the_speeds_on_the_first_page_are_those_that_were_measured():
+    assert f"<!-- bench -->\n{table()}\n\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_links_lead_to_files():
