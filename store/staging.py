@@ -1,8 +1,8 @@
 """Data on the node's own disk: a shared file system serves one archive to a node, and not a million files to each job.
 
 `cluster.stage` names an archive or folder with what task.folder holds, or `compute.resized_to`, the smaller copies that
-training reads. The first job on a node unpacks it, the others
-wait for that one or find it done. What a killed job left half-unpacked has another name, and is deleted by the next.
+training reads. The first job on a node unpacks it, the others wait for that one or find it done. What a killed job left
+half-unpacked has another name, and is deleted by the next.
 """
 
 import os
