@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 import reproduce
+from analysis import pipeline
 from analysis.artefacts import write_artefact
 from analysis.figures.cross_dataset import (
     cross_figure,
@@ -123,7 +124,7 @@ def test_what_is_no_pool_of_backbones_is_refused_and_files_are_written(finished,
     done = RunFolder.of(config).ingredient(1) / "done.json"
     assert read_json(done)["status"] == "done"
     rows = [RunFolder.of(config).ingredient(row) for row in range(1, 6)]
-    monkeypatch.setattr(reproduce, "run_one", None)  # nothing is trained: the figure alone is drawn
+    monkeypatch.setattr(pipeline, "_run_one", None)  # nothing is trained: the figure alone is drawn
     reproduce.run(replace(config, towers=tuple(rows)))
     written = [str(RunFolder.of(config).analysis / f"figuree1{end}") for end in (".pdf", ".png", ".csv")]
     assert capsys.readouterr().out.split()[-4:-1] == written

@@ -48,7 +48,8 @@ def test_a_mark_says_what_is_needed():
 
 
 def test_readme_is_for_five_minutes_and_every_page_is_in_the_index():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1500
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(" ".join(line for line in lines if not line.startswith("|")).split()) < 1300  # words outside tables
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     absent = [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name}" not in index]
     assert absent == ["README.md"]
