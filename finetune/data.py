@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from PIL import Image
 from simplejpeg import decode_jpeg
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.mixup import Mixup
@@ -15,7 +16,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, ToNumpy
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, default_collate
-from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip, ToPILImage
+from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip
 from torchvision.transforms.functional import pil_to_tensor
 
 from configs.chance import seed_globals, seed_sample
@@ -82,6 +83,11 @@ class _CropOfPixels(RandomResizedCropAndInterpolation):
         return interpolate(part, self.size, mode=interpolation.value, antialias=True)[0]
 
 
+def _to_pil(pixels: Tensor) -> Image.Image:
+    # Contiguous before Pillow sees it, which copies a strided array element by element.
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
 def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE, *, from_pixels: bool = False) -> Transform:
     """An image to (3, size, size) uint8, by timm's and torchvision's augmentations.
 
@@ -101,7 +107,7 @@ def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE, *, 
     if from_pixels and augment.kind == "minimal":
         return _CropOfPixels(size, (crop, 1.0), ratio, interpolation)
     kind = _CropOfPixels if from_pixels else RandomResizedCropAndInterpolation
-    steps = [kind(size, (crop, 1.0), ratio, interpolation), *([ToPILImage()] if from_pixels else [])]
+    steps = [kind(size, (crop, 1.0), ratio, interpolation), *([_to_pil] if from_pixels else [])]
     if augment.kind != "minimal":
         steps.append(RandomHorizontalFlip(augment.flip))
     fill = tuple(min(255, round(255 * value)) for value in (mean if augment.fill == "mean" else WHITE))
