@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2 import ColorJitter as ColorJitterOfPixels
 
 from configs.chance import seed_globals, seed_sample
 from configs.schema import Experiment
@@ -84,8 +85,8 @@ class _CropOfPixels(RandomResizedCropAndInterpolation):
 
 
 def _to_pil(pixels: Tensor) -> Image.Image:
-    # Contiguous before Pillow sees it, which copies a strided array element by element.
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    # Band by band, since Pillow copies a strided array element by element.
+    return Image.merge("RGB", [Image.fromarray(band) for band in pixels.numpy()])
 
 
 def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE, *, from_pixels: bool = False) -> Transform:
@@ -103,18 +104,20 @@ def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE, *, 
         return _OneOf([augmentation(each, size, mean, from_pixels=from_pixels) for each in augment.among])
     ratio = (augment.aspect, 1 / augment.aspect)
     interpolation = "random" if augment.kind == "medium" else "bicubic"
+    jitter = 3 * (augment.color_jitter,)
     crop = augment.crop or (MINIMAL_CROP if augment.kind == "minimal" else TIMM_CROP)
-    if from_pixels and augment.kind == "minimal":
-        return _CropOfPixels(size, (crop, 1.0), ratio, interpolation)
     kind = _CropOfPixels if from_pixels else RandomResizedCropAndInterpolation
-    steps = [kind(size, (crop, 1.0), ratio, interpolation), *([_to_pil] if from_pixels else [])]
+    steps: list[Any] = [kind(size, (crop, 1.0), ratio, interpolation)]
     if augment.kind != "minimal":
         steps.append(RandomHorizontalFlip(augment.flip))
+    if from_pixels and augment.kind in ("minimal", "medium"):  # a third of Pillow's time
+        return Compose([*steps, *([ColorJitterOfPixels(*jitter)] if augment.kind == "medium" else [])])
+    steps += [_to_pil] if from_pixels else []  # RandAugment's operations are timm's, which are Pillow's
     fill = tuple(min(255, round(255 * value)) for value in (mean if augment.fill == "mean" else WHITE))
     settings = {"img_mean": fill, "translate_const": int(0.45 * size)}
     match augment.kind:
         case "medium":
-            steps.append(ColorJitter(*3 * (augment.color_jitter,)))
+            steps.append(ColorJitter(*jitter))
         case "rand":
             policy = f"rand-m{augment.magnitude}-mmax{augment.magnitude_max}-n{augment.layers}"
             policy += "-inc1" if augment.increasing else ""

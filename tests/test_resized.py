@@ -148,7 +148,8 @@ def test_two_processes_share_the_work_and_one_that_is_killed_leaves_nothing_torn
 def test_pixels_are_cropped_and_resized_as_pillow_does_it(kind, shape):
     image = rgb(*shape)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    augment = Augment(kind=kind, crop=0.3, flip=0.5)  # no jitter and no operations: only the crop and the flip
+    augment = Augment(kind=kind, crop=0.3, flip=0.5, color_jitter=0.4 if kind == "medium" else 0)  # no operations
+    levels = 4 if kind == "medium" else 1  # several roundings
     for draw in range(5):
         both = []
         for given, from_pixels in ((image, False), (pixels, True)):
@@ -156,7 +157,7 @@ def test_pixels_are_cropped_and_resized_as_pillow_does_it(kind, shape):
             torch.manual_seed(draw)
             both.append(torch.as_tensor(augmentation(augment, 32, from_pixels=from_pixels)(given)).int())
         assert both[0].shape == both[1].shape == (3, 32, 32)
-        assert (both[0] - both[1]).abs().max() <= 1
+        assert (both[0] - both[1]).abs().max() <= levels
 
 
 def test_a_zone_plate_is_antialiased():
