@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from simplejpeg import decode_jpeg
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.mixup import Mixup
-from timm.data.transforms import RandomResizedCropAndInterpolation, ToNumpy
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, default_collate
@@ -84,8 +86,12 @@ class _CropOfPixels(RandomResizedCropAndInterpolation):
         return interpolate(part, self.size, mode=interpolation.value, antialias=True)[0]
 
 
+# Band by band, both ways: a strided array is copied element by element.
+def _to_array(image: Image.Image) -> NDArray[np.uint8]:
+    return np.stack([np.asarray(band) for band in image.split()])
+
+
 def _to_pil(pixels: Tensor) -> Image.Image:
-    # Band by band, since Pillow copies a strided array element by element.
     return Image.merge("RGB", [Image.fromarray(band) for band in pixels.numpy()])
 
 
@@ -124,7 +130,7 @@ def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE, *, 
             steps.append(rand_augment_transform(policy, settings))
         case "auto":
             steps.append(auto_augment_transform("original", settings))
-    return Compose([*steps, ToNumpy()])
+    return Compose([*steps, _to_array])
 
 
 class _OneOf:
