@@ -47,7 +47,7 @@ def make_folder(root: Path, classes: int) -> None:
 def experiment(folder: Path, way: str, classes: int, seeds: int, epochs: int) -> Experiment:
     """A row for each seed, all with the same settings, in a run folder of its own."""
     data = ["task=image_folder", f"task.folder={folder / 'images'}", f"task.num_classes={classes}", "task.shifts=[]"]
-    data += ["+task.folders.held_out=unseen", "+task.folders.test=unseen"]
+    data += ["+task.folders.held_out=unseen", "+task.folders.test=unseen", "task.overlap_allowed=1"]  # nothing selects
     sweep = ["~sweep.draw", "sweep.rows=null", f"+sweep.grid.optim.seed={list(range(1, seeds + 1))}"]
     training = [f"optim.epochs={epochs}", "optim.lr=5e-4", "augment.kind=rand", "augment.layers=1", "augment.crop=0.5"]
     place = [f"paths.runs={folder}", f"name={way.replace(', ', '_')}", "model.templates=null", "model.probe_c=[1]"]
