@@ -23,7 +23,7 @@ from eval.metrics import correct
 from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 from soups.recipes import GrowingLogits, greedy, uniform_ensemble
-from store.arrays import cached_array
+from store.arrays import cached_array, write_array
 from store.provenance import provenance_columns
 
 CLASSES = 1000
@@ -45,8 +45,7 @@ def make_pool(folder: Path, models: int, images: int) -> list[Path]:
     for i, path in missing:
         logits = common + np.roll(own, int(np.random.default_rng(i).integers(own.size)))
         logits[np.arange(images), labels_of(images).numpy()] += 3.5 + 0.5 * np.random.default_rng(i).random()
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, logits)
+        write_array(path, logits)
     return paths
 
 
