@@ -15,14 +15,14 @@ def check(logits: Tensor, labels: Tensor) -> None:
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"need (N, C) logits, (N,) labels, N > 0; got {tuple(logits.shape)}, {tuple(labels.shape)}")
-    if torch.isnan(logits).any():
-        raise ValueError("the logits hold NaN, which argmax would count as a prediction")
     low, high = int(labels.min()), int(labels.max())
     if labels.is_floating_point() or low < 0 or high >= logits.shape[1]:
         raise ValueError(
             f"labels are class ids in [0, {logits.shape[1]}); got {labels.dtype} between {low} and {high}, "
             "which no prediction could match"
         )
+    if logits.amax(dim=1).isnan().any():  # the largest of some numbers is NaN where one of them is
+        raise ValueError("the logits hold NaN, which argmax would count as a prediction")
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
