@@ -296,7 +296,7 @@ def approximation_figure(tidy: pd.DataFrame, summary: pd.DataFrame, test: str, t
             beside = "" if ensemble is None else f" (always ensemble {100 * ensemble:.0f} %)"
             axes.set_title(
                 f"{'all pairs' if pairs == 'all' else f'without lr {rates[-1]:g}'}; {BETAS[what]}\n"
-                f"r = {panel['correlation']:.2f}, rank {panel['rank correlation']:.2f}, "
+                f"r = {panel['correlation']:.2f}, rank {panel['rank correlation']:.2f}\n"
                 f"sign {100 * panel['sign agreement']:.0f} %{beside}",
                 fontsize=7,
             )
