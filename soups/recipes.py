@@ -166,18 +166,25 @@ class GrowingLogits(Growing):
 
     def mean(self, mixture: Mixture) -> dict[str, Tensor]:
         """The mean of a mixture, until the next is asked for."""
-        begin, last = mixture[:-1], self.models[mixture[-1]]()["logits"]
-        if self._mean.shape != last.shape:
+        begin, last = mixture[:-1], self._logits(mixture[-1])
+        if not self._mean.numel():
             self._sum, self._mean = torch.zeros(last.shape, dtype=torch.float64), torch.empty_like(last)
         if begin[: len(self._kept)] != self._kept:
             self._kept = ()
             self._sum.zero_()
         for i in begin[len(self._kept) :]:
-            self._sum += self.models[i]()["logits"]
+            self._sum += self._logits(i)
         self._kept = begin
         for total, added, mean in zip(*(each.split(ROWS) for each in (self._sum, last, self._mean)), strict=True):
             mean.copy_((total + added) / len(mixture))
         return {"logits": self._mean}
+
+    def _logits(self, i: int) -> Tensor:
+        logits = self.models[i]()["logits"]
+        if self._mean.numel() and logits.shape != self._mean.shape:  # which a sum might broadcast
+            shapes = f"{tuple(logits.shape)} and not {tuple(self._mean.shape)}"
+            raise ValueError(f"the logits of model {i} have the shape {shapes}")
+        return logits
 
 
 def greedy(

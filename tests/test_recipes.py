@@ -366,3 +366,13 @@ def test_ensembles_choose_as_soups_of_their_logits_do():
         assert torch.equal(plain.weights["logits"], fast.weights["logits"]) and len(fast.ingredients) > 1
         assert (plain.ingredients, plain.mixing, plain.trials) == (fast.ingredients, fast.mixing, fast.trials)
     assert torch.equal(uniform_ensemble(models, alone).weights["logits"], uniform(models, alone).weights["logits"])
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (4, 1), (4, 6)])
+def test_logits_of_another_shape_are_refused_and_not_broadcast(shape):
+    models = [lambda: {"logits": torch.zeros(4, 5)}, lambda: {"logits": torch.zeros(shape)}]
+    for order in ([0.9, 0.8], [0.8, 0.9]):
+        with pytest.raises(ValueError, match=r"the logits of model \d have the shape"):
+            greedy(models, order, lambda weights: 1.0, grow=GrowingLogits)
+        with pytest.raises(ValueError, match=r"the logits of model \d have the shape"):
+            uniform_ensemble(models, order)
