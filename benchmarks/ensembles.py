@@ -2,13 +2,14 @@
 
 Synthetic logits of K models on a held-out split of ImageNet's size (26,000 x 1,000 float32, 104 MB a model; 7.5 GB in
 all for 72): a common and an own noise, and a signal at the label whose strength differs from model to model. The
-uniform ensemble and the greedy one (Recipe 1 on logits) are each a process of its own, imports included, beside the
-reading of every byte once. Peak anonymous memory is RssAnon, looked at every 5 ms.
+uniform ensemble and the greedy one (Recipe 1 on logits, given each model's accuracy, as a sweep knows it) are each a
+process of its own, imports included, beside the reading of every byte once. Peak anonymous memory is RssAnon, looked at every 5 ms.
 
 Writes results/measured/bench_ensembles.csv, or the file named by --out.
 """
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from benchmarks.soups import ROOT, Run, measure
 from eval.metrics import correct
 from soups.errors import one_line_errors
-from soups.files.atomic import replacing
+from soups.files.atomic import replacing, write_json
 from soups.recipes import GrowingLogits, greedy, uniform_ensemble
 from store.arrays import cached_array, write_array
 from store.provenance import provenance_columns
@@ -36,7 +37,7 @@ def labels_of(images: int) -> Tensor:
 
 
 def make_pool(folder: Path, models: int, images: int) -> list[Path]:
-    """Write the logits that are not there yet."""
+    """Write the logits that are not there yet, and the accuracy of each model beside it."""
     paths = [folder / f"logits_{images}_{i}.npy" for i in range(models)]
     missing = [(i, path) for i, path in enumerate(paths) if not path.exists()]
     if missing:
@@ -45,8 +46,15 @@ def make_pool(folder: Path, models: int, images: int) -> list[Path]:
     for i, path in missing:
         logits = common + np.roll(own, int(np.random.default_rng(i).integers(own.size)))
         logits[np.arange(images), labels_of(images).numpy()] += 3.5 + 0.5 * np.random.default_rng(i).random()
+        write_json(path.with_suffix(".json"), accuracy({"logits": torch.from_numpy(logits)}))
         write_array(path, logits)
     return paths
+
+
+def accuracy(logits: dict[str, Tensor]) -> float:
+    """The share of examples whose largest logit is their label's."""
+    labels = labels_of(len(logits["logits"]))
+    return int(correct(logits["logits"], labels).sum()) / len(labels)
 
 
 def _load(path: Path, images: int) -> dict[str, Tensor]:
@@ -56,12 +64,7 @@ def _load(path: Path, images: int) -> dict[str, Tensor]:
 def child(kind: str, paths: list[Path], images: int) -> None:
     """One contender."""
     torch.set_num_threads(2)
-    labels = labels_of(images)
     loaders = [partial(_load, path, images) for path in paths]
-
-    def accuracy(logits: dict[str, Tensor]) -> float:
-        return int(correct(logits["logits"], labels).sum()) / images
-
     if kind == "read":
         buffer = bytearray(1 << 20)
         for path in paths:
@@ -71,7 +74,7 @@ def child(kind: str, paths: list[Path], images: int) -> None:
     elif kind == "ensemble":
         accuracy(uniform_ensemble(loaders, [0.0] * len(paths)).weights)
     else:
-        held_out = [accuracy(load()) for load in loaders]
+        held_out = [json.loads(path.with_suffix(".json").read_text("utf-8")) for path in paths]
         print(f"{len(greedy(loaders, held_out, accuracy, grow=GrowingLogits).ingredients)} members")
 
 

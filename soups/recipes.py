@@ -26,7 +26,7 @@ from soups.selection import (
     random_order,
 )
 
-ROWS = 256  # of logits that are summed at once, so that they stay in the processor's cache
+ROWS = 64  # of logits that are summed at once, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,14 @@ class GrowingLogits(Growing):
     def __init__(self, models: Sequence[Loader]):
         super().__init__(models)
         self._kept: Mixture = ()
-        self._sum = self._mean = torch.empty(0)
+        self._sum = self._mean = self._part = torch.empty(0)
 
     def mean(self, mixture: Mixture) -> dict[str, Tensor]:
         """The mean of a mixture, until the next is asked for."""
         begin, last = mixture[:-1], self._logits(mixture[-1])
         if not self._mean.numel():
             self._sum, self._mean = torch.zeros(last.shape, dtype=torch.float64), torch.empty_like(last)
+            self._part = torch.empty_like(self._sum[:ROWS])
         if begin[: len(self._kept)] != self._kept:
             self._kept = ()
             self._sum.zero_()
@@ -176,7 +177,8 @@ class GrowingLogits(Growing):
             self._sum += self._logits(i)
         self._kept = begin
         for total, added, mean in zip(*(each.split(ROWS) for each in (self._sum, last, self._mean)), strict=True):
-            mean.copy_((total + added) / len(mixture))
+            part = self._part[: len(total)]
+            mean.copy_(torch.add(total, added, out=part).div_(len(mixture)))
         return {"logits": self._mean}
 
     def _logits(self, i: int) -> Tensor:
