@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from analysis.artefacts import draw, measured_files, named, paper_numbers, parts_of, redraw, state
 from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED
@@ -67,16 +66,14 @@ def artefacts(config: Experiment, parts: list[Experiment], console: Console) -> 
 
 
 def list_artefacts() -> None:
-    """A line for each of the paper's tables and figures."""
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("artefact", "shows", "the paper's numbers", "state", "made by (numbers, then picture or cells)"):
-        grid.add_column(column, overflow="fold")
+    """Of each of the paper's tables and figures: what it shows, what is measured of it, and which functions make it."""
     for name, artefact in ARTEFACTS.items():
-        grid.add_row(name, artefact.shows, paper_numbers(name) or "none recovered", state(name), artefact.functions)
-    console.print(grid)
-    console.print(f"{len(ARTEFACTS)} tables and figures. Each from a finished run: artefact=NAME experiment=NAME; from")
-    console.print("results/measured, without runs: python -m analysis artefact=NAME, or artefact=all.")
+        paper = paper_numbers(name)
+        print(f"{name:<8}  {artefact.shows}" + (f"; the paper's: {paper}" if paper else ""))
+        print(f"          {state(name)}")
+        print(f"          made by {artefact.functions}\n")
+    print(f"{len(ARTEFACTS)} tables and figures. Each from a finished run: artefact=NAME experiment=NAME; from")
+    print("results/measured, without runs: python -m analysis artefact=NAME, or artefact=all.")
 
 
 def redraw_measured(name: str, out: Path = Path("runs/measured"), folder: Path = MEASURED) -> list[Path]:

@@ -96,11 +96,14 @@ def test_an_artefact_is_drawn_recorded_and_published(tmp_path):
     assert all(file.parent == tmp_path for file in files)
 
 
-def test_the_list_has_a_line_for_each_with_state_and_command():
+def test_the_list_has_each_with_its_state_and_its_functions_whole():
     answer = here(["-m", "analysis", "list"])
     assert answer.returncode == 0, answer.stderr
-    for name in ARTEFACTS:
-        assert any(line.startswith(name) for line in answer.stdout.splitlines())
+    lines = answer.stdout.splitlines()
+    for name, artefact in ARTEFACTS.items():
+        start = next(i for i, line in enumerate(lines) if line.startswith(name))
+        assert "measured" in lines[start + 1]
+        assert lines[start + 2].endswith(artefact.functions)
     assert "33 tables and figures" in answer.stdout
 
 
