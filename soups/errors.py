@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -46,7 +47,8 @@ def one_line_errors(work: Callable[[], None], *, several: bool = False) -> None:
 
     That is a `UserError`, a full or forbidden disk, a package that is not installed, or torchrun for a single process.
 
-    A stage that a signal asked to end, and that has saved its state, ends with status 128 + the signal's number.
+    A stage that a signal asked to end, and that has saved its state, ends with status 128 + the signal's number; so
+    does one whose output nobody reads any more, as `| head` leaves it, without a word.
 
     Args:
         work: of the command.
@@ -60,8 +62,16 @@ def one_line_errors(work: Callable[[], None], *, several: bool = False) -> None:
                 "of python -m finetune, python -m eval, and soups greedy, random-order, with-replacement and learned"
             )
         work()
+        sys.stdout.flush()
     except UserError as error:
         refuse(str(error))
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads the output, such as head, has enough: what is left goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        raise
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in OWN:
             raise

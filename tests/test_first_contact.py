@@ -244,3 +244,14 @@ def test_ctrl_c_ends_a_stage_with_130(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "run the same command again to continue" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("length", [10, 10**6])  # held back until the end, and written at once
+def test_a_command_whose_output_nobody_reads_ends_without_a_traceback(length):
+    read, write = os.pipe()
+    os.close(read)
+    work = f"from soups.errors import one_line_errors as run; run(lambda: print('a' * {length}))"
+    call = [sys.executable, "-c", work]
+    answer = subprocess.run(call, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (answer.returncode, answer.stderr) == (128 + signal.SIGPIPE, "")
