@@ -3,7 +3,8 @@
 Synthetic logits of K models on a held-out split of ImageNet's size (26,000 x 1,000 float32, 104 MB a model; 7.5 GB in
 all for 72): a common and an own noise, and a signal at the label whose strength differs from model to model. The
 uniform ensemble and the greedy one (Recipe 1 on logits, given each model's accuracy, as a sweep knows it) are each a
-process of its own, imports included, beside the reading of every byte once. Peak anonymous memory is RssAnon, looked at every 5 ms.
+process of its own, imports included, beside the reading of every byte once. Peak anonymous memory is RssAnon, looked at
+every 5 ms.
 
 Writes results/measured/bench_ensembles.csv, or the file named by --out.
 """

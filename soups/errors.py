@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -66,12 +67,12 @@ def one_line_errors(work: Callable[[], None], *, several: bool = False) -> None:
     except UserError as error:
         refuse(str(error))
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # who reads the output, such as head, has enough: what is left goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
-        raise
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not any(events & select.POLLERR for _, events in output.poll(0)):
+            raise  # another pipe's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+        sys.exit(128 + signal.SIGPIPE)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in OWN:
             raise
