@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
-from math import prod
 
 import numpy as np
-import scipy  # its parts are loaded when they are named
 import torch
 from torch import Tensor
 
+from soups.paired import sign_flip_p
 from soups.scorers.metrics import score
 from soups.scoring import Metric
 
@@ -150,26 +148,16 @@ def paired_permutation(
         model: one (N_s,) tensor of per-image scores per split, bool or float.
         baseline: the same for the model compared with.
         groups: one (N_s,) integer tensor per split, in [0, G): images that are swapped together, across splits.
-        permutations: how many are drawn. Where no more outcomes than that can come up, all are gone through, with
-            their probabilities, and the test is exact; pairs that differ by as much are counted, not listed, so for
-            hits on one split it is McNemar's test at any size.
-        seed: of the draws, with which p is at least 1 / (permutations + 1).
+        permutations: how many are drawn, where they are too many to be gone through; see `sign_flip_p`.
+        seed: of the draws.
 
     Raises:
         ValueError: no splits or images, tensors of a split differ in length, a score is NaN, or permutations < 1.
-
-    Source: Good 2005, chapter 3; the count of the observed one among those drawn is Phipson and Smyth 2010, eq. 2.
     """
     if permutations < 1:
         raise ValueError(f"need at least one permutation, got {permutations}")
     _check_splits(model, baseline, groups)
-    effects = _effects(model, baseline, groups)
-    sizes, counts = np.unique(np.abs(effects[effects != 0]), return_counts=True)
-    # Sums that are equal on paper differ in the last digits; they count as equally extreme.
-    to_reach = abs(float(effects.sum())) - 1e-9 * float(sizes @ counts)
-    if prod(int(count) + 1 for count in counts) <= permutations:
-        return min(1.0, _chance_of_all(sizes, counts, to_reach))
-    return (1 + _drawn_as_extreme(sizes, counts, to_reach, permutations, seed)) / (1 + permutations)
+    return sign_flip_p(_effects(model, baseline, groups), permutations=permutations, seed=seed)
 
 
 def _effects(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequence[Tensor]) -> np.ndarray:
@@ -179,27 +167,3 @@ def _effects(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequen
         gains = torch.zeros_like(found).index_add_(0, group.cpu(), ours.cpu().double() - theirs.cpu().double())
         found += gains / (len(ours) * len(model))  # after the sum, so that equal gains of hits stay equal numbers
     return found.numpy()
-
-
-def _chance_of_all(sizes: np.ndarray, counts: np.ndarray, to_reach: float) -> float:
-    """The chance that counts[v] of each sizes[v], with random signs, add up to at least so far from 0."""
-    chances = [scipy.stats.binom.pmf(range(count + 1), count, 0.5) for count in counts]
-    p = 0.0
-    for plus in product(*(range(count + 1) for count in counts)):  # how many of each have a plus
-        total = sum(size * (2 * k - count) for size, k, count in zip(sizes, plus, counts, strict=True))
-        if abs(total) >= to_reach:
-            p += prod(chance[k] for chance, k in zip(chances, plus, strict=True))
-    return float(p)
-
-
-def _drawn_as_extreme(sizes: np.ndarray, counts: np.ndarray, to_reach: float, draws: int, seed: int) -> int:
-    """How many of so many random sums are at least so far from 0; in blocks, so that memory does not grow."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    block = max(1, 2**20 // len(counts))
-    reached, total, repeated = 0, float(counts @ sizes), counts.max() > 1
-    for start in range(0, draws, block):
-        shape = (min(block, draws - start), len(counts))
-        # Of scores that never repeat each sign is a coin, which is drawn faster than a binomial.
-        plus = generator.binomial(counts, 0.5, shape) if repeated else generator.integers(2, size=shape, dtype=np.int8)
-        reached += int((np.abs(2 * (plus.astype(np.float64) @ sizes) - total) >= to_reach).sum())
-    return reached

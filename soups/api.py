@@ -19,10 +19,10 @@ from soups.heldout import HeldOut
 from soups.journal import Journal
 from soups.ranks import this_rank
 from soups.scores import Given, Scores, digests_of, given_scores, reduced, to_stderr
-from soups.scoring import Gain, Scorer, gain_of
+from soups.scoring import Scorer, gain_of
 from soups.selection import Goal, Mixture, Selection, Ties, add_in_order, add_with_replacement, best_first
 from soups.selection import random_order as random_places
-from soups.soup import Decision, Soup
+from soups.soup import Decision, Report, Soup
 from soups.sources import Pool, Source
 
 if TYPE_CHECKING:
@@ -130,28 +130,57 @@ def _scores(
     settings: Mapping[str, Any],
     *,
     given: Given = None,
+    min_sigma: float,
+    report: Score | None,
     journal: str | Path | None,
     quiet: bool,
 ) -> Scores:
     """How a pool is scored, with every file read once before the first forward pass.
 
     Raises:
-        UserError: a score that is none, or a model with NaN or infinity.
+        UserError: a score that is none, two that do not fit together, or a model with NaN or infinity.
     """
+    if not (isfinite(min_sigma) and min_sigma >= 0):
+        raise UserError(f"--min-sigma is a number of standard deviations, at least 0; got {min_sigma}")
+    if min_sigma and given:
+        raise UserError("--min-sigma needs a number for each example, which --scores does not have: leave out one")
     pool, how, _ = open_pool(models, settings, score=score)
-    if isinstance(score, HeldOut):
-        scorer = score.scorer(pool)
-        if goal is not None and goal != scorer.goal:
-            raise UserError(f"{score.kind} is a score whose goal is {scorer.goal}: leave the goal away")
-    else:
-        from soups.scorers.outside import scorer_of  # noqa: PLC0415
-
-        scorer = scorer_of(score, goal)
+    scorer = _scorer(score, goal, pool)
+    others = None if report is None else _scorer(report, goal, pool)
+    if others is not None and others.key == scorer.key:
+        raise UserError("--report is the data that the soup is selected on: name others")
+    if others is not None and (others.metric, others.goal) != (scorer.metric, scorer.goal):
+        raise UserError(f"--report is of {others.metric}, and the score that selects of {scorer.metric}: take one")
     if how.batch_norm == "recompute" and how.measured_on is None:
         how = replace(how, measured_on=scorer)
     place = Path(journal) if journal is not None else None
     told = (lambda line: None) if quiet else to_stderr
-    return Scores(pool, scorer, how, Journal(place), digests_of(pool, pool.paths), given_scores(given, pool), told)
+    kept, digests = Journal(place), digests_of(pool, pool.paths)
+    found = Scores(pool, scorer, how, kept, digests, given_scores(given, pool), told, min_sigma)
+    if others is not None:
+        found.report = Scores(pool, others, how, kept, digests, {}, told)
+    return found
+
+
+def _scorer(score: Score, goal: Goal | None, pool: Pool) -> Scorer:
+    if isinstance(score, HeldOut):
+        scorer = score.scorer(pool)
+        if goal is not None and goal != scorer.goal:
+            raise UserError(f"{score.kind} is a score whose goal is {scorer.goal}: leave the goal away")
+        return scorer
+    from soups.scorers.outside import scorer_of  # noqa: PLC0415
+
+    return scorer_of(score, goal)
+
+
+def _beside_best(scores: Scores, mixture: Mixture, alone: Mapping[int, float]) -> Report:
+    """A soup's score beside that of the model which is best on the held-out examples, where all of them are known."""
+    (found,) = scores.of([mixture])
+    n = scores.scorer.n or (None if found.answers is None else len(found.answers))
+    if len(alone) < len(scores.pool):
+        return Report(found.value, n)
+    (single,) = scores.of([(best_first(list(alone.values()), scores.scorer.goal)[0],)])
+    return Report(found.value, n, single.value, gain_of(scores.scorer, found, single))
 
 
 def _chosen(recipe: str, scores: Scores, selection: Selection, alone: Mapping[int, float], **note: Any) -> Soup:
@@ -161,15 +190,10 @@ def _chosen(recipe: str, scores: Scores, selection: Selection, alone: Mapping[in
     weights = [float(counts.get(i, 0)) for i in range(len(pool))]
     total = fsum(weights)
     decisions = tuple(
-        Decision(pool.names[trial.candidate], alone.get(trial.candidate), trial.score, trial.accepted)
+        Decision(pool.names[trial.candidate], alone.get(trial.candidate), trial.score, trial.accepted, trial.versus)
         for trial in selection.trials
     )
-    (found,) = scores.of([selection.mixture])
-    gain: Gain | None = None
-    if len(alone) == len(pool):
-        best = best_first(list(alone.values()), scorer.goal)[0]
-        (single,) = scores.of([(best,)])
-        gain = gain_of(scorer, found, single)
+    found = _beside_best(scores, selection.mixture, alone)
     return Soup(
         recipe,
         pool,
@@ -178,11 +202,12 @@ def _chosen(recipe: str, scores: Scores, selection: Selection, alone: Mapping[in
         note,
         decisions,
         {pool.names[i]: value for i, value in alone.items()},
-        found.value,
+        found.score,
         scorer.metric,
         scorer.goal,
-        scorer.n,
-        gain,
+        found.n,
+        found.gain,
+        None if scores.report is None else _beside_best(scores.report, selection.mixture, alone),
     )
 
 
@@ -199,6 +224,8 @@ def greedy(
     *,
     scores: Given = None,
     ties: Ties = "keep",
+    min_sigma: float = 0.0,
+    report: Score | None = None,
     journal: str | Path | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -215,6 +242,9 @@ def greedy(
         scores: scores of single models that are known: a dict, or a .json, .jsonl or .csv file. Others are computed.
         ties: what becomes of a model that leaves the score exactly as it was; the paper keeps it, the authors' script
             drops it.
+        min_sigma: add a model only if its gain is at least this many standard deviations of luck; it needs a number
+            for each example. 0 is the paper's rule.
+        report: a score of the same kind on other examples, by which the soup is compared with the best single model.
         journal: a file for every score as it comes; the same call continues from it.
         quiet: print no score as it comes.
         settings: of the averaging.
@@ -224,7 +254,9 @@ def greedy(
 
     Source: Wortsman et al. 2022, Recipe 1.
     """
-    found = _scores(models, score, goal, settings, given=scores, journal=journal, quiet=quiet)
+    found = _scores(
+        models, score, goal, settings, given=scores, min_sigma=min_sigma, report=report, journal=journal, quiet=quiet
+    )
     alone, aim = _alone(found), found.scorer.goal
     order = best_first(list(alone.values()), aim)
     chosen = add_in_order(order, alone[order[0]], found.results, ahead=this_rank()[1], ties=ties, goal=aim)
@@ -238,6 +270,8 @@ def random_order(
     *,
     seed: int = 0,
     ties: Ties = "keep",
+    min_sigma: float = 0.0,
+    report: Score | None = None,
     journal: str | Path | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -246,7 +280,7 @@ def random_order(
 
     The first model always enters, so the soup may be worse than the best model; other models are not scored alone.
     """
-    found = _scores(models, score, goal, settings, journal=journal, quiet=quiet)
+    found = _scores(models, score, goal, settings, min_sigma=min_sigma, report=report, journal=journal, quiet=quiet)
     order = random_places(len(found.pool), seed, 0)
     (first,) = found.of([(order[0],)])
     chosen = add_in_order(order, first.value, found.results, ahead=this_rank()[1], ties=ties, goal=found.scorer.goal)
@@ -260,12 +294,16 @@ def with_replacement(
     *,
     scores: Given = None,
     rounds: int = 20,
+    min_sigma: float = 0.0,
+    report: Score | None = None,
     journal: str | Path | None = None,
     quiet: bool = False,
     **settings: Any,
 ) -> Soup:
     """Add, again and again, the model of the whole pool that helps most; one that is added twice weighs twice."""
-    found = _scores(models, score, goal, settings, given=scores, journal=journal, quiet=quiet)
+    found = _scores(
+        models, score, goal, settings, given=scores, min_sigma=min_sigma, report=report, journal=journal, quiet=quiet
+    )
     alone = _alone(found)
     chosen = add_with_replacement(list(alone.values()), found.results, rounds=rounds, goal=found.scorer.goal)
     return _chosen("with_replacement", found, chosen, alone, rounds=rounds)

@@ -11,6 +11,7 @@ command, and `python -m soups experiment=NAME` makes the soups of a sweep.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,11 @@ from soups.commands import EXAMPLES, TITLES
 from soups.errors import UserError, one_line_errors, refuse
 from soups.ranks import end, start, this_rank
 
+METRICS = ("top1", "macro_f1", "matthews", "accuracy_and_f1")
+REPORT = (
+    "examples that select nothing, by which the soup is compared with the best single model: of the kind of the "
+    "held-out ones, a command, folder or file"
+)
 FILES = "weight files, folders of save_pretrained, or patterns in quotes; run2 comes before run10"
 
 
@@ -90,7 +96,10 @@ def _with_examples(parser: Parser, *, scored: bool) -> None:
     one = group.add_mutually_exclusive_group(required=True)
     if scored:
         one.add_argument(
-            "--score", metavar="COMMAND", help="prints a number as its last line for {soup}; or module:function"
+            "--score",
+            metavar="COMMAND",
+            help="prints a number as its last line for {soup}, and may write that of each example to {soup}.jsonl; "
+            "or module:function",
         )
     else:
         one.add_argument("--loss", metavar="MODULE:FUNCTION", help="a function; returns network, batches, loss")
@@ -103,7 +112,13 @@ def _with_examples(parser: Parser, *, scored: bool) -> None:
         )
         group.add_argument("--goal", choices=("max", "min"), help="of --score: whether it is to be high or low")
         group.add_argument("--journal", type=Path, help="a file of scores as they come; by default beside --out")
-        group.add_argument("--metric", choices=("top1", "macro_f1", "matthews", "accuracy_and_f1"), help="of classes")
+        group.add_argument(
+            "--metric", help=f"of classes: {', '.join(METRICS)}; of {{soup}}.jsonl: which of its metrics"
+        )
+        group.add_argument("--report", metavar="WHAT", help=REPORT)
+        group.add_argument(
+            "--min-sigma", type=float, default=0.0, metavar="Z", help="add a model only if its gain is Z or more sigma"
+        )
         group.add_argument(
             "--per-token", action="store_true", help="of --choices: mean likelihoods of a token, not sums"
         )
@@ -118,7 +133,7 @@ def _with_examples(parser: Parser, *, scored: bool) -> None:
 
 SETTINGS = (  # those that recipes in Python have under the same names
     *("dtype", "batch_norm", "init", "key", "exclude", "only_common", "allow_unrelated", "threads"),
-    *("weights", "alpha", "scales", "density", "scale", "seed", "goal", "scores", "ties", "rounds"),
+    *("weights", "alpha", "scales", "density", "scale", "seed", "goal", "scores", "ties", "rounds", "min_sigma"),
     *("per", "lr", "epochs", "weight_decay", "place"),
 )
 USES = {  # settings of held-out examples -> where they mean something
@@ -128,7 +143,7 @@ USES = {  # settings of held-out examples -> where they mean something
     "image_size": ("images",),
     "templates": ("images",),
     "workers": ("images",),
-    "metric": ("images", "texts"),
+    "metric": ("score", "images", "texts"),
     "columns": ("texts",),
     "label": ("texts",),
     "max_length": ("texts", "perplexity", "choices"),
@@ -136,8 +151,8 @@ USES = {  # settings of held-out examples -> where they mean something
 }
 
 
-def _held_out(arguments: argparse.Namespace) -> Any:
-    """The score that was asked for.
+def _held_out(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The score that was asked for, and the same of --report.
 
     Raises:
         UserError: a setting that this kind of score would ignore.
@@ -154,11 +169,19 @@ def _held_out(arguments: argparse.Namespace) -> Any:
         if kind not in USES[name]:
             flags = " and ".join(f"--{each}" for each in USES[name])
             raise UserError(f"--{name.replace('_', '-')} is for {flags}, and --{kind} would ignore it")
-    if kind is None or kind in ("score", "loss"):
-        return values.get(kind)
+    report = values.get("report")
+    if kind is None or kind == "loss":
+        return values.get(kind), None
+    if kind == "score":
+        from soups.scorers.outside import scorer_of  # noqa: PLC0415
+
+        of = partial(scorer_of, goal=values["goal"], metric=values["metric"])
+        return of(values[kind]), None if report is None else of(report)
+    if given.get("metric", METRICS[0]) not in METRICS:
+        raise UserError(f"--metric {given['metric']}: of --{kind} there are {', '.join(METRICS)}")
     if "columns" in given:
         given["columns"] = tuple(given["columns"].split(","))
-    return HeldOut(kind, values[kind], **given)
+    return HeldOut(kind, values[kind], **given), None if report is None else HeldOut(kind, Path(report), **given)
 
 
 def _files(arguments: argparse.Namespace, *, as_typed: bool = False) -> list[Path]:
@@ -179,8 +202,8 @@ def _soup(arguments: argparse.Namespace) -> None:
     """Make a soup by a recipe, print what it is and save it; a weight for each file is for files as they were typed."""
     values, name, out = vars(arguments), arguments.command, arguments.out
     files = _files(arguments, as_typed=name in ("weighted", "arithmetic"))
-    held_out = _held_out(arguments)
-    settings = {each: values[each] for each in SETTINGS if each in values}
+    held_out, report = _held_out(arguments)
+    settings = {each: values[each] for each in SETTINGS if each in values} | ({"report": report} if report else {})
     before: tuple[Any, ...] = (files, held_out)
     kept = None  # what is known so far, from which a killed command continues
     if name not in SCORED:

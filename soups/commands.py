@@ -5,8 +5,10 @@ EXAMPLES = {
     "weighted": "soups weighted a.pt b.pt --weights 3,1 --out soup.pt",
     "wise-ft": "soups wise-ft run/*.safetensors --init start.safetensors --alpha 0.5 --out soup.safetensors",
     "greedy": """soups greedy run/*.ckpt --score 'python eval.py {soup}' --goal max --out soup.safetensors
+soups greedy run/*.pt --score 'python eval.py {soup}' --report 'python eval.py --test {soup}' --goal max --out s.pt
 soups greedy run/*.safetensors --score my_eval:accuracy --goal max --out soup.safetensors
 soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out soup.safetensors
+soups greedy run/*.safetensors --images held_out --report test --min-sigma 1 --network timm:resnet50 --out soup.pt
 soups greedy run/checkpoint-* --texts held_out.tsv --out soup
 soups greedy llama-*/ --perplexity held_out.txt --out soup
 soups greedy llama-*/ --choices questions.jsonl --out soup

@@ -1,7 +1,7 @@
 """Small pools of made-up checkpoints to try the commands on:  python -m soups.made_up DIR
 
 Writes DIR/{timm,open_clip,images,texts,plain,language,adapters}, three models each that were "fine-tuned" from one
-start, which is noise on its weights; DIR/held_out/<class>/<image>.png, DIR/held_out.tsv, DIR/held_out.txt and
+start, which is noise on its weights; DIR/{held_out,test}/<class>/<image>.png, DIR/held_out.tsv, DIR/held_out.txt and
 DIR/my_eval.py, a score of your own. They know nothing: what is shown is the way, not an accuracy. A few seconds, a few
 megabytes, no network.
 """
@@ -45,15 +45,20 @@ SMALL: dict[str, Any] = {
     "initializer_range": 0.5,  # so that different inputs get different answers
 }
 RANK = 2  # of the adapters
-MY_EVAL = """\"\"\"A score of your own, of a file of weights: how near the mean of all weights is to zero.\"\"\"
-
+MY_EVAL = """# A score of your own, of a file of weights: python my_eval.py FILE held_out, or test.
+# An example is some of the weights, and is right where their mean is above zero.
 import sys
 
 import torch
 
-weights = torch.load(sys.argv[1], weights_only=True)["state_dict"]
-total = sum(tensor.double().sum().item() for tensor in weights.values())
-print(-abs(total) / sum(tensor.numel() for tensor in weights.values()))
+file, split = sys.argv[1:]
+weights = torch.cat([each.flatten() for each in torch.load(file, weights_only=True)["state_dict"].values()])
+chance = torch.Generator().manual_seed(["held_out", "test"].index(split))
+examples = torch.randint(len(weights), (100, 5), generator=chance)
+right = (weights[examples].mean(dim=1) > 0).double()
+with open(f"{file}.jsonl", "w") as results:  # a number for each example, which soups reads
+    print(*right.tolist(), sep="\\n", file=results)
+print(right.mean().item())
 """
 DUAL = {
     "embed_dim": 32,
@@ -73,12 +78,12 @@ def moved(start: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     }
 
 
-def make_images(folder: Path) -> None:
+def make_images(folder: Path, seed: int = 0) -> None:
     """Four noisy pictures of each of three colours."""
     for number, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(4):
-            noise = np.random.default_rng(4 * number + i).normal(60, 20, (40, 40, 3))
+            noise = np.random.default_rng(100 * seed + 4 * number + i).normal(60, 20, (40, 40, 3))
             noise[..., 2 - number] += 120
             Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
 
@@ -178,6 +183,7 @@ def make(folder: Path) -> None:
     torch.manual_seed(0)
     logging.disable_progress_bar()  # one for each small file says nothing
     make_images(folder / "held_out")
+    make_images(folder / "test", seed=1)
     make_texts(folder / "held_out.tsv")
     make_timm(folder / "timm")
     make_open_clip(folder / "open_clip")

@@ -22,7 +22,7 @@ from soups.errors import UserError
 from soups.files.opening import opened
 from soups.journal import Journal
 from soups.ranks import from_first, spread, this_rank
-from soups.scoring import Scored, Scorer, key_of
+from soups.scoring import Scored, Scorer, gain_of, key_of
 from soups.selection import Mixture, Result
 from soups.sources import Pool
 
@@ -108,6 +108,7 @@ def _packed(found: Scored) -> dict[str, Any]:
         buffer = io.BytesIO()
         np.save(buffer, found.answers, allow_pickle=False)
         packed["answers"] = base64.b64encode(zlib.compress(buffer.getvalue())).decode()
+        packed["examples"] = found.examples
     return packed
 
 
@@ -115,7 +116,7 @@ def _unpacked(packed: Mapping[str, Any]) -> Scored:
     if "answers" not in packed:
         return Scored(packed["score"])
     content = zlib.decompress(base64.b64decode(packed["answers"]))
-    return Scored(packed["score"], np.load(io.BytesIO(content), allow_pickle=False))
+    return Scored(packed["score"], np.load(io.BytesIO(content), allow_pickle=False), packed.get("examples", ""))
 
 
 def reduced(mixture: Mixture) -> dict[int, int]:
@@ -140,7 +141,10 @@ class Scores:
     digests: list[str]
     given: dict[int, float]
     told: Callable[[str], None]
+    min_sigma: float = 0.0  # a candidate enters only if its gain has at least this z, on top of the rule
+    report: "Scores | None" = None  # of the same pool, on examples that select nothing
     settings: str = field(init=False)
+    first: tuple[str, int, str] | None = field(init=False, default=None)  # a model, its examples, and what names them
 
     def __post_init__(self) -> None:
         init = digests_of(self.pool, [self.how.init]) if self.how.init else []
@@ -161,7 +165,7 @@ class Scores:
         """Scores, computed by all processes where neither given nor known.
 
         Raises:
-            UserError: the scorer's; names the model.
+            UserError: the scorer's; or models that were not scored on the same examples. Names the model.
         """
         keys = {mixture: self.key(mixture) for mixture in mixtures}
         missing = [m for m in dict.fromkeys(mixtures) if keys[m] not in self.journal.known and not self._given(m)]
@@ -169,12 +173,38 @@ class Scores:
         for start in range(0, len(missing), this_rank()[1]):
             some = missing[start : start + this_rank()[1]]
             for mixture, packed in zip(some, spread(self._measure, some), strict=True):
+                self._compared(mixture, _unpacked(packed))
                 self.journal.keep(keys[mixture], packed)
-                self.told(f"{Candidate(self.pool, reduced(mixture), self.how).name}: {packed['score']:.6g}")
+                self.told(f"{self._name(mixture)}: {packed['score']:.6g}")
         return [
-            Scored(self.given[mixture[0]]) if self._given(mixture) else _unpacked(self.journal.known[keys[mixture]])
+            Scored(self.given[mixture[0]])
+            if self._given(mixture)
+            else self._compared(mixture, _unpacked(self.journal.known[keys[mixture]]))
             for mixture in mixtures
         ]
+
+    def _compared(self, mixture: Mixture, found: Scored) -> Scored:
+        """The same score, which is of the examples that the first one was of.
+
+        Raises:
+            UserError: it is not.
+        """
+        name, n = self._name(mixture), 0 if found.answers is None else len(found.answers)
+        first, number, examples = self.first = self.first or (name, n, found.examples)
+        if n == 0 and self.min_sigma:
+            raise UserError(
+                f"--min-sigma needs a number for each example, and of {name} the score alone is known: see `a score of "
+                "your own` in docs/soup-your-own.md"
+            )
+        if n != number:
+            counted = [f"{each or 'no'} numbers of single examples" for each in (n, number)]
+            raise UserError(f"{name} has {counted[0]}, and {first} has {counted[1]}: score all on the same examples")
+        if found.examples != examples:
+            raise UserError(f"{name} was scored on other examples than {first}: score all on the same examples")
+        return found
+
+    def _name(self, mixture: Mixture) -> str:
+        return Candidate(self.pool, reduced(mixture), self.how).name
 
     def _given(self, mixture: Mixture) -> bool:
         return len(reduced(mixture)) == 1 and mixture[0] in self.given
@@ -187,8 +217,13 @@ class Scores:
             candidate.forget()
 
     def results(self, mixtures: Sequence[Mixture], to_beat: float) -> list[Result]:
-        """The same as the greedy loop asks for it."""
-        return [Result(found.value) for found in self.of(mixtures)]
+        """The same as the greedy loop asks for it, each beside the soup that its last model was added to."""
+        results = []
+        for found, before in zip(self.of(mixtures), self.of([mixture[:-1] for mixture in mixtures]), strict=True):
+            gain = gain_of(self.scorer, found, before)
+            vetoed = bool(self.min_sigma) and (gain.z is None or gain.z < self.min_sigma)
+            results.append(Result(found.value, versus=None if gain.z is None else gain, vetoed=vetoed))
+        return results
 
 
 def to_stderr(line: str) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soups.errors import UserError
+from soups.paired import sign_flip_p
 from soups.selection import Goal
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from soups.candidates import Candidate
 
 RESAMPLES = 2000
+PERMUTATIONS = 10_000
 Statistics = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]  # weights -> their batch-norm statistics
 Metric = Literal["top1", "macro_f1", "worst_group", "matthews", "accuracy_and_f1"]  # see soups/scorers/metrics.py
 
@@ -30,6 +32,7 @@ class Scored:
 
     value: float
     answers: NDArray[Any] | None = None  # (N, ...) what the model answered to each example, or what each adds
+    examples: str = ""  # names the examples, where the score says which they are
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,14 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Gain:
-    """What the soup adds to the best single model's score; positive is better whatever the goal."""
+    """What a soup adds to another model's score; positive is better whatever the goal. Alone, answers are not known."""
 
     mean: float
-    low: float | None = None  # of the 95 % interval, resampling examples in pairs; None where answers are not known
+    low: float | None = None  # of the 95 % interval, resampling examples in pairs
     high: float | None = None
+    z: float | None = None  # the mean over its standard deviation when a coin swaps the two models on each example
+    p: float | None = None  # two-sided, of the same coins
+    test: str = ""  # McNemar, which it is for answers of 0 and 1, or permutation
 
 
 def mean_of_answers(answers: NDArray[Any], times: NDArray[Any]) -> float:
@@ -96,21 +102,32 @@ def scored(value: Any, name: str) -> Scored:
 
 
 def gain_of(scorer: Scorer, soup: Scored, single: Scored) -> Gain:
-    """The soup's score minus the single model's, with a percentile interval of a paired bootstrap over examples.
+    """The soup's score minus the other model's, with a percentile interval of a paired bootstrap over examples, and p.
 
-    Source: Efron and Tibshirani 1993, chapter 13.
+    Source: Efron and Tibshirani 1993, chapters 13 and 15; McNemar 1947.
     """
     sign = 1 if scorer.goal == "max" else -1
-    mean = sign * (soup.value - single.value)
-    if scorer.value is None or soup.answers is None or single.answers is None or len(soup.answers) < 2:
+    mean, ours, theirs, value = sign * (soup.value - single.value), soup.answers, single.answers, scorer.value
+    if value is None or ours is None or theirs is None or len(ours) < 2:
         return Gain(mean)
-    n, generator = len(soup.answers), np.random.Generator(np.random.PCG64(0))
-    differences = []
-    for _ in range(RESAMPLES):
-        times = np.bincount(generator.integers(n, size=n), minlength=n)
-        differences.append(sign * (scorer.value(soup.answers, times) - scorer.value(single.answers, times)))
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return Gain(mean, float(low), float(high))
+    n, generator = len(ours), np.random.Generator(np.random.PCG64(0))
+    if value is mean_of_answers:
+        effects = sign * (ours.astype(np.float64) - theirs.astype(np.float64))
+        draws = [float(effects[generator.integers(n, size=n)].mean()) for _ in range(RESAMPLES)]
+        spread, p = sqrt(float(effects @ effects)) / n, sign_flip_p(effects, permutations=PERMUTATIONS)
+        test = "McNemar" if np.isin([ours, theirs], (0, 1)).all() else "permutation"
+    else:
+        draws, swapped, once = [], [], np.ones(n)
+        for _ in range(RESAMPLES):
+            times = np.bincount(generator.integers(n, size=n), minlength=n)
+            draws.append(sign * (value(ours, times) - value(theirs, times)))
+            coins = generator.integers(2, size=(n, *[1] * (ours.ndim - 1))) == 1
+            swapped.append(value(np.where(coins, theirs, ours), once) - value(np.where(coins, ours, theirs), once))
+        as_extreme = np.abs(swapped) >= abs(mean) * (1 - 1e-9)
+        spread, p = sqrt(float(np.square(swapped).mean())), float((1 + as_extreme.sum()) / (1 + RESAMPLES))
+        test = "permutation"
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Gain(mean, float(low), float(high), mean / spread if spread else 0.0, p, test)
 
 
 def key_of(*parts: Any) -> str:

@@ -23,7 +23,7 @@ class Result:
 
     score: float
     exact: bool = True  # False: evaluation stopped early, and this is the best that it could still have reached
-    versus: Any = None  # the comparison with the mixture to beat, where it was asked for
+    versus: Any = None  # the comparison with the mixture to beat, where it is known
     vetoed: bool = False  # not accepted, whatever its score, such as a gain that is not significant
 
 
@@ -38,7 +38,7 @@ class Trial:
     score: float  # held-out score with the candidate added; of accuracies in [0, 1]
     accepted: bool
     exact: bool = True  # False: evaluation stopped early, and the score is the most it could still have reached
-    versus: Any = None  # against the soup that it replaced; given for accepted candidates, on request
+    versus: Any = None  # the comparison with the soup so far, where `score` knew it
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def add_in_order(
         evaluations, rounds = evaluations + len(tried), rounds + 1
         for i, found in zip(tried, results, strict=True):
             accepted = accepts(found.score, to_beat, ties, goal) and not found.vetoed
-            trials.append(Trial(i, found.score, accepted, found.exact, found.versus if accepted else None))
+            trials.append(Trial(i, found.score, accepted, found.exact, found.versus))
             rest.remove(i)
             if accepted:
                 kept, to_beat = (*kept, i), found.score
@@ -170,9 +170,9 @@ def add_with_replacement(alone: Sequence[float], score: Score, *, rounds: int = 
         results = _checked(score([(*kept, i) for i in order], to_beat), len(order))
         winner = best_first([result.score for result in results], goal)[0]
         done += 1
-        improves = accepts(results[winner].score, to_beat, "drop", goal)
+        improves = accepts(results[winner].score, to_beat, "drop", goal) and not results[winner].vetoed
         trials += [
-            Trial(i, result.score, improves and place == winner)
+            Trial(i, result.score, improves and place == winner, versus=result.versus)
             for place, (i, result) in enumerate(zip(order, results, strict=True))
         ]
         if not improves:

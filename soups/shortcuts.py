@@ -74,7 +74,7 @@ def greedy_counted(
         ties: as in `greedy`.
         hard_first: the switch; False looks at every image of every candidate.
         chunk: images between two looks at the count; a multiple of the evaluation's batch.
-        significance: report each accepted candidate against the soup it replaced (`Trial.versus`).
+        significance: compare each candidate that saw every image with the soup so far (`Trial.versus`).
         min_sigma: accept only candidates whose paired z is at least this, on top of the rule; 0 is the paper's rule.
 
     Returns:
@@ -101,7 +101,7 @@ def greedy_counted(
         forwards += seen
         versus, last = paired(right, incumbent), (mixture, right)
         vetoed = min_sigma != 0 and versus.z < min_sigma
-        return [Result(int(right.sum()) / n, seen == n, versus if significance else None, vetoed)]
+        return [Result(int(right.sum()) / n, seen == n, versus if significance and seen == n else None, vetoed)]
 
     found = add_in_order(order, int(incumbent.sum()) / n, score, ties=ties)
     return means.soup(found), forwards

@@ -1,7 +1,7 @@
 """A soup: which models it is of, how each decision was taken, what it gains, and the file or folder that it becomes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -32,6 +32,17 @@ class Decision:
     alone: float | None  # its score by itself, where that is known
     score: float  # with it in the soup
     accepted: bool
+    gain: Gain | None = None  # over the soup so far, where the answer to each example is known
+
+
+@dataclass(frozen=True)
+class Report:
+    """A soup's score on some examples, beside the best single model's where that is known."""
+
+    score: float
+    n: int | None
+    single: float | None = None
+    gain: Gain | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,8 @@ class Soup:
     metric: str = ""
     goal: Goal = "max"
     n: int | None = None  # examples that the score is of
-    gain: Gain | None = None  # over the best single model
+    gain: Gain | None = None  # over the best single model, on the examples that selected it
+    report: Report | None = None  # on examples that selected nothing
     remarks: list[str] = field(repr=False, default_factory=list)  # once it is saved: what files hold beside
 
     @property
@@ -69,12 +81,16 @@ class Soup:
         note: dict[str, Any] = {"recipe": self.recipe, **self.note}
         if self.decisions:
             note["decisions"] = [
-                {"file": each.file, "score": each.score, "accepted": each.accepted} for each in self.decisions
+                {"file": each.file, "score": each.score, "accepted": each.accepted}
+                | ({} if each.gain is None else {"gain": asdict(each.gain)})
+                for each in self.decisions
             ]
         if self.score is not None:
             note["held_out"] = {"score": self.score, "n": self.n, "metric": self.metric, "goal": self.goal}
             if self.gain is not None:
-                note["gain"] = {"mean": self.gain.mean, "low": self.gain.low, "high": self.gain.high}
+                note["gain"] = asdict(self.gain)
+        if self.report is not None:
+            note["report"] = asdict(self.report)
         return note
 
     @cached_property
@@ -181,14 +197,16 @@ def _table(soup: Soup) -> list[str]:
     """Lines of columns: of every decision, or of every model with its weight."""
     number = _numbers(soup)
     if soup.decisions:
-        rows = [["file", "weight", "alone", "with it", ""]]
+        paired = any(each.gain for each in soup.decisions)
+        rows = [["file", "weight", "alone", "with it", *(["gain", "95 % interval", "p"] if paired else []), ""]]
         kept: set[str] = set()
         for each in soup.decisions:
             share = soup.shares.get(each.file) if each.accepted and each.file not in kept else None
             kept |= {each.file} if each.accepted else set()
             told = "kept" if each.accepted else "left out"
             weight = "" if share is None else f"{share:.4g}"
-            rows.append([each.file, weight, number(each.alone), number(each.score), told])
+            numbers = [number(each.alone), number(each.score), *(_columns(each.gain) if paired else [])]
+            rows.append([each.file, weight, *numbers, told])
     else:
         rows = [["file", "weight", *(["alone"] if soup.alone else [])]]
         for name in dict.fromkeys([*soup.shares, *soup.names]):
@@ -199,8 +217,28 @@ def _table(soup: Soup) -> list[str]:
     return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
 
 
+def _columns(gain: Gain | None) -> list[str]:
+    """A gain, its interval and p, as three cells."""
+    if gain is None:
+        return ["", "", ""]
+    if _is_nothing(gain):
+        return ["0", "", "1"]
+    return [_signed(gain)[0], " ".join(_signed(gain)[1:]), f"{gain.p:.2g}"]
+
+
+def _is_nothing(gain: Gain) -> bool:
+    return gain.mean == gain.low == gain.high == 0
+
+
+def _signed(gain: Gain) -> list[str]:
+    """Mean, [low and high] with their signs and as many decimals as they need."""
+    assert gain.low is not None and gain.high is not None  # answers are known
+    places = decimals([gain.mean, gain.low, gain.high])
+    return [f"{gain.mean:+.{places}f}", f"[{gain.low:+.{places}f},", f"{gain.high:+.{places}f}]"]
+
+
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    words = (0, 4)  # the columns that are not of numbers
+    words = (0, len(row) - 1 if len(row) > 3 else 0)  # the columns that are not of numbers
     return [cell.ljust(widths[i]) if i in words else cell.rjust(widths[i]) for i, cell in enumerate(row)]
 
 
@@ -214,14 +252,28 @@ def _summary(soup: Soup) -> list[str]:
     counted = f", n = {soup.n}" if soup.n else ""
     better = "higher" if soup.goal == "max" else "lower"
     lines = [f"{what}, {soup.metric} {number(soup.score)} ({better} is better{counted})"]
-    best = soup.best
-    if best is None or soup.gain is None:
-        return lines
-    if used == [best]:
+    best, gains = soup.best, [each.gain for each in soup.decisions if each.gain]
+    if gains:
+        test = "McNemar's exact test" if gains[0].test == "McNemar" else "a permutation test"
+        lines.append(f"gain: over the soup so far, in pairs of the same example; p by {test}")
+    if best is not None and used == [best]:
         lines.append(f"{soup.recipe} kept only the best single model, {best}: {_why_alone(soup)}")
-        return lines
-    single = f"best single model: {best}, {number(soup.alone[best])}; the soup"
-    return [*lines, f"{single} {_gained(soup.gain)}"]
+    elif best is not None and soup.gain is not None:
+        lines.append(f"best single model: {best}, {number(soup.alone[best])}; the soup {_gained(soup.gain)}")
+        if soup.gain.mean > 0:
+            others = "" if soup.report else ": --report measures it on others"
+            lines.append(f"the same examples selected the soup, so this gain is optimistic{others}")
+    return lines + ([] if soup.report is None else [_reported(soup.report, soup)])
+
+
+def _reported(report: Report, soup: Soup) -> str:
+    """One line of what examples say that selected nothing."""
+    known = [report.score, *([] if report.single is None else [report.single])]
+    places, counted = decimals(known), f" (n = {report.n})" if report.n else ""
+    told = f"on --report, whose examples selected nothing{counted}: {soup.metric} {report.score:.{places}f}"
+    if report.single is None or report.gain is None or list(soup.shares) == [soup.best]:
+        return told
+    return f"{told}, the best single model {report.single:.{places}f}; the soup {_gained(report.gain)}"
 
 
 def _gained(gain: Gain) -> str:
@@ -229,10 +281,9 @@ def _gained(gain: Gain) -> str:
     if gain.low is None or gain.high is None:
         told = f"gains {gain.mean:+.{decimals([gain.mean])}f}"
         return f"{told} (no interval: it needs the answer to each example, and a score alone is known)"
-    if gain.mean == gain.low == gain.high == 0:
+    if _is_nothing(gain):
         return "gains nothing: both answer every example equally well"
-    places = decimals([gain.mean, gain.low, gain.high])
-    told = f"gains {gain.mean:+.{places}f} [{gain.low:+.{places}f}, {gain.high:+.{places}f}]"
+    told = f"gains {' '.join(_signed(gain))}, p = {gain.p:.2g}"
     return told + (", which is not significantly different from 0" if gain.low <= 0 <= gain.high else "")
 
 
@@ -245,6 +296,10 @@ def _why_alone(soup: Soup) -> str:
     nearest = max(tried, key=lambda each: sign * each.score)
     assert soup.score is not None  # it was tried
     lost = sign * (soup.score - nearest.score)
+    if lost < 0:
+        return (
+            f"the nearest, {nearest.file}, gains {-lost:.{decimals([lost])}f}, which is less than --min-sigma asks for"
+        )
     by = f"{lost:.{decimals([lost])}f}"
     how = f"the nearest, {nearest.file}, by {by}" if lost else f"the nearest, {nearest.file}, left it as it was"
     return (

@@ -278,6 +278,7 @@ def examples(tmp_path_factory, language):  # noqa: F811
     for i, name in enumerate(("run/0.pt", "run/1.pt", "a.pt", "b.pt", "run/0.ckpt", "run/1.ckpt")):
         torch.save(moved(start, i), root / name)
     shutil.copytree(root / "made/held_out", root / "held_out")
+    shutil.copytree(root / "made/test", root / "test")
     shutil.copy(root / "made/held_out.tsv", root)
     for i in range(2):
         shutil.copytree(root / f"made/texts/checkpoint-{i}", root / f"run/checkpoint-{i}")

@@ -14,6 +14,7 @@ from soups.files.opening import opened
 from soups.folder import complete
 from soups.made_up import make_hugging_face, make_open_clip
 from soups.mean import average_files
+from soups.soup import Report
 from soups.verify import record_of
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -36,6 +37,7 @@ class Soup:
     metric: str = "top1"
     n: int | None = 10
     gain: Gain | None = field(default_factory=lambda: Gain(0.1, -0.05, 0.25))
+    report: Report | None = field(default_factory=lambda: Report(0.85, 2000))
 
 
 def written(paths, folder, **settings):
@@ -129,6 +131,7 @@ def test_the_card_says_score_n_and_intervals(tmp_path):
     # Wilson's for 9 of 10; see test_export.py
     assert "top1 0.9 on n = 10 examples (95 % interval 0.5958 to 0.9821" in card
     assert "Over the best single model: +0.1 (95 % interval -0.05 to +0.25, paired)." in card
+    assert "On examples of n = 2,000 that selected nothing: top1 0.85." in card
     assert "| m1 | 0.5 | 0.8 |\n| m2 | 0.5 |  |\n| m0 | left out | 0.7 |" in card
     assert 'load_file("FOLDER/model.safetensors")' in card
     assert sorted(file.name for file in out.iterdir()) == ["README.md", "model.safetensors"]

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soups.scoring import Metric, Scored, Scorer
+from soups.scoring import Metric, Scored, Scorer, key_of, mean_of_answers
 
 if TYPE_CHECKING:
     from soups.candidates import Candidate
@@ -94,9 +94,12 @@ def of_classes(
 
     def measure(candidate: "Candidate") -> Scored:
         answers = predicted(candidate)
-        return Scored(score(metric, answers, labels), answers.to(torch.int32).numpy())
+        kept = answers == labels if metric == "top1" else answers.to(torch.int32)
+        return Scored(score(metric, answers, labels), kept.numpy())
 
     def value(answers: NDArray[Any], times: NDArray[Any]) -> float:
         return score(metric, torch.from_numpy(answers).long(), labels, weights=torch.from_numpy(times))
 
+    if metric == "top1":  # a mean of hits
+        return Scorer(measure, "max", metric, key_of(key, "hits"), mean_of_answers, len(labels), **more)
     return Scorer(measure, "max", metric, key, value, len(labels), **more)

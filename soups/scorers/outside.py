@@ -2,14 +2,18 @@
 
 import importlib
 import inspect
+import json
 import math
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from soups.candidates import Candidate
 from soups.errors import UserError
@@ -39,6 +43,61 @@ def number_in(output: str, name: str) -> float:
     return value
 
 
+def results_in(path: Path, metric: str | None) -> tuple[list[Any], str]:
+    """A number for each example, and what names the examples, of a .jsonl that a scoring command wrote.
+
+    A line is a number; or an object as EleutherAI's harness logs samples, with "doc_id" and the names of its "metrics",
+    which is put in the order of "doc_id". Where it has several metrics or filters `metric` says which: acc_norm, or
+    exact_match,strict-match.
+
+    Raises:
+        UserError: lines of another kind, or another number of metrics than one.
+    """
+    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path}: no JSON in a line ({error})") from None
+    if rows and all(isinstance(row, (int, float)) for row in rows) and metric is None:
+        return rows, ""
+    if not (rows and all(isinstance(row, dict) for row in rows)):
+        named = "" if metric is None else f" with {metric!r}"
+        raise UserError(f"{path}: need a line for each example: a number, or an object{named} as lm_eval logs samples")
+    columns: dict[str, list[tuple[Any, Any]]] = {}
+    for place, row in enumerate(rows):
+        for name in row.get("metrics", [metric] if metric else []):
+            example = [row.get("doc_id", place), row.get("doc_hash", "")]
+            columns.setdefault(f"{name},{row['filter']}" if "filter" in row else name, []).append(
+                (example, row.get(name))
+            )
+    chosen = [name for name in columns if metric in (None, name, name.partition(",")[0])]
+    if len(chosen) != 1:
+        has = ", ".join(columns) or 'no "metrics"'
+        raise UserError(f"{path} has {has}: name one of them by --metric NAME")
+    found = sorted(columns[chosen[0]], key=lambda each: each[0])
+    strange = [value for _, value in found if not isinstance(value, (int, float))]
+    if strange:
+        raise UserError(f"{path}: {chosen[0]} is {strange[0]!r} in a line, not a number")
+    return [value for _, value in found], key_of([example for example, _ in found])
+
+
+def _with_results(number: float, path: Path, metric: str | None, name: str) -> Scored:
+    """The score that a command printed, made of the number of each example that it wrote.
+
+    Raises:
+        UserError: the mean of these is another number than the printed one.
+    """
+    values, examples = results_in(path, metric)
+    found = scored(np.array(values), name)
+    places = min(max(3, -int(Decimal(repr(number)).as_tuple().exponent)), 6)  # it may be rounded, or a sum of float32
+    if not abs(found.value - number) <= 0.5 * 10**-places + 1e-6 * abs(found.value):
+        raise UserError(
+            f"--score on {name}: the command printed {number:.8g}, and the mean of the {len(values)} numbers in "
+            f"{path.name} is {found.value:.8g}: print their mean"
+        )
+    return Scored(found.value, found.answers, examples)
+
+
 def _filled(command: str, path: Path) -> str:
     quoted = shlex.quote(str(path))
     for place in (f"'{PLACE}'", f'"{PLACE}"', PLACE):
@@ -53,14 +112,17 @@ def _words(command: str) -> list[str]:
         raise UserError(f"--score {command!r}: {error}") from None
 
 
-def of_command(command: str, goal: Goal) -> Scorer:
+def of_command(command: str, goal: Goal, metric: str | None = None) -> Scorer:
     """A shell command in which {soup} stands for a file or folder, in the form that the ingredients have.
+
+    Where it writes {soup}.jsonl, the numbers of single examples are read from there (`results_in`).
 
     The key holds the command and the content of every file that it names; not what those files read or import.
     Started by torchrun, the command of each process sees that process's GPU alone.
 
     Raises:
-        UserError: {soup} is not in it; or, when measuring, it fails or its last line is no number.
+        UserError: {soup} is not in it; or, when measuring, it fails, its last line is no number, or what it wrote of
+            single examples does not fit that number.
     """
     words = _words(command)
     if PLACE not in command:
@@ -72,16 +134,28 @@ def of_command(command: str, goal: Goal) -> Scorer:
         environment.pop(name, None)  # of torchrun: the command is one process
 
     def measure(candidate: Candidate) -> Scored:
-        call = ["sh", "-c", _filled(command, candidate.file())]
+        path = candidate.file()
+        results = path.with_name(f"{path.name}.jsonl")
+        before = results.stat() if results.exists() else None
+        call = ["sh", "-c", _filled(command, path)]
         ended = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
         if ended.returncode:
             sys.stderr.write(ended.stderr)
             last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise UserError(f"--score on {candidate.name}: the command ended with status {ended.returncode}: {last}")
-        return Scored(number_in(ended.stdout, candidate.name))
+        number, after = number_in(ended.stdout, candidate.name), results.stat() if results.exists() else None
+        if after is None or (before is not None and before.st_mtime_ns == after.st_mtime_ns):  # of another command
+            if metric is not None:
+                raise UserError(f"--metric {metric}: the command did not write {results.name}")
+            return Scored(number)
+        try:
+            return _with_results(number, results, metric, candidate.name)
+        finally:
+            if before is None:  # it may stand beside a model
+                results.unlink()
 
     files = [Path(word) for word in words if PLACE not in word and Path(word).is_file()]
-    return Scorer(measure, goal, "score", key_of("command", command, *files))
+    return Scorer(measure, goal, metric or "score", key_of("command", command, *files), mean_of_answers)
 
 
 def function_named(name: str) -> Callable[..., Any]:
@@ -128,8 +202,8 @@ def of_function(function: Callable[..., Any], goal: Goal) -> Scorer:
     )
 
 
-def scorer_of(score: str | Callable[..., Any] | Scorer, goal: Goal | None) -> Scorer:
-    """A command, `module:function`, a function, or a scorer that is one already.
+def scorer_of(score: str | Callable[..., Any] | Scorer, goal: Goal | None, metric: str | None = None) -> Scorer:
+    """A command, `module:function`, a function, or a scorer that is one already; `metric` is of a command.
 
     Raises:
         UserError: it is none of these, or nobody said whether it is to be high or low.
@@ -141,4 +215,8 @@ def scorer_of(score: str | Callable[..., Any] | Scorer, goal: Goal | None) -> Sc
     if not isinstance(score, str):
         return of_function(score, goal)
     is_name = PLACE not in score and " " not in score.strip() and ":" in score
-    return of_function(function_named(score), goal) if is_name else of_command(score, goal)
+    if not is_name:
+        return of_command(score, goal, metric)
+    if metric is not None:
+        raise UserError(f"--metric is for a command that writes {PLACE}.jsonl, and {score} is a function")
+    return of_function(function_named(score), goal)
