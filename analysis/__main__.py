@@ -6,6 +6,7 @@
     python -m analysis report experiment=demo                  runs/demo/report.html: all of it on one page
     python -m analysis predictions experiment=demo72           what each method gets right, image by image
     python -m analysis claims                                  docs/claims.md, answered from results/measured
+    python -m analysis will_it_help                            how often soups help: what soups doctor says of a pool
 
 Reads   runs/<name>/{ingredients,soups,logits}
 Writes  runs/<name>/analysis/{table3.md,table3.tex,table3.csv,figure1.pdf,figure1.png,figure1.csv,provenance.json},
@@ -53,6 +54,13 @@ def show_claims() -> None:
     claims()
 
 
+def show_will_it_help() -> None:
+    """Measure how often soups help."""
+    from analysis.commands import will_it_help  # noqa: PLC0415
+
+    will_it_help()
+
+
 def show_measured(artefact: str) -> None:
     """Make tables and figures from the numbers in results/measured."""
     from analysis.commands import redraw_measured  # noqa: PLC0415
@@ -72,6 +80,8 @@ if __name__ == "__main__":
         one_line_errors(show_list)
     elif sys.argv[1:] == ["claims"]:
         one_line_errors(show_claims)
+    elif sys.argv[1:] == ["will_it_help"]:
+        one_line_errors(show_will_it_help)
     elif len(sys.argv) == 2 and sys.argv[1].startswith("artefact="):
         one_line_errors(partial(show_measured, sys.argv[1].removeprefix("artefact=")))
     elif sys.argv[1:2] in (["report"], ["predictions"]):

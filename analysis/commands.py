@@ -16,6 +16,7 @@ from analysis.released import published_instead, write_instead
 from analysis.subpools import write_pays, write_subpools
 from analysis.tables.sweep_seeds import over_seeds
 from analysis.tables.table3 import analyse
+from analysis.will_it_help import write_will_it_help
 from configs import cli
 from configs.errors import UserError
 from configs.schema import Experiment, replicate
@@ -105,6 +106,12 @@ def claims() -> None:
     files = write_claims(MEASURED)
     if any(MEASURED.glob("*_subpools.csv")):
         files += write_pays(MEASURED, POOLS)
+    print(files[0].read_text(), *files, sep="\n")
+
+
+def will_it_help() -> None:
+    """Measure how often soups help, and how well that is predicted, from the pools in results/measured."""
+    files = write_will_it_help(MEASURED)
     print(files[0].read_text(), *files, sep="\n")
 
 

@@ -8,25 +8,32 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.predictions import read_pools
 from analysis.tables.table3 import publish
+from analysis.will_it_help import NOISE, noise
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.metrics import correct
 from soups.chance import uniform
+from soups.conformance import common_layout
 from soups.experiment.pool import usable_pool
 from soups.files.atomic import digest_of, read_json, replacing, write_json
+from soups.files.opening import opened
 from soups.files.weights import Weights
+from soups.geometry import Geometry, geometry
 from soups.recipes import greedy
 from soups.recipes import uniform as mean_of_all
 from store.rows import row_config
@@ -109,7 +116,8 @@ def subpools(config: Experiment, pool: Sequence[Ingredient], num_held_out: int) 
 def measured(config: Experiment, subpool: Subpool) -> dict[str, Any]:
     """What the greedy soup, the uniform soup and the best model of a sub-pool reach; kept, and found again.
 
-    Accuracies are fractions: on the held-out images that chose, on test, and the mean over the shifts.
+    Accuracies are fractions: on the held-out images that chose, on test, and the mean over the shifts. The midpoint is
+    that of the two best models, which greedy tries first; the barrier is how far it is below their mean.
     """
     path = RunFolder.of(config).root / "subpools" / f"{subpool.key}.json"
     if path.exists():
@@ -133,6 +141,8 @@ def measured(config: Experiment, subpool: Subpool) -> dict[str, Any]:
     whole = mean_of_all([each.load for each in members], scores)
     first = members[soup.ingredients[0]]  # the best on the held-out images
     found: dict[str, Any] = {"ingredients": len(soup.ingredients), "best held_out": max(scores)}
+    second, middle = soup.trials[1].candidate, soup.trials[1].score
+    found["barrier held_out"] = (max(scores) + scores[second]) / 2 - middle
     for name, logits in (
         ("best", lambda split: evaluator.logits(first.digest, first.load, split)),
         ("greedy", partial(evaluator.fresh_logits, soup.weights)),
@@ -144,10 +154,18 @@ def measured(config: Experiment, subpool: Subpool) -> dict[str, Any]:
     return found
 
 
-def described(config: Experiment, pool: Sequence[Ingredient], subpool: Subpool) -> dict[str, Any]:
-    """What is known of a sub-pool before it is souped."""
+def geometry_of(pool: Sequence[Ingredient]) -> Geometry:
+    """Distances and angles of all models of a pool at its initialisation, which stands first."""
+    with opened([member.folder / member.file for member in pool]) as (start, *tuned):
+        return geometry(tuned, common_layout([start, *tuned]), start)
+
+
+def described(config: Experiment, pool: Sequence[Ingredient], subpool: Subpool, where: Geometry) -> dict[str, Any]:
+    """What is known of a sub-pool before it is souped; `where` is `geometry_of` the pool."""
     settings = [row_config(config, pool[place].row).optim for place in subpool.members]
     rates = pd.Series([math.log10(each.lr) for each in settings])
+    places = [place - 1 for place in subpool.members]  # the initialisation is no task vector
+    cosines = where.task_cosines[np.ix_(places, places)][np.triu_indices(len(places), 1)]
     return {
         "kind": subpool.kind,
         "number": subpool.number,
@@ -156,6 +174,8 @@ def described(config: Experiment, pool: Sequence[Ingredient], subpool: Subpool) 
         "held_out": len(subpool.held_out),
         "epochs": sum(each.epochs for each in settings) / len(settings),
         "lr spread": rates.std(),  # standard deviation of log10
+        "cosine": np.median(cosines),  # of task vectors, over pairs
+        "distance": np.median(where.relative[places]),  # to the initialisation, in lengths of it
         "rows": " ".join(str(pool[place].row) for place in subpool.members),
     }
 
@@ -172,44 +192,76 @@ TITLES = {  # (kind, models, share of held-out), in the order of the figure
 }
 
 
+SOUPS = {"greedy": -0.17, "uniform": 0.17}  # where in its row of the figure a soup is drawn
+
+
 def pays(lines: pd.DataFrame) -> pd.DataFrame:
-    """What greedy soups of sub-pools gain over their best model: a line for each kind of sub-pool and column.
+    """What soups of sub-pools gain over their best model: a line for each kind of sub-pool, split and soup.
 
     Args:
-        lines: of subpools.csv, of one or more pools.
+        lines: of subpools.csv, of one or more pools, with the columns `noise test` and `noise shifts`: standard errors
+            of a single difference.
 
-    Returns kind (in words), on (test or shifts), n, the mean gain and its quartiles, the shares of sub-pools that gain,
-    stay as they are (mostly since the soup is the best model) and lose, and the uniform soup's mean gain; fractions.
+    Returns kind (in words), on (test or shifts), soup, n, the means of the epochs, the spread of learning rates and the
+    number of held-out images, the mean gain and its quartiles, and the shares of sub-pools whose soup is better, equal
+    and worse at all, and better and worse by more than noise; gains are fractions.
     """
     rows = []
     for (kind, models, share), title in TITLES.items():
         some = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
-        for on in ("test", "shifts"):
-            gain = some[f"greedy {on}"] - some[f"best {on}"]
-            row = {"kind": title, "on": on, "n": len(some), "mean": gain.mean()}
+        settings = {name: some[name].mean() for name in ("epochs", "lr spread", "held_out")}
+        for on, soup in product(("test", "shifts"), SOUPS):
+            gain, noise_ = some[f"{soup} {on}"] - some[f"best {on}"], NOISE * some[f"noise {on}"]
+            row = {"kind": title, "on": on, "soup": soup, "n": len(some), **settings, "mean": gain.mean()}
             row |= {f"quartile {q}": gain.quantile(q / 4) for q in (1, 2, 3)}
-            row |= {"gain": (gain > 0).mean(), "same": (gain == 0).mean(), "lose": (gain < 0).mean()}
-            rows.append(row | {"uniform": (some[f"uniform {on}"] - some[f"best {on}"]).mean()})
+            row |= {"better": (gain > 0).mean(), "same": (gain == 0).mean(), "worse": (gain < 0).mean()}
+            rows.append(row | {"beyond noise": (gain > noise_).mean(), "below noise": (gain < -noise_).mean()})
     return pd.DataFrame(rows)
 
 
-def figure_of(lines: pd.DataFrame) -> Figure:
-    """Every sub-pool's gain as a point, by kind, with their mean; test and the mean of the shifts side by side."""
+def figure_of(lines: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Every sub-pool's gain as a point, by kind and soup, over the band of noise; test and mean of the shifts.
+
+    Args:
+        lines: as in `pays`.
+        table: from `pays`.
+    """
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(6.4, 3.0))
+        figure = Figure(figsize=(6.6, 4.6))
         panels = figure.subplots(1, 2, sharey=True)
         for axes, on in zip(panels, ("test", "shifts"), strict=True):
-            for place, (kind, models, share) in enumerate(TITLES):
+            band = 100 * NOISE * lines[f"noise {on}"].mean()
+            axes.axvspan(-band, band, color="#DDDDDD", lw=0, label="within noise")
+            for place, ((kind, models, share), title) in enumerate(TITLES.items()):
                 some = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
-                gain = 100 * (some[f"greedy {on}"] - some[f"best {on}"])
-                beside = [place + 0.5 * (uniform("beside", i) - 0.5) for i in range(len(gain))]
-                axes.scatter(gain, beside, s=6, color="#999999", linewidths=0)
-                axes.plot(gain.mean(), place, "*", color=STYLE["greedy"][1], ms=9)
+                for soup, aside in SOUPS.items():
+                    name, colour, marker, _ = STYLE[soup]
+                    gain = 100 * (some[f"{soup} {on}"] - some[f"best {on}"])
+                    beside = [place + aside + 0.2 * (uniform("beside", i) - 0.5) for i in range(len(gain))]
+                    axes.scatter(gain, beside, s=5, color=colour, alpha=0.45, linewidths=0)
+                    row = table[(table["kind"] == title) & (table["on"] == on) & (table["soup"] == soup)].iloc[0]
+                    ends = [100 * row["quartile 1"], 100 * row["quartile 3"]]
+                    axes.plot(ends, [place + aside] * 2, color=colour, lw=1.6)
+                    label = name if place == 0 else None
+                    at = {"color": colour, "ms": 9 if marker == "*" else 5, "mec": "black", "mew": 0.4}
+                    axes.plot(100 * row["mean"], place + aside, marker, label=label, ls="", **at)
+                    better = f"{round(row['beyond noise'] * row['n'])} of {row['n']}"
+                    words = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 6, "color": colour}
+                    axes.text(1.01, place + aside, better, **words)
             axes.axvline(0, color="black", lw=0.8)
             axes.set_title("Test" if on == "test" else "Mean of the five shifts", fontsize=8)
             axes.set_yticks(range(len(TITLES)), list(TITLES.values()))
-        panels[0].invert_yaxis()
-        figure.supxlabel("greedy soup − best model of the sub-pool (points); stars: means", fontsize=8)
+        panels[0].set_ylim(len(TITLES) - 0.5, -0.5)
+        panels[0].set_ylabel("sub-pools, by kind")
+        figure.supxlabel("soup − best model of its sub-pool (percentage points)", fontsize=8)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.05), ncols=3, frameon=False)
+        note = (
+            f"Points: sub-pools; markers: means; bars: the middle half. Grey: ±{NOISE} standard errors, over classes, "
+            "of a single difference.\nNumbers: sub-pools whose soup is better by more than noise. Sub-pools share "
+            "models and images, so no interval of a mean is drawn."
+        )
+        figure.text(0.5, -0.02, note, ha="center", va="top", fontsize=6)
         figure.tight_layout()
         return figure
 
@@ -218,13 +270,22 @@ def write_pays(folder: Path, names: Sequence[str]) -> list[Path]:
     """Write subpools_gain.{pdf,png,csv} from the sub-pools of the pools that are in a folder of results.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one without the predictions of its pool.
     """
-    files = [file for name in names if (file := folder / f"{name}_subpools.csv").exists()]
-    if not files:
-        raise UserError(f"{folder} has no <pool>_subpools.csv: python -m analysis predictions writes them")
-    lines = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
-    return save_with_numbers(figure_of(lines), pays(lines), folder / "subpools_gain")
+    files = {name: file for name in names if (file := folder / f"{name}_subpools.csv").exists()}
+    pools = read_pools(folder, list(files))
+    if not files or pools.keys() != files.keys():
+        raise UserError(
+            f"{folder} has no <pool>_subpools.csv with <pool>_predictions.csv beside it: "
+            "python -m analysis predictions writes both"
+        )
+    each = [
+        pd.read_csv(file).assign(**{f"noise {on}": noise(pools[name], on) for on in ("test", "shifts")})
+        for name, file in files.items()
+    ]
+    lines = pd.concat(each, ignore_index=True)
+    table = pays(lines)
+    return save_with_numbers(figure_of(lines, table), table, folder / "subpools_gain")
 
 
 def write_subpools(config: Experiment, console: Console | None = None) -> list[Path]:
@@ -243,7 +304,8 @@ def write_subpools(config: Experiment, console: Console | None = None) -> list[P
         console=console or Console(),
     )
     file = RunFolder.of(config).analysis / "subpools.csv"
-    lines = [described(config, pool, each) | result for each, result in zip(drawn, found, strict=True)]
+    where = geometry_of(pool)
+    lines = [described(config, pool, each, where) | result for each, result in zip(drawn, found, strict=True)]
     with replacing(file) as temporary:
         pd.DataFrame(lines).to_csv(temporary, index=False, float_format="%.6g")
     return [file] if config.paths.results is None else [publish(file, config.paths.results, config.name)]

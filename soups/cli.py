@@ -232,7 +232,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     files = in_natural_order([path for pattern in arguments.files for path in matches(pattern)])
     scores = read_scores(arguments.scores) if arguments.scores else {}
     reading = Reading(arguments.key, arguments.exclude, arguments.only_common)
-    show(examine(files, arguments.init, scores, reading), Console())
+    show(examine(files, arguments.init, scores, reading, arguments.held_out), Console())
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -332,6 +332,7 @@ def _parser() -> Parser:
     made["doctor"].add_argument("files", nargs="+", metavar="FILE", help=FILES)
     made["doctor"].add_argument("--init", type=Path, help="the weights that the models were fine-tuned from")
     made["doctor"].add_argument("--scores", type=Path, help="a .json of held-out scores by file name")
+    made["doctor"].add_argument("--held-out", type=int, metavar="N", help="number of examples that --scores are of")
     _with_tensors(made["doctor"])
     made["verify"].add_argument("soup", type=Path)
     made["verify"].add_argument("--folder", type=Path, help="where the ingredients are; by default beside the soup")

@@ -22,7 +22,8 @@ torchrun --nproc-per-node 8 -m soups greedy run/*.safetensors --images held_out 
     "dare": "soups dare run/*.safetensors --init start.safetensors --density 0.1 --out soup.safetensors",
     "lora": "soups lora adapters/* --out adapter",
     "export": "soups export soup.safetensors --to timm --network timm:resnet50 --out exported",
-    "doctor": "soups doctor run/*.safetensors --init start.safetensors --scores scores.json",
+    "doctor": """soups doctor run/*.safetensors --init start.safetensors
+soups doctor run/*.safetensors --scores scores.json --held-out 616""",
     "verify": "soups verify soup.safetensors --folder run",
 }
 TITLES = {
@@ -39,6 +40,6 @@ TITLES = {
     "dare": "random parts of the changes, scaled up, added to the initialisation",
     "lora": "one LoRA adapter whose update is the mean of the adapters' updates, of folders of PEFT",
     "export": "a soup as a folder that timm, open_clip, transformers or ONNX loads",
-    "doctor": "whether models belong in one soup: duplicates, NaN, distances, angles",
+    "doctor": "whether models belong in one soup, and whether it is likely to be better than the best of them",
     "verify": "make a soup again from its ingredients and compare every byte",
 }

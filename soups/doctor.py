@@ -1,8 +1,8 @@
-"""What is wrong with a pool of models:  python -m soups.doctor run/*.safetensors [--init FILE] [--scores scores.json]
+"""What is wrong with a pool of models:  python -m soups.doctor run/*.safetensors --scores scores.json --held-out 616
 
 Duplicates, NaNs, models that do not fit together, distances to the initialisation, angles between task vectors, models
-of another origin, and why their soup may be worse than the best of them. Reads each file twice and writes nothing.
-scores.json is {"a.safetensors": 0.81, ...}: held-out accuracies in [0, 1].
+of another origin, why their soup may be worse than the best of them, and how often soups of such pools were better.
+Reads each file twice and writes nothing. scores.json is {"a.safetensors": 0.81, ...}: held-out accuracies in [0, 1].
 """
 
 import json
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,7 @@ from soups.files.names import short_names
 from soups.files.opening import alike, open_checkpoint
 from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, Geometry, geometry, medians_of_others
+from soups.will_it_help import answer, features
 
 FAR = 3.0  # times the pool's median distance
 ALIKE = 0.95  # cosine of task vectors
@@ -50,6 +52,7 @@ class Report:
     geometry: Geometry | None  # of the sound models, in order; None if there are none
     findings: tuple[str, ...]
     scores: Mapping[str, float] = field(default_factory=dict)
+    will_it_help: tuple[str, ...] = ()
 
     @property
     def sound(self) -> list[Model]:
@@ -73,6 +76,7 @@ def examine(
     init: Path | None = None,
     scores: Mapping[str, float] | None = None,
     reading: Reading | None = None,
+    held_out: int | None = None,
 ) -> Report:
     """All that the doctor finds.
 
@@ -81,9 +85,11 @@ def examine(
         init: the initialisation; without it, distances are to the mean of the models.
         scores: held-out accuracies in [0, 1] by file name.
         reading: as in `average_files`.
+        held_out: number of examples that the scores are measured on.
 
     Raises:
-        UserError: no models; a bad initialisation; scores for files that are not there.
+        UserError: no models; a bad initialisation; scores for files that are not there; `held_out` below 1, or without
+            scores.
     """
     if not paths:
         raise UserError("no models to examine")
@@ -93,6 +99,8 @@ def examine(
     unknown = sorted((scores or {}).keys() - set(names))
     if unknown:
         raise UserError(f"scores: there is no model {unknown[0]!r} in the pool")
+    if held_out is not None and (held_out < 1 or not scores):
+        raise UserError(f"--held-out {held_out}: type the number of examples that --scores are measured on, and these")
     with ExitStack() as stack:
         opened: dict[Path, Checkpoint] = {}
         problems: dict[Path, str] = {}
@@ -118,9 +126,41 @@ def examine(
         sound = [opened[model.path] for model in models if not model.problem]
         layout = common_layout([*sound, start] if start else sound, reading) if sound else None
         found = geometry(sound, layout, start) if layout else None
+        images = any(len(entry.shape) == 4 for entry in layout.entries.values()) if layout else False
     against = init.name if init else "the mean of the models"
     findings = tuple(_findings(models, found, against, scores or {}, has_init=init is not None))
-    return Report(tuple(models), against, found, findings, scores or {})
+    likely = _likely(models, found, scores or {}, held_out, images=images, has_init=init is not None)
+    return Report(tuple(models), against, found, findings, scores or {}, tuple(likely))
+
+
+def _likely(
+    models: Sequence[Model],
+    found: Geometry | None,
+    scores: Mapping[str, float],
+    held_out: int | None,
+    *,
+    images: bool,
+    has_init: bool,
+) -> list[str]:
+    """How often soups of such pools were better than their best model, or what is missing to say it."""
+    sound = {model.digest: model.name for model in reversed(models) if not model.problem}  # of duplicates the first
+    missing = sorted(name for name in sound.values() if name not in scores)
+    if len(sound) < 2:
+        return ["not said: a soup needs two different models that can be averaged"]
+    if missing:
+        asked = "--scores scores.json" if not scores else f"a score of {missing[0]} in --scores"
+        return [f"not said: type {asked}, held-out accuracies of all models, and --held-out N, the number of examples"]
+    if held_out is None:
+        return ["not said: type --held-out N, the number of examples that --scores are measured on"]
+    unlike = [] if images else ["no tensor is a convolution of images, and there the models are image classifiers"]
+    if found is not None and (_kin(found, has_init=has_init) < ANOTHER_ORIGIN).any():
+        unlike.append("models are not fine-tuned from the same checkpoint")
+    return answer(features([scores[name] for name in sound.values()], held_out), unlike)
+
+
+def _kin(found: Geometry, *, has_init: bool) -> NDArray[np.float64]:
+    """(K,) cosines of weights with the initialisation, or without one the median with the other models."""
+    return found.reference_cosines if has_init else medians_of_others(found.weight_cosines)
 
 
 def _findings(
@@ -144,7 +184,7 @@ def _findings(
 def _of_geometry(names: Sequence[str], found: Geometry, against: str, *, has_init: bool) -> list[str]:
     lines = []
     count = len(names)
-    kin = found.reference_cosines if has_init else medians_of_others(found.weight_cosines)
+    kin = _kin(found, has_init=has_init)
     unrelated = kin < ANOTHER_ORIGIN
     whom = f"with {against}" if has_init else "with the other models (median)"
     for name, cosine, strange in zip(names, kin, unrelated, strict=True):
@@ -178,7 +218,7 @@ def _of_scores(scores: Mapping[str, float]) -> list[str]:
 
 
 def show(report: Report, console: Console) -> None:
-    """A table of the models and the findings."""
+    """A table of the models, the findings, and how often soups of such pools were better."""
     table = Table(title=f"distances and angles to {report.against}")
     for column in ("model", "digest", "distance", "relative", "cosine to others", "held-out"):
         table.add_column(column, justify="left" if column in ("model", "digest") else "right", overflow="fold")
@@ -196,6 +236,9 @@ def show(report: Report, console: Console) -> None:
     console.print("why a soup of them may be worse than the best:" if report.findings else "nothing wrong was found")
     for finding in report.findings:
         console.print(f"- {finding}", markup=False, highlight=False, soft_wrap=True)
+    console.print("will a soup of them be better than the best?")
+    for line in report.will_it_help:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_scores(path: Path) -> dict[str, float]:

@@ -320,6 +320,7 @@ def test_the_doctor_examines_an_experiment_and_its_midpoints(config, capsys, mon
     assert typed == [("demo_tiny", f"paths.runs={config.paths.runs}")]
     assert "distances and angles to weights.safetensors" in output
     assert all(f"{row:03d}" in output for row in (1, 2, 3))
+    assert "not calibrated for pools like yours" in output and "models is 3, there 12 to " in output
     assert "6 evaluations on held_out" in output
     assert output.count("the midpoint is") == 3
 

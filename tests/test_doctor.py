@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
 from soups import geometry as geometry_module
@@ -81,8 +81,6 @@ def test_distances_and_angles_are_those_of_the_whole_vectors(pool, monkeypatch):
     monkeypatch.setattr(geometry_module, "NUMBERS_AT_ONCE", 64)
 
     def vector(path):
-        from safetensors.torch import load_file
-
         weights = load_file(path)
         return torch.cat([weights[k].double().reshape(-1) for k in ("h", "w")]).numpy()
 
@@ -171,11 +169,11 @@ def test_the_command_prints_a_table_and_writes_nothing(pool):
     planted(pool, "stranger")
     (pool / "scores.json").write_text(json.dumps({"m1.safetensors": 0.8123}))
     before = sorted(pool.iterdir())
-    arguments = [*files(pool), "--init", pool / "init.safetensors", "--scores", pool / "scores.json"]
+    arguments = [*files(pool), "--init", pool / "init.safetensors", "--scores", pool / "scores.json", "--held-out", 600]
     command = [python(), "-m", "soups.doctor", *map(str, arguments)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    for words in ("m3.safetensors", "81.23 %", "not fine-tuned from the same checkpoint"):
+    for words in ("m3.safetensors", "81.23 %", "not fine-tuned from the same checkpoint", "a score of m2.safetensors"):
         assert words in answer.stdout
     assert sorted(pool.iterdir()) == before
 
@@ -211,3 +209,75 @@ def test_a_barrier_is_how_far_the_middle_is_below_the_mean_of_the_ends():
     assert [(b.first, b.second, b.height) for b in barriers] == [(0, 2, 1.0), (1, 2, 0.5), (0, 1, 0.0)]
     assert barriers[1].ends == (0.5, 1.0)
     assert barriers[1].midpoint == 0.25
+
+
+@pytest.fixture
+def image_pool(tmp_path):
+    """Twelve models with a convolution, fine-tuned from one initialisation, and their scores."""
+    for i in range(12):
+        generator = torch.Generator().manual_seed(i)
+        save_file(
+            tuned(i + 1) | {"conv": torch.ones(4, 3, 2, 2) + 0.01 * torch.randn(4, 3, 2, 2, generator=generator)},
+            tmp_path / f"m{i}.safetensors",
+        )
+    return tmp_path
+
+
+SCORES = {f"m{i}.safetensors": 0.6 - 0.005 * i for i in range(12)}
+
+
+def likely(pool, scores=SCORES, held_out=600, some=slice(None)):
+    return examine(files(pool)[some], None, scores, held_out=held_out).will_it_help
+
+
+def test_of_a_pool_like_the_measured_ones_the_doctor_says_the_shares_of_the_table(image_pool):
+    known = json.loads((ROOT / "soups/will_it_help.json").read_text())
+    said = likely(image_pool)
+    assert not any("not calibrated" in line for line in said)
+    assert f"shares of {len(known['pools'])} pools of image classifiers" in said[0]
+    for line, each in zip(said[1:5], known["soups"], strict=True):
+        share, low, high = (round(100 * number) for number in each["better"])
+        assert line.startswith(f"- {each['soup']} soup, {each['on']}: better {share} % [{low}, {high}], worse ")
+
+
+@pytest.mark.parametrize(
+    ("scores", "held_out", "words"),
+    [
+        (SCORES, 50_000, "held-out examples is 50000, there 77 to "),
+        ({name: score + 0.3 for name, score in SCORES.items()}, 600, "best score is 0.9, there 0.423 to 0.648"),
+        (dict.fromkeys(SCORES, 0.5), 600, "best minus median score is 0, there 0.016 to "),
+    ],
+)
+def test_a_pool_outside_the_range_is_told_that_and_by_which_feature(image_pool, scores, held_out, words):
+    first = likely(image_pool, scores, held_out)[0]
+    assert first.startswith("not calibrated for pools like yours: ") and words in first
+
+
+def test_models_that_read_no_images_are_not_calibrated(pool):
+    first = likely(pool, {f"m{i}.safetensors": 0.6 for i in range(1, 5)})[0]
+    assert first.startswith("not calibrated for pools like yours: no tensor is a convolution of images")
+    assert "models is 4, there 12 to " in first
+
+
+def test_models_of_another_origin_are_not_calibrated(image_pool):
+    save_file(state(99) | {"conv": torch.randn(4, 3, 2, 2)}, image_pool / "m3.safetensors")
+    assert "models are not fine-tuned from the same checkpoint" in likely(image_pool)[0]
+
+
+def test_without_scores_or_their_number_no_probability_is_said_and_what_to_type_is(image_pool):
+    missing = {name: score for name, score in SCORES.items() if name != "m7.safetensors"}
+    for said, words in (
+        (likely(image_pool, {}, None), "type --scores scores.json"),
+        (likely(image_pool, SCORES, None), "type --held-out N"),
+        (likely(image_pool, missing), "a score of m7.safetensors in --scores"),
+        (likely(image_pool, {"m0.safetensors": 0.6}, some=slice(1)), "two different models"),
+    ):
+        assert len(said) == 1 and said[0].startswith("not said: ") and words in said[0] and "%" not in said[0]
+    for scores, held_out in (({}, 600), (SCORES, 0)):
+        with pytest.raises(UserError, match="type the number of examples"):
+            likely(image_pool, scores, held_out)
+
+
+def test_a_model_that_stands_twice_counts_once(image_pool):
+    save_file(load_file(image_pool / "m0.safetensors"), image_pool / "m11.safetensors")
+    assert "models is 11, there 12 to " in likely(image_pool)[0]

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from analysis import subpools as module
+from analysis.claims import SHIFTS
 from analysis.predictions import METHODS, models, predictions, write_pool
 from analysis.subpools import TITLES, Subpool, candidates, measured, pays, subpools, write_pays, write_subpools
+from analysis.will_it_help import NOISE
 from configs.errors import UserError
 from configs.schema import load
 from eval.metrics import correct
 from soups.experiment.cook import cook, cook_all
 from soups.experiment.pool import mix, usable_pool
+from soups.mean import STATISTICS
 from soups.recipes import mean_of
 from store.rows import row_config
 from store.runs import RunFolder
@@ -153,8 +156,16 @@ def test_a_sub_pools_soups_are_those_of_its_models_and_are_found_again(pool, mon
     hits = pool.hits(pool.fresh_logits(mean, "test"), "test")
     assert found["uniform test"] == pytest.approx(hits.double().mean().item())
     assert found["greedy held_out"] >= found["best held_out"]
+    first, second = sorted(known, key=lambda i: (-known[i], i))[:2]
+    middle = pool.fresh_logits(mean_of([members[first].load, members[second].load]), "held_out", rows)
+    between = correct(middle, labels).double().mean().item()
+    assert found["barrier held_out"] == pytest.approx((known[first] + known[second]) / 2 - between)
     monkeypatch.setattr(module, "greedy", lambda *_: pytest.fail("it was computed again"))
     assert measured(config, subpool) == found
+
+
+def averaged(name, tensor):
+    return tensor.is_floating_point() and not name.endswith(STATISTICS)
 
 
 def test_all_sub_pools_come_in_one_table(pool, monkeypatch, in_process):
@@ -163,14 +174,24 @@ def test_all_sub_pools_come_in_one_table(pool, monkeypatch, in_process):
     table = pd.read_csv(file)
     assert table["kind"].tolist() == ["any", "any", "few held-out"] and set(table["models"]) == {2}
     assert table["held_out"].tolist() == [len(pool.split("held_out"))] * 2 + [len(pool.split("held_out")) // 2]
-    assert table[["best test", "greedy shifts", "uniform held_out"]].notna().all().all()
+    assert table[["best test", "greedy shifts", "uniform held_out", "barrier held_out"]].notna().all().all()
+    pooled = usable_pool(pool.config)
+    start, *tuned = (
+        torch.cat([tensor.double().flatten() for name, tensor in each.load().items() if averaged(name, tensor)])
+        for each in pooled
+    )
+    rows = [each.row for each in pooled[1:]]
+    a, b = (tuned[rows.index(int(row))] - start for row in table["rows"][0].split())
+    assert table["cosine"][0] == pytest.approx((a @ b / a.norm() / b.norm()).item(), rel=1e-4)
+    assert table["distance"][0] == pytest.approx(((a.norm() + b.norm()) / 2 / start.norm()).item(), rel=1e-4)
 
 
 def lines_of_sub_pools():
     rows = []
     for kind, size, share in TITLES:
         for number, (gain, of_uniform) in enumerate([(0.02, 0.01), (0.0, -0.02), (-0.01, -0.05), (0.03, 0.0)]):
-            row = {"kind": kind, "models": size, "share": share, "number": number}
+            row = {"kind": kind, "models": size, "share": share, "number": number, "held_out": 600 * share}
+            row |= {"epochs": 8 + number, "lr spread": 0.3}
             for on in ("test", "shifts"):
                 row |= {f"best {on}": 0.5, f"greedy {on}": 0.5 + gain, f"uniform {on}": 0.5 + of_uniform}
             rows.append(row)
@@ -178,18 +199,26 @@ def lines_of_sub_pools():
 
 
 def test_how_often_and_by_how_much_sub_pools_gain():
-    table = pays(lines_of_sub_pools())
-    assert len(table) == 16 and set(table["n"]) == {4}
-    row = table.iloc[0]
-    assert (row["kind"], row["on"]) == ("12 models", "test")
-    assert row["mean"] == pytest.approx(0.01) and row["uniform"] == pytest.approx(-0.015)
-    assert (row["gain"], row["same"], row["lose"]) == (0.5, 0.25, 0.25)
+    error = 0.025 / NOISE
+    table = pays(lines_of_sub_pools().assign(**{"noise test": error, "noise shifts": error}))
+    assert len(table) == 32 and set(table["n"]) == {4}
+    greedy, uniform = table.iloc[0], table.iloc[1]
+    assert (greedy["kind"], greedy["on"], greedy["soup"], greedy["epochs"]) == ("12 models", "test", "greedy", 9.5)
+    assert greedy["mean"] == pytest.approx(0.01) and uniform["mean"] == pytest.approx(-0.015)
+    assert (greedy["better"], greedy["same"], greedy["worse"]) == (0.5, 0.25, 0.25)
+    assert (greedy["beyond noise"], greedy["below noise"]) == (0.25, 0)
+    assert (uniform["beyond noise"], uniform["below noise"]) == (0, 0.25)
 
 
-def test_the_figure_of_sub_pools_has_its_numbers_beside_it(tmp_path):
+def test_the_figure_of_sub_pools_has_its_numbers_beside_it(tmp_path, frame):
     lines_of_sub_pools().to_csv(tmp_path / "demo72_subpools.csv", index=False)
+    with pytest.raises(UserError, match="python -m analysis predictions writes both"):
+        write_pays(tmp_path, ["demo72", "demo72_fold1"])
+    swapped = frame[frame["split"].isin(["held_out", "test"])]  # the tiny benchmark has one of the five shifts
+    shifts = pd.concat([frame[frame["split"] == "v2"].assign(split=split) for split in SHIFTS])
+    pd.concat([swapped, shifts]).to_csv(tmp_path / "demo72_predictions.csv", index=False)
     files = write_pays(tmp_path, ["demo72", "demo72_fold1"])
     assert [file.name for file in files] == ["subpools_gain.pdf", "subpools_gain.png", "subpools_gain.csv"]
-    assert len(pd.read_csv(files[2])) == 16
-    with pytest.raises(UserError, match="python -m analysis predictions writes them"):
+    assert len(pd.read_csv(files[2])) == 32
+    with pytest.raises(UserError, match="python -m analysis predictions writes both"):
         write_pays(tmp_path, ["another"])

@@ -212,6 +212,15 @@ def test_a_journal_is_written_where_it_was_asked_for(recipe, pool, monkeypatch, 
 
 def test_adapters_have_settings_of_their_own():
     assert flags_of("lora") == {"-h", "--help", "--out", "--force", "--weights", "--rank"}  # tests/test_lora.py
-    assert flags_of("doctor") == {"-h", "--help", "--init", "--scores", "--key", "--exclude", "--only-common"}
+    assert flags_of("doctor") == {
+        "-h",
+        "--help",
+        "--init",
+        "--scores",
+        "--held-out",
+        "--key",
+        "--exclude",
+        "--only-common",
+    }
     assert flags_of("verify") == {"-h", "--help", "--folder"}
     assert flags_of("export") == {"-h", "--help", "--to", "--out", "--network", "--classes", "--license"}

@@ -27,7 +27,8 @@ def examine_experiment(experiment: str, runs: Path, *, barriers: bool, console: 
     start, *tuned = usable_pool(config)
     scores = {i.folder.name: i.held_out_score for i in tuned}
     files = [i.folder / "weights.safetensors" for i in tuned]
-    show(examine(files, start.folder / "weights.safetensors", scores), console)
+    held_out = tuned[0].held_out["n"]
+    show(examine(files, start.folder / "weights.safetensors", scores, held_out=held_out), console)
     if not barriers:
         return
     evaluator, split = Evaluator(config), config.task.held_out
