@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 UV := 0.13.9
 PIP_AUDIT := 2.10.1
 
-.PHONY: setup export-setup lock audit demo seeds test quick lint format bench bench-training bench-eval bench-data bench-soups bench-probe bench-analysis costs results data pretrain clean help gpu-check
+.PHONY: setup export-setup examples-setup lock audit demo seeds test quick lint format bench bench-training bench-eval bench-data bench-soups bench-probe bench-analysis costs results data pretrain clean help gpu-check
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,9 +31,11 @@ setup:  ## the environment, from requirements.txt and requirements-text.txt; ins
 	  && cat requirements.txt requirements-text.txt > $(VENV)/.requirements; }
 
 export-setup: setup  ## what python -m soups.experiment.export to=onnx needs: requirements-export.txt, 120 MB
-	@cmp -s requirements-export.txt $(VENV)/.requirements-export || { \
-	  $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt \
-	  && cp requirements-export.txt $(VENV)/.requirements-export; }
+examples-setup: setup  ## what examples/ need beside: requirements-examples.txt, 40 MB
+export-setup examples-setup: %-setup:
+	@cmp -s requirements-$*.txt $(VENV)/.requirements-$* || { \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-$*.txt \
+	  && cp requirements-$*.txt $(VENV)/.requirements-$*; }
 
 demo: setup  ## fine-tune a sweep, cook soups, write Table 3 and Figure 1
 	@$(RUN) reproduce.py experiment=demo
@@ -43,6 +45,7 @@ seeds: setup  ## the demo with three sweep seeds
 
 test: setup lint  ## lint, types and all tests
 	@$(MAKE) --no-print-directory export-setup || echo "onnx cannot be installed here: tests that need it are skipped" >&2
+	@$(MAKE) --no-print-directory examples-setup || echo "accelerate and optuna cannot be installed here: tests that need them are skipped" >&2
 	@$(RUN) -m pytest
 
 quick: setup  ## all tests but those of the whole pipeline
