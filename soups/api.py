@@ -1,8 +1,8 @@
 """The recipes as functions of models in any form: paths, patterns, dicts, modules, loaders, in any mixture.
 
 `import soups` has them, as in `soups.greedy("run/*.ckpt", score=wer, goal="min").save("soup/")`. Beside its own each
-takes the settings of `soups.averaging.Averaging`: dtype, batch_norm, init, key, exclude, only_common, allow_unrelated
-and threads; and `images=soups.images(...)`, on which batch_norm="recompute" measures.
+takes the settings of `soups.averaging.Averaging`: dtype, batch_norm, init, key, exclude, only_common, allow_unrelated,
+threads and base; and `images=soups.images(...)`, on which batch_norm="recompute" measures.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from soups.checks import refuse_unsuitable
 from soups.conformance import common_layout
 from soups.errors import UserError
+from soups.files.adapters import ORIGIN, common_config
 from soups.files.atomic import replacing
 from soups.files.dtypes import OutputDtype
 from soups.files.folders import is_adapter
@@ -43,6 +44,7 @@ class Averaging:
         only_common: average what all models of the pool have; other tensors are the first model's, or dropped.
         allow_unrelated: average models that were not fine-tuned from the same checkpoint all the same.
         threads: that read and add; the result does not depend on them.
+        base: file or folder of the model that LoRA adapters change; each is read as that model with it merged.
     """
 
     dtype: OutputDtype = "keep"
@@ -53,6 +55,7 @@ class Averaging:
     only_common: bool = False
     allow_unrelated: bool = False
     threads: int = 2
+    base: str | None = None
     measured_on: "Scorer | None" = None  # of batch_norm="recompute": whose images
     set_aside: tuple[str, ...] = ()  # of only_common: tensors that some model of the pool lacks
 
@@ -65,7 +68,7 @@ class Averaging:
     @property
     def reading(self) -> Reading:
         """How files are read."""
-        return Reading(self.key, self.exclude, self.only_common, set_aside=self.set_aside)
+        return Reading(self.key, self.exclude, self.only_common, set_aside=self.set_aside, base=self.base)
 
 
 def average(
@@ -161,7 +164,8 @@ def open_pool(
     """
     values = dict(settings)
     images = values.pop("images", None)
-    reading = Reading(values.get("key"), values.get("exclude"), values.get("only_common", False))
+    values["base"] = None if values.get("base") is None else str(values["base"])
+    reading = Reading(values.get("key"), values.get("exclude"), values.get("only_common", False), base=values["base"])
     pool = pool_of(models, reading)
     first = None if start is None else pool_of(start, reading)
     if first is not None and values.get("batch_norm") == "keep":
@@ -173,7 +177,12 @@ def open_pool(
         pool.beside.append(beside)
         values["init"] = beside.paths[0]
     how = Averaging(**values)
-    if score is not None and all(map(is_adapter, pool.paths)):
+    adapters = [path for path in pool.paths if is_adapter(path)]
+    if how.base is not None:
+        if not adapters:
+            raise UserError(f"--base is for folders of LoRA adapters, and {pool.paths[0]} is none")
+        common_config(adapters, ORIGIN)
+    elif score is not None and len(adapters) == len(pool):
         _as_adapters(pool, how, score)
         _with_statistics(how, pool, images, score)
         return pool, how, first
@@ -187,7 +196,8 @@ def open_pool(
     if first is not None:
         pool.beside.append(first)
         first.names = [str(first.paths[0]) if first.names[0] in pool.names else first.names[0]]
-    layout = refuse_unsuitable([*starts, *pool.paths], unrelated=how.allow_unrelated, reading=reading)
+    related = how.allow_unrelated or (how.base is not None and len(adapters) == len(pool))  # of one base model
+    layout = refuse_unsuitable([*starts, *pool.paths], unrelated=related, reading=reading)
     if how.only_common:  # of the whole pool, whichever of its models a soup is of
         aside = {*layout.kept, *layout.dropped}
         aside |= {name for name, stands in layout.ties.items() if stands in aside}
@@ -231,7 +241,7 @@ def _as_adapters(pool: Pool, how: Averaging, score: Any) -> None:
     if hasattr(score, "kind"):
         raise UserError(
             f"--{score.kind} scores whole models, and these are LoRA adapters: write --score 'COMMAND {{soup}}', which "
-            "gets a folder for peft, or merge each into its model with merge_and_unload"
+            "gets a folder for peft, or --base MODEL, with which they are whole models"
         )
     check_folders(pool.paths)
     pool.adapters = True

@@ -96,7 +96,7 @@ class Candidate:
             return self.original
         if self.pool.adapters:
             return self.adapter
-        like = self.pool.paths[0]
+        like = self.pool.like
         if like.is_dir():
             return self.folder(like)
         if like.suffix not in PICKLED:

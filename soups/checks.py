@@ -19,7 +19,6 @@ from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, medians_of_others
 
 ADAPTER = re.compile(r"(^|\.)(lora_|hada_|lokr_|oft_|ia3_|vera_)")
-DOWN = re.compile(r"\.lora_(embedding_)?A(\.|$)")
 # Of GPTQ, AWQ, bitsandbytes, and float8 with scales.
 QUANTISED = re.compile(r"\.(qweight|qzeros|absmax|quant_map|nested_absmax|SCB|weight_scale|weight_scale_inv)$")
 LOOKED_AT = 1 << 16  # of each tensor, the first elements
@@ -64,24 +63,14 @@ def refuse_adapters(checkpoints: Sequence[Checkpoint]) -> None:
     """Factors of low rank are not averaged one by one.
 
     Raises:
-        UserError: an ingredient is an adapter; says so where their ranks differ.
+        UserError: an ingredient is an adapter.
     """
-    ranks: dict[int, Path] = {}
-    factors: list[tuple[Path, str]] = []
     for checkpoint in checkpoints:
-        factors += [(checkpoint.path, name) for name in checkpoint.entries if ADAPTER.search(name)]
-        for name, entry in checkpoint.entries.items():
-            if DOWN.search(name) and entry.shape:
-                ranks.setdefault(entry.shape[0], checkpoint.path)
-    if not factors:
-        return
-    what = f"are in {factors[0][0]} ({factors[0][1]!r})"
-    if len(ranks) > 1:
-        what = "are of different rank, " + " and ".join(f"{rank} in {path}" for rank, path in list(ranks.items())[:2])
-    raise UserError(
-        f"LoRA adapters {what}: the mean of their factors is not the mean of their updates. Merge each into its model "
-        "first (peft's merge_and_unload) and soup those, or type `soups lora` and their folders, which is exact"
-    )
+        for name in filter(ADAPTER.search, checkpoint.entries):
+            raise UserError(
+                f"{checkpoint.path} is of an adapter ({name!r}): the mean of factors is not the mean of updates. Type "
+                "`soups lora` and the adapters' folders, or soup the models into which peft's merge_and_unload merges"
+            )
 
 
 def refuse_quantised(checkpoints: Sequence[Checkpoint]) -> None:

@@ -25,6 +25,7 @@ REPORT = (
     "examples that select nothing, by which the soup is compared with the best single model: of the kind of the "
     "held-out ones, a command, folder or file"
 )
+BASE = "of LoRA adapters: the model, file or folder, into which each is merged, so that the soup is a whole model"
 FILES = "weight files, folders of save_pretrained, or patterns in quotes; run2 comes before run10"
 
 
@@ -71,6 +72,7 @@ def _with_reading(parser: Parser) -> None:
     group.add_argument("--dtype", default="keep", choices=("keep", "F64", "F32", "F16", "BF16"), help="that is written")
     group.add_argument("--allow-unrelated", action="store_true", help="models not fine-tuned from one checkpoint, too")
     group.add_argument("--threads", type=int, default=2, choices=range(1, 65), metavar="N", help="that read and add")
+    group.add_argument("--base", metavar="MODEL", help=BASE)
 
 
 def _with_batch_norm(parser: Parser, *, init: bool = True, images: bool = True) -> None:
@@ -132,7 +134,7 @@ def _with_examples(parser: Parser, *, scored: bool) -> None:
 
 
 SETTINGS = (  # those that recipes in Python have under the same names
-    *("dtype", "batch_norm", "init", "key", "exclude", "only_common", "allow_unrelated", "threads"),
+    *("dtype", "batch_norm", "init", "key", "exclude", "only_common", "allow_unrelated", "threads", "base"),
     *("weights", "alpha", "scales", "density", "scale", "seed", "goal", "scores", "ties", "rounds", "min_sigma"),
     *("per", "lr", "epochs", "weight_decay", "place"),
 )
@@ -246,9 +248,16 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _lora(arguments: argparse.Namespace) -> None:
     from soups.lora import soup_folders  # noqa: PLC0415
 
-    files = _files(arguments, as_typed=arguments.weights is not None)
-    soup = soup_folders(files, arguments.out, weights=arguments.weights, rank=arguments.rank)
-    print(f"{arguments.out}: {len(files)} adapters, {soup.remarks()[0]}")
+    files, weights = _files(arguments, as_typed=arguments.weights is not None), arguments.weights
+    if arguments.base is None:
+        soup = soup_folders(files, arguments.out, weights=weights, rank=arguments.rank)
+        print(f"{arguments.out}: {len(files)} adapters, {soup.remarks()[0]}")
+        return
+    if arguments.rank is not None:
+        raise UserError("--rank is of an adapter, and with --base the soup is a whole model: leave one of them out")
+    soups = import_module("soups")
+    dense = soups.weighted(files, weights or [1.0] * len(files), base=arguments.base)
+    print(dense, dense.save(arguments.out), sep="\n")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -263,6 +272,7 @@ def _with_folders(lora: Parser, export: Parser) -> None:
     _with_files(lora)
     lora.add_argument("--weights", type=_numbers, help="one for each folder, as typed; equal if left out")
     lora.add_argument("--rank", type=int, help="of the soup; left out it is the sum of theirs, which is exact")
+    lora.add_argument("--base", metavar="MODEL", help=f"{BASE}; DoRA needs it")
     export.add_argument("soup", type=Path, help="a file or a folder that a recipe wrote, or any weights")
     export.add_argument("--to", required=True, choices=("timm", "open_clip", "transformers", "onnx"))
     export.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")

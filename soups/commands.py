@@ -20,7 +20,11 @@ torchrun --nproc-per-node 8 -m soups greedy run/*.safetensors --images held_out 
     "arithmetic": "soups arithmetic run/*.pt --init start.pt --scales 0.5,-0.2 --out soup.safetensors",
     "ties": "soups ties run/*.safetensors --init start.safetensors --density 0.2 --out soup.safetensors",
     "dare": "soups dare run/*.safetensors --init start.safetensors --density 0.1 --out soup.safetensors",
-    "lora": "soups lora adapters/* --out adapter",
+    "lora": """soups lora adapters/* --out adapter
+soups lora adapters/* --rank 4 --out adapter
+soups lora adapters/* --base llama --out model
+soups greedy adapters/* --score 'python eval.py {soup}' --goal max --out adapter
+soups greedy adapters/* --base llama --perplexity held_out.txt --out model""",
     "export": "soups export soup.safetensors --to timm --network timm:resnet50 --out exported",
     "doctor": """soups doctor run/*.safetensors --init start.safetensors
 soups doctor run/*.safetensors --scores scores.json --held-out 616""",
@@ -38,7 +42,7 @@ TITLES = {
     "arithmetic": "the initialisation plus scaled changes of the models; scales may be negative",
     "ties": "trimmed changes that agree in sign, added to the initialisation",
     "dare": "random parts of the changes, scaled up, added to the initialisation",
-    "lora": "one LoRA adapter whose update is the mean of the adapters' updates, of folders of PEFT",
+    "lora": "one LoRA adapter whose update is the mean of the adapters' updates, or with --base the dense model",
     "export": "a soup as a folder that timm, open_clip, transformers or ONNX loads",
     "doctor": "whether models belong in one soup, and whether it is likely to be better than the best of them",
     "verify": "make a soup again from its ingredients and compare every byte",

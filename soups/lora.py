@@ -1,12 +1,10 @@
 """Soups of LoRA adapters that are exact: the mean of the products B A, which is not the product of the means."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from soups.average import check_names, mixture
 from soups.card import Card
 from soups.checks import sound_digest
 from soups.errors import UserError
+from soups.files.adapters import CONFIG, common_config, factors, in_model, read_config, scaling_of, weights_file
 from soups.files.atomic import digest_of, replacing, write_json
 from soups.files.folders import ADAPTER
 from soups.files.names import short_names
@@ -28,12 +27,6 @@ from soups.files.tensors import LazyWeights
 from soups.files.weights import Weights
 from soups.folder import copy_companions
 from soups.record import FORMAT, Ingredient, Record, versions
-
-_FACTOR = re.compile(r"^((?P<module>.*)\.lora_(?:embedding_)?)(?P<side>[AB])((?:\..*)?)$")
-CONFIG = "adapter_config.json"
-SAME = ("peft_type", "base_model_name_or_path", "task_type", "bias", "fan_in_fan_out", "modules_to_save")
-# Initialisations that change the base model's weights, so that the adapter alone is no change to the base model.
-CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
 
 
 @dataclass(frozen=True)
@@ -61,39 +54,6 @@ class LoraSoup:
         return [f"rank {self.rank}, {f'largest relative error of a module {error:.2%}' if error else 'exact'}"]
 
 
-def scaling_of(config: Mapping[str, Any], module: str = "") -> float:
-    """What B A is multiplied by, from peft's adapter_config.json: alpha / r, or alpha / sqrt(r) for rsLoRA.
-
-    Args:
-        config: adapter_config.json.
-        module: name of the adapted module, in the adapter or in its model; `rank_pattern` and `alpha_pattern` may give
-            it numbers of its own.
-
-    Raises:
-        ValueError: a kind of adapter whose update is not one multiple of B A.
-
-    >>> scaling_of({"r": 16, "lora_alpha": 32}), scaling_of({"r": 16, "lora_alpha": 32, "use_rslora": True})
-    (2.0, 8.0)
-    >>> scaling_of({"r": 16, "lora_alpha": 32, "alpha_pattern": {"v_proj": 8}}, "layers.0.self_attn.v_proj")
-    0.5
-    """
-    for option in ("use_dora", "lora_bias", "alora_invocation_tokens"):
-        if config.get(option):
-            raise ValueError(f"adapters with {option} cannot be averaged: {config[option]!r}")
-    module = _in_model(module)
-    rank = _patterned(config.get("rank_pattern"), module, config["r"])
-    alpha = _patterned(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _patterned(patterns: Mapping[str, int] | None, module: str, otherwise: int) -> int:
-    """The number of the first pattern that the end of a module's name matches, as peft reads them."""
-    for pattern, number in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return number
-    return otherwise
-
-
 def soup_lora(
     adapters: Sequence[Weights],
     scalings: Sequence[float | Callable[[str], float]],
@@ -109,7 +69,8 @@ def soup_lora(
 
     Args:
         adapters: K adapters with keys `*.lora_A.weight` (r_i, in) and `*.lora_B.weight` (out, r_i), or those of
-            embeddings and convolutions; ranks may differ. Other tensors (trained heads) are averaged.
+            embeddings and convolutions; ranks may differ. `*.lora_B.bias` is scaled as B is; other tensors (trained
+            heads and biases) are averaged.
         scalings: K numbers, or functions of a module's name; see `scaling_of`.
         mixing: c, K numbers that sum to 1; equal when None.
         rank: at most the sum of the ranks; None keeps the mean exact. Modules whose ranks sum to less stay exact.
@@ -117,34 +78,30 @@ def soup_lora(
     Raises:
         ValueError: adapters of different modules or shapes, a DoRA adapter, NaN or infinity, or settings that do not
             fit.
+        UserError: other tensors do not fit together.
     """
     check_names(adapters)
     shares = list(mixing) if mixing is not None else [1 / len(adapters)] * len(adapters)
     if len(scalings) != len(adapters) or len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"need a scaling and a share of 1 for each of {len(adapters)}; got {scalings} and {shares}")
-    factors = {name: found for name in adapters[0] if (found := _FACTOR.match(name))}
-    strange = [name for name in adapters[0] if "lora_" in name and name not in factors]
-    if strange:
-        raise ValueError(f"{strange[0]!r} is no factor of a LoRA update, and adapters that have it cannot be averaged")
-    rest = [{name: adapter[name] for name in adapter if name not in factors} for adapter in adapters]
-    weights = mixture(rest, lambda name: shares)
-    pairs = {}
-    for name, found in factors.items():
-        if found["side"] == "B":
-            continue
-        other, module = f"{found[1]}B{found[4]}", found["module"]
-        if other not in factors:
-            raise ValueError(f"{name!r} has no {other!r} beside it")
-        multiples = [s(module) if callable(s) else s for s in scalings]
-        joined = _joined(name, other, adapters, [c * s for c, s in zip(shares, multiples, strict=True)])
-        pairs[name] = other, module, joined
-    if not pairs or len(pairs) * 2 != len(factors):
-        raise ValueError(f"need pairs of factors lora_A and lora_B, got {len(factors)} factors in {len(pairs)} pairs")
-    longest = max(len(a) for _, _, (a, _) in pairs.values())
+    pairs = factors(adapters[0])
+    dora = next((name for name in adapters[0] if name.endswith("lora_magnitude_vector")), None)
+    if dora:
+        raise ValueError(f"{dora!r} is of DoRA, and the mean of its updates is no adapter")
+    multiples = {
+        module: [c * (s(module) if callable(s) else s) for c, s in zip(shares, scalings, strict=True)]
+        for module in pairs
+    }
+    biases = {f"{module}.lora_B.bias": factors for module, factors in multiples.items()}
+    both = {name for pair in pairs.values() for name in pair}
+    weights = mixture([_without(adapter, both) for adapter in adapters], lambda name: biases.get(name, shares))
+    joined = {module: _joined(*pair, adapters, multiples[module]) for module, pair in pairs.items()}
+    longest = max(len(a) for a, _ in joined.values())
     if rank is not None and not 1 <= rank <= longest:
         raise ValueError(f"rank must be in [1, {longest}], the largest sum of the ingredients' ranks; got {rank}")
     errors, ranks = {}, {}
-    for name, (other, module, (a, b)) in pairs.items():
+    for module, (name, other) in pairs.items():
+        a, b = joined.pop(module)
         top, side, errors[module] = truncated(a, b, rank) if rank is not None and rank < len(a) else (a, b, 0.0)
         ranks[module] = len(top)
         weights[name] = top.to(adapters[0][name].dtype).contiguous()
@@ -152,52 +109,12 @@ def soup_lora(
     return LoraSoup(weights, ranks, errors)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's adapter_config.json.
-
-    Raises:
-        UserError: it is not there or damaged, or of an adapter whose update is not one multiple of B A.
-    """
-    path = folder / CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("peft_type") != "LORA":
-            raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be averaged")
-        scaling_of(config)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: name folders that peft's save_pretrained wrote") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be used ({error})") from None
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
-        raise UserError(
-            f"{path}: init_lora_weights={start!r} changed the base model too, so the adapter is no change to the "
-            "original: save it with peft's path_initial_model_for_weight_conversion=..., and soup that"
-        )
-    return config
-
-
-def _weights_file(folder: Path) -> Path:
-    for name in (ADAPTER, "adapter_model.bin"):
-        if (folder / name).exists():
-            return folder / name
-    raise UserError(f"{folder} has no {ADAPTER}: name folders that peft's save_pretrained wrote")
-
-
-def _common_config(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The first folder's config.
-
-    Raises:
-        UserError: another has a base model or a setting with which the mean of updates is none.
-    """
-    for folder, config in zip(folders[1:], configs[1:], strict=True):
-        for key in SAME:
-            if (config.get(key) or None) != (configs[0].get(key) or None):
-                raise UserError(
-                    f"{folder / CONFIG}: {key} is {config.get(key)!r}, but {configs[0].get(key)!r} in {folders[0]}: "
-                    "only changes to the same model have a mean (where it is the same under two names, edit the file)"
-                )
-    return dict(configs[0])
+def _without(adapter: Weights, names: set[str]) -> Weights:
+    """The other tensors of an adapter; those of a file stay there until they are asked for."""
+    if not isinstance(adapter, LazyWeights):
+        return {name: adapter[name] for name in adapter if name not in names}
+    entries = {name: entry for name, entry in adapter.checkpoint.entries.items() if name not in names}
+    return LazyWeights(replace(adapter.checkpoint, entries=entries))
 
 
 def soup_folders(
@@ -227,20 +144,19 @@ def soup_folders(
         raise UserError(f"weights: need one of at least 0 for each of {len(folders)} adapters, got {shares}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: name another folder, or delete it")
-    configs = [read_config(folder) for folder in folders]
-    config = _common_config(folders, configs)
+    config = check_folders(folders)
     mixing = [share / sum(shares) for share in shares]
     try:
         soup = soup_lora(
-            [LazyWeights(_weights_file(folder)) for folder in folders],
-            [partial(scaling_of, config) for config in configs],
+            [LazyWeights(weights_file(folder)) for folder in folders],
+            [partial(scaling_of, read_config(folder)) for folder in folders],
             mixing=mixing,
             rank=rank,
         )
     except ValueError as error:
         raise UserError(f"adapters {', '.join(map(str, folders[:3]))}: {error}") from None
     usual = soup.rank
-    other = {_in_model(module): r for module, r in soup.ranks.items() if r != usual}
+    other = {f"^{re.escape(in_model(module))}": r for module, r in soup.ranks.items() if r != usual}
     config |= {"r": usual, "lora_alpha": usual, "use_rslora": False, "rank_pattern": other, "alpha_pattern": other}
     config |= {"inference_mode": True, "init_lora_weights": True}
     names = short_names(folders) if names is None else names
@@ -259,18 +175,25 @@ def soup_folders(
     return replace(soup, path=out)
 
 
-def check_folders(folders: Sequence[Path]) -> None:
-    """Refuse adapters whose updates have no mean, as far as configs and names of tensors tell.
+def check_folders(folders: Sequence[Path]) -> dict[str, Any]:
+    """The first folder's config, of adapters whose updates have a mean as far as configs and names of tensors tell.
 
     Raises:
         UserError: names the folder.
     """
-    _common_config(folders, [read_config(folder) for folder in folders])
-    first, *others = [LazyWeights(_weights_file(folder)) for folder in folders]
-    for folder, other in zip(folders[1:], others, strict=True):
-        only = sorted(first.keys() ^ other.keys())
+    first_config = common_config(folders)
+    first, *others = [LazyWeights(weights_file(folder)) for folder in folders]
+    for folder, adapter in zip(folders, (first, *others), strict=True):
+        config = read_config(folder)
+        if config.get("use_dora"):
+            raise UserError(
+                f"{folder / CONFIG}: use_dora is set, and a mean of DoRA updates is no adapter: type --base MODEL, a "
+                f"folder or file of {config.get('base_model_name_or_path')!r}, for a soup that is the whole model"
+            )
+        only = sorted(first.keys() ^ adapter.keys())
         if only:
             raise UserError(f"{folder}: tensor {only[0]!r} is in this adapter or in {folders[0]}, and not in both")
+    return first_config
 
 
 def digest_of_folder(folder: Path) -> str:
@@ -279,13 +202,8 @@ def digest_of_folder(folder: Path) -> str:
     Raises:
         UserError: no adapter, or a tensor of it holds NaN or infinity.
     """
-    with opened([_weights_file(folder)], Reading(as_stored=True)) as (checkpoint,):
+    with opened([weights_file(folder)], Reading(as_stored=True)) as (checkpoint,):
         return digest_of([sound_digest(checkpoint), read_config(folder)])
-
-
-def _in_model(module: str) -> str:
-    """A module's name in the base model, without what peft puts before it."""
-    return module.removeprefix("base_model.model.")
 
 
 def _card(

@@ -44,8 +44,9 @@ class Record:
     def metadata(self) -> dict[str, str]:
         """What a soup's file says: this, a hash of it, and the "format" that transformers ask for."""
         values = asdict(self)
-        if self.reading is not None and not self.reading.set_aside:
-            del values["reading"]["set_aside"]  # records have it where it says something
+        for name in ("set_aside", "base"):  # records have them where they say something
+            if self.reading is not None and not values["reading"][name]:
+                del values["reading"][name]
         if self.format == 1:
             del values["reading"], values["first"]
         text = json.dumps(values, sort_keys=True)

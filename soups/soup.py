@@ -112,7 +112,7 @@ class Soup:
         Raises:
             UserError: `out` is one of the models, or a folder that is there; or as the averaging.
         """
-        path, like = Path(out), self.pool.paths[0]
+        path, like = Path(out), self.pool.like
         refuse_out(path, self.pool.paths, force=True)
         if self.pool.adapters:
             if path.suffix in (".safetensors", *PICKLED):

@@ -54,6 +54,11 @@ class Pool:
         """A folder that is deleted when nobody needs the pool any more."""
         return Path(self.temporary.name)
 
+    @property
+    def like(self) -> Path:
+        """Beside which config and tokenizer are: the first model, or the base model of adapters."""
+        return self.paths[0] if self.reading.base is None else Path(self.reading.base)
+
     def __len__(self) -> int:
         return len(self.paths)
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from soups.errors import UserError
+from soups.files.adapters import CONFIG
 from soups.files.atomic import read_json
 from soups.files.checkpoints import PICKLED, Checkpoint, Entry, digest_file, tensor_digests
 from soups.files.folders import ADAPTER, INDEX, is_adapter
@@ -94,6 +95,8 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     paths, problems = find(record, folder, soup)
     if problems:
         elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""
+        if record.reading is not None and record.reading.base:
+            elsewhere += f" (adapters, merged into {record.reading.base}, which is read there or beside them)"
         return f"of its ingredients in {folder}, {', '.join(problems)}{elsewhere}"
     with tempfile.TemporaryDirectory() as temporary:
         again = Path(temporary) / "soup.safetensors"
@@ -121,7 +124,7 @@ def answer(soup: Path, folder: Path | None = None) -> tuple[bool, str]:
 
 def _again_lora(record: Record, paths: Sequence[Path], soup: Path, again: Path) -> str:
     """What `verify` answers of a soup of adapters."""
-    from soups.lora import CONFIG, soup_folders  # noqa: PLC0415
+    from soups.lora import soup_folders  # noqa: PLC0415
 
     names, rank = [ingredient.file for ingredient in record.ingredients], record.note["lora"]["rank"]
     assert not isinstance(record.weights, dict)  # of an adapter there is one weight

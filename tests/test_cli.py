@@ -290,6 +290,7 @@ def examples(tmp_path_factory, language):  # noqa: F811
     )
     (root / "eval.py").write_text("print(0.5)\n")
     shutil.copytree(root / "made/adapters", root / "adapters")
+    shutil.copytree(root / "made/language/checkpoint-0", root / "llama")
     (root / "scores.json").write_text(
         json.dumps({"run0.safetensors": 0.5, "run1.safetensors": 0.6, "run2.safetensors": 0.4})
     )

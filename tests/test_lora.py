@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import soups
 from soups.cli import main
 from soups.errors import UserError
-from soups.lora import scaling_of, soup_folders, soup_lora, truncated
+from soups.files.adapters import scaling_of
+from soups.lora import soup_folders, soup_lora, truncated
 from soups.verify import verify
 from tests.commands import python
 
@@ -122,7 +123,8 @@ def test_adapters_keep_their_dtype():
         ([{A: torch.ones(2, 3), B: torch.ones(4, 3)}], {}, "adapter 0, .*do not fit the others"),
         ([{A: torch.ones(2, 3)}], {}, f"no '{B}' beside it"),
         ([adapter(0) | {A: torch.full((2, 7), torch.nan)}], {}, "NaN or infinity"),
-        ([adapter(0) | {f"{MODULE}.lora_magnitude_vector": torch.ones(5)}], {}, "no factor of a LoRA update"),
+        ([adapter(0) | {f"{MODULE}.lora_magnitude_vector": torch.ones(5)}], {}, "is of DoRA"),
+        ([adapter(0) | {f"{MODULE}.lora_sparse": torch.ones(5)}], {}, "no factor of a LoRA update"),
         ([adapter(0), adapter(1)], {"rank": 5}, r"must be in \[1, 4\].*got 5"),
         ([adapter(0), adapter(1)], {"mixing": [0.5, 0.6]}, "a share of 1"),
     ],
@@ -132,12 +134,10 @@ def test_adapters_that_do_not_fit_are_refused_by_name(adapters, options, words):
         soup_lora(adapters, [1.0] * len(adapters), **options)
 
 
-def test_one_scaling_per_adapter_is_needed_and_adapters_of_another_kind_have_none():
+def test_one_scaling_per_adapter_is_needed():
     with pytest.raises(ValueError, match="a scaling"):
         soup_lora([adapter(0), adapter(1)], [1.0])
     assert scaling_of({"r": 16, "lora_alpha": 32, "use_rslora": True}) == 32 / 4  # the root of the rank
-    with pytest.raises(ValueError, match="use_dora"):
-        scaling_of({"r": 8, "lora_alpha": 8, "use_dora": True})
 
 
 CONFIG = {
@@ -199,34 +199,32 @@ def test_modules_may_have_ranks_and_scalings_of_their_own(tmp_path):
         torch.testing.assert_close(mean, sum(scaling * w[b].double() @ w[a].double() for w in slow) / 2)
 
 
-def test_peft_itself_computes_the_mean_of_the_updates(tmp_path):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-
-    def base():
-        torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
-
-    x, effects = torch.randn(3, 7), []
-    for i, rank in enumerate((2, 3)):
-        config = peft.LoraConfig(r=rank, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
-        torch.manual_seed(i)
-        model = peft.get_peft_model(base(), config)
-        model.save_pretrained(tmp_path / f"m{i}")
-        effects.append(model.base_model.model[0](x).detach())
-    soup_folders([tmp_path / "m0", tmp_path / "m1"], tmp_path / "soup")
-    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "soup")
-    torch.testing.assert_close(loaded.base_model.model[0](x), (effects[0] + effects[1]) / 2)
+OTHER_KINDS = ("IA3", "PROMPT_TUNING", "VERA", "LOHA", "ADALORA", None)
+# Settings that change what an adapter does to its model, and one that a newer version may bring.
+OTHER_OPTIONS = {
+    "target_parameters": ["experts.w"],
+    "layer_replication": [[0, 2], [1, 3]],
+    "alora_invocation_tokens": [1],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "not_known_yet": 0.5,
+}
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"base_model_name_or_path": "another/base"}, "base_model_name_or_path is 'another/base', but 'some/base' in"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
-        ({"use_dora": True}, "adapters with use_dora cannot be averaged"),
-        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"revision": "v2"}, "revision is 'v2', but None in"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS', but 'CAUSAL_LM' in"),
+        *(({"peft_type": kind}, f"b/.*peft_type is {kind!r}; only LORA.*merge_and_unload") for kind in OTHER_KINDS),
+        *(({"init_lora_weights": kind}, "path_initial_model_for_weight_conversion") for kind in ("pissa_niter_4", "x")),
+        *(({option: value}, f"b/.*{option} is .*merge_and_unload") for option, value in OTHER_OPTIONS.items()),
+        ({"use_dora": True}, "use_dora is set.* type --base MODEL, a folder or file of 'some/base'"),
         ({"bias": "all"}, "bias is 'all'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"modules_to_save": ["head"]}, r"modules_to_save is \['head'\]"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
     ],
 )
 def test_folders_that_do_not_fit_are_refused_by_file_and_setting(config, words, tmp_path):

@@ -51,6 +51,7 @@ EFFECTS = {  # another value of a setting, and what it changes; or the words wit
     "--texts": ("held_out", ("not allowed with argument",)),
     "--perplexity": ("held_out", ("not allowed with argument",)),
     "--choices": ("held_out", ("not allowed with argument",)),
+    "--base": ("start.pt", ("--base is for folders of LoRA adapters, and m0.pt is none",)),  # tests/test_lora_peft.py
 }
 # Settings of held-out examples, which none of these pools has.
 OF_EXAMPLES = {
@@ -211,7 +212,7 @@ def test_a_journal_is_written_where_it_was_asked_for(recipe, pool, monkeypatch, 
 
 
 def test_adapters_have_settings_of_their_own():
-    assert flags_of("lora") == {"-h", "--help", "--out", "--force", "--weights", "--rank"}  # tests/test_lora.py
+    assert flags_of("lora") == {"-h", "--help", "--out", "--force", "--weights", "--rank", "--base"}  # test_lora.py
     assert flags_of("doctor") == {
         "-h",
         "--help",

@@ -61,8 +61,8 @@ def in_folder(folder: Path) -> Path:
         return whole[0]
     if not whole and any(_OF_ADAPTER.search(file.name) for file in folder.iterdir()):
         raise UserError(
-            f"{folder} holds an adapter, not a model: type `soups lora` for a soup of adapters, or merge it into its "
-            "model with peft's merge_and_unload"
+            f"{folder} holds an adapter, not a model: type `soups lora` for a soup of adapters, or with --base MODEL "
+            "of the models into which they are merged"
         )
     raise UserError(f"{folder} is a folder without {INDEX}: name a file in it")
 

@@ -7,11 +7,13 @@ or by their folder; models of the Hugging Face hub.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from soups.errors import UserError
+from soups.files.adapters import merged, weights_file
 from soups.files.checkpoints import PICKLED, Checkpoint, open_safetensors, recorded_ties, renamed, supported
-from soups.files.folders import HUB, INDEX, from_hub, in_folder, is_shard
+from soups.files.folders import HUB, INDEX, from_hub, in_folder, is_adapter, is_shard
 from soups.files.pickled import open_pickled
 from soups.files.reading import Reading, only_here, without_wrappers
 
@@ -93,6 +95,11 @@ def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Readin
     try:
         if str(path).startswith(HUB):
             path = from_hub(str(path))
+        if reading.base is not None and is_adapter(path):
+            beside = path.parent / Path(reading.base).name  # where the base model is no longer where it was
+            base = beside if beside.exists() and not Path(reading.base).exists() else Path(reading.base)
+            adapter = _open_file(weights_file(path), stack, Reading())
+            return merged(path, adapter, open_checkpoint(base, stack, replace(reading, base=None)))
         if path.is_dir():
             path = in_folder(path)
         elif is_shard(path):

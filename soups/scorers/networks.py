@@ -182,7 +182,7 @@ def _timm(asked: "HeldOut", pool: Pool, classes: Sequence[str]) -> ImageNetwork:
     import timm  # noqa: PLC0415
     from timm.data import create_transform, resolve_data_config  # noqa: PLC0415
 
-    name, config = asked.name, config_beside(pool.paths[0], "config.json")
+    name, config = asked.name, config_beside(pool.like, "config.json")
     if name is None and config is not None:
         name = json.loads(config.read_text(encoding="utf-8")).get("architecture")
     if name is None:
@@ -244,7 +244,7 @@ def tower_name(name: str) -> str | None:
 def _open_clip(asked: "HeldOut", pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
     import open_clip  # noqa: PLC0415
 
-    beside = config_beside(pool.paths[0], "open_clip_config.json")
+    beside = config_beside(pool.like, "open_clip_config.json")
     name = asked.name or (f"local-dir:{beside.parent}" if beside else None)
     if name is None:
         raise UserError("--network open_clip:NAME is needed; open_clip.list_models() has the names")
@@ -330,7 +330,7 @@ def read_source(asked: "HeldOut", pool: Pool, *endings: str) -> tuple[Path, Any]
     """
     from transformers import AutoConfig  # noqa: PLC0415
 
-    source = Path(asked.name) if asked.name else pool.paths[0]
+    source = Path(asked.name) if asked.name else pool.like
     beside = config_beside(source, "config.json")
     if beside is None:
         raise UserError(

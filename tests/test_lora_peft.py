@@ -1,0 +1,199 @@
+"""Soups of adapters that PEFT wrote, compared with the mean of the models into which PEFT merges each of them."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import soups
+from soups.cli import main
+from soups.verify import verify
+from tests.test_cli import ended
+
+peft = pytest.importorskip("peft")
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+GPT2 = {"vocab_size": 11, "n_positions": 9, "n_embd": 8, "n_layer": 1, "n_head": 2}
+MADE = {  # name -> a class of transformers and its config
+    "bert": ("BertForSequenceClassification", transformers.BertConfig(vocab_size=11, num_labels=3, **SMALL)),
+    "vit": ("ViTForImageClassification", transformers.ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL)),
+    "gpt2": ("GPT2LMHeadModel", transformers.GPT2Config(**GPT2, bos_token_id=0, eos_token_id=1)),
+}
+ATTENTION = {"target_modules": ["query", "value"]}
+CONV1D = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+DORA, RSLORA = {"use_dora": True}, {"use_rslora": True}
+RANKS = [{"r": 2}, {"r": 3, "lora_alpha": 5}]
+PATTERNS = [
+    {"r": 2, "rank_pattern": {"value": 3}, "alpha_pattern": {"layer.0.attention.self.query": 1}},
+    {"r": 1, "rank_pattern": {"layer.1.attention.self.query": 4}, "alpha_pattern": {"^bert.*value": 3}},
+]
+# name -> the model, settings that both adapters have, and those of each
+VARIANTS = {
+    "patterns": ("bert", ATTENTION, PATTERNS),
+    "rslora": ("bert", ATTENTION | RSLORA, RANKS),
+    "rslora beside lora": ("bert", ATTENTION, [RSLORA, {"r": 3}]),
+    "rslora with patterns": ("bert", ATTENTION | RSLORA, PATTERNS),
+    "bias all": ("bert", ATTENTION | {"bias": "all"}, RANKS),
+    "bias lora_only": ("bert", ATTENTION | {"bias": "lora_only"}, RANKS),
+    "lora_bias": ("bert", ATTENTION | {"lora_bias": True}, PATTERNS),
+    "lora_bias and bias all": ("bert", ATTENTION | {"lora_bias": True, "bias": "all"}, [RSLORA, {}]),
+    "modules_to_save": ("bert", ATTENTION | {"modules_to_save": ["classifier"]}, RANKS),
+    "embeddings": ("bert", {"target_modules": ["word_embeddings", "query"]}, [RANKS[0], RANKS[1] | RSLORA]),
+    "convolutions": ("vit", {"target_modules": ["projection", "classifier"]}, RANKS),
+    "weights of (in, out)": ("gpt2", CONV1D, RANKS),
+}
+WITH_BASE_ALONE = {
+    "dora": ("bert", ATTENTION | DORA, PATTERNS),
+    "dora of embeddings": ("bert", {"target_modules": ["word_embeddings"], **DORA}, RANKS),
+    "dora of convolutions": ("vit", {"target_modules": ["projection"], **DORA}, RANKS),
+    "dora of (in, out)": ("gpt2", CONV1D | DORA, RANKS),
+    "dora with rslora, biases and a head": (
+        *("bert", ATTENTION | DORA | {"bias": "all", "modules_to_save": ["classifier"]}, [RSLORA, {}]),
+    ),
+    "dora beside lora": ("bert", ATTENTION, [DORA, {"r": 3}]),
+    "other modules": ("bert", {}, [{"target_modules": ["query"]}, {"target_modules": ["key"], **DORA}]),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Models made at random, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    for name, (made, config) in MADE.items():
+        model = getattr(transformers, made)(config)
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def loaded(folder, name):
+    return getattr(transformers, MADE[name][0]).from_pretrained(folder)
+
+
+def adapters(bases, variant, folder):
+    """Folders as PEFT saves them after every number that it trains has changed."""
+    name, common, each = variant
+    for i, settings in enumerate(each):
+        torch.manual_seed(i)
+        config = peft.LoraConfig(**{"r": 2, "lora_alpha": 4, **common, **settings})
+        model = peft.get_peft_model(loaded(bases / name, name), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        model.save_pretrained(folder / f"run{i}")
+    return [folder / f"run{i}" for i in range(len(each))]
+
+
+def merged(bases, name, folder):
+    """The weights of the model into which PEFT merges an adapter."""
+    return peft.PeftModel.from_pretrained(loaded(bases / name, name), folder).merge_and_unload().state_dict()
+
+
+def mean_of(states):
+    return {name: sum(state[name].double() for state in states) / len(states) for name in states[0]}
+
+
+def assert_equal(found, wanted):
+    """To the rounding of float32 in sums of products of about 1."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name].double(), tensor.double(), rtol=2e-6, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *WITH_BASE_ALONE])
+def test_the_soup_is_the_mean_of_the_models_into_which_peft_merges_the_adapters(variant, bases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    case = (VARIANTS | WITH_BASE_ALONE)[variant]
+    name, start = case[0], load_file(bases / case[0] / "model.safetensors")
+    wanted = mean_of([merged(bases, name, folder) for folder in adapters(bases, case, tmp_path)])
+    assert (
+        max((wanted[key] - start[key]).abs().max() for key in start.keys() & wanted.keys()) > 0.1
+    )  # they do something
+    main(["lora", "run*", "--base", str(bases / name), "--out", "model"])
+    assert_equal(loaded("model", name).state_dict(), wanted)
+    assert verify(tmp_path / "model") == ""
+    if variant in VARIANTS:
+        main(["lora", "run*", "--out", "adapter"])
+        assert_equal(merged(bases, name, "adapter"), wanted)
+        assert verify(tmp_path / "adapter") == ""
+
+
+@pytest.mark.parametrize("variant", ["rslora with patterns", "embeddings", "convolutions"])
+def test_a_truncated_soup_is_the_nearest_of_its_rank_and_says_how_far_it_is(variant, bases, tmp_path, capsys):
+    name = VARIANTS[variant][0]
+    folders = adapters(bases, VARIANTS[variant], tmp_path)
+    start = loaded(bases / name, name).state_dict()
+    wanted, errors = mean_of([merged(bases, name, folder) for folder in folders]), []
+    for key in (key for key, tensor in wanted.items() if tensor.ndim > 1):
+        change = (wanted[key] - start[key].double()).flatten(1)
+        u, values, vt = torch.linalg.svd(change, full_matrices=False)
+        wanted[key] = start[key] + (u[:, :2] * values[:2] @ vt[:2]).reshape(start[key].shape)
+        errors.append((values[2:].norm() / values.norm()).item() if change.abs().max() > 1e-5 else 0.0)
+    main(["lora", *map(str, folders), "--rank", "2", "--out", str(tmp_path / "soup")])
+    assert f"rank 2, largest relative error of a module {max(errors):.2%}" in capsys.readouterr().out
+    assert_equal(merged(bases, name, tmp_path / "soup"), wanted)
+
+
+def test_trained_rows_of_an_embedding_are_averaged_in_an_adapter_and_need_peft_in_a_model(bases, tmp_path, capsys):
+    rows = {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [1, 4]}}
+    folders = adapters(bases, ("bert", rows, RANKS), tmp_path)
+    main(["lora", *map(str, folders), "--out", str(tmp_path / "soup")])
+    assert_equal(merged(bases, "bert", tmp_path / "soup"), mean_of([merged(bases, "bert", each) for each in folders]))
+    _, _, err = ended(["lora", *map(str, folders), "--base", str(bases / "bert"), "--out", str(tmp_path / "m")], capsys)
+    assert "trainable_tokens_delta' changes 'bert." in err
+
+
+def test_a_head_that_the_base_model_lacks_is_added(bases, tmp_path):
+    folders = adapters(bases, VARIANTS["modules_to_save"], tmp_path)
+    base = load_file(bases / "bert/model.safetensors")
+    lacking = {name: tensor for name, tensor in base.items() if "classifier" not in name}
+    torch.save(lacking, tmp_path / "base.pt")
+    soup = soups.uniform(folders, base=tmp_path / "base.pt")
+    assert_equal(soup.weights, mean_of([merged(bases, "bert", folder) for folder in folders]))
+
+
+@pytest.fixture(scope="module")
+def language(bases, tmp_path_factory):
+    """DoRA adapters of a language model, whose tokenizer lies beside it, and a text."""
+    folder = tmp_path_factory.mktemp("language")
+    adapters(bases, ("gpt2", CONV1D | DORA, [{}, {"r": 3}, {"lora_alpha": 9}]), folder)
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate("ab?defghijk")}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(bases / "gpt2")
+    (folder / "text.txt").write_text("a b d e a b\nf g a b h i\n")
+    (folder / "score.py").write_text(
+        "def size(weights):\n    return weights['transformer.h.0.attn.c_attn.weight'].double().norm().item()\n"
+        "if __name__ == '__main__':\n"
+        "    import sys; from transformers import AutoModelForCausalLM\n"
+        "    print(size(AutoModelForCausalLM.from_pretrained(sys.argv[1]).state_dict()))\n"
+    )
+    return folder
+
+
+def test_greedy_scores_the_models_into_which_dora_adapters_are_merged(bases, language, monkeypatch, capsys):
+    monkeypatch.chdir(language)
+    monkeypatch.syspath_prepend(str(language))
+    states = [merged(bases, "gpt2", f"run{i}") for i in range(3)]
+    base = ["--base", str(bases / "gpt2")]
+    main(["greedy", "run*", *base, "--score", "score:size", "--goal", "min", "--out", "by_function"])
+    assert "greedy: " in capsys.readouterr().out
+    record = json.loads(load_metadata("by_function/model.safetensors")["soup"])
+    used = [states[int(part["file"][-1])] for part in record["ingredients"]]
+    assert_equal(loaded("by_function", "gpt2").state_dict(), mean_of(used))
+    sizes = [state["transformer.h.0.attn.c_attn.weight"].double().norm().item() for state in states]
+    assert record["note"]["held_out"]["score"] <= min(sizes) * (1 + 1e-6)
+    main(["greedy", "run*", *base, "--perplexity", "text.txt", "--out", "by_perplexity"])
+    for made in ("by_function", "by_perplexity"):
+        assert verify(language / made) == ""
+
+
+def load_metadata(path):
+    from safetensors import safe_open
+
+    return safe_open(path, "pt").metadata()
