@@ -25,10 +25,10 @@ from soups.conformance import Layout
 from soups.experiment.pool import usable_pool
 from soups.files.checkpoints import Entry
 from store.runs import RunFolder
-from tests.pools import moved_pool, recorded_pool
+from tests.pools import moved_pool, recorded_pool, small_network
 
 BLOCK, GAIN, HEAD = "tower.blocks.0.fc.weight", "tower.blocks.0.norm.weight", "head.weight"
-FEW = ["task.classes=8", "cluster.workers=1", "analysis.resamples=100"]
+FEW = ["task.classes=8", "task.shifts=[v2, r]", "cluster.workers=1", "analysis.resamples=100"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,8 @@ def test_pairs_differ_in_one_thing_and_leave_out_high_learning_rates(tmp_path):
 def measured(tmp_path_factory):
     """Three rows of which any two differ in several things."""
     runs = tmp_path_factory.mktemp("runs")
-    config = load("demo_tiny", f"paths.runs={runs}", "analysis.angles.several=true", *FEW)
+    small = [*FEW, *small_network(tmp_path_factory.mktemp("network"))]
+    config = load("demo_tiny", f"paths.runs={runs}", "analysis.angles.several=true", *small)
     weights = moved_pool(config)
     return config, weights, write_artefact("figure3", [config])
 

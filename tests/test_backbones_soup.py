@@ -17,7 +17,7 @@ from soups.experiment.cook import cook
 from soups.files.weights import load_weights
 
 SMALL = ["recipes=[best]", "optim.epochs=1", "optim.warmup_steps=2", "optim.batch_size=8", "analysis.resamples=100"]
-SMALL += ["cluster.workers=1", "task.classes=60", "sweep.listed=[{task:{parts:6,part:0}},{task:{parts:6,part:1}}]"]
+SMALL += ["cluster.workers=1", "task.classes=12", "task.shifts=[v2]", "sweep.listed=[{task:{parts:6,part:0}},{task:{parts:6,part:1}}]"]
 
 
 @pytest.fixture(scope="module")
