@@ -24,15 +24,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from unittest.mock import patch
-
-import threadpoolctl
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
@@ -59,21 +57,19 @@ LIBRARIES = (
     "tabulate",
 )
 # Variables that libraries and the interpreter read when they are loaded begin with one of these: a command that has
-# other values than the process it would be forked from starts from nothing.
+# other values than the process it would be forked from starts from nothing. How many threads compute is set when it is
+# forked, as a stage that a test calls in its own process leaves other numbers there.
 READ_AT_LOADING = (
     "CUDA_",
     "HF_",
     "LD_",
     "MALLOC_",
-    "MKL_",
     "MPL",
-    "OMP_",
-    "OPENBLAS_",
     "PYTHONHASHSEED",
     "PYTHONWARNINGS",
     "TRANSFORMERS_",
 )
-THREADS = ("MKL_", "OMP_", "OPENBLAS_")  # of these, variables that say how many threads compute
+SHARED = "MODEL_SOUPS_TESTS_PYTHON"  # names the quick python that the processes of one run of pytest share
 ASIDE = 200  # a number above those of files that processes inherit
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # no command under test asks the hub
 CLIENT = """#!{python} -SE
@@ -88,10 +84,8 @@ files = [0, 1, 2]
 if words[:1] == ["-c"] and words[1].startswith("from multiprocessing."):
     files += [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
     files = [number for number in files if os.path.exists(f"/proc/self/fd/{{number}}")]  # but that of the listing
-prefixes = {prefixes} if len(files) == 3 else {of_workers}  # of a worker the threads are set when it is forked
-read = {{name: value for name, value in environment.items() if name.startswith(prefixes)}}
-known = {{name: value for name, value in {read}.items() if name.startswith(prefixes)}}
-if read != known or not (words and (words[0] in ("-m", "-c") or words[0].endswith(".py"))):
+read = {{name: value for name, value in environment.items() if name.startswith({prefixes})}}
+if read != {read} or not (words and (words[0] in ("-m", "-c") or words[0].endswith(".py"))):
     os.execv({python!r}, [{python!r}, *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
@@ -117,7 +111,16 @@ os._exit(status)
 
 @lru_cache(maxsize=1)
 def python() -> str:
-    """The path of the quick `python`, alone in its folder; it is there until this process ends."""
+    """The path of the quick `python`, when it can be used; it is there until the process that began the tests ends."""
+    path, began = os.environ.get(SHARED) or begin(), time.monotonic()
+    while not Path(path).with_name("socket").exists():
+        assert time.monotonic() - began < 300, "the libraries cannot be loaded"
+        time.sleep(0.05)
+    return path
+
+
+def begin() -> str:
+    """Start to load the libraries, and return the path that the quick `python`, alone in its folder, will have."""
     folder = Path(tempfile.mkdtemp(prefix="python-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     address, client, environment = str(folder / "socket"), folder / "python", OFFLINE | dict(os.environ)
@@ -126,16 +129,14 @@ def python() -> str:
         "python": sys.executable,
         "address": address,
         "prefixes": READ_AT_LOADING,
-        "of_workers": tuple(prefix for prefix in READ_AT_LOADING if prefix not in THREADS),
         "offline": OFFLINE,
         "read": read,
     }
     client.write_text(CLIENT.format(**known))
     client.chmod(0o755)
     words = [sys.executable, __file__, address, str(client)]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, cwd=folder, env=environment)
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, cwd=folder, env=environment)
     atexit.register(server.kill)
-    assert server.stdout is not None and server.stdout.read(1) == b"+"  # it listens
     return str(client)
 
 
@@ -167,13 +168,13 @@ def _ended(link: socket.socket, status: int) -> None:
 def serve(address: str) -> list:
     """Fork for each command that is asked for; returns in the forked process alone, with what it has to do."""
     listener, links, (woken, wake) = socket.socket(socket.AF_UNIX), {}, os.pipe()
-    listener.bind(address)
+    listener.bind(f"{address}-")
     listener.listen(64)
+    Path(f"{address}-").rename(address)  # which is there when it listens
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake)
     parent = os.getppid()
-    print("+", end="", flush=True)
     while os.getppid() == parent:
         ready = select.select([woken, listener, *links], [], [], 5)[0]
         for link in [link for link in ready if link in links]:
@@ -211,7 +212,10 @@ def run(words: list[str], folder: str, environment: dict[str, str], files: list[
     """Be the interpreter that was asked for."""
     os.chdir(folder)
     os.getppid = lambda: parent  # as of the process that the client stands for, and that ends it with its own end
-    if len(files) > 3 and "OMP_NUM_THREADS" in environment:
+    if "OMP_NUM_THREADS" in environment:
+        import threadpoolctl  # which is loaded, as torch is; the process that begins the tests needs neither
+        import torch
+
         threads = int(environment["OMP_NUM_THREADS"])
         torch.set_num_threads(threads)
         threadpoolctl.threadpool_limits(threads)

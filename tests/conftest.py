@@ -35,6 +35,14 @@ class OneCluster(LoadFileScheduling):
         return "tests/cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
 
 
+def pytest_configure(config):
+    """One quick python for all processes that run tests, which takes seconds to load its libraries."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        from tests.commands import SHARED, begin
+
+        os.environ[SHARED] = begin()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_xdist_make_scheduler(config, log):
     return OneCluster(config, log) if config.getvalue("dist") == "loadfile" else None
@@ -81,12 +89,14 @@ def same_path():
     sys.path[:] = before
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """What a command would spread over processes is done in the test's own, where patches hold."""
+@pytest.fixture(scope="module")
+def in_process():
+    """What commands would spread over processes is done in that of the tests, where patches hold, in a whole module."""
     from tests.pools import Here
 
-    monkeypatch.setattr("store.workers._pool", lambda workers, threads: Here())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("store.workers._pool", lambda workers, threads: Here())
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

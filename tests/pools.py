@@ -1,5 +1,6 @@
 """Finished sweeps without training: an initialisation, and rows that were moved away from it."""
 
+import pickle
 from concurrent.futures import Future
 
 import timm
@@ -16,11 +17,11 @@ from tasks.load import class_names
 
 
 class Here:
-    """A pool of workers that does each call at once, in this process."""
+    """A pool of workers that does each call at once, in this process, as another one would understand it."""
 
     def submit(self, call):
         future = Future()
-        future.set_result(call())
+        future.set_result(pickle.loads(pickle.dumps(call))())
         return future
 
 
@@ -84,9 +85,13 @@ def moved(start, seed, scale):
     }
 
 
-def finished_pool(runs, *overrides, experiment="demo_tiny", classes=10, scale=0.2):
-    """An experiment whose rows are all done, row 0 being the zero-shot model, and its evaluator."""
-    config = load(experiment, f"paths.runs={runs}", f"task.classes={classes}", "analysis.resamples=200", *overrides)
+def finished_pool(runs, *overrides, experiment="demo_tiny", classes=10, scale=0.2, small=True):
+    """An experiment whose rows are all done, row 0 being the pretrained model, and its evaluator.
+
+    It has the small network, unless the experiment's own is asked for, whose head is from the names of the classes.
+    """
+    words = ["analysis.resamples=200", *(small_network(runs) if small else []), *overrides]
+    config = load(experiment, f"paths.runs={runs}", f"task.classes={classes}", *words)
     evaluator = Evaluator(config)
     start = pretrained(config.model, class_names(config.task)).state_dict()
     for row in range(config.sweep.size + 1):

@@ -27,6 +27,8 @@ from soups.files.checkpoints import Entry
 from store.runs import RunFolder
 from tests.pools import moved_pool, recorded_pool, small_network
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 BLOCK, GAIN, HEAD = "tower.blocks.0.fc.weight", "tower.blocks.0.norm.weight", "head.weight"
 FEW = ["task.classes=8", "task.shifts=[v2, r]", "cluster.workers=1", "analysis.resamples=100"]
 

@@ -22,7 +22,9 @@ from configs.schema import load
 from eval.forward import Evaluator
 from eval.metrics import nll
 from soups.experiment.pool import usable_pool
-from tests.pools import finished_pool, recorded_pool, small_network
+from tests.pools import finished_pool, recorded_pool
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 TWO = ["sweep.listed=[{augment: {kind: minimal}}]", "sweep.grid.optim.lr=[1.0e-2, 1.0e-3]", "cluster.workers=1"]
 TWO += ["task.shifts=[r]"]
@@ -54,8 +56,7 @@ def test_a_sweep_without_such_rows_is_told_which_ones_are_missing(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    small = [*TWO, *small_network(tmp_path_factory.mktemp("network"))]
-    return finished_pool(tmp_path_factory.mktemp("runs"), *small, experiment="demo_extreme_lp", scale=0.02)
+    return finished_pool(tmp_path_factory.mktemp("runs"), *TWO, experiment="demo_extreme_lp", scale=0.02)
 
 
 def test_losses_are_those_of_soup_and_ensemble_at_every_alpha(finished):

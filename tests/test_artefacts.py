@@ -29,12 +29,14 @@ def test_every_experiment_behind_them_exists_and_belongs_to_paper_or_demo_full()
     assert named_there <= whole
 
 
+@pytest.mark.slow
 def test_demo_full_has_a_part_for_each_artefact():
     parts = parts_of_experiment(load("demo_full"), [])
     assert {part.name for part in parts} == set(load("demo_full").parts)
     assert all(parts_of(name, parts) for name in ARTEFACTS)
 
 
+@pytest.mark.slow
 def test_what_is_typed_reaches_every_part_but_not_what_names_the_whole():
     typed = ["experiment=demo_full", "artefact=all", "paths.runs=elsewhere", "analysis.resamples=7"]
     parts = parts_of_experiment(load("demo_full"), typed)
@@ -107,6 +109,7 @@ def test_the_list_has_each_with_its_state_and_its_functions_whole():
     assert "33 tables and figures" in answer.stdout
 
 
+@pytest.mark.slow
 def test_an_artefact_of_another_experiment_says_which_it_is_made_of(tmp_path):
     answer = here(["-m", "analysis", "artefact=tablel1", "experiment=table5", f"paths.runs={tmp_path}"])
     assert answer.returncode == 2

@@ -100,6 +100,7 @@ def test_a_second_computation_agrees_to_the_last_printed_digit(claim, pools):
     assert printed(row) == ([f"{100 * value:+.2f}" for value in (mean, low, high)], f"{p:.4f}")
 
 
+@pytest.mark.slow
 def test_the_committed_answers_are_those_of_a_second_computation_from_the_committed_predictions():
     pools, committed = read_pools(MEASURED, POOLS), pd.read_csv(MEASURED / "claims.csv")
     assert list(committed["claim"]) == [claim.number for claim in CLAIMS] and set(committed["pools"]) == {len(pools)}
@@ -108,6 +109,7 @@ def test_the_committed_answers_are_those_of_a_second_computation_from_the_commit
         assert printed(row) == ([f"{100 * value:+.2f}" for value in (mean, low, high)], f"{p:.4f}")
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_what_the_command_writes(tmp_path):
     for file in MEASURED.glob("*_predictions.csv"):
         (tmp_path / file.name).symlink_to(file)

@@ -46,6 +46,7 @@ def rows(name):
     return [row_config(loaded(name), row) for row in range(1, loaded(name).sweep.size + 1)]
 
 
+@pytest.mark.slow
 def test_every_experiment_composes_and_parses():
     for name in EXPERIMENTS:
         assert loaded(name).name == name
@@ -53,6 +54,7 @@ def test_every_experiment_composes_and_parses():
         assert set(loaded(name).parts) <= set(EXPERIMENTS), name
 
 
+@pytest.mark.slow
 def test_every_row_parses_and_its_augmentation_and_optimiser_build():
     model = nn.Linear(2, 2)
     start = model.state_dict()
@@ -82,6 +84,7 @@ WITH_START = (
 TWO_AVERAGES = ("table4_vitg", "tablec1_basic")
 
 
+@pytest.mark.slow
 def test_the_network_and_the_optimiser_of_every_row_are_built(tmp_path):
     folders = hub_folders(tmp_path)
     for name in EXPERIMENTS:
@@ -260,6 +263,7 @@ def test_a_sweep_has_as_many_rows_as_the_paper_or_its_file_says():
 TEXT = [name for name in EXPERIMENTS if name.startswith("tablej1_")]
 
 
+@pytest.mark.slow
 def test_table_5_shows_eight_of_the_twenty_experiments_of_table_j1_which_all_have_draws_of_their_own():
     assert set(loaded("tablej1").parts) == set(TEXT) and len(TEXT) == 20
     assert set(loaded("table5").parts) == {name for name in TEXT if "_base_" in name}
@@ -332,6 +336,7 @@ def test_the_optimisers_of_figure_f1_are_those_of_the_appendix_and_rmsprop_has_n
     assert build(rows("figuref1_optimizer")[1].optim, nn.Linear(2, 2)).defaults["momentum"] == 0
 
 
+@pytest.mark.slow
 def test_randaugment_fills_with_the_models_mean_in_the_papers_experiments_and_with_white_in_the_embedded_ones():
     for name in (each for each in EXPERIMENTS if not loaded(each).parts):
         for augment in (each for row in rows(name) for each in (row.augment, *row.augment.among)):
@@ -363,6 +368,7 @@ def test_images_of_your_own_are_trained_as_their_sweep_means_it_on_a_cluster_fil
     assert config.compute.precision == "bf16"
 
 
+@pytest.mark.slow
 def test_a_text_experiment_has_32_runs_as_in_appendix_j5_and_soups_of_them_alone():
     for name in TEXT:
         config = loaded(name)
@@ -377,6 +383,7 @@ def test_a_text_experiment_has_32_runs_as_in_appendix_j5_and_soups_of_them_alone
         assert config.model.name.split("/")[1].startswith(name.split("_")[1]), name
 
 
+@pytest.mark.slow
 def test_no_two_rows_of_a_list_or_grid_are_the_same():
     for name in EXPERIMENTS:
         if loaded(name).sweep.listed or loaded(name).sweep.grid:

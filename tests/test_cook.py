@@ -325,9 +325,10 @@ def test_the_doctor_examines_an_experiment_and_its_midpoints(config, capsys, mon
     assert output.count("the midpoint is") == 3
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_candidates_of_greedy_and_cook_the_soup_of_one(tmp_path):
-    words = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200", *small_network(tmp_path)]
-    finished_pool(tmp_path / "one", *words[3:])
+    finished_pool(tmp_path / "one")
+    words = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200", *small_network(tmp_path / "one")]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     plain = cook("greedy", Evaluator(load("demo_tiny", f"paths.runs={tmp_path / 'one'}", *words[1:])))
     with socket.socket() as free:

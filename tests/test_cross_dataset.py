@@ -25,12 +25,14 @@ from soups.files.weights import load_weights
 from store.runs import RunFolder
 from tests.pools import finished_pool
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    settings = ("cooking.orders=2", "cluster.workers=1")
+    settings = ("cooking.orders=2", "cluster.workers=1", "task.shifts=[v2]")
     runs = tmp_path_factory.mktemp("runs")
-    config, evaluator = finished_pool(runs, *settings, experiment="demo_cross_dataset", classes=60)
+    config, evaluator = finished_pool(runs, *settings, experiment="demo_cross_dataset", classes=12, small=False)
     for row in range(1, 6):
         folder = RunFolder.of(config).ingredient(row)
         task = (
@@ -48,6 +50,7 @@ def table(finished):
     return cross_table(*finished, towers, orders_of(finished[0], len(towers)))
 
 
+@pytest.mark.slow
 def test_towers_are_named_by_their_data_set_and_apart_where_it_is_the_same(finished):
     config, _ = finished
     assert [tower.name for tower in towers_of(config)] == ["part 1", "part 2", "part 3", "part 4", "DTD"]
@@ -64,6 +67,7 @@ def test_each_set_is_evaluated_once_however_many_orders_reach_it():
     assert sets_along([[0, 1, 2], [1, 0, 2]]) == [(), (0,), (0, 1), (0, 1, 2), (1,)]
 
 
+@pytest.mark.slow
 def test_a_soup_is_the_mean_of_the_zero_shot_model_and_the_towers_under_its_head(finished, table):
     config, evaluator = finished
     order = orders_of(config, 5)[1]
@@ -78,6 +82,7 @@ def test_a_soup_is_the_mean_of_the_zero_shot_model_and_the_towers_under_its_head
     assert row["last"] == towers_of(config)[order[1]].name
 
 
+@pytest.mark.slow
 def test_orders_begin_at_zero_shot_and_end_at_the_soup_of_all(table):
     for added in (0, 5):
         assert table[table["added"] == added].groupby("column")["accuracy"].nunique().eq(1).all()
@@ -108,11 +113,13 @@ def test_a_change_is_to_one_backbone_less_and_is_averaged_over_orders():
     )
 
 
+@pytest.mark.slow
 def test_the_changes_of_an_order_sum_to_what_all_of_it_gains(table):
     for _, order in table[table["column"] == "test"].groupby("order"):
         assert order["change"].sum() == pytest.approx(order["difference"].iloc[-1])
 
 
+@pytest.mark.slow
 def test_what_is_no_pool_of_backbones_is_refused_and_files_are_written(finished, tmp_path, capsys, monkeypatch):
     config, _ = finished
     assert [file.name for file in write_artefact("figuree1", [config])] == [

@@ -214,6 +214,19 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
         ("demo", "task.kind=imagefolder", r"task\.kind: Input should be .*, got 'imagefolder'; near is image_folder"),
         ("demo", "+task.fodler=x", r"task\.fodler: there is no such setting; near is task\.folder"),
         ("own_images", "task.folder=???", r"this experiment leaves it to you: type task\.folder=\.\.\."),
+        # Of texts, and of images.
+        ("demo_text", "model=emoji_clip", r"has texts, which model\.kind=emoji_clip does not take"),
+        ("demo_text", "augment=minimal", "augment=none is for texts"),
+        ("demo_text", "optim.mixup=0.2", "mixup and CutMix mix pixels"),
+        ("demo_text", "optim.loss=likelihood", "belong together"),
+        ("demo_text", "task.options=[a,b,c]", r"task\.num_classes=2 task\.options"),
+        ("demo_text", "task.subset=rte", r"task\.subset is for task\.kind=glue, not for sentiment"),
+        ("demo", "task.template='{a}'", r"task\.template is for task\.kind=glue, sentences, sentiment, not for emoji"),
+        ("demo", "augment=none", "augment=none is for texts"),
+        ("demo", "compute.resized=256", r"compute\.resized needs task\.kind=image_folder, image_table, dtd"),
+        ("demo", "compute.decoder=simplejpeg", r"compute\.decoder needs task\.kind=image_folder, image_table, dtd"),
+        ("table3_clip_b32", "compute.resized_quality=80", r"compute\.resized_quality needs compute\.resized"),
+        ("table3_clip_b32", "compute.resized=128", r"128 is smaller than the 224 pixels of model\.image_size"),
         # A network's.
         ("demo", "model.max_length=64", r"model\.max_length needs model\.kind=minilm, text_encoder"),
         ("demo_text", "model.image_size=32", r"model\.image_size needs model\.kind=emoji_clip, "),
@@ -256,6 +269,8 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
         ("demo_text", "cooking.learned.lr=1", r"cooking\.learned needs recipe=learned, learned_by_layer or"),
         ("demo", "cooking.ahead=3", r"cooking\.ahead needs cooking\.shortcut=speculative"),
         ("demo", "cooking.chunk=3", r"cooking\.chunk needs cooking\.shortcut=hard_first"),
+        ("demo_tiny", "analysis.labels=[one]", r"analysis\.labels has 1 names for 3 rows"),
+        ("demo_tiny", "+analysis.sets.all=[1,2]", r"analysis\.sets needs analysis\.labels"),
     ],
 )
 def test_a_setting_that_is_wrong_or_has_no_effect_is_refused_in_one_line(experiment, typed, words):

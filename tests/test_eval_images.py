@@ -183,7 +183,7 @@ def test_a_half_written_shard_of_a_dead_process_goes_and_that_of_a_living_one_st
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, "00000000.npy"])
 
 
-SHARDS = 10
+SHARDS = 4
 BUILD = """
 import sys
 from pathlib import Path
@@ -208,6 +208,7 @@ def assert_the_cache_gives_the_images(folder):
     assert torch.equal(given, torch.cat(list(eval_batches(split, SMALL, batch=1000))))
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_continued_with_what_is_missing(tmp_path):
     process = build(tmp_path)
     while process.poll() is None and not whole_shards(tmp_path):
@@ -222,6 +223,7 @@ def test_a_killed_build_is_continued_with_what_is_missing(tmp_path):
     assert before.items() <= after.items()
 
 
+@pytest.mark.slow
 def test_two_builds_at_once_do_no_harm(tmp_path):
     processes = [build(tmp_path) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]

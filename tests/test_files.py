@@ -338,6 +338,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize("how", ["safetensors", "pt"])
 def test_memory_does_not_grow_with_the_number_of_models_nor_with_their_size(tmp_path, how):

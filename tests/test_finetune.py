@@ -290,18 +290,6 @@ def test_uint8_and_float_images_are_normalised_alike(model, train):
         torch.testing.assert_close(model(train.images[:2]), model(train.images[:2].float()))
 
 
-def test_constants_are_not_weights(model):
-    assert not [name for name in model.state_dict() if name in ("mean", "std")]
-
-
-def test_training_mode_keeps_batch_norm_statistics(model):
-    model.train()
-    assert model.training
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert norms
-    assert not any(norm.training for norm in norms)
-
-
 def test_the_zero_shot_head_is_the_normalised_mean_over_templates():
     # Two templates at right angles average to the diagonal.
     weight, bias = zero_shot_head(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), scale=10.0)

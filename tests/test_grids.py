@@ -12,6 +12,8 @@ from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder
 from tests.pools import finished_pool
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 LABELS = "analysis.labels=[high,middle,low]"
 
 

@@ -21,7 +21,7 @@ from soups.experiment.cook import cook, dishes, logits_of
 from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder, read_pool, write_manifest
 from tests.pages import Page, browse
-from tests.pools import finished_pool, small_network
+from tests.pools import finished_pool
 
 pytestmark = pytest.mark.slow  # a browser opens the page
 
@@ -61,7 +61,6 @@ def finished(tmp_path_factory):
     """A pool that was moved by chance, with everything the page can show."""
     plane = "analysis.plane={rows: [[1, 2]], size: 3, margin: 0.2, train_examples: 20, chunk: 1024}"
     settings = ["cluster.workers=1", "cooking.orders=2", f"recipes=[{','.join(RECIPES)}]"]
-    settings += small_network(tmp_path_factory.mktemp("network"))
     config, evaluator = finished_pool(tmp_path_factory.mktemp("runs"), plane, *settings, scale=0.05)
     run = RunFolder.of(config)
     for row, lr in enumerate((0.0003, 0.00002, 0.004), 1):

@@ -31,7 +31,9 @@ from soups.files.opening import opened
 from soups.geometry import geometry
 from store.runs import RunFolder
 from tests.commands import python
-from tests.pools import moved_pool, recorded_pool
+from tests.pools import moved_pool, recorded_pool, small_network
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -151,12 +153,19 @@ def test_more_training_examples_keep_those_there_were():
     assert training_rows(30, 60, 0).tolist() == list(range(30))
 
 
-def configured(runs, *settings):
-    return load("demo_tiny", f"paths.runs={runs}", *SETTINGS, *settings)
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return small_network(tmp_path_factory.mktemp("network"))
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def configured(network):
+    """Settings of a pool in a folder, with others on request."""
+    return lambda runs, *settings: load("demo_tiny", f"paths.runs={runs}", *SETTINGS, *network, *settings)
+
+
+@pytest.fixture(scope="module")
+def measured(configured, tmp_path_factory):
     config = configured(tmp_path_factory.mktemp("runs"))
     weights = moved_pool(config)
     log = Console(file=StringIO(), width=200)
@@ -205,12 +214,12 @@ def test_figure_j1_draws_the_same_numbers_and_evaluates_nothing_again(measured):
 
 
 @pytest.mark.slow
-def test_a_killed_grid_continues_to_the_same_csv(measured, tmp_path):
+def test_a_killed_grid_continues_to_the_same_csv(measured, configured, network, tmp_path):
     config = configured(tmp_path)
     moved_pool(config)
     folder = RunFolder.of(config).root / "landscape"
     code = "from analysis.artefacts import write_artefact; from configs.schema import load\n"
-    code += f"write_artefact('figure2', [load('demo_tiny', 'paths.runs={tmp_path}', *{SETTINGS!r})])"
+    code += f"write_artefact('figure2', [load('demo_tiny', 'paths.runs={tmp_path}', *{(*SETTINGS, *network)!r})])"
     process = subprocess.Popen([python(), "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(folder.rglob("*.npy")) and process.poll() is None and time.monotonic() < deadline:
@@ -228,7 +237,7 @@ def test_a_killed_grid_continues_to_the_same_csv(measured, tmp_path):
     assert all(path.stat().st_mtime_ns == written for path, written in before.items() if path.name[0] != ".")
 
 
-def test_other_weights_or_points_are_evaluated_anew(measured):
+def test_other_weights_or_points_are_evaluated_anew(measured, configured):
     config, _, _ = measured
     piece, *_ = slices(config)
     start, one, two = piece.models
@@ -238,7 +247,7 @@ def test_other_weights_or_points_are_evaluated_anew(measured):
     assert slices(config)[0].name == piece.name
 
 
-def test_rows_that_make_no_plane_name_the_setting(measured, tmp_path):
+def test_rows_that_make_no_plane_name_the_setting(measured, configured, tmp_path):
     config, _, _ = measured
     with pytest.raises(UserError, match=r"analysis\.plane\.rows: demo_tiny has no row 7.*\[1, 2, 3\]"):
         slices(configured(config.paths.runs, "analysis.plane.rows=[[1,7]]"))

@@ -15,7 +15,6 @@ import soups
 from soups.errors import UserError
 from soups.scores import reduced
 from soups.scoring import Gain, Scored, Scorer, gain_of, mean_of_answers, scored
-from soups.selection import best_first
 from soups.sources import in_natural_order
 from soups.verify import verify
 
@@ -172,11 +171,6 @@ def test_numbers_of_numpy_and_torch_are_scores(value):
 def test_what_is_no_score_is_refused_by_the_name_of_the_model(value, words):
     with pytest.raises(UserError, match=words):
         scored(value, "run1")
-
-
-def test_a_nan_has_no_place_in_an_order():
-    with pytest.raises(ValueError, match="the score of model 1 is NaN"):
-        best_first([0.5, float("nan"), 0.9])
 
 
 def test_scores_that_are_given_are_not_computed_again_and_others_are(pool):

@@ -12,7 +12,6 @@ from analysis.tables.named_rows import (
     variants,
     write_named_rows,
 )
-from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
@@ -67,11 +66,13 @@ def hits(evaluator, weights, split):
     return correct(forward(evaluator.model, evaluator.split(split).images), evaluator.split(split).labels)
 
 
+@pytest.mark.slow
 def test_every_kind_of_weights_of_every_row_that_did_not_diverge_is_there(finished):
     config, _, _ = finished
     assert [(v.row, v.kind) for v in variants(config)] == [(1, "raw"), (1, "ema_0.9"), (2, "raw"), (2, "ema_0.9")]
 
 
+@pytest.mark.slow
 def test_soups_average_weights_and_ensembles_logits_within_a_kind(finished, measured):
     _, evaluator, kept = finished
     methods = {method.name: method for method in measured[0]}
@@ -94,6 +95,7 @@ def test_soups_average_weights_and_ensembles_logits_within_a_kind(finished, meas
         assert methods[f"Ensemble of both ({title})"].models == 2
 
 
+@pytest.mark.slow
 def test_differences_are_to_the_first_row_and_the_table_leaves_its_own_empty(finished, measured):
     config, evaluator, _ = finished
     methods, notes = measured
@@ -108,6 +110,7 @@ def test_differences_are_to_the_first_row_and_the_table_leaves_its_own_empty(fin
     assert table.loc["Soup of both (last weights)", "Test"] == f"{100 * soup.loc['test', 'accuracy']:.1f}"
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_point_for_every_method(finished, measured):
     config, evaluator, _ = finished
     tidy = tidy_named_rows(config, *measured, evaluator)
@@ -115,20 +118,9 @@ def test_the_figure_has_a_point_for_every_method(finished, measured):
     assert sum(len(points.get_offsets()) for points in axes.collections) == tidy["method"].nunique() == 8
 
 
+@pytest.mark.slow
 def test_the_report_writes_all_files_and_names_its_baseline(finished, tmp_path):
     config, evaluator, _ = finished
     files = write_named_rows(config, evaluator, tmp_path, "A proxy.")
     assert {file.name for file in files} == {f"rows.{kind}" for kind in ("md", "tex", "csv", "pdf", "png")}
     assert "points to the first row" in (tmp_path / "rows.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("analysis.labels=[one]", "analysis.labels has 1 names for 3 rows"),
-        ("+analysis.sets.all=[1,2]", "analysis.sets needs analysis.labels"),
-    ],
-)
-def test_labels_and_sets_must_fit_the_sweep(override, words):
-    with pytest.raises(UserError, match=words):
-        load("demo_tiny", override)

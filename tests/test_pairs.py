@@ -14,7 +14,9 @@ from eval.forward import Evaluator, forward
 from soups.experiment.pool import usable_pool
 from soups.scorers.metrics import score
 from store.runs import RunFolder
-from tests.pools import moved_pool, recorded_pool
+from tests.pools import moved_pool, recorded_pool, small_network
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 FEW = ["cluster.workers=1", "analysis.resamples=100"]
 
@@ -60,9 +62,9 @@ def test_a_pair_has_one_name_whichever_comes_first(tmp_path):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    config = load(
-        "demo_tiny", f"paths.runs={tmp_path_factory.mktemp('runs')}", "task.classes=8", "analysis.pairs.count=2", *FEW
-    )
+    runs = tmp_path_factory.mktemp("runs")
+    words = ["task.classes=8", "analysis.pairs.count=2", *small_network(runs), *FEW]
+    config = load("demo_tiny", f"paths.runs={runs}", *words)
     weights = moved_pool(config)
     return config, weights, write_artefact("figure4", [config])
 
@@ -72,6 +74,7 @@ def predicted(evaluator, weights, split):
     return forward(evaluator.model, [evaluator.split(split).images])
 
 
+@pytest.mark.slow
 def test_soups_are_of_weights_and_ensembles_of_logits(measured):
     config, weights, files = measured
     assert [file.name for file in files] == ["figure4.pdf", "figure4.png", "figure4.csv"]
@@ -95,6 +98,7 @@ def test_soups_are_of_weights_and_ensembles_of_logits(measured):
         assert shifts["low"] <= shifts["difference"] <= shifts["high"]
 
 
+@pytest.mark.slow
 def test_a_second_call_evaluates_nothing_again(measured):
     config, _, files = measured
     before = {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")}
@@ -103,6 +107,7 @@ def test_a_second_call_evaluates_nothing_again(measured):
     assert {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")} == before
 
 
+@pytest.mark.slow
 def test_the_figure_has_two_panels_with_units_a_diagonal_and_the_larger_rate(measured):
     tidy = pd.read_csv(measured[2][-1])
     left, right, bar = pairs_figure(tidy, {"test": "Emoji test", SHIFT_MEAN: "mean of 5 shifts"}).axes

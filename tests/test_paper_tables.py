@@ -32,12 +32,14 @@ from soups.paired import paired
 from store.runs import RunFolder
 from tests.pools import finished_pool, moved
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     settings = ("sweep.rows=3", "recipes=[best,uniform,greedy,ensemble]", "model.templates=null", "cluster.workers=1")
-    config, evaluator = finished_pool(runs, *settings, classes=100)
+    config, evaluator = finished_pool(runs, *settings, classes=20)
     cook_all(config, config.recipes, Console(quiet=True))
     return config, evaluator
 
@@ -118,8 +120,8 @@ def two_averages(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     settings = ["sweep.rows=3", "recipes=[best,second_best,uniform,ensemble]", "model.head=zero_shot"]
     settings += ["regularizer.ema=[0.9,0.99]", "regularizer.ingredient=ema_0.9", "cluster.workers=1"]
-    settings += ["cooking.individuals=[ema_0.9,ema_0.99]", "cooking.initialisation=false"]
-    config, evaluator = finished_pool(runs, *settings, classes=100)
+    settings += ["cooking.individuals=[ema_0.9,ema_0.99]", "cooking.initialisation=false", "task.shifts=[v2]"]
+    config, evaluator = finished_pool(runs, *settings, classes=20, small=False)
     run = RunFolder.of(config)
     start = load_weights(
         run.ingredient(0) / "weights.safetensors", read_json(run.ingredient(0) / "done.json")["digest"]
@@ -135,6 +137,7 @@ def two_averages(tmp_path_factory):
     return config, evaluator
 
 
+@pytest.mark.slow
 def test_single_models_are_chosen_of_both_averages_and_soups_are_of_the_low_one(two_averages):
     config, evaluator = two_averages
     soups = {name: read_json(RunFolder.of(config).soup(name) / "soup.json") for name in config.recipes}
@@ -154,6 +157,7 @@ def test_single_models_are_chosen_of_both_averages_and_soups_are_of_the_low_one(
     assert "without the initialisation, soups and ensembles of ema_0.9, best of ema_0.9, ema_0.99" in said
 
 
+@pytest.mark.slow
 def test_both_averages_are_evaluated_with_their_row(two_averages):
     config, _ = two_averages
     folder = RunFolder.of(config).ingredient(1)
@@ -164,12 +168,13 @@ def test_both_averages_are_evaluated_with_their_row(two_averages):
     assert evaluate(config, folder).startswith("ingredients/001: test ")
     assert is_scored(config, folder)
     done = read_json(folder / "done.json")
-    assert [row["weights"] for row in read_jsonl(folder / "scores.jsonl") if row["split"] == "a"] == [
+    assert [row["weights"] for row in read_jsonl(folder / "scores.jsonl") if row["split"] == "v2"] == [
         done["digest"],
         done["variants"]["ema_0.99"]["digest"],
     ]
 
 
+@pytest.mark.slow
 def test_an_average_that_rows_do_not_leave_is_refused(two_averages):
     with pytest.raises(UserError, match=r"cooking.individuals: ema_0.5 is not made"):
         load("table4_vitg", "cooking.individuals=[ema_0.999,ema_0.5]")

@@ -20,6 +20,8 @@ from soups.recipes import greedy
 from store.runs import RunFolder
 from tests.pools import finished_pool
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 VALUES = [0.7, 1.2, 0.9, 1.05, 0.4, 1.05]
 HELD_OUT = [1 - abs(value - 1) for value in VALUES]
 
@@ -102,6 +104,7 @@ def cell(table, order, method, considered, column="test"):
     return rows[(rows["considered"] == considered) & (rows["column"] == column)].iloc[0]
 
 
+@pytest.mark.slow
 def test_of_one_model_all_methods_are_that_model_and_of_all_models_the_order_does_not_matter(finished, table):
     size = len(ingredients_of(finished[0]))
     for order in ("0", "1"):
@@ -113,6 +116,7 @@ def test_of_one_model_all_methods_are_that_model_and_of_all_models_the_order_doe
     assert one != two
 
 
+@pytest.mark.slow
 def test_uniform_soup_and_ensemble_of_the_first_k_are_the_means_of_weights_and_of_logits(finished, table):
     config, evaluator = finished
     pool = ingredients_of(config)
@@ -127,6 +131,7 @@ def test_uniform_soup_and_ensemble_of_the_first_k_are_the_means_of_weights_and_o
     assert cell(table, "1", "uniform", 3)["models"] == 1
 
 
+@pytest.mark.slow
 def test_the_mean_is_over_orders_and_its_difference_is_to_the_best_of_as_many(table):
     for column in ("test", SHIFT_MEAN):
         mean = cell(table, "mean", "uniform", 2, column)
@@ -138,6 +143,7 @@ def test_the_mean_is_over_orders_and_its_difference_is_to_the_best_of_as_many(ta
         assert mean["low"] <= mean["difference"] <= mean["high"]
 
 
+@pytest.mark.slow
 def test_a_second_call_reads_no_weights_and_writes_the_same_numbers(finished, table):
     config, _ = finished
     evaluator = Evaluator(config)
@@ -153,11 +159,13 @@ def test_a_second_call_reads_no_weights_and_writes_the_same_numbers(finished, ta
     assert files[0].parent == RunFolder.of(config).analysis
 
 
+@pytest.mark.slow
 def test_a_mean_is_named_by_its_members_in_whatever_order(finished):
     one, two, three = ingredients_of(finished[0])[:3]
     assert key_of_mean([one, two]) == key_of_mean([two, one]) != key_of_mean([one, three])
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_mean_and_every_order_of_each_method_in_percent(finished, table):
     labels = axis_labels(finished[0])
     assert labels == {

@@ -22,6 +22,8 @@ from store.rows import row_config
 from store.runs import RunFolder
 from tests.pools import finished_pool
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
@@ -32,13 +34,10 @@ def pool(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def frame(pool):
-    with pytest.MonkeyPatch.context() as patch:
-        from tests.pools import Here
-
-        patch.setattr("store.workers._pool", lambda workers, threads: Here())
-        return predictions(pool.config)
+    return predictions(pool.config)
 
 
+@pytest.mark.slow
 def test_each_unseen_split_reports_where_the_other_selects_and_shifts_report_both_times(pool, frame):
     found = frame.groupby(["selects", "split"], sort=False).size().to_dict()
     n = {split: len(pool.split(split)) for split in ("held_out", "test", *pool.config.task.shifts)}
@@ -50,6 +49,7 @@ def test_each_unseen_split_reports_where_the_other_selects_and_shifts_report_bot
     assert set(frame[list(METHODS)].to_numpy().ravel()) == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("selects", "reports"), [("held_out", "test"), ("test", "held_out")])
 def test_the_best_model_is_the_best_on_the_split_that_selects(pool, frame, selects, reports):
     members = usable_pool(pool.config)
@@ -60,6 +60,7 @@ def test_the_best_model_is_the_best_on_the_split_that_selects(pool, frame, selec
     assert part["class"].tolist() == pool.split(reports).labels.tolist()
 
 
+@pytest.mark.slow
 def test_where_test_selects_its_scores_do_and_recorded_held_out_ones_have_no_say(pool, tmp_path):
     members = usable_pool(pool.config)
     right = [pool.count(pool.logits(m.digest, m.load, "test"), "test")[0] for m in members]
@@ -73,6 +74,7 @@ def test_where_test_selects_its_scores_do_and_recorded_held_out_ones_have_no_say
     assert chosen == {"held_out": worst, "test": right.index(max(right))}
 
 
+@pytest.mark.slow
 def test_a_swapped_greedy_soup_is_chosen_and_scored_on_test_alone_and_lies_apart(pool, frame):
     swapped, usual = cook("greedy", pool, "test"), cook("greedy", pool)
     root = RunFolder.of(pool.config).root / "soups"
@@ -90,6 +92,7 @@ def test_a_swapped_greedy_soup_is_chosen_and_scored_on_test_alone_and_lies_apart
     assert [m["row"] for m in cook("greedy", pool)["ingredients"]] == kept
 
 
+@pytest.mark.slow
 def test_every_model_has_its_digest_settings_and_results(pool):
     table = models(pool.config)
     members = usable_pool(pool.config)
@@ -99,7 +102,8 @@ def test_every_model_has_its_digest_settings_and_results(pool):
         assert table[split][3] == pytest.approx(hits.double().mean().item())
 
 
-def test_what_a_pool_writes_can_be_read_as_it_was(pool, frame, in_process):
+@pytest.mark.slow
+def test_what_a_pool_writes_can_be_read_as_it_was(pool, frame):
     files = write_pool(pool.config)
     assert [file.name for file in files] == ["predictions.csv", "models.csv", "predictions_provenance.json"]
     pd.testing.assert_frame_equal(pd.read_csv(files[0]), frame, check_dtype=False)
@@ -113,6 +117,7 @@ def test_a_pool_that_held_out_had_a_say_in_is_refused(words):
         predictions(load("demo_tiny", *words))
 
 
+@pytest.mark.slow
 def test_sub_pools_are_drawn_by_key_from_those_that_their_kind_names(pool, monkeypatch):
     drawn = {
         "any": ((3, 2, 1.0), (7, 1, 1.0)),
@@ -138,6 +143,7 @@ def test_near_learning_rates_are_those_around_the_middle():
     assert sorted(candidates("near learning rates", [1] * 6, [1e-6, 1e-3, 1.1e-3, 1, 2, 3])) == [3, 4]
 
 
+@pytest.mark.slow
 def test_a_sub_pools_soups_are_those_of_its_models_and_are_found_again(pool, monkeypatch):
     config, members = pool.config, usable_pool(pool.config)
     subpool = Subpool("any", 0, 0.5, (1, 2, 4), tuple(range(0, len(pool.split("held_out")), 2)))
@@ -168,7 +174,8 @@ def averaged(name, tensor):
     return tensor.is_floating_point() and not name.endswith(STATISTICS)
 
 
-def test_all_sub_pools_come_in_one_table(pool, monkeypatch, in_process):
+@pytest.mark.slow
+def test_all_sub_pools_come_in_one_table(pool, monkeypatch):
     monkeypatch.setattr(module, "DRAWN", {"any": ((2, 2, 1.0),), "few held-out": ((2, 1, 0.5),)})
     (file,) = write_subpools(pool.config)
     table = pd.read_csv(file)

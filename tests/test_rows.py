@@ -411,8 +411,8 @@ def test_an_experiment_of_other_experiments_rows_trains_nothing():
 
 def test_a_row_may_start_with_the_head_of_another_run(tmp_path):
     listed = ("sweep=cross_dataset", "~sweep.draw", "sweep.rows=null", "sweep.listed=[{model: {head_of: other}}, {}]")
-    other, _ = finished_pool(tmp_path, "sweep.rows=1", "name=other", classes=10)
-    config, _ = finished_pool(tmp_path, *listed, classes=10)
+    other, _ = finished_pool(tmp_path, "sweep.rows=1", "name=other", small=False)
+    config, _ = finished_pool(tmp_path, *listed, small=False)
     folder = RunFolder.of(other).ingredient(0)
     weights = load_weights(folder / "weights.safetensors", read_json(folder / "done.json")["digest"])
     weights["head.bias"] = weights["head.bias"] + 1

@@ -20,6 +20,8 @@ from soups.scorers.metrics import score
 from tasks.emoji.load import read_manifest
 from tests.pools import finished_pool
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 ONE = ("sweep.rows=2", "recipes=[best,uniform]", "model.templates=null", "cluster.workers=1")
 
 
@@ -49,6 +51,7 @@ def test_the_figure_has_each_method_at_its_place_in_percent():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("x (%)", "y (%)")
 
 
+@pytest.mark.slow
 def test_its_files_are_written_from_what_was_cooked(finished):
     config, evaluator = finished
     with pytest.raises(UserError, match="recipe=best first"):
@@ -60,6 +63,7 @@ def test_its_files_are_written_from_what_was_cooked(finished):
     assert {"individual", "initialisation", "best", "uniform"} <= set(pd.read_csv(files[-1])["kind"])
 
 
+@pytest.mark.slow
 def test_figure_g2_is_of_one_shift_and_figure_g1_of_groups_and_classes(finished):
     config, evaluator = finished
     for recipe in config.recipes:
@@ -82,6 +86,7 @@ def test_figure_g2_is_of_one_shift_and_figure_g1_of_groups_and_classes(finished)
     assert labels == ["Emoji test, accuracy of the worst group (%)", "Emoji test, macro F1 (%)"]
 
 
+@pytest.mark.slow
 def test_rows_need_names_for_figures_l1_and_l2(finished, tmp_path):
     with pytest.raises(UserError, match="name the rows in"):
         write_artefact("figurel1", [finished[0]])

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from models.classifier import pretrained
 from tasks.load import class_names, load_split
 from tasks.sentiment.fetch import FILE, FOLDER, fetch
 from tasks.sentiment.load import read
-from tests.commands import python
+from tests.commands import here
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "held_out", "test", "amazon", "tweets", "nyt")
@@ -86,6 +85,7 @@ def test_fetching_again_does_nothing_and_without_a_registry_says_so(tmp_path, mo
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_registry_gives_the_archive(tmp_path):
     path = fetch(tmp_path)
@@ -106,8 +106,7 @@ def test_the_zero_shot_head_knows_praise_from_blame(task):
 
 
 def test_check_prints_how_many_of_each_class_and_an_example():
-    command = [python(), "-m", "tasks.check", "task=sentiment", "model=minilm", "augment=none"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = here(["-m", "tasks.check", "task=sentiment", "model=minilm", "augment=none"])
     assert re.search(r"^test: 1,000 texts \(\d+ negative, \d+ positive\), e\.g\. ['\"]", done.stdout, re.M)
     end = "class names: negative, positive\nno two splits have texts of equal content\nOK: 6 splits\n"
     assert done.stdout.endswith(end)

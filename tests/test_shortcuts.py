@@ -1,8 +1,5 @@
 """Shortcuts for greedy: every decision is that of the plain loop, for less."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +9,6 @@ from soups.paired import Paired
 from soups.recipes import greedy
 from soups.selection import add_in_order
 from soups.shortcuts import greedy_counted, hard_images_first
-from tests.commands import python
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def model(value):
@@ -178,34 +172,3 @@ def test_shortcuts_refuse_what_does_not_belong_together():
     for correct in (torch.zeros(1, 4, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
         with pytest.raises(ValueError, match="of 2 models on N > 0 images"):
             greedy_counted([model(0.0)] * 2, correct, lambda w, images: images > 0)
-
-
-RANK = """
-import sys
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-from soups.recipes import greedy
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
-calls = []
-def accuracy(weights):
-    calls.append(1)
-    return 1 - abs(weights["w"].item() - 1)
-models = [lambda v=v: {"w": torch.tensor([v])} for v in (0.9, 1.2, 0.7, 1.3, 0.8)]
-held_out = [0.9, 0.8, 0.7, 0.7, 0.8]
-soup = greedy(models, held_out, accuracy, ahead=2)
-print([(t.candidate, t.score, t.accepted) for t in soup.trials], soup.evaluations, len(calls))
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_share_the_candidates_and_take_the_same_decisions(tmp_path):
-    command = [python(), "-c", RANK, str(tmp_path / "rendezvous")]
-    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
-    said = [rank.communicate(timeout=120)[0].strip().rsplit(" ", 2) for rank in ranks]
-    values, held_out = (0.9, 1.2, 0.7, 1.3, 0.8), [0.9, 0.8, 0.7, 0.7, 0.8]
-    plain = greedy([model(v) for v in values], held_out, lambda weights: 1 - abs(weights["w"].item() - 1))
-    expected = str([(trial.candidate, trial.score, trial.accepted) for trial in plain.trials])
-    assert [trials for trials, _, _ in said] == [expected, expected]
-    evaluations = int(said[0][1])
-    assert evaluations == sum(int(calls) for _, _, calls in said)
-    assert all(int(calls) < evaluations for _, _, calls in said)

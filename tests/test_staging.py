@@ -175,11 +175,6 @@ def test_sizes_of_listed_files_are_asked_for_once(tmp_path, monkeypatch):
     assert sizes() == [3, 6]
 
 
-def test_lists_are_kept_of_data_sets_of_files_only():
-    with pytest.raises(UserError, match=r"task\.listings is for task\.kind=image_folder, image_table, dtd, "):
-        load("demo", "task.listings=somewhere")
-
-
 def test_batches_that_do_not_fit_into_shared_memory_are_refused_before_a_worker_dies_of_it(monkeypatch):
     monkeypatch.setattr(prefetch.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(64, 0, 64 * 10**6))
     with pytest.raises(UserError, match=r"need 0\.24 GB of shared memory, and /dev/shm has 0\.06 GB left: .*shm-size"):

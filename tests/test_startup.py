@@ -35,6 +35,7 @@ def imported():
     return dict(map(json.loads, answer.stdout.splitlines()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", SPARED)
 def test_a_module_does_without_the_libraries_that_its_work_does_not_need_yet(module, imported):
     assert imported[module] == []

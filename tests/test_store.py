@@ -45,6 +45,7 @@ one_line_errors(lambda: save_weights(Path(sys.argv[1]), {"w": torch.zeros(10_000
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written():
     folder = Path("/dev/shm") / f"model-soups-full-{os.getpid()}"
     folder.mkdir()
@@ -175,6 +176,7 @@ with sole_writer(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_writer_and_is_free_when_that_one_was_killed(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

@@ -18,6 +18,7 @@ from configs.errors import UserError
 from configs.schema import load
 from finetune.state import State
 from models.backbones import backbone_of
+from models.released import convert
 from soups.export.files import export_soup
 from soups.files.weights import load_weights
 from soups.mean import average_files
@@ -165,6 +166,7 @@ LOADERS = {
     ),
     "a soup to export": (plant, "soup.pt", exported),
     "a soup under the name of another": (plant, "soup.safetensors", exported),
+    "a released model": (plant, "model_0.pt", convert),
     "weights of a run": (plant, "weights.safetensors", load_weights),
     "the state of a training": (plant, "state.pt", resumed),
     "weights for timm": (plant, "a.pth", lambda path: network("timm", "test_vit", path, image_size=160)),
@@ -184,6 +186,7 @@ SAID = {  # how each of them refuses, so that no other mistake passes for it
     "ingredients under another name": "executes whatever code it holds",
     "a soup to export": "executes whatever code it holds",
     "a soup under the name of another": "not a safetensors file",
+    "a released model": "executes whatever code it holds",
     "weights of a run": "is damaged",
     "the state of a training": "Weights only load failed",
     "weights for timm": "weights_only=True blocked",

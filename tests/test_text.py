@@ -1,7 +1,6 @@
 """Texts go through the same stages as images: rows, interruptions, metrics that select, recipes, tables."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -26,8 +25,6 @@ from store.rows import score_of
 from store.runs import RunFolder, read_pool, write_manifest
 from tasks.load import class_names
 from tests.readers import BAD, GOOD, bert_folder, cola_folder, encoder_folder, t5_folder
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +69,7 @@ def run(config):
     return RunFolder.of(config)
 
 
+@pytest.mark.slow
 def test_every_stage_leaves_its_files_and_table_5_names_its_metric(config, run):
     table = pd.read_csv(run.analysis / "table5.csv")
     assert set(table["method"]) == {"initialisation", *config.recipes}
@@ -82,6 +80,7 @@ def test_every_stage_leaves_its_files_and_table_5_names_its_metric(config, run):
     assert (manifest["held_out_score"].abs() <= 1).all()
 
 
+@pytest.mark.slow
 def test_held_out_is_scored_and_sorted_by_the_metric_that_is_reported(config, run):
     evaluator = Evaluator(config)
     labels = evaluator.split("held_out").labels
@@ -98,6 +97,7 @@ def test_held_out_is_scored_and_sorted_by_the_metric_that_is_reported(config, ru
     )
 
 
+@pytest.mark.slow
 def test_soups_are_of_the_runs_alone_but_interpolations_still_start_from_the_pretrained_model(config, run):
     assert [ingredient.row for ingredient in usable_pool(config)] == [0, 1, 2, 3]
     assert [ingredient.row for ingredient in ingredients_of(config)] == [1, 2, 3]
@@ -110,6 +110,7 @@ def test_soups_are_of_the_runs_alone_but_interpolations_still_start_from_the_pre
     assert cooked["digest"] == start.digest
 
 
+@pytest.mark.slow
 def test_the_ensemble_is_the_mean_of_its_members_log_probabilities(config, run):
     evaluator = Evaluator(config)
     cooked = read_json(run.soup("ensemble") / "soup.json")
@@ -118,6 +119,7 @@ def test_the_ensemble_is_the_mean_of_its_members_log_probabilities(config, run):
     assert fit_beta(members[0], evaluator.split("test").labels) > 0
 
 
+@pytest.mark.slow
 def test_a_shortcut_that_counts_right_answers_is_refused_for_another_metric(config, run):
     changed = replace(config, cooking=replace(config.cooking, shortcut="hard_first"), name="other")
     other = RunFolder.of(changed)
@@ -127,6 +129,7 @@ def test_a_shortcut_that_counts_right_answers_is_refused_for_another_metric(conf
         cook("greedy", Evaluator(changed))
 
 
+@pytest.mark.slow
 def test_logits_come_in_the_order_of_the_split_although_texts_are_looked_at_by_length(config, run):
     evaluator = Evaluator(config)
     order = evaluator.order("test")
@@ -144,6 +147,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_training_that_was_cut_and_continued_ends_with_the_same_bits_dropout_included(config, run, tmp_path):
     evaluator = Evaluator(config)
     train, names = evaluator.inputs("train"), class_names(config.task)
@@ -174,6 +178,7 @@ def test_a_training_that_was_cut_and_continued_ends_with_the_same_bits_dropout_i
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_processes_share_the_texts_of_a_step(config, run):
     from finetune.data import training_batches
     from finetune.length import Length
@@ -190,6 +195,7 @@ def test_processes_share_the_texts_of_a_step(config, run):
     assert len(texts(0, 2)) == 4
 
 
+@pytest.mark.slow
 def test_forward_passes_in_bfloat16_give_answers_close_to_those_in_float32(config, run):
     ingredient = usable_pool(config)[1]
     exact = Evaluator(config).fresh_logits(ingredient.load(), "test")
@@ -242,26 +248,3 @@ def test_mixing_is_one_of_all_processes_and_dropout_each_one_s_own():
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
     assert not torch.equal(drawn, other)
     assert torch.equal(of(1)[1], other)  # of step and rank alone
-
-
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        (["model=emoji_clip"], "has texts, which model.kind=emoji_clip does not take"),
-        (["augment=minimal"], "augment=none is for texts"),
-        (["optim.mixup=0.2"], "mixup and CutMix mix pixels"),
-        (["optim.loss=likelihood"], "belong together"),
-        (["task.options=[a,b,c]"], "task.num_classes=2 task.options"),
-        (["task.subset=rte"], "task.subset is for task.kind=glue, not for sentiment"),
-    ],
-)
-def test_what_does_not_go_with_texts_is_refused_before_any_work(typed, said):
-    with pytest.raises(UserError, match=said):
-        load("demo_text", *typed)
-
-
-def test_what_is_of_texts_is_refused_with_images():
-    with pytest.raises(UserError, match=r"task\.template is for task\.kind=glue, sentences, sentiment, not for emoji"):
-        load("demo", "task.template='{a}'")
-    with pytest.raises(UserError, match="augment=none is for texts"):
-        load("demo", "augment=none")

@@ -395,7 +395,7 @@ def test_derivatives_along_all_weights_and_buffers_are_those_of_differences(fami
     torch.testing.assert_close(second, curve, atol=1e-5 * curve.norm().item(), rtol=0)
 
 
-@pytest.mark.parametrize("family", SMOOTH | KINKED)
+@pytest.mark.parametrize("family", [*SMOOTH, *(pytest.param(each, marks=pytest.mark.slow) for each in KINKED)])
 def test_curvature_of_the_loss_is_that_of_double_backward(family):
     with Wide():
         network, inputs, weights, direction = made((SMOOTH | KINKED)[family])

@@ -82,6 +82,7 @@ def service():
     return found
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_the_group_the_settings_the_drawn_values_and_the_curves(tmp_path, capfd):
     config = row_config(experiment(tmp_path, "tracking.mode=offline"), 3)
     with tracked(config, 3, {"optim.lr": 0.25}, tmp_path / "003") as log:
@@ -167,6 +168,7 @@ def test_an_error_of_the_training_itself_goes_through_and_marks_the_run_failed(t
     assert one(records(file), "exit").exit_code == 1
 
 
+@pytest.mark.slow
 def test_without_tracking_nothing_is_written_and_wandb_is_not_even_imported(tmp_path):
     program = f"""
 import sys

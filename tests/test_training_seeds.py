@@ -23,6 +23,8 @@ from soups.experiment.pool import usable_pool
 from store.runs import Ingredient
 from tests.pools import finished_pool
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -56,6 +58,7 @@ def test_seeds_are_the_largest_group_of_rows_with_the_same_settings():
         seed_group(load("demo_grid_lp"), rows(None, *range(13)))
 
 
+@pytest.mark.slow
 def test_soup_and_ensemble_of_k_seeds_are_the_means_of_weights_and_of_logits(finished, members, table):
     _, evaluator = finished
     assert [each.row for each in members] == [1, 2, 3]
@@ -71,6 +74,7 @@ def test_soup_and_ensemble_of_k_seeds_are_the_means_of_weights_and_of_logits(fin
     assert (cell(table, "ensemble", 2)["models"], cell(table, "soup", 2)["models"]) == (2, 1)
 
 
+@pytest.mark.slow
 def test_temperatures_come_from_held_out_and_leave_accuracy_alone_when_fitted_afterwards(finished, members, table):
     _, evaluator = finished
     weights = members[1].load()
@@ -83,6 +87,7 @@ def test_temperatures_come_from_held_out_and_leave_accuracy_alone_when_fitted_af
         assert cell(table, what, 3)["accuracy"] == cell(table, what, 3, "after")["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_scaled_head_gives_logits_times_beta_and_calibrated_members_are_averaged_so(finished, members, table):
     _, evaluator = finished
     weights = members[0].load()
@@ -105,6 +110,7 @@ def test_a_scaled_head_gives_logits_times_beta_and_calibrated_members_are_averag
         scaled_head({"lm_head.weight": torch.ones(1)}, 2.0)
 
 
+@pytest.mark.slow
 def test_calibration_is_also_told_by_nll_brier_score_and_a_debiased_error(finished, members, table):
     _, evaluator = finished
     logits, labels = evaluator.fresh_logits(members[0].load(), "test"), evaluator.split("test").labels
@@ -121,6 +127,7 @@ def test_calibration_is_also_told_by_nll_brier_score_and_a_debiased_error(finish
     assert debiased_error(fair, half, 2) == 0 == pytest.approx(reliability_bins(fair, half).ece, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_differences_are_to_the_mean_of_the_individuals_so_far(table):
     for column in ("test", SHIFT_MEAN):
         base = sum(cell(table, "individual", k, column=column)["accuracy"] for k in (1, 2)) / 2
@@ -129,6 +136,7 @@ def test_differences_are_to_the_mean_of_the_individuals_so_far(table):
         assert row["low"] <= row["difference"] <= row["high"]
 
 
+@pytest.mark.slow
 def test_figures_have_their_lines_and_axes(finished, table):
     labels = axis_labels(finished[0])
     above = calibration_figure(table, labels, 15).axes[0]
@@ -143,6 +151,7 @@ def test_figures_have_their_lines_and_axes(finished, table):
     assert ensemble.get_ydata()[2] == pytest.approx(100 * cell(table, "ensemble", 3, column=SHIFT_MEAN)["accuracy"])
 
 
+@pytest.mark.slow
 def test_both_artefacts_are_written(finished):
     for stem in ("figureb2", "figureg4"):
         files = write_artefact(stem, [finished[0]])

@@ -104,6 +104,7 @@ def test_the_installed_command_averages_in_a_users_folder(installed, pool):
         torch.testing.assert_close(tensor, torch.stack([model[name] for model in models]).mean(dim=0))
 
 
+@pytest.mark.slow
 def test_greedy_by_the_users_perplexity_then_doctor_verify_and_export(installed, pool):
     score = f"{python()} eval.py {{soup}}"
     printed = soups(

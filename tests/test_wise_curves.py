@@ -13,6 +13,8 @@ from soups.experiment.cook import cook
 from soups.experiment.pool import usable_pool
 from tests.pools import finished_pool
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 SOUPS = ("recipes=[best,uniform,greedy]", "sweep.rows=2", "cluster.workers=1")
 
 
@@ -40,11 +42,13 @@ def at(table, end, alpha, column="test"):
     return rows.iloc[0]["accuracy"]
 
 
+@pytest.mark.slow
 def test_there_is_a_curve_to_every_fine_tuned_model_and_to_both_soups(finished, table):
     assert list(table["end"].unique()) == ["row 1", "row 2", "uniform", "greedy"]
     assert sorted(table["alpha"].unique()) == list(ALPHAS) == [i / 10 for i in range(11)]
 
 
+@pytest.mark.slow
 def test_curves_start_at_the_initialisation_end_at_the_model_and_are_weighted_means_between(finished, table):
     config, evaluator = finished
     start, end = (each.load() for each in usable_pool(config)[:2])
@@ -56,12 +60,14 @@ def test_curves_start_at_the_initialisation_end_at_the_model_and_are_weighted_me
     assert at(table, "uniform", 1.0) == accuracy(evaluator, soup)
 
 
+@pytest.mark.slow
 def test_the_difference_is_to_the_end_of_the_curve(table):
     row = table[(table["end"] == "row 2") & (table["alpha"] == 0.5) & (table["column"] == SHIFT_MEAN)].iloc[0]
     assert row["difference"] == pytest.approx(row["accuracy"] - at(table, "row 2", 1.0, SHIFT_MEAN))
     assert table[table["alpha"] == 1]["difference"].eq(0).all()
 
 
+@pytest.mark.slow
 def test_models_are_coloured_by_their_augmentation_only_where_the_sweep_varies_it(finished):
     config, _ = finished  # rows 1 and 2 draw the same kind
     assert is_augmentation_varied(load("demo_grid_zeroshot"))
@@ -69,6 +75,7 @@ def test_models_are_coloured_by_their_augmentation_only_where_the_sweep_varies_i
     assert {end.group for end in ends_of(config)} == {"individual", "uniform", "greedy"}
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_line_for_each_end_and_one_entry_for_each_colour(finished, table):
     config, _ = finished
     axes = wise_figure(table, "test", axis_labels(config)).axes[0]
@@ -81,6 +88,7 @@ def test_the_figure_has_a_line_for_each_end_and_one_entry_for_each_colour(finish
     assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * at(table, "row 1", 0.0))
 
 
+@pytest.mark.slow
 def test_its_files_are_written_without_reading_weights_again(finished, table):
     config, _ = finished
     for each in usable_pool(config):

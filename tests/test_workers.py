@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_a_process_gives_back_a_gpus_memory_before_workers_take_it(monkeypatch):
     monkeypatch.setattr("store.workers._pool", lambda workers, threads: pytest.fail("started") if not done else Here())
     show = Console(quiet=True)
     numbers = {"workers": 1, "threads": 1, "units": 1, "done_units": lambda: 0, "report": str, "console": show}
-    assert spread("title", [lambda: 3], **numbers) == [3]
+    assert spread("title", [partial(int, 3)], **numbers) == [3]
     assert done == ["freed"]
 
 
