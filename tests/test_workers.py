@@ -33,6 +33,7 @@ def pools(_):
     return torch.get_num_threads(), {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
 
 
+@pytest.mark.slow
 def test_a_worker_computes_with_the_threads_it_is_given(monkeypatch):
     # A new interpreter, which loads SciPy last; it reads this file, so that what takes seconds is imported below.
     monkeypatch.setattr(multiprocessing.spawn, "get_executable", lambda: os.fsencode(sys.executable))
