@@ -11,6 +11,7 @@ from math import fsum, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soups.along import shares
 from soups.averaging import Averaging, Models, by_tensor, open_pool, writer
 from soups.errors import UserError
 from soups.files.opening import opened
@@ -55,13 +56,19 @@ def uniform(models: Models, **settings: Any) -> Soup:
     return _mixed("uniform", pool, [1.0] * len(pool), how)
 
 
-def weighted(models: Models, weights: Sequence[float], **settings: Any) -> Soup:
+def weighted(models: Models, weights: Sequence[float] | str, **settings: Any) -> Soup:
     """The mean with a weight for each model, in the order in which they are given, in any scale.
+
+    Args:
+        models: of one run, the earliest first, where `weights` are "1-sqrt" or "ema:0.9".
+        weights: numbers; or what `soups.along.factors` knows.
+        settings: of the averaging.
 
     Raises:
         UserError: not one weight a model; not finite, below 0, or all of them 0.
     """
     pool, how, _ = open_pool(models, settings)
+    weights = shares(weights, len(pool)) if isinstance(weights, str) else weights
     if len(weights) != len(pool):
         raise UserError(f"weights: need one for each of {len(pool)} models, got {len(weights)}")
     values = [float(weight) for weight in weights]

@@ -49,8 +49,20 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"write numbers with commas between them, as in 3,1; got {text!r}") from None
 
 
-def _with_files(parser: Parser) -> None:
+def _weights(text: str) -> list[float] | str:
+    """Numbers, or the name of weights along a run."""
+    return text if text == "1-sqrt" or text[:1].isalpha() else _numbers(text)
+
+
+def _with_files(parser: Parser, *, top: bool = True) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
+    parser.add_argument("--last", type=int, metavar="N", help="of one run: its last N files, by the numbers in names")
+    if top:
+        parser.add_argument("--top", type=int, metavar="N", help="of one run: its best N files, by --by")
+        parser.add_argument(
+            "--by", metavar="SCORES", help="a .json, .jsonl or .csv by file, or a metric of trainer_state.json"
+        )
+        parser.add_argument("--goal", dest="by_goal", choices=("max", "min"), default="", help="of --by")
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors, .pt, .pth or .ckpt file, or a folder")
     parser.add_argument("--force", action="store_true", help="overwrite --out if it is a file that is there")
 
@@ -190,14 +202,21 @@ def _files(arguments: argparse.Namespace, *, as_typed: bool = False) -> list[Pat
     """The models; a shell sorts run10 before run2, so they are sorted anew where their order means nothing.
 
     Raises:
-        UserError: --out is one of them, or is there already.
+        UserError: --out is one of them, or is there already; or as `soups.along.chosen`.
     """
+    from soups.along import chosen, in_time_order  # noqa: PLC0415
     from soups.soup import refuse_out  # noqa: PLC0415
     from soups.sources import in_natural_order, matches  # noqa: PLC0415
 
     found = [path for pattern in arguments.files for path in matches(pattern)]
     refuse_out(arguments.out, found, force=arguments.force)
-    return found if as_typed else in_natural_order(found)
+    values = vars(arguments)
+    if isinstance(values.get("weights"), str):  # weights along a run
+        found = in_time_order(found)
+    found = found if as_typed else in_natural_order(found)
+    return chosen(
+        found, last=arguments.last, top=values.get("top"), by=values.get("by"), goal=values.get("by_goal", "")
+    )
 
 
 def _soup(arguments: argparse.Namespace) -> None:
@@ -302,7 +321,9 @@ def _parser() -> Parser:
     for name in ("uniform", "weighted"):
         _with_files(made[name])
         _with_batch_norm(made[name])
-    made["weighted"].add_argument("--weights", type=_numbers, required=True, help="one for each file, as typed: 3,1,1")
+    made["weighted"].add_argument(
+        "--weights", type=_weights, required=True, help="one for each file, as typed: 3,1,1; of one run 1-sqrt, ema:0.9"
+    )
     for name in ("wise-ft", "model-stock", "arithmetic", "ties", "dare"):
         _with_files(made[name])
         made[name].add_argument("--init", type=Path, required=True, help="the initialisation of the models")
@@ -314,7 +335,7 @@ def _parser() -> Parser:
     made["dare"].add_argument("--seed", type=int, default=0, help="of the choice of changes")
     made["wise-ft"].add_argument("--alpha", type=float, default=0.5, help="0 is the initialisation, 1 the models' mean")
     for name in ("greedy", "random-order", "with-replacement"):
-        _with_files(made[name])
+        _with_files(made[name], top=False)
         _with_examples(made[name], scored=True)
         _with_batch_norm(made[name], images=False)
         if name != "with-replacement":

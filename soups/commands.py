@@ -1,8 +1,11 @@
 """What each command is for, and examples of it, which a test runs."""
 
 EXAMPLES = {
-    "uniform": "soups uniform run/*.safetensors --out soup.safetensors",
-    "weighted": "soups weighted a.pt b.pt --weights 3,1 --out soup.pt",
+    "uniform": """soups uniform run/*.safetensors --out soup.safetensors
+soups uniform run/checkpoint-* --last 3 --out soup
+soups uniform run/checkpoint-* --top 2 --by eval_loss --goal min --out soup""",
+    "weighted": """soups weighted a.pt b.pt --weights 3,1 --out soup.pt
+soups weighted run/checkpoint-* --weights 1-sqrt --out soup""",
     "wise-ft": "soups wise-ft run/*.safetensors --init start.safetensors --alpha 0.5 --out soup.safetensors",
     "greedy": """soups greedy run/*.ckpt --score 'python eval.py {soup}' --goal max --out soup.safetensors
 soups greedy run/*.pt --score 'python eval.py {soup}' --report 'python eval.py --test {soup}' --goal max --out s.pt

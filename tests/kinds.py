@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import save as save_distributed
 
 
 def network():
@@ -247,6 +248,11 @@ KINDS = [
     ("a plain number among tensors", "number", pickles(".pt", lambda i: model(i) | {"epoch": 3})),
     ("shards of safetensors", "shards", shards(save_file, "model", "safetensors")),
     ("shards of pickles", "pickled_shards", shards(torch.save, "pytorch_model", "bin")),
+    (
+        "torch.distributed.checkpoint: folders of `.metadata` and `.distcp`",
+        "distributed",
+        each(lambda i, folder: save_distributed({"model": model(i), "optim": optimizer()}, checkpoint_id=folder)),
+    ),
     ("one shard without its index", "lone_shard", each(_lone_shard)),
     (
         "float32 and float16 in one pool",

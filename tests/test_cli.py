@@ -280,8 +280,11 @@ def examples(tmp_path_factory, language):  # noqa: F811
     shutil.copytree(root / "made/held_out", root / "held_out")
     shutil.copytree(root / "made/test", root / "test")
     shutil.copy(root / "made/held_out.tsv", root)
-    for i in range(2):
+    for i in range(3):
         shutil.copytree(root / f"made/texts/checkpoint-{i}", root / f"run/checkpoint-{i}")
+        state = {"global_step": i, "log_history": [{"step": i, "eval_loss": 1 / (i + 1)}]}
+        (root / f"run/checkpoint-{i}/trainer_state.json").write_text(json.dumps(state))
+    for i in range(2):
         shutil.copytree(language / f"llama{i}", root / f"llama-{i}")
     shutil.copy(language / "text.txt", root / "held_out.txt")
     shutil.copy(language / "questions.jsonl", root)

@@ -67,6 +67,7 @@ OF_EXAMPLES = {
     "--per-token": None,
 }
 ELSEWHERE = {"-h", "--help", "--out", "--force", "--init", "--only-common", "--allow-unrelated", "--journal"}  # below
+ELSEWHERE |= {"--last", "--top", "--by"}  # tests/test_along.py
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,8 @@ def test_every_setting_that_a_recipe_has_changes_its_soup_or_is_refused(recipe, 
     needed = RECIPES[recipe]
     before = made(recipe, needed, pool, monkeypatch, capsys)
     assert isinstance(before, tuple), before
-    for flag in sorted(flags_of(recipe) & EFFECTS.keys()):
+    of_by = {"--goal"} if "--by" in flags_of(recipe) else set()  # tests/test_along.py
+    for flag in sorted((flags_of(recipe) & EFFECTS.keys()) - of_by):
         value, effect = EFFECTS[flag]
         words = [*without(needed, flag), flag, value]
         if flag == "--batch-norm" and "--init" not in words:
@@ -212,7 +214,8 @@ def test_a_journal_is_written_where_it_was_asked_for(recipe, pool, monkeypatch, 
 
 
 def test_adapters_have_settings_of_their_own():
-    assert flags_of("lora") == {"-h", "--help", "--out", "--force", "--weights", "--rank", "--base"}  # test_lora.py
+    lora = {"-h", "--help", "--out", "--force", "--weights", "--rank", "--base"}  # test_lora.py
+    assert flags_of("lora") == lora | {"--last", "--top", "--by", "--goal"}  # tests/test_along.py
     assert flags_of("doctor") == {
         "-h",
         "--help",

@@ -1,7 +1,7 @@
 """Opens weights, whatever they are: a file's first bytes say which reader it needs.
 
 Known are: safetensors; checkpoints of torch.save, never executing a pickle; shards of either, named by their index json
-or by their folder; models of the Hugging Face hub.
+or by their folder; folders of torch.distributed.checkpoint; models of the Hugging Face hub.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from soups.errors import UserError
 from soups.files.adapters import merged, weights_file
 from soups.files.checkpoints import PICKLED, Checkpoint, open_safetensors, recorded_ties, renamed, supported
+from soups.files.distributed import METADATA, open_distributed
 from soups.files.folders import HUB, INDEX, from_hub, in_folder, is_adapter, is_shard
 from soups.files.pickled import open_pickled
 from soups.files.reading import Reading, only_here, without_wrappers
@@ -100,11 +101,14 @@ def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Readin
             base = beside if beside.exists() and not Path(reading.base).exists() else Path(reading.base)
             adapter = _open_file(weights_file(path), stack, Reading())
             return merged(path, adapter, open_checkpoint(base, stack, replace(reading, base=None)))
-        if path.is_dir():
-            path = in_folder(path)
-        elif is_shard(path):
-            raise UserError(f"{path} is one shard of a model: name its folder, or the index of the shards")
-        found = supported(_open_file(path, stack, reading))
+        if (path / METADATA).is_file():
+            found = supported(open_distributed(path, stack, reading))
+        else:
+            if path.is_dir():
+                path = in_folder(path)
+            elif is_shard(path) or path.suffix == ".distcp":
+                raise UserError(f"{path} is one shard of a model: name its folder, or the index of the shards")
+            found = supported(_open_file(path, stack, reading))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:

@@ -115,10 +115,10 @@ READ: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """Builds plain values, `Tensor`s and stand-ins."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Any:  # noqa: D102
         if (module, name) in READ:
             return READ[module, name]
         unknown = name.endswith("Storage") or name.startswith(("complex", "float8", "float4"))
@@ -126,14 +126,14 @@ class _Unpickler(pickle.Unpickler):
             return NAMED.get(name, f"torch.{name}")
         return type(name, (Inert,), {"__module__": module})
 
-    def persistent_load(self, pid: Any) -> tuple[str, str, int]:
+    def persistent_load(self, pid: Any) -> tuple[str, str, int]:  # noqa: D102
         what, dtype, name, _, numel = pid
         if what != "storage" or not isinstance(dtype, str):
             raise ValueError(f"{what!r} is no storage of numbers")
         return dtype, name, numel
 
 
-def _unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
+def unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
     """What the archive holds, and its top folder."""
     names = archive.namelist()
     root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
@@ -143,7 +143,7 @@ def _unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
         raise UserError(f"{path} is TorchScript: load it with torch.jit.load, and torch.save its state_dict()")
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise UserError(f"{path} was saved on a big-endian machine: load it with torch and save it again")
-    return _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8").load(), root
+    return Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8").load(), root
 
 
 def _is_number(name: str, value: Any) -> bool:
@@ -195,7 +195,7 @@ def _choose(path: Path, found: Mapping[str, Any], key: str | None) -> str:
     return fitting[0]
 
 
-def _unwrap(path: Path, value: Any, key: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
+def unwrap(path: Path, value: Any, key: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
     """The state dict, the path of keys it was under or an empty string, and what else the file holds."""
     if isinstance(value, Inert):
         raise UserError(f"{path} holds {_object(value)}")
@@ -229,21 +229,21 @@ def _object(value: Inert) -> str:
     )
 
 
-def _start_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor) -> int:
-    """Where a storage's bytes begin in the file, having checked that the tensor lies within them."""
+def start_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor, base: int = 0) -> int:
+    """Where a storage's bytes begin in the file, which has the archive from byte `base` on; the tensor lies within."""
     info = archive.getinfo(f"{root}data/{tensor.storage}")
     last = tensor.start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
     fits = info.file_size == tensor.numel * STORED[tensor.dtype].itemsize and min(tensor.stride, default=0) >= 0
     if info.compress_type != zipfile.ZIP_STORED or not fits or (tensor.size and not 0 <= last < tensor.numel):
         raise ValueError(f"storage {tensor.storage} does not hold what it should")
-    header = os.pread(descriptor, 30, info.header_offset)
+    header = os.pread(descriptor, 30, base + info.header_offset)
     if header[:4] != b"PK\x03\x04":
         raise ValueError(f"storage {tensor.storage} is not where it should be")
     name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-    return info.header_offset + 30 + name + extra
+    return base + info.header_offset + 30 + name + extra
 
 
-def _fill(places: dict[str, tuple[Path, int, Tensor, int]], name: str, offset: int, view: memoryview) -> None:
+def fill_tensor(places: dict[str, tuple[Path, int, Tensor, int]], name: str, offset: int, view: memoryview) -> None:
     """Copy a tensor's bytes from an offset on; a place is an open file, the tensor, and where its storage begins."""
     path, descriptor, tensor, begin = places[name]
     width = STORED[tensor.dtype].itemsize
@@ -269,8 +269,8 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         raise UserError(f"{path} is not an archive of torch.save as of 1.6: load it with torch and save it again")
     try:
         archive = stack.enter_context(zipfile.ZipFile(file))
-        value, root = _unpickled(path, archive)
-        state, unwrapped, dropped = _unwrap(path, value, reading.key)
+        value, root = unpickled(path, archive)
+        state, unwrapped, dropped = unwrap(path, value, reading.key)
         tensors = {name: item for name, item in state.items() if isinstance(item, (Tensor, Unreadable))}
         for name, tensor in tensors.items():
             if isinstance(tensor, Unreadable):
@@ -280,7 +280,7 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         kept = {name: tensor for name, tensor in names.items() if name not in ties}
         entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
         places = {
-            name: (path, file.fileno(), tensor, _start_of(file.fileno(), archive, root, tensor))
+            name: (path, file.fileno(), tensor, start_of(file.fileno(), archive, root, tensor))
             for name, tensor in kept.items()
             if tensor.dtype in STORED
         }
@@ -291,7 +291,7 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         raise UserError(f"{path} is truncated, damaged or not a state dict: {reason}") from None
     others = {name: item for name, item in state.items() if isinstance(item, PLAIN)}
     inert = tuple(name for name, item in state.items() if isinstance(item, Inert))
-    fill = partial(_fill, places)
+    fill = partial(fill_tensor, places)
     return Checkpoint(path, entries, ties, fill, unwrapped, others=others, dropped=(*dropped, *inert))
 
 
