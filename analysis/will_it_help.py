@@ -31,6 +31,7 @@ NOISE = 1.645  # standard errors: one-sided, 5 %
 # Pools whose files are older than predictions.csv: experiment -> its table, and n of its held-out split.
 TABLES = {"demo_seeds": ("table3", 596), "demo_text_seeds": ("table5", 600)}
 TEXTS = "demo_text_seeds"
+FIGURES = {"demo_grid_lp": "figureh1"}  # the held-out scores of its models are not in results/measured
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -80,23 +81,39 @@ def _of_folds(folder: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
+def _in_errors(rows: pd.DataFrame) -> dict[str, float]:
+    """Each soup's gain in standard errors; the 95 % intervals of a pool's rows are 3.92 standard errors wide."""
+    found = {}
+    for soup, on in OUTCOMES:
+        column = "test" if on == "test" else "shift_mean"
+        row = rows[(rows["method"] == soup) & (rows["column"] == column)].iloc[0]
+        width = row["high"] - row["low"]
+        found[f"{soup} {on}"] = 3.92 * row["difference"] / width if width else 0.0
+    return found
+
+
 def _of_tables(folder: Path) -> Iterator[dict[str, Any]]:
-    """Older pools: the difference of each soup has a 95 % interval, which is 3.92 standard errors wide."""
+    """Older pools, with a table of all soups or a figure of soups by the number of models."""
     for name, (table, held_out) in TABLES.items():
         for file in sorted(folder.glob(f"{name}_seed*_{table}.csv")):
             pool = file.name.removesuffix(f"_{table}.csv")
-            models, rows = pd.read_csv(folder / f"{pool}_figure1.csv"), pd.read_csv(file)
-            scores = list(models.loc[models["kind"] == "individual", "held_out"])
+            models = pd.read_csv(folder / f"{pool}_figure1.csv")
+            among = ("individual",) if name == TEXTS else ("individual", "initialisation")  # those that soups are of
+            scores = list(models.loc[models["kind"].isin(among), "held_out"])
             line = {"pool": pool, "what": "all models, held_out selects", **features(scores, held_out)}
-            for soup, on in OUTCOMES:
-                column = "test" if on == "test" else "shift_mean"
-                row = rows[(rows["method"] == soup) & (rows["column"] == column)].iloc[0]
-                line[f"{soup} {on}"] = row["difference"] / ((row["high"] - row["low"]) / 3.92)
-            yield line
+            yield line | _in_errors(pd.read_csv(file))
+    for name, figure in FIGURES.items():
+        if (file := folder / f"{name}_{figure}.csv").exists():
+            rows = pd.read_csv(file)
+            size = rows["considered"].max()
+            whole = rows[(rows["order"] == "mean") & (rows["considered"] == size)]
+            yield {"pool": name, "what": "all models, held_out selects", "models": size} | _in_errors(whole)
 
 
 def read_lines(folder: Path) -> pd.DataFrame:
     """A line for each pool or sub-pool: pool, what it is, the features, and each soup's gain in standard errors.
+
+    Features are NaN where held-out scores are not known.
 
     Raises:
         UserError: there are fewer than two pools of images, so that none can be held back.
@@ -135,12 +152,16 @@ def by_features(known: pd.DataFrame, asked: pd.DataFrame, outcome: tuple[str, st
     """Probabilities that a soup is better, by a logistic regression on all `features`; the base rate if none was.
 
     Counts are in logarithms, features standardised, pools weigh the same, and the penalty is scikit-learn's default.
+    Where a feature is not known, NaN.
     """
+    names = list(features([1.0], 1))
+    if asked[names].isna().any(axis=None):
+        return np.full(len(asked), np.nan)
+    known = known.dropna(subset=names)
     better = (known[" ".join(outcome)] > NOISE).to_numpy()
     if better.all() or not better.any():
         return np.full(len(asked), share(known, outcome)[0])
     weights = 1 / known.groupby("pool")["pool"].transform("size").to_numpy()
-    names = list(features([1.0], 1))
     inputs = [np.column_stack([each[names[:2]].apply(np.log), each[names[2:]]]) for each in (known, asked)]
     middle = np.average(inputs[0], axis=0, weights=weights)
     scale = np.sqrt(np.average((inputs[0] - middle) ** 2, axis=0, weights=weights))
@@ -175,7 +196,7 @@ def brier(predicted: pd.DataFrame, how: str) -> "pd.Series[float]":
 
 def improvement(predicted: pd.DataFrame) -> tuple[float, float]:
     """By how much features lower the Brier score of the base rate, over outcomes and pools, and the standard error."""
-    better = (brier(predicted, "base rate") - brier(predicted, "features")).groupby("pool").mean()
+    better = (brier(predicted, "base rate") - brier(predicted, "features")).groupby("pool").mean().dropna()
     return float(better.mean()), float(better.std() / np.sqrt(len(better)))
 
 
@@ -240,6 +261,7 @@ def reliability(predicted: pd.DataFrame, how: str) -> pd.DataFrame:
     Returns predicted, observed, low, high (95 %, by `jeffreys`, each pool one observation) and pools.
     """
     rows = []
+    predicted = predicted.dropna(subset=how)
     for _, some in predicted.groupby(np.digitize(predicted[how], BINS[1:-1])):
         by_pool = some.groupby("pool")[[how, "better"]].mean()
         _, low, high = jeffreys(by_pool["better"].sum(), len(by_pool))

@@ -73,11 +73,23 @@ def test_scores_of_older_pools_are_counts_of_the_held_out_images_that_are_said()
 
 def test_a_line_of_a_whole_pool_has_its_models_scores_and_its_soups_gain(lines):
     row = lines[(lines["pool"] == "demo_seeds_seed0")].iloc[0]
-    assert (row["models"], row["held-out examples"]) == (12, 596)
+    assert (row["models"], row["held-out examples"]) == (13, 596)  # with the initialisation
     assert row["best score"] == pytest.approx(0.42281879)
     assert row["greedy test"] == pytest.approx(0.03225806 / ((0.05967742 - 0.00483871) / 3.92))
     swapped = lines[lines["what"] == "all models, test selects"].iloc[0]
     assert (swapped["models"], swapped["held-out examples"]) == (72, 615)
+
+
+def test_a_pool_without_held_out_scores_counts_in_the_base_rate_alone(lines, predicted):
+    (row,) = lines[lines["pool"] == "demo_grid_lp"].to_dict("records")
+    assert row["models"] == 13 and np.isnan(row["best score"])
+    assert row["greedy shifts"] == pytest.approx(3.92 * 0.01383904 / (0.02453596 - 0.00312934))
+    some = predicted[predicted["pool"] == "demo_grid_lp"]
+    assert some["features"].isna().all() and some["base rate"].notna().all()
+    without = lines[lines["pool"] != "demo_grid_lp"]
+    others = predicted["pool"] != "demo_grid_lp"
+    assert held_back(without)["features"].tolist() == predicted.loc[others, "features"].tolist()
+    assert held_back(without)["base rate"].tolist() != predicted.loc[others, "base rate"].tolist()
 
 
 def test_the_error_of_a_difference_is_that_of_a_bootstrap_over_classes():
