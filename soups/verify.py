@@ -92,11 +92,12 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     record = record_of(soup)
+    base = Path(record.reading.base) if record.reading is not None and record.reading.base else folder
+    if not base.exists() and not (folder / base.name).exists():
+        return f"the model into which its adapters are merged, {base}, is missing there and in {folder}"
     paths, problems = find(record, folder, soup)
     if problems:
         elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""
-        if record.reading is not None and record.reading.base:
-            elsewhere += f" (adapters, merged into {record.reading.base}, which is read there or beside them)"
         return f"of its ingredients in {folder}, {', '.join(problems)}{elsewhere}"
     with tempfile.TemporaryDirectory() as temporary:
         again = Path(temporary) / "soup.safetensors"

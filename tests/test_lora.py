@@ -297,6 +297,56 @@ def test_a_soup_of_adapters_is_verified(tmp_path, rank):
     assert "run1 was changed" in verify(tmp_path / "soup")
 
 
+def test_with_the_base_model_a_soup_is_the_mean_of_merged_models_and_is_verified(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, start = (
+        "encoder.layer.0.attention.query.weight",
+        torch.randn(5, 7, generator=torch.Generator().manual_seed(9)),
+    )
+    other = {"other.weight": torch.ones(3, 2), "counter": torch.tensor(4)}
+    save_file({name: start, **other}, "base.safetensors")
+    lengths = torch.arange(1.0, 6)
+    adapter_folder(tmp_path / "pool/run0", adapter(0))
+    adapter_folder(
+        *(tmp_path / "pool/run1", adapter(1) | {f"{MODULE}.lora_magnitude_vector": lengths}), use_dora=True, r=4
+    )
+    plain, dora = (start.double() + scaling * update(adapter(i)) for i, scaling in enumerate((2, 1)))
+    dora = dora / dora.norm(dim=1, keepdim=True) * lengths[:, None]  # each output's weights have the trained length
+    main(["lora", "pool/run*", "--base", "base.safetensors", "--out", "soup"])
+    found = load_file("soup/model.safetensors")
+    torch.testing.assert_close(found[name].double(), (plain + dora) / 2, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found["other.weight"], other["other.weight"]) and found["counter"] == 4
+    assert verify(tmp_path / "soup", tmp_path / "pool") == ""
+    (tmp_path / "base.safetensors").rename("moved.safetensors")
+    assert "base.safetensors, is missing there and in" in verify(tmp_path / "soup", tmp_path / "pool")
+    (tmp_path / "moved.safetensors").rename("pool/base.safetensors")
+    assert verify(tmp_path / "soup", tmp_path / "pool") == ""
+    save_file({name: start + 1, **other}, "pool/base.safetensors")
+    assert "run0 was changed" in verify(tmp_path / "soup", tmp_path / "pool")
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "words"),
+    [
+        (
+            {"x.weight": (5, 7)},
+            {},
+            r"run0: '.*lora_A.weight' changes 'encoder.*weight', which .*base.safetensors does not",
+        ),
+        ({"encoder.layer.0.attention.query.weight": (7, 5)}, {}, r"for floats of shape \(5, 7\).*is F32 \(7, 5\) in"),
+        (None, {"base_model_name_or_path": "x"}, "base_model_name_or_path is 'x'"),
+        (None, {"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
+        (None, {"target_parameters": ["w"]}, r"target_parameters is \['w'\]"),
+    ],
+)
+def test_adapters_that_do_not_fit_the_base_model_are_refused_by_name(base, change, words, tmp_path):
+    shapes = base or {"encoder.layer.0.attention.query.weight": (5, 7)}
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "base.safetensors")
+    folders = [adapter_folder(tmp_path / f"run{i}", adapter(i), **(change if i else {})) for i in range(2)]
+    with pytest.raises(UserError, match=words):
+        soups.uniform(folders, base=tmp_path / "base.safetensors")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

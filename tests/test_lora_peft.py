@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 import soups
 from soups.cli import main
@@ -67,7 +67,16 @@ def bases(tmp_path_factory):
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
+        torch.save(model.state_dict(), folder / f"{name}.pt")
     return folder
+
+
+def fresh(bases, name):
+    """The base model as it is in memory, in a tenth of the time that from_pretrained takes."""
+    made, config = MADE[name]
+    model = getattr(transformers, made)(config)
+    model.load_state_dict(torch.load(bases / f"{name}.pt"))
+    return model.eval()
 
 
 def loaded(folder, name):
@@ -80,7 +89,7 @@ def adapters(bases, variant, folder):
     for i, settings in enumerate(each):
         torch.manual_seed(i)
         config = peft.LoraConfig(**{"r": 2, "lora_alpha": 4, **common, **settings})
-        model = peft.get_peft_model(loaded(bases / name, name), config)
+        model = peft.get_peft_model(fresh(bases, name), config)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.3 * torch.randn_like(parameter)
@@ -90,7 +99,7 @@ def adapters(bases, variant, folder):
 
 def merged(bases, name, folder):
     """The weights of the model into which PEFT merges an adapter."""
-    return peft.PeftModel.from_pretrained(loaded(bases / name, name), folder).merge_and_unload().state_dict()
+    return peft.PeftModel.from_pretrained(fresh(bases, name), folder).merge_and_unload().state_dict()
 
 
 def mean_of(states):
@@ -108,11 +117,9 @@ def assert_equal(found, wanted):
 def test_the_soup_is_the_mean_of_the_models_into_which_peft_merges_the_adapters(variant, bases, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     case = (VARIANTS | WITH_BASE_ALONE)[variant]
-    name, start = case[0], load_file(bases / case[0] / "model.safetensors")
+    name, start = case[0], torch.load(bases / f"{case[0]}.pt")
     wanted = mean_of([merged(bases, name, folder) for folder in adapters(bases, case, tmp_path)])
-    assert (
-        max((wanted[key] - start[key]).abs().max() for key in start.keys() & wanted.keys()) > 0.1
-    )  # they do something
+    assert max((wanted[key] - start[key]).abs().max() for key in start) > 0.1  # they do something
     main(["lora", "run*", "--base", str(bases / name), "--out", "model"])
     assert_equal(loaded("model", name).state_dict(), wanted)
     assert verify(tmp_path / "model") == ""
@@ -126,7 +133,7 @@ def test_the_soup_is_the_mean_of_the_models_into_which_peft_merges_the_adapters(
 def test_a_truncated_soup_is_the_nearest_of_its_rank_and_says_how_far_it_is(variant, bases, tmp_path, capsys):
     name = VARIANTS[variant][0]
     folders = adapters(bases, VARIANTS[variant], tmp_path)
-    start = loaded(bases / name, name).state_dict()
+    start = torch.load(bases / f"{name}.pt")
     wanted, errors = mean_of([merged(bases, name, folder) for folder in folders]), []
     for key in (key for key, tensor in wanted.items() if tensor.ndim > 1):
         change = (wanted[key] - start[key].double()).flatten(1)
@@ -149,7 +156,7 @@ def test_trained_rows_of_an_embedding_are_averaged_in_an_adapter_and_need_peft_i
 
 def test_a_head_that_the_base_model_lacks_is_added(bases, tmp_path):
     folders = adapters(bases, VARIANTS["modules_to_save"], tmp_path)
-    base = load_file(bases / "bert/model.safetensors")
+    base = torch.load(bases / "bert.pt")
     lacking = {name: tensor for name, tensor in base.items() if "classifier" not in name}
     torch.save(lacking, tmp_path / "base.pt")
     soup = soups.uniform(folders, base=tmp_path / "base.pt")
@@ -183,7 +190,7 @@ def test_greedy_scores_the_models_into_which_dora_adapters_are_merged(bases, lan
     base = ["--base", str(bases / "gpt2")]
     main(["greedy", "run*", *base, "--score", "score:size", "--goal", "min", "--out", "by_function"])
     assert "greedy: " in capsys.readouterr().out
-    record = json.loads(load_metadata("by_function/model.safetensors")["soup"])
+    record = json.loads(safe_open("by_function/model.safetensors", "pt").metadata()["soup"])
     used = [states[int(part["file"][-1])] for part in record["ingredients"]]
     assert_equal(loaded("by_function", "gpt2").state_dict(), mean_of(used))
     sizes = [state["transformer.h.0.attn.c_attn.weight"].double().norm().item() for state in states]
@@ -191,9 +198,3 @@ def test_greedy_scores_the_models_into_which_dora_adapters_are_merged(bases, lan
     main(["greedy", "run*", *base, "--perplexity", "text.txt", "--out", "by_perplexity"])
     for made in ("by_function", "by_perplexity"):
         assert verify(language / made) == ""
-
-
-def load_metadata(path):
-    from safetensors import safe_open
-
-    return safe_open(path, "pt").metadata()
