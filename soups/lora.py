@@ -231,7 +231,8 @@ def _joined(name: str, other: str, adapters: Sequence[Weights], factors: Sequenc
     for i, adapter in enumerate(adapters):
         top, side = adapter[name].double(), adapter[other].double()
         if (
-            len(top) != side.shape[1]
+            min(top.ndim, side.ndim) < 2
+            or len(top) != side.shape[1]
             or top.shape[1:] != adapters[0][name].shape[1:]
             or len(side) != len(adapters[0][other])
         ):

@@ -121,6 +121,7 @@ def test_adapters_keep_their_dtype():
         ([adapter(0), adapter(1, inputs=8)], {}, "adapter 1, .*do not fit the others"),
         ([adapter(0), adapter(1, outputs=6)], {}, "adapter 1, .*do not fit the others"),
         ([{A: torch.ones(2, 3), B: torch.ones(4, 3)}], {}, "adapter 0, .*do not fit the others"),
+        ([{A: torch.ones(2, 3), B: torch.ones(0)}], {}, "adapter 0, .*do not fit the others"),
         ([{A: torch.ones(2, 3)}], {}, f"no '{B}' beside it"),
         ([adapter(0) | {A: torch.full((2, 7), torch.nan)}], {}, "NaN or infinity"),
         ([adapter(0) | {f"{MODULE}.lora_magnitude_vector": torch.ones(5)}], {}, "is of DoRA"),
@@ -378,3 +379,15 @@ def test_adapters_of_other_modules_or_with_nan_are_refused_before_any_score(tmp_
         with pytest.raises(UserError, match=words):
             paths = [tmp_path / f"run{i}" for i in others]
             soups.greedy(paths, lambda weights: pytest.fail("it was scored"), "min", quiet=True)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [{A: torch.ones(0)}, {B: torch.ones(5, 3)}, {f"{MODULE}.lora_magnitude_vector": torch.ones(4)}],
+    ids=["a shard that was not gathered", "another rank", "other lengths"],
+)
+def test_factors_that_do_not_fit_together_are_refused_by_module(damaged, tmp_path):
+    save_file({"encoder.layer.0.attention.query.weight": torch.ones(5, 7)}, tmp_path / "base.safetensors")
+    folder = adapter_folder(tmp_path / "run0", adapter(0) | damaged)
+    with pytest.raises(UserError, match=r"run0: the factors of '.*query' do not fit together"):
+        soups.uniform([folder], base=tmp_path / "base.safetensors")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,11 @@ def common_config(folders: Sequence[Path], settings: Sequence[str] = SAME) -> di
     Raises:
         UserError: another has one of the settings in another way, so that the mean of updates is none.
     """
-
-    def known(config: Mapping[str, Any], setting: str) -> Any:  # peft writes lists in any order
-        value = config.get(setting) or None
-        return sorted(value) if isinstance(value, list) else value
-
     first, *others = map(read_config, folders)
     for folder, config in zip(folders[1:], others, strict=True):
         for key in settings:
-            if known(config, key) != known(first, key):
+            one, other = (each.get(key) or None for each in (config, first))
+            if one != other and not (isinstance(one, list) and sorted(one) == sorted(other or [])):  # in any order
                 raise UserError(
                     f"{folder / CONFIG}: {key} is {config.get(key)!r}, but {first.get(key)!r} in {folders[0]}: "
                     "only changes to the same model have a mean (where it is the same under two names, edit the file)"
@@ -246,13 +242,16 @@ def merged(folder: Path, adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
         if "lora_" not in name:
             source[place(name, in_model(name), _shape(adapter, name))] = adapter, name
     for module, (a, b) in pairs.items():
-        (rank, *inside), (out, columns, *_) = _shape(adapter, a), _shape(adapter, b)
+        scale, bias = f"{module}.lora_magnitude_vector", f"{module}.lora_B.bias"
+        scale = scale if scale in adapter.names else ""
+        (rank, *inside), (out, *columns) = _shape(adapter, a), _shape(adapter, b)
+        if not inside or columns[:1] != [rank] or (scale and prod(_shape(adapter, scale)) != out):
+            raise UserError(
+                f"{folder}: the factors of {module!r} do not fit together, as those of grouped convolutions"
+            )
         turned = "lora_embedding_" in a or (bool(config.get("fan_in_fan_out")) and len(inside) == 1)
         own = place(a, f"{in_model(module)}.weight", (*inside, out) if turned else (out, *inside))
-        if columns != rank:
-            raise UserError(f"{folder}: {a!r} and {b!r} do not fit together, as those of convolutions in groups")
-        scaling, scale, bias = scaling_of(config, module), f"{module}.lora_magnitude_vector", f"{module}.lora_B.bias"
-        scale = scale if scale in adapter.names else ""
+        scaling = scaling_of(config, module)
         updates[own] = _Update(source[own], adapter, a, b, scaling, turned, scale)
         if bias in adapter.names:
             own = place(bias, f"{in_model(module)}.bias", (out,))
