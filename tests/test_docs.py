@@ -81,13 +81,30 @@ def test_links_lead_to_files():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def missing_tests(text):
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    return [name for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")]
+
+
+def test_what_the_comparison_claims_of_this_library_has_a_test_and_of_others_a_place():
+    text = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    assert missing_tests(text) == []
+    table, _, places = text.partition("Where it is documented:")
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ") and "mergekit 0.1.5" not in line]
+    assert len(rows) >= 20
+    for _, ours, *theirs in rows:
+        assert "::" in ours
+        for cell in theirs:
+            numbers = re.findall(r"\[(\d)\]", cell)
+            assert cell.strip() == "-" or all(f"\n{number}. " in places for number in numbers) and numbers, cell
+
+
 def test_the_tests_and_experiments_that_stand_beside_the_papers_text_exist():
     lines = (ROOT / "docs/experiments.md").read_text(encoding="utf-8").partition("## Where the paper's text decides")[2]
     rows = [line.split("|")[1:5] for line in lines.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 14
     for _, _, setting, tests in rows:
-        for file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests):
-            assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+        assert missing_tests(tests) == []
         assert "::" in tests
         for field in re.findall(r"`(?:task|model|optim|augment|compute|cooking|regularizer|sweep)\.(\w+)", setting):
             schema = "".join((ROOT / "configs" / f"{name}.py").read_text() for name in ("schema", "data", "training"))
