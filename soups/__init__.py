@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         model_stock,
         perplexity,
         random_order,
+        slerp,
         texts,
         uniform,
         weighted,
@@ -46,6 +47,7 @@ __all__ = [
     "model_stock",
     "perplexity",
     "random_order",
+    "slerp",
     "texts",
     "ties",
     "uniform",
@@ -54,7 +56,7 @@ __all__ = [
     "wise_ft",
     "with_replacement",
 ]
-NEEDED = ("numpy", "torch", "safetensors", "xxhash")
+NEEDED = ("numpy", "torch", "safetensors", "xxhash", "yaml")
 
 if sys.argv[:1] == ["-m"]:  # while `python -m soups...` imports the package: say in one line what is not installed
     _problem = ", ".join(name for name in NEEDED if find_spec(name) is None)

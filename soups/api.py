@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from soups.along import shares
 from soups.averaging import Averaging, Models, by_tensor, open_pool, writer
+from soups.conformance import common_layout
 from soups.errors import UserError
 from soups.files.opening import opened
 from soups.files.reading import Reading
+from soups.geometry import slerp_weights
 from soups.heldout import HeldOut
 from soups.journal import Journal
+from soups.merging import undivided
 from soups.ranks import this_rank
 from soups.scores import Given, Scores, digests_of, given_scores, reduced, to_stderr
 from soups.scoring import Scorer, gain_of
@@ -32,11 +35,12 @@ if TYPE_CHECKING:
 Score = str | Callable[..., Any] | Scorer | HeldOut
 
 
-def _mixed(recipe: str, pool: Pool, weights: Sequence[float], how: Averaging, **note: Any) -> Soup:
+def _mixed(recipe: str, pool: Pool, weights: Sequence[float], how: Averaging, *, normalize: bool = True) -> Soup:
     """A soup of one weight a model."""
-    total = fsum(weights)
+    total = fsum(weights) if normalize else 1.0
     shares = {name: weight / total for name, weight in zip(pool.names, weights, strict=True)}
-    return Soup(recipe, pool, writer(pool, list(weights), how), shares, note)
+    note = {} if normalize else {"normalize": False}
+    return Soup(recipe, pool, writer(pool, list(weights), how, merging=None if normalize else undivided), shares, note)
 
 
 def load(path: str | Path, *, key: str | None = None) -> "Mapping[str, Tensor]":
@@ -56,12 +60,13 @@ def uniform(models: Models, **settings: Any) -> Soup:
     return _mixed("uniform", pool, [1.0] * len(pool), how)
 
 
-def weighted(models: Models, weights: Sequence[float] | str, **settings: Any) -> Soup:
+def weighted(models: Models, weights: Sequence[float] | str, *, normalize: bool = True, **settings: Any) -> Soup:
     """The mean with a weight for each model, in the order in which they are given, in any scale.
 
     Args:
         models: of one run, the earliest first, where `weights` are "1-sqrt" or "ema:0.9".
         weights: numbers; or what `soups.along.factors` knows.
+        normalize: False is the weighted sum, in which a weight may be negative if the sum of all is above 0.
         settings: of the averaging.
 
     Raises:
@@ -72,9 +77,37 @@ def weighted(models: Models, weights: Sequence[float] | str, **settings: Any) ->
     if len(weights) != len(pool):
         raise UserError(f"weights: need one for each of {len(pool)} models, got {len(weights)}")
     values = [float(weight) for weight in weights]
-    if not all(isfinite(value) and value >= 0 for value in values) or not fsum(values) > 0:
-        raise UserError(f"weights: need finite numbers of at least 0 whose sum is above 0, got {values}")
-    return _mixed("weighted", pool, values, how)
+    if not all(isfinite(value) and (value >= 0 or not normalize) for value in values) or not fsum(values) > 0:
+        least = " of at least 0" if normalize else ""
+        raise UserError(f"weights: need finite numbers{least} whose sum is above 0, got {values}")
+    return _mixed("weighted", pool, values, how, normalize=normalize)
+
+
+def slerp(models: Models, t: float = 0.5, **settings: Any) -> Soup:
+    """Two models on the great circle between them, tensor by tensor: where weights keep their length.
+
+    Tensors at a cosine of more than 0.9995, and batch-norm statistics, are interpolated on the line between them.
+
+    Args:
+        models: two.
+        t: in [0, 1]; 0 is the first model.
+        settings: of the averaging.
+
+    Raises:
+        UserError: not two models, or t outside [0, 1].
+
+    Source: Shoemake 1985; a cosine is of all weights of a tensor, as in mergekit.
+    """
+    pool, how, _ = open_pool(models, settings)
+    if len(pool) != 2:
+        raise UserError(f"slerp is between two models, and these are {len(pool)}")
+    if not 0 <= t <= 1:
+        raise UserError(f"t is in [0, 1], 0 for the first model and 1 for the second; got {t}")
+    with opened(pool.paths, how.reading) as (one, other):
+        layout = common_layout([one, other], how.reading)
+        weights = {name: slerp_weights(one, other, name, layout, t) for name in layout.entries}
+    note = {"t": t, "normalize": False}
+    return Soup("slerp", pool, writer(pool, weights, how, merging=undivided), dict.fromkeys(pool.names), note)
 
 
 def wise_ft(start: Source, models: Models, alpha: float = 0.5, **settings: Any) -> Soup:

@@ -15,8 +15,7 @@ from soups.files.dtypes import OutputDtype
 from soups.files.folders import is_adapter
 from soups.files.opening import opened
 from soups.files.reading import Reading
-from soups.mean import Mixing, average_files
-from soups.merging import Merging
+from soups.mean import Mean, Mixing, average_files
 from soups.ranks import this_rank
 from soups.record import FileSoup
 from soups.scoring import Scorer, Statistics
@@ -79,7 +78,7 @@ def average(
     note: Mapping[str, Any] | None = None,
     *,
     start: Pool | None = None,
-    merging: Merging | None = None,
+    merging: Callable[[Mean, Sequence[int]], Mean] | None = None,
     sync: bool = True,
 ) -> FileSoup:
     """Write the weighted mean of a pool's files.
@@ -91,7 +90,7 @@ def average(
         out: a .safetensors file.
         note: what its metadata says beside.
         start: the initialisation, where the recipe has one.
-        merging: what takes the place of the mean, of recipes on changes from `start`.
+        merging: what takes the place of the mean, as in `average_files`.
         sync: as in `average_files`.
 
     Raises:
@@ -248,7 +247,12 @@ def _as_adapters(pool: Pool, how: Averaging, score: Any) -> None:
 
 
 def writer(
-    pool: Pool, weights: Mixing, how: Averaging, *, start: Pool | None = None, merging: Merging | None = None
+    pool: Pool,
+    weights: Mixing,
+    how: Averaging,
+    *,
+    start: Pool | None = None,
+    merging: Callable[[Mean, Sequence[int]], Mean] | None = None,
 ) -> Writer:
     """The soup of such weights as a function that writes it."""
     if pool.adapters:

@@ -1,4 +1,4 @@
-"""What each command is for, and examples of it, which a test runs."""
+"""What each command is for, examples of it, which a test runs, and which settings belong together."""
 
 EXAMPLES = {
     "uniform": """soups uniform run/*.safetensors --out soup.safetensors
@@ -23,6 +23,7 @@ torchrun --nproc-per-node 8 -m soups greedy run/*.safetensors --images held_out 
     "arithmetic": "soups arithmetic run/*.pt --init start.pt --scales 0.5,-0.2 --out soup.safetensors",
     "ties": "soups ties run/*.safetensors --init start.safetensors --density 0.2 --out soup.safetensors",
     "dare": "soups dare run/*.safetensors --init start.safetensors --density 0.1 --out soup.safetensors",
+    "slerp": "soups slerp a.pt b.pt --t 0.3 --out soup.pt",
     "lora": """soups lora adapters/* --out adapter
 soups lora adapters/* --rank 4 --out adapter
 soups lora adapters/* --base llama --out model
@@ -31,6 +32,9 @@ soups greedy adapters/* --base llama --perplexity held_out.txt --out model""",
     "export": "soups export soup.safetensors --to timm --network timm:resnet50 --out exported",
     "doctor": """soups doctor run/*.safetensors --init start.safetensors
 soups doctor run/*.safetensors --scores scores.json --held-out 616""",
+    "make": """soups make recipe.yaml
+soups make soup.safetensors.recipe.yaml --folder run --out again.safetensors
+soups make mergekit.yaml --out merged --allow-unrelated""",
     "verify": "soups verify soup.safetensors --folder run",
 }
 TITLES = {
@@ -45,8 +49,29 @@ TITLES = {
     "arithmetic": "the initialisation plus scaled changes of the models; scales may be negative",
     "ties": "trimmed changes that agree in sign, added to the initialisation",
     "dare": "random parts of the changes, scaled up, added to the initialisation",
+    "slerp": "two models on the great circle between them, tensor by tensor",
     "lora": "one LoRA adapter whose update is the mean of the adapters' updates, or with --base the dense model",
     "export": "a soup as a folder that timm, open_clip, transformers or ONNX loads",
     "doctor": "whether models belong in one soup, and whether it is likely to be better than the best of them",
+    "make": "make the soup of a recipe in a file: yours, mergekit's, or the one that lies beside a soup",
     "verify": "make a soup again from its ingredients and compare every byte",
+}
+OTHERS = ("export", "doctor", "make", "verify")  # which are no recipes
+SETTINGS = (  # those that recipes in Python have under the same names
+    *("dtype", "batch_norm", "init", "key", "exclude", "only_common", "allow_unrelated", "threads", "base"),
+    *("weights", "alpha", "scales", "density", "scale", "seed", "goal", "scores", "ties", "rounds", "min_sigma"),
+    *("per", "lr", "epochs", "weight_decay", "place", "t", "normalize", "rescale"),
+)
+USES = {  # settings of held-out examples -> where they mean something
+    "goal": ("score",),
+    "network": ("images", "texts", "perplexity", "choices"),
+    "batch_size": ("images", "texts", "perplexity", "choices"),
+    "image_size": ("images",),
+    "templates": ("images",),
+    "workers": ("images",),
+    "metric": ("score", "images", "texts"),
+    "columns": ("texts",),
+    "label": ("texts",),
+    "max_length": ("texts", "perplexity", "choices"),
+    "per_token": ("choices",),
 }

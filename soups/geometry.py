@@ -1,5 +1,6 @@
 """Where models lie: distances to a reference and angles between task vectors, streamed from files in float64."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from soups.files.dtypes import FLOATS, STORED, widen
 from soups.mean import STATISTICS
 
 ANOTHER_ORIGIN = 0.5  # fine-tuned weights keep a cosine near 1 with where they started; unrelated ones are near 0
+PARALLEL = 0.9995  # a cosine past which two tensors are interpolated on a line
+SHORT = 1e-8  # a length that has no direction; both as in mergekit
 NUMBERS_AT_ONCE = 4 * BLOCK  # float64, over all models: 4 MiB
 
 
@@ -89,6 +92,20 @@ def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint
             crossed += tasks @ origin
             reference += float(origin @ origin)
     return Geometry(products, crossed, reference)
+
+
+def slerp_weights(one: Checkpoint, other: Checkpoint, name: str, layout: Layout, t: float) -> list[float]:
+    """The weights of two models in a tensor that lies a share `t` of the angle from the first."""
+    found = geometry([other], Layout({name: layout.entries[name]}, {}), one)
+    lengths = found.reference, float(found.products[0, 0] + 2 * found.crossed[0] + found.reference)
+    if found.reference == lengths[1] == 0:
+        cosine = 1.0  # nothing that has a direction, such as batch-norm statistics
+    else:
+        cosine = float(found.reference_cosines[0]) if min(lengths) > SHORT**2 else 0.0
+    if abs(cosine) > PARALLEL:
+        return [1 - t, t]
+    angle = math.acos(cosine)
+    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
 
 
 def medians_of_others(cosines: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ from soups.files.reading import Reading
 from soups.files.tensors import LazyWeights
 from soups.files.weights import Weights
 from soups.folder import copy_companions
-from soups.record import FORMAT, Ingredient, Record, versions
+from soups.record import FORMAT, Ingredient, Record, versions, write_recipe
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def soup_folders(
         write_json(folder / CONFIG, config)
         copy_companions(folders[0], folder)
         _card(config, facts["recipe"], names, mixing, soup).write(folder)
+        write_recipe(folder, record.metadata())
     return replace(soup, path=out)
 
 

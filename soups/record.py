@@ -1,13 +1,18 @@
-"""What a soup was cooked from, as its metadata records it."""
+"""What a soup was cooked from, as its metadata records it, and as yaml beside it."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from soups.conformance import Layout
+from soups.errors import UserError
+from soups.files.atomic import read_json, write_text
 from soups.files.dtypes import OutputDtype
 from soups.files.reading import Reading
 
@@ -100,9 +105,61 @@ class FileSoup:
         return lines
 
 
-def record_beside(path: Path) -> Path:
-    """Where the record of a file of torch.save lies, whose format holds none."""
-    return path.with_name(f"{path.name}.soup.json")
+def recipe_beside(soup: Path) -> Path:
+    """Where the record of a soup lies as yaml: in its folder, or beside its file."""
+    return soup / "recipe.yaml" if soup.is_dir() else soup.with_name(f"{soup.name}.recipe.yaml")
+
+
+def write_recipe(soup: Path, metadata: Mapping[str, str]) -> None:
+    """Put the record that a soup's metadata holds beside it, which `soups make` reads."""
+    values = {"check": metadata["soup_check"], **json.loads(metadata["soup"])}
+    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
+    write_text(recipe_beside(soup), f"# A soup's recipe, which `soups make` reads: not to be changed by hand.\n{text}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings by name.
+
+    Raises:
+        UserError: there is no such file, or it is no yaml with names.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{path} is no recipe: write a setting a line, as in `recipe: uniform`")
+    return values
+
+
+def metadata_beside(soup: Path) -> dict[str, str] | None:
+    """What a soup's metadata says, from the yaml beside it, or the json as which it lay there before; or None."""
+    if recipe_beside(soup).exists():
+        return metadata_of(read_yaml(recipe_beside(soup)))
+    before = soup.with_name(f"{soup.name}.soup.json")
+    return dict(read_json(before)) if before.exists() else None
+
+
+def metadata_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """What the metadata of the soup says that this recipe lay beside."""
+    values = {name: value for name, value in recipe.items() if name != "check"}
+    return {"soup": json.dumps(values, sort_keys=True), "soup_check": recipe.get("check", "")}
+
+
+def record_in(metadata: Mapping[str, str]) -> Record:
+    """The record in a soup's metadata.
+
+    Raises:
+        UserError: it has none, or one that was changed.
+    """
+    try:
+        if metadata["soup_check"] == check_of(metadata["soup"]):
+            return parsed(metadata["soup"])
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise UserError("it carries no whole record of how it was made")
 
 
 def check_of(record: str) -> str:

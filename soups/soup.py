@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from soups.averaging import Writer
 from soups.candidates import write_pickled
 from soups.errors import UserError
-from soups.files.atomic import replacing, write_json
+from soups.files.atomic import replacing
 from soups.files.checkpoints import PICKLED
 from soups.files.folders import ADAPTER
 from soups.files.opening import opened
 from soups.folder import WEIGHTS, complete
-from soups.record import record_beside
+from soups.record import write_recipe
 from soups.scoring import Gain
 from soups.selection import Goal
 from soups.sources import Pool
@@ -105,9 +105,9 @@ class Soup:
     def save(self, out: str | Path) -> Path:
         """Write it: a .safetensors file, a file of torch.save (.pt, .pth, .bin, .ckpt), or else a folder.
 
-        A file of torch.save has the names and the outer key of the first model's file, and its record of how it was
-        made in <out>.soup.json beside it. A folder has the config, the tokenizer and a model card beside the weights,
-        so that its library loads it. A soup of adapters is a folder that peft loads.
+        A file of torch.save has the names and the outer key of the first model's file. A folder has the config, the
+        tokenizer and a model card beside the weights, so that its library loads it. A soup of adapters is a folder that
+        peft loads. Beside a file lies <out>.recipe.yaml, which makes it again; in a folder, recipe.yaml.
 
         Raises:
             UserError: `out` is one of the models, or a folder that is there; or as the averaging.
@@ -117,29 +117,31 @@ class Soup:
         if self.pool.adapters:
             if path.suffix in (".safetensors", *PICKLED):
                 raise UserError(f"--out {path}: a soup of LoRA adapters is a folder: leave out {path.suffix}")
-            self._write(path)
+            self._write(path, path)
         elif path.suffix == ".safetensors":
-            self._write(path)
+            self._write(path, path)
         elif path.suffix in PICKLED:
             self.pool.workplace.mkdir(exist_ok=True)
             between = self.pool.workplace / "to-pickle.safetensors"
-            self._write(between)
+            self._write(between, path, like=self.pool.names[0])
             if like.is_file() and like.suffix in PICKLED:
                 with opened([like], self.pool.reading) as checkpoints:
                     write_pickled(between, path, checkpoints[0])
             else:
                 write_pickled(between, path, None)
-            with opened([between]) as (made,):
-                write_json(record_beside(path), {key: made.metadata[key] for key in ("soup", "soup_check")})
             between.unlink()
         else:
             with replacing(path, folder=True) as folder:
-                self._write(folder / WEIGHTS)
+                self._write(folder / WEIGHTS, folder, like=self.pool.names[0])
                 complete(folder, like, self)
         return path
 
-    def _write(self, path: Path) -> None:
-        self.remarks[:] = self.write(path, self.record).remarks()
+    def _write(self, weights: Path, soup: Path, **more: str) -> None:
+        """Its weights, and beside the soup the recipe; `like` is the model whose config, key and names it has."""
+        self.remarks[:] = self.write(weights, self.record | more).remarks()
+        if not self.pool.adapters:  # whose folder has it already
+            with opened([weights]) as (made,):
+                write_recipe(soup, made.metadata)
 
     def __str__(self) -> str:
         return "\n".join([*_table(self), *_summary(self)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from soups.errors import UserError
+from soups.files.folders import HUB, from_hub, pinned
 from soups.files.names import natural, short_names
 from soups.files.reading import Reading
 
@@ -102,7 +103,10 @@ def pool_of(sources: Source | Iterable[Source], reading: Reading | None = None) 
     paths: list[Path] = []
     names: dict[int, str] = {}
     for source in sources:
-        if isinstance(source, (str, Path)):
+        if isinstance(source, (str, Path)) and str(source).startswith(HUB):
+            paths.append(from_hub(str(source)))
+            names[len(paths) - 1] = pinned(str(source), paths[-1])
+        elif isinstance(source, (str, Path)):
             paths += matches(str(source))
         else:
             names[len(paths)] = f"model {len(paths)}"

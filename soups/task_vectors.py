@@ -30,37 +30,66 @@ def arithmetic(start: Source, models: Models, scales: Sequence[float], **setting
     return _merged("arithmetic", start, models, settings, scales=[float(scale) for scale in scales])
 
 
-def ties(start: Source, models: Models, density: float = 0.2, scale: float = 1.0, **settings: Any) -> Soup:
+def ties(
+    start: Source,
+    models: Models,
+    density: float | Sequence[float] = 0.2,
+    scale: float = 1.0,
+    *,
+    weights: Sequence[float] | None = None,
+    per: str = "model",
+    normalize: bool = True,
+    **settings: Any,
+) -> Soup:
     """Of each model's changes from the initialisation the largest; where their signs agree, the mean of those.
 
     Args:
         start: the initialisation.
         models: fine-tuned from it.
-        density: share of each model's changes that is kept, in (0, 1].
+        density: share of each model's changes that is kept, in (0, 1]; one number, or one for each model.
         scale: what the merged changes are multiplied by.
+        weights: of the models, in their order; equal if None.
+        per: "model" ranks all changes of a model together; "tensor" those of each tensor, as mergekit does: exactly the
+            share is kept, and where the changes sum to zero the positive ones are taken.
+        normalize: divide by the weights of those that agree; else they are summed.
         settings: of the averaging.
 
     Source: Yadav et al. 2023, Algorithm 1.
     """
-    return _merged("ties", start, models, settings, scale=scale, density=density)
+    more: dict[str, Any] = {"weights": weights, "per": per, "normalize": normalize}
+    return _merged("ties", start, models, settings, scale=scale, density=density, **more)
 
 
 def dare(
-    start: Source, models: Models, density: float = 0.1, scale: float = 1.0, seed: int = 0, **settings: Any
+    start: Source,
+    models: Models,
+    density: float | Sequence[float] = 0.1,
+    scale: float = 1.0,
+    seed: int = 0,
+    *,
+    scales: Sequence[float] | None = None,
+    rescale: str = "density",
+    **settings: Any,
 ) -> Soup:
     """The initialisation plus the mean of the models' changes, of which chance leaves a share, scaled up.
 
     Args:
         start: the initialisation.
         models: fine-tuned from it.
-        density: share of each model's changes that is kept, in (0, 1]; 1 - p of the paper.
+        density: share of each model's changes that is kept, in (0, 1]; 1 - p of the paper. One, or one for each model.
         scale: what the mean change is multiplied by.
         seed: of the choice.
+        scales: what each model's change is multiplied by, in their order, for their sum in place of the mean.
+        rescale: how what is left is scaled up: "density" divides by it; "l1" gives each tensor's changes the sum of
+            magnitudes that they had, as mergekit does; "none" leaves them.
         settings: of the averaging.
 
     Source: Yu et al. 2024, equation 3.
     """
-    return _merged("dare", start, models, settings, scale=scale, density=density, seed=seed)
+    if rescale not in ("density", "l1", "none"):
+        raise UserError(f"rescale={rescale!r}: write density, l1 or none")
+    more: dict[str, Any] = {"scales": scales, "seed": seed, "rescale": rescale}
+    return _merged("dare", start, models, settings, scale=scale, density=density, **more)
 
 
 def _merged(
@@ -71,26 +100,39 @@ def _merged(
     *,
     scales: Sequence[float] | None = None,
     scale: float = 1.0,
-    density: float = 1.0,
-    seed: int = 0,
+    density: float | Sequence[float] = 1.0,
+    weights: Sequence[float] | None = None,
+    per: str = "model",
+    **more: Any,
 ) -> Soup:
-    """A soup on changes from the initialisation."""
+    """A soup on changes from the initialisation; `more` are fields of `Merging`."""
     pool, how, first = open_pool(models, settings, start)
     assert first is not None  # start is one
-    if scales is not None and len(scales) != len(pool):
-        raise UserError(f"scales: need one for each of {len(pool)} models, got {len(scales)}")
-    if not 0 < density <= 1:
-        raise UserError(f"density is a share in (0, 1], got {density}")
-    each = [scale / len(pool) if recipe == "dare" else scale] * len(pool) if scales is None else list(scales)
-    if not all(map(isfinite, each)):
-        raise UserError(f"scales: need finite numbers, got {each}")
     begin, names = first.names[0], pool.names
-    merging = Merging(recipe, dict(zip(names, each, strict=True)), density, seed)
-    note: dict[str, Any] = {"init": begin, "scales": dict(merging.scales)}
-    note |= {"density": density} if recipe != "arithmetic" else {}
-    note |= {"seed": seed} if recipe == "dare" else {}
-    weights = [0.0, *[1.0] * len(pool)]  # of what is no task vector
+
+    def for_each(name: str, values: Sequence[float]) -> dict[str, float]:
+        if len(values) != len(pool):
+            raise UserError(f"{name}: need one for each of {len(pool)} models, got {len(values)}")
+        if not all(map(isfinite, values)):
+            raise UserError(f"{name}: need finite numbers, got {list(values)}")
+        return dict(zip(names, map(float, values), strict=True))
+
+    kept = for_each("density", density) if isinstance(density, Sequence) else density
+    for share in kept.values() if isinstance(kept, dict) else [kept]:
+        if not 0 < share <= 1:
+            raise UserError(f"density is a share in (0, 1], got {share}")
+    if per not in ("model", "tensor"):
+        raise UserError(f"per={per!r}: write model or tensor")
+    equal = [scale / len(pool) if recipe == "dare" else scale] * len(pool)
+    each = equal if scales is None else [scale * one for one in scales]
+    factors, shares_of = for_each("scales", each), {} if weights is None else for_each("weights", weights)
+    merging = Merging(recipe, factors, kept, weights=shares_of, per=per, **more)
+    usual, always = Merging("", {}), {"arithmetic": (), "ties": ("density",), "dare": ("density", "seed")}[recipe]
+    values = {name: value for name, value in vars(merging).items() if name in always or value != getattr(usual, name)}
+    note = {"init": begin, **values}
+    note.pop("recipe")  # which stands in every note
     shares: dict[str, float | None] = dict.fromkeys([begin, *names])
     if recipe == "arithmetic":
         shares = {begin: 1 - fsum(each), **merging.scales}
-    return Soup(recipe, pool, writer(pool, weights, how, start=first, merging=merging), shares, note)
+    rest = [0.0, *[1.0] * len(pool)]  # weights of what is no task vector
+    return Soup(recipe, pool, writer(pool, rest, how, start=first, merging=merging), shares, note)

@@ -7,20 +7,24 @@ again and compares every byte. Prints one line; exit status 0 if equal, 1 if not
 import filecmp
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from soups.errors import UserError
 from soups.files.adapters import CONFIG
 from soups.files.atomic import read_json
 from soups.files.checkpoints import PICKLED, Checkpoint, Entry, digest_file, tensor_digests
-from soups.files.folders import ADAPTER, INDEX, is_adapter
+from soups.files.folders import ADAPTER, HUB, INDEX, from_hub, is_adapter
 from soups.files.opening import open_checkpoint, opened
 from soups.files.reading import COUNTERS, Reading
-from soups.mean import STATISTICS, average_files
-from soups.merging import Merging
-from soups.record import Record, check_of, parsed, record_beside
+from soups.mean import STATISTICS, Mean, average_files
+from soups.merging import Merging, undivided
+from soups.record import FileSoup, Record, metadata_beside, record_in
+
+if TYPE_CHECKING:
+    from soups.lora import LoraSoup
 
 MERGED = ("arithmetic", "ties", "dare")  # recipes of `soups.task_vectors`
 
@@ -31,18 +35,11 @@ def record_of(soup: Path) -> Record:
     Raises:
         UserError: the file is missing, damaged or not a soup of ours.
     """
-    beside = record_beside(soup)
-    if soup.suffix in PICKLED and beside.exists():
-        metadata = read_json(beside)
-    else:
+    metadata = metadata_beside(soup) if soup.suffix in PICKLED else None
+    if metadata is None:
         with ExitStack() as stack:
             metadata = open_checkpoint(soup / ADAPTER if is_adapter(soup) else soup, stack).metadata
-    try:
-        if metadata["soup_check"] == check_of(metadata["soup"]):
-            return parsed(metadata["soup"])
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise UserError("it carries no whole record of how it was made")
+    return record_in(metadata)
 
 
 def _digest(path: Path, record: Record) -> str | None:
@@ -66,7 +63,11 @@ def _candidates(folder: Path, soup: Path, names: list[str]) -> list[Path]:
 
 
 def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str]]:
-    """The recorded ingredients' files, and what is wrong with those that were not found."""
+    """The recorded ingredients' files, in the folder or of the hub, and what is wrong with those that were not found.
+
+    Raises:
+        UserError: a model of the hub is in no folder and cannot be had.
+    """
     wanted = {ingredient.digest for ingredient in record.ingredients}
     found: dict[str, Path] = {}
     for path in _candidates(folder, soup, [ingredient.file for ingredient in record.ingredients]):
@@ -75,8 +76,12 @@ def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str
             found.setdefault(digest, path)
     problems = []
     for ingredient in record.ingredients:
+        is_hub = ingredient.file.startswith(HUB)
+        if is_hub and ingredient.digest not in found:
+            path = from_hub(ingredient.file)
+            found |= {ingredient.digest: path} if _digest(path, record) == ingredient.digest else {}
         if ingredient.digest not in found:
-            what = "was changed" if (folder / ingredient.file).exists() else "is missing"
+            what = "was changed" if is_hub or (folder / ingredient.file).exists() else "is missing"
             problems.append(f"{ingredient.file} {what}")
     return [found[i.digest] for i in record.ingredients if i.digest in found], problems
 
@@ -100,10 +105,11 @@ def verify(soup: Path, folder: Path | None = None) -> str:
         elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""
         return f"of its ingredients in {folder}, {', '.join(problems)}{elsewhere}"
     with tempfile.TemporaryDirectory() as temporary:
-        again = Path(temporary) / "soup.safetensors"
-        if "lora" in record.note:
-            return _again_lora(record, paths, soup, Path(temporary) / "soup")
-        _make(record, paths, again)
+        is_lora = "lora" in record.note
+        again = Path(temporary) / ("soup" if is_lora else "soup.safetensors")
+        make_again(record, paths, again)
+        if is_lora:
+            return _compared_lora(record, soup, again)
         renewed = record.note.get("batch_norm") == "recompute"
         return "" if _same(soup, again, renewed=renewed) else "made again from its ingredients, it differs"
 
@@ -123,31 +129,33 @@ def answer(soup: Path, folder: Path | None = None) -> tuple[bool, str]:
     return True, equal
 
 
-def _again_lora(record: Record, paths: Sequence[Path], soup: Path, again: Path) -> str:
+def _compared_lora(record: Record, soup: Path, again: Path) -> str:
     """What `verify` answers of a soup of adapters."""
-    from soups.lora import soup_folders  # noqa: PLC0415
-
-    names, rank = [ingredient.file for ingredient in record.ingredients], record.note["lora"]["rank"]
-    assert not isinstance(record.weights, dict)  # of an adapter there is one weight
-    soup_folders(paths, again, weights=record.weights, rank=rank, note=record.note, names=names)
     if _same(soup / ADAPTER, again / ADAPTER, renewed=False) and read_json(soup / CONFIG) == read_json(again / CONFIG):
         return ""
     cut = "; factors cut to a rank are equal only on the machine and with the torch that made them"
-    return f"made again from its ingredients, it differs{'' if rank is None else cut}"
+    return f"made again from its ingredients, it differs{'' if record.note['lora']['rank'] is None else cut}"
 
 
-def _make(record: Record, paths: Sequence[Path], out: Path) -> None:
-    """The soup that a record describes."""
+def make_again(record: Record, paths: Sequence[Path], out: Path) -> "FileSoup | LoraSoup":
+    """Write the soup that a record describes: a .safetensors file, or of adapters a folder."""
     names, weights = [ingredient.file for ingredient in record.ingredients], record.weights
-    first, merging = record.first or 0, None
-    note = record.note
+    first, note = record.first or 0, record.note
+    merging: Callable[[Mean, Sequence[int]], Mean] | None = None
+    if "lora" in note:
+        from soups.lora import soup_folders  # noqa: PLC0415  # torch takes seconds
+
+        assert not isinstance(weights, dict)  # of an adapter there is one weight
+        return soup_folders(paths, out, weights=weights, rank=note["lora"]["rank"], note=note, names=names)
     if note.get("recipe") in MERGED and "scales" in note and not isinstance(weights, dict):
-        merging = Merging(note["recipe"], note["scales"], note.get("density", 1.0), note.get("seed", 0))
+        merging = Merging.of(note)
         order = sorted(range(len(names)), key=lambda i: names[i] != note["init"])  # the initialisation is first
         paths, names, weights = [paths[i] for i in order], [names[i] for i in order], [weights[i] for i in order]
         first = order.index(first)
+    elif note.get("normalize") is False:
+        merging = undivided
     keeps = [names.index(ingredient.file) for ingredient in record.ingredients if ingredient.keeps_batch_norm]
-    average_files(
+    return average_files(
         paths,
         out,
         weights=weights,
@@ -174,7 +182,7 @@ def _same(soup: Path, again: Path, *, renewed: bool) -> bool:
     if soup.is_file() and not pickled and not renewed and soup.name != ADAPTER:
         return filecmp.cmp(soup, again, shallow=False)
     with opened([soup, again], Reading(as_stored=not pickled)) as (one, other):
-        metadata = read_json(record_beside(soup)) if pickled else one.metadata
+        metadata = (metadata_beside(soup) if pickled else None) or one.metadata
         same = metadata["soup"] == other.metadata["soup"] and set(one.names) == set(other.names)
         return same and _content(one, renewed=renewed) == _content(other, renewed=renewed)
 

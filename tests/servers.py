@@ -18,6 +18,7 @@ class Served:
     cuts: int = 0
     pause: float = 0.0  # seconds after each 64 KiB
     states: list[int] = field(default_factory=list)  # answer with these first
+    headers: dict[str, str] = field(default_factory=dict)  # of every answer
     asked: list[tuple[str, int]] = field(default_factory=list)  # path and where it was to begin
     url: str = ""
 
@@ -28,7 +29,7 @@ def _handler(served):
             pass
 
         def do_GET(self):
-            name = self.path.lstrip("/")
+            name = self.path.partition("?")[0].lstrip("/")
             found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             first = int(found.group(1)) if found and served.ranges else 0
             served.asked.append((name, first))
@@ -45,9 +46,13 @@ def _handler(served):
             body = content[first:]
             self.send_response(206 if found and served.ranges else 200)
             self.send_header("Content-Length", str(len(body)))
+            for header, value in served.headers.items():
+                self.send_header(header, value)
             if found and served.ranges:
                 self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
             self.end_headers()
+            if self.command == "HEAD":
+                return None
             if served.cuts > 0:
                 served.cuts -= 1
                 body = body[: served.cut_after]
@@ -58,6 +63,8 @@ def _handler(served):
             except (BrokenPipeError, ConnectionResetError):
                 pass
             return None
+
+        do_HEAD = do_GET  # noqa: N815 - as the module calls it
 
     return Handler
 

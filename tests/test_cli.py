@@ -20,7 +20,8 @@ from test_scorers import language  # noqa: F401 - a fixture
 
 from soups.__main__ import main as entry
 from soups.__main__ import typed_now
-from soups.cli import EXAMPLES, RUN, main
+from soups.cli import RUN, main
+from soups.commands import EXAMPLES
 from soups.made_up import make, moved
 from soups.verify import verify
 from tests.commands import python
@@ -292,6 +293,9 @@ def examples(tmp_path_factory, language):  # noqa: F811
         "def loss(weights):\n    return weights['head.bias'].double().norm()\naccuracy = lambda w: -loss(w)\n"
     )
     (root / "eval.py").write_text("print(0.5)\n")
+    (root / "recipe.yaml").write_text("{recipe: uniform, models: run/*.safetensors, out: by_hand.safetensors}")
+    models = "[{model: run/run0.safetensors}, {model: run/run1.safetensors}]"
+    (root / "mergekit.yaml").write_text(f"{{merge_method: linear, models: {models}, parameters: {{weight: 1}}}}")
     shutil.copytree(root / "made/adapters", root / "adapters")
     shutil.copytree(root / "made/language/checkpoint-0", root / "llama")
     (root / "scores.json").write_text(
@@ -309,7 +313,7 @@ def test_an_example_of_the_help_runs(name, line, examples, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{Path(python()).parent}{os.pathsep}{os.environ['PATH']}")
     words = shlex.split(line.replace("resnet50", "test_vit"))[1:]
     out = Path(words[words.index("--out") + 1]) if "--out" in words else None
-    if name in ("verify", "export"):
+    if name in ("verify", "export", "make"):
         main(["uniform", "run/*.safetensors", "--out", "soup.safetensors", "--force"])
         capsys.readouterr()
     status, said, err = ended(words, capsys)

@@ -18,6 +18,7 @@ RECIPES = {  # name -> what it needs beside the files
     "arithmetic": ["--init", "start.pt", "--scales", "0.5,-0.2"],
     "ties": ["--init", "start.pt"],
     "dare": ["--init", "start.pt"],
+    "slerp": [],
     "greedy": SCORE,
     "random-order": SCORE,
     "with-replacement": SCORE,
@@ -36,6 +37,10 @@ EFFECTS = {  # another value of a setting, and what it changes; or the words wit
     "--density": ("0.7", TENSORS),
     "--scale": ("2", TENSORS),
     "--seed": ("1", BYTES),
+    "--rescale": ("l1", TENSORS),
+    "--normalize": (None, NOTHING),
+    "--no-normalize": (None, TENSORS),
+    "--t": ("0.2", TENSORS),
     "--goal": ("min", TENSORS),
     "--ties": ("drop", BYTES),
     "--scores": ("scores.json", BYTES),
@@ -68,6 +73,7 @@ OF_EXAMPLES = {
 }
 ELSEWHERE = {"-h", "--help", "--out", "--force", "--init", "--only-common", "--allow-unrelated", "--journal"}  # below
 ELSEWHERE |= {"--last", "--top", "--by"}  # tests/test_along.py
+ELSEWHERE |= {"--min-sigma", "--report"}  # tests/test_results.py
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +144,7 @@ def differs(one, other):
 
 
 def test_every_recipe_and_every_setting_has_a_case_here():
-    others = {"lora", "doctor", "verify", "export"}  # no recipes of whole models
+    others = {"lora", "doctor", "make", "verify", "export"}  # no recipes of whole models
     assert RECIPES.keys() == RUN.keys() - others
     assert set().union(*map(flags_of, RECIPES)) == EFFECTS.keys() | OF_EXAMPLES.keys() | ELSEWHERE
 
@@ -151,7 +157,7 @@ def test_every_setting_that_a_recipe_has_changes_its_soup_or_is_refused(recipe, 
     of_by = {"--goal"} if "--by" in flags_of(recipe) else set()  # tests/test_along.py
     for flag in sorted((flags_of(recipe) & EFFECTS.keys()) - of_by):
         value, effect = EFFECTS[flag]
-        words = [*without(needed, flag), flag, value]
+        words = [*without(needed, flag), flag, *([] if value is None else [value])]
         if flag == "--batch-norm" and "--init" not in words:
             words += ["--init", "start.pt"]
         after = made(recipe, words, pool, monkeypatch, capsys)
@@ -226,5 +232,6 @@ def test_adapters_have_settings_of_their_own():
         "--exclude",
         "--only-common",
     }
+    assert flags_of("make") == {"-h", "--help", "--out", "--folder", "--force"}  # tests/test_make.py
     assert flags_of("verify") == {"-h", "--help", "--folder"}
     assert flags_of("export") == {"-h", "--help", "--to", "--out", "--network", "--classes", "--license"}

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import soups
 from soups.errors import UserError
-from soups.merging import Scaled, Ties, smallest_kept
+from soups.merging import Kept, Scaled, Ties, exactly_kept, smallest_kept
 from soups.verify import verify
 
 
@@ -29,34 +29,51 @@ def test_the_smallest_kept_magnitude_is_that_of_the_sorted_numbers(density):
     kept = max(1, int(density * 1000))
     slow = np.sort(np.abs(numbers).astype(np.float32))[-kept]
     blocks = [(i % 2, (1 + 9 * (i % 2)) * block) for i in (0, 1) for block in np.split(numbers, 10)]
-    found = smallest_kept(lambda: blocks, 2, density)
-    assert found == (slow, np.sort(np.abs(10 * numbers).astype(np.float32))[-kept])
+    found = smallest_kept(lambda: blocks, [density, density])
+    assert tuple(each.least for each in found) == (slow, np.sort(np.abs(10 * numbers).astype(np.float32))[-kept])
 
 
 def test_numbers_that_share_their_upper_bits_are_told_apart():
     numbers = 1 + np.arange(100.0) * 2**-20
-    assert smallest_kept(lambda: [(0, numbers)], 1, 0.1) == (np.float32(numbers[90]),)
+    assert smallest_kept(lambda: [(0, numbers)], [0.1])[0].least == np.float32(numbers[90])
+
+
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.5, 0.75, 1.0])
+def test_a_share_is_exact_where_magnitudes_are_equal_and_those_that_come_first_are_kept(density):
+    numbers = np.random.default_rng(0).integers(-3, 4, 1000).astype(float)
+    (kept,) = exactly_kept(lambda: [(0, block) for block in np.split(numbers, 8)], [density])
+    found = np.concatenate([kept.trim(125 * i, block) for i, block in enumerate(np.split(numbers, 8))])
+    first = np.argsort(-np.abs(numbers), kind="stable")[: max(1, int(density * 1000))]
+    expected = np.zeros(1000)
+    expected[first] = numbers[first]
+    np.testing.assert_array_equal(found, expected)
+
+
+def above(*thresholds):
+    """What is kept where these are the smallest magnitudes."""
+    kept = [Kept(threshold, 1) for threshold in thresholds]
+    return lambda name: kept
 
 
 def test_ties_averages_what_agrees_with_the_elected_sign():
     # element 0: 3 + 2 - 1, positive, mean of 3 and 2; element 1: 1 - 4 + 0, negative, -4 alone; element 2: all trimmed;
     # element 3: 2 - 2, no sign.
-    rule = Ties(thresholds=(1.0, 1.0, 1.0))
+    rule = Ties(above(1.0, 1.0, 1.0))
     found = rule("w", 0, each([3, 1, 0.5, 2], [2, -4, 0.9, -2], [-1, 0, -0.9, 0]))
     np.testing.assert_array_equal(found, [2.5, -4, 0, 0])
     np.testing.assert_array_equal(
-        Ties(thresholds=(1.0, 1.0, 1.0), scale=2.0)("w", 0, each([3, 1, 0.5, 2], [2, -4, 0.9, -2], [-1, 0, -0.9, 0])),
+        Ties(above(1.0, 1.0, 1.0), scale=2.0)("w", 0, each([3, 1, 0.5, 2], [2, -4, 0.9, -2], [-1, 0, -0.9, 0])),
         [5, -8, 0, 0],
     )
 
 
 def test_ties_trims_each_model_by_its_own_threshold():
-    np.testing.assert_array_equal(Ties(thresholds=(0.5, 5.0))("w", 0, each([1.0], [-4.0])), [1.0])
+    np.testing.assert_array_equal(Ties(above(0.5, 5.0))("w", 0, each([1.0], [-4.0])), [1.0])
 
 
 def test_dare_drops_a_share_and_keeps_the_expected_change():
     ones = np.ones(100_000)
-    found = Scaled((0.5, 0.25), ("a", "b"), drop=0.75)("w", 0, each(ones, ones))
+    found = Scaled((0.5, 0.25), ("a", "b"), (0.75, 0.75))("w", 0, each(ones, ones))
     # 0.5 / 0.25 and 0.25 / 0.25 where a model's element is kept
     assert set(np.unique(found)) == {0.0, 1.0, 2.0, 3.0}
     assert found.mean() == pytest.approx(0.75, abs=0.01)
@@ -65,12 +82,12 @@ def test_dare_drops_a_share_and_keeps_the_expected_change():
 
 def test_what_dare_drops_depends_on_seed_model_tensor_and_place_alone():
     ones = np.ones(1000)
-    one = Scaled((1.0,), ("a",), drop=0.9)
+    one = Scaled((1.0,), ("a",), (0.9,))
     found = one("w", 0, each(ones))
-    both = Scaled((0.0, 1.0), ("b", "a"), drop=0.9)("w", 0, each(ones, ones))
+    both = Scaled((0.0, 1.0), ("b", "a"), (0.9, 0.9))("w", 0, each(ones, ones))
     np.testing.assert_array_equal(both, found)
-    others = [one("v", 0, each(ones)), one("w", 1000, each(ones)), Scaled((1.0,), ("b",), drop=0.9)("w", 0, each(ones))]
-    others.append(Scaled((1.0,), ("a",), drop=0.9, seed=1)("w", 0, each(ones)))
+    others = [one("v", 0, each(ones)), one("w", 1000, each(ones)), Scaled((1.0,), ("b",), (0.9,))("w", 0, each(ones))]
+    others.append(Scaled((1.0,), ("a",), (0.9,), 1)("w", 0, each(ones)))
     assert all((other != found).any() for other in others)
 
 

@@ -87,7 +87,7 @@ def test_the_wheel_holds_one_package_and_needs_little(installed):
     assert {top for top in tops if not top.endswith("dist-info")} == {"soups"}
     assert inside == []
     needed = {line.split(": ")[1].split(">")[0] for line in needed if "extra" not in line}
-    assert needed == {"numpy", "rich", "safetensors", "torch", "xxhash"}
+    assert needed == {"numpy", "pyyaml", "rich", "safetensors", "torch", "xxhash"}
     assert (place / "bin/soups").exists()
 
 

@@ -67,6 +67,11 @@ def in_folder(folder: Path) -> Path:
     raise UserError(f"{folder} is a folder without {INDEX}: name a file in it")
 
 
+def pinned(name: str, folder: Path) -> str:
+    """`hf:org/model@commit` of a model of the hub, and of the folder that it was downloaded to."""
+    return f"{name.partition('@')[0]}@{folder.name}" if folder.parent.name == "snapshots" else name
+
+
 def from_hub(name: str) -> Path:
     """The local folder of `hf:org/model` or `hf:org/model@revision`, downloaded where it is not there yet.
 

@@ -1,0 +1,244 @@
+"""The words of the command `soups`: each command and its settings."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from soups.commands import EXAMPLES, OTHERS, TITLES
+from soups.errors import UserError
+
+FILES = "weight files, folders of save_pretrained, or patterns in quotes; run2 comes before run10"
+METRICS = ("top1", "macro_f1", "matthews", "accuracy_and_f1")
+REPORT = (
+    "examples that select nothing, by which the soup is compared with the best single model: of the kind of the "
+    "held-out ones, a command, folder or file"
+)
+BASE = "of LoRA adapters: the model, file or folder, into which each is merged, so that the soup is a whole model"
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong words are one line, as all that a person can mend."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what the commands print."""
+        raise UserError(f"{message}; {self.prog} --help has the settings and examples")
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers with commas between them.
+
+    >>> _numbers("3,1,-0.5")
+    [3.0, 1.0, -0.5]
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"write numbers with commas between them, as in 3,1; got {text!r}") from None
+
+
+def _weights(text: str) -> list[float] | str:
+    """Numbers, or the name of weights along a run."""
+    return text if text == "1-sqrt" or text[:1].isalpha() else _numbers(text)
+
+
+def _one_or_more(text: str) -> float | list[float]:
+    """A number, or numbers with commas between them."""
+    values = _numbers(text)
+    return values[0] if len(values) == 1 else values
+
+
+def _with_files(parser: Parser, *, top: bool = True) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
+    parser.add_argument("--last", type=int, metavar="N", help="of one run: its last N files, by the numbers in names")
+    if top:
+        parser.add_argument("--top", type=int, metavar="N", help="of one run: its best N files, by --by")
+        parser.add_argument(
+            "--by", metavar="SCORES", help="a .json, .jsonl or .csv by file, or a metric of trainer_state.json"
+        )
+        parser.add_argument("--goal", dest="by_goal", choices=("max", "min"), default="", help="of --by")
+    parser.add_argument("--out", type=Path, required=True, help="a .safetensors, .pt, .pth or .ckpt file, or a folder")
+    parser.add_argument("--force", action="store_true", help="overwrite --out if it is a file that is there")
+
+
+def _with_tensors(parser: Parser) -> "argparse._ArgumentGroup":
+    group = parser.add_argument_group("what is averaged")
+    group.add_argument("--key", help="which state dict, where a file has several: state_dict, ema, ...")
+    group.add_argument("--exclude", metavar="REGEX", help="tensors with such names are the first model's")
+    group.add_argument(
+        "--only-common",
+        action="store_true",
+        help="average what all models have; other tensors are the first model's, or dropped",
+    )
+    return group
+
+
+def _with_reading(parser: Parser) -> None:
+    group = _with_tensors(parser)
+    group.add_argument("--dtype", default="keep", choices=("keep", "F64", "F32", "F16", "BF16"), help="that is written")
+    group.add_argument("--allow-unrelated", action="store_true", help="models not fine-tuned from one checkpoint, too")
+    group.add_argument("--threads", type=int, default=2, choices=range(1, 65), metavar="N", help="that read and add")
+    group.add_argument("--base", metavar="MODEL", help=BASE)
+
+
+def _with_batch_norm(parser: Parser, *, init: bool = True, images: bool = True) -> None:
+    what = "running means and variances: their average, those of --init, or measured anew on --images"
+    parser.add_argument("--batch-norm", default="average", choices=("average", "keep", "recompute"), help=what)
+    if init:
+        parser.add_argument("--init", type=Path, help="the initialisation, for --batch-norm keep")
+    if images:
+        group = parser.add_argument_group("images on which --batch-norm recompute measures")
+        group.add_argument("--images", type=Path, metavar="DIR", help="a folder of images for each class")
+        _with_network(group)
+
+
+def _with_network(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--network", help="timm:NAME, open_clip:NAME, transformers:FOLDER or function:module:name")
+    group.add_argument("--batch-size", type=int, help="examples at once")
+    group.add_argument("--image-size", type=int, help="of --images: pixels, where the network does not say")
+    group.add_argument("--workers", type=int, help="of --images: processes that decode")
+
+
+def _with_examples(parser: Parser, *, scored: bool) -> None:
+    group = parser.add_argument_group("held-out examples, which neither trained the models nor will test the soup")
+    one = group.add_mutually_exclusive_group(required=True)
+    if scored:
+        one.add_argument(
+            "--score",
+            metavar="COMMAND",
+            help="prints a number as its last line for {soup}, and may write that of each example to {soup}.jsonl; "
+            "or module:function",
+        )
+    else:
+        one.add_argument("--loss", metavar="MODULE:FUNCTION", help="a function; returns network, batches, loss")
+    one.add_argument("--images", type=Path, metavar="DIR", help="a folder of images for each class")
+    one.add_argument("--texts", type=Path, metavar="FILE", help="labelled texts: .tsv, .csv or .jsonl")
+    one.add_argument("--perplexity", type=Path, metavar="FILE", help="a text, or a .jsonl with a text in each line")
+    if scored:
+        one.add_argument(
+            "--choices", type=Path, metavar="FILE", help="multiple choice: a .jsonl with prompt, choices, answer"
+        )
+        group.add_argument("--goal", choices=("max", "min"), help="of --score: whether it is to be high or low")
+        group.add_argument("--journal", type=Path, help="a file of scores as they come; by default beside --out")
+        group.add_argument(
+            "--metric", help=f"of classes: {', '.join(METRICS)}; of {{soup}}.jsonl: which of its metrics"
+        )
+        group.add_argument("--report", metavar="WHAT", help=REPORT)
+        group.add_argument(
+            "--min-sigma", type=float, default=0.0, metavar="Z", help="add a model only if its gain is Z or more sigma"
+        )
+        group.add_argument(
+            "--per-token", action="store_true", help="of --choices: mean likelihoods of a token, not sums"
+        )
+    _with_network(group)
+    group.add_argument(
+        "--templates", choices=("openai", "name"), help="of open_clip without a head: around class names"
+    )
+    group.add_argument("--columns", help="of --texts: what is read, such as text or premise,hypothesis")
+    group.add_argument("--label", help="of --texts: the column of class numbers or names")
+    group.add_argument("--max-length", type=int, help="of texts: tokens")
+
+
+def _with_changes(made: dict[str, Parser]) -> None:
+    """Settings of recipes on changes from the initialisation, and how weights count."""
+    made["arithmetic"].add_argument("--scales", type=_numbers, required=True, help="one for each file: 0.5,-0.2")
+    share = "share of the changes that is kept; or one for each file, as typed: 0.2,0.5"
+    for name, density in (("ties", 0.2), ("dare", 0.1)):
+        made[name].add_argument("--density", type=_one_or_more, default=density, help=share)
+        made[name].add_argument("--scale", type=float, default=1.0, help="what the merged changes are multiplied by")
+    made["dare"].add_argument("--seed", type=int, default=0, help="of the choice of changes")
+    made["dare"].add_argument("--scales", type=_numbers, help="one for each file, as typed; equal if left out")
+    sums = "what is left is divided by the density, or scaled to the sum of magnitudes of each tensor's changes (l1)"
+    made["dare"].add_argument("--rescale", default="density", choices=("density", "l1", "none"), help=sums)
+    made["ties"].add_argument("--weights", type=_numbers, help="one for each file, as typed; equal if left out")
+    ranked = "changes that are ranked together; tensor is mergekit's way"
+    made["ties"].add_argument("--per", default="model", choices=("model", "tensor"), help=ranked)
+    divided = "divide by the sum of weights, or leave the weighted sum"
+    for name in ("weighted", "ties"):
+        made[name].add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help=divided)
+
+
+def _with_learning(learned: Parser) -> None:
+    _with_files(learned)
+    _with_examples(learned, scored=False)
+    _with_batch_norm(learned, images=False)
+    learned.add_argument(
+        "--per", default="model", choices=("model", "layer", "tensor"), help="what shares a coefficient"
+    )
+    learned.add_argument("--lr", type=float, default=0.1, help="of AdamW")
+    learned.add_argument("--epochs", type=int, default=3)
+    learned.add_argument("--weight-decay", type=float, default=0.0)
+    learned.add_argument("--place", default="stream", choices=("stream", "host", "device"), help="of the models")
+
+
+def _with_folders(lora: Parser, export: Parser) -> None:
+    _with_files(lora)
+    lora.add_argument("--weights", type=_numbers, help="one for each folder, as typed; equal if left out")
+    lora.add_argument("--rank", type=int, help="of the soup; left out it is the sum of theirs, which is exact")
+    lora.add_argument("--base", metavar="MODEL", help=f"{BASE}; DoRA needs it")
+    export.add_argument("soup", type=Path, help="a file or a folder that a recipe wrote, or any weights")
+    export.add_argument("--to", required=True, choices=("timm", "open_clip", "transformers", "onnx"))
+    export.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+    network = "timm:NAME, open_clip:NAME or transformers:FOLDER; not needed where a config lies beside the soup"
+    export.add_argument("--network", help=network)
+    export.add_argument("--classes", metavar="NAMES", help="of the head, in its order, with commas between them")
+    export.add_argument("--license", default="other", help="of the weights, as the hub names licences")
+
+
+def parser_of(description: str | None) -> Parser:
+    """All commands and their settings."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = Parser("soups", description=description, formatter_class=raw, allow_abbrev=False)
+    kinds = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    made = {}
+    for name in TITLES:
+        title = TITLES[name]
+        lines = "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())
+        made[name] = kinds.add_parser(
+            name,
+            help=title,
+            description=f"{title[0].upper()}{title[1:]}.",
+            epilog=f"examples:\n{lines}",
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+    for name in ("uniform", "weighted", "slerp"):
+        _with_files(made[name])
+        _with_batch_norm(made[name])
+    made["weighted"].add_argument(
+        "--weights", type=_weights, required=True, help="one for each file, as typed: 3,1,1; of one run 1-sqrt, ema:0.9"
+    )
+    for name in ("wise-ft", "model-stock", "arithmetic", "ties", "dare"):
+        _with_files(made[name])
+        made[name].add_argument("--init", type=Path, required=True, help="the initialisation of the models")
+        _with_batch_norm(made[name], init=False)
+    _with_changes(made)
+    made["slerp"].add_argument("--t", type=float, default=0.5, help="0 is the first file, 1 the second")
+    made["wise-ft"].add_argument("--alpha", type=float, default=0.5, help="0 is the initialisation, 1 the models' mean")
+    for name in ("greedy", "random-order", "with-replacement"):
+        _with_files(made[name], top=False)
+        _with_examples(made[name], scored=True)
+        _with_batch_norm(made[name], images=False)
+        if name != "with-replacement":
+            made[name].add_argument(
+                "--ties", default="keep", choices=("keep", "drop"), help="a model that changes nothing"
+            )
+        if name != "random-order":
+            made[name].add_argument("--scores", help="scores of single models that are known: .json, .jsonl or .csv")
+    made["random-order"].add_argument("--seed", type=int, default=0, help="of the order")
+    made["with-replacement"].add_argument("--rounds", type=int, default=20, help="the most models that are added")
+    _with_learning(made["learned"])
+    for name in made.keys() - {"lora", *OTHERS}:
+        _with_reading(made[name])
+    _with_folders(made["lora"], made["export"])
+    made["doctor"].add_argument("files", nargs="+", metavar="FILE", help=FILES)
+    made["doctor"].add_argument("--init", type=Path, help="the weights that the models were fine-tuned from")
+    made["doctor"].add_argument("--scores", type=Path, help="a .json of held-out scores by file name")
+    made["doctor"].add_argument("--held-out", type=int, metavar="N", help="number of examples that --scores are of")
+    _with_tensors(made["doctor"])
+    made["make"].add_argument("recipe", type=Path, help="a yaml; more settings of its recipe may be typed behind it")
+    made["make"].add_argument("--out", type=Path, help="as of the recipe; needed where the file names none")
+    made["make"].add_argument("--folder", type=Path, help="where the models are; by default beside the file")
+    made["make"].add_argument("--force", action="store_true", help="overwrite --out if it is a file that is there")
+    made["verify"].add_argument("soup", type=Path)
+    made["verify"].add_argument("--folder", type=Path, help="where the ingredients are; by default beside the soup")
+    return top
