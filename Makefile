@@ -73,8 +73,8 @@ format: setup  ## mend what ruff can
 bench: setup  ## all benchmarks, and a table of what they are measured against
 	@$(RUN) -m benchmarks.all
 
-bench-training: setup  ## time of a training step beside a bare loop's
-	@$(RUN) -m benchmarks.training
+bench-training: setup  ## time of a training step beside a bare loop's, and of an average along a run
+	@$(RUN) -m benchmarks.training && $(RUN) -m benchmarks.along
 
 bench-data: setup  ## images a second from JPEG files beside torchvision and timm, one core each
 	@$(RUN) -m benchmarks.data

@@ -23,7 +23,7 @@ from store.provenance import provenance
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "results/measured"
 # Short ones first.
-NAMES = ("training", "evaluation", "data", "probe", "curvature", "soups", "learned", "ensembles", "greedy")
+NAMES = ("training", "evaluation", "data", "probe", "curvature", "along", "soups", "learned", "ensembles", "greedy")
 
 Rows = Any  # a benchmark's table by contender
 Value = Callable[[Rows], float]
@@ -119,6 +119,13 @@ BARS = (
         lambda rows: rows.memory_of_double_backward["ours"],
         0.25,
         peer=lambda rows: rows.memory_of_double_backward["curvlinops"],
+    ),
+    Bar(
+        "Average of every tenth step of 100 M parameters: time, in % of a step",
+        "along",
+        lambda rows: rows.percent_of_step["update"],
+        2,
+        peer=lambda rows: rows.percent_of_step["AveragedModel"],
     ),
     _loads("smaller copies, minimal augmentation", 3, "minimal", "ours_copies_fast"),
     _loads("originals, minimal augmentation", 1.3, "minimal", "ours_simplejpeg"),

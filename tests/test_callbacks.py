@@ -15,6 +15,7 @@ import soups
 from soups.along import in_time_order, shares
 from soups.callbacks import TrainerAverage
 from soups.errors import UserError
+from soups.files.checkpoints import BLOCK
 from soups.running import RunningMean, Schedule
 
 SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -182,7 +183,7 @@ def test_adapters_are_referred_to_their_own_recipe(tmp_path):
 def states(count, dtype=torch.float32):
     """States of one model with a tied tensor, a counter, and a mask of infinities."""
     for i in range(count):
-        weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(i)).to(dtype)
+        weight = torch.randn(3, BLOCK // 2 + 5, generator=torch.Generator().manual_seed(i)).to(dtype)
         mask = torch.tensor([0.0, float("-inf")]).to(dtype)
         yield {"a": weight, "tied": weight, "turned": weight.t() + 1, "mask": mask, "n": torch.tensor(i)}
 
