@@ -1,8 +1,6 @@
 """Weight files are read to the bit, and a bad one is one clear error that names it."""
 
 import json
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -82,33 +80,6 @@ def test_shards_are_checked_against_their_index(tmp_path):
     (folder / INDEX).unlink()
     with pytest.raises(UserError, match=f"a folder without {INDEX}: name a file in it"):
         average_files([folder], tmp_path / "soup.safetensors")
-
-
-class Evil:
-    """A pickle that would write a file when loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
-    torch.save({"w": torch.zeros(1), "x": Evil(tmp_path / "owned")}, tmp_path / "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
-    for name in ("a.pt", "b.pt"):
-        with pytest.raises(UserError, match=name) as error:
-            average_files([tmp_path / name], tmp_path / "soup.safetensors")
-        assert "\n" not in str(error.value)
-    assert not (tmp_path / "owned").exists()
-
-
-@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
-def test_a_state_dict_inside_a_training_checkpoint_is_found_and_said(tmp_path, key):
-    torch.save({key: {"w": torch.ones(2)}, "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "a.pt")
-    soup = average_files([tmp_path / "a.pt"], tmp_path / "soup.safetensors")
-    assert soup.unwrapped == {"a.pt": key}
 
 
 @pytest.mark.parametrize(

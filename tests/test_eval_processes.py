@@ -12,25 +12,26 @@ from configs.errors import UserError
 from configs.schema import CONFIGS
 from eval.batch_size import largest_that_fits
 from eval.forward import shares_of_batches
-from tests.commands import python
+from tests.commands import here, python
 
 ROOT = CONFIGS.parent
 TINY = ["experiment=demo_tiny", "task.classes=9"]
 
 
 def evaluate(runs, processes):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    settings = [*TINY, f"paths.runs={runs}", "compute.eval_batch=7"]
-    call = [python(), *(torchrun if processes > 1 else []), "-m", "eval", *settings]
-    ended = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    words = ["-m", "eval", *TINY, f"paths.runs={runs}", "compute.eval_batch=7"]
+    if processes == 1:
+        ended = here(words)
+    else:
+        call = [python(), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+        ended = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_processes_give_the_logits_and_scores_of_one_for_sizes_that_do_not_divide(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    start = [python(), "-m", "finetune", *TINY, f"paths.runs={alone}", "sweep.index=0"]
-    assert subprocess.run(start, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert here(["-m", "finetune", *TINY, f"paths.runs={alone}", "sweep.index=0"]).returncode == 0
     shutil.rmtree(alone / "demo_tiny/logits")
     shutil.copytree(alone, together)
     evaluate(alone, 1)

@@ -23,7 +23,7 @@ from store.runs import RunFolder, read_pool, write_manifest
 from tests.pages import Page, browse
 from tests.pools import finished_pool
 
-pytestmark = pytest.mark.slow  # a browser opens the page
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]  # a browser opens the page
 
 RECIPES = ("best", "uniform", "greedy", "greedy_random_order", "learned_by_layer", "ensemble")
 HOSTILE = "</script><script>throw 1</script>\"' onload=throw{{ 1 }}"

@@ -223,7 +223,7 @@ def test_a_killed_grid_continues_to_the_same_csv(measured, configured, network, 
     process = subprocess.Popen([python(), "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(folder.rglob("*.npy")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
+        time.sleep(0.01)
     assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

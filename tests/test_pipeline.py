@@ -19,7 +19,7 @@ from soups.files.atomic import read_json, read_jsonl
 from soups.files.weights import load_weights
 from store.rows import identity
 from store.runs import RunFolder, sole_writer
-from tests.commands import python
+from tests.commands import here, python
 from tests.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,10 +34,8 @@ def command(runs, *overrides, program=("reproduce.py",)):
     return [python(), *program, "experiment=demo_tiny", *SMALL, f"paths.runs={runs}", *overrides]
 
 
-def finish(runs, *overrides, program=("reproduce.py",)):
-    answer = subprocess.run(
-        command(runs, *overrides, program=program), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def finish(runs, *overrides):
+    answer = subprocess.run(command(runs, *overrides), cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout
 
@@ -47,7 +45,7 @@ def kill_when(runs, happened):
     call = command(runs, "cluster.workers=1")
     process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (victim := happened()) and process.poll() is None:
-        time.sleep(0.001)
+        time.sleep(0.005)  # which leaves the processors to it
     assert process.poll() is None, process.stdout.read()
     os.kill(process.pid if victim is True else victim, signal.SIGKILL)
     said = process.communicate(timeout=120)[0]  # up to the end of its workers, who notice that it is gone
@@ -164,16 +162,16 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(undisturbed, tmp_path
 
 def test_array_tasks_make_the_same_weights_as_the_pool_of_workers(undisturbed, tmp_path):
     expected, _ = undisturbed
-    module = ("-m", "finetune")
-    refused = subprocess.run(
-        command(tmp_path, "sweep.index=2", program=module), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+
+    def task(index):
+        return here(command(tmp_path, f"sweep.index={index}", program=("-m", "finetune"))[1:])
+
+    refused = task(2)
     assert refused.returncode == 2
     assert refused.stderr == (
         "error: row 2 starts from row 0, which is not there: run the same with sweep.index=0 first\n"
     )
-    finish(tmp_path, "sweep.index=0", program=module)
-    assert "row 2: held-out" in finish(tmp_path, "sweep.index=2", program=module)
+    assert task(0).returncode == 0 and "row 2: held-out" in task(2).stdout
     ours = load_weights(tmp_path / "demo_tiny/ingredients/002/weights.safetensors")
     theirs = load_weights(expected / "ingredients/002/weights.safetensors")
     assert all((ours[name] == theirs[name]).all() for name in theirs)

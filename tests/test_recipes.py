@@ -223,12 +223,6 @@ def test_wise_ft_refuses_models_that_do_not_fit_together():
         wise_ft(model(0.0), lambda: {"w": torch.zeros(1, dtype=torch.int64)}, 0.5)
 
 
-def test_the_same_recipes_make_ensembles_of_logits():
-    logits = torch.tensor([[[2.0, 0.0]], [[0.0, 6.0]]])
-    ensemble = uniform([lambda i=i: {"logits": logits[i]} for i in range(2)], [0.5, 0.5])
-    torch.testing.assert_close(ensemble.weights["logits"], torch.tensor([[1.0, 3.0]]))
-
-
 @pytest.mark.parametrize(
     "recipe",
     [
