@@ -31,7 +31,7 @@ setup:  ## the environment, from requirements.txt and requirements-text.txt; ins
 	  && cat requirements.txt requirements-text.txt > $(VENV)/.requirements; }
 
 export-setup: setup  ## what python -m soups.experiment.export to=onnx needs: requirements-export.txt, 120 MB
-examples-setup: setup  ## what examples/ and tests of soups/callbacks need beside: requirements-examples.txt, 70 MB
+examples-setup: setup  ## what examples/ and tests of callbacks and adapters need beside: requirements-examples.txt, 70 MB
 export-setup examples-setup: %-setup:
 	@cmp -s requirements-$*.txt $(VENV)/.requirements-$* || { \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-$*.txt \
@@ -45,7 +45,7 @@ seeds: setup  ## the demo with three sweep seeds
 
 test: setup lint  ## lint, types and all tests
 	@$(MAKE) --no-print-directory export-setup || echo "onnx cannot be installed here: tests that need it are skipped" >&2
-	@$(MAKE) --no-print-directory examples-setup || echo "accelerate, optuna and lightning cannot be installed here: tests that need them are skipped" >&2
+	@$(MAKE) --no-print-directory examples-setup || echo "accelerate, optuna, lightning and peft cannot be installed here: tests that need them are skipped" >&2
 	@$(RUN) -m pytest
 
 quick: setup  ## all tests but the slow ones: pipelines, pools, killed processes

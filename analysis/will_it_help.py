@@ -15,7 +15,6 @@ import pandas as pd
 import scipy.stats
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 
 from analysis.claims import POOLS, UNSEEN, gains
 from analysis.figures.style import SETTINGS, save
@@ -154,6 +153,8 @@ def by_features(known: pd.DataFrame, asked: pd.DataFrame, outcome: tuple[str, st
     Counts are in logarithms, features standardised, pools weigh the same, and the penalty is scikit-learn's default.
     Where a feature is not known, NaN.
     """
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+
     names = list(features([1.0], 1))
     if asked[names].isna().any(axis=None):
         return np.full(len(asked), np.nan)
