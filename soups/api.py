@@ -105,7 +105,8 @@ def slerp(models: Models, t: float = 0.5, **settings: Any) -> Soup:
         raise UserError(f"t is in [0, 1], 0 for the first model and 1 for the second; got {t}")
     with opened(pool.paths, how.reading) as (one, other):
         layout = common_layout([one, other], how.reading)
-        weights = {name: slerp_weights(one, other, name, layout, t) for name in layout.entries}
+        weights = {name: [1 - t, t] for name in layout.kept}  # which are not averaged
+        weights |= {name: slerp_weights(one, other, name, layout, t) for name in layout.entries.keys() - weights.keys()}
     note = {"t": t, "normalize": False}
     return Soup("slerp", pool, writer(pool, weights, how, merging=undivided), dict.fromkeys(pool.names), note)
 

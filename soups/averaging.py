@@ -10,6 +10,7 @@ from soups.checks import refuse_unsuitable
 from soups.conformance import common_layout
 from soups.errors import UserError
 from soups.files.adapters import ORIGIN, common_config
+from soups.files.aligned import differ
 from soups.files.atomic import replacing
 from soups.files.dtypes import OutputDtype
 from soups.files.folders import is_adapter
@@ -39,7 +40,8 @@ class Averaging:
             the soup's weights on the images that the recipe scores by, or that its setting `images` names.
         init: the initialisation that the models were fine-tuned from, for `batch_norm="keep"`.
         key: where a file has several state dicts, which: "state_dict", "ema", ...
-        exclude: a regular expression; tensors with such names are the first model's.
+        exclude: a regular expression; tensors with such names are the first model's, or those of `kept_from`.
+        kept_from: the model whose tensors stand in for those that are not averaged.
         only_common: average what all models of the pool have; other tensors are the first model's, or dropped.
         allow_unrelated: average models that were not fine-tuned from the same checkpoint all the same.
         threads: that read and add; the result does not depend on them.
@@ -51,23 +53,29 @@ class Averaging:
     init: Path | None = None
     key: str | None = None
     exclude: str | None = None
+    kept_from: Path | None = None
     only_common: bool = False
     allow_unrelated: bool = False
     threads: int = 2
     base: str | None = None
     measured_on: "Scorer | None" = None  # of batch_norm="recompute": whose images
     set_aside: tuple[str, ...] = ()  # of only_common: tensors that some model of the pool lacks
+    like: str | None = None  # the model in whose order classes and tokens are read
 
     def __post_init__(self) -> None:
         if self.batch_norm not in ("average", "keep", "recompute"):
             raise UserError(f"batch_norm={self.batch_norm!r}: write average, keep or recompute")
         if (self.batch_norm == "keep") != (self.init is not None):
             raise UserError("batch_norm=keep and the initialisation, init=FILE, belong together")
+        if self.kept_from is not None and self.exclude is None and not self.only_common:
+            raise UserError("--from FILE needs --keep REGEX, the names of the tensors that are FILE's")
 
     @property
     def reading(self) -> Reading:
         """How files are read."""
-        return Reading(self.key, self.exclude, self.only_common, set_aside=self.set_aside, base=self.base)
+        return Reading(
+            self.key, self.exclude, self.only_common, set_aside=self.set_aside, base=self.base, like=self.like
+        )
 
 
 def average(
@@ -97,18 +105,17 @@ def average(
         UserError: as `average_files`.
     """
     begin = start or Pool([], [], pool.reading, pool.temporary)
-    paths, names, keep_from = [*begin.paths, *pool.paths], [*begin.names, *pool.names], None
-    if how.init is not None and how.init not in paths:
-        paths, names = [how.init, *paths], [how.init.name, *names]
+    paths, names = [*begin.paths, *pool.paths], [*begin.names, *pool.names]
+    for path in dict.fromkeys(each for each in (how.init, how.kept_from) if each is not None and each not in paths):
+        paths, names = [*paths, path], [*names, path.name]
         weights = (
-            {name: [0.0, *row] for name, row in weights.items()} if isinstance(weights, Mapping) else [0.0, *weights]
+            {name: [*row, 0.0] for name, row in weights.items()} if isinstance(weights, Mapping) else [*weights, 0.0]
         )
-    if how.init is not None:
-        keep_from = paths.index(how.init)
     if merging is None and not isinstance(weights, Mapping):
-        used = [i for i, weight in enumerate(weights) if weight or i == keep_from]
+        used = [i for i, weight in enumerate(weights) if weight or paths[i] in (how.init, how.kept_from)]
         paths, names, weights = [paths[i] for i in used], [names[i] for i in used], [weights[i] for i in used]
-        keep_from = None if keep_from is None else used.index(keep_from)
+    keep_from = None if how.init is None else paths.index(how.init)
+    stands_in = [how.kept_from] if how.kept_from is not None else pool.paths  # for what is not averaged
     facts: dict[str, Any] = {"batch_norm": how.batch_norm, **(note or {})}
     if how.allow_unrelated:
         facts["unrelated"] = "average"
@@ -122,7 +129,7 @@ def average(
         note=facts,
         names=names,
         reading=how.reading,
-        first=next((i for i, path in enumerate(paths) if path in pool.paths), 0),  # of what is not averaged, a model's
+        first=next((i for i, path in enumerate(paths) if path in stands_in), 0),
         sync=sync,
         merging=merging,
     )
@@ -170,11 +177,10 @@ def open_pool(
     if first is not None and values.get("batch_norm") == "keep":
         values["init"] = first.paths[0]
     elif values.get("init") is not None:
-        beside = pool_of(values["init"], reading)
-        if len(beside) > 1:
-            raise UserError(f"init is one model, not {len(beside)}: {', '.join(beside.names[:3])}")
-        pool.beside.append(beside)
-        values["init"] = beside.paths[0]
+        values["init"] = _one_beside(pool, [], values["init"], "init")
+    if values.get("kept_from") is not None:
+        ends = [] if first is None else first.paths
+        values["kept_from"] = _one_beside(pool, ends, values["kept_from"], "--from")
     how = Averaging(**values)
     adapters = [path for path in pool.paths if is_adapter(path)]
     if how.base is not None:
@@ -192,6 +198,10 @@ def open_pool(
     for path in starts:
         if path.resolve() in [each.resolve() for each in pool.paths]:
             raise UserError(f"{path} is the initialisation and one of the models too: name it once")
+    starts += [how.kept_from] if how.kept_from is not None and how.kept_from not in [*starts, *pool.paths] else []
+    if any(differ(path, pool.paths[0]) for path in [*pool.paths[1:], *starts]):
+        reading = pool.reading = replace(reading, like=str(pool.paths[0]))
+        how = replace(how, like=reading.like)
     if first is not None:
         pool.beside.append(first)
         first.names = [str(first.paths[0]) if first.names[0] in pool.names else first.names[0]]
@@ -203,6 +213,16 @@ def open_pool(
         pool.reading = replace(reading, set_aside=tuple(sorted(aside)))
         how = replace(how, set_aside=pool.reading.set_aside)
     return pool, _with_statistics(how, pool, images, score), first
+
+
+def _one_beside(pool: Pool, ends: Sequence[Path], model: Source, what: str) -> Path:
+    """One more model that a setting names, kept as long as the pool is; it may be one of the models or `ends`."""
+    found = pool_of(model, pool.reading)
+    if len(found) > 1:
+        raise UserError(f"{what} is one model, not {len(found)}: {', '.join(found.names[:3])}")
+    same = [path for path in [*pool.paths, *ends] if path.resolve() == found.paths[0].resolve()]
+    pool.beside.append(found)
+    return same[0] if same else found.paths[0]
 
 
 def _with_statistics(how: Averaging, pool: Pool, images: Any, score: Any) -> Averaging:
@@ -236,7 +256,8 @@ def _as_adapters(pool: Pool, how: Averaging, score: Any) -> None:
     usual = Averaging()
     for each in fields(Averaging):
         if getattr(how, each.name) != getattr(usual, each.name):
-            raise UserError(f"--{each.name.replace('_', '-')} is for whole models, and these are LoRA adapters")
+            flag = "from" if each.name == "kept_from" else each.name.replace("_", "-")
+            raise UserError(f"--{flag} is for whole models, and these are LoRA adapters")
     if hasattr(score, "kind"):
         raise UserError(
             f"--{score.kind} scores whole models, and these are LoRA adapters: write --score 'COMMAND {{soup}}', which "

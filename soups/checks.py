@@ -89,8 +89,12 @@ def refuse_quantised(checkpoints: Sequence[Checkpoint]) -> None:
                 )
 
 
-def refuse_other_configs(paths: Sequence[Path]) -> None:
+def refuse_other_configs(paths: Sequence[Path], *, in_order: bool = True) -> None:
     """Models of transformers or timm whose config.json speak of different networks or classes.
+
+    Args:
+        paths: of the models.
+        in_order: classes have to be in the same order, too.
 
     Raises:
         UserError: one is damaged; or names two files and the setting, since equal shapes with classes in another order
@@ -109,7 +113,14 @@ def refuse_other_configs(paths: Sequence[Path]) -> None:
             first = file, values
             continue
         for key in ("model_type", "architectures", "architecture", "id2label", "problem_type", "quantization_config"):
-            if values.get(key) != first[1].get(key):
+            ours, theirs = values.get(key), first[1].get(key)
+            if key == "id2label" and ours and theirs and sorted(ours.values()) != sorted(theirs.values()):
+                only = [sorted(set(a.values()) - set(b.values())) for a, b in ((ours, theirs), (theirs, ours))]
+                raise UserError(
+                    f"{file} and {first[0]} have different classes: {_short(only[0])} in the one alone, "
+                    f"{_short(only[1])} in the other alone, and models of another label space have no common soup"
+                )
+            if ours != theirs and (key != "id2label" or in_order or not (ours and theirs)):
                 raise UserError(
                     f"{file} and {first[0]} differ in {key!r} ({_short(values.get(key))} and "
                     f"{_short(first[1].get(key))}): models of another network or label space have no common soup"
@@ -190,7 +201,8 @@ def refuse_unsuitable(
     Raises:
         UserError: as the functions above, or as `common_layout`.
     """
-    refuse_other_configs([source for source in sources if isinstance(source, Path)])
+    in_order = reading is None or reading.like is None
+    refuse_other_configs([source for source in sources if isinstance(source, Path)], in_order=in_order)
     with opened(sources, reading) as checkpoints:
         refuse_adapters(checkpoints)
         refuse_quantised(checkpoints)

@@ -58,7 +58,18 @@ TITLES = {
 }
 OTHERS = ("export", "doctor", "make", "verify")  # which are no recipes
 SETTINGS = (  # those that recipes in Python have under the same names
-    *("dtype", "batch_norm", "init", "key", "exclude", "only_common", "allow_unrelated", "threads", "base"),
+    *(
+        "dtype",
+        "batch_norm",
+        "init",
+        "key",
+        "exclude",
+        "kept_from",
+        "only_common",
+        "allow_unrelated",
+        "threads",
+        "base",
+    ),
     *("weights", "alpha", "scales", "density", "scale", "seed", "goal", "scores", "ties", "rounds", "min_sigma"),
     *("per", "lr", "epochs", "weight_decay", "place", "t", "normalize", "rescale"),
 )

@@ -11,7 +11,7 @@ from soups.files.checkpoints import BLOCK, Checkpoint, Entry
 from soups.files.dtypes import FLOATS
 from soups.files.reading import Reading
 
-LEAVE_OUT = "--only-common leaves such tensors out of the mean, --exclude REGEX those whose names it finds"
+LEAVE_OUT = "--only-common leaves such tensors out of the mean, --keep REGEX those whose names it finds"
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ def _excluded(pattern: str | None, files: Sequence[dict[str, Entry]], ties: dict
     try:
         finds = re.compile(pattern).search
     except re.error as error:
-        raise UserError(f"--exclude {pattern}: not a regular expression ({error})") from None
+        raise UserError(f"--keep {pattern}: not a regular expression ({error})") from None
     aliases = [*((name, name) for name in set().union(*files)), *ties.items()]
     found = [stands for name, stands in aliases if finds(name)]
     if not found:
-        raise UserError(f"--exclude {pattern}: finds no tensor")
+        raise UserError(f"--keep {pattern}: finds no tensor")
     yield from found
 
 
@@ -164,5 +164,7 @@ def _problem(name: str, checkpoints: Sequence[Checkpoint], files: Sequence[dict[
         if name in entries:
             ours, theirs = entries[name], files[0][name]
             if ours.shape != theirs.shape or joint_kind({ours.dtype, theirs.dtype}) is None:
-                return f"{checkpoint.path}: tensor {name!r} is {ours}, but {theirs} in {start}"
+                rows = len(ours.shape) > 1 and ours.shape[1:] == theirs.shape[1:]
+                hint = "; rows of tokens are matched where each model has its config.json and tokenizer beside it"
+                return f"{checkpoint.path}: tensor {name!r} is {ours}, but {theirs} in {start}{hint if rows else ''}"
     return ""

@@ -15,17 +15,8 @@ from soups.soup import Decision, Report, Soup, refuse_out
 from soups.sources import Pool
 from soups.verify import find, make_again
 
-FILES = (
-    "init",
-    "base",
-    "out",
-    "scores",
-    "images",
-    "texts",
-    "perplexity",
-    "choices",
-    "journal",
-)  # settings that name one
+# Settings that name a file.
+FILES = ("init", "from", "base", "out", "scores", "images", "texts", "perplexity", "choices", "journal")
 KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
 _CHANGES = ("normalize", "lambda", "int8_mask")

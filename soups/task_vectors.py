@@ -109,6 +109,8 @@ def _merged(
     pool, how, first = open_pool(models, settings, start)
     assert first is not None  # start is one
     begin, names = first.names[0], pool.names
+    if how.kept_from is not None and how.kept_from not in [*first.paths, *pool.paths]:
+        raise UserError(f"--from {how.kept_from}: of {recipe} it is one of the models or the initialisation")
 
     def for_each(name: str, values: Sequence[float]) -> dict[str, float]:
         if len(values) != len(pool):

@@ -97,9 +97,10 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     record = record_of(soup)
-    base = Path(record.reading.base) if record.reading is not None and record.reading.base else folder
-    if not base.exists() and not (folder / base.name).exists():
-        return f"the model into which its adapters are merged, {base}, is missing there and in {folder}"
+    reading = record.reading or Reading()
+    for model, what in ((reading.base, "into which its adapters are merged"), (reading.like, "whose classes it has")):
+        if model is not None and not Path(model).exists() and not (folder / Path(model).name).exists():
+            return f"the model {what}, {model}, is missing there and in {folder}"
     paths, problems = find(record, folder, soup)
     if problems:
         elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""

@@ -63,7 +63,9 @@ def _with_files(parser: Parser, *, top: bool = True) -> None:
 def _with_tensors(parser: Parser) -> "argparse._ArgumentGroup":
     group = parser.add_argument_group("what is averaged")
     group.add_argument("--key", help="which state dict, where a file has several: state_dict, ema, ...")
-    group.add_argument("--exclude", metavar="REGEX", help="tensors with such names are the first model's")
+    group.add_argument(
+        "--keep", "--exclude", dest="exclude", metavar="REGEX", help="tensors with such names are those of --from"
+    )
     group.add_argument(
         "--only-common",
         action="store_true",
@@ -74,6 +76,8 @@ def _with_tensors(parser: Parser) -> "argparse._ArgumentGroup":
 
 def _with_reading(parser: Parser) -> None:
     group = _with_tensors(parser)
+    kept = "the model whose tensors are kept where they are not averaged; by default the first"
+    group.add_argument("--from", type=Path, dest="kept_from", metavar="FILE", help=kept)
     group.add_argument("--dtype", default="keep", choices=("keep", "F64", "F32", "F16", "BF16"), help="that is written")
     group.add_argument("--allow-unrelated", action="store_true", help="models not fine-tuned from one checkpoint, too")
     group.add_argument("--threads", type=int, default=2, choices=range(1, 65), metavar="N", help="that read and add")

@@ -28,6 +28,7 @@ TENSORS, BYTES, NOTHING = "other tensors", "another record", "the same file"
 EFFECTS = {  # another value of a setting, and what it changes; or the words with which it is refused
     "--key": ("ema", TENSORS),
     "--exclude": ("^fc", TENSORS),
+    "--keep": ("^fc", TENSORS),
     "--dtype": ("F16", TENSORS),
     "--threads": ("1", NOTHING),
     "--batch-norm": ("keep", TENSORS),
@@ -74,6 +75,7 @@ OF_EXAMPLES = {
 ELSEWHERE = {"-h", "--help", "--out", "--force", "--init", "--only-common", "--allow-unrelated", "--journal"}  # below
 ELSEWHERE |= {"--last", "--top", "--by"}  # tests/test_along.py
 ELSEWHERE |= {"--min-sigma", "--report"}  # tests/test_results.py
+ELSEWHERE |= {"--from"}  # tests/test_aligned.py
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,7 @@ def test_adapters_have_settings_of_their_own():
         "--held-out",
         "--key",
         "--exclude",
+        "--keep",
         "--only-common",
     }
     assert flags_of("make") == {"-h", "--help", "--out", "--folder", "--force"}  # tests/test_make.py

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from soups.errors import UserError
 from soups.files.adapters import merged, weights_file
+from soups.files.aligned import aligned
 from soups.files.checkpoints import PICKLED, Checkpoint, open_safetensors, recorded_ties, renamed, supported
 from soups.files.distributed import METADATA, open_distributed
 from soups.files.folders import HUB, INDEX, from_hub, in_folder, is_adapter, is_shard
@@ -97,10 +98,10 @@ def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Readin
         if str(path).startswith(HUB):
             path = from_hub(str(path))
         if reading.base is not None and is_adapter(path):
-            beside = path.parent / Path(reading.base).name  # where the base model is no longer where it was
-            base = beside if beside.exists() and not Path(reading.base).exists() else Path(reading.base)
             adapter = _open_file(weights_file(path), stack, Reading())
-            return merged(path, adapter, open_checkpoint(base, stack, replace(reading, base=None)))
+            return merged(
+                path, adapter, open_checkpoint(_place(reading.base, path), stack, replace(reading, base=None))
+            )
         if (path / METADATA).is_file():
             found = supported(open_distributed(path, stack, reading))
         else:
@@ -113,7 +114,16 @@ def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Readin
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    return found if reading.as_stored else renamed(found, without_wrappers(found.names, inside=found.unwrapped != ""))
+    found = found if reading.as_stored else renamed(found, without_wrappers(found.names, inside=found.unwrapped != ""))
+    if reading.like is None:
+        return found
+    return aligned(found, open_checkpoint(_place(reading.like, source), stack, replace(reading, like=None)))
+
+
+def _place(model: str, source: Path) -> Path:
+    """Where a model is that a reading names: beside the ingredient, if it is no longer where it was."""
+    beside = source.parent / Path(model).name
+    return beside if beside.exists() and not Path(model).exists() else Path(model)
 
 
 def alike(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -18,6 +18,7 @@ class Reading:
     only_common: bool = False  # tensors that some file lacks, or has in another shape, are not averaged
     as_stored: bool = False  # names with those of wrappers, as soups of format 1 were cooked
     set_aside: tuple[str, ...] = ()  # of only_common: what is not averaged, as a larger pool than these files decides
+    like: str | None = None  # the model in whose order classes and tokens are read
     base: str | None = None  # the model with which a folder of a LoRA adapter is read, merged into it
 
 

@@ -1,0 +1,190 @@
+"""Classes, tokens and heads of models that do not have them in the same order: brought to the first model's."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification
+
+import soups
+from soups.cli import main
+from soups.errors import UserError
+from soups.files.aligned import tokens
+from soups.made_up import make_hugging_face
+from soups.verify import answer
+
+EMBEDDING = "bert.embeddings.word_embeddings.weight"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    make_hugging_face(folder / "images", folder / "texts")
+    return folder / "texts"
+
+
+@pytest.fixture
+def pool(texts, tmp_path, monkeypatch):
+    """Two classifiers of texts with two classes, in the current folder."""
+    for i in range(2):
+        shutil.copytree(texts / f"checkpoint-{i}", tmp_path / f"m{i}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def relabel(folder, names):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {n: i for i, n in enumerate(names)},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def reorder(folder):
+    """The same model with its classes the other way round."""
+    relabel(folder, ["yes", "no"])
+    state = weights_of(folder)
+    for name in ("classifier.weight", "classifier.bias"):
+        state[name] = state[name].flip(0).contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_classes_in_another_order_give_the_soup_of_those_in_the_same_order_and_it_can_be_verified(pool):
+    expected = load_file(soups.uniform(["m0", "m1"]).save("expected.safetensors"))
+    reorder(pool / "m1")
+    soup = soups.uniform(["m0", "m1"])
+    found = load_file(soup.save("soup.safetensors"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert soup.weights["classifier.bias"].equal(expected["classifier.bias"])
+    assert answer(pool / "soup.safetensors")[0]
+    folder = soup.save("soup")
+    assert BertForSequenceClassification.from_pretrained(folder).config.id2label == {0: "no", 1: "yes"}
+    (pool / "elsewhere").mkdir()
+    for i in range(2):
+        (pool / f"m{i}").rename(pool / f"elsewhere/m{i}")
+    assert answer(folder, pool / "elsewhere")[0]
+    whole = (pool / "soup.safetensors").read_bytes()
+    main(["make", "soup.safetensors.recipe.yaml", "--folder", "elsewhere", "--force"])
+    assert (pool / "soup.safetensors").read_bytes() == whole
+    reorder(pool / "elsewhere/m1")
+    relabel(pool / "elsewhere/m1", ["yes", "no"])  # rows that are no longer those that were averaged
+    assert "was changed" in answer(folder, pool / "elsewhere")[1]
+
+
+def test_greedy_scores_models_in_the_first_ones_order(pool):
+    reorder(pool / "m1")
+    seen = []
+    soups.greedy(["m0", "m1"], lambda w: seen.append(w["classifier.bias"].clone()) or 0.0, "max", quiet=True)
+    assert any(torch.equal(bias, weights_of(pool / "m1")["classifier.bias"].flip(0)) for bias in seen)
+
+
+def test_other_classes_are_refused_with_the_difference(pool):
+    relabel(pool / "m1", ["no", "perhaps"])
+    with pytest.raises(
+        UserError, match=r'have different classes: \["perhaps"\] in .* alone, \["yes"\] in the other alone'
+    ):
+        soups.uniform(["m0", "m1"])
+
+
+def test_heads_whose_names_are_not_known_are_refused_where_classes_are_in_another_order(pool):
+    reorder(pool / "m1")
+    for i in range(2):
+        state = {name.replace("classifier", "top"): tensor for name, tensor in weights_of(pool / f"m{i}").items()}
+        save_file(state, pool / f"m{i}/model.safetensors")
+    with pytest.raises(UserError, match="it has no head with a row for each"):
+        soups.uniform(["m0", "m1"])
+
+
+def resize(folder, more, drop=()):
+    """Add tokens before all others, and leave some out, with their rows."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    known = [token for token in values["model"]["vocab"] if token not in drop]
+    rows = [values["model"]["vocab"][token] for token in known]
+    values["model"]["vocab"] = {token: i for i, token in enumerate([*more, *known])}
+    values["added_tokens"] = [
+        each | {"id": values["model"]["vocab"][each["content"]]} for each in values["added_tokens"]
+    ]
+    path.write_text(json.dumps(values))
+    state = weights_of(folder)
+    new = torch.randn(len(more), state[EMBEDDING].shape[1], generator=torch.Generator().manual_seed(5))
+    state[EMBEDDING] = torch.cat([new, state[EMBEDDING][rows]])
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(state[EMBEDDING])}))
+
+
+def test_tokens_that_both_have_are_averaged_by_their_names_and_others_are_the_first_models(pool):
+    resize(pool / "m1", ["zebra", "yak", "quagga"], drop=("film",))
+    first, other = weights_of(pool / "m0")[EMBEDDING], weights_of(pool / "m1")[EMBEDDING]
+    rows, others = tokens(pool / "m0"), tokens(pool / "m1")
+    soup = soups.uniform(["m0", "m1"]).save("soup")
+    found = weights_of(soup)[EMBEDDING]
+    assert found.shape == first.shape
+    for token, row in rows.items():
+        mean = (first[row].double() + other[others[token]]) / 2 if token in others else first[row].double()
+        assert torch.equal(found[row], mean.float()), token
+    assert "zebra" not in tokens(soup) and tokens(soup) == rows
+    assert answer(soup, pool)[0]
+    BertForSequenceClassification.from_pretrained(soup)  # of the size that its config speaks of
+    larger = weights_of(soups.uniform(["m1", "m0"]).save("larger"))[EMBEDDING]
+    assert torch.equal(larger[others["zebra"]], other[others["zebra"]])
+    assert torch.equal(larger[others["good"]], found[rows["good"]])
+
+
+def test_another_vocabulary_without_a_tokenizer_is_refused_and_its_rows_can_be_kept(pool):
+    resize(pool / "m1", ["zebra"])
+    (pool / "m1/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokens are matched where each model has its config\.json and tokenizer"):
+        soups.uniform(["m0", "m1"])
+    found = weights_of(soups.uniform(["m0", "m1"], exclude="word_embeddings").save("soup"))
+    assert torch.equal(found[EMBEDDING], weights_of(pool / "m0")[EMBEDDING])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_head_is_kept_from_a_model_of_the_pool_or_another_one(inside, pool, texts):
+    shutil.copytree(texts / "checkpoint-2", pool / "other")
+    kept = "m1" if inside else "other"
+    words = ["uniform", "m0", "m1", "--keep", "^classifier", "--from", kept, "--out", "soup.safetensors"]
+    main(words)
+    found, mean = load_file("soup.safetensors"), load_file(soups.uniform(["m0", "m1"]).save("mean.safetensors"))
+    for name, tensor in found.items():
+        expected = weights_of(pool / kept)[name] if name.startswith("classifier") else mean[name]
+        assert torch.equal(tensor, expected), name
+    assert answer(pool / "soup.safetensors")[0]
+    before = (pool / "soup.safetensors").read_bytes()
+    main([word.replace("--keep", "--exclude") for word in [*words, "--force"]])
+    assert (pool / "soup.safetensors").read_bytes() == before
+
+
+def test_from_without_keep_and_from_another_model_on_task_vectors_are_refused(pool, texts):
+    with pytest.raises(UserError, match="--from FILE needs --keep REGEX"):
+        soups.uniform(["m0", "m1"], kept_from="m1")
+    start = texts / "checkpoint-2"
+    with pytest.raises(UserError, match="of ties it is one of the models or the initialisation"):
+        soups.ties(start, ["m0"], exclude="^classifier", kept_from="m1")
+    soup = soups.ties(start, ["m0", "m1"], exclude="^classifier", kept_from=start).save("soup.safetensors")
+    assert torch.equal(load_file(soup)["classifier.bias"], weights_of(start)["classifier.bias"])
+    (pool / "start").symlink_to(start)
+    assert answer(soup)[0]
+
+
+@pytest.mark.parametrize("kind", ["vocab.txt", "vocab.json", "pieces"])
+def test_tokens_are_read_from_each_kind_of_tokenizer(kind, tmp_path):
+    if kind == "vocab.txt":
+        (tmp_path / kind).write_text("a\nb\nc\n")
+    elif kind == "vocab.json":
+        (tmp_path / kind).write_text(json.dumps({"a": 0, "b": 1}))
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"c": 2}))
+    else:
+        values = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": [{"id": 2, "content": "c"}]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert tokens(tmp_path) == {"a": 0, "b": 1, "c": 2}
+    assert tokens(tmp_path / "nowhere" / "model.safetensors") == {}
