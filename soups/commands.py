@@ -3,7 +3,8 @@
 EXAMPLES = {
     "uniform": """soups uniform run/*.safetensors --out soup.safetensors
 soups uniform run/checkpoint-* --last 3 --out soup
-soups uniform run/checkpoint-* --top 2 --by eval_loss --goal min --out soup""",
+soups uniform run/checkpoint-* --top 2 --by eval_loss --goal min --out soup
+soups uniform run/checkpoint-* --keep '^classifier' --from run/checkpoint-1 --out soup""",
     "weighted": """soups weighted a.pt b.pt --weights 3,1 --out soup.pt
 soups weighted run/checkpoint-* --weights 1-sqrt --out soup""",
     "wise-ft": "soups wise-ft run/*.safetensors --init start.safetensors --alpha 0.5 --out soup.safetensors",
