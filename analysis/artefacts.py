@@ -11,7 +11,7 @@ from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED
 from analysis.tables.paper import paper_table
 from analysis.tables.table3 import publish
 from configs.errors import UserError
-from configs.schema import Experiment, load
+from configs.schema import Experiment, load, replicate
 from soups.files.atomic import write_json
 from store.provenance import provenance
 from store.runs import RunFolder
@@ -108,11 +108,17 @@ def redraw(name: str, out: Path, folder: Path = MEASURED) -> list[Path]:
         raise UserError(f"{name} is {state(name, folder)}")
     made, files = DRAWN[name].made, []
     for experiment, file in measured.items():
-        config, numbers = load(experiment, f"paths.results={folder}"), pd.read_csv(file)
+        config, numbers = measured_experiment(experiment), pd.read_csv(file)
         texts = numbers.columns.intersection(["confidence", "source"])
         numbers[texts] = numbers[texts].fillna("")
         files += made.write([config], numbers, out / file.stem)
     return files
+
+
+def measured_experiment(named: str) -> Experiment:
+    """The experiment whose results begin with a name: of one of several sweeps it ends with the seed."""
+    whole, _, seed = named.rpartition("_seed")
+    return replicate(load(whole), int(seed)) if seed.isdigit() else load(named)
 
 
 def paper_numbers(name: str) -> str:
@@ -131,12 +137,8 @@ def paper_numbers(name: str) -> str:
 
 def measured_files(name: str, folder: Path = MEASURED) -> dict[str, Path]:
     """Experiment -> its numbers of an artefact, of those that were measured and kept in a folder."""
-    artefact = DRAWN[name]
-    files = {
-        experiment: folder / f"{experiment}_{name}{artefact.made.ending}.csv"
-        for experiment in (*artefact.paper, *artefact.embedded)
-    }
-    return {experiment: file for experiment, file in files.items() if file.exists()}
+    ending = f"_{name}{DRAWN[name].made.ending}.csv"
+    return {file.name.removesuffix(ending): file for file in sorted(folder.glob(f"*{ending}"))}
 
 
 def state(name: str, folder: Path = MEASURED) -> str:

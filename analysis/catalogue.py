@@ -11,27 +11,25 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from analysis.figures.angles import draw_angles, measure_angles
-from analysis.figures.cross_dataset import cross_figure, measure_backbones
-from analysis.figures.grids import grids_figure, measure_grids
-from analysis.figures.landscape import draw_landscape, measure_landscape
+from analysis.figures.contours import draw_landscape
+from analysis.figures.cross_dataset import draw_backbones, measure_backbones
+from analysis.figures.grids import draw_grids, measure_grids
+from analysis.figures.landscape import measure_landscape
 from analysis.figures.pairs import draw_pairs, measure_pairs
-from analysis.figures.pool_size import measure_pool_size, pool_size_figure
+from analysis.figures.pool_size import draw_pool_size, measure_pool_size
 from analysis.figures.reliability import draw_reliability, measure_reliability
 from analysis.figures.scatter import (
-    draw_methods,
-    draw_rows,
     draw_scatter,
     draw_subgroups,
     measure_methods,
-    measure_rows,
     measure_scatter,
     measure_subgroups,
 )
 from analysis.figures.style import save_with_numbers
-from analysis.figures.training_seeds import budget_figure, draw_calibration, measure_budget, measure_calibration
+from analysis.figures.training_seeds import draw_budget, draw_calibration, measure_budget, measure_calibration
 from analysis.figures.wise_curves import draw_wise, measure_wise
-from analysis.measure.mixtures import axis_labels
 from analysis.tables.cells import write_cells
+from analysis.tables.named_rows import draw_rows, measure_rows
 from analysis.tables.paper import without_differences
 from analysis.tables.paper_tables import (
     cells_beside_paper,
@@ -56,7 +54,6 @@ class Drawing:
 
     measure: Callable[..., pd.DataFrame]  # takes an experiment and a console
     draw: Callable[..., Figure]  # takes the experiment and its numbers
-    of_columns: bool = False  # `draw` takes the numbers, and the columns that are drawn with their labels
     beside: Callable[[Experiment, pd.DataFrame], dict[str, pd.DataFrame]] = lambda *_: {}  # other tables, by ending
     ending = ""  # the files' names end with it
     is_one = False  # whether several experiments make one of it
@@ -67,8 +64,7 @@ class Drawing:
 
     def write(self, configs: Configs, numbers: pd.DataFrame, stem: Path) -> list[Path]:
         """Write stem.{pdf,png,csv}, and other tables beside."""
-        labelled = (numbers, axis_labels(configs[0])) if self.of_columns else (configs[0], numbers)
-        files = save_with_numbers(self.draw(*labelled), numbers, stem)
+        files = save_with_numbers(self.draw(configs[0], numbers), numbers, stem)
         for name, table in self.beside(configs[0], numbers).items():
             files.append(stem.with_name(f"{stem.name}_{name}.csv"))
             with replacing(files[-1]) as temporary:
@@ -146,7 +142,8 @@ def _rows(table: str, papers: tuple[str, ...]) -> Printed:
 
 SCATTER = Drawing(measure_scatter, draw_scatter)
 ONE_SHIFT = Drawing(partial(measure_scatter, one_shift=True), partial(draw_scatter, one_shift=True))
-POOL_SIZE = Drawing(measure_pool_size, pool_size_figure, of_columns=True)
+EVERY_METHOD = Drawing(measure_methods, partial(draw_scatter, every_method=True))
+POOL_SIZE = Drawing(measure_pool_size, draw_pool_size)
 ROWS = Drawing(measure_rows, draw_rows)
 TABLE3, TABLE4 = ("table3_clip_b32",), ("table4_vitg",)
 TABLE5 = tuple(f"tablej1_{network}_base_{task}" for network in ("bert", "t5") for task in GLUE)
@@ -264,14 +261,14 @@ ARTEFACTS = {
         "soups of backbones fine-tuned on other data sets",
         ("figuree1_soups",),
         ("demo_cross_dataset",),
-        Drawing(measure_backbones, cross_figure, of_columns=True),
+        Drawing(measure_backbones, draw_backbones),
         (("headlines", "clip_vit_b32", "backbone soup minus zero-shot, CIFAR-100"),),
     ),
     "figuref1": Artefact(
         "averages of the ends of one-dimensional grids",
         tuple(f"figuref1_{grid}" for grid in ("optimizer", "augment", "lr")),
         ("demo_grids",),
-        Drawing(measure_grids, grids_figure, of_columns=True),
+        Drawing(measure_grids, draw_grids),
     ),
     "figureg1": Artefact(
         "FMoW and iWildCam, CLIP ViT-L",
@@ -290,7 +287,7 @@ ARTEFACTS = {
         "models that differ by seed alone, of two initialisations",
         ("figureg4_clip", "figureg4_in22k"),
         ("demo_seeds_only", "demo_imagenet_init"),
-        Drawing(measure_budget, budget_figure, of_columns=True),
+        Drawing(measure_budget, draw_budget),
     ),
     "figureh1": Artefact("as B.1: linear probe, standard grid", ("standard_lp",), ("demo_grid_lp",), POOL_SIZE),
     "figureh2": Artefact("as B.1: linear probe, extreme grid", ("extreme_lp",), ("demo_extreme_lp",), POOL_SIZE),
@@ -319,13 +316,19 @@ ARTEFACTS = {
         ("demo_imagenet_init",),
         ROWS,
     ),
-    "figurel3": Artefact("Figure 1 with all methods of Table 3", TABLE3, DEMO, Drawing(measure_methods, draw_methods)),
+    "figurel3": Artefact(
+        "Figure 1 with all methods of Table 3",
+        TABLE3,
+        DEMO,
+        Drawing(measure_methods, partial(draw_scatter, every_method=True)),
+    ),
 }
 
 MORE = {  # no figures of the paper, drawn by the same command
+    "rows": Artefact("named rows and their soups, test against shifts", (), (), ROWS),
     "reliability": Artefact(
         "reliability diagrams before and after a temperature", (), (), Drawing(measure_reliability, draw_reliability)
-    )
+    ),
 }
 
 

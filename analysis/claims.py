@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.figures.style import COLUMN, STYLE, panels, save_with_numbers, styled
 from analysis.predictions import read_pools
 from analysis.tables.cells import NAMES, write_cells
 from configs.errors import UserError
@@ -214,32 +213,30 @@ def gain_by_pool(pools: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["on", "pool", "difference", "low", "high"])
 
 
+@styled
 def gain_figure(rows: pd.DataFrame) -> Figure:
     """What the greedy soup gains over the best single model in each pool, with 95 % intervals, beside the paper's.
 
     Args:
         rows: from `gain_by_pool`.
     """
-    titles = {"test": "Test", "shifts": "Mean of the five shifts"}
+    titles = {"test": "Test", "shifts": "Mean of 5 shifts"}
     paper = {claim.on: float(claim.paper) for claim in CLAIMS[:2]}
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(5.6, 0.9 + 0.24 * (len(rows) // 2 + 1)))
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, (on, drawn) in zip(panels, rows.groupby("on", sort=False), strict=True):
-            for place, (_, row) in enumerate(drawn.iterrows()):
-                whole = row["pool"] == "all pools"
-                colour = STYLE["greedy"][1] if whole else "#555555"
-                axes.plot([100 * row["low"], 100 * row["high"]], [place, place], color=colour, lw=2.4 if whole else 1.2)
-                axes.plot(100 * row["difference"], place, "*" if whole else "o", color=colour, ms=9 if whole else 4)
-            axes.plot(paper[on], len(drawn), "D", color="#0072B2", ms=5)
-            axes.axvline(0, color="black", lw=0.8)
-            axes.set_title(titles[on], fontsize=8)
-            names = [f"fold {POOLS.index(name)}" if name in POOLS else name for name in drawn["pool"]]
-            axes.set_yticks(range(len(drawn) + 1), [*names, "paper, ImageNet"])
-            axes.set_ylim(len(drawn) + 0.6, -0.6)  # the first on top
-        figure.supxlabel("greedy soup − best single model (points, 95 % intervals)", fontsize=8)
-        figure.tight_layout()
-        return figure
+    figure, (line,) = panels(1, 2, 1.1 + 0.2 * (len(rows) // 2), width=COLUMN, sharey=True)
+    for axes, (on, drawn) in zip(line, rows.groupby("on", sort=False), strict=True):
+        for place, (_, row) in enumerate(drawn.iterrows()):
+            whole = row["pool"] == "all pools"
+            colour = STYLE["greedy"][1] if whole else "#555555"
+            axes.plot([100 * row["low"], 100 * row["high"]], [place, place], color=colour, lw=2.4 if whole else 1.2)
+            axes.plot(100 * row["difference"], place, "*" if whole else "o", color=colour, ms=9 if whole else 4)
+        axes.plot(paper[on], len(drawn), "D", color="#0072B2", ms=5)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set_title(titles[on])
+        names = [f"fold {POOLS.index(name)}" if name in POOLS else name for name in drawn["pool"]]
+        axes.set_yticks(range(len(drawn) + 1), [*names, "paper"])
+        axes.set_ylim(len(drawn) + 0.6, -0.6)  # the first on top
+    figure.supxlabel("Greedy soup − best individual (points);\nbars are 95 % intervals", fontsize=8)
+    return figure
 
 
 def write_claims(folder: Path) -> list[Path]:

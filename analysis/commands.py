@@ -84,7 +84,7 @@ def redraw_measured(name: str, out: Path = Path("runs/measured"), folder: Path =
         UserError: there is none of this name, or the one that is named was not measured yet.
     """
     console, files = Console(width=None if sys.stdout.isatty() else 110), []
-    names = named(name)
+    names = list(DRAWN) if name == "all" else named(name)
     for each in names:
         if len(names) > 1 and not measured_files(each, folder):
             console.print(f"{each}: {state(each, folder)}", highlight=False, soft_wrap=True)

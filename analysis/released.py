@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures.scatter import figure1
+from analysis.figures.scatter import scatter_figure
 from analysis.figures.style import STYLE, save_with_numbers
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.cells import NAMES, write_cells
@@ -28,6 +28,7 @@ RELEASED = PROJECT / "results/released"
 OUT = Path("runs/released/analysis")
 INITIALISATION = "model_0"
 SHIFTS = ("v2", "r", "sketch", "objectnet", "a")
+LABELS = ("ImageNet test, top-1 accuracy (%)", "Mean of 5 shifts, top-1 accuracy (%)")
 REPORTED = ("test", *SHIFTS)
 SIZES = {
     "held_out": 26_000,
@@ -141,7 +142,7 @@ def write_released(out: Path) -> list[Path]:
     """Write table3_released.{md,tex,csv} and figure1_released.{pdf,png,csv} in a folder."""
     files = write_cells(released_table(), released_numbers(), out / "table3_released", caption())
     points = released_points()
-    figure = figure1(points, pd.DataFrame(), "ImageNet", len(SHIFTS))
+    figure = scatter_figure(points, LABELS)
     return files + save_with_numbers(figure, points, out / "figure1_released")
 
 

@@ -1,13 +1,12 @@
 """Tables and figures say what the numbers say."""
 
 from dataclasses import replace
-from functools import partial
 
 import pandas as pd
 import pytest
 
 from analysis.figures.coefficients import coefficients_map
-from analysis.figures.scatter import DRAWN_WITH_BARS, figure1
+from analysis.figures.scatter import BARS, DRAWN_WITH_BARS, draw_scatter
 from analysis.figures.style import STYLE, save
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels
@@ -124,44 +123,38 @@ def test_seeds_are_summarised_by_mean_spread_and_how_often_the_interval_excludes
     assert row["Test: interval above 0"] == "1 of 2"
 
 
-@pytest.fixture(scope="module")
-def draw():
-    points = pd.DataFrame(
-        [
-            {"name": "row 1", "kind": "individual", "test": 0.5, "shift_mean": 0.4},
-            {"name": "best", "kind": "best", "test": 0.53, "shift_mean": 0.43},
-            {"name": "greedy", "kind": "greedy", "test": 0.586, "shift_mean": 0.45},
-        ]
-    )
-    errors = pd.DataFrame(
-        [{"method": "greedy", "test_low": 0.02, "test_high": 0.08, "shift_low": 0.01, "shift_high": 0.03}]
-    )
-    return partial(figure1, points, errors, "Emoji")
+POINTS = pd.DataFrame(
+    [
+        ["row 1", "individual", 0.5, 0.4, *[float("nan")] * 4],
+        ["best", "best", 0.53, 0.43, *[float("nan")] * 4],
+        ["greedy", "greedy", 0.586, 0.45, 0.02, 0.08, 0.01, 0.03],
+    ],
+    columns=["name", "kind", "test", "shift_mean", *BARS],
+)
 
 
 @pytest.fixture(scope="module")
-def drawing(draw):
-    return draw()
-
-
-@pytest.mark.parametrize(("shifts", "said"), [(1, "Accuracy on the shift ("), (5, "five shifts"), (3, "the 3 shifts")])
-def test_figure_1_says_how_many_shifts_there_are(draw, shifts, said):
-    assert said in draw(shifts).axes[0].get_ylabel()
+def drawing():
+    return draw_scatter(load("demo"), POINTS)
 
 
 def test_figure_1_plots_test_against_shifts_in_percent_with_intervals(drawing):
-    axes = drawing.axes[0]
-    assert "(%)" in axes.get_xlabel()
-    assert "(%)" in axes.get_ylabel()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "Individual models",
-        "Best individual (held-out)",
-        "Greedy soup",
-    ]
+    (axes,), (legend,) = drawing.axes, drawing.legends
+    assert axes.get_xlabel() == "Emoji test, top-1 accuracy (%)"
+    assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["Individual models", "Best individual (held-out)", "Greedy soup"]
+    assert legend.get_title().get_text() == "Bars: 95 % intervals of the difference to the best individual"
     offsets = [tuple(collection.get_offsets()[0]) for collection in axes.collections]
     assert offsets[-1] == pytest.approx((58.6, 45.0))
     assert list(axes.lines[0].get_xdata()) == pytest.approx([55.0, 61.0])
     assert list(axes.lines[1].get_ydata()) == pytest.approx([44.0, 46.0])
+
+
+def test_points_without_intervals_are_drawn_without_bars_and_without_a_word_of_them():
+    figure = draw_scatter(load("demo"), POINTS.drop(columns=BARS))
+    assert not figure.axes[0].lines
+    assert figure.legends[0].get_title().get_text() == ""
 
 
 def test_equal_figures_are_equal_files(drawing, tmp_path):
@@ -172,7 +165,6 @@ def test_equal_figures_are_equal_files(drawing, tmp_path):
     assert first[1].startswith(b"\x89PNG")
 
 
-def test_axes_say_what_a_task_is_scored_by(draw):
-    top1, other = draw().axes[0], draw(shifts=1, metrics=("Macro F1", "Accuracy of the worst group")).axes[0]
-    assert (top1.get_xlabel(), other.get_xlabel()) == ("Emoji test accuracy, top-1 (%)", "Emoji test, Macro F1 (%)")
-    assert other.get_ylabel() == "Accuracy of the worst group on the shift (%)"
+def test_axes_say_what_a_task_is_scored_by():
+    axes = draw_scatter(load("figureg1_iwildcam"), POINTS).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("WILDS-iWildCam test, macro F1 (%)", "OOD, macro F1 (%)")

@@ -12,8 +12,8 @@ from analysis.figures.angles import (
     LEARNING_RATE,
     SEED,
     SEVERAL,
-    angles_figure,
     chosen_pairs,
+    draw_angles,
     measured_part,
     pool_geometry,
     series_of,
@@ -164,10 +164,11 @@ def test_the_figure_has_units_and_a_series_for_each_difference(measured):
 
     tidy = pd.read_csv(measured[2][-1])
     tidy["series"] = [SEED, LEARNING_RATE, LEARNING_RATE]
-    axes = angles_figure(tidy, 5).axes[0]
+    figure = draw_angles(measured[0], tidy)
+    axes = figure.axes[0]
     assert "(degrees)" in axes.get_xlabel()
     assert "test and 5 shifts (points)" in axes.get_ylabel()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "differ in seed (1)",
         "differ in learning rate (2)",
     ]

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.figures.reliability import reliability_figure, reliability_rows
-from analysis.figures.style import save
+from analysis.figures.reliability import draw_reliability, reliability_rows
+from configs.schema import load
 from eval.calibration import calibrate, fit_beta, reliability_bins
 
 
@@ -111,7 +111,7 @@ def models():
 
 
 def test_a_diagram_shows_each_model_before_and_after_with_bars_gaps_counts_and_error(models):
-    figure = reliability_figure(models)
+    figure = draw_reliability(load("demo"), reliability_rows(models))
     diagrams = [axes for axes in figure.axes if axes.texts]
     assert len(diagrams) == 4
     for axes, bins in zip(
@@ -128,13 +128,6 @@ def test_a_diagram_shows_each_model_before_and_after_with_bars_gaps_counts_and_e
     titles = [axes.get_title() for axes in diagrams]
     assert titles[:2] == ["Best individual\nas trained", "Greedy soup\nas trained"]
     assert titles[2] == f"β = {models['Best individual'].beta:.2f}"
-
-
-def test_a_diagram_is_saved_like_the_other_figures_and_needs_a_model(models, tmp_path):
-    first = [path.read_bytes() for path in save(reliability_figure(models), tmp_path / "reliability")]
-    assert first == [path.read_bytes() for path in save(reliability_figure(models), tmp_path / "again")]
-    with pytest.raises(ValueError, match="at least one model"):
-        reliability_figure({})
 
 
 def test_the_numbers_behind_a_diagram_have_a_row_for_each_bin(models):

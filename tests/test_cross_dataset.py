@@ -9,9 +9,9 @@ import reproduce
 from analysis import pipeline
 from analysis.artefacts import write_artefact
 from analysis.figures.cross_dataset import (
-    cross_figure,
+    changes_of,
     cross_table,
-    mean_changes,
+    draw_backbones,
     orders_of,
     sets_along,
     towers_of,
@@ -19,6 +19,7 @@ from analysis.figures.cross_dataset import (
 )
 from analysis.measure.mixtures import axis_labels
 from configs.errors import UserError
+from configs.schema import load
 from soups.average import Average
 from soups.files.atomic import read_json, write_json
 from soups.files.weights import load_weights
@@ -97,19 +98,19 @@ def test_a_change_is_to_one_backbone_less_and_is_averaged_over_orders():
             change = accuracy - before if added else float("nan")
             rows.append({"order": order, "added": added, "last": last, "column": "test", "accuracy": accuracy})
             rows[-1] |= {"change": change, "difference": accuracy - 0.5, "low": 0.0, "high": 1.0}
-    changes = mean_changes(pd.DataFrame(rows), "test")
+    changes = changes_of(pd.DataFrame(rows), "test")
     assert changes.loc["a", "mean"] == pytest.approx((0.1 + 0.2) / 2)
     assert changes.loc["b", "mean"] == pytest.approx((0.3 + 0.2) / 2)
     assert list(changes.index) == ["a", "b"]
-    figure = cross_figure(pd.DataFrame(rows), {"test": "Emoji test, top-1 accuracy (%)"})
+    figure = draw_backbones(load("demo_cross_dataset", "task.shifts=[]"), pd.DataFrame(rows))
     left, right = figure.axes
     mean = next(line for line in left.lines if line.get_marker() == "o")
     assert list(mean.get_ydata()) == pytest.approx([50, 65, 90])
     assert [bar.get_width() for bar in right.patches] == pytest.approx([15, 25])
     assert [label.get_text() for label in right.get_yticklabels()] == ["a", "b"]
     assert (left.get_ylabel(), right.get_xlabel()) == (
-        "Emoji test, top-1 accuracy (%)",
-        "Mean change when added (points)",
+        "Emoji test,\ntop-1 accuracy (%)",
+        "Change when added (points)",
     )
 
 

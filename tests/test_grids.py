@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.grids import best_in_range, grids_figure, grids_of, grids_table
+from analysis.figures.grids import best_in_range, draw_grids, grids_of, grids_table
 from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
+from configs.schema import load
 from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder
 from tests.pools import finished_pool
@@ -100,7 +101,7 @@ def cells(values):
 
 def test_the_map_is_upper_triangular_with_signed_points_and_what_is_clear_in_bold():
     tidy = cells({(0, 1): 0.012, (0, 2): -0.034, (1, 2): 0.0})
-    figure = grids_figure(tidy, {"test": "Emoji test, top-1 accuracy (%)", SHIFT_MEAN: "Mean of 5 shifts, x (%)"})
+    figure = draw_grids(load("demo_grids"), tidy)
     axes = figure.axes[0]
     drawn = {tuple(text.get_position()): text for text in axes.texts}
     assert {place: text.get_text() for place, text in drawn.items()} == {(0, 0): "+1.2", (1, 0): "-3.4", (1, 1): "+0.0"}
@@ -110,8 +111,9 @@ def test_the_map_is_upper_triangular_with_signed_points_and_what_is_clear_in_bol
     assert image.mask[1, 0] if hasattr(image, "mask") else torch.tensor(image[1, 0]).isnan()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["b", "c"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
-    assert "points" in figure.axes[-1].get_ylabel()
-    assert axes.get_ylabel() == "Emoji test\nleft end"
+    assert "(points)" in figure.axes[-1].get_ylabel()
+    assert figure.axes[-1].get_ylabel().endswith("bold: the 95 % interval leaves out 0")
+    assert axes.get_ylabel() == "Emoji test\n\nLeft end"
 
 
 def test_its_files_are_written(finished):

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from analysis.artefacts import write_artefact
-from analysis.figures.contours import LEVELS, landscape_figure, levels
+from analysis.figures.contours import LEVELS, draw_landscape, levels
 from analysis.figures.landscape import slices, training_rows
 from analysis.figures.plane import Plane, axes_of, moving, plane_through, set_between
 from analysis.measure.methods import SHIFT_MEAN
@@ -271,30 +271,34 @@ def test_levels_are_equal_steps_or_equal_factors_above_the_least():
 
 @pytest.mark.parametrize(("log", "shifts", "panels"), [(True, 5, 3), (False, 1, 3), (True, 0, 2)])
 def test_the_figure_has_a_panel_for_each_quantity_with_units_and_the_models_marked(measured, log, shifts, panels):
-    tidy = pd.read_csv(measured[2][-1])
+    config, tidy = measured[0], pd.read_csv(measured[2][-1])
     if not shifts:
         tidy = tidy.drop(columns=f"error_{SHIFT_MEAN}")
-    figure = landscape_figure(tidy, ["row 1\nrow 2"], test="test", shifts=shifts, log=log)
-    drawn = figure.axes
+    config = replace(config, task=replace(config.task, shifts=config.task.shifts[:shifts]))
+    drawn = draw_landscape(config, tidy, log=log).axes
     assert len(drawn) == panels
-    labels = ["training loss (nats)", "test error (%)"]
-    labels += {0: [], 1: ["error on the shift (%)"], 5: ["mean error on 5 shifts (%)"]}[shifts]
-    assert [axes.child_axes[0].get_ylabel() for axes in drawn] == labels
-    assert drawn[0].get_ylabel() == "distance along $u_2$"
+    labels = ["Training loss (nats)", "Emoji test,\ntop-1 error (%)"]
+    labels += {0: [], 1: ["V2,\ntop-1 error (%)"], 5: ["Mean of 5 shifts,\ntop-1 error (%)"]}[shifts]
+    assert [axes.get_title() for axes in drawn] == labels
+    assert drawn[0].get_ylabel().endswith("Distance along $u_2$")
+    assert drawn[0].get_ylabel().startswith("$\\theta_1$: lr ")
     for axes in drawn:
-        assert axes.get_xlabel() == "distance along $u_1$"
+        assert axes.get_xlabel() == "Distance along $u_1$"
         assert {"$\\theta_0$", "$\\theta_1$", "$\\theta_2$"} <= {text.get_text() for text in axes.texts}
         marked = [tuple(points.get_offsets()[0]) for points in axes.collections if isinstance(points, PathCollection)]
         assert marked[:3] == [pytest.approx(place) for place in zip(tidy["x"][:3], tidy["y"][:3], strict=True)]
 
 
-@pytest.mark.parametrize(("height", "aspect"), [(20.0, 1.0), (2.0, 7.0), (50.0, 1.0), (100.0, 0.5)])
-def test_a_plane_has_one_scale_unless_it_would_be_a_strip(height, aspect):
+@pytest.mark.parametrize(("height", "scale"), [(20.0, "linear"), (2.0, "linear"), (50.0, "linear"), (100.0, "asinh")])
+def test_a_plane_has_one_scale_unless_it_would_be_a_strip(height, scale):
     x, y = np.meshgrid(np.linspace(0, 20, 3), np.linspace(0, height, 3))
     grid = pd.DataFrame({"point": "grid", "x": x.ravel(), "y": y.ravel()})
     models = pd.DataFrame({"point": ["initialisation", "first", "second"], "x": [0, 20, 0], "y": [0, 0, height]})
     plane = pd.concat([models, grid], ignore_index=True).assign(first=1, second=2)
     for column in ("train_loss", "error_test"):
         plane[column] = 0.1 + np.arange(len(plane)) / 20
-    axes = landscape_figure(plane, ["one"], test="test", shifts=0, log=False).axes[0]
-    assert axes.get_aspect() == pytest.approx(aspect)
+    axes = draw_landscape(load("demo_landscape", "task.shifts=[]"), plane, log=False).axes[0]
+    assert axes.get_yscale() == scale
+    assert axes.get_ylabel().endswith("(asinh)") == (scale == "asinh")
+    if scale == "linear":
+        assert axes.get_aspect() == pytest.approx(max(1, 0.7 * 20 / height))

@@ -1,12 +1,13 @@
 """A table of rows says of each model, soup and ensemble what its logits say."""
 
+import pandas as pd
 import pytest
 import torch
 
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.named_rows import (
+    draw_rows,
     measure_named_rows,
-    named_rows_figure,
     named_rows_table,
     tidy_named_rows,
     variants,
@@ -111,11 +112,23 @@ def test_differences_are_to_the_first_row_and_the_table_leaves_its_own_empty(fin
 
 
 @pytest.mark.slow
-def test_the_figure_has_a_point_for_every_method(finished, measured):
+def test_the_figure_has_a_panel_for_each_kind_of_weights_and_a_point_for_every_method(finished, measured):
     config, evaluator, _ = finished
     tidy = tidy_named_rows(config, *measured, evaluator)
-    axes = named_rows_figure(tidy, "test", "Emoji").axes[0]
-    assert sum(len(points.get_offsets()) for points in axes.collections) == tidy["method"].nunique() == 8
+    panels = draw_rows(config, tidy).axes
+    assert [axes.get_title() for axes in panels] == ["Last weights", "EMA 0.9"]
+    drawn = [points for axes in panels for points in axes.collections if points.get_label()[0] != "_"]
+    assert sum(len(points.get_offsets()) for points in drawn) == tidy["method"].nunique() == 8
+    assert all(len(axes.collections[0].get_offsets()) == 8 for axes in panels)  # those of all panels in grey
+
+
+def test_a_model_far_below_all_others_is_named_and_does_not_press_them_together():
+    places = {"a": (0.5, 0.4), "b": (0.51, 0.41), "c": (0.52, 0.405), "lost": (0.1, 0.02)}
+    rows = [(name, "raw", "individual", "test", x) for name, (x, _) in places.items()]
+    rows += [(name, "raw", "individual", SHIFT_MEAN, y) for name, (_, y) in places.items()]
+    (axes,) = draw_rows(load("demo"), pd.DataFrame(rows, columns=["method", "kind", "what", "column", "accuracy"])).axes
+    assert [text.get_text() for text in axes.texts] == ["not shown: (10.0, 2.0)"]
+    assert axes.get_xlim() == (49, 53)
 
 
 @pytest.mark.slow

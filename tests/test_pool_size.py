@@ -7,13 +7,13 @@ import torch
 from analysis.artefacts import write_artefact
 from analysis.figures.pool_size import (
     best_of_first,
+    draw_pool_size,
     greedy_of_first,
     orders_of,
-    pool_size_figure,
     pool_size_table,
 )
 from analysis.measure.methods import SHIFT_MEAN
-from analysis.measure.mixtures import RunningMean, axis_labels, key_of_mean
+from analysis.measure.mixtures import RunningMean, key_of_mean
 from eval.forward import Evaluator
 from soups.experiment.pool import ingredients_of
 from soups.recipes import greedy
@@ -167,16 +167,14 @@ def test_a_mean_is_named_by_its_members_in_whatever_order(finished):
 
 @pytest.mark.slow
 def test_the_figure_has_a_mean_and_every_order_of_each_method_in_percent(finished, table):
-    labels = axis_labels(finished[0])
-    assert labels == {
-        "test": "Emoji test, top-1 accuracy (%)",
-        SHIFT_MEAN: "Mean of 5 shifts, top-1 accuracy (%)",
-    }
-    figure = pool_size_figure(table, labels)
-    left, right = figure.axes
-    assert (left.get_ylabel(), right.get_ylabel()) == tuple(labels.values())
-    assert left.get_xlabel() == "Number of models considered"
+    figure = draw_pool_size(finished[0], table)
+    left, right, below, _ = figure.axes
+    assert left.get_ylabel() == "Emoji test,\ntop-1 accuracy (%)"
+    assert right.get_ylabel() == "Mean of 5 shifts,\ntop-1 accuracy (%)"
+    assert below.get_xlabel() == "Number of models considered"
     assert len(left.lines) == 5 * 3
     drawn = next(line for line in left.lines if line.get_label() == "Uniform soup")
     assert drawn.get_ydata()[1] == pytest.approx(100 * cell(table, "mean", "uniform", 2)["accuracy"])
+    assert below.lines[1].get_ydata()[1] == pytest.approx(100 * cell(table, "mean", "greedy", 2)["difference"])
     assert "Greedy ensemble" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert figure.legends[0].get_title().get_text().endswith("95 % interval of greedy soup − best individual")

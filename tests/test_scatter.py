@@ -9,7 +9,7 @@ from analysis.figures.scatter import (
     draw_subgroups,
     measure_scatter,
     measure_subgroups,
-    methods_figure,
+    scatter_figure,
     styles,
 )
 from analysis.measure.methods import measure
@@ -45,8 +45,9 @@ def test_the_figure_has_each_method_at_its_place_in_percent():
             {"name": "zero-shot", "kind": "zero-shot", "test": 0.07, "shift_mean": 0.06},
         ]
     )
-    axes = methods_figure(points, ("x (%)", "y (%)")).axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Individual models", "Learned soup"]
+    figure = scatter_figure(points, ("x (%)", "y (%)"), every_method=True)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Individual models", "Learned soup"]
     assert tuple(axes.collections[1].get_offsets()[0]) == pytest.approx((54.7, 32.1))
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("x (%)", "y (%)")
 
@@ -71,7 +72,7 @@ def test_figure_g2_is_of_one_shift_and_figure_g1_of_groups_and_classes(finished)
     pool, methods = measure(config, evaluator)
     one = measure_scatter(config, one_shift=True).set_index("name")
     assert one.loc["row 1", "shift_mean"] == pool[1].accuracy("v2")
-    assert draw_scatter(config, one.reset_index(), one_shift=True).axes[0].get_ylabel() == "Accuracy on V2 (%)"
+    assert draw_scatter(config, one.reset_index(), one_shift=True).axes[0].get_ylabel() == "V2, top-1 accuracy (%)"
 
     points = measure_subgroups(config)
     found = points[points["kind"] == "best"].set_index("metric")

@@ -6,15 +6,14 @@ import torch
 from analysis.artefacts import write_artefact
 from analysis.figures.training_seeds import (
     answering,
-    budget_figure,
-    calibration_figure,
+    draw_budget,
+    draw_calibration,
     scaled_head,
     seed_group,
     seeds_table,
 )
 from analysis.measure.calibration import debiased_error
 from analysis.measure.methods import SHIFT_MEAN
-from analysis.measure.mixtures import axis_labels
 from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import fit_beta, reliability_bins
@@ -137,13 +136,22 @@ def test_differences_are_to_the_mean_of_the_individuals_so_far(table):
 
 
 @pytest.mark.slow
-def test_figures_have_their_lines_and_axes(finished, table):
-    labels = axis_labels(finished[0])
-    above = calibration_figure(table, labels, 15).axes[0]
-    assert above.get_ylabel() == "Emoji test, ECE\n(15 equal-mass bins, %)"
-    soup = next(line for line in above.lines if line.get_label() == "Soup of seeds 1 to k, as trained")
+def test_figure_b2_has_a_line_of_panels_an_error_and_split_with_one_scale_and_says_what_is_shaded(finished, table):
+    figure = draw_calibration(finished[0], table)
+    ece, first, after = figure.axes[:3]
+    assert ece.get_ylabel() == "Emoji test,\nECE (%)"
+    assert [axes.get_title() for axes in (ece, first, after)] == [
+        *("as trained", "members calibrated first", "calibrated afterwards")
+    ]
+    assert ece.get_ylim() == first.get_ylim() == after.get_ylim()
+    soup = next(line for line in ece.lines if line.get_label() == "Soup of seeds 1 to k")
     assert soup.get_ydata()[1] == pytest.approx(100 * cell(table, "soup", 2)["ece"])
-    axes = budget_figure(table, labels).axes[1]
+    assert len(figure.axes) == 3 * 2 * 3 + 2  # ECE, NLL and Brier score of test and shifts; accuracy of both
+    assert "difference to the mean of individuals 1 to k" in figure.legends[0].get_title().get_text()
+
+
+def test_figure_g4_has_its_lines_and_axes(finished, table):
+    axes = draw_budget(finished[0], table).axes[1]
     assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
     assert axes.get_xlabel() == "Number of models k"
     ensemble = next(line for line in axes.lines if line.get_label() == "Ensemble of seeds 1 to k")

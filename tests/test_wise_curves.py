@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.wise_curves import ALPHAS, ends_of, is_augmentation_varied, wise_figure, wise_table
+from analysis.figures.wise_curves import ALPHAS, draw_wise, ends_of, is_augmentation_varied, wise_table
 from analysis.measure.methods import SHIFT_MEAN
-from analysis.measure.mixtures import axis_labels
 from configs.errors import UserError
 from configs.schema import load
 from soups.experiment.cook import cook
@@ -78,11 +77,12 @@ def test_models_are_coloured_by_their_augmentation_only_where_the_sweep_varies_i
 @pytest.mark.slow
 def test_the_figure_has_a_line_for_each_end_and_one_entry_for_each_colour(finished, table):
     config, _ = finished
-    axes = wise_figure(table, "test", axis_labels(config)).axes[0]
+    figure = draw_wise(config, table)
+    (axes,) = figure.axes
     assert len(axes.lines) == 4
     assert axes.get_xlabel() == "Emoji test, top-1 accuracy (%)"
     assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
-    said = [text.get_text() for text in axes.get_legend().get_texts()]
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(said) == len(set(said))
     assert {"Uniform soup", "Greedy soup", "Initialisation"} <= set(said)
     assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * at(table, "row 1", 0.0))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from analysis.figures.style import SETTINGS
+from analysis.figures.style import COLUMN, legend, panels, styled
 from analysis.measure.methods import Method, difference_in, method_of_model, over_orders
 from analysis.measure.mixtures import Pair, learning_rates, measure_midpoints
 from configs.errors import UserError
@@ -163,40 +163,26 @@ def angles_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[tuple
     return pd.DataFrame(table)
 
 
-def angles_figure(tidy: pd.DataFrame, shifts: int) -> Figure:
-    """Interpolation advantage against angle, one colour and marker a series, with the rank correlation of all pairs.
-
-    Args:
-        tidy: from `angles_table`.
-        shifts: how many the accuracy is averaged over, beside test.
-    """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(3.4, 3.0))
-        axes = figure.subplots()
-        axes.axhline(0, color="black", lw=0.6)
-        for series, group in tidy.groupby("series", sort=False):
-            colour, marker = SERIES.get(str(series), OTHER)
-            y, low, high = (100 * group[name] for name in ("advantage", "low", "high"))
-            axes.errorbar(
-                group["angle"],
-                y,
-                yerr=np.clip([y - low, high - y], 0, None),
-                color=colour,
-                fmt=marker,
-                ms=4,
-                lw=0.6,
-                ecolor=(*mpl.colors.to_rgb(colour), 0.35),
-                label=f"differ in {series} ({len(group)})",
-                zorder=3,
-            )
-        if len(tidy) > 2:
-            rank = spearmanr(tidy["angle"], tidy["advantage"]).statistic
-            axes.set_title(f"rank correlation {rank:.2f}, {len(tidy)} pairs", fontsize=8)
-        axes.set_xlabel(r"angle $\phi$ at the initialisation (degrees)")
-        over = {0: "test", 1: "test and shift"}.get(shifts, f"test and {shifts} shifts")
-        axes.set_ylabel(f"interpolation advantage,\naccuracy over {over} (points)", linespacing=1.4)
-        axes.legend(fontsize=6.5, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.17), ncol=2)
-        return figure
+@styled
+def draw_angles(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure 3: interpolation advantage against angle, a marker a series, with the rank correlation of all pairs."""
+    figure, ((axes,),) = panels(1, 1, 3.5, width=COLUMN)
+    axes.axhline(0, color="black", lw=0.6)
+    for series, group in numbers.groupby("series", sort=False):
+        colour, marker = SERIES.get(str(series), OTHER)
+        y, low, high = (100 * group[name] for name in ("advantage", "low", "high"))
+        look = {"color": colour, "fmt": marker, "ecolor": (*mpl.colors.to_rgb(colour), 0.35), "ms": 4, "lw": 0.6}
+        label, ends = f"differ in {series} ({len(group)})", np.clip([y - low, high - y], 0, None)
+        axes.errorbar(group["angle"], y, yerr=ends, label=label, zorder=3, **look)
+    if len(numbers) > 2:
+        rank = spearmanr(numbers["angle"], numbers["advantage"]).statistic
+        axes.set_title(f"rank correlation {rank:.2f}, {len(numbers)} pairs")
+    shifts = len(config.task.shifts)
+    over = {0: "test", 1: "test and shift"}.get(shifts, f"test and {shifts} shifts")
+    axes.set_xlabel(r"Angle $\phi$ at the initialisation (degrees)")
+    axes.set_ylabel(f"Interpolation advantage,\naccuracy over {over} (points)")
+    legend(figure, axes, 2, "Bars: 95 % intervals of the advantage")
+    return figure
 
 
 def measure_angles(config: Experiment, console: Console | None = None) -> pd.DataFrame:
@@ -208,8 +194,3 @@ def measure_angles(config: Experiment, console: Console | None = None) -> pd.Dat
     pairs = chosen_pairs(config)
     measure_midpoints(config, [pair for pair, _ in pairs], console)
     return angles_table(config, Evaluator(config), pairs)
-
-
-def draw_angles(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Figure 3 of an experiment."""
-    return angles_figure(numbers, len(config.task.shifts))

@@ -1,19 +1,23 @@
 """The drawing of Figures 2 and J.1: contours over planes of models."""
 
-from collections.abc import Sequence
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
-from analysis.figures.style import SETTINGS
-from analysis.measure.methods import SHIFT_MEAN
+from analysis.figures.style import panels, styled
+from analysis.measure.mixtures import axis_labels, drawn_settings
+from configs.schema import Experiment
 
+ERRORS = {"top-1 accuracy": "top-1 error"}
+STRIP = 3.0  # how much higher than wide a plane has to be
+ASINH_TICKS = (-100, -50, -20, -10, -5, 0, 5, 10, 20, 50, 100, 200, 500)  # distances
 LEVELS = 12
 NEAREST = 1 / 128  # log scales: distance of the first contour to the least value, as a share of the range
 MARKERS = (("*", 70), ("o", 26), ("o", 26))  # theta_0, theta_1, theta_2
@@ -39,7 +43,7 @@ def levels(values: NDArray[np.float64], *, log: bool) -> NDArray[np.float64]:
     return np.concatenate([[low], low + (high - low) * np.geomspace(NEAREST, 1, LEVELS - 1)]).astype(np.float64)
 
 
-def _panel(axes: Axes, plane: pd.DataFrame, column: str, scale: float, *, log: bool, label: str) -> None:
+def _panel(axes: Axes, plane: pd.DataFrame, column: str, scale: float, *, log: bool) -> None:
     models, grid = plane[plane["point"] != "grid"], plane[plane["point"] == "grid"]
     wide = scale * grid.pivot(index="y", columns="x", values=column)
     values = np.ma.masked_invalid(wide.to_numpy())
@@ -51,65 +55,66 @@ def _panel(axes: Axes, plane: pd.DataFrame, column: str, scale: float, *, log: b
     # Each level has the same share of the bar, whatever the scale.
     beside = axes.inset_axes((1.04, 0.0, 0.06, 1.0))  # has the height of the panel, whatever its aspect
     bar = axes.figure.colorbar(filled, cax=beside, spacing="uniform", ticks=at[::2])
-    bar.ax.set_yticklabels([f"{value:.3g}" for value in at[::2]], fontsize=6)
-    bar.set_label(label, fontsize=7)
+    bar.ax.set_yticklabels([f"{value:.3g}" for value in at[::2]], fontsize=6.5)
     places = models[["x", "y"]].to_numpy()
-    for end in places[1:]:
-        axes.annotate("", end, places[0], arrowprops={"arrowstyle": "->", "color": "#BBBBBB", "lw": 1.0})
     for i, (place, (marker, size)) in enumerate(zip(places, MARKERS, strict=True)):
+        way = np.linspace(places[0], place, 50)  # curved where the axis is
+        axes.plot(*way.T, color="#DDDDDD", lw=1.0, zorder=3)
         axes.scatter(place[0], place[1], marker=marker, s=size, c="white", edgecolors="black", linewidths=0.7, zorder=4)
-        axes.annotate(
-            f"$\\theta_{i}$",
-            place,
-            xytext=(4, 4),
-            textcoords="offset points",
-            color="white",
-            fontsize=8,
-            zorder=5,
-            path_effects=[withStroke(linewidth=1.5, foreground="black")],
-        )
+        inwards = [4 if at < places.max(axis=0).mean() else -13 for at in place]
+        outline: dict[str, Any] = {
+            "color": "white",
+            "zorder": 5,
+            "path_effects": [withStroke(linewidth=1.5, foreground="black")],
+        }
+        axes.annotate(f"$\\theta_{i}$", place, xytext=(inwards[0], inwards[1]), textcoords="offset points", **outline)
     best = grid.loc[grid[column].idxmin()]
     axes.scatter(best["x"], best["y"], marker="X", s=34, c="#D55E00", edgecolors="white", linewidths=0.5, zorder=4)
-    axes.set_aspect(_height_to_width(plane) / _extent_ratio(plane))
+    axes.set(xlim=(xs.min(), xs.max()), ylim=(ys.min(), ys.max()))
+    if _is_strip(plane):
+        axes.set_yscale("asinh", linear_width=_extents(plane)[0] / 2)
+        axes.yaxis.set_major_locator(FixedLocator([t for t in ASINH_TICKS if ys.min() <= t <= ys.max()]))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_box_aspect(1)
+    else:
+        axes.set_aspect(max(1.0, 0.7 * _extents(plane)[0] / _extents(plane)[1]))
     axes.grid(visible=False)
 
 
-def _extent_ratio(plane: pd.DataFrame) -> float:
-    """How far the plane reaches along u2, over how far along u1."""
-    along = [plane[axis].max() - plane[axis].min() for axis in ("y", "x")]
-    return float(along[0] / along[1])
+def _extents(plane: pd.DataFrame) -> tuple[float, float]:
+    """How far the plane reaches along u1 and along u2."""
+    along, across = (float(plane[axis].max() - plane[axis].min()) for axis in ("x", "y"))
+    return along, across
 
 
-def _height_to_width(plane: pd.DataFrame) -> float:
-    """Of a panel. Both axes have one scale, unless a model is so near that its plane would be a strip."""
-    return min(max(_extent_ratio(plane), 0.7), 2.5)
+def _is_strip(plane: pd.DataFrame) -> bool:
+    """Whether one model is so far away that, on one scale, the basin of the others is a line."""
+    along, across = _extents(plane)
+    return across > STRIP * along
 
 
-def landscape_figure(tidy: pd.DataFrame, captions: Sequence[str], *, test: str, shifts: int, log: bool) -> Figure:
-    """A row of panels for each plane: training loss, test error, mean error on the shifts where there are some.
-
-    The three models are marked, and by a cross the grid's best point of each panel.
+@styled
+def draw_landscape(config: Experiment, numbers: pd.DataFrame, *, log: bool) -> Figure:
+    """A line of panels for each plane: training loss, test error, and mean error on the shifts where there are some.
 
     Args:
-        tidy: of one or more planes, from `analysis.figures.landscape.slice_table`.
-        captions: for each plane, what its two fine-tuned models are.
-        test: name of the test split.
-        shifts: how many there are.
-        log: contours in equal factors of the excess over the least value, as in Figure 2, or in equal steps.
+        config: of the experiment.
+        numbers: of one or more planes, from `analysis.figures.landscape.slice_table`.
+        log: contours in equal factors of the excess over the least value, as in Figure 2, or in equal steps (J.1).
     """
-    columns = [("train_loss", 1.0, "training loss (nats)"), (f"error_{test}", 100.0, "test error (%)")]
-    if shifts:
-        mean = "error on the shift (%)" if shifts == 1 else f"mean error on {shifts} shifts (%)"
-        columns.append((f"error_{SHIFT_MEAN}", 100.0, mean))
-    planes = [plane for _, plane in tidy.groupby(["first", "second"], sort=False)]
-    with mpl.rc_context(SETTINGS):
-        heights = [0.85 + 1.5 * _height_to_width(plane) for plane in planes]
-        figure = Figure(figsize=(2.35 * len(columns), sum(heights)), layout="constrained")
-        panels = figure.subplots(len(planes), len(columns), squeeze=False, height_ratios=heights)
-        for row, plane, caption in zip(panels, planes, captions, strict=True):
-            for axes, (column, scale, label) in zip(row, columns, strict=True):
-                _panel(axes, plane, column, scale, log=log, label=label)
-                axes.set_xlabel("distance along $u_1$")
-            row[0].set_ylabel("distance along $u_2$")
-            row[0].set_title(caption, fontsize=7, loc="left")
-        return figure
+    columns = {"train_loss": (1.0, "Training loss (nats)")}
+    for column, label in axis_labels(config).items():
+        name, _, metric = label.removesuffix(" (%)").partition(", ")
+        columns[f"error_{column}"] = (100.0, f"{name},\n{ERRORS.get(metric, f'1 − {metric}')} (%)")
+    planes = [plane for _, plane in numbers.groupby(["first", "second"], sort=False)]
+    figure, grid = panels(len(planes), len(columns), 0.5 + 1.75 * len(planes))
+    for line, plane in zip(grid, planes, strict=True):
+        rows = [int(plane[name].iloc[0]) for name in ("first", "second")]
+        for axes, (column, (scale, title)) in zip(line, columns.items(), strict=True):
+            _panel(axes, plane, column, scale, log=log)
+            axes.set(title=title, xlabel="Distance along $u_1$")
+        made = "\n".join(f"$\\theta_{i}$: {drawn_settings(config, row)}" for i, row in enumerate(rows, 1))
+        line[0].set_ylabel(f"{made}\nDistance along $u_2${' (asinh)' if _is_strip(plane) else ''}")
+    figure.supxlabel(r"$\theta_0$ is the initialisation; the orange cross is the best point of a panel", fontsize=8)
+    return figure

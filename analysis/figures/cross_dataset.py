@@ -5,23 +5,23 @@ own classes. Sets that several orders share are evaluated once.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from torch import Tensor
 
 from analysis.figures.pool_size import orders_of
-from analysis.figures.style import SETTINGS
+from analysis.figures.style import legend, panels, styled, two_lines
 from analysis.measure.methods import numbers_of
-from analysis.measure.mixtures import Mixture, drawn_columns, measure_mixtures, method_of_mixture
+from analysis.measure.mixtures import Mixture, axis_labels, drawn_columns, measure_mixtures, method_of_mixture
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -142,56 +142,55 @@ def cross_table(
     return pd.DataFrame(rows)
 
 
-def mean_changes(tidy: pd.DataFrame, column: str) -> pd.DataFrame:
-    """For each data set the mean change when its model is added, over orders, with the smallest and the largest."""
+def changes_of(tidy: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A line a data set, sorted by the mean: the change when its model is added, in each order and in the mean."""
     drawn = tidy[(tidy["column"] == column) & (tidy["added"] > 0)]
-    return drawn.groupby("last")["change"].agg(["mean", "min", "max", "size"]).sort_values("mean")
+    changes = drawn.pivot(index="last", columns="order", values="change")
+    return changes.assign(mean=changes.mean(axis=1)).sort_values("mean")
 
 
 def _curves(axes: Axes, drawn: pd.DataFrame) -> None:
-    for _, curve in drawn.groupby("order"):
-        axes.plot(curve["added"], 100 * curve["accuracy"], color=SOUP, lw=0.7, alpha=0.3, zorder=2)
-    mean = drawn.groupby("added")[["accuracy", "difference", "low", "high"]].mean()
-    axes.plot(mean.index, 100 * mean["accuracy"], color=SOUP, lw=1.8, marker="o", ms=3.5, zorder=4)
-    zero_shot = drawn[drawn["added"] == 0]["accuracy"].iloc[0]
-    axes.axhline(100 * zero_shot, color="black", lw=0.8, ls="--", zorder=1)
-    axes.annotate("zero-shot", (mean.index[-1], 100 * zero_shot), ha="right", va="bottom", fontsize=7)
-    last = mean.iloc[-1]
-    ends = [[100 * (last["difference"] - last["low"])], [100 * (last["high"] - last["difference"])]]
-    axes.errorbar([mean.index[-1]], [100 * last["accuracy"]], yerr=ends, color=SOUP, lw=1, capsize=2, zorder=3)
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    axes.set_xlabel("Fine-tuned models added to the soup")
+    wide = 100 * drawn.pivot(index="added", columns="order", values="accuracy")
+    lines = axes.plot(wide.index, wide, color=SOUP, lw=0.7, alpha=0.4, zorder=2)
+    lines[0].set_label("Soup in one order")
+    look: dict[str, Any] = {"marker": "o", "ms": 3.5, "zorder": 4}
+    axes.plot(wide.index, wide.mean(axis=1), color=SOUP, lw=1.8, label="Mean of the orders", **look)
+    axes.axhline(wide.iloc[0, 0], color="black", lw=0.8, ls="--", zorder=1, label="Zero-shot")
+    last = 100 * drawn[drawn["added"] == wide.index[-1]].iloc[0][["accuracy", "difference", "low", "high"]]
+    ends = [[last["difference"] - last["low"]], [last["high"] - last["difference"]]]  # all orders end at this soup
+    label = "95 % interval of soup − zero-shot"
+    axes.errorbar([wide.index[-1]], [last["accuracy"]], yerr=ends, color=SOUP, lw=1, capsize=2, zorder=3, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _changes(axes: Axes, changes: pd.DataFrame) -> None:
-    colours = [GAINS[0] if value >= 0 else GAINS[1] for value in changes["mean"]]
-    mean = 100 * changes["mean"]
-    axes.barh(range(len(changes)), mean, color=colours, height=0.65, zorder=2)
-    spread = [mean - 100 * changes["min"], 100 * changes["max"] - mean]
-    axes.errorbar(mean, range(len(changes)), xerr=spread, fmt="none", ecolor="black", lw=0.7, capsize=2, zorder=3)
+    mean, orders = 100 * changes["mean"], 100 * changes.drop(columns="mean")
+    axes.barh(range(len(changes)), mean, color=[GAINS[value < 0] for value in mean], height=0.6, alpha=0.6, zorder=2)
+    for order in orders:
+        axes.plot(orders[order], range(len(changes)), "o", color="black", ms=2.5, zorder=3)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(changes)), changes.index.tolist())
-    axes.set_xlabel("Mean change when added (points)")
 
 
-def cross_figure(tidy: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
-    """Left accuracy against backbones added, mean and faded orders; right the mean change of each data set's model.
-
-    The bar at the end is the 95 % interval of the difference to zero-shot; those on the right span the orders.
+@styled
+def draw_backbones(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure E.1: accuracy against backbones added, and the change with each data set's model; a line a column.
 
     Args:
-        tidy: from `cross_table`.
-        columns: those that are drawn, a line of panels each -> what their axis says.
+        config: of the experiment.
+        numbers: from `cross_table`.
     """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(6.4, 0.2 + 2.4 * len(columns)), layout="constrained")
-        grid = figure.subplots(len(columns), 2, squeeze=False)
-        for (left, right), (column, label) in zip(grid, columns.items(), strict=True):
-            _curves(left, tidy[tidy["column"] == column])
-            left.set_ylabel(label)
-            _changes(right, mean_changes(tidy, column))
-            right.set_title(label.partition(",")[0], fontsize=8)
-        return figure
+    labels = axis_labels(config)
+    figure, grid = panels(len(labels), 2, 0.9 + 1.9 * len(labels))
+    for (left, right), (column, label) in zip(grid, labels.items(), strict=True):
+        _curves(left, numbers[numbers["column"] == column])
+        left.set_ylabel(two_lines(label))
+        _changes(right, changes_of(numbers, column))
+        right.set_title(label.partition(",")[0])
+    grid[-1, 0].set_xlabel("Fine-tuned models added to the soup")
+    grid[-1, 1].set_xlabel("Change when added (points)")
+    legend(figure, grid[0, 0], 2, "Right: bars are means of the orders, and each dot is an order")
+    return figure
 
 
 def measure_backbones(config: Experiment, console: Console | None = None) -> pd.DataFrame:

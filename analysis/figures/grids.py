@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS
-from analysis.measure.methods import accuracy_in, method_of_model, numbers_of
+from analysis.figures.style import panels, styled
+from analysis.measure.methods import accuracy_in, method_of_model, numbers_of, titled
 from analysis.measure.mixtures import (
     Mixture,
+    axis_labels,
     drawn_columns,
     mean_mixture,
     measure_mixtures,
@@ -171,32 +171,22 @@ def _panel(axes: Axes, drawn: pd.DataFrame, norm: TwoSlopeNorm) -> AxesImage:
     return axes.imshow(values, cmap="PuOr_r", norm=norm)
 
 
-def grids_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
-    """Upper-triangular maps of average of ends minus best in range, in points: grids across, columns down.
-
-    Args:
-        tidy: from `grids_table`.
-        labels: columns that are drawn -> what is measured there.
-    """
-    with mpl.rc_context(SETTINGS):
-        names = list(dict.fromkeys(tidy["grid"]))
-        sizes = [int(tidy[tidy["grid"] == name]["size"].iloc[0]) for name in names]
-        widths = [max(size - 1, 2) for size in sizes]
-        figure = Figure(figsize=(1.4 + 0.5 * sum(widths) + 0.5 * len(names), 0.6 + 2.3 * len(labels)))
-        figure.set_layout_engine("constrained")
-        panels = figure.subplots(len(labels), len(names), squeeze=False, width_ratios=widths)
-        largest = min(CLIP, max(1.0, 100 * tidy["difference"].abs().max()))
-        norm, image = TwoSlopeNorm(0, -largest, largest), None
-        for line, (column, label) in zip(panels, labels.items(), strict=True):
-            for axes, name in zip(line, names, strict=True):
-                image = _panel(axes, tidy[(tidy["grid"] == name) & (tidy["column"] == column)], norm)
-                axes.set_title(name, fontsize=8)
-                axes.set_xlabel("right end")
-            line[0].set_ylabel(f"{label.partition(',')[0]}\nleft end")
-        assert image is not None
-        bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.8)
-        bar.set_label("average of both ends minus\nbest in the range (points)")
-        return figure
+@styled
+def draw_grids(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Upper-triangular maps of average of ends minus best in range, in points: grids across, columns down."""
+    sizes = numbers.groupby("grid", sort=False)["size"].first()
+    widths, labels = [max(size - 1, 2) + 0.9 for size in sizes], axis_labels(config)
+    figure, grid = panels(len(labels), len(sizes), 0.7 + 2.0 * len(labels), width_ratios=widths)
+    largest = min(CLIP, max(1.0, 100 * numbers["difference"].abs().max()))
+    norm = TwoSlopeNorm(0, -largest, largest)
+    for line, (column, label) in zip(grid, labels.items(), strict=True):
+        for axes, name in zip(line, sizes.index, strict=True):
+            image = _panel(axes, numbers[(numbers["grid"] == name) & (numbers["column"] == column)], norm)
+            axes.set(title=titled(name), xlabel="Right end")
+        line[0].set_ylabel(f"{label.partition(',')[0]}\n\nLeft end")
+    bar = figure.colorbar(image, ax=grid, extend="both", shrink=0.8)
+    bar.set_label("Average of both ends minus best in the range (points);\nbold: the 95 % interval leaves out 0")
+    return figure
 
 
 def measure_grids(config: Experiment, console: Console | None = None) -> pd.DataFrame:

@@ -17,14 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from analysis.figures.contours import landscape_figure
 from analysis.figures.plane import Plane, Shares, axes_of, moving, plane_through, set_between
 from analysis.measure.methods import SHIFT_MEAN
-from analysis.measure.mixtures import drawn_settings
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator, forward
@@ -274,12 +271,3 @@ def measure_landscape(config: Experiment, console: Console | None = None) -> pd.
     for piece in pieces:
         measure_slice(config, piece, console)
     return pd.concat([slice_table(config, evaluator, piece) for piece in pieces], ignore_index=True)
-
-
-def draw_landscape(config: Experiment, numbers: pd.DataFrame, *, log: bool) -> Figure:
-    """The planes of an experiment, with contours on a log scale (Figure 2) or on a linear one (Figure J.1)."""
-    rows = numbers[["first", "second"]].drop_duplicates().to_numpy().tolist()
-    captions = [
-        "\n".join(f"$\\theta_{i}$: {drawn_settings(config, row)}" for i, row in enumerate(pair, 1)) for pair in rows
-    ]
-    return landscape_figure(numbers, captions, test=config.task.test, shifts=len(config.task.shifts), log=log)

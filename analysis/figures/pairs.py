@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS
-from analysis.measure.methods import SHIFT_MEAN, accuracy_in, columns_of, method_of, numbers_of, shift_name, titled
-from analysis.measure.mixtures import Pair, learning_rates, mean_logits, measure_midpoints
+from analysis.figures.style import panels, styled
+from analysis.measure.methods import accuracy_in, columns_of, method_of, numbers_of
+from analysis.measure.mixtures import Pair, axis_labels, learning_rates, mean_logits, measure_midpoints
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -81,31 +81,27 @@ def _panel(axes: Axes, drawn: pd.DataFrame, norm: LogNorm) -> None:
         linewidths=0.2,
         zorder=3,
     )
-    axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="soup accuracy (%)")
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
 
 
-def pairs_figure(tidy: pd.DataFrame, columns: dict[str, str]) -> Figure:
-    """Ensemble against soup accuracy, a panel for each column; above the diagonal the ensemble is better.
-
-    Args:
-        tidy: from `pairs_table`.
-        columns: those that are drawn -> their titles.
-    """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(0.9 + 2.5 * len(columns), 2.7), layout="constrained")
-        panels = figure.subplots(1, len(columns), squeeze=False)[0]
-        rates = tidy["larger_lr"]
-        # Of a single rate a colour bar needs ends that differ.
-        norm = LogNorm(rates.min(), rates.max()) if rates.nunique() > 1 else LogNorm(rates.min() / 2, rates.max() * 2)
-        for axes, (column, title) in zip(panels, columns.items(), strict=True):
-            drawn = tidy[tidy["column"] == column]
-            _panel(axes, drawn, norm)
-            better = int((drawn["difference"] > 0).sum())
-            axes.set_title(f"{title}\nsoup better in {better} of {len(drawn)} pairs", fontsize=8)
-        panels[0].set_ylabel("ensemble accuracy (%)")
-        bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=list(panels), shrink=0.9)
-        bar.set_label("larger learning rate of the pair")
-        return figure
+@styled
+def draw_pairs(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure 4: ensemble against soup, a panel for each column; above the diagonal the ensemble is better."""
+    labels, rates = axis_labels(config), numbers["larger_lr"]
+    figure, (line,) = panels(1, len(labels), 3.2)
+    # Of a single rate a colour bar needs ends that differ.
+    norm = LogNorm(rates.min(), rates.max()) if rates.nunique() > 1 else LogNorm(rates.min() / 2, rates.max() * 2)
+    for axes, (column, label) in zip(line, labels.items(), strict=True):
+        drawn, (title, _, metric) = numbers[numbers["column"] == column], label.partition(", ")
+        _panel(axes, drawn, norm)
+        better = int((drawn["difference"] > 0).sum())
+        axes.set_title(f"{title}\nsoup better in {better} of {len(drawn)} pairs")
+        axes.set(xlabel=f"Soup, {metric}", ylabel=f"Ensemble, {metric}")
+    ticks = FixedLocator([rates.min(), rates.median(), rates.max()])
+    bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=list(line), shrink=0.9, ticks=ticks, format="%.0e")
+    bar.minorticks_off()
+    bar.set_label("Larger learning rate of the pair")
+    return figure
 
 
 def measure_pairs(config: Experiment, console: Console | None = None) -> pd.DataFrame:
@@ -117,11 +113,3 @@ def measure_pairs(config: Experiment, console: Console | None = None) -> pd.Data
     pairs = random_pairs(config, usable_pool(config))
     measure_midpoints(config, pairs, console)
     return pairs_table(config, Evaluator(config), pairs)
-
-
-def draw_pairs(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Figure 4 of an experiment."""
-    columns = {config.task.test: f"{titled(config.task.name)} test"}
-    if config.task.shifts:
-        columns[SHIFT_MEAN] = shift_name(config)
-    return pairs_figure(numbers, columns)

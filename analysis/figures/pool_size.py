@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from torch import Tensor
 
-from analysis.figures.style import SETTINGS, STYLE
+from analysis.figures.style import STYLE, legend, panels, styled, two_lines
 from analysis.measure.methods import Method, method_of_answers, method_of_model, numbers_of, over_orders
 from analysis.measure.mixtures import (
     Mixture,
     RunningMean,
     answers,
+    axis_labels,
     drawn_columns,
     key_of_mean,
     mean_logits,
@@ -216,46 +217,60 @@ def pool_size_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
     return pd.DataFrame(rows)[["order", "method", "considered", *numbers]]
 
 
-def _panel(axes: Axes, drawn: pd.DataFrame) -> None:
+def _accuracies(axes: Axes, drawn: pd.DataFrame) -> None:
     for method, label in LABELS.items():
-        colour = STYLE[method][1]
         for order, curve in drawn[drawn["method"] == method].groupby("order", sort=False):
             is_mean = order == "mean"
             axes.plot(
                 curve["considered"],
                 100 * curve["accuracy"],
-                color=colour,
+                color=STYLE[method][1],
                 lw=WIDTHS.get(method, 1.5) if is_mean else 0.6,
                 ls="--" if method == BEST else "-",
                 alpha=1.0 if is_mean else 0.3,
                 label=label if is_mean else None,
                 zorder=3 if is_mean else 2,
             )
-    means = drawn[drawn["order"] == "mean"].pivot(index="considered", columns="method")
-    # Around the greedy soup, the interval of its difference to the best individual, as the bars of Figure 1.
-    ends = [100 * (means["accuracy", BEST] + means[end, "greedy"]) for end in ("low", "high")]
-    axes.fill_between(means.index, *ends, color=STYLE["greedy"][1], alpha=0.12, lw=0, zorder=1)
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    axes.set_xlabel("Number of models considered")
 
 
-def pool_size_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
-    """Accuracy against the number of models considered, a panel for each column: mean over orders, and each faded.
+def _differences(axes: Axes, drawn: pd.DataFrame) -> None:
+    """Mean curves less that of the best individual; a uniform soup far below leaves the panel."""
+    wide = 100 * drawn[drawn["order"] == "mean"].pivot(index="considered", columns="method").drop(columns="n")
+    for method in (each for each in LABELS if each != BEST):
+        y, colour = wide["difference", method], STYLE[method][1]
+        axes.plot(y.index, y, color=colour, lw=WIDTHS.get(method, 1.5), zorder=3)
+    low, high = (wide[end, "greedy"] for end in ("low", "high"))
+    axes.fill_between(wide.index, low, high, color=STYLE["greedy"][1], alpha=0.15, lw=0, zorder=1)
+    axes.axhline(0, color=STYLE[BEST][1], ls="--", lw=WIDTHS[BEST], zorder=2)
+    kept = [low, high, wide["difference"].drop(columns="uniform")]
+    ends = min(each.min(axis=None) for each in kept), max(each.max(axis=None) for each in kept)
+    room = 0.06 * max(ends[1] - ends[0], 1.0)
+    axes.set_ylim(ends[0] - room, ends[1] + room)
+    if wide["difference", "uniform"].min() < ends[0] - room:
+        axes.text(0.1, 0.03, "uniform soup: further below", transform=axes.transAxes, fontsize=6.5)
+
+
+@styled
+def draw_pool_size(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Against the number of models, accuracy and the difference to the best individual: the mean of orders, each faded.
 
     Args:
-        tidy: from `pool_size_table`.
-        labels: columns that are drawn -> what their axis says.
+        config: of the experiment.
+        numbers: from `pool_size_table`.
     """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(0.4 + 3.1 * len(labels), 2.9))
-        panels = figure.subplots(1, len(labels), squeeze=False)[0]
-        for axes, (column, label) in zip(panels, labels.items(), strict=True):
-            _panel(axes, tidy[tidy["column"] == column])
-            axes.set_ylabel(label)
-        figure.subplots_adjust(wspace=0.28)
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=3, frameon=False)
-        return figure
+    labels = axis_labels(config)
+    figure, grid = panels(2, len(labels), 4.4, sharex=True, height_ratios=[1.3, 1])
+    for (above, below), (column, label) in zip(grid.T, labels.items(), strict=True):
+        drawn = numbers[numbers["column"] == column]
+        _accuracies(above, drawn)
+        _differences(below, drawn)
+        above.set_ylabel(two_lines(label))
+        below.set(xlabel="Number of models considered", ylabel="Difference to the\nbest individual so far (points)")
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    orders = numbers["order"].nunique() - 1
+    note = f"Thick: mean of {orders} random orders; thin: each. Shaded: 95 % interval of greedy soup − best individual"
+    legend(figure, grid[0, 0], 3, note)
+    return figure
 
 
 def measure_pool_size(config: Experiment, console: Console | None = None) -> pd.DataFrame:

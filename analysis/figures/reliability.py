@@ -6,17 +6,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS
+from analysis.figures.style import legend, panels, styled
 from analysis.measure.calibration import calibration_of
 from analysis.measure.methods import soup_record
 from analysis.tables.cells import NAMES
 from configs.schema import Experiment
-from eval.calibration import Bins, Calibration, calibrate
+from eval.calibration import Calibration, calibrate
 from eval.forward import Evaluator
 from soups.experiment.cook import logits_of
 
@@ -48,49 +47,37 @@ def reliability_rows(models: Mapping[str, Calibration]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def reliability_figure(models: Mapping[str, Calibration]) -> Figure:
+@styled
+def draw_reliability(config: Experiment, numbers: pd.DataFrame) -> Figure:
     """One column per model; above as it is, below with its temperature fitted on the held-out split.
 
     A bar stands at the mean confidence of its bin and is as high as the bin's accuracy; what is missing from the
     diagonal, or too much, is the gap. Below each diagram is the number of examples of every bin.
 
     Args:
-        models: the name of each model -> from `eval.calibration.calibrate`.
-
-    Raises:
-        ValueError: there are no models.
+        config: of the experiment.
+        numbers: from `reliability_rows`.
     """
-    if not models:
-        raise ValueError("a reliability diagram needs at least one model")
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(0.6 + 2.0 * len(models), 5.4))
-        # Each stage is a diagram above its counts; an empty row keeps the stages apart.
-        grid = figure.subplots(
-            5,
-            len(models),
-            sharex=True,
-            squeeze=False,
-            height_ratios=[3, 0.8, 0.35, 3, 0.8],
-            gridspec_kw={"hspace": 0.1},
-        )
-        for column, (name, found) in enumerate(models.items()):
-            grid[2, column].remove()
-            stages = (("as trained", found.before), (f"β = {found.beta:.2f}", found.after))
-            for top, (stage, bins) in zip((0, 3), stages, strict=True):
-                _diagram(grid[top, column], bins)
-                _counts(grid[top + 1, column], bins)
-                grid[top, column].set_title(f"{name}\n{stage}" if top == 0 else stage, fontsize=8)
-                for axes in grid[top : top + 2, column]:
-                    axes.tick_params(labelbottom=False, labelleft=column == 0)
-            grid[4, column].tick_params(labelbottom=True)
-            grid[4, column].set_xlabel("confidence (%)")
-        _share_counts(grid[[1, 4]])
-        for top in (0, 3):
-            grid[top, 0].set_ylabel("accuracy (%)")
-            grid[top + 1, 0].set_ylabel("images")
-        handles, names = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, -0.03), ncol=3, frameon=False)
-        return figure
+    del config
+    models = numbers["model"].unique()
+    # Each stage is a diagram above its counts, and all counts have one scale.
+    width, heights = 0.6 + 1.9 * len(models), [3, 0.8, 3, 0.8]
+    figure, grid = panels(4, len(models), 5.4, width=width, sharex=True, height_ratios=heights)
+    for column, model in zip(grid.T, models, strict=True):
+        for top, stage in ((0, "before"), (2, "after")):
+            bins = numbers[(numbers["model"] == model) & (numbers["stage"] == stage)]
+            column[top].set_title(f"{model}\nas trained" if top == 0 else f"β = {bins['beta'].iloc[0]:.2f}")
+            _diagram(column[top], column[top + 1], bins)
+            column[top].sharey(grid[0, 0])
+            column[top + 1].sharey(grid[1, 0])
+        column[-1].set_xlabel("Confidence (%)")
+    for top in (0, 2):
+        grid[top, 0].set_ylabel("Accuracy (%)")
+        grid[top + 1, 0].set_ylabel("Images")
+    for axes in grid.flat:
+        axes.label_outer()
+    legend(figure, grid[0, 0], 3)
+    return figure
 
 
 def _widths(centres: np.ndarray) -> np.ndarray:
@@ -101,17 +88,13 @@ def _widths(centres: np.ndarray) -> np.ndarray:
     return np.clip(0.9 * np.minimum(apart[:-1], apart[1:]), 1.0, 6.0)
 
 
-def _drawn(bins: Bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence and accuracy in per cent, and the number of examples, of the bins that have any."""
-    full = bins.count > 0
-    return 100 * bins.confidence[full].numpy(), 100 * bins.accuracy[full].numpy(), bins.count[full].numpy()
-
-
-def _diagram(axes: Axes, bins: Bins) -> None:
-    confidence, accuracy, _ = _drawn(bins)
+def _diagram(above: Axes, below: Axes, bins: pd.DataFrame) -> None:
+    full = bins[bins["count"] > 0]
+    confidence, accuracy, count = (full[name].to_numpy() for name in ("confidence", "accuracy", "count"))
+    confidence, accuracy = 100 * confidence, 100 * accuracy
     widths = _widths(confidence)
-    axes.bar(confidence, accuracy, widths, color=ACCURACY, alpha=0.75, linewidth=0, label="accuracy", zorder=2)
-    axes.bar(
+    above.bar(confidence, accuracy, widths, color=ACCURACY, alpha=0.75, linewidth=0, label="accuracy", zorder=2)
+    above.bar(
         confidence,
         confidence - accuracy,
         widths,
@@ -123,24 +106,13 @@ def _diagram(axes: Axes, bins: Bins) -> None:
         label="gap to confidence",
         zorder=3,
     )
-    axes.plot([0, 100], [0, 100], color="black", lw=0.8, ls="--", label="calibrated", zorder=4)
-    axes.set(xlim=(0, 100), ylim=(0, 100))
-    text = f"ECE {100 * bins.ece:.1f} %\nn = {int(bins.count.sum()):,}"
+    above.plot([0, 100], [0, 100], color="black", lw=0.8, ls="--", label="calibrated", zorder=4)
+    above.set(xlim=(0, 100), ylim=(0, 100))
     # Bars of a model that is too modest can reach this corner, hence the box.
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
-    axes.text(4, 95, text, va="top", fontsize=7, zorder=5, bbox=box)
-
-
-def _counts(axes: Axes, bins: Bins) -> None:
-    confidence, _, count = _drawn(bins)
-    axes.bar(confidence, count, _widths(confidence), color="#666666", linewidth=0, zorder=2)
-
-
-def _share_counts(rows: np.ndarray) -> None:
-    """One scale for all counts, so that models are comparable."""
-    highest = max(axes.get_ylim()[1] for axes in rows.flat)
-    for axes in rows.flat:
-        axes.set_ylim(0, highest)
+    text = f"ECE {100 * full['ece'].iloc[0]:.1f} %\nn = {count.sum():,}"
+    above.text(4, 95, text, va="top", fontsize=7, zorder=5, bbox=box)
+    below.bar(confidence, count, widths, color="#666666", linewidth=0, zorder=2)
 
 
 def calibrations(config: Experiment) -> dict[str, Calibration]:
@@ -182,19 +154,3 @@ def measure_reliability(config: Experiment, console: Console | None = None) -> p
             errors = calibration_of(config, evaluator, {test: beta * logits}.__getitem__, [test])
             scores.append({"model": name, "stage": stage} | errors)
     return reliability_rows(found).merge(pd.DataFrame(scores).drop(columns="ece"), on=["model", "stage"])
-
-
-def draw_reliability(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Reliability diagrams of an experiment, from `measure_reliability`."""
-    del config
-    models = {}
-    for name, rows in numbers.groupby("model", sort=False):
-        stages = {str(stage): _bins(group) for stage, group in rows.groupby("stage", sort=False)}
-        beta = float(rows.loc[rows["stage"] == "after", "beta"].iloc[0])
-        models[str(name)] = Calibration(beta, stages["before"], stages["after"])
-    return reliability_figure(models)
-
-
-def _bins(rows: pd.DataFrame) -> Bins:
-    count, confidence, accuracy = (torch.tensor(rows[key].to_numpy()) for key in ("count", "confidence", "accuracy"))
-    return Bins(count, confidence, accuracy)

@@ -1,29 +1,21 @@
-"""Scatters of test against shifts: Figure 1 and those of its shape (5, G.1 to G.3, L.1 to L.3)."""
+"""Scatters of test against shifts: Figure 1 and those of its shape (5, G.1 to G.3 and L.3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from analysis.figures.style import SETTINGS, STYLE
-from analysis.measure.methods import (
-    SHIFT_MEAN,
-    Method,
-    measure,
-    need_shifts,
-    scatter_points,
-    shift_name,
-    tidy,
-    titled,
-)
+from analysis.figures.style import COLUMN, STYLE, legend, panels, styled
+from analysis.measure.methods import SHIFT_MEAN, Method, measure, need_shifts, scatter_points, tidy
 from analysis.measure.mixtures import axis_labels
-from analysis.tables.cells import METRICS, NAMES, measured
-from analysis.tables.named_rows import measure_named_rows, named_rows_figure, need_labels, tidy_named_rows
+from analysis.tables.cells import NAMES
 from configs.data import Emoji
 from configs.errors import UserError
 from configs.schema import Experiment
@@ -36,8 +28,7 @@ from tasks.files import ROOT
 DRAWN_WITH_BARS = ("uniform", "greedy", "ensemble", "greedy_ensemble")
 BARS = ["test_low", "test_high", "shift_low", "shift_high"]
 SUBGROUP_METRICS: tuple[Metric, ...] = ("worst_group", "macro_f1")
-# Those of Figure 1, and for the rest of Table 3 Okabe and Ito's colours with other markers.
-MORE = {
+MORE = {  # for the rest of Table 3 Okabe and Ito's colours with other markers
     "second_best": ("#E69F00", "D", 45),
     "greedy_random_order": ("#CC79A7", "^", 60),
     "greedy_with_replacement": ("#CC79A7", "v", 60),
@@ -50,6 +41,8 @@ MORE = {
     "calibrated_ensemble": ("#56B4E9", "^", 60),
     "ensemble_with_replacement": ("#E69F00", "v", 60),
 }
+# Figure 1's methods lie above the others, which may be at the same place.
+ABOVE = {kind: (kind in STYLE) + (kind == "greedy") - (kind == "individual") for kind in STYLE | MORE}
 
 
 def styles() -> dict[str, tuple[str, str, str, int]]:
@@ -57,114 +50,41 @@ def styles() -> dict[str, tuple[str, str, str, int]]:
     return STYLE | {kind: (NAMES[kind], *drawn) for kind, drawn in MORE.items()}
 
 
-def methods_figure(points: pd.DataFrame, labels: tuple[str, str]) -> Figure:
-    """Test accuracy against the mean of the shifts: individual models faded, every method of Table 3 with a marker.
-
-    Args:
-        points: name, kind, test, shift_mean (fractions), from `analysis.measure.methods.scatter_points`.
-        labels: of both axes.
-    """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(3.8, 3.4))
-        axes = figure.subplots()
-        for kind, (label, colour, marker, size) in styles().items():
-            drawn = points[points["kind"] == kind]
-            if drawn.empty:
-                continue
-            x, y = 100 * drawn["test"], 100 * drawn["shift_mean"]
-            is_pool = kind == "individual"
-            axes.scatter(
-                x,
-                y,
-                s=0.6 * size,
-                c=colour,
-                marker=marker,
-                label=label,
-                alpha=0.5 if is_pool else 1.0,
-                edgecolors="none" if is_pool else "white",
-                linewidths=0.3,
-                zorder=2 if is_pool else 3,
-            )
-        axes.set(xlabel=labels[0], ylabel=labels[1])
-        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=2, frameon=False)
-        return figure
-
-
-def _markers(axes: Axes, points: pd.DataFrame) -> None:
-    """One marker per model, soup and ensemble, test across and the shifts upwards, in per cent."""
-    for kind, (label, colour, marker, size) in STYLE.items():
+def _panel(axes: Axes, points: pd.DataFrame, looks: Mapping[str, tuple[str, str, str, int]]) -> None:
+    """One marker per model, soup and ensemble, test across and the shifts upwards, in per cent, with bars if known."""
+    for kind, (label, colour, marker, size) in looks.items():
         drawn = points[points["kind"] == kind]
-        if not drawn.empty:
-            x, y = 100 * drawn["test"], 100 * drawn["shift_mean"]
-            axes.scatter(x, y, s=size, c=colour, marker=marker, label=label, linewidths=0, alpha=0.9, zorder=3)
+        if drawn.empty:
+            continue
+        x, y = 100 * drawn["test"], 100 * drawn["shift_mean"]
+        look = {"alpha": 0.5, "lw": 0} if kind == "individual" else {"edgecolors": "white", "lw": 0.3}
+        axes.scatter(x, y, s=0.6 * size, c=colour, marker=marker, label=label, zorder=3 + ABOVE[kind], **look)
+    if set(BARS) <= set(points):
+        best = 100 * points[points["kind"] == "best"].iloc[0]["test":"shift_mean"]
+        for _, row in points.dropna(subset=BARS).iterrows():
+            ends = 100 * row[BARS]
+            line: dict[str, Any] = {"color": looks[row["kind"]][1], "lw": 0.8, "zorder": 2}
+            axes.plot(best["test"] + ends[["test_low", "test_high"]], [100 * row["shift_mean"]] * 2, **line)
+            axes.plot([100 * row["test"]] * 2, best["shift_mean"] + ends[["shift_low", "shift_high"]], **line)
 
 
-TOP1 = "Top-1 accuracy"
-
-
-def figure1(
-    points: pd.DataFrame,
-    errors: pd.DataFrame,
-    task: str,
-    shifts: int = 5,
-    metrics: tuple[str, str] = (TOP1, TOP1),
-    *,
-    shift: str = "the shift",
-) -> Figure:
-    """Test accuracy against the mean of the shifts, one marker per model, soup and ensemble.
-
-    Args:
-        points: name, kind, test, shift_mean (fractions), from `analysis.measure.methods.scatter_points`.
-        errors: method, test_low, test_high, shift_low, shift_high: differences to the best individual (fractions);
-            drawn as bars around the soups.
-        task: name of the benchmark, for the axes.
-        shifts: how many there are.
-        metrics: by which test and the shifts are scored, where not by accuracy.
-        shift: what it is called, where there is one.
-    """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(3.8, 3.2))
-        axes = figure.subplots()
-        best = points[points["kind"] == "best"].iloc[0]
-        _markers(axes, points)
-        for _, row in errors.iterrows():
-            x0, y0 = best["test"], best["shift_mean"]
-            point = points[points["kind"] == row["method"]].iloc[0]
-            colour = STYLE[row["method"]][1]
-            ends = 100 * (x0 + row["test_low"]), 100 * (x0 + row["test_high"])
-            axes.plot(ends, [100 * point["shift_mean"]] * 2, color=colour, lw=0.8, alpha=0.7, zorder=2)
-            ends = 100 * (y0 + row["shift_low"]), 100 * (y0 + row["shift_high"])
-            axes.plot([100 * point["test"]] * 2, ends, color=colour, lw=0.8, alpha=0.7, zorder=2)
-        axes.set_xlabel(f"{task} test accuracy, top-1 (%)" if metrics[0] == TOP1 else f"{task} test, {metrics[0]} (%)")
-        score = "accuracy" if metrics[1] == TOP1 else metrics[1]
-        counted = {1: f"{score} on {shift}", 5: f"Mean {score} on the five shifts"}
-        label = counted.get(shifts, f"Mean {score} on the {shifts} shifts")
-        axes.set_ylabel(f"{label[:1].upper()}{label[1:]} (%)")
-        # Below the axes, where it can hide no model.
-        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=3, frameon=False)
-        return figure
-
-
-def scatter_errors(scores: pd.DataFrame, test: str, shift: str = SHIFT_MEAN) -> pd.DataFrame:
-    """The intervals around soups and ensembles in Figure 1: method, test_low, test_high, shift_low, shift_high.
+@styled
+def scatter_figure(points: pd.DataFrame, labels: Sequence[str], *, every_method: bool = False) -> Figure:
+    """Test accuracy against the mean of the shifts: individual models faded, soups and ensembles each with a marker.
 
     Args:
-        scores: from `analysis.measure.methods.tidy`.
-        test: name of the test split.
-        shift: the column that is drawn upwards.
+        points: name, kind, test, shift_mean (fractions), from `scatter_points`; with the columns of `scatter_numbers`,
+            bars are drawn around soups and ensembles.
+        labels: of both axes.
+        every_method: of Table 3 has a marker, not those of Figure 1 alone.
     """
-    wide = scores.pivot(index="method", columns="column", values=["low", "high"])
-    return pd.DataFrame(
-        {
-            "method": method,
-            "test_low": wide.loc[method, ("low", test)],
-            "test_high": wide.loc[method, ("high", test)],
-            "shift_low": wide.loc[method, ("low", shift)],
-            "shift_high": wide.loc[method, ("high", shift)],
-        }
-        for method in DRAWN_WITH_BARS
-        if method in wide.index
-    )
+    height, width = (4.6, 4.2) if every_method else (3.5, COLUMN)
+    figure, ((axes,),) = panels(1, 1, height, width=width)
+    _panel(axes, points, styles() if every_method else STYLE)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    note = "Bars: 95 % intervals of the difference to the best individual"
+    legend(figure, axes, 2, note if axes.lines else "")
+    return figure
 
 
 def scatter_numbers(
@@ -174,7 +94,7 @@ def scatter_numbers(
     scores: pd.DataFrame,
     shifts: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """`scatter_points` with the intervals around soups and ensembles beside them, from `scatter_errors`.
+    """`scatter_points` and the intervals of soups and ensembles: differences to the best individual, in `BARS`.
 
     Args:
         config: of the experiment.
@@ -184,8 +104,12 @@ def scatter_numbers(
         shifts: those that are drawn; all where None.
     """
     points = scatter_points(config, pool, methods, shifts)
-    bars = scatter_errors(scores, config.task.test, SHIFT_MEAN if shifts is None else shifts[0])
-    return points.merge(bars.rename(columns={"method": "kind"}), on="kind", how="left") if len(bars) else points
+    columns = {"test": config.task.test, "shift": SHIFT_MEAN if shifts is None else shifts[0]}
+    drawn = scores[scores["method"].isin(DRAWN_WITH_BARS)]
+    for name, column in columns.items() if len(drawn) else ():
+        ends = drawn[drawn["column"] == column].set_index("method")
+        points[[f"{name}_low", f"{name}_high"]] = ends[["low", "high"]].reindex(points["kind"]).to_numpy()
+    return points
 
 
 def measure_scatter(config: Experiment, console: Console | None = None, *, one_shift: bool = False) -> pd.DataFrame:
@@ -207,16 +131,42 @@ def measure_scatter(config: Experiment, console: Console | None = None, *, one_s
     return scatter_numbers(config, pool, methods, tidy(config, methods, evaluator), shifts)
 
 
-def draw_scatter(config: Experiment, numbers: pd.DataFrame, *, one_shift: bool = False) -> Figure:
+def _with(config: Experiment, **settings: object) -> Experiment:
+    """The same experiment with other settings of its task, for what axes are called."""
+    task = replace(config.task, **settings)  # type: ignore[type-var]
+    return replace(config, task=task)  # type: ignore[type-var]  # mypy does not know pydantic's
+
+
+def draw_scatter(
+    config: Experiment, numbers: pd.DataFrame, *, one_shift: bool = False, every_method: bool = False
+) -> Figure:
     """Figure 1's scatter of an experiment; tables that have no intervals are drawn without bars."""
-    task = config.task
-    shifts = task.shifts[:1] if one_shift else task.shifts
-    bars = numbers.dropna(subset=BARS) if set(BARS) <= set(numbers) else numbers.iloc[:0]
-    metrics = measured(task, (task.test,)), measured(task, shifts)
-    name = task.split_title(shifts[0]) if one_shift else shift_name(config)
-    return figure1(
-        numbers, bars.rename(columns={"kind": "method"}), titled(task.name), len(shifts), metrics, shift=name
-    )
+    if one_shift:
+        config = _with(config, shifts=config.task.shifts[:1])
+    return scatter_figure(numbers, [*axis_labels(config).values()], every_method=every_method)
+
+
+@styled
+def draw_held_out(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Test against held-out accuracy of individual models, and which of them held-out chooses.
+
+    Args:
+        config: of the experiment.
+        numbers: of Figure 1.
+    """
+    pool, x_label = numbers[numbers["kind"].isin(["individual", "best"])], axis_labels(config)[config.task.test]
+    figure, ((axes,),) = panels(1, 1, 3.2, width=COLUMN)
+    for kind, drawn in pool.groupby("kind", sort=False):
+        label, colour, marker, size = STYLE[str(kind)]
+        look = {"s": 0.6 * size, "alpha": 0.5 if kind == "individual" else 1.0, "lw": 0, "label": label}
+        axes.scatter(100 * drawn["held_out"], 100 * drawn["test"], c=colour, marker=marker, **look)
+    ends = 100 * max(pool["held_out"].min(), pool["test"].min()), 100 * min(pool["held_out"].max(), pool["test"].max())
+    axes.plot(ends, ends, color="black", lw=0.7, ls="--", zorder=1, label="equal")
+    axes.set(xlabel=f"Held-out, {x_label.partition(', ')[2]}", ylabel=x_label)
+    individual = pool[pool["kind"] == "individual"]
+    axes.set_title(f"rank correlation {spearmanr(individual['held_out'], individual['test']).statistic:.2f}")
+    legend(figure, axes, 2)
+    return figure
 
 
 def subgroups(evaluator: Evaluator, split: str) -> Tensor:
@@ -266,41 +216,19 @@ def measure_subgroups(config: Experiment, console: Console | None = None) -> pd.
     return pd.concat(frames, ignore_index=True)
 
 
+@styled
 def draw_subgroups(config: Experiment, numbers: pd.DataFrame) -> Figure:
     """Figure G.1 of an experiment: a panel for each metric."""
     if "metric" not in numbers:
         return draw_scatter(config, numbers)
-    with mpl.rc_context(SETTINGS):
-        metrics = list(dict.fromkeys(numbers["metric"]))
-        figure = Figure(figsize=(0.4 + 3.2 * len(metrics), 3.0))
-        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-        for axes, metric in zip(panels, metrics, strict=True):
-            _markers(axes, numbers[numbers["metric"] == metric])
-            name = METRICS[metric]
-            axes.set_xlabel(f"{titled(config.task.name)} test, {name[:1].lower()}{name[1:]} (%)")
-            axes.set_ylabel(f"{titled(shift_name(config))}, {name[:1].lower()}{name[1:]} (%)")
-        figure.subplots_adjust(wspace=0.3)
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=4, frameon=False)
-        return figure
-
-
-def measure_rows(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figures L.1 and L.2: rows as trained, their EMA and SWA, and soups and ensembles of each kind.
-
-    Raises:
-        UserError: rows without names in `analysis.labels`, a sweep that is not finished, or a task without shifts.
-    """
-    del console  # a few soups, evaluated here
-    need_shifts(config)
-    need_labels(config)
-    evaluator = Evaluator(config)
-    return tidy_named_rows(config, *measure_named_rows(config, evaluator), evaluator)
-
-
-def draw_rows(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Figure L.1 of an experiment."""
-    return named_rows_figure(numbers, config.task.test, titled(config.task.name))
+    metrics = list(dict.fromkeys(numbers["metric"]))
+    figure, (line,) = panels(1, len(metrics), 3.2)
+    for axes, metric in zip(line, metrics, strict=True):
+        _panel(axes, numbers[numbers["metric"] == metric], STYLE)
+        x, y = axis_labels(_with(config, metrics=dict.fromkeys(config.task.reported, metric))).values()
+        axes.set(xlabel=x, ylabel=y)
+    legend(figure, line[0], 4)
+    return figure
 
 
 def measure_methods(config: Experiment, console: Console | None = None) -> pd.DataFrame:
@@ -312,9 +240,3 @@ def measure_methods(config: Experiment, console: Console | None = None) -> pd.Da
     del console  # nothing is evaluated
     need_shifts(config)
     return scatter_points(config, *measure(config, Evaluator(config)))
-
-
-def draw_methods(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Figure L.3 of an experiment."""
-    test, shifts = axis_labels(config).values()
-    return methods_figure(numbers, (test, shifts))

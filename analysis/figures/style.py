@@ -1,10 +1,17 @@
-"""Colours, markers and settings that all figures share, and how they are written."""
+"""Colours, markers, sizes and settings that all figures share, and how they are written."""
 
+import re
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from soups.files.atomic import replacing
 
@@ -18,26 +25,74 @@ STYLE = {
     "ensemble": ("Ensemble", "#56B4E9", "s", 60),
     "greedy_ensemble": ("Greedy ensemble", "#E69F00", "P", 80),
 }
+COLUMN, PAGE = 3.15, 6.69  # inches: 8 cm, a column of a paper, and 17 cm, its page
 SETTINGS = {
     "font.size": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
     "figure.dpi": 200,
-    "savefig.bbox": "tight",
     "pdf.fonttype": 42,
     "svg.hashsalt": "model-soups",
 }
+styled = mpl.rc_context(SETTINGS)  # decorates functions that draw
+
+
+def panels(rows: int, columns: int, height: float, *, width: float = PAGE, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure that is set as it is, without being scaled, and its (rows, columns) axes; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def two_lines(label: str) -> str:
+    """An axis' label where panels are low.
+
+    >>> two_lines("Emoji test, top-1 accuracy (%)")
+    'Emoji test,\\ntop-1 accuracy (%)'
+    """
+    return label.replace(", ", ",\n", 1)
+
+
+def legend(figure: Figure, axes: Axes, columns: int, note: str = "", **options: Any) -> None:
+    """Name what is drawn in one of a figure's axes, below all, or at `loc`; `note` says what has no line or marker."""
+    handles, names = axes.get_legend_handles_labels()
+    options = {"loc": "outside lower center", "columnspacing": 1.0, "handlelength": 1.6, "handletextpad": 0.5} | options
+    figure.legend(handles, names, ncol=columns, title=note or None, alignment="left", **options)
+
+
+def inline_svg(figure: Figure, name: str, says: str) -> Markup:
+    """A figure as SVG in a page of HTML: as wide as its place, with ids that no other drawing of the page has.
+
+    Args:
+        figure: laid out by this call.
+        name: of the <svg>, and what its other ids begin with.
+        says: what it shows, for those who do not see it.
+    """
+    text = StringIO()
+    with mpl.rc_context(SETTINGS | {"svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+    drawn = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", drawn[drawn.index("<svg") :])
+    opening = Markup('<svg id="{}" role="group" aria-label="{}"').format(name, says)
+    return Markup(re.sub(r'<svg(.*?) (?:width|height)="[^"]*pt"', rf"{opening}\1", drawn, count=1, flags=re.DOTALL))
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write stem.pdf and stem.png, without dates, so that equal figures are equal files."""
     written = []
+    # A figure of `panels` has its size; another one is cut to what is drawn.
+    tight = None if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine) else "tight"
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = stem.with_name(stem.name + suffix)
         with mpl.rc_context(SETTINGS), replacing(path) as temporary:
-            figure.savefig(temporary, metadata=metadata)
+            figure.savefig(temporary, metadata=metadata, bbox_inches=tight)
         written.append(path)
     return written
 

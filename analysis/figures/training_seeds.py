@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from torch import Tensor
 
-from analysis.figures.style import SETTINGS, STYLE
+from analysis.figures.style import STYLE, legend, panels, styled, two_lines
 from analysis.measure.calibration import calibration_of
 from analysis.measure.methods import Method, method_of, numbers_of, over_orders
 from analysis.measure.mixtures import RunningMean, axis_labels, drawn_columns, kept_logits, mean_logits
@@ -36,11 +36,8 @@ WHAT = {
     SOUP: ("Soup of seeds 1 to k", STYLE["uniform"][1], "o"),
     ENSEMBLE: ("Ensemble of seeds 1 to k", STYLE["greedy_ensemble"][1], "s"),
 }
-LINES = {  # when temperatures are fitted -> its name and line style
-    NONE: ("as trained", "-"),
-    FIRST: ("members calibrated first", "--"),
-    AFTER: ("calibrated afterwards", ":"),
-}
+TEMPERATURES = {NONE: "as trained", FIRST: "members calibrated first", AFTER: "calibrated afterwards"}
+K, INTERVALS = "Number of models k", "Shaded: 95 % interval of the difference to the mean of individuals 1 to k"
 
 
 def seed_group(config: Experiment, pool: Sequence[Ingredient]) -> list[Ingredient]:
@@ -161,90 +158,67 @@ def seeds_table(
     return pd.DataFrame(rows)
 
 
-def _curves(axes: Axes, drawn: pd.DataFrame, value: str, temperatures: Sequence[str], scale: float = 100) -> None:
+def _curves(axes: Axes, drawn: pd.DataFrame, value: str, scale: float) -> None:
     for what, (title, colour, marker) in WHAT.items():
-        for temperature in temperatures:
-            curve = drawn[(drawn["what"] == what) & (drawn["temperature"] == temperature)]
-            if curve.empty:
-                continue
-            when, line = LINES[temperature]
-            label = title if len(temperatures) == 1 else f"{title}, {when}"
-            is_alone = what == INDIVIDUAL  # no line: seed 2 does not follow from seed 1
-            filled = colour if temperature == NONE else "none"
-            axes.plot(
-                curve["k"],
-                scale * curve[value],
-                color=colour,
-                marker=marker,
-                ms=3.5,
-                markerfacecolor=filled,
-                lw=0 if is_alone else 1.3,
-                ls="none" if is_alone else line,
-                label=label,
-                zorder=3,
-            )
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        curve = drawn[drawn["what"] == what]
+        line = "none" if what == INDIVIDUAL else "-"  # seed 2 does not follow from seed 1
+        look: dict[str, Any] = {"marker": marker, "ms": 3.5, "lw": 1.3, "ls": line, "zorder": 3}
+        if len(curve):
+            axes.plot(curve["k"], scale * curve[value], color=colour, label=title, **look)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _bars(axes: Axes, drawn: pd.DataFrame) -> None:
-    """Intervals of the difference to the mean individual, around soup and ensemble."""
+def _accuracies(axes: Axes, drawn: pd.DataFrame, label: str) -> None:
+    """The k-th seed, soup and ensemble of seeds 1 to k, with intervals of the difference to the mean individual."""
+    drawn = drawn[drawn["temperature"] == NONE]  # a temperature does not move a model's accuracy
+    _curves(axes, drawn, "accuracy", 100)
     for what in (SOUP, ENSEMBLE):
-        curve = drawn[(drawn["what"] == what) & (drawn["temperature"] == NONE)]
-        if curve["low"].isna().all():
-            continue
-        base = curve["accuracy"] - curve["difference"]
-        ends = [100 * (base + curve[end]) for end in ("low", "high")]
+        curve = drawn[drawn["what"] == what].dropna(subset="low")
+        ends = [100 * (curve["accuracy"] - curve["difference"] + curve[end]) for end in ("low", "high")]
         axes.fill_between(curve["k"], *ends, color=WHAT[what][1], alpha=0.12, lw=0, zorder=1)
+    axes.set(xlabel=K, ylabel=label)
 
 
-def calibration_figure(tidy: pd.DataFrame, labels: dict[str, str], bins: int) -> Figure:
-    """Calibration errors above and accuracy below against the number of models, a column of panels for each column.
-
-    Args:
-        tidy: from `seeds_table`, calibrated; older tables without NLL and Brier scores have no panels of them.
-        labels: columns that are drawn -> what their axis says.
-        bins: of the ECE.
-    """
-    errors = {"ece": (100, f"ECE\n({bins} equal-mass bins, %)"), "nll": (1, "NLL (nats)"), "brier": (1, "Brier score")}
-    drawn_errors = {name: error for name, error in errors.items() if name in tidy}
-    size = len(drawn_errors) + 1
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(0.4 + 3.1 * len(labels), 2.4 * size))
-        grid = figure.subplots(size, len(labels), squeeze=False, sharex=True)
-        for panels, (column, label) in zip(grid.T, labels.items(), strict=True):
-            drawn, name = tidy[tidy["column"] == column], label.partition(",")[0]
-            for axes, (error, (scale, title)) in zip(panels, drawn_errors.items(), strict=False):
-                _curves(axes, drawn, error, list(LINES), scale)
-                axes.set_ylabel(f"{name}, {title}")
-            panels[0].set_ylim(bottom=0)
-            _curves(panels[-1], drawn, "accuracy", [NONE])  # a temperature does not move a model's accuracy
-            _bars(panels[-1], drawn)
-            panels[-1].set(ylabel=label, xlabel="Number of models k")
-        figure.subplots_adjust(wspace=0.3, hspace=0.12)
-        handles, names = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.04), ncol=2, frameon=False)
-        return figure
-
-
-def budget_figure(tidy: pd.DataFrame, labels: dict[str, str]) -> Figure:
-    """Accuracy of the k-th seed, and of soup and ensemble of seeds 1 to k, a panel for each column.
+@styled
+def draw_calibration(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure B.2: a line of panels a calibration error and column, across when temperatures are fitted; then accuracy.
 
     Args:
-        tidy: from `seeds_table`.
-        labels: columns that are drawn -> what their axis says.
+        config: of the experiment.
+        numbers: from `seeds_table`, calibrated; older tables without NLL and Brier scores have no panels of them.
     """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(0.4 + 2.9 * len(labels), 2.6))
-        panels = figure.subplots(1, len(labels), squeeze=False)[0]
-        for axes, (column, label) in zip(panels, labels.items(), strict=True):
-            drawn = tidy[tidy["column"] == column]
-            _curves(axes, drawn, "accuracy", [NONE])
-            _bars(axes, drawn)
-            axes.set(xlabel="Number of models k", ylabel=label)
-        figure.subplots_adjust(wspace=0.3)
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=3, frameon=False)
-        return figure
+    labels = axis_labels(config)
+    errors = {"ece": (100, "ECE (%)"), "nll": (1, "NLL (nats)"), "brier": (1, "Brier score")}
+    rows = [(error, column) for error in errors if error in numbers for column in labels]
+    figure, grid = panels(len(rows) + 1, len(TEMPERATURES), 0.7 + 1.35 * (len(rows) + 1))
+    for axes, when in zip(grid[0], TEMPERATURES.values(), strict=True):
+        axes.set_title(when)
+    for line, (error, column) in zip(grid, rows, strict=False):
+        (scale, title), name = errors[error], labels[column].partition(",")[0]
+        for axes, temperature in zip(line, TEMPERATURES, strict=True):
+            drawn = numbers[(numbers["column"] == column) & (numbers["temperature"] == temperature)]
+            _curves(axes, drawn, error, scale)
+        low, high = (pick(axes.get_ylim()[end] for axes in line) for end, pick in enumerate((min, max)))
+        for axes in line:  # one scale, on which an ECE begins at 0
+            axes.set_ylim(*(0, 1.05 * high) if error == "ece" else (low, high))
+        line[0].set_ylabel(f"{name},\n{title}")
+    for axes, (column, label) in zip(grid[-1], labels.items(), strict=False):
+        _accuracies(axes, numbers[numbers["column"] == column], two_lines(label))
+    for axes in grid[-1, len(labels) :]:
+        axes.remove()
+    legend(figure, grid[0, 0], 3, f"ECE: of {config.analysis.bins} equal-mass bins. {INTERVALS}")
+    return figure
+
+
+@styled
+def draw_budget(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure G.4: accuracy of the k-th seed, and of soup and ensemble of seeds 1 to k, a panel for each column."""
+    labels = axis_labels(config)
+    figure, (line,) = panels(1, len(labels), 3.0)
+    for axes, (column, label) in zip(line, labels.items(), strict=True):
+        _accuracies(axes, numbers[numbers["column"] == column], label)
+    legend(figure, line[0], 3, INTERVALS)
+    return figure
 
 
 def _measure(config: Experiment, console: Console | None, *, calibrated: bool, at_most: int | None) -> pd.DataFrame:
@@ -271,8 +245,3 @@ def measure_budget(config: Experiment, console: Console | None = None) -> pd.Dat
         UserError: the sweep is not finished, or no two models differ by their seed alone.
     """
     return _measure(config, console, calibrated=False, at_most=FIGURE_G4)
-
-
-def draw_calibration(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Figure B.2 of an experiment."""
-    return calibration_figure(numbers, axis_labels(config), config.analysis.bins)

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS, STYLE
+from analysis.figures.style import COLUMN, STYLE, legend, panels, styled
 from analysis.measure.methods import SHIFT_MEAN, Method, method_of, need_shifts, numbers_of, soup_record
 from analysis.measure.mixtures import Mixture, axis_labels, drawn_columns, measure_mixtures, method_of_mixture
 from configs.schema import Experiment
@@ -97,53 +95,31 @@ def wise_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _draw(axes: Axes, curve: pd.DataFrame, x: str, colour: str, label: str | None, *, is_soup: bool) -> None:
-    wide = 100 * curve.pivot(index="alpha", columns="column", values="accuracy").sort_index()
-    y = SHIFT_MEAN
-    axes.plot(
-        wide[x],
-        wide[y],
-        color=colour,
-        lw=1.8 if is_soup else 0.8,
-        alpha=1.0 if is_soup else 0.7,
-        marker="o",
-        ms=2.4 if is_soup else 1.4,
-        label=label,
-        zorder=4 if is_soup else 3,
-    )
-    kind = str(curve["kind"].iloc[0])
-    _, _, marker, size = STYLE[kind]
-    axes.scatter(wide[x].iloc[-1:], wide[y].iloc[-1:], color=colour, marker=marker, s=0.7 * size, lw=0, zorder=5)
-
-
-def wise_figure(tidy: pd.DataFrame, test: str, labels: dict[str, str]) -> Figure:
-    """Mean of shifts against test along each curve; the marker of Figure 1 stands at alpha = 1.
-
-    Args:
-        tidy: from `wise_table`.
-        test: name of the test split.
-        labels: test and the mean of shifts -> what their axis says.
-    """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(3.6, 3.3))
-        axes = figure.subplots()
-        individual = tidy[tidy["kind"] == INDIVIDUAL]
-        groups = list(dict.fromkeys(individual["group"]))
-        colours = dict(zip(groups, AUGMENTATIONS, strict=False))
-        named = set()
-        for (_, kind), curve in tidy.groupby(["end", "kind"], sort=False):
-            group = curve["group"].iloc[0]
-            is_soup = kind != INDIVIDUAL
-            title = STYLE[str(kind)][0] if is_soup or len(groups) == 1 else f"Individual, {group}"
-            colour = STYLE[str(kind)][1] if is_soup else colours.get(group, AUGMENTATIONS[-1])
-            _draw(axes, curve, test, colour, None if title in named else title, is_soup=is_soup)
-            named.add(title)
-        start = 100 * tidy[tidy["alpha"] == 0].groupby("column")["accuracy"].first()
-        label, colour, marker, size = STYLE["initialisation"]
-        axes.scatter(start[test], start[SHIFT_MEAN], c=colour, marker=marker, s=size, lw=0, label=label, zorder=6)
-        axes.set(xlabel=labels[test], ylabel=labels[SHIFT_MEAN])
-        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=3, frameon=False)
-        return figure
+@styled
+def draw_wise(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure D.1: mean of shifts against test along each curve; the marker of Figure 1 stands at alpha = 1."""
+    labels = axis_labels(config)
+    figure, ((axes,),) = panels(1, 1, 3.6, width=COLUMN)
+    groups = list(dict.fromkeys(numbers.loc[numbers["kind"] == INDIVIDUAL, "group"]))
+    colours = dict(zip(groups, AUGMENTATIONS, strict=False))
+    named: set[str] = set()
+    for (_, kind), curve in numbers.groupby(["end", "kind"], sort=False):
+        wide = 100 * curve.pivot(index="alpha", columns="column", values="accuracy").sort_index()
+        x, y = (wide[column] for column in labels)
+        title, colour, marker, size = STYLE[str(kind)]
+        look: dict[str, Any] = {"lw": 1.8, "ms": 2.4, "zorder": 4}
+        if kind == INDIVIDUAL:
+            look, group = {"lw": 0.8, "ms": 1.4, "alpha": 0.7, "zorder": 3}, curve["group"].iloc[0]
+            colour, title = colours.get(group, AUGMENTATIONS[-1]), f"Individual, {group}" if len(groups) > 1 else title
+        axes.plot(x, y, color=colour, marker="o", label=None if title in named else title, **look)
+        axes.scatter(x.iloc[-1:], y.iloc[-1:], color=colour, marker=marker, s=0.5 * size, lw=0, zorder=5)
+        named.add(title)
+    start = 100 * numbers[numbers["alpha"] == 0].groupby("column")["accuracy"].first()
+    label, colour, marker, size = STYLE["initialisation"]
+    axes.scatter(*start[list(labels)], c=colour, marker=marker, s=0.7 * size, lw=0, label=label, zorder=6)
+    axes.set(xlabel=labels[config.task.test], ylabel=labels[SHIFT_MEAN])
+    legend(figure, axes, 2)
+    return figure
 
 
 def measure_wise(config: Experiment, console: Console | None = None) -> pd.DataFrame:
@@ -157,8 +133,3 @@ def measure_wise(config: Experiment, console: Console | None = None) -> pd.DataF
     mixtures = [mixture_at(start, end, alpha) for end in ends for alpha in ALPHAS[1:-1]]
     measure_mixtures(config, "points of WiSE-FT curves", mixtures, console)
     return wise_table(config, Evaluator(config))
-
-
-def draw_wise(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Figure D.1 of an experiment."""
-    return wise_figure(numbers, config.task.test, axis_labels(config))

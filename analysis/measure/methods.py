@@ -94,7 +94,7 @@ def shift_name(config: Experiment) -> str:
     ('CIFAR-10.1', 'mean of 5 shifts')
     """
     shifts = config.task.shifts
-    return config.task.titles.get(shifts[0], "the shift") if len(shifts) == 1 else f"mean of {len(shifts)} shifts"
+    return config.task.split_title(shifts[0]) if len(shifts) == 1 else f"mean of {len(shifts)} shifts"
 
 
 def over_orders(name: str, orders: list[Method]) -> Method:

@@ -3,7 +3,7 @@
 import base64
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,59 +46,43 @@ class Commands:
         """Of one table or figure."""
         return f"python -m analysis artefact={name} {self.settings}"
 
-    @property
-    def page(self) -> str:
-        """Of the page itself."""
-        return f"python -m analysis report {self.settings}"
-
-    @property
-    def everything(self) -> str:
-        """All stages one after the other."""
-        return f"python reproduce.py {self.settings}"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """A csv twice: as the words in the file, which the page quotes, and as the numbers they are."""
-
-    words: pd.DataFrame
-    numbers: pd.DataFrame
-
-    def lines(self) -> Iterator[tuple[pd.Series, pd.Series]]:
-        """Line by line, words and numbers."""
-        for (_, words), (_, numbers) in zip(self.words.iterrows(), self.numbers.iterrows(), strict=True):
-            yield words, numbers
-
 
 @dataclass(frozen=True)
 class Results:
-    """The files of one finished experiment."""
+    """The files of one finished experiment; csv files as the words in them, which the page quotes."""
 
     config: Experiment
     run: RunFolder
     commands: Commands
-    scores: Texts  # table3.csv, of texts table5.csv
-    points: Texts  # figure1.csv
-    manifest: Texts
+    scores: pd.DataFrame  # table3.csv, of texts table5.csv
+    points: pd.DataFrame  # figure1.csv
+    manifest: pd.DataFrame
     done: dict[int, dict[str, Any]]  # row -> done.json
     soups: dict[str, dict[str, Any]]  # dish -> soup.json, in the order of the recipes
-    shares: dict[str, Texts]  # recipe -> coefficients.csv
+    shares: dict[str, pd.DataFrame]  # recipe -> coefficients.csv
     provenance: dict[str, Any]
 
-    def table(self, stem: str) -> Texts | None:
+    def table(self, stem: str) -> pd.DataFrame | None:
         """analysis/<stem>.csv, where it was made."""
         path = self.run.analysis / f"{stem}.csv"
         return read_csv(path) if path.exists() else None
 
+    def picture(self, stem: str) -> str | None:
+        """analysis/<stem>.png as a data URI, where it was made and is not too large."""
+        path = self.run.analysis / f"{stem}.png"
+        if not path.exists() or path.stat().st_size > IMAGES:
+            return None
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
-def read_csv(path: Path) -> Texts:
-    """A csv with a head.
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """The words of a csv with a head.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        return Texts(pd.read_csv(path, dtype=str, keep_default_na=False), pd.read_csv(path))
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:  # pandas' errors are ones, and so is text that is not UTF-8
         raise UserError(f"{path} is damaged ({error}): delete it and run the same again") from None
 
@@ -114,16 +98,6 @@ def _natural(path: Path) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def _soups(config: Experiment, run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Every soup of the experiment's recipes that is cooked."""
-    found = {}
-    for recipe in config.recipes:
-        folder = run.soup(recipe)
-        for path in sorted(folder.rglob("soup.json"), key=_natural):
-            found[str(path.parent.relative_to(folder.parent))] = read_json(path)
-    return found
-
-
 def read_results(config: Experiment, typed: Sequence[str] = ()) -> Results:
     """Everything the page is made of.
 
@@ -137,46 +111,21 @@ def read_results(config: Experiment, typed: Sequence[str] = ()) -> Results:
     if config.replicates:
         raise UserError(f"{config.name} is {len(config.replicates)} sweeps, each with a page of its own")
     run, commands, done = RunFolder.of(config), Commands.of(config, typed), done_rows(config)
-    headline = run.analysis / ("table5.csv" if config.task.is_text else "table3.csv")
+    records = [p for recipe in config.recipes for p in sorted(run.soup(recipe).rglob("soup.json"), key=_natural)]
     coefficients = {recipe: run.soup(recipe) / "coefficients.csv" for recipe in config.recipes}
+
+    def of_analysis(name: str) -> Path:
+        return _needed(run.analysis / name, commands.stage("analysis"))
+
     return Results(
         config=config,
         run=run,
         commands=commands,
         manifest=read_csv(_needed(run.root / "manifest.csv", commands.stage("finetune"))),
-        scores=read_csv(_needed(headline, commands.stage("analysis"))),
-        points=read_csv(_needed(run.analysis / "figure1.csv", commands.stage("analysis"))),
+        scores=read_csv(of_analysis("table5.csv" if config.task.is_text else "table3.csv")),
+        points=read_csv(of_analysis("figure1.csv")),
         done=done,
-        soups=_soups(config, run),
+        soups={str(path.parent.relative_to(run.root / "soups")): read_json(path) for path in records},
         shares={recipe: read_csv(path) for recipe, path in coefficients.items() if path.exists()},
-        provenance=read_json(_needed(run.analysis / "provenance.json", commands.stage("analysis"))),
+        provenance=read_json(of_analysis("provenance.json")),
     )
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the analysis folder."""
-
-    name: str
-    source: str | None  # a data URI; None where the page would grow too large
-
-
-def pictures(run: RunFolder, stems: Sequence[str], budget: int = IMAGES) -> dict[str, Picture]:
-    """Those of some figures that were made, in the page itself as long as there is room.
-
-    Args:
-        run: folder of the experiment.
-        stems: names of figures, the most important first.
-        budget: bytes of all pictures together.
-    """
-    found = {}
-    for stem in stems:
-        path = run.analysis / f"{stem}.png"
-        if not path.exists():
-            continue
-        data = path.read_bytes()
-        fits = len(data) <= budget
-        budget -= len(data) if fits else 0
-        source = f"data:image/png;base64,{base64.b64encode(data).decode()}" if fits else None
-        found[stem] = Picture(f"analysis/{path.name}", source)
-    return found

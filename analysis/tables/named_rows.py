@@ -3,14 +3,24 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 from torch import Tensor
 
-from analysis.figures.style import SETTINGS, save
-from analysis.measure.methods import SHIFT_MEAN, Method, columns_of, method_of, method_of_model, tidy, titled
-from analysis.measure.mixtures import kept_logits, mean_logits
+from analysis.figures.style import COLUMN, PAGE, STYLE, legend, panels, save, styled
+from analysis.measure.methods import (
+    SHIFT_MEAN,
+    Method,
+    columns_of,
+    method_of,
+    method_of_model,
+    need_shifts,
+    tidy,
+    titled,
+)
+from analysis.measure.mixtures import axis_labels, kept_logits, mean_logits
 from analysis.tables.cells import column_title, percent, points, write_table
 from configs.data import Task
 from configs.errors import UserError
@@ -20,7 +30,11 @@ from soups.experiment.pool import usable_pool
 from soups.recipes import mean_of
 from store.runs import RAW, Ingredient
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito's, a kind of weights each
+WHAT = {  # what a point is -> its look in Figure 1
+    "individual": STYLE["individual"],
+    "soup": ("Soup", *STYLE["greedy"][1:]),
+    "ensemble": STYLE["ensemble"],
+}
 
 
 def need_labels(config: Experiment) -> None:
@@ -43,8 +57,12 @@ def _made(evaluator: Evaluator, name: str, models: int, logits: Callable[[str], 
     return method_of(name, models, logits, evaluator.score(logits(held_out), held_out), evaluator)
 
 
+def _kind_name(kind: str) -> str:
+    return "last weights" if kind == RAW else kind.replace("_", " ").upper()
+
+
 def _suffix(kind: str, kinds: Sequence[str]) -> str:
-    return "" if len(kinds) == 1 else f" ({kind.replace('_', ' ').upper() if kind != RAW else 'last weights'})"
+    return "" if len(kinds) == 1 else f" ({_kind_name(kind)})"
 
 
 def measure_named_rows(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], pd.DataFrame]:
@@ -102,41 +120,58 @@ def named_rows_table(tidy: pd.DataFrame, task: Task) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def named_rows_figure(tidy: pd.DataFrame, test: str, title: str) -> Figure:
-    """Test accuracy against the mean of shifts: one colour a kind of weights, one marker for what a point is."""
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(3.8, 3.2))
-        axes = figure.subplots()
-        wide = tidy.pivot_table(index=["method", "kind", "what"], columns="column", values="accuracy", sort=False)
-        kinds = list(dict.fromkeys(tidy["kind"]))
-        markers = {"individual": "o", "soup": "*", "ensemble": "s"}
-        for (kind, what), group in wide.groupby(level=["kind", "what"], sort=False):
-            axes.scatter(
-                100 * group[test],
-                100 * group[SHIFT_MEAN],
-                color=COLOURS[kinds.index(str(kind)) % len(COLOURS)],
-                marker=markers[str(what)],
-                s={"soup": 110, "ensemble": 40}.get(str(what), 20),
-                alpha=0.9,
-                edgecolor="white",
-                linewidth=0.4,
-                zorder=2 if what == "individual" else 3,
-                label=f"{'last weights' if kind == RAW else str(kind).replace('_', ' ').upper()}, {what}",
-            )
-        axes.set_xlabel(f"{title} test top-1 accuracy (%)")
-        axes.set_ylabel("mean top-1 accuracy on the shifts (%)")
-        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=len(kinds), frameon=False)
-        return figure
+def measure_rows(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figures L.1 and L.2: rows as trained, their EMA and SWA, and soups and ensembles of each kind.
+
+    Raises:
+        UserError: rows without names in `analysis.labels`, a sweep that is not finished, or a task without shifts.
+    """
+    del console  # a few soups, evaluated here
+    need_shifts(config)
+    need_labels(config)
+    evaluator = Evaluator(config)
+    return tidy_named_rows(config, *measure_named_rows(config, evaluator), evaluator)
+
+
+@styled
+def draw_rows(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Test accuracy against the mean of shifts: a panel a kind of weights, in each the others' points in grey."""
+    kinds = list(dict.fromkeys(numbers["kind"]))
+    labels, rows = axis_labels(config), ["method", "kind", "what"]
+    wide = 100 * numbers.pivot_table(index=rows, columns="column", values="accuracy", sort=False)
+    x, y = (wide[column] for column in labels)
+    figure, (line,) = panels(1, len(kinds), 2.9, width=PAGE if len(kinds) > 1 else COLUMN, sharex=True, sharey=True)
+    for axes, kind in zip(line, kinds, strict=True):
+        axes.scatter(x, y, s=6, color="#BBBBBB", lw=0, zorder=1)
+        for what, (name, colour, marker, size) in WHAT.items():
+            is_it = (wide.index.get_level_values("kind") == kind) & (wide.index.get_level_values("what") == what)
+            look = {"c": colour, "marker": marker, "s": 0.4 * size, "edgecolors": "white", "lw": 0.3, "zorder": 3}
+            axes.scatter(x[is_it], y[is_it], label=name, **look)
+        axes.set(xlabel=labels[config.task.test], title=titled(_kind_name(kind)) if len(kinds) > 1 else None)
+    line[0].set_ylabel(labels[SHIFT_MEAN])
+    _leave_out(line, x, y)
+    legend(figure, line[0], 3, "Grey: the points of the other panels" if len(kinds) > 1 else "")
+    return figure
+
+
+def _leave_out(line: Sequence[Axes], x: pd.Series, y: pd.Series) -> None:
+    """Models that are far below all others are said in a corner and not drawn, where they would press the rest."""
+    quartiles = [each.quantile([0.25, 0.75]) for each in (x, y)]
+    lows = [2.5 * low - 1.5 * high - 2 for low, high in quartiles]
+    is_far = (x < lows[0]) | (y < lows[1])
+    if is_far.any():
+        line[0].set(xlim=(x[~is_far].min() - 1, x.max() + 1), ylim=(y[~is_far].min() - 0.5, y.max() + 0.5))
+        places = ", ".join(f"({a:.1f}, {b:.1f})" for a, b in zip(x[is_far], y[is_far], strict=True))
+        line[0].text(0.98, 0.02, f"not shown: {places}", transform=line[0].transAxes, ha="right", fontsize=6.5)
 
 
 def write_named_rows(config: Experiment, evaluator: Evaluator, folder: Path, note: str) -> list[Path]:
     """Write rows.{md,tex,csv} and rows.{pdf,png} for an experiment with `analysis.labels`."""
     methods, notes = measure_named_rows(config, evaluator)
     tidy = tidy_named_rows(config, methods, notes, evaluator)
-    test = config.task.test
     files = write_table(
         named_rows_table(tidy, config.task), tidy, folder / "rows", note, config.task, baseline="the first row"
     )
     if not config.task.shifts:
         return files
-    return files + save(named_rows_figure(tidy, test, titled(config.task.name)), folder / "rows")
+    return files + save(draw_rows(config, tidy), folder / "rows")

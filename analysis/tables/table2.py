@@ -31,7 +31,7 @@ def inference_table(config: Experiment) -> pd.DataFrame:
 
     Columns: method, formula, cost (as the paper has it), models (networks that answer), gflops (of one example: two for
     each multiplication with its addition), milliseconds (of one example), times_single (median over rounds of the ratio
-    to the best individual model in the same round).
+    to the best individual model in the same round), threads and processor (that took this time).
 
     Raises:
         UserError: a stage before this one is not finished.
@@ -61,6 +61,8 @@ def inference_table(config: Experiment) -> pd.DataFrame:
                 "gflops": method.models * flops / 1e9,
                 "milliseconds": 1e3 * statistics.median(taken) / len(inputs),
                 "times_single": statistics.median(ratios),
+                "threads": torch.get_num_threads(),
+                "processor": provenance()["machine"]["processor"],
             }
         )
     return (
@@ -106,10 +108,10 @@ def cost_cells(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame,
             "Times the single model": [f"{value:.2f}" for value in numbers["times_single"]],
         }
     )
-    machine = provenance()["machine"]
+    threads, processor = numbers[["threads", "processor"]].iloc[0]
     text = (
-        f"Forward passes of {EXAMPLES} examples at once, median of {ROUNDS} rounds, on {torch.get_num_threads()} "
-        f"thread(s) of {machine['processor']}; θ_1, ..., θ_k are the k ingredients. GFLOPs count convolutions and "
+        f"Forward passes of {EXAMPLES} examples at once, median of {ROUNDS} rounds, on {threads} "
+        f"thread(s) of {processor}; θ_1, ..., θ_k are the k ingredients. GFLOPs count convolutions and "
         f"matrix products, two for a multiplication with its addition. {note(config)}"
     )
     return cells, text

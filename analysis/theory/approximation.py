@@ -7,17 +7,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from rich.console import Console
 from scipy.stats import rankdata
 
-from analysis.figures.style import SETTINGS
-from analysis.measure.methods import titled
+from analysis.figures.style import legend, panels, styled
 from analysis.measure.mixtures import Pair, do_missing
 from analysis.theory.equation import Comparison, Point, Segment, compare, on_grid
 from configs.errors import UserError
@@ -32,6 +31,7 @@ from store.runs import Ingredient
 LEARNING_RATE, AUGMENTATION, SEED, START = "learning rate", "augmentation", "seed", "initialisation"
 WEAK, STRONG = "none", "RandAugment and mixup"  # the two levels of augmentation
 BETAS = {"calibrated": "β calibrated", "plain": "β = 1"}
+LINEAR, SYMLOG_TICKS = 0.1, (-10, -1, -0.1, 0, 0.1, 1, 10)  # of the panels of all pairs, in nats
 RESAMPLES = 2000  # draws of pairs, for the intervals of correlations
 TRUTHS = ("loss_difference", "error_difference")
 TERMS = ("beta", "soup_loss", "ensemble_loss", "curvature", "curvature_error", "convexity_term", "variance_term")
@@ -209,17 +209,24 @@ STATISTICS = ("correlation", "rank correlation", "sign agreement")
 BASELINES = {"always the ensemble": 1.0, "always the soup": -1.0}  # sign of the difference that each answers
 
 
-def _agreement(answers: np.ndarray, truth: np.ndarray) -> float:
-    """The share of points of equal sign among those whose truth is not 0; NaN where all are."""
-    decided = truth != 0
-    return float((np.sign(answers[decided]) == np.sign(truth[decided])).mean()) if decided.any() else float("nan")
+def _agreement(answers: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The share of points, over the last axis, of equal sign among those whose truth is not 0; NaN where all are."""
+    is_decided = truth != 0
+    with np.errstate(invalid="ignore"):
+        return ((np.sign(answers) == np.sign(truth)) & is_decided).sum(axis=-1) / is_decided.sum(axis=-1)
 
 
-def _statistics(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Over the last axis; NaN where one does not vary."""
+    x, y = (each - each.mean(axis=-1, keepdims=True) for each in (x, y))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
+
+
+def _statistics(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Correlation, rank correlation and sign agreement of the approximation, and how often each baseline is right."""
-    is_flat = len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0
-    both = [float("nan")] * 2 if is_flat else [np.corrcoef(x, y)[0, 1], np.corrcoef(rankdata(x), rankdata(y))[0, 1]]
-    found = dict(zip(STATISTICS, (*both, _agreement(x, y)), strict=True))
+    ranks = rankdata(x, axis=-1), rankdata(y, axis=-1)
+    found = dict(zip(STATISTICS, (_correlation(x, y), _correlation(*ranks), _agreement(x, y)), strict=True))
     return found | {name: _agreement(np.full_like(y, sign), y) for name, sign in BASELINES.items()}
 
 
@@ -233,82 +240,75 @@ def summary_table(tidy: pd.DataFrame, seed: int) -> pd.DataFrame:
     """
     rows = []
     for what, pairs, truth, drawn in _panels(tidy):
-        groups = [(g["approximation"].to_numpy(), g[truth].to_numpy()) for _, g in drawn.groupby(["first", "second"])]
-        generator = np.random.Generator(np.random.PCG64(seed))
-        whole = _statistics(drawn["approximation"].to_numpy(), drawn[truth].to_numpy())
-        draws = []
-        for _ in range(RESAMPLES):
-            some = [groups[i] for i in generator.integers(len(groups), size=len(groups))]
-            draws.append(_statistics(*(np.concatenate(parts) for parts in zip(*some, strict=True))))
-        ends = pd.DataFrame(draws).quantile([0.025, 0.975])
+        numbers = drawn[["approximation", truth]].to_numpy()  # as many points of each pair, (G, P, 2)
+        groups = np.stack([numbers[places] for places in drawn.groupby(["first", "second"]).indices.values()])
+        whole = _statistics(*groups.reshape(-1, 2).T)
+        drawn_pairs = np.random.Generator(np.random.PCG64(seed)).integers(len(groups), size=(RESAMPLES, len(groups)))
+        some = groups[drawn_pairs].reshape(RESAMPLES, -1, 2)
+        draws = pd.DataFrame(_statistics(some[..., 0], some[..., 1])).quantile([0.025, 0.975])
         head = {"beta": what, "pairs": pairs, "truth": truth, "n_pairs": len(groups), "n_points": len(drawn)}
         for name, value in whole.items():
-            low, high = ends[name]
-            rows.append(head | {"statistic": name, "value": value, "low": low, "high": high})
+            low, high = draws[name]
+            rows.append(head | {"statistic": name, "value": float(value), "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
-def _panel(axes: Axes, drawn: pd.DataFrame, truth: str, colours: dict[float, str], test: str) -> None:
+def _panel(axes: Axes, drawn: pd.DataFrame, truth: str, colours: dict[float, str], test: str, *, whole: bool) -> None:
     scale = 100 if truth == "error_difference" else 1
     for lr, colour in colours.items():
         for is_test, marker in ((False, "o"), (True, "^")):
             part = drawn[(drawn["highest_lr"] == lr) & ((drawn["split"] == test) == is_test)]
-            axes.scatter(
-                part["approximation"],
-                scale * part[truth],
-                s=9 if is_test else 5,
-                c=colour,
-                marker=marker,
-                lw=0,
-                alpha=0.55,
-                zorder=3 if is_test else 2,
-                label=f"lr {lr:g}, {'test' if is_test else 'shifts'}",
-            )
+            label = f"learning rate {lr:g}, {'test' if is_test else 'shifts'}"
+            look: dict[str, Any] = {
+                "s": 9 if is_test else 5,
+                "marker": marker,
+                "lw": 0,
+                "alpha": 0.55,
+                "zorder": 2 + is_test,
+            }
+            axes.scatter(part["approximation"], scale * part[truth], c=colour, label=label, **look)
+    if whole:  # two orders of magnitude around 0
+        for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            set_scale("symlog", linthresh=LINEAR, linscale=0.7)
+            axis.set_major_locator(FixedLocator(SYMLOG_TICKS))
+            axis.set_major_formatter("{x:g}")
     if truth == "loss_difference":
-        ends = axes.get_xlim()
-        axes.axline((0, 0), slope=1, color="black", lw=0.7, ls="--", zorder=1)
-        axes.set_xlim(ends)
-    for line in (axes.axhline, axes.axvline):
-        line(0, color="#999999", lw=0.6, zorder=1)
+        ends, others = axes.get_xlim(), axes.get_ylim()
+        line = np.linspace(min(ends[0], others[0]), max(ends[1], others[1]), 500)
+        axes.plot(line, line, color="black", lw=0.7, ls="--", zorder=1)
+        axes.set(xlim=ends, ylim=others)
+    for line_at in (axes.axhline, axes.axvline):
+        line_at(0, color="#999999", lw=0.6, zorder=1)
 
 
-def approximation_figure(tidy: pd.DataFrame, summary: pd.DataFrame, test: str, title: str) -> Figure:
-    """Six panels: beta from the soup above and 1 below; loss of all pairs, of those without the highest learning rate,
+@styled
+def draw_approximation(config: Experiment, numbers: pd.DataFrame) -> Figure:
+    """Figure K.1: beta from the soup above and 1 below; loss of all pairs, of those without the highest learning rate,
     and their error.
-
-    Args:
-        tidy: from `approximation_table`.
-        summary: from `summary_table`.
-        test: name of the test split.
-        title: of the benchmark.
     """
-    rates = sorted(tidy["highest_lr"].unique())
+    summary = summary_table(numbers, config.analysis.seed)
+    rates = sorted(numbers["highest_lr"].unique())
     palette = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
     colours = {lr: palette[i % len(palette)] for i, lr in enumerate(rates)}
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(7.2, 4.9), layout="constrained")
-        grid = figure.subplots(2, 3)
-        for axes, (what, pairs, truth, drawn) in zip(grid.flat, _panels(tidy), strict=True):
-            _panel(axes, drawn, truth, colours, test)
-            rows = summary.query("beta == @what and pairs == @pairs and truth == @truth")
-            panel = rows.set_index("statistic")["value"]
-            ensemble = panel.get("always the ensemble")  # absent in older tables
-            beside = "" if ensemble is None else f" (always ensemble {100 * ensemble:.0f} %)"
-            axes.set_title(
-                f"{'all pairs' if pairs == 'all' else f'without lr {rates[-1]:g}'}; {BETAS[what]}\n"
-                f"r = {panel['correlation']:.2f}, rank {panel['rank correlation']:.2f}\n"
-                f"sign {100 * panel['sign agreement']:.0f} %{beside}",
-                fontsize=7,
-            )
-            axes.set_xlabel("approximation (1) (nats)")
-            is_loss = truth == "loss_difference"
-            axes.set_ylabel(f"{'loss' if is_loss else 'error'}, soup − ensemble ({'nats' if is_loss else 'points'})")
-        handles, names = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncol=3, fontsize=6.5, frameon=False)
-        figure.suptitle(
-            f"{title}: positive where the ensemble is better; calibrated β minimises the soup's loss", fontsize=8
+    figure, grid = panels(2, 3, 5.2)
+    for axes, (what, pairs, truth, drawn) in zip(grid.flat, _panels(numbers), strict=True):
+        _panel(axes, drawn, truth, colours, config.task.test, whole=pairs == "all")
+        is_panel = (summary[["beta", "pairs", "truth"]] == [what, pairs, truth]).all(axis=1)
+        panel = summary[is_panel].set_index("statistic")["value"]
+        axes.set_title(
+            f"{'all pairs' if pairs == 'all' else f'without lr {rates[-1]:g}'}; {BETAS[what]}\n"
+            f"r = {panel['correlation']:.2f}, rank {panel['rank correlation']:.2f}\n"
+            f"sign {100 * panel['sign agreement']:.0f} % (always ensemble {100 * panel['always the ensemble']:.0f} %)",
+            fontsize=7,
         )
-        return figure
+        axes.set_xlabel("Approximation (1) (nats)")
+        axes.set_ylabel("Loss difference (nats)" if truth == "loss_difference" else "Error difference (points)")
+    note = (
+        "Differences: soup − ensemble. Calibrated β minimises the soup's loss. Dashed: where (1) is exact.\n"
+        f"Left: linear between −{LINEAR:g} and {LINEAR:g}, logarithmic beyond"
+    )
+    legend(figure, grid[0, 0], 3, note, markerscale=2)
+    return figure
 
 
 def measure_approximation(config: Experiment, console: Console | None = None) -> pd.DataFrame:
@@ -331,12 +331,6 @@ def measure_approximation(config: Experiment, console: Console | None = None) ->
     segments, title = [each.pair for each in pairs], "measuring {} segments between two models"
     do_missing(config, title, segments, partial(_measure, config), is_done, console=console)
     return approximation_table(config, evaluator, pairs)
-
-
-def draw_approximation(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Figure K.1 of an experiment."""
-    summary = summary_table(numbers, config.analysis.seed)
-    return approximation_figure(numbers, summary, config.task.test, titled(config.task.name))
 
 
 def summarised(config: Experiment, numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
