@@ -74,7 +74,10 @@ def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str
         digest = None if wanted <= found.keys() else _digest(path, record)
         if digest in wanted:
             found.setdefault(digest, path)
-    problems = []
+    problems, reading = [], record.reading or Reading()
+    for model, what in ((reading.base, "into which its adapters are merged"), (reading.like, "whose classes it has")):
+        if model is not None and not Path(model).exists() and not (folder / Path(model).name).exists():
+            return [], [f"the model {what}, {model}, is missing"]
     for ingredient in record.ingredients:
         is_hub = ingredient.file.startswith(HUB)
         if is_hub and ingredient.digest not in found:
@@ -97,10 +100,6 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     record = record_of(soup)
-    reading = record.reading or Reading()
-    for model, what in ((reading.base, "into which its adapters are merged"), (reading.like, "whose classes it has")):
-        if model is not None and not Path(model).exists() and not (folder / Path(model).name).exists():
-            return f"the model {what}, {model}, is missing there and in {folder}"
     paths, problems = find(record, folder, soup)
     if problems:
         elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""

@@ -319,7 +319,7 @@ def test_with_the_base_model_a_soup_is_the_mean_of_merged_models_and_is_verified
     assert torch.equal(found["other.weight"], other["other.weight"]) and found["counter"] == 4
     assert verify(tmp_path / "soup", tmp_path / "pool") == ""
     (tmp_path / "base.safetensors").rename("moved.safetensors")
-    assert "base.safetensors, is missing there and in" in verify(tmp_path / "soup", tmp_path / "pool")
+    assert "base.safetensors, is missing; --folder DIR says" in verify(tmp_path / "soup", tmp_path / "pool")
     (tmp_path / "moved.safetensors").rename("pool/base.safetensors")
     assert verify(tmp_path / "soup", tmp_path / "pool") == ""
     save_file({name: start + 1, **other}, "pool/base.safetensors")
