@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 UV := 0.13.9
 PIP_AUDIT := 2.10.1
 
-.PHONY: setup export-setup examples-setup lock audit demo seeds test quick lint format bench bench-training bench-eval bench-data bench-soups bench-probe bench-analysis costs results data pretrain clean help gpu-check
+.PHONY: setup export-setup examples-setup lock audit demo seeds test quick lint format bench bench-training bench-eval bench-data bench-soups bench-large bench-probe bench-analysis costs results data pretrain clean help gpu-check
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -84,6 +84,9 @@ bench-eval: setup  ## several models on one split, each image decoded once
 
 bench-soups: setup  ## time and memory of averaging, learned soups and ensembles beside others; MERGEKIT=python of an environment with it
 	@$(RUN) -m benchmarks.soups $(if $(MERGEKIT),--mergekit-python $(MERGEKIT)) && $(RUN) -m benchmarks.greedy && $(RUN) -m benchmarks.learned && $(RUN) -m benchmarks.ensembles
+
+bench-large: setup  ## time and memory of soups of 7 B parameters beside mergekit: 55 GB of disk; BENCH_FOLDER=dir, MERGEKIT=python
+	@$(RUN) -m benchmarks.large $(if $(BENCH_FOLDER),--folder $(BENCH_FOLDER)) $(if $(MERGEKIT),--mergekit-python $(MERGEKIT))
 
 bench-probe: setup  ## fitting a linear probe beside scikit-learn
 	@$(RUN) -m benchmarks.probe

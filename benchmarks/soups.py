@@ -4,7 +4,7 @@ K synthetic checkpoints with the shapes of CLIP ViT-B/32's image tower and a hea
 parameters in 154 tensors, 353 MB each) are written once, a few of them under several names, and averaged by each
 contender: a process of its own, its imports included, with the files in the page cache. Contenders take turns in every
 round; the ratio is to the reading of all bytes in the same round. Peak anonymous memory is RssAnon of the process,
-looked at every 5 ms.
+and of all processes below it, looked at every 5 ms.
 
 Writes results/measured/bench_soups.csv, or the file named by --out.
 """
@@ -13,6 +13,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,12 +97,15 @@ def command(contender: str, out: Path, paths: Sequence[Path], mergekit: Path | N
 
 
 def _anonymous(process: int) -> int:
-    """KiB of memory that is a process's own; 0 once it has ended."""
+    """KiB of memory that is a process's own and of those below it; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        threads = list(Path(f"/proc/{process}/task").iterdir())
+        below = {int(child) for thread in threads for child in (thread / "children").read_text().split()}
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+    own = next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+    return own + sum(map(_anonymous, below))
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,15 @@ def measure(call: list[str]) -> Run:
         RuntimeError: it failed.
     """
     started, peak = time.perf_counter(), 0
-    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with tempfile.TemporaryFile() as said:  # a pipe that nobody reads would stop it
+        process = subprocess.Popen(call, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, _anonymous(process.pid))
             time.sleep(0.005)
         seconds = time.perf_counter() - started
-        said = process.stdout.read() if process.stdout else ""
-    if process.returncode != 0:
-        raise RuntimeError(f"{call[:3]} failed: {said[-2000:]}")
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{call[:3]} failed: {said.read()[-2000:].decode(errors='replace')}")
     return Run(seconds, peak / 1024)
 
 
@@ -154,7 +159,8 @@ def table(runs: dict[str, list[Run]], models: int, paths: Sequence[Path], mergek
     return pd.DataFrame(rows)
 
 
-def _version_of_mergekit(python: Path | None) -> str:
+def version_of_mergekit(python: Path | None) -> str:
+    """Of an environment's; empty where there is none."""
     if python is None:
         return ""
     call = [str(python), "-c", "from importlib.metadata import version; print(version('mergekit'))"]
@@ -184,7 +190,7 @@ def main() -> None:
         for contender in contenders:
             out = folder / f"out_{contender}{SUFFIXES.get(contender, '.pt')}"
             runs[contender].append(measure(command(contender, out, paths, mergekit)))
-    found = table(runs, arguments.models, paths, _version_of_mergekit(mergekit))
+    found = table(runs, arguments.models, paths, version_of_mergekit(mergekit))
     with replacing(arguments.out) as temporary:
         found.to_csv(temporary, index=False)
     print(found[["contender", "seconds", "seconds_min", "seconds_max", "times_read", "peak_anonymous_mib"]].to_string())

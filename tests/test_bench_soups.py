@@ -9,7 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.all import BARS
+from benchmarks.large import config, parameters, room, width_of
+from benchmarks.large import shapes as llama
 from benchmarks.soups import shapes
+from soups.errors import UserError
 from tests.commands import python
 
 pytestmark = pytest.mark.slow  # a benchmark runs
@@ -66,3 +70,41 @@ def test_greedy_soups_are_measured_beside_their_forward_passes(tmp_path):
     (row,) = pd.read_csv(tmp_path / "bench.csv").to_dict("records")
     assert row["times_forward_passes"] > 1
     assert row["large_peak_anonymous_mib"] > 1
+
+
+def test_large_checkpoints_have_the_shapes_of_llama_7b():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    assert (width_of(7e9), parameters(4096)) == (4096, 6_738_415_616)
+    with torch.device("meta"):
+        for width in (128, 4096):
+            network = LlamaForCausalLM(LlamaConfig(**config(width)))
+            assert {name: tuple(each.shape) for name, each in network.state_dict().items()} == llama(width)
+
+
+def test_a_large_benchmark_without_room_is_refused_and_leaves_nothing(tmp_path):
+    width = width_of(1e15)
+    with (
+        pytest.raises(UserError, match=r"799\d{4}\.\d GB are needed and .* GB are free: name another disk"),
+        room(tmp_path / "bench_large", width, keep=True),
+    ):
+        pytest.fail("there is no such disk")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_soups_of_sharded_checkpoints_are_measured_cold_and_warm_and_the_folder_goes(tmp_path):
+    (tmp_path / "mine").mkdir()
+    options = ["--folder", tmp_path / "mine", "--parameters", "1", "--no-mergekit", "--cold", "posix_fadvise"]
+    command = [python(), "-m", "benchmarks.large", *map(str, options), "--out", str(tmp_path / "bench_large.csv")]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "mergekit: not measured, since it is left out" in answer.stdout
+    rows = pd.read_csv(tmp_path / "bench_large.csv")
+    recipes = ["uniform", "uniform", "arithmetic", "arithmetic", "greedy", "greedy"]
+    assert list(zip(rows.recipe, rows.state, strict=True)) == list(zip(recipes, ["cold", "warm"] * 3, strict=True))
+    assert (rows.seconds > 0).all() and rows.peak_anonymous_mib.between(1, 300).all()
+    assert rows.cold_by[0] == "posix_fadvise" and rows.commit.nunique() == 1
+    assert list((tmp_path / "mine").iterdir()) == []
+    (bar,) = [bar for bar in BARS if bar.benchmark == "large"]
+    assert bar.ours(rows.set_index("contender")) == rows.peak_anonymous_mib.max()

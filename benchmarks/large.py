@@ -1,0 +1,257 @@
+"""Soups of checkpoints of 7 B parameters, ours beside mergekit:  python -m benchmarks.large [--folder DIR]
+
+Four folders with a config.json and bfloat16 shards, as save_pretrained writes them, in the shapes of Llama 7B (6.7 B
+parameters, 13.5 GB): two of them hold random bits, the other two are further names (hard links) of these. Each recipe
+is a command, a process of its own that writes a folder of shards; `greedy` takes two models and a score that costs
+nothing, so that what is measured is the reading, one mixture for the score and the soup. Every command runs twice:
+
+  cold  with the files out of the page cache, by /proc/sys/vm/drop_caches where that can be written (as root), else by
+        posix_fadvise for each file
+  warm  right after it, with what of the files the memory holds
+
+Peak anonymous memory is the sum of RssAnon over the command and all processes below it, looked at every 5 ms, and
+rather too large: a process that was just forked counts with what it shares. The bar is 300 MiB. mergekit merges the
+same folders from an environment of its own, which is made below the folder, or is named by --mergekit-python; it has no
+greedy recipe.
+
+At the end the folder is deleted, unless --keep says otherwise. Writes results/measured/bench_large.csv, or the file
+named by --out.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.soups import OURS, ROOT, measure, version_of_mergekit
+from soups.errors import UserError, one_line_errors
+from soups.files.atomic import replacing, write_json
+from soups.files.checkpoints import Entry
+from soups.files.folders import INDEX
+from soups.files.streamed import in_file_order, streamed
+from store.provenance import provenance_columns
+
+DROP = Path("/proc/sys/vm/drop_caches")
+BAR = 300  # MiB
+MERGEKIT = "mergekit==0.1.5"
+SHARDS = 3
+RECIPES = ("uniform", "arithmetic", "greedy")
+
+
+def shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of a Llama by name: of width 4096 the 32 layers of Llama 7B, narrower ones have fewer in proportion."""
+    w, inner, words = width, 43 * width // 16, 125 * width // 16
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, w), "lm_head.weight": (words, w)}
+    block: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj.weight": (w, w) for name in "qkvo"}
+    block |= {"mlp.gate_proj.weight": (inner, w), "mlp.up_proj.weight": (inner, w), "mlp.down_proj.weight": (w, inner)}
+    block |= {"input_layernorm.weight": (w,), "post_attention_layernorm.weight": (w,)}
+    for layer in range(layers(width)):
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    return found | {"model.norm.weight": (w,)}
+
+
+def layers(width: int) -> int:
+    """How many."""
+    return max(1, width // 128)
+
+
+def parameters(width: int) -> int:
+    """How many numbers a Llama of this width has."""
+    return sum(map(prod, shapes(width).values()))
+
+
+def width_of(number: float) -> int:
+    """The width of the largest Llama with about so many numbers, a multiple of 128: 4096 of 7e9."""
+    return 128 * max(1, int((number * 128 / 12.0625) ** (1 / 3) / 128))  # nearly all stand in the layers
+
+
+def config(width: int) -> dict[str, Any]:
+    """config.json as transformers writes it."""
+    inner, words, heads = 43 * width // 16, 125 * width // 16, max(1, width // 128)
+    sizes = {"hidden_size": width, "intermediate_size": inner, "vocab_size": words, "num_hidden_layers": layers(width)}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "tie_word_embeddings": False,
+        **sizes,
+    }
+
+
+def make_model(folder: Path, width: int, seed: int) -> None:
+    """Write a folder of shards: numbers of either sign, 1/128 to 1/64 in size, whose last 3 bits are this model's."""
+    entries = {name: Entry("BF16", shape) for name, shape in shapes(width).items()}
+    total, start, moved = parameters(width), np.random.default_rng(0), np.random.default_rng(seed)
+    shards: list[dict[str, Entry]] = [{} for _ in range(SHARDS)]
+    before = 0
+    for name in in_file_order(entries):
+        shards[before * SHARDS // total][name] = entries[name]
+        before += entries[name].size
+    files = [f"model-{i + 1:05d}-of-{SHARDS:05d}.safetensors" for i in range(SHARDS)]
+    for file, part in zip(files, shards, strict=True):
+        with streamed(folder / file, part, lambda: {"format": "pt"}) as out:
+            for name, entry in part.items():
+                for first in range(0, entry.size, 1 << 22):
+                    size = 2 * min(1 << 22, entry.size - first)
+                    same = np.frombuffer(start.bytes(size), np.uint16) & 0x8078  # sign and the first of 7 fraction bits
+                    out.write(name, first, same | np.frombuffer(moved.bytes(size), np.uint16) & 7 | 0x3C00)
+    places = {name: file for file, part in zip(files, shards, strict=True) for name in part}
+    write_json(folder / INDEX, {"metadata": {"total_size": 2 * total}, "weight_map": places})
+    write_json(folder / "config.json", config(width))  # last: what has one is whole
+
+
+def make_pool(folder: Path, width: int) -> list[Path]:
+    """Write what is not there yet of two models and two further names of theirs."""
+    paths = [folder / f"width_{width}" / f"run{i}" for i in range(4)]
+    for i, path in enumerate(paths):
+        if (path / "config.json").exists():
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        if i < 2:
+            make_model(path, width, i + 1)
+        else:
+            for file in paths[i - 2].iterdir():
+                (path / file.name).hardlink_to(file)
+    return paths
+
+
+def out_of_the_cache(paths: Sequence[Path], *, drop: bool) -> str:
+    """Take files out of the page cache, and return how."""
+    os.sync()  # a page that is not written yet stays
+    if drop:
+        DROP.write_text("1\n")
+        return "drop_caches"
+    for file in (file for path in paths for file in path.iterdir()):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return "posix_fadvise"
+
+
+def command(contender: str, recipe: str, paths: Sequence[Path], out: Path, mergekit: Path | None) -> list[str]:
+    """How a contender is started: the mean, or the first model plus 0.3 of what each other one changed."""
+    if contender == OURS:
+        more = {
+            "uniform": [*paths],
+            "arithmetic": [*paths[1:], "--init", paths[0], "--scales", ",".join(["0.3"] * len(paths[1:]))],
+            "greedy": [*paths[:2], "--score", "wc -c < {soup}/config.json", "--goal", "max"],
+        }
+        return [sys.executable, "-m", "soups", recipe, *map(str, more[recipe]), "--out", str(out)]
+    assert mergekit is not None
+    models: list[dict[str, Any]] = [{"model": str(path), "parameters": {"weight": 1.0}} for path in paths]
+    method: dict[str, Any] = {"merge_method": "linear", "models": models, "dtype": "bfloat16"}
+    if recipe == "arithmetic":
+        models = [{"model": str(path), "parameters": {"weight": 0.3}} for path in paths[1:]]
+        method |= {"merge_method": "task_arithmetic", "base_model": str(paths[0]), "models": models}
+    settings = out.with_suffix(".yaml")
+    settings.write_text(json.dumps(method))  # JSON is YAML too
+    return [str(mergekit.with_name("mergekit-yaml")), str(settings), str(out), "--no-copy-tokenizer"]
+
+
+def environment_of_mergekit(folder: Path) -> Path | None:
+    """The python of an environment with mergekit, made below a folder; None where it cannot be installed.
+
+    What this environment has, such as torch, is not installed again, so that both have the same.
+    """
+    python = folder / "mergekit/bin/python"
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", MERGEKIT]
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", python.parents[1]], capture_output=True, check=True)
+        (packages,) = python.parents[1].glob("lib/python*/site-packages")
+        (packages / "beside.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        subprocess.run(install, capture_output=True, check=True)
+    except subprocess.CalledProcessError:
+        return None
+    return python
+
+
+@contextmanager
+def room(work: Path, width: int, *, keep: bool) -> Iterator[None]:
+    """A folder for what is measured, which is deleted in the end: two models and, while a soup is cut, two more.
+
+    Raises:
+        UserError: the disk has no space for them.
+    """
+    needed = 4 * 2 * parameters(width) + (1 << 30)  # and mergekit's environment
+    there = sum(file.stat().st_size for file in work.rglob(f"width_{width}/run[01]/*.safetensors"))
+    free = shutil.disk_usage(next(place for place in (work, *work.parents) if place.exists())).free
+    if free + there < needed:
+        raise UserError(
+            f"{work}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: name another disk by --folder"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not keep:
+            shutil.rmtree(work)
+
+
+def measured(work: Path, width: int, mergekit: Path | None, *, drop: bool) -> pd.DataFrame:
+    """A row for each contender, recipe and state of the page cache."""
+    paths, rows = make_pool(work, width), []
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    origin = provenance_columns("torch", "numpy", "safetensors") | {"mergekit": version_of_mergekit(mergekit)}
+    for recipe in RECIPES:
+        for contender in (OURS, "mergekit") if mergekit and recipe != "greedy" else (OURS,):
+            for state in ("cold", "warm"):
+                out = work / f"out_{contender}"
+                how = out_of_the_cache(paths, drop=drop) if state == "cold" else ""
+                run = measure(command(contender, recipe, paths, out, mergekit))
+                shutil.rmtree(out)
+                row = {"contender": contender, "recipe": recipe, "models": 2 if recipe == "greedy" else len(paths)}
+                row |= {"parameters": parameters(width), "state": state, "cold_by": how}
+                row |= {"seconds": round(run.seconds, 2), "peak_anonymous_mib": round(run.anonymous, 1)}
+                rows.append(row | {"memory_mib": memory >> 20, **origin})
+                print(f"{recipe}, {contender}, {state}: {run.seconds:.1f} s, {run.anonymous:.0f} MiB", flush=True)
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="where bench_large/ is made, 55 GB")
+    parser.add_argument("--parameters", type=float, default=7e9, help="of a model, about; fewer are for trials")
+    parser.add_argument("--mergekit-python", type=Path, help="of an environment that has mergekit")
+    parser.add_argument("--no-mergekit", action="store_true", help="measure ours alone")
+    parser.add_argument("--cold", choices=("drop_caches", "posix_fadvise"), help="how the page cache is emptied")
+    parser.add_argument("--keep", action="store_true", help="leave checkpoints and environment for another time")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_large.csv")
+    arguments = parser.parse_args()
+    work = arguments.folder.resolve() / "bench_large"
+    width = width_of(arguments.parameters)
+    drop = os.access(DROP, os.W_OK) if arguments.cold is None else arguments.cold == "drop_caches"
+    with room(work, width, keep=arguments.keep):
+        mergekit = arguments.mergekit_python
+        if mergekit is None and not arguments.no_mergekit:
+            mergekit = environment_of_mergekit(work)
+        if mergekit is None:
+            print(
+                "mergekit: not measured, since it "
+                + ("is left out" if arguments.no_mergekit else "cannot be installed")
+            )
+        (work / "tmp").mkdir(exist_ok=True)
+        os.environ.update(TMPDIR=str(work / "tmp"), HF_HUB_OFFLINE="1")  # of the commands: mixtures are large
+        found = measured(work, width, mergekit, drop=drop)
+    with replacing(arguments.out) as temporary:
+        found.to_csv(temporary, index=False)
+    largest = found.peak_anonymous_mib[found.contender == OURS].max()
+    print(f"ours: at most {largest:.0f} MiB of anonymous memory, the bar is {BAR}")
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    one_line_errors(main)
