@@ -65,9 +65,7 @@ def test_a_command_that_writes_its_examples_decides_as_the_function_does_and_lea
     pool, capsys
 ):
     said = greedy(*HELD_OUT, *REPORT, capsys=capsys)
-    assert sorted(path.name for path in pool.iterdir()) == [
-        "calls", "eval.py", *(f"m{i}.safetensors" for i in range(4)), "soup.safetensors"
-    ]  # fmt: skip
+    assert not list(pool.glob("*.jsonl"))
     report = soups.greedy("m*.safetensors", hits, "max", report=lambda w: hits(w, slice(200, 400)), quiet=True)
     assert str(report) == said.rpartition("\nsoup.safetensors")[0]
     assert len(report.shares) > 1
