@@ -1,6 +1,7 @@
 """Souped adapters, compared with the updates that they stand for."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -289,6 +290,10 @@ def test_a_soup_of_adapters_is_verified(tmp_path, rank):
     soup_folders(folders, tmp_path / "soup", weights=[3, 1], rank=rank)
     assert verify(tmp_path / "soup") == ""
     assert verify(tmp_path / "soup/adapter_model.safetensors") == ""
+    main(["make", str(tmp_path / "soup/recipe.yaml"), "--out", str(tmp_path / "again")])
+    assert verify(tmp_path / "again", tmp_path) == ""
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {p.name for p in (tmp_path / "soup").iterdir()}
+    shutil.rmtree(tmp_path / "again")
     config = tmp_path / "soup/adapter_config.json"
     before = config.read_text()
     config.write_text(before.replace('"lora_alpha": ', '"lora_alpha": 1'))
