@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from analysis.figures.angles import draw_angles, measure_angles
+from analysis.figures.coefficients import draw_coefficients, measure_coefficients
 from analysis.figures.contours import draw_landscape
 from analysis.figures.cross_dataset import draw_backbones, measure_backbones
 from analysis.figures.grids import draw_grids, measure_grids
@@ -38,6 +39,7 @@ from analysis.tables.paper_tables import (
     row_cells_beside_paper,
 )
 from analysis.tables.table2 import cost_cells, inference_table
+from analysis.tables.table3 import GROUPED
 from analysis.tables.text_tables import text_cells, text_numbers
 from analysis.theory.approximation import draw_approximation, measure_approximation, summarised
 from configs.schema import Experiment
@@ -325,6 +327,14 @@ ARTEFACTS = {
 }
 
 MORE = {  # no figures of the paper, drawn by the same command
+    f"coefficients_{recipe}": Artefact(
+        "mixing coefficients by group of parameters (Appendix I)",
+        (),
+        (),
+        Drawing(partial(measure_coefficients, recipe=recipe), draw_coefficients),
+    )
+    for recipe in GROUPED
+} | {
     "rows": Artefact("named rows and their soups, test against shifts", (), (), ROWS),
     "reliability": Artefact(
         "reliability diagrams before and after a temperature", (), (), Drawing(measure_reliability, draw_reliability)

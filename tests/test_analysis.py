@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis.figures.coefficients import coefficients_map
+from analysis.figures.coefficients import draw_coefficients
 from analysis.figures.scatter import BARS, DRAWN_WITH_BARS, draw_scatter
 from analysis.figures.style import STYLE, save
 from analysis.measure.methods import SHIFT_MEAN
@@ -95,7 +95,7 @@ def test_random_orders_show_their_standard_deviation():
 
 def test_the_map_of_coefficients_has_a_row_for_each_group_and_a_column_for_each_model():
     shares = pd.DataFrame({"group": ["stem", "blocks.0", "head"], "row 0": [0.2, 0.5, 0.1], "row 1": [0.8, 0.5, 0.9]})
-    axes = coefficients_map(shares).axes[0]
+    axes = draw_coefficients(load("demo"), shares).axes[0]
     assert axes.images[0].get_array().shape == (3, 2)
     assert axes.images[0].get_array()[2, 1] == pytest.approx(90)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["stem", "blocks.0", "head"]

@@ -2,17 +2,29 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from analysis.figures.style import panels, styled
+from analysis.measure.methods import soup_record
+from configs.schema import Experiment, Recipe
+from store.runs import RunFolder
+
+
+def measure_coefficients(config: Experiment, console: Console | None = None, *, recipe: Recipe) -> pd.DataFrame:
+    """Column `group`, then one column for each model; rows sum to 1.
+
+    Raises:
+        UserError: the recipe is not cooked.
+    """
+    del console  # nothing is evaluated
+    soup_record(config, recipe)
+    return pd.read_csv(RunFolder.of(config).soup(recipe) / "coefficients.csv")
 
 
 @styled
-def coefficients_map(shares: pd.DataFrame) -> Figure:
-    """Mixing coefficients of a learned soup: groups of parameters down, models across (Appendix I).
-
-    Args:
-        shares: column `group`, then one column for each model; rows sum to 1.
-    """
+def draw_coefficients(config: Experiment, shares: pd.DataFrame) -> Figure:
+    """Mixing coefficients of a learned soup: groups of parameters down, models across (Appendix I)."""
+    del config
     numbers = shares.drop(columns="group")
     width = 1.6 + 0.25 * len(numbers.columns)
     figure, ((axes,),) = panels(1, 1, 1.2 + 0.14 * len(numbers), width=width)

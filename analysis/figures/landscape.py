@@ -22,6 +22,7 @@ from torch import Tensor
 
 from analysis.figures.plane import Plane, Shares, axes_of, moving, plane_through, set_between
 from analysis.measure.methods import SHIFT_MEAN
+from analysis.measure.mixtures import do_missing
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator, forward
@@ -34,7 +35,6 @@ from soups.geometry import geometry
 from soups.scorers.metrics import score
 from store.arrays import cached_array
 from store.runs import Ingredient
-from store.workers import spread
 
 TIMED = 64  # images of the forward pass by which the whole is estimated
 
@@ -153,8 +153,8 @@ def _answers(
     return torch.stack(found).float()
 
 
-def _measure(config: Experiment, piece: Slice, share: int, of: int) -> str:
-    """Answer every `of`-th chunk from number `share` on."""
+def _measure(config: Experiment, piece: Slice, mine: Sequence[Chunk]) -> str:
+    """Answer some chunks at all points."""
     evaluator = Evaluator(config)
     loaded: list[dict[str, Tensor]] = []
 
@@ -167,7 +167,6 @@ def _measure(config: Experiment, piece: Slice, share: int, of: int) -> str:
             loaded.extend({name: model[name].to(device) for name in names} for model in models)
         return loaded
 
-    mine = chunks(evaluator)[share::of]
     for chunk in mine:
         shape = (len(piece.points), len(chunk.rows))
         cached_array(chunk.path(evaluator, piece), shape, partial(_answers, evaluator, piece, weights, chunk))
@@ -200,20 +199,13 @@ def estimate(config: Experiment, evaluator: Evaluator, pieces: Sequence[Slice]) 
 
 def measure_slice(config: Experiment, piece: Slice, console: Console | None = None) -> None:
     """Evaluate all points on all chunks that are not on disk, over the cluster's worker processes."""
-    evaluator, workers = Evaluator(config), config.cluster.workers
-    paths = [chunk.path(evaluator, piece) for chunk in chunks(evaluator)]
-    if all(path.exists() for path in paths):
-        return
-    spread(
-        f"{len(piece.points)} points of the plane, chunks of examples",
-        [partial(_measure, config, piece, share, workers) for share in range(min(workers, len(paths)))],
-        workers=workers,
-        threads=config.cluster.threads,
-        units=len(paths),
-        done_units=lambda: sum(path.exists() for path in paths),
-        report=str,
-        console=console or Console(),
-    )
+    evaluator = Evaluator(config)
+
+    def is_done(chunk: Chunk) -> bool:
+        return chunk.path(evaluator, piece).exists()
+
+    title = f"{len(piece.points)} points of the plane, {{}} chunks of examples"
+    do_missing(config, title, chunks(evaluator), partial(_measure, config, piece), is_done, console=console)
 
 
 def _on_split(evaluator: Evaluator, piece: Slice, split: str) -> Iterator[Tensor]:

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures.coefficients import coefficients_map
+from analysis.figures.coefficients import draw_coefficients, measure_coefficients
 from analysis.figures.scatter import draw_scatter, scatter_numbers
-from analysis.figures.style import save, save_with_numbers
+from analysis.figures.style import save_with_numbers
 from analysis.measure.methods import measure, scatter_points, tidy
 from analysis.tables.cells import BEST, caption, table3, write_table
 from analysis.tables.named_rows import write_named_rows
-from configs.schema import Experiment
+from configs.schema import Experiment, Recipe
 from eval.forward import Evaluator
 from soups.files.atomic import replacing, write_json
 from store.provenance import provenance
 from store.runs import RunFolder
+
+GROUPED: tuple[Recipe, ...] = ("learned_by_layer", "learned_by_tensor")  # soups whose groups have coefficients
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ def analyse(config: Experiment) -> Report:
     record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}
     write_json(folder / "provenance.json", record)
     files.append(folder / "provenance.json")
-    for recipe in set(config.recipes) & {"learned_by_layer", "learned_by_tensor"}:
-        shares = pd.read_csv(RunFolder.of(config).soup(recipe) / "coefficients.csv")
-        files += save(coefficients_map(shares), folder / f"coefficients_{recipe}")
+    for recipe in [each for each in config.recipes if each in GROUPED]:
+        shares = measure_coefficients(config, recipe=recipe)
+        files += save_with_numbers(draw_coefficients(config, shares), shares, folder / f"coefficients_{recipe}")
     if config.analysis.labels:
         files += write_named_rows(config, evaluator, folder, note(config))
     if config.paths.results is not None:
