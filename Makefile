@@ -37,7 +37,7 @@ export-setup examples-setup: %-setup:
 	  $(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-$*.txt \
 	  && cp requirements-$*.txt $(VENV)/.requirements-$*; }
 
-demo: setup  ## fine-tune a sweep, cook soups, write Table 3 and Figure 1
+demo: setup  ## fine-tune a sweep, make soups, write Table 3 and Figure 1
 	@$(RUN) reproduce.py experiment=demo
 
 seeds: setup  ## the demo with three sweep seeds

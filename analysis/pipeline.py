@@ -18,7 +18,7 @@ from configs.schema import Experiment, replicate
 from eval.pool import evaluate_all, model_folders
 from finetune.start import check_imports
 from finetune.sweep import train_sweep
-from soups.experiment.cook import cook_all, summary
+from soups.experiment.soups import make_soups, summary
 from store.again import remember
 from store.workers import use_threads
 from tasks.load import check_annotations, load_split
@@ -37,7 +37,7 @@ def _run_one(config: Experiment, console: Console) -> Report:
     refuse_overlaps(config.task, config.paths.runs)
     train_sweep(config, console)
     evaluate_all(config, model_folders(config), console)
-    cook_all(config, config.recipes, console)
+    make_soups(config, config.recipes, console)
     console.print(summary(config, config.recipes))
     evaluate_all(config, model_folders(config), console)
     return analyse(config)

@@ -15,8 +15,8 @@ from configs.errors import UserError
 from configs.schema import Experiment, Recipe
 from eval.forward import Evaluator
 from eval.metrics import nll
-from soups.experiment.cook import cook, cook_all, logits_of
 from soups.experiment.pool import usable_pool
+from soups.experiment.soups import logits_of, make_soup, make_soups
 from soups.files.atomic import replacing, write_json
 from store.provenance import provenance
 from store.runs import RunFolder
@@ -32,7 +32,7 @@ def directions(config: Experiment) -> tuple[tuple[str, str], ...]:
 
 
 def predictions(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """Which images each method gets right, whichever of held-out and test selects; what is not cooked yet is cooked.
+    """Which images each method gets right, whichever of held-out and test selects; what is not made yet is made.
 
     Returns one row for each direction and image of the splits that report: selects, split, image (its number in the
     split), class (of the task), and a column of 0 and 1 for each of `METHODS`.
@@ -48,12 +48,12 @@ def predictions(config: Experiment, console: Console | None = None) -> pd.DataFr
         )
     evaluator, frames = Evaluator(config), []
     for selects, reports in directions(config):
-        cook_all(config, METHODS, console, selects)
-        cooked = {method: cook(method, evaluator, selects) for method in METHODS}
+        make_soups(config, METHODS, console, selects)
+        soups = {method: make_soup(method, evaluator, selects) for method in METHODS}
         for split in (reports, *config.task.shifts):
             labels = evaluator.split(split).labels.tolist()
             frame = pd.DataFrame({"selects": selects, "split": split, "image": range(len(labels)), "class": labels})
-            for method, made in cooked.items():
+            for method, made in soups.items():
                 frame[method] = evaluator.hits(logits_of(made, split, evaluator), split).int().numpy()
             frames.append(frame)
     return pd.concat(frames, ignore_index=True)

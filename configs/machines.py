@@ -60,7 +60,7 @@ class Cluster:
 
 @closed
 class Share:
-    """Which models `python -m eval` looks at, and which recipes `python -m soups` cooks, where several jobs share them.
+    """Which models `python -m eval` looks at, and which recipes `python -m soups` makes, where several jobs share them.
 
     Every `of`-th, from the one with number `index` on: a task of a job array has share.index=$SLURM_ARRAY_TASK_ID.
     """

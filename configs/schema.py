@@ -140,7 +140,7 @@ class Experiment:
     tracking: Tracking
     sweep: Sweep
     recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
-    recipe: Recipe | None = None  # cook this one only
+    recipe: Recipe | None = None  # make this one only
     share: Share = Field(default_factory=Share)
     cooking: Cooking
     analysis: Analysis

@@ -26,7 +26,7 @@ from finetune.averages import FINEST_FLOAT32
 from finetune.length import Length
 from finetune.log import BACKWARD_TOO, PEAKS, peak_flops, training_flops
 from models.probe import fit_flops
-from soups.experiment.cook import ENSEMBLES, dishes
+from soups.experiment.soups import ENSEMBLES, outputs_of
 from store.rows import row_config
 from tasks.load import count
 
@@ -273,7 +273,7 @@ class Work:
         )
 
     def recipe(self, output: str) -> Hours:
-        """Making one of `soups.experiment.cook.dishes`, at the longest for recipes that may end sooner."""
+        """Making one of `soups.experiment.soups.outputs_of`, at the longest for recipes that may end sooner."""
         recipe, k, pool, cooking = output.partition("/")[0], self.pool, self.pool * self.net.bytes, self.config.cooking
         evaluation = self.evaluation(self.held_out)
         if recipe in ENSEMBLES:  # means of logits
@@ -333,7 +333,7 @@ def stages_of(work: Work, rows: Sequence[Experiment]) -> tuple[Stage, ...]:
     copies = everything * 3 * model.evaluated_at**2 if config.compute.decoded is not None else 0
     evaluation = work.evaluation(everything)
     evaluations = [work.evaluation(everything, from_copies=False)] + [evaluation] * (models - 1)
-    outputs = [name for recipe in config.recipes for name in dishes(config, recipe)]
+    outputs = [name for recipe in config.recipes for name in outputs_of(config, recipe)]
     soups = len([name for name in outputs if name not in ENSEMBLES])
     found += [
         stage_of("evaluate", evaluations, models * everything * logits + copies),

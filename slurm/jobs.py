@@ -17,8 +17,8 @@ from configs.slurm import FIRST_INDEX
 from eval.pool import is_scored
 from finetune.length import largest_world
 from slurm.cost import HOUR, Costs, Stage
-from soups.experiment.cook import ENSEMBLES, dishes, identity_of
 from soups.experiment.pool import pool_of
+from soups.experiment.soups import ENSEMBLES, identity_of, outputs_of
 from soups.files.atomic import read_json
 from store.rows import row_config
 from store.runs import RunFolder, done_rows
@@ -246,7 +246,7 @@ class _Sweep:
         # A row that failed takes no other's evaluation along.
         jobs = rows + self.array("evaluate", shares, of, after("afterany", *ROWS))
 
-        outputs = [dishes(config, recipe) for recipe in config.recipes]
+        outputs = [outputs_of(config, recipe) for recipe in config.recipes]
         unmade = [i for i, names in enumerate(outputs) if rows or any(_is_unmade(config, name) for name in names)]
         jobs += self.array("recipes", unmade, len(outputs), pool + after("afterok", "evaluate"))
         soups = [run.soup(name) for names in outputs for name in names if name not in ENSEMBLES]
@@ -328,7 +328,7 @@ class _Sweep:
             jobs, storage = self.stages[stage].jobs, self.stages[stage].storage / of
             if stage == "recipes":  # which are several jobs where they make several soups
                 made = iter(jobs)
-                each = [sum(next(made) for _ in dishes(config, recipe)) for recipe in config.recipes]
+                each = [sum(next(made) for _ in outputs_of(config, recipe)) for recipe in config.recipes]
             else:
                 each = [sum(jobs[place::of]) for place in range(of)]
             expected = [each[whole.index(task)] for task in left]

@@ -3,7 +3,7 @@
     python -m soups experiment=demo [recipe=greedy]
 
 Reads   runs/<name>/ingredients, the held-out split
-Writes  runs/<name>/soups/<recipe>/{weights.safetensors, soup.json}; skipped where cooked from the same pool.
+Writes  runs/<name>/soups/<recipe>/{weights.safetensors, soup.json}; skipped where made from the same pool.
         An ensemble has no weights of its own: soup.json lists its members.
 
 Several jobs share the recipes by share.of=N and share.index=0, ..., N - 1; the processes of torchrun share one

@@ -218,7 +218,7 @@ def greedy(
         ValueError: no models, `held_out` is not one number per model, or models that do not fit together.
 
     Source: Wortsman et al. 2022, Recipe 1. Its test is `>=` (`keep`); the authors' released script has `>` (`drop`),
-    which cooks another soup only when a candidate ties exactly.
+    which makes another soup only when a candidate ties exactly.
     """
     sorted_order, means = checked_order(models, held_out), grow(models)
     order, score = sorted_order if order is None else order, _scored(means, accuracy)

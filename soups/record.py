@@ -1,4 +1,4 @@
-"""What a soup was cooked from, as its metadata records it, and as yaml beside it."""
+"""What a soup was made from, as its metadata records it, and as yaml beside it."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is needed to cook a soup again; JSON, under "soup" in its metadata.
+    """All that is needed to make a soup again; JSON, under "soup" in its metadata.
 
     Soups of format 1 have a tied tensor under one name alone, and names with those of wrappers.
     """
@@ -163,7 +163,7 @@ def record_in(metadata: Mapping[str, str]) -> Record:
 
 
 def check_of(record: str) -> str:
-    """Tells a damaged record, whose names and notes no cooking again could prove wrong."""
+    """Tells a damaged record, whose names and notes no making it again could prove wrong."""
     return hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
 
 

@@ -29,7 +29,7 @@ from analysis.will_it_help import write_will_it_help
 from configs.cli import parts_of as parts_of_experiment
 from configs.errors import UserError
 from configs.schema import load
-from soups.experiment.cook import cook_all
+from soups.experiment.soups import make_soups
 from tests.commands import here, python
 from tests.experiments import EXPERIMENTS, ROOT
 from tests.pools import finished_pool
@@ -146,7 +146,7 @@ def test_an_artefact_is_drawn_recorded_and_published(tmp_path):
     config, _ = finished_pool(
         tmp_path / "runs", "recipes=[best]", "model.templates=null", "cluster.workers=1", f"paths.results={tmp_path}"
     )
-    cook_all(config, config.recipes, Console(quiet=True))
+    make_soups(config, config.recipes, Console(quiet=True))
     files = draw(config, "figure1", [config], Console(quiet=True))
     assert [file.name for file in files] == [
         f"demo_tiny_figure1{end}" for end in (".pdf", ".png", ".csv", "_provenance.json")

@@ -13,7 +13,7 @@ from configs.schema import load
 from eval.forward import Evaluator
 from finetune.train import train_row
 from soups.experiment.backbones import measure, run
-from soups.experiment.cook import cook
+from soups.experiment.soups import make_soup
 from soups.files.weights import load_weights
 
 SMALL = ["recipes=[best]", "optim.epochs=1", "optim.warmup_steps=2", "optim.batch_size=8", "analysis.resamples=100"]
@@ -86,7 +86,7 @@ def test_what_is_no_row_or_no_tower_of_this_network_is_named(config, tmp_path):
 @pytest.mark.slow
 def test_a_zero_shot_initialisation_stands_in_a_table_once_and_under_its_name(config):
     evaluator = Evaluator(config)
-    cook("best", evaluator)
+    make_soup("best", evaluator)
     _, methods = results.measure(config, evaluator)
     assert [method.name for method in methods] == ["initialisation", "best"]
     table = table3(results.tidy(config, methods, evaluator), config.task, config.model.head)

@@ -17,7 +17,7 @@ from analysis.tables.table3 import analyse
 from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import calibrate
-from soups.experiment.cook import cook, dishes, logits_of
+from soups.experiment.soups import logits_of, make_soup, outputs_of
 from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder, read_pool, write_manifest
 from tests.pages import Page, browse
@@ -69,8 +69,8 @@ def finished(tmp_path_factory):
         write_json(path, read_json(path) | {"drawn": drawn, "seed": 2**60 + row})
     write_manifest(run, read_pool(config))
     for recipe in config.recipes:
-        for dish in dishes(config, recipe):
-            cook(dish, evaluator)
+        for output in outputs_of(config, recipe):
+            make_soup(output, evaluator)
     analyse(config)
     return replace(config, analysis=replace(config.analysis, labels=(HOSTILE, "plain", "other"))), evaluator
 
@@ -138,17 +138,17 @@ def test_the_table_of_models_is_the_manifest(finished, page):
 
 def test_soups_and_decisions_are_those_of_the_records(finished, page):
     config = finished[0]
-    names = [dish for recipe in RECIPES for dish in dishes(config, recipe)]
+    names = [output for recipe in RECIPES for output in outputs_of(config, recipe)]
     assert len(page.lines("composition")) == len(names) == 7
-    for dish, line in zip(names, page.lines("composition"), strict=True):
-        soup = read_json(RunFolder.of(config).soup(dish) / "soup.json")
+    for output, line in zip(names, page.lines("composition"), strict=True):
+        soup = read_json(RunFolder.of(config).soup(output) / "soup.json")
         shares = {str(member["row"]): [repr(member["weight"])] for member in soup["ingredients"]}
         heads = [cell.words for cell in page.tables["composition"][0]]
         assert {head: cell.values for head, cell in zip(heads, line, strict=True) if cell.values} == shares
         if not soup["trials"]:
-            assert f"log-{dish}" not in page.tables
+            assert f"log-{output}" not in page.tables
             continue
-        for trial, made in zip(soup["trials"], page.lines(f"log-{dish}"), strict=True):
+        for trial, made in zip(soup["trials"], page.lines(f"log-{output}"), strict=True):
             assert made[3].values == [repr(trial["score"])]
             assert f"({trial['correct']} of {soup['held_out']['n']})" in made[3].words
             assert made[2].words == ("✓ kept" if trial["accepted"] else "✗ left out")
@@ -228,7 +228,7 @@ def test_what_is_not_made_yet_says_how_in_a_line(before, page):
     assert "not made yet" not in " ".join(page.words)
 
 
-def test_a_section_of_a_recipe_that_is_not_cooked_is_left_out(finished, tmp_path):
+def test_a_section_of_a_recipe_that_is_not_made_is_left_out(finished, tmp_path):
     few = replace(finished[0], recipes=("best", "uniform", "greedy"))
     assert "coefficients-learned_by_layer" not in write_report(few, tmp_path / "page.html").read_text()
 

@@ -62,7 +62,7 @@ def others(weights):
 
 
 @pytest.mark.parametrize(
-    "cook",
+    "by_hand",
     [
         lambda: soups.greedy(MODELS, score, "min", quiet=True),
         lambda: soups.greedy(MODELS, each_example, "min", report=others, quiet=True),
@@ -74,8 +74,8 @@ def others(weights):
     ],
     ids=["greedy", "greedy, examples", "model_stock", "dare", "ties", "weighted", "slerp"],
 )
-def test_what_lies_beside_a_soup_makes_it_again_to_the_byte_of_models_under_other_names(cook, pool):
-    whole = cook().save("soup.safetensors").read_bytes()
+def test_what_lies_beside_a_soup_makes_it_again_to_the_byte_of_models_under_other_names(by_hand, pool):
+    whole = by_hand().save("soup.safetensors").read_bytes()
     assert answer(pool / "soup.safetensors")[0]
     (pool / "soup.safetensors").unlink()
     (pool / "elsewhere").mkdir()
@@ -150,11 +150,11 @@ HAND = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "cook"), HAND, ids=[recipe["recipe"] for recipe, _ in HAND])
-def test_a_recipe_by_hand_is_what_the_command_makes_and_names_files_beside_it(recipe, cook, pool, monkeypatch):
+@pytest.mark.parametrize(("recipe", "by_hand"), HAND, ids=[recipe["recipe"] for recipe, _ in HAND])
+def test_a_recipe_by_hand_is_what_the_command_makes_and_names_files_beside_it(recipe, by_hand, pool, monkeypatch):
     (pool / "my_score.py").write_text("def score(weights):\n    return abs(weights['w'].double().mean().item())\n")
     (pool / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"out": "made.safetensors"}))
-    expected = cook().save("soup.safetensors").read_bytes()
+    expected = by_hand().save("soup.safetensors").read_bytes()
     (pool / "in").mkdir()
     monkeypatch.chdir(pool / "in")
     monkeypatch.syspath_prepend(pool)

@@ -24,8 +24,8 @@ from analysis.tables.text_tables import network_of
 from configs.errors import UserError
 from configs.schema import load
 from eval.pool import evaluate, is_scored
-from soups.experiment.cook import cook_all
 from soups.experiment.pool import individuals_of
+from soups.experiment.soups import make_soups
 from soups.files.atomic import read_json, read_jsonl, write_json
 from soups.files.weights import load_weights, save_weights
 from soups.paired import paired
@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     settings = ("sweep.rows=3", "recipes=[best,uniform,greedy,ensemble]", "model.templates=null", "cluster.workers=1")
     config, evaluator = finished_pool(runs, *settings, classes=20)
-    cook_all(config, config.recipes, Console(quiet=True))
+    make_soups(config, config.recipes, Console(quiet=True))
     return config, evaluator
 
 
@@ -133,7 +133,7 @@ def two_averages(tmp_path_factory):
         high = {"digest": digest, "held_out": evaluator.scored(logits, "held_out")}
         done = read_json(folder / "done.json") | {"ingredient": "ema_0.9", "variants": {"raw": high, "ema_0.99": high}}
         write_json(folder / "done.json", done)
-    cook_all(config, config.recipes, Console(quiet=True))
+    make_soups(config, config.recipes, Console(quiet=True))
     return config, evaluator
 
 

@@ -205,7 +205,7 @@ def test_wrong_input_is_refused_before_anything_is_written(undisturbed, tmp_path
     assert not list(tmp_path.rglob("done.json"))
 
 
-def test_one_recipe_is_refused_where_all_are_cooked(tmp_path):
+def test_one_recipe_is_refused_where_all_are_made(tmp_path):
     with pytest.raises(UserError, match=r"recipe=wise_ft is for python -m soups: here type recipes=\[wise_ft\]"):
         reproduce.run(load("demo_tiny", "recipe=wise_ft", f"paths.runs={tmp_path}"))
     assert not list(tmp_path.iterdir())

@@ -14,8 +14,8 @@ from analysis.will_it_help import NOISE
 from configs.errors import UserError
 from configs.schema import load
 from eval.metrics import correct
-from soups.experiment.cook import cook, cook_all
 from soups.experiment.pool import mix, usable_pool
+from soups.experiment.soups import make_soup, make_soups
 from soups.mean import STATISTICS
 from soups.recipes import mean_of
 from store.rows import row_config
@@ -76,7 +76,7 @@ def test_where_test_selects_its_scores_do_and_recorded_held_out_ones_have_no_say
 
 @pytest.mark.slow
 def test_a_swapped_greedy_soup_is_chosen_and_scored_on_test_alone_and_lies_apart(pool, frame):
-    swapped, usual = cook("greedy", pool, "test"), cook("greedy", pool)
+    swapped, usual = make_soup("greedy", pool, "test"), make_soup("greedy", pool)
     root = RunFolder.of(pool.config).root / "soups"
     assert (root / "greedy@test/soup.json").exists() and (root / "greedy/soup.json").exists()
     assert (swapped["selected_on"]["split"], usual["selected_on"]["split"]) == ("test", "held_out")
@@ -88,8 +88,8 @@ def test_a_swapped_greedy_soup_is_chosen_and_scored_on_test_alone_and_lies_apart
         first = made["trials"][0]["correct"] if made["trials"] else right
         assert right >= first
     kept = [m["row"] for m in usual["ingredients"]]
-    cook_all(pool.config, ("greedy",))
-    assert [m["row"] for m in cook("greedy", pool)["ingredients"]] == kept
+    make_soups(pool.config, ("greedy",))
+    assert [m["row"] for m in make_soup("greedy", pool)["ingredients"]] == kept
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ from finetune.train import train_row
 from slurm.jobs import jobs_of
 from slurm.status import pace
 from soups.chance import seed, uniform
-from soups.experiment.cook import cook
 from soups.experiment.pool import usable_pool
+from soups.experiment.soups import make_soup
 from soups.files.atomic import digest_of, read_json, write_json
 from soups.files.weights import load_weights, save_weights
 from store.rows import draw, identity, inverse, meaning, require_trainable, row_config
@@ -315,7 +315,7 @@ def test_every_reader_refuses_rows_that_were_made_with_other_settings(tmp_path):
         "pool": read_pool,
         "evaluation": model_folders,
         "recipes": usable_pool,
-        "a recipe": lambda config: cook("uniform", Evaluator(config)),
+        "a recipe": lambda config: make_soup("uniform", Evaluator(config)),
         "tables": lambda config: measure(config, Evaluator(config)),
         "a table of rows": variants,
         "the page": lambda config: read_results(config).done,

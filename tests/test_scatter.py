@@ -15,7 +15,7 @@ from analysis.figures.scatter import (
 from analysis.measure.methods import measure
 from configs.errors import UserError
 from configs.schema import load
-from soups.experiment.cook import cook
+from soups.experiment.soups import make_soup
 from soups.scorers.metrics import score
 from tasks.emoji.load import read_manifest
 from tests.pools import finished_pool
@@ -53,12 +53,12 @@ def test_the_figure_has_each_method_at_its_place_in_percent():
 
 
 @pytest.mark.slow
-def test_its_files_are_written_from_what_was_cooked(finished):
+def test_its_files_are_written_from_what_was_made(finished):
     config, evaluator = finished
     with pytest.raises(UserError, match="recipe=best first"):
         write_artefact("figurel3", [config])
     for recipe in config.recipes:
-        cook(recipe, evaluator)
+        make_soup(recipe, evaluator)
     files = write_artefact("figurel3", [config])
     assert [file.name for file in files] == ["figurel3.pdf", "figurel3.png", "figurel3.csv"]
     assert {"individual", "initialisation", "best", "uniform"} <= set(pd.read_csv(files[-1])["kind"])
@@ -68,7 +68,7 @@ def test_its_files_are_written_from_what_was_cooked(finished):
 def test_figure_g2_is_of_one_shift_and_figure_g1_of_groups_and_classes(finished):
     config, evaluator = finished
     for recipe in config.recipes:
-        cook(recipe, evaluator)
+        make_soup(recipe, evaluator)
     pool, methods = measure(config, evaluator)
     one = measure_scatter(config, one_shift=True).set_index("name")
     assert one.loc["row 1", "shift_mean"] == pool[1].accuracy("v2")

@@ -11,7 +11,7 @@ from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import load
 from configs.slurm import requeueing, wait_in_array
 from eval.pool import model_folders
-from soups.experiment.cook import own_recipes
+from soups.experiment.soups import job_recipes
 from tests.pools import record
 
 
@@ -103,9 +103,9 @@ def test_the_index_of_a_task_is_counted_from_where_its_array_begins(waiting, mon
 
 def test_tasks_share_the_recipes_and_an_interpolation_goes_with_its_soup():
     words = ["recipes=[best,greedy,learned,wise_ft]", "cooking.of=greedy", "share.of=3"]
-    shares = [own_recipes(load("demo_tiny", *words, f"share.index={index}")) for index in range(3)]
+    shares = [job_recipes(load("demo_tiny", *words, f"share.index={index}")) for index in range(3)]
     assert shares == [("best",), ("greedy", "wise_ft"), ("learned",)]
-    assert own_recipes(load("demo_tiny", *words, "recipe=uniform")) == ("uniform",)
+    assert job_recipes(load("demo_tiny", *words, "recipe=uniform")) == ("uniform",)
 
 
 def test_tasks_share_the_models_so_that_a_missing_one_moves_no_other(tmp_path):

@@ -13,7 +13,7 @@ from configs.schema import CONFIGS
 
 NETWORKS = {"timm", "open_clip", "transformers"}
 STAGES = {f"{stage}.__main__": {"torch", *NETWORKS} for stage in ("finetune", "eval", "soups", "analysis")}
-NO_NETWORK = ("slurm.status", "slurm.plan", "analysis.commands", "soups.experiment.cook", "reproduce")
+NO_NETWORK = ("slurm.status", "slurm.plan", "analysis.commands", "soups.experiment.soups", "reproduce")
 # One process imports all of them in this order, so that what a module may bring in comes after those that may not.
 SPARED = STAGES | dict.fromkeys(NO_NETWORK, NETWORKS)
 SPARED |= {"finetune.data": {"open_clip", "transformers"}}  # augments images

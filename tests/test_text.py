@@ -16,8 +16,8 @@ from finetune.data import mixed_batch, mixing
 from finetune.start import initialise
 from finetune.train import fine_tune, train_row
 from models.classifier import pretrained, pretrained_network
-from soups.experiment.cook import cook, logits_of
 from soups.experiment.pool import ingredients_of, usable_pool
+from soups.experiment.soups import logits_of, make_soup
 from soups.files.atomic import read_json
 from soups.scorers.metrics import score
 from store.processes import Processes
@@ -64,7 +64,7 @@ def run(config):
         train_row(config, row)
     evaluator = Evaluator(config)
     for recipe in config.recipes:
-        cook(recipe, evaluator)
+        make_soup(recipe, evaluator)
     analyse(config)
     return RunFolder.of(config)
 
@@ -104,18 +104,18 @@ def test_soups_are_of_the_runs_alone_but_interpolations_still_start_from_the_pre
     uniform = read_json(run.soup("uniform") / "soup.json")
     assert sorted(member["row"] for member in uniform["ingredients"]) == [1, 2, 3]
     evaluator = Evaluator(replace(config, cooking=replace(config.cooking, of="uniform", alpha=0.0)))
-    cook("wise_ft", evaluator)
+    make_soup("wise_ft", evaluator)
     start = usable_pool(config)[0]
-    cooked = read_json(run.soup("wise_ft") / "soup.json")
-    assert cooked["digest"] == start.digest
+    soup = read_json(run.soup("wise_ft") / "soup.json")
+    assert soup["digest"] == start.digest
 
 
 @pytest.mark.slow
 def test_the_ensemble_is_the_mean_of_its_members_log_probabilities(config, run):
     evaluator = Evaluator(config)
-    cooked = read_json(run.soup("ensemble") / "soup.json")
+    soup = read_json(run.soup("ensemble") / "soup.json")
     members = [evaluator.logits(i.digest, i.load, "test") for i in ingredients_of(config)]
-    torch.testing.assert_close(logits_of(cooked, "test", evaluator), torch.stack(members).mean(dim=0))
+    torch.testing.assert_close(logits_of(soup, "test", evaluator), torch.stack(members).mean(dim=0))
     assert fit_beta(members[0], evaluator.split("test").labels) > 0
 
 
@@ -126,7 +126,7 @@ def test_a_shortcut_that_counts_right_answers_is_refused_for_another_metric(conf
     other.root.mkdir(exist_ok=True)
     (other.root / "ingredients").symlink_to(run.root / "ingredients")
     with pytest.raises(UserError, match="matthews is no such count"):
-        cook("greedy", Evaluator(changed))
+        make_soup("greedy", Evaluator(changed))
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def pool(tmp_path):
     return tmp_path
 
 
-def cook(pool):
+def make_soup(pool):
     return soups.uniform(str(pool / "m*.safetensors")).save(pool / "soup.safetensors")
 
 
@@ -42,13 +42,13 @@ def test_the_metadata_carries_names_digests_weights_and_no_clock_or_path(pool):
 
 
 def test_the_same_models_in_another_order_give_the_same_bytes(pool):
-    first = cook(pool).read_bytes()
+    first = make_soup(pool).read_bytes()
     backwards = [pool / f"m{i}.safetensors" for i in (2, 0, 1)]
     assert soups.uniform(backwards, threads=1).save(pool / "other/soup.safetensors").read_bytes() == first
 
 
 def test_ingredients_are_found_by_content_wherever_they_are_and_however_they_are_called(pool):
-    cook(pool)
+    make_soup(pool)
     other = pool / "elsewhere"
     other.mkdir()
     for i in range(3):
@@ -61,7 +61,7 @@ def test_ingredients_are_found_by_content_wherever_they_are_and_however_they_are
 
 
 def test_a_missing_and_a_changed_ingredient_are_named(pool):
-    cook(pool)
+    make_soup(pool)
     (pool / "m0.safetensors").unlink()
     save_file({"w": torch.tensor([2.5]), "bn.running_mean": torch.zeros(1)}, pool / "m1.safetensors")
     problem = verify(pool / "soup.safetensors")
@@ -71,7 +71,7 @@ def test_a_missing_and_a_changed_ingredient_are_named(pool):
 
 
 def test_every_flipped_byte_of_a_soup_is_noticed(pool):
-    cook(pool)
+    make_soup(pool)
     path = pool / "soup.safetensors"
     content = path.read_bytes()
     for place in [*range(0, len(content), 13), len(content) - 1]:
@@ -85,7 +85,7 @@ def test_every_flipped_byte_of_a_soup_is_noticed(pool):
 
 
 def test_a_record_that_names_other_files_is_noticed(pool):
-    cook(pool)
+    make_soup(pool)
     path = pool / "soup.safetensors"
     path.write_bytes(path.read_bytes().replace(b"m0.safetensors", b"n0.safetensors"))
     with pytest.raises(UserError, match="no whole record of how it was made"):
@@ -94,7 +94,7 @@ def test_a_record_that_names_other_files_is_noticed(pool):
 
 @pytest.mark.parametrize("how", ["missing", "not a soup", "flipped"])
 def test_verify_answers_what_it_cannot_make_in_one_line_and_status_1(pool, how, capsys):
-    cook(pool)
+    make_soup(pool)
     path = pool / "soup.safetensors"
     match how:
         case "missing":

@@ -8,8 +8,8 @@ from analysis.figures.wise_curves import ALPHAS, draw_wise, ends_of, is_augmenta
 from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
 from configs.schema import load
-from soups.experiment.cook import cook
 from soups.experiment.pool import usable_pool
+from soups.experiment.soups import make_soup
 from tests.pools import finished_pool
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -23,7 +23,7 @@ def finished(tmp_path_factory):
     with pytest.raises(UserError, match="recipe=uniform first"):
         write_artefact("figured1", [config])
     for recipe in config.recipes:
-        cook(recipe, evaluator)
+        make_soup(recipe, evaluator)
     return config, evaluator
 
 

@@ -17,7 +17,7 @@ from analysis.tables.cells import NAMES
 from configs.schema import Experiment
 from eval.calibration import Calibration, calibrate
 from eval.forward import Evaluator
-from soups.experiment.cook import logits_of
+from soups.experiment.soups import logits_of
 
 SHOWN = ("best", "uniform", "greedy", "ensemble")
 ACCURACY, GAP = "#0072B2", "#D55E00"  # Okabe and Ito's colours, like those of analysis.figures.style

@@ -15,8 +15,8 @@ from configs.schema import Experiment
 from eval.forward import Annotated, Evaluator
 from eval.selection import oracle
 from eval.significance import Answers, Difference, bootstrap_scores, paired_bootstrap
-from soups.experiment.cook import dishes, logits_of
 from soups.experiment.pool import individuals_of, usable_pool
+from soups.experiment.soups import logits_of, outputs_of
 from soups.files.atomic import read_json
 from soups.scorers.metrics import score
 from store.rows import identity, score_of
@@ -187,7 +187,7 @@ def measure(
         logits = partial(evaluator.logits_of_file, done["digest"], file)
         methods.insert(0, method_of("zero-shot", 1, logits, score_of(done["held_out"]), evaluator))
     for recipe in config.recipes:
-        soups = [_soup(config, name, evaluator) for name in dishes(config, recipe)]
+        soups = [_soup(config, name, evaluator) for name in outputs_of(config, recipe)]
         methods.append(soups[0] if len(soups) == 1 else over_orders(recipe, soups))
     if config.analysis.oracle or with_oracle:
         chosen_from = [

@@ -106,7 +106,7 @@ def member_logits(evaluator: Evaluator, ingredient: Ingredient, split: str) -> W
 
 
 @dataclass
-class Kitchen:
+class PoolContext:
     """What a recipe works with."""
 
     pool: list[Ingredient]
@@ -174,22 +174,22 @@ def chosen_rows(cooking: Cooking, pool: list[Ingredient]) -> list[int]:
     return [places[row] for row in cooking.rows]
 
 
-def _greedy(kitchen: Kitchen) -> Mixed:
+def _greedy(context: PoolContext) -> Mixed:
     """Recipe 1, plain or by a shortcut that takes the same decisions."""
-    cooking, evaluator, split = kitchen.cooking, kitchen.evaluator, kitchen.evaluator.split(kitchen.split)
+    cooking, evaluator, split = context.cooking, context.evaluator, context.evaluator.split(context.split)
     if cooking.shortcut == "hard_first":
-        metric = evaluator.config.task.metrics.get(kitchen.split, "top1")
+        metric = evaluator.config.task.metrics.get(context.split, "top1")
         if metric != "top1":
             raise UserError(f"cooking.shortcut=hard_first counts right answers, and {metric} is no such count")
-        known = torch.stack([correct(load()["logits"], split.labels) for load in kitchen.logits])
+        known = torch.stack([correct(load()["logits"], split.labels) for load in context.logits])
 
         def images_correct(weights: Weights, images: Tensor) -> Tensor:
-            return correct(evaluator.fresh_logits(weights, kitchen.split, images), split.labels[images])
+            return correct(evaluator.fresh_logits(weights, context.split, images), split.labels[images])
 
         soup, forwards = greedy_counted(
-            kitchen.models,
+            context.models,
             known,
-            kitchen.journal.remembered_images(images_correct),
+            context.journal.remembered_images(images_correct),
             ties=cooking.ties,
             chunk=cooking.chunk,
             significance=cooking.significance,
@@ -200,25 +200,25 @@ def _greedy(kitchen: Kitchen) -> Mixed:
         ahead = (
             -(-cooking.ahead // world) * world if cooking.shortcut == "speculative" else 1
         )  # none without a candidate
-        soup = greedy(kitchen.models, kitchen.held_out, kitchen.accuracy, ahead=ahead, ties=cooking.ties)
+        soup = greedy(context.models, context.held_out, context.accuracy, ahead=ahead, ties=cooking.ties)
     if cooking.shortcut == "none":
         return Mixed(soup)
     spent = {"evaluations": soup.evaluations, "rounds": soup.rounds, "image_forwards": forwards}
     return Mixed(soup, {"shortcut": cooking.shortcut, "spent": spent})
 
 
-def _random_order(kitchen: Kitchen) -> Mixed:
-    """One order of Table 3's three; each has a seed of its own, so that it can be cooked alone."""
-    seed, ties = kitchen.evaluator.config.sweep.seed + kitchen.order, kitchen.cooking.ties
-    soup = greedy_random_order(kitchen.models, kitchen.held_out, kitchen.accuracy, seed=seed, ties=ties)
-    return Mixed(soup, {"order": kitchen.order})
+def _random_order(context: PoolContext) -> Mixed:
+    """One order of Table 3's three; each has a seed of its own, so that it can be made alone."""
+    seed, ties = context.evaluator.config.sweep.seed + context.order, context.cooking.ties
+    soup = greedy_random_order(context.models, context.held_out, context.accuracy, seed=seed, ties=ties)
+    return Mixed(soup, {"order": context.order})
 
 
-def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixed:
+def _learned(per: Literal["model", "layer", "tensor"], context: PoolContext) -> Mixed:
     """Appendix I; the coefficients of all groups are kept, and their mean is what soup.json lists."""
-    split, settings = kitchen.evaluator.split(kitchen.split), kitchen.cooking.learned
-    files: list[Loader] = [partial(LazyWeights, i.folder / "weights.safetensors") for i in kitchen.pool]
-    images, labels = kitchen.evaluator.together(kitchen.split), split.labels.to(kitchen.evaluator.model.device)
+    split, settings = context.evaluator.split(context.split), context.cooking.learned
+    files: list[Loader] = [partial(LazyWeights, i.folder / "weights.safetensors") for i in context.pool]
+    images, labels = context.evaluator.together(context.split), split.labels.to(context.evaluator.model.device)
     descent = LearnedSettings(
         per=per,
         lr=settings.lr,
@@ -229,43 +229,43 @@ def _learned(per: Literal["model", "layer", "tensor"], kitchen: Kitchen) -> Mixe
     )
     with little_memory():
         learnt = learned(
-            kitchen.evaluator.model,
+            context.evaluator.model,
             files,
-            shuffled(images, labels, settings.batch_size, kitchen.identity),
+            shuffled(images, labels, settings.batch_size, context.identity),
             descent,
-            state_path=kitchen.folder / "state.pt",
-            identity=kitchen.identity,
+            state_path=context.folder / "state.pt",
+            identity=context.identity,
         )
     shares = tuple(learnt.coefficients.mean(dim=0).tolist())
     notes = {"beta": learnt.beta, "first_loss": learnt.losses[0], "last_loss": learnt.losses[-1]}
     return Mixed(Soup(learnt.weights, tuple(range(len(shares))), shares), notes, (learnt.groups, learnt.coefficients))
 
 
-def _model_stock(kitchen: Kitchen) -> Mixed:
+def _model_stock(context: PoolContext) -> Mixed:
     """Of the fine-tuned models and the initialisation, row 0."""
-    tuned = [place for place, ingredient in enumerate(kitchen.pool) if ingredient.row]
-    stock = model_stock(kitchen.start.load, [kitchen.pool[place].load for place in tuned])
+    tuned = [place for place, ingredient in enumerate(context.pool) if ingredient.row]
+    stock = model_stock(context.start.load, [context.pool[place].load for place in tuned])
     moved = [ratio for name, ratio in stock.ratios.items() if stock.cosines[name] < 1]
     soup = Soup(stock.weights, tuple(tuned), equal(len(tuned)))
     return Mixed(soup, {"mean_ratio": sum(moved) / max(1, len(moved))})
 
 
-def _wise_ft(kitchen: Kitchen) -> Mixed:
-    """Between row 0 and a soup that was cooked before."""
-    cooking = kitchen.cooking
-    file = RunFolder.of(kitchen.evaluator.config).soup(cooking.of) / "weights.safetensors"
+def _wise_ft(context: PoolContext) -> Mixed:
+    """Between row 0 and a soup that was made before."""
+    cooking = context.cooking
+    file = RunFolder.of(context.evaluator.config).soup(cooking.of) / "weights.safetensors"
     if not file.exists():
         raise UserError(f"{file} is missing: run python -m soups recipe={cooking.of} first, or choose cooking.of")
-    weights = wise_ft(kitchen.start.load, lambda: load_weights(file), cooking.alpha)
+    weights = wise_ft(context.start.load, lambda: load_weights(file), cooking.alpha)
     return Mixed(Soup(weights, (0,), (1.0,)), {"of": cooking.of, "alpha": cooking.alpha})
 
 
-def _calibrated(kitchen: Kitchen) -> Mixed:
+def _calibrated(context: PoolContext) -> Mixed:
     """All members, each scaled by its own inverse temperature before the mean."""
-    labels = kitchen.evaluator.split(kitchen.split).labels
-    betas = [fit_beta(load()["logits"], labels) for load in kitchen.logits]
-    scaled: list[Loader] = [partial(_times, load, beta) for load, beta in zip(kitchen.logits, betas, strict=True)]
-    soup = uniform_ensemble(scaled, kitchen.held_out)
+    labels = context.evaluator.split(context.split).labels
+    betas = [fit_beta(load()["logits"], labels) for load in context.logits]
+    scaled: list[Loader] = [partial(_times, load, beta) for load, beta in zip(context.logits, betas, strict=True)]
+    soup = uniform_ensemble(scaled, context.held_out)
     return Mixed(soup, {"betas": [betas[i] for i in soup.ingredients]})
 
 
@@ -273,28 +273,28 @@ def _times(load: Loader, beta: float) -> Weights:
     return {"logits": beta * load()["logits"]}
 
 
-RECIPES: dict[str, Callable[[Kitchen], Mixed]] = {
-    "best": lambda k: Mixed(best(k.models, k.held_out)),
-    "second_best": lambda k: Mixed(best(k.models, k.held_out, place=2)),
-    "uniform": lambda k: Mixed(uniform(k.models, k.held_out)),
-    "subset": lambda k: Mixed(subset(k.models, k.held_out, chosen_rows(k.cooking, k.pool))),
+RECIPES: dict[str, Callable[[PoolContext], Mixed]] = {
+    "best": lambda c: Mixed(best(c.models, c.held_out)),
+    "second_best": lambda c: Mixed(best(c.models, c.held_out, place=2)),
+    "uniform": lambda c: Mixed(uniform(c.models, c.held_out)),
+    "subset": lambda c: Mixed(subset(c.models, c.held_out, chosen_rows(c.cooking, c.pool))),
     "greedy": _greedy,
     "greedy_random_order": _random_order,
-    "greedy_with_replacement": lambda k: Mixed(
-        greedy_with_replacement(k.models, k.held_out, k.accuracy, rounds=k.cooking.rounds)
+    "greedy_with_replacement": lambda c: Mixed(
+        greedy_with_replacement(c.models, c.held_out, c.accuracy, rounds=c.cooking.rounds)
     ),
     "learned": partial(_learned, "model"),
     "learned_by_layer": partial(_learned, "layer"),
     "learned_by_tensor": partial(_learned, "tensor"),
     "model_stock": _model_stock,
     "wise_ft": _wise_ft,
-    "ensemble": lambda k: Mixed(uniform_ensemble(k.logits, k.held_out)),
+    "ensemble": lambda c: Mixed(uniform_ensemble(c.logits, c.held_out)),
     "calibrated_ensemble": _calibrated,
-    "greedy_ensemble": lambda k: Mixed(
-        greedy(k.logits, k.held_out, k.ensemble_accuracy, grow=GrowingLogits, ties=k.cooking.ties)
+    "greedy_ensemble": lambda c: Mixed(
+        greedy(c.logits, c.held_out, c.ensemble_accuracy, grow=GrowingLogits, ties=c.cooking.ties)
     ),
-    "ensemble_with_replacement": lambda k: Mixed(
-        greedy_with_replacement(k.logits, k.held_out, k.ensemble_accuracy, grow=GrowingLogits, rounds=k.cooking.rounds)
+    "ensemble_with_replacement": lambda c: Mixed(
+        greedy_with_replacement(c.logits, c.held_out, c.ensemble_accuracy, grow=GrowingLogits, rounds=c.cooking.rounds)
     ),
 }
 
@@ -315,4 +315,4 @@ def mix(name: str, pool: list[Ingredient], evaluator: Evaluator, folder: Path, i
         UserError: settings that this pool cannot meet.
     """
     recipe, _, order = name.partition("/")
-    return RECIPES[recipe](Kitchen(pool, evaluator, folder, identity, int(order or 0), split))
+    return RECIPES[recipe](PoolContext(pool, evaluator, folder, identity, int(order or 0), split))

@@ -15,7 +15,7 @@ from soups.ranks import end, start, this_rank
 def run(config: Experiment) -> None:
     """One recipe with recipe=..., else this job's share of all that the experiment lists."""
     # Imported here, since mistyped settings and --help need none of it, and torch alone takes seconds.
-    from soups.experiment.cook import cook_all, cook_together, own_recipes, summary  # noqa: PLC0415
+    from soups.experiment.soups import job_recipes, make_soup_together, make_soups, summary  # noqa: PLC0415
     from store.staging import staged  # noqa: PLC0415
     from store.workers import use_threads  # noqa: PLC0415
 
@@ -23,11 +23,11 @@ def run(config: Experiment) -> None:
     config = staged(config)
     start()
     if this_rank()[1] > 1:
-        cook_together(config)
+        make_soup_together(config)
         recipes: tuple[str, ...] = ("greedy",)
     else:
-        recipes = own_recipes(config)
-        cook_all(config, recipes)
+        recipes = job_recipes(config)
+        make_soups(config, recipes)
     if this_rank()[0] == 0:
         print(summary(config, recipes))
     end()

@@ -16,7 +16,7 @@ class Reading:
     key: str | None = None  # where a file holds several sets of weights: its key, or "ema" for the averaged ones
     exclude: str | None = None  # a pattern; tensors whose names it finds are not averaged
     only_common: bool = False  # tensors that some file lacks, or has in another shape, are not averaged
-    as_stored: bool = False  # names with those of wrappers, as soups of format 1 were cooked
+    as_stored: bool = False  # names with those of wrappers, as soups of format 1 were made
     set_aside: tuple[str, ...] = ()  # of only_common: what is not averaged, as a larger pool than these files decides
     like: str | None = None  # the model in whose order classes and tokens are read
     base: str | None = None  # the model with which a folder of a LoRA adapter is read, merged into it

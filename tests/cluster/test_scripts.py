@@ -84,7 +84,7 @@ def assert_alike(one, other):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=2e-4)
 
 
-def cooked(runs):
+def soups_of(runs):
     records = [read_json(file) for file in sorted((runs / "demo_tiny/soups").rglob("soup.json"))]
     return {each["recipe"]: (each["digest"], each["held_out"], each["trials"]) for each in records}
 
@@ -130,7 +130,7 @@ def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undist
     sent.wait()
     assert "interrupted by a signal, and saved" in sent.said
     assert cluster.told(sent.job, "Restarts") == "2"
-    assert cooked(disturbed) == cooked(alone)
+    assert soups_of(disturbed) == soups_of(alone)
 
 
 def test_rows_do_not_wait_for_an_initialisation_that_failed(cluster, network, tmp_path):

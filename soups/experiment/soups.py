@@ -38,17 +38,17 @@ SETTINGS = {  # what of `cooking` each recipe depends on
 }
 
 
-def dishes(config: Experiment, recipe: str) -> list[str]:
+def outputs_of(config: Experiment, recipe: str) -> list[str]:
     """What a recipe makes: itself, or one soup for each random order."""
     if recipe == "greedy_random_order":
         return [f"{recipe}/{order}" for order in range(config.cooking.orders)]
     return [recipe]
 
 
-def own_recipes(config: Experiment) -> tuple[Recipe, ...]:
-    """The recipes that this job cooks: the one that is named, else its share of the experiment's list.
+def job_recipes(config: Experiment) -> tuple[Recipe, ...]:
+    """The recipes whose soups this job makes: the one that is named, else its share of the experiment's list.
 
-    An interpolation is cooked by whoever cooks its soup.
+    An interpolation is made by the job that makes its soup.
     """
     if config.recipe:
         return (config.recipe,)
@@ -73,15 +73,15 @@ def identity_of(config: Experiment, name: str, pool: list[Ingredient], held_out:
 
 
 def place_of(config: Experiment, name: str, split: str) -> Path:
-    """The folder of a dish; one that was selected on another split than held-out says so in its name."""
+    """The folder of an output; one that was selected on another split than held-out says so in its name."""
     return RunFolder.of(config).soup(name if split == config.task.held_out else f"{name}@{split}")
 
 
-def cook(name: str, evaluator: Evaluator, split: str | None = None) -> dict[str, Any]:
-    """Cook one dish, or find it cooked from the same pool with the same settings; returns its soup.json.
+def make_soup(name: str, evaluator: Evaluator, split: str | None = None) -> dict[str, Any]:
+    """Make one soup or ensemble, or find it made from the same pool with the same settings; returns its soup.json.
 
     Args:
-        name: one of `dishes`.
+        name: one of `outputs_of`.
         evaluator: of the experiment.
         split: selects; held-out where None.
 
@@ -94,33 +94,33 @@ def cook(name: str, evaluator: Evaluator, split: str | None = None) -> dict[str,
     identity = identity_of(config, name, pool, evaluator.split(split).digest)
     with sole_writer(folder):
         if (folder / "soup.json").exists():
-            cooked: dict[str, Any] = read_json(folder / "soup.json")
-            if cooked["identity"] == identity:
-                return cooked
+            soup: dict[str, Any] = read_json(folder / "soup.json")
+            if soup["identity"] == identity:
+                return soup
             _clear(folder)
         try:
             mixed = mix(name, pool, evaluator, folder, identity, split=split)
         except (UserError, ValueError) as error:
             raise UserError(f"recipe {name} on {RunFolder.of(config).root}: {error}") from None
-        cooked = _record(name, mixed, pool, evaluator, folder, split=split) | {"identity": identity}
-        write_json(folder / "soup.json", cooked)
+        soup = _record(name, mixed, pool, evaluator, folder, split=split) | {"identity": identity}
+        write_json(folder / "soup.json", soup)
         (folder / "state.pt").unlink(missing_ok=True)
-        return cooked
+        return soup
 
 
 def _clear(folder: Path) -> None:
-    """Forget what was cooked from another pool or with other settings, its record first."""
+    """Remove what was made from another pool or with other settings, its record first."""
     for name in ("soup.json", "journal.jsonl", "state.pt", "scores.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for journal in folder.glob("journal.*.jsonl"):
         journal.unlink()
 
 
-def cook_together(config: Experiment) -> None:
+def make_soup_together(config: Experiment) -> None:
     """Recipe 1 by the processes that torchrun started: each scores its part of the next candidates, the first writes.
 
     Raises:
-        UserError: another recipe, whose work is not shared; or as `cook`.
+        UserError: another recipe, whose work is not shared; or as `make_soup`.
     """
     if config.recipe != "greedy" or config.cooking.shortcut != "speculative":
         raise UserError(
@@ -133,10 +133,10 @@ def cook_together(config: Experiment) -> None:
     is_first = this_rank()[0] == 0
     if is_first and (folder / "soup.json").exists() and read_json(folder / "soup.json")["identity"] != identity:
         _clear(folder)  # before another process reads its journal
-    if from_first(is_cooked(config, "greedy") if is_first else None):
+    if from_first(is_made(config, "greedy") if is_first else None):
         return
     if is_first:
-        cook("greedy", evaluator)
+        make_soup("greedy", evaluator)
     else:
         mix("greedy", pool, evaluator, folder, identity, split=split)
 
@@ -183,21 +183,21 @@ def _record(
     }
 
 
-def logits_of(cooked: dict[str, Any], split: str, evaluator: Evaluator) -> torch.Tensor:
+def logits_of(soup: dict[str, Any], split: str, evaluator: Evaluator) -> torch.Tensor:
     """(N, C) logits of what a recipe made: its own forward pass, or for an ensemble the mean of its members'.
 
     Args:
-        cooked: a soup.json.
+        soup: a soup.json.
         split: any split of the task.
         evaluator: of the experiment.
     """
-    if cooked["digest"] is not None:
-        folder = place_of(evaluator.config, cooked["recipe"], cooked["selected_on"]["split"])
+    if soup["digest"] is not None:
+        folder = place_of(evaluator.config, soup["recipe"], soup["selected_on"]["split"])
         from_file = folder / "weights.safetensors"
-        return evaluator.logits_of_file(cooked["digest"], from_file, split)
+        return evaluator.logits_of_file(soup["digest"], from_file, split)
     pool = {ingredient.row: ingredient for ingredient in usable_pool(evaluator.config)}
-    members = cooked["ingredients"]
-    betas = cooked.get("betas", [1.0] * len(members))
+    members = soup["ingredients"]
+    betas = soup.get("betas", [1.0] * len(members))
     total: torch.Tensor | None = None
     for member, beta in zip(members, betas, strict=True):
         # One member at a time, so that 72 sets of logits never stand in memory together.
@@ -207,27 +207,27 @@ def logits_of(cooked: dict[str, Any], split: str, evaluator: Evaluator) -> torch
     return total.float()
 
 
-def describe(cooked: dict[str, Any]) -> str:
+def describe(soup: dict[str, Any]) -> str:
     """One line about a soup or ensemble."""
-    score, rows = cooked["held_out"], [member["row"] for member in cooked["ingredients"]]
-    chose = cooked["selected_on"]["split"].replace("_", "-")
+    score, rows = soup["held_out"], [member["row"] for member in soup["ingredients"]]
+    chose = soup["selected_on"]["split"].replace("_", "-")
     what = f"rows {', '.join(map(str, rows))}" if len(rows) < 9 else f"{len(rows)} models"
-    return f"{cooked['recipe']}: {chose} {100 * score_of(score):.1f} % (n = {score['n']}), {what}"
+    return f"{soup['recipe']}: {chose} {100 * score_of(score):.1f} % (n = {score['n']}), {what}"
 
 
 def summary(config: Experiment, recipes: tuple[str, ...]) -> str:
-    """One line about each of some recipes that are cooked."""
-    names = [name for recipe in recipes for name in dishes(config, recipe)]
+    """One line about each output of these recipes, all of which are made."""
+    names = [name for recipe in recipes for name in outputs_of(config, recipe)]
     return "\n".join(describe(read_json(RunFolder.of(config).soup(name) / "soup.json")) for name in names)
 
 
-def cook_here(config: Experiment, name: str, split: str) -> None:
-    """`cook` in a worker process."""
-    cook(name, Evaluator(config), split)
+def make_soup_in_worker(config: Experiment, name: str, split: str) -> None:
+    """`make_soup` in a worker process."""
+    make_soup(name, Evaluator(config), split)
 
 
-def is_cooked(config: Experiment, name: str, split: str | None = None) -> bool:
-    """Whether a dish is there, from this pool and with these settings, selected on held-out or on `split`."""
+def is_made(config: Experiment, name: str, split: str | None = None) -> bool:
+    """Whether an output is there, from this pool and with these settings, selected on held-out or on `split`."""
     split = split or config.task.held_out
     path = place_of(config, name, split) / "soup.json"
     if not path.exists():
@@ -236,28 +236,28 @@ def is_cooked(config: Experiment, name: str, split: str | None = None) -> bool:
     return bool(read_json(path)["identity"] == identity_of(config, name, pool_of(config, name), digest))
 
 
-def cook_all(
+def make_soups(
     config: Experiment, recipes: tuple[str, ...], console: Console | None = None, split: str | None = None
 ) -> None:
-    """Cook what is not cooked yet, over the cluster's worker processes; interpolations come after their soups.
+    """Make what is not made yet, over the cluster's worker processes; interpolations come after their soups.
 
     Args:
         config: of the experiment.
-        recipes: to cook.
+        recipes: recipes whose outputs are made.
         console: where progress is shown.
         split: selects; held-out where None.
     """
     split = split or config.task.held_out
-    names = [name for recipe in recipes for name in dishes(config, recipe)]
+    names = [name for recipe in recipes for name in outputs_of(config, recipe)]
     later = [name for name in names if name == "wise_ft"]
     for batch in ([name for name in names if name not in later], later):
-        missing = [name for name in batch if not is_cooked(config, name, split)]
+        missing = [name for name in batch if not is_made(config, name, split)]
         # The longest first, so that no worker is left alone with one at the end.
         slow = ("greedy_with_replacement", "learned", "greedy")
         missing.sort(key=lambda name: next((i for i, part in enumerate(slow) if name.startswith(part)), len(slow)))
         spread(
-            f"cooking {len(missing)} soups and ensembles",
-            [partial(cook_here, config, name, split) for name in missing],
+            f"making {len(missing)} soups and ensembles",
+            [partial(make_soup_in_worker, config, name, split) for name in missing],
             workers=config.cluster.workers,
             threads=config.cluster.threads,
             units=len(missing),

@@ -18,9 +18,9 @@ from configs.errors import UserError
 from configs.schema import CONFIGS, Recipe, load
 from eval.forward import Evaluator
 from finetune.start import initialise
-from soups.experiment.cook import ENSEMBLES, cook, dishes, logits_of
 from soups.experiment.doctor import examine_experiment
 from soups.experiment.pool import RECIPES, mix, usable_pool
+from soups.experiment.soups import ENSEMBLES, logits_of, make_soup, outputs_of
 from soups.files.atomic import read_json, write_json
 from soups.files.weights import load_weights, save_weights
 from soups.journal import Journal
@@ -72,23 +72,23 @@ class Watched(Evaluator):
 
 @pytest.fixture
 def config(pool_config):
-    """The pool, with no soup cooked yet."""
+    """The pool, with no soup made yet."""
     shutil.rmtree(RunFolder.of(pool_config).root / "soups", ignore_errors=True)
     return pool_config
 
 
-def all_dishes(config):
-    return [name for recipe in config.recipes for name in dishes(config, recipe)]
+def all_outputs(config):
+    return [name for recipe in config.recipes for name in outputs_of(config, recipe)]
 
 
 def test_no_recipe_looks_at_any_split_but_held_out_and_a_table_of_all_is_measured_once_and_refuses_a_leak(config):
     config = replace(config, cooking=replace(config.cooking, rows=(1, 3)))
     evaluator = Watched(config)
-    names = [*all_dishes(config), *(set(RECIPES) - set(config.recipes))]
+    names = [*all_outputs(config), *(set(RECIPES) - set(config.recipes))]
     assert "wise_ft" in names
     for name in names:
         evaluator.asked.clear()
-        cook(name, evaluator)
+        make_soup(name, evaluator)
         assert evaluator.asked == {"held_out"}, name
     first, _ = measure(config, evaluator)
 
@@ -105,33 +105,33 @@ def test_no_recipe_looks_at_any_split_but_held_out_and_a_table_of_all_is_measure
     refuse_leak(config, {"recipe": "best", "selected_on": {"split": "held_out"}})
 
 
-def test_every_recipe_of_the_schema_can_be_cooked():
+def test_every_recipe_of_the_schema_can_be_made():
     assert set(RECIPES) == set(get_args(Recipe))
 
 
 def test_the_best_individual_is_the_best_on_held_out(config):
     evaluator = Evaluator(config)
-    cooked = cook("best", evaluator)
-    assert [member["row"] for member in cooked["ingredients"]] == [ORDER[0]]
+    soup = make_soup("best", evaluator)
+    assert [member["row"] for member in soup["ingredients"]] == [ORDER[0]]
     pool = {ingredient.row: ingredient for ingredient in usable_pool(config)}
     expected = evaluator.logits(pool[2].digest, pool[2].load, "test")
-    assert torch.equal(logits_of(cooked, "test", evaluator), expected)
+    assert torch.equal(logits_of(soup, "test", evaluator), expected)
 
 
 def test_greedy_tries_the_pool_best_first_and_keeps_what_does_not_lower_held_out(config):
     evaluator = Evaluator(config)
-    cooked = cook("greedy", evaluator)
-    assert [trial["row"] for trial in cooked["trials"]] == ORDER
-    best = cooked["trials"][0]["score"]
-    for trial in cooked["trials"][1:]:
+    soup = make_soup("greedy", evaluator)
+    assert [trial["row"] for trial in soup["trials"]] == ORDER
+    best = soup["trials"][0]["score"]
+    for trial in soup["trials"][1:]:
         assert trial["accepted"] == (trial["score"] >= best)
         best = max(best, trial["score"]) if trial["accepted"] else best
-    kept = [trial["row"] for trial in cooked["trials"] if trial["accepted"]]
-    assert kept == [member["row"] for member in cooked["ingredients"]]
+    kept = [trial["row"] for trial in soup["trials"] if trial["accepted"]]
+    assert kept == [member["row"] for member in soup["ingredients"]]
 
 
 def test_the_uniform_soup_on_disk_is_the_mean_of_all_models(config):
-    cook("uniform", Evaluator(config))
+    make_soup("uniform", Evaluator(config))
     soup = load_weights(RunFolder.of(config).soup("uniform") / "weights.safetensors")
     heads = torch.stack([ingredient.load()["head.weight"].double() for ingredient in usable_pool(config)])
     torch.testing.assert_close(soup["head.weight"], heads.mean(dim=0).float(), rtol=0, atol=1e-6)
@@ -141,24 +141,24 @@ def test_an_ensemble_has_the_mean_of_its_members_logits_on_every_split(config):
     evaluator = Evaluator(config)
     for recipe in ("ensemble", "greedy_ensemble"):
         assert recipe in ENSEMBLES
-        cooked = cook(recipe, evaluator)
-        rows = {member["row"] for member in cooked["ingredients"]}
+        soup = make_soup(recipe, evaluator)
+        rows = {member["row"] for member in soup["ingredients"]}
         members = [ingredient for ingredient in usable_pool(config) if ingredient.row in rows]
         logits = [evaluator.logits(i.digest, i.load, "v2").double() for i in members]
         torch.testing.assert_close(
-            logits_of(cooked, "v2", evaluator), torch.stack(logits).mean(dim=0).float(), rtol=1e-6, atol=1e-6
+            logits_of(soup, "v2", evaluator), torch.stack(logits).mean(dim=0).float(), rtol=1e-6, atol=1e-6
         )
 
 
-def test_a_recipe_cooked_before_is_not_cooked_again_until_the_pool_changes(config):
+def test_a_soup_made_before_is_not_made_again_until_the_pool_changes(config):
     evaluator = Evaluator(config)
-    first = cook("greedy", evaluator)
+    first = make_soup("greedy", evaluator)
     file = RunFolder.of(config).soup("greedy") / "weights.safetensors"
     stamp = file.stat().st_mtime_ns
-    assert cook("greedy", evaluator) == first
+    assert make_soup("greedy", evaluator) == first
     assert file.stat().st_mtime_ns == stamp
     fewer = replace(config, sweep=replace(config.sweep, rows=ROWS - 1))
-    assert [trial["row"] for trial in cook("greedy", Evaluator(fewer))["trials"]] == [2, 0, 1, 3]
+    assert [trial["row"] for trial in make_soup("greedy", Evaluator(fewer))["trials"]] == [2, 0, 1, 3]
 
 
 def test_a_killed_greedy_run_pays_for_no_candidate_twice(config):
@@ -173,14 +173,14 @@ def test_a_killed_greedy_run_pays_for_no_candidate_twice(config):
 
     evaluator = Counting(config)
     with pytest.raises(KeyboardInterrupt):
-        cook("greedy", evaluator)
+        make_soup("greedy", evaluator)
     assert len(Journal(RunFolder.of(config).soup("greedy") / "journal.jsonl").rows) == 2
-    resumed = cook("greedy", evaluator)
+    resumed = make_soup("greedy", evaluator)
     # 4 candidates: 2 before the stop, the one it fell in, and then 2 more and the finished soup's own logits.
     assert len(counted) in (5, 6)
     RunFolder.of(config).soup("greedy").joinpath("soup.json").unlink()
     RunFolder.of(config).soup("greedy").joinpath("journal.jsonl").unlink()
-    undisturbed = cook("greedy", Evaluator(config))
+    undisturbed = make_soup("greedy", Evaluator(config))
     assert resumed == undisturbed
 
 
@@ -197,7 +197,7 @@ def test_a_diverged_row_is_left_out(config):
 def test_an_unfinished_pool_is_refused_with_its_missing_rows(config):
     more = replace(config, sweep=replace(config.sweep, rows=ROWS + 2))
     with pytest.raises(UserError, match=r"rows 5, 6 of .* are not finished: run python -m finetune"):
-        cook("uniform", Evaluator(more))
+        make_soup("uniform", Evaluator(more))
 
 
 def test_a_damaged_ingredient_is_named(config):
@@ -206,7 +206,7 @@ def test_a_damaged_ingredient_is_named(config):
     path.write_bytes(whole[: len(whole) // 2])
     try:
         with pytest.raises(UserError, match=r"ingredients/001/weights.safetensors.*damaged.*delete its folder"):
-            cook("uniform", Evaluator(config))
+            make_soup("uniform", Evaluator(config))
     finally:
         path.write_bytes(whole)
     assert not (RunFolder.of(config).soup("uniform") / "soup.json").exists()
@@ -233,31 +233,31 @@ def honest(config):
 @pytest.mark.parametrize("shortcut", ["hard_first", "speculative"])
 def test_a_shortcut_takes_the_decisions_of_plain_greedy_on_real_forward_passes(honest, shortcut):
     config = honest
-    plain = cook("greedy", Evaluator(config))
+    plain = make_soup("greedy", Evaluator(config))
     short = with_cooking(config, shortcut=shortcut, ahead=2, chunk=4)
-    cooked = cook("greedy", Evaluator(short))
+    soup = make_soup("greedy", Evaluator(short))
     decisions = [(trial["row"], trial["accepted"]) for trial in plain["trials"]]
-    assert [(trial["row"], trial["accepted"]) for trial in cooked["trials"]] == decisions
-    assert cooked["digest"] == plain["digest"]
-    assert cooked["spent"]["evaluations"] >= ROWS
-    for ours, theirs in zip(cooked["trials"], plain["trials"], strict=True):
+    assert [(trial["row"], trial["accepted"]) for trial in soup["trials"]] == decisions
+    assert soup["digest"] == plain["digest"]
+    assert soup["spent"]["evaluations"] >= ROWS
+    for ours, theirs in zip(soup["trials"], plain["trials"], strict=True):
         assert ours["score"] >= theirs["score"] - 1e-9
         assert not ours["exact"] or ours["correct"] == theirs["correct"]
 
 
 def test_the_random_orders_of_greedy_are_soups_of_their_own(config):
-    names = dishes(config, "greedy_random_order")
+    names = outputs_of(config, "greedy_random_order")
     assert len(names) == 3
-    orders = [[trial["row"] for trial in cook(name, Evaluator(config))["trials"]] for name in names]
+    orders = [[trial["row"] for trial in make_soup(name, Evaluator(config))["trials"]] for name in names]
     assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
     assert len({tuple(order) for order in orders}) > 1
 
 
 def test_a_learned_soup_lowers_held_out_loss_and_records_coefficients_that_sum_to_one(config):
     config = with_cooking(config, learned=replace(config.cooking.learned, epochs=8, batch_size=64))
-    cooked = cook("learned_by_layer", Evaluator(config))
-    assert cooked["last_loss"] < cooked["first_loss"]
-    assert sum(member["weight"] for member in cooked["ingredients"]) == pytest.approx(1)
+    soup = make_soup("learned_by_layer", Evaluator(config))
+    assert soup["last_loss"] < soup["first_loss"]
+    assert sum(member["weight"] for member in soup["ingredients"]) == pytest.approx(1)
     shares = pd.read_csv(RunFolder.of(config).soup("learned_by_layer") / "coefficients.csv").set_index("group")
     assert shares.shape[1] == ROWS + 1
     assert len(shares) > 5
@@ -267,10 +267,10 @@ def test_a_learned_soup_lowers_held_out_loss_and_records_coefficients_that_sum_t
 def test_wise_ft_lies_between_the_initialisation_and_the_soup(config):
     evaluator = Evaluator(config)
     with pytest.raises(UserError, match=r"greedy/weights.safetensors is missing: run python -m soups recipe=greedy"):
-        cook("wise_ft", evaluator)
-    cook("greedy", evaluator)
+        make_soup("wise_ft", evaluator)
+    make_soup("greedy", evaluator)
     half = with_cooking(config, alpha=0.25)
-    cook("wise_ft", Evaluator(half))
+    make_soup("wise_ft", Evaluator(half))
     run = RunFolder.of(config)
     start, end, between = (
         load_weights(folder / "weights.safetensors")["head.weight"].double()
@@ -281,32 +281,32 @@ def test_wise_ft_lies_between_the_initialisation_and_the_soup(config):
 
 def test_a_subset_names_its_rows(config):
     with pytest.raises(UserError, match=r"needs cooking.rows=\[...\] of rows \[0, 1, 2, 3, 4\]; got \[7\]"):
-        cook("subset", Evaluator(with_cooking(config, rows=(7,))))
+        make_soup("subset", Evaluator(with_cooking(config, rows=(7,))))
     chosen = with_cooking(config, rows=(3, 1))
-    cooked = cook("subset", Evaluator(chosen))
-    assert [member["row"] for member in cooked["ingredients"]] == [1, 3]
+    soup = make_soup("subset", Evaluator(chosen))
+    assert [member["row"] for member in soup["ingredients"]] == [1, 3]
 
 
-def test_a_changed_setting_of_a_recipe_cooks_it_again_and_only_it(config):
+def test_a_changed_setting_of_a_recipe_makes_it_again_and_only_it(config):
     evaluator = Evaluator(config)
-    before = {name: cook(name, evaluator)["identity"] for name in ("greedy", "uniform")}
+    before = {name: make_soup(name, evaluator)["identity"] for name in ("greedy", "uniform")}
     changed = with_cooking(config, ties="drop")
-    after = {name: cook(name, Evaluator(changed))["identity"] for name in ("greedy", "uniform")}
+    after = {name: make_soup(name, Evaluator(changed))["identity"] for name in ("greedy", "uniform")}
     assert after["greedy"] != before["greedy"]
     assert after["uniform"] == before["uniform"]
 
 
 def test_a_calibrated_ensemble_scales_each_member_by_its_own_temperature(config, tmp_path):
     evaluator = Evaluator(config)
-    cooked = cook("calibrated_ensemble", evaluator)
+    soup = make_soup("calibrated_ensemble", evaluator)
     pool = {ingredient.row: ingredient for ingredient in usable_pool(config)}
     expected = sum(
         beta * evaluator.logits(pool[m["row"]].digest, pool[m["row"]].load, "test").double() / (ROWS + 1)
-        for m, beta in zip(cooked["ingredients"], cooked["betas"], strict=True)
+        for m, beta in zip(soup["ingredients"], soup["betas"], strict=True)
     )
-    torch.testing.assert_close(logits_of(cooked, "test", evaluator), expected.float(), rtol=1e-5, atol=1e-5)
-    assert len(set(cooked["betas"])) > 1
-    on_held_out = logits_of(cooked, config.task.held_out, evaluator)
+    torch.testing.assert_close(logits_of(soup, "test", evaluator), expected.float(), rtol=1e-5, atol=1e-5)
+    assert len(set(soup["betas"])) > 1
+    on_held_out = logits_of(soup, config.task.held_out, evaluator)
     mixed = mix("calibrated_ensemble", usable_pool(config), evaluator, tmp_path, "", split=config.task.held_out)
     torch.testing.assert_close(mixed.soup.weights["logits"], on_held_out, rtol=1e-5, atol=1e-5)
 
@@ -326,11 +326,11 @@ def test_the_doctor_examines_an_experiment_and_its_midpoints(config, capsys, mon
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_candidates_of_greedy_and_cook_the_soup_of_one(tmp_path):
+def test_two_processes_share_the_candidates_of_greedy_and_make_the_soup_of_one(tmp_path):
     finished_pool(tmp_path / "one")
     words = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200", *small_network(tmp_path / "one")]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    plain = cook("greedy", Evaluator(load("demo_tiny", f"paths.runs={tmp_path / 'one'}", *words[1:])))
+    plain = make_soup("greedy", Evaluator(load("demo_tiny", f"paths.runs={tmp_path / 'one'}", *words[1:])))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
