@@ -15,7 +15,7 @@ from analysis.results import results_of
 from analysis.tables.table3 import analyse
 from configs.cli import record_words
 from configs.errors import UserError
-from soups.experiment.cook import cook
+from soups.experiment.soups import make_soup
 from soups.files.atomic import read_json
 from store.runs import RunFolder
 from tests.commands import python
@@ -92,7 +92,7 @@ def own_run(tmp_path_factory):
     settings = ["recipes=[best,uniform,greedy]", "cluster.workers=1", "model.templates=null"]
     config, evaluator = finished_pool(runs, *settings)
     for recipe in config.recipes:
-        cook(recipe, evaluator)
+        make_soup(recipe, evaluator)
     analyse(config)
     typed = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200", *settings, f"paths.runs={runs}"]
     record_words(config, typed)
