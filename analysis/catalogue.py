@@ -26,7 +26,7 @@ from analysis.figures.scatter import (
     measure_scatter,
     measure_subgroups,
 )
-from analysis.figures.style import save_with_numbers
+from analysis.figures.style import save_with_numbers, write_csv
 from analysis.figures.training_seeds import draw_budget, draw_calibration, measure_budget, measure_calibration
 from analysis.figures.wise_curves import draw_wise, measure_wise
 from analysis.tables.cells import write_cells
@@ -43,7 +43,6 @@ from analysis.tables.table3 import GROUPED
 from analysis.tables.text_tables import text_cells, text_numbers
 from analysis.theory.approximation import draw_approximation, measure_approximation, summarised
 from configs.schema import Experiment
-from soups.files.atomic import replacing
 
 MEASURED = Path(__file__).resolve().parents[1] / "results/measured"
 GLUE = ("mrpc", "rte", "cola", "sst2")
@@ -68,9 +67,7 @@ class Drawing:
         """Write stem.{pdf,png,csv}, and other tables beside."""
         files = save_with_numbers(self.draw(configs[0], numbers), numbers, stem)
         for name, table in self.beside(configs[0], numbers).items():
-            files.append(stem.with_name(f"{stem.name}_{name}.csv"))
-            with replacing(files[-1]) as temporary:
-                table.to_csv(temporary, index=False, float_format="%.6f")
+            files.append(write_csv(table, stem.with_name(f"{stem.name}_{name}.csv"), "%.6f"))
         return files
 
 

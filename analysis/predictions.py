@@ -10,15 +10,14 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis.tables.table3 import publish
+from analysis.figures.style import write_csv
+from analysis.tables.table3 import published, write_provenance
 from configs.errors import UserError
 from configs.schema import Experiment, Recipe
 from eval.forward import Evaluator
 from eval.metrics import nll
 from soups.experiment.pool import usable_pool
 from soups.experiment.soups import logits_of, make_soup, make_soups
-from soups.files.atomic import replacing, write_json
-from store.provenance import provenance
 from store.runs import RunFolder
 
 METHODS: tuple[Recipe, ...] = ("best", "uniform", "greedy", "learned_by_tensor", "ensemble", "greedy_ensemble")
@@ -76,13 +75,10 @@ def models(config: Experiment) -> pd.DataFrame:
 def write_pool(config: Experiment, console: Console | None = None) -> list[Path]:
     """Write predictions.csv and models.csv of a pool, with where they come from; returns the files."""
     folder = RunFolder.of(config).analysis
-    files = [folder / "predictions.csv", folder / "models.csv", folder / "predictions_provenance.json"]
-    for file, frame in zip(files, (predictions(config, console), models(config)), strict=False):
-        with replacing(file) as temporary:
-            frame.to_csv(temporary, index=False, float_format="%.6g")
-    record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}
-    write_json(files[-1], record)
-    return files if config.paths.results is None else [publish(f, config.paths.results, config.name) for f in files]
+    frames = {"predictions": predictions(config, console), "models": models(config)}
+    files = [write_csv(frame, folder / f"{name}.csv", "%.6g") for name, frame in frames.items()]
+    files.append(write_provenance(config, folder / "predictions_provenance.json"))
+    return published(files, config) or files
 
 
 def read_pools(folder: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:

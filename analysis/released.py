@@ -16,7 +16,7 @@ from analysis.figures.style import STYLE, save_with_numbers
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.cells import NAMES, write_cells
 from analysis.tables.paper import beside, beside_table, legend
-from analysis.tables.table3 import publish
+from analysis.tables.table3 import published
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.selection import best_on_held_out
@@ -159,9 +159,7 @@ def write_instead(config: Experiment) -> list[Path]:
         "same again"
     )
     files = write_released(RunFolder.of(config).analysis)
-    if config.paths.results is not None:
-        files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
-    return files
+    return [*files, *published(files, config)]
 
 
 def run(out: Path) -> None:

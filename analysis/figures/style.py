@@ -99,8 +99,11 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 def save_with_numbers(figure: Figure, tidy: pd.DataFrame, stem: Path) -> list[Path]:
     """Write stem.pdf, stem.png and the numbers behind them as stem.csv."""
-    files = save(figure, stem)
-    csv = stem.with_name(f"{stem.name}.csv")
-    with replacing(csv) as temporary:
-        tidy.to_csv(temporary, index=False, float_format="%.8f")
-    return [*files, csv]
+    return [*save(figure, stem), write_csv(tidy, stem.with_name(f"{stem.name}.csv"))]
+
+
+def write_csv(table: pd.DataFrame, path: Path, numbers: str = "%.8f") -> Path:
+    """Write a table whole or not at all, its numbers in a format; returns the path."""
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, float_format=numbers)
+    return path

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.figures.style import write_csv
 from analysis.measure.methods import SHIFT_MEAN
 from configs.data import Task
-from soups.files.atomic import replacing, write_text
+from soups.files.atomic import write_text
 
 NAMES = {
     "zero-shot": "Zero-shot",
@@ -178,9 +179,7 @@ def write_cells(table: pd.DataFrame, numbers: pd.DataFrame, stem: Path, text: st
         latex,
         escaped.to_latex(index=False, caption=_escape(text), column_format="l" + "r" * (len(table.columns) - 1)),
     )
-    with replacing(csv) as temporary:
-        numbers.to_csv(temporary, index=False, float_format="%.8f")
-    return [markdown, latex, csv]
+    return [markdown, latex, write_csv(numbers, csv)]
 
 
 def _escape(text: str) -> str:

@@ -2,12 +2,13 @@
 
 import pandas as pd
 
+from analysis.figures.style import write_csv
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.cells import NAMES, column_title, percent
-from analysis.tables.table3 import Report, publish
+from analysis.tables.table3 import Report, published
 from configs.data import Task
 from configs.schema import Experiment
-from soups.files.atomic import replacing, write_text
+from soups.files.atomic import write_text
 from store.runs import RunFolder
 
 
@@ -45,8 +46,5 @@ def over_seeds(config: Experiment, tidy: dict[int, pd.DataFrame]) -> Report:
     )
     files = [folder / f"seeds{suffix}" for suffix in (".md", ".csv")]
     write_text(files[0], f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
-    with replacing(files[1]) as temporary:
-        everything.to_csv(temporary, index=False, float_format="%.8f")
-    if config.paths.results is not None:
-        files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
-    return Report(table, everything, tuple(files), text)
+    write_csv(everything, files[1])
+    return Report(table, everything, (*files, *published(files, config)), text)

@@ -1,6 +1,7 @@
 """The analysis of one experiment: Table 3, Figure 1, and the files behind them."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 from analysis.figures.coefficients import draw_coefficients, measure_coefficients
 from analysis.figures.scatter import draw_scatter, scatter_numbers
-from analysis.figures.style import save_with_numbers
+from analysis.figures.style import save_with_numbers, write_csv
 from analysis.measure.methods import measure, scatter_points, tidy
 from analysis.tables.cells import BEST, caption, table3, write_table
 from analysis.tables.named_rows import write_named_rows
@@ -72,20 +73,28 @@ def analyse(config: Experiment) -> Report:
         points = scatter_numbers(config, pool, methods, scores)
         files += save_with_numbers(draw_scatter(config, points), points, folder / "figure1")
     else:
-        with replacing(folder / "figure1.csv") as temporary:
-            scatter_points(config, pool, methods).to_csv(temporary, index=False, float_format="%.8f")
-        files.append(folder / "figure1.csv")
-    record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}
-    write_json(folder / "provenance.json", record)
-    files.append(folder / "provenance.json")
+        files.append(write_csv(scatter_points(config, pool, methods), folder / "figure1.csv"))
+    files.append(write_provenance(config, folder / "provenance.json"))
     for recipe in [each for each in config.recipes if each in GROUPED]:
         shares = measure_coefficients(config, recipe=recipe)
         files += save_with_numbers(draw_coefficients(config, shares), shares, folder / f"coefficients_{recipe}")
     if config.analysis.labels:
         files += write_named_rows(config, evaluator, folder, note(config))
-    if config.paths.results is not None:
-        files += [publish(file, config.paths.results, config.name) for file in tuple(files)]
+    files += published(files, config)
     return Report(table, scores, tuple(files), caption(scores, note(config), BEST, config.task))
+
+
+def write_provenance(config: Experiment, path: Path) -> Path:
+    """Record which experiment, machine and commit the files beside are of; returns the path."""
+    record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}
+    write_json(path, record)
+    return path
+
+
+def published(files: Sequence[Path], config: Experiment) -> list[Path]:
+    """Copies of an experiment's files among other results; none where `paths.results` is not set."""
+    results = config.paths.results
+    return [] if results is None else [publish(file, results, config.name) for file in files]
 
 
 def publish(file: Path, results: Path, name: str) -> Path:
