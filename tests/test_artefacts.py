@@ -142,7 +142,7 @@ def test_every_function_behind_an_artefact_is_where_the_list_says():
             assert callable(getattr(importlib.import_module(module), function)), place
 
 
-def test_an_artefact_is_drawn_recorded_and_published(tmp_path):
+def test_an_artefact_is_drawn_recorded_and_published(tmp_path, in_process):
     config, _ = finished_pool(
         tmp_path / "runs", "recipes=[best]", "model.templates=null", "cluster.workers=1", f"paths.results={tmp_path}"
     )

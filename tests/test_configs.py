@@ -256,6 +256,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 def test_a_sweep_has_as_many_rows_as_the_paper_or_its_file_says():
     assert {name: loaded(name).sweep.size for name in SIZES} == SIZES
 
