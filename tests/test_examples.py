@@ -33,6 +33,7 @@ def test_an_example_has_at_most_25_lines(path):
     assert len([line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]) <= 25
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_trainer_become_a_soup_that_transformers_loads(tmp_path, monkeypatch, capsys):
     models, _ = run("trainer", "accelerate", tmp_path, monkeypatch, capsys)
     assert {line.split()[0] for line in models} == {
@@ -53,6 +54,7 @@ def test_trials_of_a_study_are_not_scored_again(tmp_path, monkeypatch, capsys):
     assert re.findall(r"^(trial\d\.pt): ", scored, re.MULTILINE) == [best]
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_become_a_soup_and_a_run_with_its_gain(tmp_path, monkeypatch, capsys):
     wandb = pytest.importorskip("wandb")
     try:

@@ -174,6 +174,7 @@ def measured(configured, tmp_path_factory):
     return config, weights, files
 
 
+@pytest.mark.slow
 def test_the_three_models_have_their_own_loss_and_errors(measured):
     config, weights, files = measured
     assert [file.name for file in files] == ["figure2.pdf", "figure2.png", "figure2.csv"]
@@ -193,6 +194,7 @@ def test_the_three_models_have_their_own_loss_and_errors(measured):
     assert tidy[["share_0", "share_1", "share_2"]].sum(axis=1).tolist() == pytest.approx([1] * 12)
 
 
+@pytest.mark.slow
 def test_a_point_of_the_grid_is_evaluated_with_the_sum_of_its_shares(measured):
     config, weights, files = measured
     evaluator, point = Evaluator(config), pd.read_csv(files[-1]).iloc[7]  # the middle of the grid
@@ -204,6 +206,7 @@ def test_a_point_of_the_grid_is_evaluated_with_the_sum_of_its_shares(measured):
     assert 1 - evaluator.score(evaluator.fresh_logits(found, "test"), "test") == pytest.approx(point["error_test"])
 
 
+@pytest.mark.slow
 def test_figure_j1_draws_the_same_numbers_and_evaluates_nothing_again(measured):
     config, _, files = measured
     before = {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")}
@@ -237,6 +240,7 @@ def test_a_killed_grid_continues_to_the_same_csv(measured, configured, network, 
     assert all(path.stat().st_mtime_ns == written for path, written in before.items() if path.name[0] != ".")
 
 
+@pytest.mark.slow
 def test_other_weights_or_points_are_evaluated_anew(measured, configured):
     config, _, _ = measured
     piece, *_ = slices(config)
@@ -247,6 +251,7 @@ def test_other_weights_or_points_are_evaluated_anew(measured, configured):
     assert slices(config)[0].name == piece.name
 
 
+@pytest.mark.slow
 def test_rows_that_make_no_plane_name_the_setting(measured, configured, tmp_path):
     config, _, _ = measured
     with pytest.raises(UserError, match=r"analysis\.plane\.rows: demo_tiny has no row 7.*\[1, 2, 3\]"):
@@ -269,6 +274,7 @@ def test_levels_are_equal_steps_or_equal_factors_above_the_least():
     assert (np.diff(levels(np.ones(4), log=True)) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("log", "shifts", "panels"), [(True, 5, 3), (False, 1, 3), (True, 0, 2)])
 def test_the_figure_has_a_panel_for_each_quantity_with_units_and_the_models_marked(measured, log, shifts, panels):
     config, tidy = measured[0], pd.read_csv(measured[2][-1])
