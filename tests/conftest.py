@@ -83,10 +83,16 @@ def quick_workers():
 
 @pytest.fixture(autouse=True)
 def same_path():
-    """Where modules are found is as it was after each test: a score `module:function` adds the folder that it is in."""
-    before = list(sys.path)
+    """Where modules are found is as it was after each test: a score `module:function` adds the folder that it is in.
+
+    A module of a test's own folder is forgotten, since another test may have one of the same name.
+    """
+    before, loaded, folder = list(sys.path), set(sys.modules), tempfile.gettempdir()
     yield
     sys.path[:] = before
+    for name in sys.modules.keys() - loaded:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
