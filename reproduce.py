@@ -20,7 +20,7 @@ from configs.cli import entry_point, parts_as_typed, record_words
 from configs.errors import UserError
 from configs.schema import Experiment
 from configs.sweep_csv import ROOT
-from store.again import said_before
+from store.again import printed_before
 
 
 def missing_data(parts: Sequence[Experiment]) -> list[str]:
@@ -69,9 +69,9 @@ def run(config: Experiment, typed: Sequence[str] | None = None) -> None:
     if config.parts:
         run_parts(config, words)
         return
-    said = said_before(config, words)
-    if said is not None:
-        print(f"{config.name} is finished, and nothing has changed since. It said:\n\n{said}")
+    printed = printed_before(config, words)
+    if printed is not None:
+        print(f"{config.name} is finished, and nothing has changed since. It said:\n\n{printed}")
         return
     # Imported here: plans for a cluster, --help, mistyped settings and a second call need not wait for the models'
     # libraries.

@@ -207,8 +207,8 @@ def gain_by_pool(pools: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     )
     rows = []
     for claim in CLAIMS[:2]:
-        for name, some in parts.items():
-            found = estimated(claim, some)
+        for name, chosen in parts.items():
+            found = estimated(claim, chosen)
             rows.append((claim.on, name, found.mean, found.low, found.high))
     return pd.DataFrame(rows, columns=["on", "pool", "difference", "low", "high"])
 

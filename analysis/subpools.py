@@ -208,11 +208,11 @@ def pays(lines: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (kind, models, share), title in TITLES.items():
-        some = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
-        settings = {name: some[name].mean() for name in ("epochs", "lr spread", "held_out")}
+        group = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
+        settings = {name: group[name].mean() for name in ("epochs", "lr spread", "held_out")}
         for on, soup in product(("test", "shifts"), SOUPS):
-            gain, noise_ = some[f"{soup} {on}"] - some[f"best {on}"], NOISE * some[f"noise {on}"]
-            row = {"kind": title, "on": on, "soup": soup, "n": len(some), **settings, "mean": gain.mean()}
+            gain, noise_ = group[f"{soup} {on}"] - group[f"best {on}"], NOISE * group[f"noise {on}"]
+            row = {"kind": title, "on": on, "soup": soup, "n": len(group), **settings, "mean": gain.mean()}
             row |= {f"quartile {q}": gain.quantile(q / 4) for q in (1, 2, 3)}
             row |= {"better": (gain > 0).mean(), "same": (gain == 0).mean(), "worse": (gain < 0).mean()}
             rows.append(row | {"beyond noise": (gain > noise_).mean(), "below noise": (gain < -noise_).mean()})
@@ -233,10 +233,10 @@ def figure_of(lines: pd.DataFrame, table: pd.DataFrame) -> Figure:
             band = 100 * NOISE * lines[f"noise {on}"].mean()
             axes.axvspan(-band, band, color="#DDDDDD", lw=0, label="within noise")
             for place, ((kind, models, share), title) in enumerate(TITLES.items()):
-                some = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
+                group = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
                 for soup, aside in SOUPS.items():
                     name, colour, marker, _ = STYLE[soup]
-                    gain = 100 * (some[f"{soup} {on}"] - some[f"best {on}"])
+                    gain = 100 * (group[f"{soup} {on}"] - group[f"best {on}"])
                     beside = [place + aside + 0.2 * (uniform("beside", i) - 0.5) for i in range(len(gain))]
                     axes.scatter(gain, beside, s=5, color=colour, alpha=0.45, linewidths=0)
                     row = table[(table["kind"] == title) & (table["on"] == on) & (table["soup"] == soup)].iloc[0]

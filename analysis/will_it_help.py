@@ -209,8 +209,8 @@ def rows_of(lines: pd.DataFrame, predicted: pd.DataFrame) -> pd.DataFrame:
         for word, sign in (("better", 1), ("worse", -1)):
             row |= dict(zip((word, f"{word} low", f"{word} high"), share(images, (soup, on), sign), strict=True))
         for how in ("base rate", "features"):
-            for kind, some in (("", predicted[~_texts(predicted)]), (" texts", predicted[_texts(predicted)])):
-                scores = brier(some[(some["soup"] == soup) & (some["on"] == on)], how)
+            for kind, group in (("", predicted[~_texts(predicted)]), (" texts", predicted[_texts(predicted)])):
+                scores = brier(group[(group["soup"] == soup) & (group["on"] == on)], how)
                 row |= {f"brier {how}{kind}": scores.mean(), f"brier {how}{kind} error": scores.sem()}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -263,8 +263,8 @@ def reliability(predicted: pd.DataFrame, how: str) -> pd.DataFrame:
     """
     rows = []
     predicted = predicted.dropna(subset=how)
-    for _, some in predicted.groupby(np.digitize(predicted[how], BINS[1:-1])):
-        by_pool = some.groupby("pool")[[how, "better"]].mean()
+    for _, group in predicted.groupby(np.digitize(predicted[how], BINS[1:-1])):
+        by_pool = group.groupby("pool")[[how, "better"]].mean()
         _, low, high = jeffreys(by_pool["better"].sum(), len(by_pool))
         rows.append((by_pool[how].mean(), by_pool["better"].mean(), low, high, len(by_pool)))
     return pd.DataFrame(rows, columns=["predicted", "observed", "low", "high", "pools"])

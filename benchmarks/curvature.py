@@ -142,11 +142,11 @@ def extra_memory(p: Problem, contender: str) -> float:
         CONTENDERS[contender](p)
         before, seen, done = anonymous(), [0.0], threading.Event()
 
-        def look() -> None:
+        def watch() -> None:
             while not done.wait(0.002):
                 seen.append(anonymous() - before)
 
-        watcher = threading.Thread(target=look)
+        watcher = threading.Thread(target=watch)
         watcher.start()
         CONTENDERS[contender](p)
         done.set()

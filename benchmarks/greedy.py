@@ -99,11 +99,11 @@ def main() -> None:
     seconds: list[float] = []
     ratios: list[float] = []
     for _ in range(arguments.rounds):
-        alone = forward_passes(arguments.network, 10, arguments.pictures, passes, batch)
+        forwards = forward_passes(arguments.network, 10, arguments.pictures, passes, batch)
         images = ["--images", str(pictures), "--network", f"timm:{arguments.network}", "--batch-size", str(batch)]
         run = measure(greedy_command(paths, out, *images))
         seconds.append(run.seconds)
-        ratios.append(run.seconds / alone)
+        ratios.append(run.seconds / forwards)
     large = make_pool(folder, arguments.large_models, arguments.large_width, arguments.large_models)
     score = f"{sys.executable} -c 'import sys, os; print(os.path.getsize(sys.argv[1]) % 7)' {{soup}}"
     memory: Run = measure(greedy_command(large, out, "--score", score, "--goal", "max"))

@@ -123,15 +123,15 @@ def measure(call: list[str]) -> Run:
         RuntimeError: it failed.
     """
     started, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as said:  # a pipe that nobody reads would stop it
-        process = subprocess.Popen(call, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryFile() as output:  # a pipe that nobody reads would stop it
+        process = subprocess.Popen(call, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, _anonymous(process.pid))
             time.sleep(0.005)
         seconds = time.perf_counter() - started
         if process.returncode != 0:
-            said.seek(0)
-            raise RuntimeError(f"{call[:3]} failed: {said.read()[-2000:].decode(errors='replace')}")
+            output.seek(0)
+            raise RuntimeError(f"{call[:3]} failed: {output.read()[-2000:].decode(errors='replace')}")
     return Run(seconds, peak / 1024)
 
 

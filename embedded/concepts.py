@@ -266,5 +266,5 @@ def match(sets: Mapping[str, IconSet], words: Mapping[str, str]) -> dict[str, di
             if icon_set.icons[name] not in {icon_set.icons[other] for other in names[hexcode]}:  # not an alias
                 names[hexcode].append(name)
         keep = None if key == "streamline-emojis" else 1
-        found[key] = {hexcode: tuple(some[:keep]) for hexcode, some in names.items()}
+        found[key] = {hexcode: tuple(aliases[:keep]) for hexcode, aliases in names.items()}
     return found

@@ -130,7 +130,7 @@ def caption_of(name: str) -> str:
     return " ".join(words) if any(len(word) > 2 and word.isalpha() for word in words) else ""
 
 
-def look(source: str, name: str, svg: str) -> tuple[str, str]:
+def colours_of(source: str, name: str, svg: str) -> tuple[str, str]:
     """Ink and paper of an icon, drawn by its name: half on white, the rest on other papers that show the ink."""
     paper = (*["white"] * 4, "cream", "sky", "slate", "slate")[bits(source, name, "paper") % 8]
     if "currentcolor" not in svg.lower():
@@ -150,7 +150,7 @@ def drawings_of(source: str, icons: dict[str, str]) -> Iterator[Drawing]:
         if caption and taken[caption] < VARIANTS and (caption, svg) not in seen:
             taken[caption] += 1
             seen.add((caption, svg))
-            ink, paper = look(source, name, svg)
+            ink, paper = colours_of(source, name, svg)
             yield Drawing(source, name, caption, ink, paper, svg)
 
 
@@ -184,7 +184,7 @@ def other_emoji() -> Iterator[Drawing]:
         for hexcode, names in found[design].items():
             if hexcode in labels:
                 svg = sets[design].icons[names[0]]
-                ink, paper = look(design, names[0], svg)
+                ink, paper = colours_of(design, names[0], svg)
                 yield Drawing(design, names[0], spoken(labels[hexcode]), ink, paper, svg)
 
 
@@ -297,17 +297,17 @@ def overlap(captions: Sequence[str], class_names: Sequence[str]) -> dict[str, fl
     >>> [round(found[key], 2) for key in ("classes_named", "classes_worded", "words", "pairs_named")]
     [0.33, 0.67, 0.75, 0.33]
     """
-    said, names = set(captions), [spoken(name) for name in class_names]
+    distinct, names = set(captions), [spoken(name) for name in class_names]
     known = set(names)
-    words_said = {word for caption in said for word in caption.split()}
+    caption_words = {word for caption in distinct for word in caption.split()}
     words = {word for name in names for word in name.split()}
     return {
         "num_pairs": len(captions),
-        "num_captions": len(said),
+        "num_captions": len(distinct),
         "num_classes": len(names),
-        "classes_named": sum(name in said for name in names) / len(names),
-        "classes_worded": sum(words_said.issuperset(name.split()) for name in names) / len(names),
-        "words": len(words & words_said) / len(words),
+        "classes_named": sum(name in distinct for name in names) / len(names),
+        "classes_worded": sum(caption_words.issuperset(name.split()) for name in names) / len(names),
+        "words": len(words & caption_words) / len(words),
         "pairs_named": sum(caption in known for caption in captions) / len(captions),
     }
 

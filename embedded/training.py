@@ -28,7 +28,7 @@ from soups.files.atomic import replacing, write_text
 CHUNK = 64  # images per forward pass of the image tower: what its activations leave of a small machine's cache
 # A thread that loses its core to another process holds up the other at each barrier: 30 s a step instead of 0.9 were
 # seen, where one thread alone takes 1.3 s. After a step this many times slower than the fastest, one thread goes on.
-SLOW, ALONE = 2.0, 20  # times, steps
+SLOW, SINGLE_STEPS = 2.0, 20  # times, steps with a single thread
 BAR = (
     rich.progress.TextColumn("{task.description}"),
     rich.progress.BarColumn(),
@@ -105,11 +105,11 @@ def rows_of_step(step: int, counts: np.ndarray, batch: int, seed: int) -> np.nda
 def say(captions: Sequence[str], inks: Sequence[str], generator: torch.Generator) -> list[str]:
     """Captions as prompts: half of them bare, the rest in a template; now and then with the ink's colour."""
     draws = torch.rand(len(captions), 3, generator=generator).tolist()
-    said = []
+    prompts = []
     for caption, ink, (plain, coloured, which) in zip(captions, inks, draws, strict=True):
         text = f"{ink} {caption}" if ink and coloured < COLOURED else caption
-        said.append(text if plain < PLAIN else TEMPLATES[int(which * len(TEMPLATES))].format(text))
-    return said
+        prompts.append(text if plain < PLAIN else TEMPLATES[int(which * len(TEMPLATES))].format(text))
+    return prompts
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -208,13 +208,13 @@ def train(pairs: Pairs, settings: Settings, state: Path, state_every: int, quiet
 
     totals = Counter(pairs.captions)
     counts = np.array([totals[caption] for caption in pairs.captions], dtype=float)
-    threads, alone, fastest = torch.get_num_threads(), 0, math.inf
+    threads, single_left, fastest = torch.get_num_threads(), 0, math.inf
     bar = nullcontext() if quiet else rich.progress.Progress(*BAR)
     with bar as progress:
         task = progress.add_task("pretraining", total=settings.steps, completed=len(curve)) if progress else None
         for step in range(len(curve), settings.steps):
             start = time.monotonic()
-            torch.set_num_threads(1 if alone else threads)
+            torch.set_num_threads(1 if single_left else threads)
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate(step, settings)
@@ -236,7 +236,7 @@ def train(pairs: Pairs, settings: Settings, state: Path, state_every: int, quiet
 
             seconds = time.monotonic() - start
             curve.append((step, loss.item(), rate(step, settings), clip.logit_scale.item(), seconds))
-            alone = alone - 1 if alone else ALONE if seconds > SLOW * fastest and threads > 1 else 0
+            single_left = single_left - 1 if single_left else SINGLE_STEPS * (threads > 1 and seconds > SLOW * fastest)
             fastest = min(fastest, seconds)
             if progress and task is not None:
                 progress.update(task, advance=1, description=f"loss {np.mean([row[1] for row in curve[-20:]]):.3f}")

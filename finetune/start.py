@@ -59,8 +59,8 @@ def initialise(config: Experiment) -> dict[str, Any]:
         started = time.monotonic()
         weights, probe = _fit_probe(config, start()) if is_probed else (start(), {})
         record_config(folder, dump(row_config(config, 0)))
-        told = base | {"row": 0, "head": config.model.head, "data": _digests(config)} | probe
-        return save_trained(config, folder, told, started, {RAW: weights})
+        facts = base | {"row": 0, "head": config.model.head, "data": _digests(config)} | probe
+        return save_trained(config, folder, facts, started, {RAW: weights})
 
     def row_0() -> dict[str, Any]:
         if is_probed and processes.world > 1:

@@ -116,7 +116,7 @@ def states_of(sent: Sequence[Sent]) -> dict[str, State]:
         lines = []
     found = {name: State(word, reason) for name, word, reason in (line.strip().split("|", 2) for line in lines)}
     forgotten = [each.job for each in sent if any(name not in found for name in each.ids)]
-    ended = {name: State(*told) for name, told in accounted(forgotten).items()} if forgotten else {}
+    ended = {name: State(*fields) for name, fields in accounted(forgotten).items()} if forgotten else {}
     # What the accounts call running or waiting, and the queue does not know, has ended unseen.
     return {name: state for name, state in ended.items() if state.word not in WAITING | RUNNING} | found
 

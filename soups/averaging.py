@@ -206,7 +206,7 @@ def open_pool(
         pool.beside.append(first)
         first.names = [str(first.paths[0]) if first.names[0] in pool.names else first.names[0]]
     related = how.allow_unrelated or (how.base is not None and len(adapters) == len(pool))  # of one base model
-    layout = refuse_unsuitable([*starts, *pool.paths], unrelated=related, reading=reading)
+    layout = refuse_unsuitable([*starts, *pool.paths], allow_unrelated=related, reading=reading)
     if how.only_common:  # of the whole pool, whichever of its models a soup is of
         aside = {*layout.kept, *layout.dropped}
         aside |= {name for name, stands in layout.ties.items() if stands in aside}

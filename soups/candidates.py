@@ -52,8 +52,8 @@ class Candidate:
     def name(self) -> str:
         """What it is of, for messages."""
         *others, last = [self.pool.names[i] for i in self.weights_of]
-        some = others if len(others) < 4 else [*others[:2], f"{len(others) - 2} more"]
-        return f"{last} with {', '.join(some)}" if others else last
+        listed = others if len(others) < 4 else [*others[:2], f"{len(others) - 2} more"]
+        return f"{last} with {', '.join(listed)}" if others else last
 
     @property
     def original(self) -> Path | None:

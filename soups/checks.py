@@ -189,13 +189,13 @@ def refuse_unrelated(checkpoints: Sequence[Checkpoint], layout: Layout) -> None:
 
 
 def refuse_unsuitable(
-    sources: Sequence[Path | Checkpoint], *, unrelated: bool = False, reading: Reading | None = None
+    sources: Sequence[Path | Checkpoint], *, allow_unrelated: bool = False, reading: Reading | None = None
 ) -> Layout:
     """Every refusal, before anything is averaged; returns what is averaged.
 
     Args:
         sources: of the ingredients, as in `average_files`.
-        unrelated: average models that were not fine-tuned from the same checkpoint all the same.
+        allow_unrelated: average models that were not fine-tuned from the same checkpoint all the same.
         reading: as in `average_files`.
 
     Raises:
@@ -207,6 +207,6 @@ def refuse_unsuitable(
         refuse_adapters(checkpoints)
         refuse_quantised(checkpoints)
         layout = common_layout(checkpoints, reading or Reading())
-        if not unrelated:
+        if not allow_unrelated:
             refuse_unrelated(checkpoints, layout)
         return layout

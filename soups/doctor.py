@@ -153,12 +153,12 @@ def _likely(
     if held_out is None:
         return ["not said: type --held-out N, the number of examples that --scores are measured on"]
     unlike = [] if images else ["no tensor is a convolution of images, and there the models are image classifiers"]
-    if found is not None and (_kin(found, has_init=has_init) < ANOTHER_ORIGIN).any():
+    if found is not None and (_cosines_of_weights(found, has_init=has_init) < ANOTHER_ORIGIN).any():
         unlike.append("models are not fine-tuned from the same checkpoint")
     return answer(features([scores[name] for name in sound.values()], held_out), unlike)
 
 
-def _kin(found: Geometry, *, has_init: bool) -> NDArray[np.float64]:
+def _cosines_of_weights(found: Geometry, *, has_init: bool) -> NDArray[np.float64]:
     """(K,) cosines of weights with the initialisation, or without one the median with the other models."""
     return found.reference_cosines if has_init else medians_of_others(found.weight_cosines)
 
@@ -184,10 +184,10 @@ def _findings(
 def _of_geometry(names: Sequence[str], found: Geometry, against: str, *, has_init: bool) -> list[str]:
     lines = []
     count = len(names)
-    kin = _kin(found, has_init=has_init)
-    unrelated = kin < ANOTHER_ORIGIN
+    cosines = _cosines_of_weights(found, has_init=has_init)
+    unrelated = cosines < ANOTHER_ORIGIN
     whom = f"with {against}" if has_init else "with the other models (median)"
-    for name, cosine, strange in zip(names, kin, unrelated, strict=True):
+    for name, cosine, strange in zip(names, cosines, unrelated, strict=True):
         if strange:
             lines.append(
                 f"{name}: not fine-tuned from the same checkpoint; its weights have a cosine of {cosine:.2f} {whom}"

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-OWN = (  # packages of this repository, whose absence is a bug
+PACKAGES = (  # packages of this repository, whose absence is a bug
     *("analysis", "benchmarks", "configs", "embedded", "eval", "finetune"),
     *("models", "slurm", "soups", "store", "tasks"),
 )
@@ -74,7 +74,7 @@ def one_line_errors(work: Callable[[], None], *, several: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
         sys.exit(128 + signal.SIGPIPE)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in OWN:
+        if error.name is None or error.name.split(".")[0] in PACKAGES:
             raise
         refuse(f"the package {error.name} is not installed: run `make setup`, or pip install -r requirements.txt")
     except InterruptedBySignalError as error:

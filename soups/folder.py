@@ -179,8 +179,8 @@ def _score(soup: "Soup") -> list[str]:
     lines = [line + ". The same examples selected the ingredients: test it on others."]
     if soup.gain is not None:
         ends = soup.gain.low, soup.gain.high
-        told = "" if None in ends else " (95 % interval {:+.4g} to {:+.4g}, paired)".format(*ends)
-        lines += ["", f"Over the best single model: {soup.gain.mean:+.4g}{told}."]
+        interval_text = "" if None in ends else " (95 % interval {:+.4g} to {:+.4g}, paired)".format(*ends)
+        lines += ["", f"Over the best single model: {soup.gain.mean:+.4g}{interval_text}."]
     if soup.report is not None:
         counted = "" if soup.report.n is None else f" of n = {soup.report.n:,}"
         lines += ["", f"On examples{counted} that selected nothing: {soup.metric} {soup.report.score:.4g}."]

@@ -132,7 +132,7 @@ def add_in_order(
     return Selection(kept, tuple(trials), evaluations, rounds)
 
 
-def add_with_replacement(alone: Sequence[float], score: Score, *, rounds: int = 20, goal: Goal = "max") -> Selection:
+def add_with_replacement(scores: Sequence[float], score: Score, *, rounds: int = 20, goal: Goal = "max") -> Selection:
     """Add, again and again, the one model of the whole pool that helps most; a model added twice weighs twice.
 
     It starts from the best model. A round tries the soup with each of the K models added once more and takes the
@@ -146,7 +146,7 @@ def add_with_replacement(alone: Sequence[float], score: Score, *, rounds: int = 
     all.
 
     Args:
-        alone: K scores of the models.
+        scores: K scores of the models.
         score: of the K mixtures of a round.
         rounds: the most models that are added to the first.
         goal: whether the score is to be high or low.
@@ -162,9 +162,9 @@ def add_with_replacement(alone: Sequence[float], score: Score, *, rounds: int = 
     """
     if rounds < 1:
         raise ValueError(f"greedy with replacement needs at least one round, got {rounds}")
-    order = best_first(alone, goal)
+    order = best_first(scores, goal)
     kept: Mixture = (order[0],)
-    to_beat = alone[order[0]]
+    to_beat = scores[order[0]]
     trials, done = [Trial(order[0], to_beat, True)], 0
     for _ in range(rounds):
         results = _checked(score([(*kept, i) for i in order], to_beat), len(order))

@@ -14,7 +14,7 @@ from soups.selection import Mixture, Result, Ties, add_in_order, best_first
 ImagesCorrect = Callable[[Weights, Tensor], Tensor]  # weights and (n,) image indices to (n,) bool
 
 
-def hard_images_first(correct: Tensor, incumbent: Tensor, alone: Tensor) -> Tensor:
+def hard_images_first(correct: Tensor, incumbent: Tensor, candidate: Tensor) -> Tensor:
     """(N,) image indices, those that a candidate most likely gets wrong first; of equals the smaller index.
 
     An image counts as harder the fewer ingredients get it right, and above that if the soup so far or the candidate
@@ -23,13 +23,13 @@ def hard_images_first(correct: Tensor, incumbent: Tensor, alone: Tensor) -> Tens
     Args:
         correct: (K, N) bool, whether ingredient k gets image n right.
         incumbent: (N,) bool, the same of the soup so far.
-        alone: (N,) bool, the same of the model that is to be added.
+        candidate: (N,) bool, the same of the model that is to be added.
 
     >>> correct = torch.tensor([[True, False, True, True], [True, False, False, True]])
     >>> hard_images_first(correct, correct[0], torch.tensor([True, False, True, False]))
     tensor([1, 3, 2, 0])
     """
-    return (correct.sum(dim=0) + len(correct) * (incumbent.long() + alone.long())).argsort(stable=True)
+    return (correct.sum(dim=0) + len(correct) * (incumbent.long() + candidate.long())).argsort(stable=True)
 
 
 def _correct_until_hopeless(

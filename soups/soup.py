@@ -205,10 +205,10 @@ def _table(soup: Soup) -> list[str]:
         for each in soup.decisions:
             share = soup.shares.get(each.file) if each.accepted and each.file not in kept else None
             kept |= {each.file} if each.accepted else set()
-            told = "kept" if each.accepted else "left out"
+            decision = "kept" if each.accepted else "left out"
             weight = "" if share is None else f"{share:.4g}"
             numbers = [number(each.alone), number(each.score), *(_columns(each.gain) if paired else [])]
-            rows.append([each.file, weight, *numbers, told])
+            rows.append([each.file, weight, *numbers, decision])
     else:
         rows = [["file", "weight", *(["alone"] if soup.alone else [])]]
         for name in dict.fromkeys([*soup.shares, *soup.names]):
@@ -272,21 +272,21 @@ def _reported(report: Report, soup: Soup) -> str:
     """One line of what examples say that selected nothing."""
     known = [report.score, *([] if report.single is None else [report.single])]
     places, counted = decimals(known), f" (n = {report.n})" if report.n else ""
-    told = f"on --report, whose examples selected nothing{counted}: {soup.metric} {report.score:.{places}f}"
+    line = f"on --report, whose examples selected nothing{counted}: {soup.metric} {report.score:.{places}f}"
     if report.single is None or report.gain is None or list(soup.shares) == [soup.best]:
-        return told
-    return f"{told}, the best single model {report.single:.{places}f}; the soup {_gained(report.gain)}"
+        return line
+    return f"{line}, the best single model {report.single:.{places}f}; the soup {_gained(report.gain)}"
 
 
 def _gained(gain: Gain) -> str:
     """What is known about the difference to the best single model."""
     if gain.low is None or gain.high is None:
-        told = f"gains {gain.mean:+.{decimals([gain.mean])}f}"
-        return f"{told} (no interval: it needs the answer to each example, and a score alone is known)"
+        line = f"gains {gain.mean:+.{decimals([gain.mean])}f}"
+        return f"{line} (no interval: it needs the answer to each example, and a score alone is known)"
     if _is_nothing(gain):
         return "gains nothing: both answer every example equally well"
-    told = f"gains {' '.join(_signed(gain))}, p = {gain.p:.2g}"
-    return told + (", which is not significantly different from 0" if gain.low <= 0 <= gain.high else "")
+    line = f"gains {' '.join(_signed(gain))}, p = {gain.p:.2g}"
+    return line + (", which is not significantly different from 0" if gain.low <= 0 <= gain.high else "")
 
 
 def _why_alone(soup: Soup) -> str:

@@ -30,7 +30,7 @@ def _state(config: Experiment, words: Sequence[str]) -> str:
     return digest_of([dump(config), list(words), files, sys.version, [version(name) for name in PACKAGES]])
 
 
-def said_before(config: Experiment, words: Sequence[str]) -> str | None:
+def printed_before(config: Experiment, words: Sequence[str]) -> str | None:
     """What the finished run printed at its end; None where it has to be looked at, or made, in full.
 
     Args:

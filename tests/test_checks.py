@@ -39,7 +39,7 @@ def lora(rank, seed=0):
 def test_models_of_another_origin_are_refused_and_a_new_head_is_no_other_origin(tmp_path):
     start = {f"layer{i}.weight": noise(i, 8, 8) for i in range(3)}
     own_heads = [moved(start, i) | {"head.weight": 50 * noise(7 + i, 3, 8)} for i in range(3)]
-    refuse_unsuitable(files(tmp_path / "kin", a=own_heads[0], b=own_heads[1], c=own_heads[2]))
+    refuse_unsuitable(files(tmp_path / "heads", a=own_heads[0], b=own_heads[1], c=own_heads[2]))
     stranger = {f"layer{i}.weight": noise(90 + i, 8, 8) for i in range(3)}
     paths = files(tmp_path / "mixed", a=start, b=moved(start, 1), c=stranger, d=moved(start, 2))
     with pytest.raises(
@@ -47,7 +47,7 @@ def test_models_of_another_origin_are_refused_and_a_new_head_is_no_other_origin(
         match=r"mixed/c\.safetensors: not fine-tuned from the same .*; weights have a cosine of -?0\.[01]",
     ):
         refuse_unsuitable(paths)
-    refuse_unsuitable(paths, unrelated=True)
+    refuse_unsuitable(paths, allow_unrelated=True)
     assert len(soups.uniform(paths, allow_unrelated=True).weights) == 3
     with pytest.raises(UserError, match="not fine-tuned from the same checkpoint"):
         soups.uniform(paths)

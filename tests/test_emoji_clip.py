@@ -14,9 +14,9 @@ from embedded.concepts import GROUPS
 from embedded.pairs import (
     Drawing,
     at_most,
+    colours_of,
     copies,
     drawings_of,
-    look,
     read_sources,
     spoken,
 )
@@ -182,10 +182,10 @@ def test_at_most_keeps_a_limit_per_caption_and_does_not_depend_on_order():
 
 
 def test_ink_is_for_one_colour_icons_and_can_be_seen_on_its_paper():
-    looks = [look("set", str(i), 'fill="currentColor"') for i in range(400)]
-    assert {ink for ink, paper in looks if paper == "slate"}.isdisjoint({"black", "brown", "purple"})
-    assert all(ink != "white" for ink, paper in looks if paper != "slate")
-    assert {look("set", str(i), 'fill="#f00"')[0] for i in range(50)} == {""}
+    colours = [colours_of("set", str(i), 'fill="currentColor"') for i in range(400)]
+    assert {ink for ink, paper in colours if paper == "slate"}.isdisjoint({"black", "brown", "purple"})
+    assert all(ink != "white" for ink, paper in colours if paper != "slate")
+    assert {colours_of("set", str(i), 'fill="#f00"')[0] for i in range(50)} == {""}
 
 
 def test_a_copy_is_found_in_other_colours_and_another_drawing_is_not():

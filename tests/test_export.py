@@ -115,8 +115,8 @@ def test_transformers_loads_an_image_network_and_its_preprocessing(kind, tmp_pat
     image = picture(tmp_path / "picture.png")
     seen = processor(Image.open(image).convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        look = model.get_image_features if kind == "dual" else model
-        features = look(pixel_values=seen).pooler_output.flatten(1)
+        features_of = model.get_image_features if kind == "dual" else model
+        features = features_of(pixel_values=seen).pooler_output.flatten(1)
         features = F.normalize(features, dim=-1) if kind == "dual" else features
         logits = F.linear(features, head["weight"], head["bias"])
     source = read_source(Export(soup=soup, to="transformers", out=out))

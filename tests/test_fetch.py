@@ -84,11 +84,11 @@ def test_without_a_server_it_is_one_line(tmp_path):
 def test_several_files_come_at_a_time_and_each_is_told_once(tmp_path):
     files = {f"{i}.bin": bytes([i]) * 200_000 for i in range(6)}
     wanted = [Download("", tmp_path / name) for name in files]
-    told, shown = [], []
+    fetched, shown = [], []
     with serving(files, pause=0.05) as served:
         wanted = [Download(f"{served.url}/{each.path.name}", each.path) for each in wanted]
-        fetch_all(wanted, workers=3, done=told.append, show=shown.append)
-    assert sorted(each.path.name for each in told) == sorted(files)
+        fetch_all(wanted, workers=3, done=fetched.append, progress=shown.append)
+    assert sorted(each.path.name for each in fetched) == sorted(files)
     assert {name: (tmp_path / name).read_bytes() for name in files} == files
     assert shown[-1] == 1_200_000
 

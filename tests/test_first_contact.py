@@ -22,13 +22,13 @@ from configs.errors import UserError
 from configs.first_contact import NEEDED, ROOM, free_bytes, is_command, missing_packages, python_problem, room_problem
 from configs.schema import load
 from slurm.jobs import left_rows
-from soups.errors import OWN, one_line_errors
+from soups.errors import PACKAGES, one_line_errors
 from tests.commands import here, python, status_of
 
 pytestmark = pytest.mark.slow  # dozens of commands are started
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [path for package in OWN for path in sorted((ROOT / package).rglob("*.py"))]
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 # What tracking, exports to ONNX, rebuilding the data and a benchmark need.
 OPTIONAL = {"wandb", "onnx", "onnxruntime", "resvg_py", "skimage", "mergekit", "curvlinops"}
 STARTS = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
@@ -100,7 +100,7 @@ def test_make_with_an_old_python_is_told_so_before_anything_is_set_up(tmp_path):
 
 
 def test_the_first_file_is_read_by_old_versions_of_python():
-    for path in [ROOT / "configs/first_contact.py", *(ROOT / package / "__init__.py" for package in OWN)]:
+    for path in [ROOT / "configs/first_contact.py", *(ROOT / package / "__init__.py" for package in PACKAGES)]:
         if path.exists():
             ast.parse(path.read_text(), feature_version=(3, 6))
 
@@ -118,7 +118,7 @@ def test_what_is_needed_is_what_is_imported():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             found |= {name.split(".")[0] for name in names}
-    found -= standard | set(OWN) | OPTIONAL | {"reproduce"}
+    found -= standard | set(PACKAGES) | OPTIONAL | {"reproduce"}
     assert found <= {*NEEDED, "tokenizers", "jinja2", "huggingface_hub", "torchdata", "pydantic_core"}
     assert missing_packages() == ""
     assert "lacks nothing_like_it" in missing_packages(("torch", "nothing_like_it"))

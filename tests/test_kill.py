@@ -51,8 +51,8 @@ def folder(runs, row=1):
 
 def contents(runs):
     done = json.loads((folder(runs) / "done.json").read_text())
-    told = {key: value for key, value in done.items() if key not in ("seconds", "provenance")}
-    return [(folder(runs) / name).read_bytes() for name in FILES], told
+    facts = {key: value for key, value in done.items() if key not in ("seconds", "provenance")}
+    return [(folder(runs) / name).read_bytes() for name in FILES], facts
 
 
 @pytest.fixture(scope="module")

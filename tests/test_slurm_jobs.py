@@ -340,8 +340,8 @@ def test_what_slurm_has_forgotten_is_told_by_its_accounts_or_by_the_job_s_own_ou
     assert len((tmp_path / "squeue.calls").read_text().splitlines()) == 1
     logs = RunFolder.of(config).root / "slurm/logs"
     logs.mkdir(parents=True)
-    told = "row 2: step 7\nslurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\n"
-    (logs / "demo-fine-tune-10_2.out").write_text(told)
+    log = "row 2: step 7\nslurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\n"
+    (logs / "demo-fine-tune-10_2.out").write_text(log)
     found = {(each.stage, each.task): each.why for each in failures(config, plan("demo", *typed), sent, states)}
     assert found == {
         ("initialise", 0): State("ENDED", "SLURM has forgotten why"),

@@ -362,12 +362,12 @@ def made(build):
 def differences(network, inputs, weights, direction, step=2e-3):
     """First and second derivatives by five points, wrong by step^4."""
 
-    def look(t):
+    def evaluate(t):
         moved = {name: tensor + t * direction.get(name, 0) for name, tensor in weights.items()}
         return torch.func.functional_call(network, moved, (inputs,), strict=False)
 
     with torch.no_grad():
-        a, b, c, d, e = (look(i * step) for i in (-2, -1, 0, 1, 2))
+        a, b, c, d, e = (evaluate(i * step) for i in (-2, -1, 0, 1, 2))
     return (a - 8 * b + 8 * d - e) / (12 * step), (-a + 16 * b - 30 * c + 16 * d - e) / (12 * step**2)
 
 

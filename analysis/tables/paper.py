@@ -11,7 +11,7 @@ from configs.errors import UserError
 PAPER = Path(__file__).resolve().parents[2] / "results/paper"
 MARKS = {"H": "", "M": "†", "L": "‡"}  # confidence -> the mark that the table puts at a number
 LEGEND = "The paper's numbers are from results/paper, which names their sources"
-ALONE = {  # rows of the paper's tables that are no method of this project
+OTHER_METHODS = {  # rows of the paper's tables that are no method of this project
     "vit_g_zhai": "ViT-G/14 (Zhai et al. 2021)",
     "vit_g_re_evaluated": "ViT-G/14 (Zhai et al. 2021, re-evaluated)",
     "coatnet_7": "CoAtNet-7 (Dai et al. 2021)",
@@ -110,9 +110,9 @@ def only_in_paper(compared: pd.DataFrame, name: str, columns: Mapping[str, str])
     """
     paper = paper_table(name).rename(columns={"row": "method", "value": "paper", "spread": "paper_spread"})
     ours = dict(zip(columns.values(), columns, strict=True))
-    alone = paper[~paper["method"].isin(compared["method"]) & paper["column"].isin(ours)]
-    alone = alone.assign(column=alone["column"].map(ours), bold=False)
-    return alone[["method", "column", "paper", "paper_spread", "confidence", "source", "bold"]]
+    missing = paper[~paper["method"].isin(compared["method"]) & paper["column"].isin(ours)]
+    missing = missing.assign(column=missing["column"].map(ours), bold=False)
+    return missing[["method", "column", "paper", "paper_spread", "confidence", "source", "bold"]]
 
 
 def _known(what: str, names: Iterable[str], there: set[str]) -> None:

@@ -19,7 +19,7 @@ from analysis.measure.methods import (
 )
 from analysis.tables.cells import BEST, HEADS, NAMES, column_title, measured, points
 from analysis.tables.named_rows import measure_named_rows, need_labels
-from analysis.tables.paper import ALONE, beside, beside_table, legend, only_in_paper, paper_table
+from analysis.tables.paper import OTHER_METHODS, beside, beside_table, legend, only_in_paper, paper_table
 from analysis.tables.table3 import note
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -126,13 +126,13 @@ def _cells(
             cells[f"{title}, paper"] = ["" if pd.isna(gain) or not gain else f"{gain:+.2f}" for gain in gains]
     sizes = compared.dropna(subset="ours").drop_duplicates("column").set_index("column")["n"]
     counts = ", ".join(f"{titles[c]} {n:.0f}" for c, n in sizes.items() if c != SHIFT_MEAN)
-    alone = f" Rows marked {PAPER_ONLY} have no number of ours." if compared["ours"].isna().any() else ""
+    missing = f" Rows marked {PAPER_ONLY} have no number of ours." if compared["ours"].isna().any() else ""
     minus = ", and ours minus the paper's in points" if compared["minus_paper"].notna().any() else ""
     text = (
         f"{measured(task, columns_of(config))} in %, n: {counts}. Ours beside the paper's{minus}. Bold: the best of a "
         f"column, and what is not significantly different from it (paired permutation test, p >= {LEVEL}). Last "
         f"columns: points to {baseline}, with 95 % paired-bootstrap intervals, and the "
-        f"paper's.{alone} {note(config)} {legend(compared)}"
+        f"paper's.{missing} {note(config)} {legend(compared)}"
     )
     return cells, text
 
@@ -158,7 +158,7 @@ def measure_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
 
 def cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Table 1, 3, 4 or C.1 as text cells, and its caption; `numbers` are from `measure_beside_paper`."""
-    names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"} | ALONE
+    names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"} | OTHER_METHODS
     has_ours = numbers.groupby("method")["ours"].count() > 0
     names |= {row: f"{names[row]}, {PAPER_ONLY}" for row in has_ours.index[~has_ours]}
     return _cells(config, numbers, names, BEST)

@@ -244,8 +244,8 @@ def summary_table(tidy: pd.DataFrame, seed: int) -> pd.DataFrame:
         groups = np.stack([numbers[places] for places in drawn.groupby(["first", "second"]).indices.values()])
         whole = _statistics(*groups.reshape(-1, 2).T)
         drawn_pairs = np.random.Generator(np.random.PCG64(seed)).integers(len(groups), size=(RESAMPLES, len(groups)))
-        some = groups[drawn_pairs].reshape(RESAMPLES, -1, 2)
-        draws = pd.DataFrame(_statistics(some[..., 0], some[..., 1])).quantile([0.025, 0.975])
+        resampled = groups[drawn_pairs].reshape(RESAMPLES, -1, 2)
+        draws = pd.DataFrame(_statistics(resampled[..., 0], resampled[..., 1])).quantile([0.025, 0.975])
         head = {"beta": what, "pairs": pairs, "truth": truth, "n_pairs": len(groups), "n_points": len(drawn)}
         for name, value in whole.items():
             low, high = draws[name]

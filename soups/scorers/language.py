@@ -209,8 +209,8 @@ def _learning(reader: Reader, spans: Sequence[Span], batch_size: int) -> Learnin
 
     def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
         for rows, _ in order(epoch):
-            some = [spans[row].tokens for row in rows.tolist()]
-            yield {"input_ids": padded(some), "attention_mask": padded([(1,) * len(each) for each in some])}
+            windows = [spans[row].tokens for row in rows.tolist()]
+            yield {"input_ids": padded(windows), "attention_mask": padded([(1,) * len(each) for each in windows])}
 
     return Learning(module, batches, next_token)
 

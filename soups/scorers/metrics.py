@@ -49,9 +49,9 @@ def score(
         case "macro_f1":
             size = int(max(predicted.max(), labels.max())) + 1
             right = torch.bincount(labels, hits, size)
-            actual, said = torch.bincount(labels, once, size), torch.bincount(predicted, once, size)
-            occurs = actual > 0
-            return (2 * right[occurs] / (actual + said)[occurs]).mean().item()
+            label_counts, predicted_counts = torch.bincount(labels, once, size), torch.bincount(predicted, once, size)
+            occurs = label_counts > 0
+            return (2 * right[occurs] / (label_counts + predicted_counts)[occurs]).mean().item()
         case "worst_group":
             if groups is None or not (groups >= 0).any():
                 raise ValueError("worst_group needs the group of each image")
@@ -61,9 +61,9 @@ def score(
             return (right / total)[total > 0].min().item()
         case "matthews":
             counts = _confusion(predicted, labels, once)
-            true, said, n = counts.sum(dim=1), counts.sum(dim=0), counts.sum()
-            covariance = n * counts.trace() - true @ said
-            spread = (n**2 - true @ true) * (n**2 - said @ said)
+            label_counts, predicted_counts, n = counts.sum(dim=1), counts.sum(dim=0), counts.sum()
+            covariance = n * counts.trace() - label_counts @ predicted_counts
+            spread = (n**2 - label_counts @ label_counts) * (n**2 - predicted_counts @ predicted_counts)
             return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
         case "accuracy_and_f1":
             if max(int(labels.max()), int(predicted.max())) > 1:

@@ -127,8 +127,8 @@ def of_texts(asked: "HeldOut", pool: Pool) -> Scorer:
     # Without padding token a text at a time would be needed; such tokenizers name their end instead.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-    def tokenized(some: Sequence[Sequence[str]]) -> Any:
-        return tokenizer(*some, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    def tokenized(columns: Sequence[Sequence[str]]) -> Any:
+        return tokenizer(*columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
 
     starts = range(0, len(rows), batch_size)
     read = [tokenized([column[start : start + batch_size] for column in texts]) for start in starts]
@@ -149,8 +149,8 @@ def of_texts(asked: "HeldOut", pool: Pool) -> Scorer:
 
         def batches(epoch: int) -> Iterator[tuple[Any, Tensor]]:
             for places, labels in order(epoch):
-                some = [[column[place] for place in places.tolist()] for column in texts]
-                yield dict(tokenized(some).to(device())), labels.to(device())
+                columns = [[column[place] for place in places.tolist()] for column in texts]
+                yield dict(tokenized(columns).to(device())), labels.to(device())
 
         def loss(module: Any, batch: tuple[Any, Tensor], beta: Tensor) -> tuple[Tensor, int]:
             return cross_entropy(lambda inputs: module(**inputs).logits, batch, beta)  # type: ignore[arg-type]

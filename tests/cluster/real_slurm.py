@@ -130,7 +130,7 @@ class Cluster:
         """Send a job from a folder; its id."""
         return self.run("sbatch", "--parsable", *words, cwd=cwd, environment=environment)
 
-    def told(self, job: str, field: str) -> str:
+    def field_of(self, job: str, field: str) -> str:
         """A field of `scontrol show job`, e.g. JobState or Restarts, of a job or of one task as in 12_3."""
         lines = self.run("scontrol", "show", "job", "--oneliner", job).splitlines()
         words = dict(word.split("=", 1) for word in lines[0].split() if "=" in word)

@@ -250,8 +250,8 @@ def logs_of(runs):
 
 def test_rows_that_slurm_stopped_saved_their_state_and_count_their_restarts(disturbed):
     assert any("interrupted by a signal, and saved" in log for log in logs_of(disturbed[0]))
-    told = [read_json(ingredient(disturbed[0], row) / "done.json")["slurm"] for row in range(1, ROWS + 1)]
-    assert any(each["restarts"] for each in told), told
+    records = [read_json(ingredient(disturbed[0], row) / "done.json")["slurm"] for row in range(1, ROWS + 1)]
+    assert any(each["restarts"] for each in records), records
 
 
 def test_no_row_ran_twice_to_its_end(disturbed):

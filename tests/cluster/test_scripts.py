@@ -105,9 +105,9 @@ def trained(cluster, network, tmp_path_factory):
 def test_a_row_waits_for_the_initialisation_that_another_task_makes_and_tells_its_job(trained):
     runs, sent = trained
     assert f"waiting for row 0, which task {sent.job}_0 makes" in sent.said
-    told = read_json(row(runs) / "done.json")["slurm"]
-    assert told == {"job": f"{sent.job}_1", "restarts": 0, "nodes": told["nodes"]}
-    assert told["nodes"] in ("node1", "node2")
+    record = read_json(row(runs) / "done.json")["slurm"]
+    assert record == {"job": f"{sent.job}_1", "restarts": 0, "nodes": record["nodes"]}
+    assert record["nodes"] in ("node1", "node2")
 
 
 def signalled(sent):
@@ -124,12 +124,12 @@ def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undist
     sent.until((disturbed / "demo_tiny/soups/learned/state.pt").exists, "a first state")
     signalled(sent)
     stage.run(config)
-    sent.until(lambda: cluster.told(sent.job, "Restarts") == "1" and sent.is_running, "the second start")
+    sent.until(lambda: cluster.field_of(sent.job, "Restarts") == "1" and sent.is_running, "the second start")
     high = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
     cluster.sbatch(*high, cwd=tmp_path)
     sent.wait()
     assert "interrupted by a signal, and saved" in sent.said
-    assert cluster.told(sent.job, "Restarts") == "2"
+    assert cluster.field_of(sent.job, "Restarts") == "2"
     assert soups_of(disturbed) == soups_of(alone)
 
 
@@ -150,6 +150,6 @@ def test_a_row_on_two_nodes_requeued_midway_has_the_losses_of_one_process(cluste
     sent.until((row(together) / "state.pt").exists, "a first state")
     signalled(sent)
     sent.wait()
-    told = read_json(row(together) / "done.json")["slurm"]
-    assert told == {"job": sent.job, "restarts": 1, "nodes": "node[1-2]"}
+    record = read_json(row(together) / "done.json")["slurm"]
+    assert record == {"job": sent.job, "restarts": 1, "nodes": "node[1-2]"}
     assert_alike(together, alone)

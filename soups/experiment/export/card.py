@@ -75,9 +75,9 @@ def _proxies(source: Source) -> list[str]:
 
 def _licence(source: Source, licence: str) -> str:
     start = source.model.name or source.model.kind
-    said = "is set by whoever publishes it" if licence == "other" else f"was set to {licence} by whoever exported it"
+    set_by = "is set by whoever publishes it" if licence == "other" else f"was set to {licence} by whoever exported it"
     text = (
-        f"The licence of the weights {said}. They come from the pretrained weights {start} and from the data "
+        f"The licence of the weights {set_by}. They come from the pretrained weights {start} and from the data "
         f"{_dataset(source)}, whose licences hold for what is made of them."
     )
     return text + (" DATA_LICENSES.md of the code lists those of the icons." if _dataset(source) == "emoji" else "")

@@ -88,6 +88,6 @@ def usage(source: Source, to: Target) -> str:
     if text:
         code = TEXT.replace("TEMPLATE", template).replace("LENGTH", str(source.model.max_length))
         return code.replace("NORMALISED\n", f"{normalised}\n" if unit else "")
-    look = "model.get_image_features" if getattr(source.classifier.tower, "is_dual", False) else "model"
-    features = f"features = {look}(pixel_values=pixels).pooler_output.flatten(1)"
+    call = "model.get_image_features" if getattr(source.classifier.tower, "is_dual", False) else "model"
+    features = f"features = {call}(pixel_values=pixels).pooler_output.flatten(1)"
     return VISION.replace("FEATURES", f"{features}\n{normalised}" if unit else features)

@@ -133,7 +133,7 @@ def fetch_all(
     *,
     workers: int,
     done: Callable[[Download], None],
-    show: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Download several files at a time.
 
@@ -141,7 +141,7 @@ def fetch_all(
         wanted: the files.
         workers: how many at a time.
         done: called with each that is there, in this thread.
-        show: called about twice a second with the bytes that are there.
+        progress: called about twice a second with the bytes that are there.
 
     Raises:
         UserError: as `fetch` and `done`; the first one stops the others, whose parts stay.
@@ -152,7 +152,7 @@ def fetch_all(
         try:
             while running:
                 ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                show(sum(each.bytes_here for each in wanted))
+                progress(sum(each.bytes_here for each in wanted))
                 for future in ended:
                     each = running.pop(future)
                     future.result()

@@ -139,7 +139,7 @@ def download(
                     missing,
                     workers=workers,
                     done=note,
-                    show=lambda count: status.update(f"{len(missing)} files, {count / 1e9:.2f} GB here ..."),
+                    progress=lambda count: status.update(f"{len(missing)} files, {count / 1e9:.2f} GB here ..."),
                 )
     for line in duplicates(record):
         console.print(line, highlight=False)
@@ -158,10 +158,10 @@ def convert_all(folder: Path, rows: Sequence[int], out: Path, console: Console) 
             continue
         weights, dropped = convert(folder / model_file(row))
         save_weights(target, weights)
-        console.print(f"{target}: {len(weights)} tensors{said(dropped)}", highlight=False, soft_wrap=True)
+        console.print(f"{target}: {len(weights)} tensors{describe_dropped(dropped)}", highlight=False, soft_wrap=True)
 
 
-def said(dropped: dict[str, int]) -> str:
+def describe_dropped(dropped: dict[str, int]) -> str:
     """What of a file was not taken over, in words."""
     assert dropped.keys() <= LEFTOVERS.keys()
     return f"; dropped {sum(dropped.values()):,} numbers of the text tower, which classify nothing: " + ", ".join(
