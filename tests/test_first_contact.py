@@ -119,7 +119,7 @@ def test_what_is_needed_is_what_is_imported():
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             found |= {name.split(".")[0] for name in names}
     found -= standard | set(PACKAGES) | OPTIONAL | {"reproduce"}
-    assert found <= {*NEEDED, "tokenizers", "jinja2", "huggingface_hub", "torchdata", "pydantic_core"}
+    assert found <= {*NEEDED, "tokenizers", "jinja2", "huggingface_hub", "torchdata", "pydantic_core", "markupsafe"}
     assert missing_packages() == ""
     assert "lacks nothing_like_it" in missing_packages(("torch", "nothing_like_it"))
 
