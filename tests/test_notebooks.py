@@ -19,12 +19,13 @@ from soups.experiment.soups import make_soup
 from soups.files.atomic import read_json
 from store.runs import RunFolder
 from tests.commands import python
-from tests.pools import finished_pool
+from tests.pools import finished_pool, small_network
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 SOUP_BETTER = ROOT / "notebooks/is_my_soup_better.ipynb"
+QUICK = ("is_my_soup_better", "two_checkpoints")  # the others draw six figures and more, each tested by itself
 
 
 def cells_of(path, kind="code"):
@@ -74,7 +75,9 @@ def test_what_is_committed_shows_pictures_or_tables_and_no_warning_of_a_machine(
     assert not [each for each in outputs if each.output_type == "error" or each.get("name") == "stderr"]
 
 
-@every_notebook
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else pytest.mark.slow) for p in NOTEBOOKS]
+)
 def test_a_notebook_runs_on_what_is_committed(path, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -89,7 +92,8 @@ def test_a_notebook_runs_on_what_is_committed(path, monkeypatch, tmp_path):
 def own_run(tmp_path_factory):
     """The folder of a finished run: three models, moved by chance, of ten classes."""
     runs = tmp_path_factory.mktemp("runs")
-    settings = ["recipes=[best,uniform,greedy]", "cluster.workers=1", "model.templates=null"]
+    settings = ["recipes=[best,uniform,greedy]", "cluster.workers=1"]
+    settings += small_network(tmp_path_factory.mktemp("network"))
     config, evaluator = finished_pool(runs, *settings)
     for recipe in config.recipes:
         make_soup(recipe, evaluator)
