@@ -60,7 +60,7 @@ def test_weights_go_along_the_run(run):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--last", "5"], "--last 5: there are 4 files"),
         (["--last", "0"], "--last 0: there are 4 files"),
@@ -77,11 +77,11 @@ def test_weights_go_along_the_run(run):
         (["--top", "1", "--by", "none.json", "--goal", "max"], "none.json does not exist"),
     ],
 )
-def test_half_a_choice_and_scores_that_are_missing_are_refused(words, said, run, capsys):
+def test_half_a_choice_and_scores_that_are_missing_are_refused(words, message, run, capsys):
     Path("few.json").write_text('{"checkpoint-5": 1}')
     with pytest.raises(SystemExit):
         mean("uniform", *words)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("soup.safetensors").exists()
 
 

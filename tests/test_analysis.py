@@ -142,8 +142,8 @@ def test_figure_1_plots_test_against_shifts_in_percent_with_intervals(drawing):
     (axes,), (legend,) = drawing.axes, drawing.legends
     assert axes.get_xlabel() == "Emoji test, top-1 accuracy (%)"
     assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
-    said = [text.get_text() for text in legend.get_texts()]
-    assert said == ["Individual models", "Best individual (held-out)", "Greedy soup"]
+    legend_texts = [text.get_text() for text in legend.get_texts()]
+    assert legend_texts == ["Individual models", "Best individual (held-out)", "Greedy soup"]
     assert legend.get_title().get_text() == "Bars: 95 % intervals of the difference to the best individual"
     offsets = [tuple(collection.get_offsets()[0]) for collection in axes.collections]
     assert offsets[-1] == pytest.approx((58.6, 45.0))

@@ -127,11 +127,11 @@ def test_the_mean_of_all_or_of_the_last_checkpoints_is_that_of_their_files_to_th
 
 def test_a_run_resumes_with_the_average_that_it_began_or_says_what_to_do(undisturbed, tmp_path):
     folder, _ = undisturbed
-    for callback, said in (
+    for callback, message in (
         (TrainerAverage("ema:0.5", every=3, start=2), "was begun with kind='ema:0.5', every=2, start=2, last=None"),
         (TrainerAverage("uniform", every=2, start=2), "resume with the same settings"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             train(folder, callback, resume=str(folder / "checkpoint-6"))
     train(tmp_path, max_steps=3)
     with pytest.raises(UserError, match=r"checkpoint-3 has no running average, .* or begin here, with start=4"):
@@ -144,21 +144,21 @@ def test_a_run_resumes_with_the_average_that_it_began_or_says_what_to_do(undistu
 
 
 @pytest.mark.parametrize(
-    ("words", "settings", "said"),
+    ("words", "settings", "message"),
     [
         ({"every": 10}, {}, "none of 9 steps is averaged: start=0, every=10"),
         ({"every": "checkpoint", "last": 2}, {"save_total_limit": 2}, "last=2 and save_total_limit=2: keep 3"),
     ],
 )
-def test_what_averages_nothing_is_refused_before_the_first_step(words, settings, said, tmp_path):
+def test_what_averages_nothing_is_refused_before_the_first_step(words, settings, message, tmp_path):
     seen = Seen()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         train(tmp_path, TrainerAverage(**words), seen, **settings)
     assert not seen.states
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ({"kind": "ema"}, "weights 'ema': write uniform, 1-sqrt, or ema:DECAY"),
         ({"kind": "ema:1.5"}, "write uniform, 1-sqrt, or ema:DECAY"),
@@ -168,8 +168,8 @@ def test_what_averages_nothing_is_refused_before_the_first_step(words, settings,
         ({"every": "checkpoint", "last": 0}, "last at least 1"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(words, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_that_mean_nothing_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
         TrainerAverage(**words)
 
 
@@ -270,9 +270,9 @@ def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(lightning, 
     assert not torch.equal(average.model[0].weight, module.model[0].weight)
     assert average.model[1].num_batches_tracked == 10
     files = in_time_order([path for path in (whole / "saved").iterdir() if path.name != "last.ckpt"])[1:]
-    for out, some in (("checkpoints.ckpt", files), ("last.ckpt", files[-3:])):
+    for out, averaged in (("checkpoints.ckpt", files), ("last.ckpt", files[-3:])):
         loaded = kind.load_from_checkpoint(tmp_path / out).model.state_dict()
-        mean = soups.uniform(some, allow_unrelated=True).weights
+        mean = soups.uniform(averaged, allow_unrelated=True).weights
         assert all(torch.equal(loaded[name], mean[name]) for name in mean)
     killed(fit, lightning, cut, *averages(), dies=True)
     first = torch.load(whole / "average.ckpt")["state_dict"]

@@ -55,8 +55,8 @@ def ended(words, capsys):
         main(words)
     except SystemExit as end:
         status = end.code
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
 
 
 def files():
@@ -151,8 +151,8 @@ def test_the_words_of_before_are_refused_with_what_to_type_now(capsys, monkeypat
 def test_the_doctor_reads_what_the_recipes_read(pool, capsys):
     for i in range(2):
         torch.save({"model": {"w": torch.tensor([1.0])}, "ema": {"w": torch.tensor([2.0 + i])}}, f"m{i}.pt")
-    said = ended(["doctor", "m0.pt", "m1.pt"], capsys)[1]
-    assert "holds several sets of weights" in said
+    printed = ended(["doctor", "m0.pt", "m1.pt"], capsys)[1]
+    assert "holds several sets of weights" in printed
     assert "nothing wrong was found" in ended(["doctor", "m0.pt", "m1.pt", "--key", "ema"], capsys)[1]
     assert "are the same model" in ended(["doctor", "m0.pt", "m1.pt", "--key", "model"], capsys)[1]
 
@@ -192,8 +192,8 @@ def pair(*words, cwd):
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     ranks = [start(*words, cwd=cwd, RANK=str(i), LOCAL_RANK=str(i), **shared) for i in (0, 1)]
-    said = [rank.communicate(timeout=120) for rank in ranks]
-    return [(rank.returncode, *each) for rank, each in zip(ranks, said, strict=True)]
+    printed = [rank.communicate(timeout=120) for rank in ranks]
+    return [(rank.returncode, *each) for rank, each in zip(ranks, printed, strict=True)]
 
 
 @pytest.mark.parametrize("recipe", ["greedy", "with-replacement"])
@@ -203,9 +203,9 @@ def test_two_processes_of_torchrun_share_candidates_and_take_the_decisions_of_on
     assert ended([*words, "--out", "one.safetensors"], capsys)[0] == 0
     alone = len((pool / "calls").read_text().splitlines())
     (pool / "calls").unlink()
-    said = pair(*words, "--out", "two.safetensors", cwd=pool)
-    assert [status for status, _, _ in said] == [0, 0], said
-    assert said[1][1] == ""
+    printed = pair(*words, "--out", "two.safetensors", cwd=pool)
+    assert [status for status, _, _ in printed] == [0, 0], printed
+    assert printed[1][1] == ""
     assert (pool / "two.safetensors").read_bytes() == (pool / "one.safetensors").read_bytes()
     calls = (pool / "calls").read_text().splitlines()
     assert set(calls) == {"0", "1"}
@@ -231,10 +231,10 @@ def test_two_processes_of_torchrun_learn_what_one_learns(tmp_path, monkeypatch, 
     (tmp_path / "parts_of_it.py").write_text(PARTS)
     words = ["learned", "m0.pt", "m1.pt", "m2.pt", "--per", "layer"]
     assert ended([*words, "--loss", "parts_of_it:parts", "--out", "one.safetensors"], capsys)[0] == 0
-    said = pair(*words, "--loss", "parts_of_it:parts", "--out", "two.safetensors", cwd=tmp_path)
-    assert [status for status, _, _ in said] == [0, 0], said
-    assert said[0][1].startswith("file")
-    assert said[1][1] == ""
+    printed = pair(*words, "--loss", "parts_of_it:parts", "--out", "two.safetensors", cwd=tmp_path)
+    assert [status for status, _, _ in printed] == [0, 0], printed
+    assert printed[0][1].startswith("file")
+    assert printed[1][1] == ""
     # Sums over processes are rounded in another order: the same to some digits, and not to the bit.
     one, two = (load_file(f"{name}.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
@@ -250,9 +250,9 @@ def test_two_processes_of_torchrun_learn_what_one_learns(tmp_path, monkeypatch, 
 
 def test_an_error_of_one_process_ends_both_with_one_line(pool):
     (pool / "see.py").write_text("print('no score')")
-    said = pair("greedy", *files()[:1], *SCORE, "--out", "s.safetensors", cwd=pool)
-    assert [status for status, _, _ in said] == [2, 2]
-    assert all("its last line is 'no score', not a number" in each for _, _, each in said)
+    printed = pair("greedy", *files()[:1], *SCORE, "--out", "s.safetensors", cwd=pool)
+    assert [status for status, _, _ in printed] == [2, 2]
+    assert all("its last line is 'no score', not a number" in each for _, _, each in printed)
 
 
 def test_the_export_of_before_says_what_to_type_now(pool):
@@ -316,9 +316,9 @@ def test_an_example_of_the_help_runs(name, line, examples, monkeypatch, capsys):
     if name in ("verify", "export", "make"):
         main(["uniform", "run/*.safetensors", "--out", "soup.safetensors", "--force"])
         capsys.readouterr()
-    status, said, err = ended(words, capsys)
+    status, printed, err = ended(words, capsys)
     assert status == 0, err
-    assert said
+    assert printed
     if out is not None:
         assert out.exists()
         if out.suffix == ".safetensors":

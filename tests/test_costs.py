@@ -75,7 +75,7 @@ def test_images_are_counted_from_settings_or_from_the_data():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (
             "task.held_out_index=x.npy task.held_out_per_class=null",
@@ -85,8 +85,8 @@ def test_images_are_counted_from_settings_or_from_the_data():
         ("plan.gpu=h101", "gpu=h101 .*h100"),
     ],
 )
-def test_what_is_not_known_is_said_and_not_guessed(words, said):
-    with pytest.raises(UserError, match=said):
+def test_what_is_not_known_is_said_and_not_guessed(words, message):
+    with pytest.raises(UserError, match=message):
         costs(load("table3_clip_b32", *words.split()))
 
 

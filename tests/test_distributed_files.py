@@ -109,7 +109,7 @@ def test_a_metadata_that_would_run_code_runs_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (lambda file: file.unlink(), "its file __0_0.distcp is missing"),
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "__0_0.distcp is truncated"),
@@ -117,10 +117,10 @@ def test_a_metadata_that_would_run_code_runs_none(tmp_path, monkeypatch):
         (lambda file: file.with_name(".metadata").write_bytes(b"\x80\x04N."), r"\.metadata is damaged"),
     ],
 )
-def test_a_damaged_folder_is_one_line_that_names_the_file(harm, said, tmp_path):
+def test_a_damaged_folder_is_one_line_that_names_the_file(harm, message, tmp_path):
     dcp.save({"w": torch.ones(100, 2)}, checkpoint_id=tmp_path)
     harm(tmp_path / "__0_0.distcp")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         soups.load(tmp_path)["w"]
 
 

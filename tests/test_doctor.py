@@ -226,16 +226,16 @@ def image_pool(tmp_path):
 SCORES = {f"m{i}.safetensors": 0.6 - 0.005 * i for i in range(12)}
 
 
-def likely(pool, scores=SCORES, held_out=600, some=slice(None)):
-    return examine(files(pool)[some], None, scores, held_out=held_out).will_it_help
+def likely(pool, scores=SCORES, held_out=600, which=slice(None)):
+    return examine(files(pool)[which], None, scores, held_out=held_out).will_it_help
 
 
 def test_of_a_pool_like_the_measured_ones_the_doctor_says_the_shares_of_the_table(image_pool):
     known = json.loads((ROOT / "soups/will_it_help.json").read_text())
-    said = likely(image_pool)
-    assert not any("not calibrated" in line for line in said)
-    assert f"shares of {len(known['pools'])} pools of image classifiers" in said[0]
-    for line, each in zip(said[1:5], known["soups"], strict=True):
+    lines = likely(image_pool)
+    assert not any("not calibrated" in line for line in lines)
+    assert f"shares of {len(known['pools'])} pools of image classifiers" in lines[0]
+    for line, each in zip(lines[1:5], known["soups"], strict=True):
         share, low, high = (round(100 * number) for number in each["better"])
         assert line.startswith(f"- {each['soup']} soup, {each['on']}: better {share} % [{low}, {high}], worse ")
 
@@ -266,13 +266,13 @@ def test_models_of_another_origin_are_not_calibrated(image_pool):
 
 def test_without_scores_or_their_number_no_probability_is_said_and_what_to_type_is(image_pool):
     missing = {name: score for name, score in SCORES.items() if name != "m7.safetensors"}
-    for said, words in (
+    for lines, words in (
         (likely(image_pool, {}, None), "type --scores scores.json"),
         (likely(image_pool, SCORES, None), "type --held-out N"),
         (likely(image_pool, missing), "a score of m7.safetensors in --scores"),
-        (likely(image_pool, {"m0.safetensors": 0.6}, some=slice(1)), "two different models"),
+        (likely(image_pool, {"m0.safetensors": 0.6}, which=slice(1)), "two different models"),
     ):
-        assert len(said) == 1 and said[0].startswith("not said: ") and words in said[0] and "%" not in said[0]
+        assert len(lines) == 1 and lines[0].startswith("not said: ") and words in lines[0] and "%" not in lines[0]
     for scores, held_out in (({}, 600), (SCORES, 0)):
         with pytest.raises(UserError, match="type the number of examples"):
             likely(image_pool, scores, held_out)

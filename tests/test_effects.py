@@ -133,7 +133,7 @@ def observed(task, runs):
             yield split, examples.labels.tolist(), examples.digest
         labels = load_split(task, task.test).labels
         all_first = torch.eye(task.size)[torch.zeros(len(labels), dtype=torch.long)]
-        yield [evaluator.score(said, task.test) for said in (all_first, torch.eye(task.size)[labels])]
+        yield [evaluator.score(logits, task.test) for logits in (all_first, torch.eye(task.size)[labels])]
         yield len(load_annotations(task))
         yield [group.tolist() for group in bootstrap_groups(config, evaluator, (task.train,))]
         yield task.listings is not None and any(task.listings.iterdir())
@@ -174,8 +174,8 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
             for other in ("another", {"test": "another"}) if own not in kinds else ():
                 with pytest.raises(UserError) as refused:
                     parse_values(values | {"task": values["task"] | {setting: other}})
-                said = f"bad config: task.{setting} is for task.kind={', '.join(kinds)}, not for {own}"
-                assert str(refused.value) == said
+                message = f"bad config: task.{setting} is for task.kind={', '.join(kinds)}, not for {own}"
+                assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(

@@ -174,11 +174,11 @@ def test_a_set_gives_two_drawings_of_a_name_and_one_caption_only_once_per_drawin
 
 
 def test_at_most_keeps_a_limit_per_caption_and_does_not_depend_on_order():
-    some = [Drawing("set", f"axe-{i}", "axe", "", "white", "") for i in range(9)]
-    some.append(Drawing("set", "saw", "saw", "", "white", ""))
-    kept = at_most(some, 4)
+    drawings = [Drawing("set", f"axe-{i}", "axe", "", "white", "") for i in range(9)]
+    drawings.append(Drawing("set", "saw", "saw", "", "white", ""))
+    kept = at_most(drawings, 4)
     assert sorted(d.caption for d in kept) == ["axe"] * 4 + ["saw"]
-    assert kept == at_most(some[::-1], 4)
+    assert kept == at_most(drawings[::-1], 4)
 
 
 def test_ink_is_for_one_colour_icons_and_can_be_seen_on_its_paper():

@@ -34,11 +34,11 @@ UNDECIDED, BETTER, WORSE = (0.024, -0.002, 0.05), (0.024, 0.002, 0.05), (-0.024,
 
 @pytest.mark.parametrize(("interval", "word"), [(UNDECIDED, "undecided"), (BETTER, "better"), (WORSE, "worse")])
 def test_the_sentence_has_the_score_n_the_difference_and_a_word(demo, interval, word):
-    said = verdict(demo, scores({"test": interval, "shift_mean": interval}))
+    lines = verdict(demo, scores({"test": interval, "shift_mean": interval}))
     ends = f"[{100 * interval[1]:.1f}, {100 * interval[2]:.1f}]"
     difference = f"{100 * interval[0]:+.1f} {ends} over the best single model: {word}"
-    assert said[0] == f"Greedy soup of 4: test 55.0 % (n = 620), {difference}"
-    assert said[1] == f"Greedy soup of 4: mean of 5 shifts 55.0 % (n = 620), {difference}"
+    assert lines[0] == f"Greedy soup of 4: test 55.0 % (n = 620), {difference}"
+    assert lines[1] == f"Greedy soup of 4: mean of 5 shifts 55.0 % (n = 620), {difference}"
 
 
 def test_the_demo_says_that_it_is_short_of_trained_and_what_larger_pools_say(demo, tmp_path, monkeypatch):

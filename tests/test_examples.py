@@ -21,11 +21,11 @@ def run(name, needs, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "out")])
     runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
-    said = capsys.readouterr()
-    models = [line for line in said.out.splitlines() if re.search("  (kept|left out)$", line)]
-    assert "\ngreedy: " in said.out and "\non --report, whose examples selected nothing" in said.out
-    assert verify(Path(said.out.split()[-1])) == ""
-    return models, said.err
+    printed = capsys.readouterr()
+    models = [line for line in printed.out.splitlines() if re.search("  (kept|left out)$", line)]
+    assert "\ngreedy: " in printed.out and "\non --report, whose examples selected nothing" in printed.out
+    assert verify(Path(printed.out.split()[-1])) == ""
+    return models, printed.err
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -30,8 +30,8 @@ def pools(tmp_path_factory):
 
 def test_timm_loads_a_soup_with_the_names_of_its_classes(pools, tmp_path):
     soup, out = pools / "soup.safetensors", tmp_path / "out"
-    said = export_soup(soup, "timm", out, network="timm:test_vit", classes=["a", "b", "c"])
-    assert said.startswith(f"{out}: loaded by timm, outputs within 0.0e+00")
+    printed = export_soup(soup, "timm", out, network="timm:test_vit", classes=["a", "b", "c"])
+    assert printed.startswith(f"{out}: loaded by timm, outputs within 0.0e+00")
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
     for name, tensor in load_file(soup).items():

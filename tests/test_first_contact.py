@@ -202,10 +202,10 @@ def test_missing_data_are_one_line(tmp_path):
 
 def ended_by(error):
     """How a command ends whose work raises an error, here, and what it prints."""
-    said = io.StringIO()
-    with redirect_stderr(said):
+    printed = io.StringIO()
+    with redirect_stderr(printed):
         status = status_of(lambda: one_line_errors(lambda: raising(error)))
-    return status, said.getvalue()
+    return status, printed.getvalue()
 
 
 def raising(error):
@@ -213,8 +213,8 @@ def raising(error):
 
 
 def test_a_place_that_may_not_be_written_is_one_line():
-    said = "/a/b cannot be read or written (Permission denied): name another place, or change that"
-    assert ended_by(PermissionError(errno.EACCES, "Permission denied", "/a/b")) == (2, f"error: {said}\n")
+    message = "/a/b cannot be read or written (Permission denied): name another place, or change that"
+    assert ended_by(PermissionError(errno.EACCES, "Permission denied", "/a/b")) == (2, f"error: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_a_place_that_may_not_be_written_is_one_line():
     [(KeyboardInterrupt(), 130), (UserError("no"), 2), (ModuleNotFoundError(name="torchdata"), 2), (KeyError(1), 1)],
 )
 def test_exit_statuses(error, status):
-    ended, said = ended_by(error)
+    ended, printed = ended_by(error)
     assert ended == status
-    assert ("Traceback" in said) == (status == 1)
+    assert ("Traceback" in printed) == (status == 1)
 
 
 def test_ctrl_c_ends_a_stage_with_130(tmp_path):
@@ -241,9 +241,9 @@ def test_ctrl_c_ends_a_stage_with_130(tmp_path):
     while not (tmp_path / "demo_tiny").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "run the same command again to continue" in said and "Traceback" not in said
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "run the same command again to continue" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("length", [10, 10**6])  # held back until the end, and written at once

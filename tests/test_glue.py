@@ -84,7 +84,7 @@ def test_a_file_may_end_without_a_line_end_and_a_word_may_be_null_or_na(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("subset", "name", "text", "said"),
+    ("subset", "name", "text", "message"),
     [
         ("sst2", "SST-2", "sentence\tlabel\ngood\t1\nbad 0\n", r"train\.tsv, line 3: 1 fields"),
         ("sst2", "SST-2", "sentence\tlabel\ngood\t1\nbad\tworse\t0\n", r"train\.tsv, line 3: 3 fields"),
@@ -98,8 +98,8 @@ def test_a_file_may_end_without_a_line_end_and_a_word_may_be_null_or_na(tmp_path
         ("rte", "RTE", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tneutral\n", r"line 2: label 'neutral'"),
     ],
 )
-def test_a_broken_file_is_refused_by_its_line(tmp_path, subset, name, text, said):
-    with pytest.raises(UserError, match=said):
+def test_a_broken_file_is_refused_by_its_line(tmp_path, subset, name, text, message):
+    with pytest.raises(UserError, match=message):
         read_local(written(tmp_path, name, text), subset, "train")
 
 

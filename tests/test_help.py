@@ -82,7 +82,7 @@ def test_the_nearest_setting(name, near):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("", "bad config: Missing mandatory value: name; an experiment sets it, e.g. experiment=demo"),
         ("demo", "'demo' is no setting: type experiment=demo"),
@@ -98,10 +98,10 @@ def test_the_nearest_setting(name, near):
         ("run=runs/nowhere", "run=runs/nowhere does not exist"),
     ],
 )
-def test_a_mistyped_word_is_one_line(words, said, tmp_path):
+def test_a_mistyped_word_is_one_line(words, message, tmp_path):
     answer = here(["-m", "finetune", *words.split(), f"paths.runs={tmp_path}/runs"])
     assert answer.returncode == 2
-    assert answer.stderr.startswith(f"error: {said}") and answer.stderr.count("\n") == 1, answer.stderr
+    assert answer.stderr.startswith(f"error: {message}") and answer.stderr.count("\n") == 1, answer.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -31,28 +31,28 @@ DRIVER = """
 const keys = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 const shown = () => document.querySelector("#details article:not([hidden])").dataset.key;
 const marks = [...document.querySelectorAll(".mark")];
-const said = { first: shown(), wide: document.documentElement.scrollWidth, window: innerWidth };
+const seen = { first: shown(), wide: document.documentElement.scrollWidth, window: innerWidth };
 marks.find((mark) => mark.dataset.key === "uniform").focus();
-said.focused = shown();
-said.ties = document.querySelectorAll("#ties path").length;
+seen.focused = shown();
+seen.ties = document.querySelectorAll("#ties path").length;
 keys("End");
-said.last = shown();
+seen.last = shown();
 keys("ArrowLeft");
-said.before = shown();
+seen.before = shown();
 const at = marks.find((mark) => mark.dataset.key === "row-2").getBoundingClientRect();
 const place = { clientX: at.x + at.width / 2, clientY: at.y + at.height / 2, bubbles: true };
 document.getElementById("plot").dispatchEvent(new MouseEvent("click", place));
-said.tapped = shown();
+seen.tapped = shown();
 const shade = document.getElementById("shade");
 shade.value = "optim.lr";
 shade.dispatchEvent(new Event("change"));
 const rows = marks.filter((mark) => mark.dataset.key.startsWith("row"));
-said.shades = rows.map((mark) => mark.style.fill);
+seen.shades = rows.map((mark) => mark.style.fill);
 const head = [...document.querySelectorAll("#pool th button")].find((each) => each.textContent === "optim.lr");
 head.click();
 head.click();
-said.sorted = [...document.querySelectorAll("#pool tbody th")].map((cell) => cell.textContent);
-parent.postMessage(JSON.stringify(said), "*");
+seen.sorted = [...document.querySelectorAll("#pool tbody th")].map((cell) => cell.textContent);
+parent.postMessage(JSON.stringify(seen), "*");
 """
 
 
@@ -221,10 +221,10 @@ def test_tables_have_heads_and_pictures_and_drawings_have_words(page):
 
 
 def test_what_is_not_made_yet_says_how_in_a_line(before, page):
-    said = " ".join(before.words)
-    assert "python -m analysis artefact=reliability experiment=demo_tiny" in said
-    assert "python -m analysis artefact=figure2 experiment=demo_tiny" in said
-    assert "not made yet" in said
+    text = " ".join(before.words)
+    assert "python -m analysis artefact=reliability experiment=demo_tiny" in text
+    assert "python -m analysis artefact=figure2 experiment=demo_tiny" in text
+    assert "not made yet" in text
     assert "not made yet" not in " ".join(page.words)
 
 
@@ -277,8 +277,8 @@ def test_reliability_is_of_test_with_temperatures_of_held_out(finished, path):
 
 
 def test_a_browser_runs_its_script_and_its_console_says_nothing(path, tmp_path):
-    said, shown = browse(path, tmp_path, "--window-size=390,900")
-    assert said == []
+    console, shown = browse(path, tmp_path, "--window-size=390,900")
+    assert console == []
     assert re.search(r'class="mark chosen" data-key="greedy"', shown)
     assert "<button" in shown
 
@@ -286,8 +286,8 @@ def test_a_browser_runs_its_script_and_its_console_says_nothing(path, tmp_path):
 def test_a_planted_script_is_refused_by_the_policy(path, tmp_path):
     planted = tmp_path / "planted.html"
     planted.write_text(path.read_text().replace("</main>", "<script>document.title = 'planted'</script></main>"))
-    said, shown = browse(planted, tmp_path)
-    assert any("Content Security Policy" in line for line in said)
+    console, shown = browse(planted, tmp_path)
+    assert any("Content Security Policy" in line for line in console)
     assert "<title>planted</title>" not in shown
 
 
@@ -303,11 +303,11 @@ def test_points_answer_to_keys_taps_and_settings_and_nothing_is_wider_than_the_w
     )
     console, shown = browse(frame, tmp_path)
     assert console == []
-    said = json.loads(unescape(re.search(r"SAID({.*?})DIAS", shown, re.DOTALL)[1]))
-    assert said["window"] == width
-    assert said["wide"] <= width
-    assert (said["first"], said["focused"], said["tapped"]) == ("greedy", "uniform", "row-2")
-    assert said["ties"] == 4
-    assert said["last"] != said["before"]
-    assert len(set(said["shades"])) == 3
-    assert said["sorted"] == ["Row 3: other", f"Row 1: {HOSTILE}", "Row 2: plain", "Initialisation"]
+    seen = json.loads(unescape(re.search(r"SAID({.*?})DIAS", shown, re.DOTALL)[1]))
+    assert seen["window"] == width
+    assert seen["wide"] <= width
+    assert (seen["first"], seen["focused"], seen["tapped"]) == ("greedy", "uniform", "row-2")
+    assert seen["ties"] == 4
+    assert seen["last"] != seen["before"]
+    assert len(set(seen["shades"])) == 3
+    assert seen["sorted"] == ["Row 3: other", f"Row 1: {HOSTILE}", "Row 2: plain", "Initialisation"]

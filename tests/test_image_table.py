@@ -70,7 +70,7 @@ def test_held_out_may_be_drawn_from_the_lines_of_train(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda text: text.replace("path,", "file,"), r"no column 'path', only file, label, split, note: type"),
         (lambda text: text.replace("photos/1.png,cat", "photos/1.png,"), "example 2 has no label"),
@@ -83,9 +83,9 @@ def test_held_out_may_be_drawn_from_the_lines_of_train(folder):
         (lambda text: "", r"all.csv cannot be read \(No columns to parse from file\)"),
     ],
 )
-def test_a_table_that_does_not_fit_is_one_line(folder, change, said):
+def test_a_table_that_does_not_fit_is_one_line(folder, change, message):
     (folder / "all.csv").write_text(change((folder / "all.csv").read_text()))
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_split(of_all(folder), "train") and load_split(of_all(folder), "test")
     assert "\n" not in str(caught.value)
 

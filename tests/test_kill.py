@@ -96,9 +96,9 @@ def test_a_signal_to_all_processes_of_a_run_saves_its_state_once_and_the_next_on
     process = start(settings, tmp_path, "compute.loader_workers=2")
     wait_for_state(tmp_path, process)
     os.killpg(process.pid, number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number, said
-    assert said.count("interrupted by a signal, and saved: run the same command again to continue") == 1
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, printed
+    assert printed.count("interrupted by a signal, and saved: run the same command again to continue") == 1
     assert not (folder(tmp_path) / "done.json").exists()
     assert len(read_jsonl(folder(tmp_path) / "metrics.jsonl")) < EPOCHS
     finish(settings, tmp_path)

@@ -362,7 +362,7 @@ def test_a_test_whose_check_would_keep_its_lists_in_the_clones_runs_fails():
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         (["task=imagenett"], "error: there is no task=imagenett, but imagenet"),
         (["task.foldr=x"], "error: there is no setting task.foldr"),
@@ -373,10 +373,10 @@ def test_a_test_whose_check_would_keep_its_lists_in_the_clones_runs_fails():
         ),
     ],
 )
-def test_a_check_of_mistyped_settings_is_one_line(typed, said):
+def test_a_check_of_mistyped_settings_is_one_line(typed, message):
     answer = run_check(*typed)
     assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
-    assert said in answer.stderr
+    assert message in answer.stderr
 
 
 def test_a_task_of_texts_is_checked_whatever_model_reads_it(tmp_path):

@@ -44,9 +44,9 @@ def pool(states, tmp_path, monkeypatch):
 def refused(words, capsys):
     with pytest.raises(SystemExit) as end:
         main(list(map(str, words)))
-    said = capsys.readouterr().err
-    assert (end.value.code, len(said.splitlines())) == (2, 1), said
-    return said
+    printed = capsys.readouterr().err
+    assert (end.value.code, len(printed.splitlines())) == (2, 1), printed
+    return printed
 
 
 def score(weights):

@@ -96,8 +96,8 @@ def test_the_flops_of_a_language_model_are_counted_and_it_attends_as_before(kind
     found = training_flops(network, torch.ones(1, length, dtype=torch.int64))
     if kind == "masked_lm":
         of_a_layer = 2 * length * (4 * width * width + 2 * width * inner) + 2 * 2 * length * length * width
-        said = 2 * masks * (width * width + width * network.network.config.vocab_size)
-        assert found == 3 * (layers * of_a_layer + said)
+        of_the_head = 2 * masks * (width * width + width * network.network.config.vocab_size)
+        assert found == 3 * (layers * of_a_layer + of_the_head)
     assert found > 0
     assert network.network.config._attn_implementation == before
 

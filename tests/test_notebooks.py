@@ -106,13 +106,13 @@ def own_run(tmp_path_factory):
 def test_my_own_run_answers_whether_its_soup_is_better_and_what_greedy_decided(own_run, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     shown = played(SOUP_BETTER, own_run)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     record = read_json(own_run / "soups/greedy/soup.json")
     kept, tried = len(record["ingredients"]), len(record["trials"])
-    assert f"Greedy soup of {kept}: test " in said
-    assert "over the best single model: " in said
-    assert "of 3 on test" in said
-    assert f"{kept} of {tried} models are in the soup." in said
+    assert f"Greedy soup of {kept}: test " in printed
+    assert "over the best single model: " in printed
+    assert "of 3 on test" in printed
+    assert f"{kept} of {tried} models are in the soup." in printed
     decisions = results_of(str(own_run)).decisions()
     assert decisions["held_out"].tolist() == [trial["score"] for trial in record["trials"]]
     kept_before = [trial["score"] for trial in record["trials"] if trial["accepted"]]

@@ -134,16 +134,16 @@ def texts(**settings):
     )
 
 
-def parted(settings, said, labels=None):
-    labels = labels or [0, 1] * (len(said) // 2)
-    rows = Rows(("id", "t"), [(str(i), text) for i, text in enumerate(said)], labels, Path("x"))
+def parted(settings, contents, labels=None):
+    labels = labels or [0, 1] * (len(contents) // 2)
+    rows = Rows(("id", "t"), [(str(i), text) for i, text in enumerate(contents)], labels, Path("x"))
     return [{field for (field,) in text_split(settings, name, rows).fields} for name in ("held_out", "train")]
 
 
 @pytest.mark.parametrize("rule", [{"held_out_share": 0.25}, {"held_out_per_class": 10}], ids=str)
 def test_texts_that_stand_twice_are_in_one_split_whatever_their_labels_lines_and_white_space(rule):
-    said = [f"text {i // 3}" + " " * (i % 3 == 1) for i in range(120)]
-    held_out, train = parted(texts(**rule), said, [int(i % 9 > 3) for i in range(120)])
+    contents = [f"text {i // 3}" + " " * (i % 3 == 1) for i in range(120)]
+    held_out, train = parted(texts(**rule), contents, [int(i % 9 > 3) for i in range(120)])
     assert held_out and train
     left = {text.strip() for text in train}
     assert left.isdisjoint(text.strip() for text in held_out)
@@ -152,10 +152,10 @@ def test_texts_that_stand_twice_are_in_one_split_whatever_their_labels_lines_and
 
 
 def test_a_text_keeps_its_split_when_others_are_added():
-    some = [f"text {i}" for i in range(40)]
-    before, _ = parted(texts(held_out_share=0.25), some)
-    after, _ = parted(texts(held_out_share=0.25), some + [f"extra {i}" for i in range(400)])
-    assert before == {text for text in after if text in some}
+    distinct = [f"text {i}" for i in range(40)]
+    before, _ = parted(texts(held_out_share=0.25), distinct)
+    after, _ = parted(texts(held_out_share=0.25), distinct + [f"extra {i}" for i in range(400)])
+    assert before == {text for text in after if text in distinct}
     assert 0.18 < len(after) / 440 < 0.32
 
 

@@ -40,7 +40,7 @@ def settings(tmp_path_factory):
     network = ["model=timm", "model.name=test_vit.r160_in1k", "model.image_size=160", "model.probe_c=[1]"]
     small = ["optim.batch_size=6", "~sweep.draw.optim.epochs", "optim.epochs=1", "sweep.rows=2", "compute=cpu"]
     small += ["cluster=local", "cluster.workers=1"]  # the shipped eight threads wait for each other on two cores
-    some = ["recipes=[best,uniform,greedy,learned,greedy_ensemble]", "analysis.resamples=200"]
+    shorter = ["recipes=[best,uniform,greedy,learned,greedy_ensemble]", "analysis.resamples=200"]
     return [
         "experiment=own_images",
         f"task.folder={folder / 'data'}",
@@ -49,7 +49,7 @@ def settings(tmp_path_factory):
         *data,
         *network,
         *small,
-        *some,
+        *shorter,
     ], folder
 
 

@@ -168,7 +168,7 @@ def test_marks_are_written_as_latex_commands(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "columns", "said"),
+    ("name", "rows", "columns", "message"),
     [
         ("table9", {}, {}, "no numbers of 'table9'"),
         ("headlines", {}, {}, "headlines"),
@@ -178,8 +178,8 @@ def test_marks_are_written_as_latex_commands(tmp_path):
         ("table3", {}, {"tset": "test"}, "'tset' is not our column"),
     ],
 )
-def test_a_name_that_does_not_exist_is_refused_by_name(name, rows, columns, said):
-    with pytest.raises(UserError, match=said):
+def test_a_name_that_does_not_exist_is_refused_by_name(name, rows, columns, message):
+    with pytest.raises(UserError, match=message):
         beside(ours_of(OURS), name, rows, columns)
 
 

@@ -68,9 +68,9 @@ def test_an_oracle_is_never_bold_and_stands_where_the_paper_has_one(finished):
     paper = paper_table("table4").set_index(["row", "column"])["value"]
     beside = numbers.dropna(subset=["paper"]).set_index(["method", "column"])
     assert beside.loc[("greedy", "test"), "paper"] == paper["greedy", "test"]
-    said = markdown.read_text()
-    assert "emoji, a proxy for ImageNet" in said
-    assert "**" in said
+    page = markdown.read_text()
+    assert "emoji, a proxy for ImageNet" in page
+    assert "**" in page
     assert r"\textbf{" in latex.read_text()
     assert "**" not in latex.read_text()
 
@@ -153,8 +153,8 @@ def test_single_models_are_chosen_of_both_averages_and_soups_are_of_the_low_one(
     assert by_name["oracle"].accuracy("test") == by_name["best"].accuracy("test")
     assert by_name["best"].accuracy("test") > max(method.accuracy("test") for method in pool[1:])
     assert pool[0].accuracy("test") >= by_name["oracle"].accuracy("test")  # the initialisation is no candidate
-    said = write_artefact("table4", [config])[0].read_text()
-    assert "without the initialisation, soups and ensembles of ema_0.9, best of ema_0.9, ema_0.99" in said
+    page = write_artefact("table4", [config])[0].read_text()
+    assert "without the initialisation, soups and ensembles of ema_0.9, best of ema_0.9, ema_0.99" in page
 
 
 @pytest.mark.slow

@@ -48,8 +48,8 @@ def kill_when(runs, happened):
         time.sleep(0.005)  # which leaves the processors to it
     assert process.poll() is None, process.stdout.read()
     os.kill(process.pid if victim is True else victim, signal.SIGKILL)
-    said = process.communicate(timeout=120)[0]  # up to the end of its workers, who notice that it is gone
-    return process.returncode, said
+    printed = process.communicate(timeout=120)[0]  # up to the end of its workers, who notice that it is gone
+    return process.returncode, printed
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def test_the_story_ends_with_a_table_the_files_and_what_to_do_next(undisturbed):
     for name in RESULTS:
         assert (run / "analysis" / name).stat().st_size > 0
     assert output.count("greedy: held-out") == output.count("learned: held-out") == 1
-    said = " ".join(output.split())
+    printed = " ".join(output.split())
     sentence = r"Greedy soup of \d: test \d+\.\d % \(n = 10\), [+-]\d+\.\d \[.*?\] over the best single model: \w+"
-    assert re.search(sentence, said)
-    assert "with 95 % paired-bootstrap intervals" in said and "its numbers mean nothing" in said
+    assert re.search(sentence, printed)
+    assert "with 95 % paired-bootstrap intervals" in printed and "its numbers mean nothing" in printed
     assert (run / "report.html").stat().st_size > 0 and "Look at " in output and "report.html" in output
     assert "Next: python reproduce.py experiment=demo " in output
     manifest = (run / "manifest.csv").read_text().splitlines()
@@ -102,10 +102,10 @@ def test_a_second_call_does_nothing_again(undisturbed):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     before |= {path: path.stat().st_mtime_ns for path in run.rglob("*.npy")}
     assert len(before) > 15
-    said = finish(run.parent)
-    assert said.startswith("demo_tiny is finished, and nothing has changed since. It said:\n\n")
-    before_and_now = [re.sub(r"\(\d+ s\)", "", text).strip() for text in (output, said.split("\n\n", 1)[1])]
-    assert len(said.splitlines()) > 8 and before_and_now[0].endswith(before_and_now[1])
+    printed = finish(run.parent)
+    assert printed.startswith("demo_tiny is finished, and nothing has changed since. It said:\n\n")
+    before_and_now = [re.sub(r"\(\d+ s\)", "", text).strip() for text in (output, printed.split("\n\n", 1)[1])]
+    assert len(printed.splitlines()) > 8 and before_and_now[0].endswith(before_and_now[1])
     table = (run / "analysis/table3.md").read_bytes()
     (run / "analysis/table3.md").unlink()
     assert "nothing has changed" not in finish(run.parent)  # all stages look at what is there
@@ -134,9 +134,9 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(undisturbed, tmp_path
     def learning():
         return (run / "soups/learned/state.pt").exists()
 
-    status, said = kill_when(tmp_path, worker_that_trains)
-    assert status == 2 and "a worker process was killed" in said
-    assert "Run the same command again to continue" in said
+    status, printed = kill_when(tmp_path, worker_that_trains)
+    assert status == 2 and "a worker process was killed" in printed
+    assert "Run the same command again to continue" in printed
     kill_when(tmp_path, epoch_done)
     assert not (run / "manifest.csv").exists()
     kill_when(tmp_path, evaluating)

@@ -299,7 +299,7 @@ def test_the_command_says_what_it_read_left_out_and_did_not_average(tmp_path, ca
     out = tmp_path / "soup.safetensors"
     words = ["uniform", *(str(tmp_path / f"{i}.pt") for i in range(3)), "--key", "state_dict", "--only-common"]
     main([*words, "--allow-unrelated", "--out", str(out)])
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     for line in (
         "reads state_dict of 3 files",
         "leaves out state_dict_ema, args of 3 files",
@@ -307,6 +307,6 @@ def test_the_command_says_what_it_read_left_out_and_did_not_average(tmp_path, ca
         "pos is dropped: the first model does not have it",
         "files have several kinds of numbers; the soup is F32",
     ):
-        assert line in said
+        assert line in printed
     assert same(load_file(out), {"w": torch.ones(1), "head": torch.ones(2, 2), "mask": torch.tensor([-torch.inf])})
     assert verify(out) == ""

@@ -131,9 +131,9 @@ def test_half_precision_becomes_float32_exactly_and_the_file_is_said_to_lose_its
     written = load_file(tmp_path / "out/model_3.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float32}
     assert written["tower.proj"][0, 0].item() == torch.tensor(0.1).half().item()
-    said = console.file.getvalue()
-    assert "dropped 4,225 numbers of the text tower" in said
-    assert "token_embedding.weight" in said
+    printed = console.file.getvalue()
+    assert "dropped 4,225 numbers of the text tower" in printed
+    assert "token_embedding.weight" in printed
 
 
 @pytest.mark.parametrize(

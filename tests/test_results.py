@@ -53,8 +53,8 @@ def pool(tmp_path, monkeypatch):
 
 
 def greedy(*words, capsys, out="soup.safetensors"):
-    status, said, err = ended(["greedy", "m*.safetensors", *words, "--out", out, "--force"], capsys)
-    return said if status == 0 else err
+    status, printed, err = ended(["greedy", "m*.safetensors", *words, "--out", out, "--force"], capsys)
+    return printed if status == 0 else err
 
 
 def hits(weights, split=slice(200)):
@@ -64,10 +64,10 @@ def hits(weights, split=slice(200)):
 def test_a_command_that_writes_its_examples_decides_as_the_function_does_and_leaves_no_file_beside_a_model(
     pool, capsys
 ):
-    said = greedy(*HELD_OUT, *REPORT, capsys=capsys)
+    printed = greedy(*HELD_OUT, *REPORT, capsys=capsys)
     assert not list(pool.glob("*.jsonl"))
     report = soups.greedy("m*.safetensors", hits, "max", report=lambda w: hits(w, slice(200, 400)), quiet=True)
-    assert str(report) == said.rpartition("\nsoup.safetensors")[0]
+    assert str(report) == printed.rpartition("\nsoup.safetensors")[0]
     assert len(report.shares) > 1
     assert verify(pool / "soup.safetensors") == ""
 
@@ -77,7 +77,7 @@ def test_every_decision_has_its_interval_and_mcnemars_p_against_the_soup_so_far(
     kept, weights = [int(found.decisions[0].file[1])], torch.tensor(LOGITS, dtype=torch.float32)
     for each in found.decisions[1:]:
         number = int(each.file[1])
-        before, after = (hits({"w": weights[some].mean(0)}) for some in (kept, [*kept, number]))
+        before, after = (hits({"w": weights[rows].mean(0)}) for rows in (kept, [*kept, number]))
         gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
         assert each.gain.mean == pytest.approx((gained - lost) / 200)
         assert each.gain.p == pytest.approx(binomtest(gained, gained + lost).pvalue)
@@ -113,7 +113,7 @@ def test_no_model_enters_whose_gain_is_below_the_minimum_of_sigma(pool, recipe):
 
 
 def test_the_gain_on_other_examples_is_that_of_the_soup_over_the_model_that_was_best_on_the_held_out_ones(pool, capsys):
-    said = greedy(*HELD_OUT, *REPORT, capsys=capsys).splitlines()
+    printed = greedy(*HELD_OUT, *REPORT, capsys=capsys).splitlines()
     note = note_of("soup.safetensors")
     weights = torch.tensor(LOGITS, dtype=torch.float32)
     best = max(range(4), key=lambda i: hits({"w": weights[i]}).mean())
@@ -121,8 +121,8 @@ def test_the_gain_on_other_examples_is_that_of_the_soup_over_the_model_that_was_
     ours, theirs = (hits({"w": each}, slice(200, 400)) for each in (weights[chosen].mean(0), weights[best]))
     assert note["report"]["score"] == ours.mean() and note["report"]["single"] == theirs.mean()
     assert note["report"]["gain"]["mean"] == pytest.approx(ours.mean() - theirs.mean())
-    assert said[-3] == "the same examples selected the soup, so this gain is optimistic"
-    assert said[-2].startswith(
+    assert printed[-3] == "the same examples selected the soup, so this gain is optimistic"
+    assert printed[-2].startswith(
         f"on --report, whose examples selected nothing (n = 200): score {ours.mean():.4f}, the best single model "
         f"{theirs.mean():.4f}; the soup gains {ours.mean() - theirs.mean():+.4f} ["
     )
@@ -137,8 +137,8 @@ def test_samples_as_the_harness_logs_them_are_put_in_order_and_their_metric_is_n
     words = ["--score", f"{COMMAND} held_out samples", "--goal", "max"]
     assert "has acc,none, f1,none: name one of them by --metric NAME" in greedy(*words, capsys=capsys)
     assert greedy(*words, "--metric", "acc", capsys=capsys) == plain
-    said = greedy(*words, "--metric", "f1", capsys=capsys)
-    assert "and the mean of the 200 numbers in m0.safetensors.jsonl is 0.5: print their mean" in said
+    printed = greedy(*words, "--metric", "f1", capsys=capsys)
+    assert "and the mean of the 200 numbers in m0.safetensors.jsonl is 0.5: print their mean" in printed
     rows = [
         {"doc_id": i, "filter": kind, "metrics": ["em"], "em": i + 0.5 * (kind == "b")} for kind in "ab" for i in (1, 0)
     ]
@@ -149,7 +149,7 @@ def test_samples_as_the_harness_logs_them_are_put_in_order_and_their_metric_is_n
 
 
 @pytest.mark.parametrize(
-    ("lines", "printed", "said"),
+    ("lines", "printed", "message"),
     [
         ("1\n0\n", "0.6", "the command printed 0.6, and the mean of the 2 numbers in m0.safetensors.jsonl is 0.5"),
         ("1\n0\n", "50", "the command printed 50, and the mean"),
@@ -162,11 +162,11 @@ def test_samples_as_the_harness_logs_them_are_put_in_order_and_their_metric_is_n
         ('{"acc": 1}\n{"acc": 0}', "0.5", 'has no "metrics": name one of them by --metric NAME'),
     ],
 )
-def test_what_a_command_writes_has_the_mean_that_it_prints(pool, capsys, lines, printed, said):
+def test_what_a_command_writes_has_the_mean_that_it_prints(pool, capsys, lines, printed, message):
     (pool / "eval.py").write_text(f"import sys\nopen(sys.argv[1] + '.jsonl', 'w').write({lines!r})\nprint({printed})\n")
     found = greedy(*HELD_OUT, capsys=capsys)
-    assert said in found and found.startswith("error: " if said else "file")
-    assert not said or len(found.splitlines()) == 1
+    assert message in found and found.startswith("error: " if message else "file")
+    assert not message or len(found.splitlines()) == 1
     assert not list(pool.glob("*.jsonl.jsonl")) and not list(pool.glob("m*.jsonl"))
 
 
@@ -186,11 +186,11 @@ def test_a_file_that_lay_there_before_is_not_read_as_the_commands(pool, capsys):
 def test_models_with_other_examples_are_refused(pool, capsys):
     different = EVAL.replace("hits = [", "hits = [True] * ('m2' in path) + [")
     (pool / "eval.py").write_text(different)
-    said = greedy(*HELD_OUT, capsys=capsys)
-    assert "m2.safetensors has 201 numbers of single examples, and m0.safetensors has 200" in said
+    printed = greedy(*HELD_OUT, capsys=capsys)
+    assert "m2.safetensors has 201 numbers of single examples, and m0.safetensors has 200" in printed
     (pool / "eval.py").write_text(EVAL.replace("{split}{i}", "{split}{i * ('m2' in path)}"))
-    said = greedy("--score", f"{COMMAND} held_out samples", "--goal", "max", "--metric", "acc", capsys=capsys)
-    assert "m2.safetensors was scored on other examples than m0.safetensors" in said
+    printed = greedy("--score", f"{COMMAND} held_out samples", "--goal", "max", "--metric", "acc", capsys=capsys)
+    assert "m2.safetensors was scored on other examples than m0.safetensors" in printed
 
 
 def test_a_killed_run_continues_with_the_examples_that_it_knew(pool, capsys):
@@ -215,7 +215,7 @@ def test_a_killed_run_continues_with_the_examples_that_it_knew(pool, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--report", HELD_OUT[1]], "--report is the data that the soup is selected on: name others"),
         (["--report", "python eval.py"], "write {soup} where the file to be scored stands"),
@@ -223,8 +223,8 @@ def test_a_killed_run_continues_with_the_examples_that_it_knew(pool, capsys):
         (["--min-sigma", "1", "--scores", "known.json"], "which --scores does not have: leave out one"),
     ],
 )
-def test_a_report_or_a_sigma_without_meaning_is_refused_before_any_work(pool, capsys, words, said):
-    assert said in greedy(*HELD_OUT, *words, capsys=capsys)
+def test_a_report_or_a_sigma_without_meaning_is_refused_before_any_work(pool, capsys, words, message):
+    assert message in greedy(*HELD_OUT, *words, capsys=capsys)
     assert not (pool / "calls").exists()
 
 
@@ -262,7 +262,9 @@ def test_a_metric_that_is_no_mean_is_permuted_and_resampled_whole():
     def answered(name, found):
         return Scored(metric_of(name, found, labels), (found == labels if name == "top1" else found).numpy())
 
-    gains = [gain_of(each, *(answered(each.metric, some) for some in (ours, theirs))) for each in (f1, top1)]
+    gains = [
+        gain_of(each, *(answered(each.metric, predictions) for predictions in (ours, theirs))) for each in (f1, top1)
+    ]
     assert gains[0].low < gains[0].mean < gains[0].high
     assert gains[0].p == pytest.approx(gains[1].p, abs=0.03) and gains[0].z == pytest.approx(gains[1].z, abs=0.7)
     assert [gain.test for gain in gains] == ["permutation", "McNemar"]

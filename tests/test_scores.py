@@ -11,8 +11,8 @@ from soups.scorers.metrics import score
 def random_answers(n=400, classes=7, right=0.5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (n,), generator=generator)
-    said = torch.randint(0, classes, (n,), generator=generator)
-    return torch.where(torch.rand(n, generator=generator) < right, labels, said), labels
+    guesses = torch.randint(0, classes, (n,), generator=generator)
+    return torch.where(torch.rand(n, generator=generator) < right, labels, guesses), labels
 
 
 @pytest.mark.parametrize("seed", range(3))

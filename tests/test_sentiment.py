@@ -30,11 +30,11 @@ def test_its_sizes_are_those_of_its_page(task):
     rows = re.findall(
         r"^\| `(\w+)` \|.*?\| ([\d,]+) \| ([\d,]+) \|$", (ROOT / "tasks/sentiment/README.md").read_text(), re.M
     )
-    said = {name: [int(n.replace(",", "")) for n in (whole, taken)] for name, whole, taken in rows}
-    assert set(said) == set(SPLITS)
+    sizes = {name: [int(n.replace(",", "")) for n in (whole, taken)] for name, whole, taken in rows}
+    assert set(sizes) == set(SPLITS)
     for name in SPLITS:
         whole = load_split(replace(task, take=None), name)
-        assert [len(whole), len(load_split(task, name))] == said[name]
+        assert [len(whole), len(load_split(task, name))] == sizes[name]
 
 
 def test_no_sentence_is_in_two_splits(task):

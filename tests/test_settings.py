@@ -171,15 +171,15 @@ def test_every_setting_that_a_recipe_has_changes_its_soup_or_is_refused(recipe, 
             assert found == effect or (recipe, flag, found) == ("dare", "--seed", TENSORS), (flag, found)
     for flag in sorted(flags_of(recipe) & OF_EXAMPLES.keys()):
         value = OF_EXAMPLES[flag]
-        said = made(recipe, [*needed, flag, *([] if value is None else [value])], pool, monkeypatch, capsys)
-        assert isinstance(said, str) and f"{flag} is for " in said, (flag, said)
+        printed = made(recipe, [*needed, flag, *([] if value is None else [value])], pool, monkeypatch, capsys)
+        assert isinstance(printed, str) and f"{flag} is for " in printed, (flag, printed)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_setting_that_a_recipe_has_not_is_refused(recipe, pool, monkeypatch, capsys):
     for flag in (EFFECTS.keys() | OF_EXAMPLES.keys() | ELSEWHERE) - flags_of(recipe):
-        said = made(recipe, [*RECIPES[recipe], flag, "1"], pool, monkeypatch, capsys)
-        assert isinstance(said, str) and flag in said, flag
+        printed = made(recipe, [*RECIPES[recipe], flag, "1"], pool, monkeypatch, capsys)
+        assert isinstance(printed, str) and flag in printed, flag
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -209,8 +209,8 @@ def test_common_tensors_and_unrelated_models_are_averaged_where_that_was_asked_f
         (("common0.pt", "common1.pt"), "--only-common", "'position_ids'"),
         (("apart0.pt", "apart1.pt"), "--allow-unrelated", "not fine-tuned from the same checkpoint"),
     ):
-        said = made(recipe, needed, pool, monkeypatch, capsys, files=files)
-        assert isinstance(said, str) and words in said and flag in said
+        printed = made(recipe, needed, pool, monkeypatch, capsys, files=files)
+        assert isinstance(printed, str) and words in printed and flag in printed
         assert isinstance(made(recipe, [*needed, flag], pool, monkeypatch, capsys, files=files), tuple)
 
 

@@ -28,16 +28,16 @@ def job(monkeypatch):
 
 @pytest.mark.usefixtures("job")
 @pytest.mark.parametrize(
-    ("number", "limit", "said"),
+    ("number", "limit", "message"),
     [
         (signal.SIGUSR1, 3, "job 12_3 has saved its state, but was restarted 3 times"),
         (signal.SIGUSR1, 4, "job 12_3 has saved its state, but cannot go back into the queue"),  # without scontrol
         (signal.SIGTERM, 0, ""),  # a job that SLURM ends does not requeue itself
     ],
 )
-def test_a_job_that_is_asked_to_end_is_requeued_or_says_why_not(monkeypatch, tmp_path, number, limit, said):
+def test_a_job_that_is_asked_to_end_is_requeued_or_says_why_not(monkeypatch, tmp_path, number, limit, message):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError if said else InterruptedBySignalError, match=said or None), requeueing(limit):
+    with pytest.raises(UserError if message else InterruptedBySignalError, match=message or None), requeueing(limit):
         os.kill(os.getpid(), number)
         time.sleep(5)
 

@@ -115,15 +115,15 @@ def test_a_row_gets_the_processes_that_can_share_it(experiment, typed, shape):
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         (["cluster=slurm_1gpu", "compute.strategy=fsdp", "cluster.slurm.sharded_gpus=1"], "type cluster.slurm.sharded"),
         (["cluster=slurm_test", "compute.strategy=fsdp"], "type cluster.slurm.sharded_gpus=8"),
         (["cluster=slurm_test", "optim.batch_size=4000"], r"4000 is more than the \d+ training images"),
     ],
 )
-def test_what_a_job_would_refuse_is_refused_when_it_is_planned(typed, said):
-    with pytest.raises(UserError, match=said):
+def test_what_a_job_would_refuse_is_refused_when_it_is_planned(typed, message):
+    with pytest.raises(UserError, match=message):
         planned(load("demo_tiny", *typed, "paths.runs=new"), ["experiment=demo_tiny", *typed])
 
 
@@ -204,10 +204,10 @@ def test_the_dry_run_prints_jobs_and_lines_and_needs_neither_disk_nor_slurm(tmp_
     typed = ["experiment=demo", "cluster=slurm_8gpu", f"paths.runs={tmp_path / 'runs'}"]
     config = load("demo", *typed[1:])
     reproduce([(config, typed)])
-    said = capsys.readouterr().out
-    assert said.count("sbatch --parsable") == 7
-    assert f"--array=1-{config.sweep.size}%4" in said and "GPU-hours expected on h100" in said
-    assert "will be written, and the disk of" in said and "Nothing was sent" in said
+    printed = capsys.readouterr().out
+    assert printed.count("sbatch --parsable") == 7
+    assert f"--array=1-{config.sweep.size}%4" in printed and "GPU-hours expected on h100" in printed
+    assert "will be written, and the disk of" in printed and "Nothing was sent" in printed
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match="without submit=true it only prints"):
         reproduce([(replace(config, submit=True), typed)])

@@ -353,8 +353,8 @@ def test_two_processes_share_the_candidates_of_greedy_and_make_the_soup_of_one(t
         )
         for i in (0, 1)
     ]
-    said = [process.communicate(timeout=110)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    printed = [process.communicate(timeout=110)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
     folder = tmp_path / "two/demo_tiny/soups/greedy"
     made = json.loads((folder / "soup.json").read_text())
     assert [made[key] for key in ("digest", "ingredients", "trials")] == [

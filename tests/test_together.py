@@ -72,8 +72,8 @@ def together(tmp_path_factory):
         )
         for rank in (0, 1)
     ]
-    said = [process.communicate(timeout=500)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    printed = [process.communicate(timeout=500)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -173,7 +173,7 @@ def test_torchrun_is_refused_by_commands_that_are_one_process(monkeypatch, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (["-m", "soups"], "without MASTER_ADDR, MASTER_PORT"),
         (["-m", "analysis"], "this command is one process"),
@@ -181,12 +181,12 @@ def test_torchrun_is_refused_by_commands_that_are_one_process(monkeypatch, capsy
     ],
     ids=["soups", "analysis", "reproduce"],
 )
-def test_several_processes_are_refused_where_they_cannot_meet_or_have_nothing_to_share(command, said, tmp_path):
+def test_several_processes_are_refused_where_they_cannot_meet_or_have_nothing_to_share(command, message, tmp_path):
     call = [python(), *command, "experiment=demo_tiny", f"paths.runs={tmp_path}"]
     several = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
     ended = subprocess.run(call, cwd=ROOT, env=several, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert not list(tmp_path.iterdir())
 
 

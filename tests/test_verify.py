@@ -105,5 +105,5 @@ def test_verify_answers_what_it_cannot_make_in_one_line_and_status_1(pool, how, 
             path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(SystemExit) as ended:
         main(["verify", str(path)])
-    said = capsys.readouterr()
-    assert (ended.value.code, said.err, len(said.out.splitlines())) == (1, "", 1)
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.err, len(printed.out.splitlines())) == (1, "", 1)

@@ -118,8 +118,8 @@ def test_greedy_by_the_users_perplexity_then_doctor_verify_and_export(installed,
     names = sorted(path.name for path in pool.glob("run/*"))
     (pool / "scores.json").write_text(json.dumps(dict.fromkeys(names, 0.5)))
     words = ["--scores", "scores.json", "--held-out", "100"]
-    said = soups(installed, pool, "doctor", *sorted(pool.glob("run/*")), *words)
-    assert "m1" in said and "not calibrated for pools like yours: no tensor is a convolution of images" in said
+    printed = soups(installed, pool, "doctor", *sorted(pool.glob("run/*")), *words)
+    assert "m1" in printed and "not calibrated for pools like yours: no tensor is a convolution of images" in printed
     assert "equal to the byte" in soups(installed, pool, "verify", "soup", "--folder", "run")
     soups(installed, pool, "export", "soup", "--to", "transformers", "--out", "exported")
     assert LlamaForCausalLM.from_pretrained(pool / "exported").config.vocab_size == SMALL["vocab_size"]

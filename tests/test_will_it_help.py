@@ -84,8 +84,8 @@ def test_a_pool_without_held_out_scores_counts_in_the_base_rate_alone(lines, pre
     (row,) = lines[lines["pool"] == "demo_grid_lp"].to_dict("records")
     assert row["models"] == 13 and np.isnan(row["best score"])
     assert row["greedy shifts"] == pytest.approx(3.92 * 0.01383904 / (0.02453596 - 0.00312934))
-    some = predicted[predicted["pool"] == "demo_grid_lp"]
-    assert some["features"].isna().all() and some["base rate"].notna().all()
+    of_pool = predicted[predicted["pool"] == "demo_grid_lp"]
+    assert of_pool["features"].isna().all() and of_pool["base rate"].notna().all()
     without = lines[lines["pool"] != "demo_grid_lp"]
     others = predicted["pool"] != "demo_grid_lp"
     assert held_back(without)["features"].tolist() == predicted.loc[others, "features"].tolist()

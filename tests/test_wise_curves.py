@@ -82,9 +82,9 @@ def test_the_figure_has_a_line_for_each_end_and_one_entry_for_each_colour(finish
     assert len(axes.lines) == 4
     assert axes.get_xlabel() == "Emoji test, top-1 accuracy (%)"
     assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
-    said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(said) == len(set(said))
-    assert {"Uniform soup", "Greedy soup", "Initialisation"} <= set(said)
+    legend_texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(legend_texts) == len(set(legend_texts))
+    assert {"Uniform soup", "Greedy soup", "Initialisation"} <= set(legend_texts)
     assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * at(table, "row 1", 0.0))
 
 

@@ -45,20 +45,20 @@ def command(cluster, module, runs, *settings):
 
 def submitted(cluster, runs, *settings):
     """Send what is left; ids by stage."""
-    said = command(cluster, "reproduce.py", runs, *settings, "cluster=slurm_test", "submit=true")
-    lines = [line for line in said.splitlines() if line.startswith("job ")]
+    printed = command(cluster, "reproduce.py", runs, *settings, "cluster=slurm_test", "submit=true")
+    lines = [line for line in printed.splitlines() if line.startswith("job ")]
     return {line.split(", ")[1]: line.split(":")[0].removeprefix("job ") for line in lines}
 
 
 def status(cluster, runs, *settings):
     """What is printed, and the counts of each stage: done, running, waiting, failed, not sent."""
-    said = command(cluster, "-m slurm.status", runs, *settings, "cluster=slurm_test")
+    printed = command(cluster, "-m slurm.status", runs, *settings, "cluster=slurm_test")
     counts = {}
-    for line in said.splitlines():
+    for line in printed.splitlines():
         words = line.split()
         if len(words) >= 7 and words[0] == "demo_tiny" and all(word.isdigit() for word in words[-5:]):
             counts[" ".join(words[1:-5])] = [int(word) for word in words[-5:]]
-    return said, counts
+    return printed, counts
 
 
 def accounts(cluster, job):
@@ -97,9 +97,9 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
     command(cluster, "reproduce.py", here, *tiny, "cluster=local", "cluster.workers=1")
     until(lambda: all_over(cluster, there), 600, "the end of all jobs")
 
-    said, counts = status(cluster, there, *tiny)
+    printed, counts = status(cluster, there, *tiny)
     assert counts["fine-tune"] == [1, 0, 0, 1, 0]
-    (line,) = [line for line in said.splitlines() if "fine-tune 2" in line]
+    (line,) = [line for line in printed.splitlines() if "fine-tune 2" in line]
     assert "FAILED" in line and "state.pt is damaged" in line and "delete the file to start this row anew" in line
     failed = f"{sent['fine-tune']}_2"
     until(lambda: failed in accounts(cluster, failed), 30, "the accounts of SLURM")
@@ -107,8 +107,8 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
     assert (ingredient(there, 1) / "scores.jsonl").exists()  # the other rows were evaluated all the same
     (broken / "state.pt").unlink()
     early = logits(there)
-    said = command(cluster, "-m slurm.retry", there, *tiny, "cluster=slurm_test")
-    assert said.count("job ") == 1 and "fine-tune, tasks 2" in said
+    printed = command(cluster, "-m slurm.retry", there, *tiny, "cluster=slurm_test")
+    assert printed.count("job ") == 1 and "fine-tune, tasks 2" in printed
     ids = submitted(cluster, there, *tiny)
     assert list(ids) == stages[2:]  # the row is in the queue
     until(lambda: all_over(cluster, there), 600, "the end of all jobs")

@@ -37,7 +37,7 @@ class Sent:
     job: str
 
     @property
-    def said(self):
+    def printed(self):
         return "".join(log.read_text() for log in sorted(self.runs.glob(f"*-{self.job}*.out")))
 
     @property
@@ -48,13 +48,13 @@ class Sent:
         try:
             self.cluster.wait(self.job, *states)
         except (RuntimeError, TimeoutError) as error:
-            raise AssertionError(f"{error}\n{self.said}") from None
+            raise AssertionError(f"{error}\n{self.printed}") from None
 
     def until(self, happened, what):
         """Wait for something that the job does, while it runs."""
 
         def happened_or_failed():
-            assert not self.cluster.states(self.job) & {"FAILED", "COMPLETED"}, self.said
+            assert not self.cluster.states(self.job) & {"FAILED", "COMPLETED"}, self.printed
             return happened()
 
         until(happened_or_failed, 300, what)
@@ -96,7 +96,7 @@ def trained(cluster, network, tmp_path_factory):
     held = ["--array=0-1", "--hold"]
     sent = send(cluster, "finetune", runs, *ALIKE, *network, options=held, interpreter=sys.executable)
     cluster.run("scontrol", "release", f"{sent.job}_1")
-    sent.until(lambda: "waiting for row 0" in sent.said, "a row that waits")
+    sent.until(lambda: "waiting for row 0" in sent.printed, "a row that waits")
     cluster.run("scontrol", "release", f"{sent.job}_0")
     sent.wait()
     return runs, sent
@@ -104,7 +104,7 @@ def trained(cluster, network, tmp_path_factory):
 
 def test_a_row_waits_for_the_initialisation_that_another_task_makes_and_tells_its_job(trained):
     runs, sent = trained
-    assert f"waiting for row 0, which task {sent.job}_0 makes" in sent.said
+    assert f"waiting for row 0, which task {sent.job}_0 makes" in sent.printed
     record = read_json(row(runs) / "done.json")["slurm"]
     assert record == {"job": f"{sent.job}_1", "restarts": 0, "nodes": record["nodes"]}
     assert record["nodes"] in ("node1", "node2")
@@ -116,11 +116,11 @@ def signalled(sent):
 
 def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undisturbed_ones(cluster, network, tmp_path):
     alone, disturbed = tmp_path / "alone", tmp_path / "disturbed"
-    some = ["recipes=[best,greedy,learned]", "cooking.learned.epochs=120", "cluster.workers=1", *network]
-    config, _ = finished_pool(alone, *some)
+    settings = ["recipes=[best,greedy,learned]", "cooking.learned.epochs=120", "cluster.workers=1", *network]
+    config, _ = finished_pool(alone, *settings)
     shutil.copytree(alone, disturbed)
     of_the_pool = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200"]
-    sent = send(cluster, "soups", disturbed, *of_the_pool, *some)
+    sent = send(cluster, "soups", disturbed, *of_the_pool, *settings)
     sent.until((disturbed / "demo_tiny/soups/learned/state.pt").exists, "a first state")
     signalled(sent)
     stage.run(config)
@@ -128,7 +128,7 @@ def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undist
     high = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
     cluster.sbatch(*high, cwd=tmp_path)
     sent.wait()
-    assert "interrupted by a signal, and saved" in sent.said
+    assert "interrupted by a signal, and saved" in sent.printed
     assert cluster.field_of(sent.job, "Restarts") == "2"
     assert soups_of(disturbed) == soups_of(alone)
 
@@ -138,7 +138,7 @@ def test_rows_do_not_wait_for_an_initialisation_that_failed(cluster, network, tm
     row(tmp_path, 0).write_text("a file where a folder should be")
     sent = send(cluster, "finetune", tmp_path, *ALIKE, *network, options=["--array=0-1%1"])
     sent.wait("FAILED")
-    assert f"row 0 is not there, and task {sent.job}_0 has ended (FAILED)" in sent.said
+    assert f"row 0 is not there, and task {sent.job}_0 has ended (FAILED)" in sent.printed
 
 
 def test_a_row_on_two_nodes_requeued_midway_has_the_losses_of_one_process(cluster, network, trained, tmp_path):
