@@ -41,8 +41,8 @@ def slowly(model, text, option):
     words = AutoTokenizer.from_pretrained(model.weights)
     network = LIBRARY[model.kind].from_pretrained(model.weights).eval()
     prompt = f"sentence : {text} | options: A) negative B) not good C) positive | label:"
-    lettered = {"negative": "A) negative", "not good": "B) not good", "positive": "C) positive"}[option]
-    ids, answer = (words(part, add_special_tokens=False)["input_ids"] for part in (prompt, lettered))
+    option_text = {"negative": "A) negative", "not good": "B) not good", "positive": "C) positive"}[option]
+    ids, answer = (words(part, add_special_tokens=False)["input_ids"] for part in (prompt, option_text))
     if model.kind == "seq2seq_lm":
         labels = torch.tensor([[*answer, words.eos_token_id]])
         output = network(input_ids=torch.tensor([[*ids, words.eos_token_id]]), labels=labels)
@@ -61,11 +61,11 @@ def test_prompt_and_answers_are_those_of_the_paper():
 @torch.no_grad()
 def test_an_order_of_options_changes_letters_and_not_which_logit_is_which_class(model):
     words = AutoTokenizer.from_pretrained(model.weights)
-    lettered = words.decode(tokens(model, order=(2, 1, 0)).ids[0])
-    assert lettered.index("positive") < lettered.index("not good") < lettered.index("negative")
+    prompt = words.decode(tokens(model, order=(2, 1, 0)).ids[0])
+    assert prompt.index("positive") < prompt.index("not good") < prompt.index("negative")
     network = pretrained_network(model, OPTIONS, lettered(OPTIONS, (2, 1, 0)))
-    for answer, lettered in zip(network.options, ("C) negative", "B) not good", "A) positive"), strict=True):
-        ids = words(lettered, add_special_tokens=False)["input_ids"]
+    for answer, option_text in zip(network.options, ("C) negative", "B) not good", "A) positive"), strict=True):
+        ids = words(option_text, add_special_tokens=False)["input_ids"]
         assert answer[: len(ids)].tolist() == ids
 
 
