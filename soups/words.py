@@ -38,7 +38,12 @@ def _numbers(text: str) -> list[float]:
 
 def _weights(text: str) -> list[float] | str:
     """Numbers, or the name of weights along a run."""
-    return text if text == "1-sqrt" or text[:1].isalpha() else _numbers(text)
+    if text in ("uniform", "1-sqrt") or text.startswith("ema:"):
+        return text
+    try:
+        return _numbers(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; along one run 1-sqrt or ema:0.9") from None
 
 
 def _one_or_more(text: str) -> float | list[float]:
