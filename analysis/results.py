@@ -47,7 +47,7 @@ class Results:
         """What a greedy recipe tried, from `analysis.figures.decisions`.
 
         Raises:
-            UserError: these are kept results, which have no record of it, or the recipe is not cooked.
+            UserError: these are kept results, which have no record of it, or its soup is not made.
         """
         record = self.run and self.run / "soups" / recipe / "soup.json"
         if record is None or not record.exists():
