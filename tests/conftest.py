@@ -98,11 +98,16 @@ def same_path():
 @pytest.fixture(scope="module")
 def in_process():
     """What commands would spread over processes is done in that of the tests, where patches hold, in a whole module."""
+    import torch  # not loaded where no test runs
+
     from tests.pools import Here
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has: in several, sums have other last digits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("store.workers._pool", lambda workers, threads: Here())
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)

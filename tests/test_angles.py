@@ -167,7 +167,7 @@ def test_the_figure_has_units_and_a_series_for_each_difference(measured):
     figure = draw_angles(measured[0], tidy)
     axes = figure.axes[0]
     assert "(degrees)" in axes.get_xlabel()
-    assert "test and 5 shifts (points)" in axes.get_ylabel()
+    assert "test and 2 shifts (points)" in axes.get_ylabel()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "differ in seed (1)",
         "differ in learning rate (2)",
