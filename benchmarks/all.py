@@ -162,11 +162,20 @@ def lines() -> list[dict[str, str]]:
         except (KeyError, AttributeError):  # the file is older than the benchmark
             found.append(line | {"Ours": "not measured yet"})
             continue
-        line |= {"Ours": f"{ours:.3g}", "Best peer": "" if peer is None or isnan(peer) else f"{peer:.3g}"}
+        line |= {"Ours": _shown(ours), "Best peer": "" if peer is None or isnan(peer) else _shown(peer)}
         line |= {"Floor": "" if bar.floor is None else f"{bar.floor:g}", "Processor": _short(rows.processor.iloc[0])}
         met = ours >= bar.target if bar.at_least else ours <= bar.target
         found.append(line | {"Met": "yes" if met else "no"})
     return found
+
+
+def _shown(value: float) -> str:
+    """Three digits, and all of those before the point.
+
+    >>> _shown(0.1794), _shown(5629.8)
+    ('0.179', '5,630')
+    """
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def table() -> str:
