@@ -174,7 +174,8 @@ class GrowingLogits(Growing):
             self._kept = ()
             self._sum.zero_()
         for i in begin[len(self._kept) :]:
-            self._sum += self._logits(i)
+            for total, added in zip(self._sum.split(ROWS), self._logits(i).split(ROWS), strict=True):
+                total.add_(added)
         self._kept = begin
         for total, added, mean in zip(*(each.split(ROWS) for each in (self._sum, last, self._mean)), strict=True):
             part = self._part[: len(total)]
