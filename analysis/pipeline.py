@@ -49,9 +49,9 @@ def _show(table: pd.DataFrame, caption: str, console: Console) -> None:
         test = str(table.columns[list(table.columns).index("Held-out") + 1])
         wanted = ["Method", test, "Mean of shifts", f"{test} − best", "Shifts − best"]
         table = table[[column for column in wanted if column in table]]
-    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in table.columns:
-        grid.add_column(column, justify="left" if column == "Method" else "right", no_wrap=True)
+    grid = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for column in table.columns:  # where it is too narrow, a cell goes on in the next line: no number is cut
+        grid.add_column(column, justify="left" if column == "Method" else "right", overflow="fold")
     for row in table.itertuples(index=False):
         grid.add_row(*row)
     console.print(grid)

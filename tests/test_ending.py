@@ -1,10 +1,14 @@
 """What a run says when it ends: a sentence with n and interval, a page, and a next step that suits it."""
 
+from io import StringIO
+
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from analysis.ending import ending, next_steps, reminder, verdict
 from analysis.page.files import Commands
+from analysis.pipeline import _show
 from analysis.tables.table3 import note
 from configs.cli import record_words, with_run
 from configs.schema import load
@@ -118,3 +122,20 @@ def test_a_dry_run_says_once_which_data_are_missing(tmp_path):
     assert [line.split()[2] for line in lines] == [f"{tmp_path}/a", f"{tmp_path}/b"]
     assert "docs/datasets.md" in lines[0] and "task.folder=DIR" in lines[0]
     assert missing_data([load("demo"), load("tablej1_bert_base_rte", "task.folder=nyu-mll/glue")]) == []
+
+
+@pytest.mark.parametrize("width", [60, 110])
+def test_no_number_of_the_table_on_the_terminal_is_cut(width):
+    row = [
+        "Learned soup (by layer: every tensor)",
+        "56.0 (1.5)",
+        "31.6 (0.5)",
+        "-45.4 [-49.4, -41.1]",
+        "-23.0 [-24.9, -21.1]",
+    ]
+    columns = ["Method", "Test", "Mean of shifts", "Test − best", "Shifts − best"]
+    output = StringIO()
+    _show(pd.DataFrame([row], columns=columns), "", Console(file=output, width=width))
+    printed = output.getvalue()
+    assert "…" not in printed
+    assert sorted("".join(printed.split())) == sorted("".join("".join([*columns, *row]).split()))

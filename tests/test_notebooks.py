@@ -1,4 +1,4 @@
-"""Notebooks answer a question from RUN: of results that are committed, and of one's own run. None of them trains."""
+"""Notebooks answer a question from RUN: of committed results and of a run of yours. None of them trains."""
 
 import ast
 import json
