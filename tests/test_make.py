@@ -105,6 +105,18 @@ def test_a_soup_of_torch_save_and_a_folder_are_made_again_as_they_were(pool, cap
     assert "it lies in a soup's folder: --out DIR names" in refused(["make", "soup/recipe.yaml"], capsys)
 
 
+def test_a_folder_that_is_made_again_has_the_config_of_the_model_that_was_named_first(pool):
+    make_hugging_face(pool / "images", pool / "texts")
+    models = sorted((pool / "texts").glob("checkpoint-*"))
+    for path in models:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"marked": path.name}))
+    for first in models:
+        soup = soups.uniform([first, *(path for path in models if path != first)]).save(f"soup of {first.name}")
+        main(["make", f"{soup}/recipe.yaml", "--folder", "texts", "--out", f"{first.name} again"])
+        assert json.loads((pool / f"{first.name} again/config.json").read_text())["marked"] == first.name
+
+
 def test_a_recipe_that_was_changed_and_a_model_that_is_another_are_refused(pool, capsys):
     soups.uniform(MODELS).save("soup.safetensors")
     path = pool / "soup.safetensors.recipe.yaml"
