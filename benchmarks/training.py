@@ -28,6 +28,7 @@ from torch import nn
 
 from configs.schema import Experiment, load
 from finetune.data import TrainingBatches
+from finetune.dist import pad_small_images
 from finetune.length import Length
 from finetune.optim import build
 from finetune.train import ONE_PROCESS, fine_tune
@@ -80,6 +81,7 @@ def bare_steps(model: nn.Module, train: ImageSplit, config: Experiment) -> Calla
     optim = config.optim
     length = Length.of(optim, len(train))
     batches = TrainingBatches(train, config.augment, config.model.image_size, length, SEED, ONE_PROCESS)
+    pad_small_images(model)  # ours has it too: what is compared is the loop
     optimizer = build(optim, model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()

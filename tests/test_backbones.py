@@ -1,5 +1,6 @@
 """Towers and heads of three libraries give the features and zero-shot heads of the libraries' own, from local files."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from transformers import (
 from configs.errors import UserError
 from configs.schema import load
 from configs.training import Model
-from finetune.dist import blocks, wrap
+from finetune.dist import PaddedConv2d, blocks, pad_small_images, wrap
 from finetune.train import ONE_PROCESS
 from models.backbones import backbone_of, mean_and_std
 from models.classifier import architecture, pretrained, random_head
@@ -264,6 +265,41 @@ def test_recomputed_activations_give_the_same_gradients_block_by_block(kind, dep
     assert calls == [1, 2]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [(2, 3, 1), (2, 5, 1), (3, 5, 1), (4, 5, 2), (5, 7, 1), (5, 5, 1)]
+)
+@pytest.mark.parametrize("wider", [0, 2])
+def test_depthwise_convolutions_of_small_images_keep_their_results_and_gradients(size, kernel, stride, wider):
+    torch.manual_seed(0)
+    first = torch.nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6).double()
+    second = copy.deepcopy(first)
+    pad_small_images(second)
+    assert type(second) is PaddedConv2d
+    images = torch.randn(3, 6, size, size + wider, dtype=torch.float64)
+    found = []
+    for conv in (first, second):
+        seen = images.clone().requires_grad_()
+        out = conv(seen)
+        out.square().sum().backward()
+        found.append([out.detach(), seen.grad, conv.weight.grad, conv.bias.grad])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+def test_only_depthwise_convolutions_that_keep_an_images_size_pad_it_themselves():
+    conv = torch.nn.Conv2d
+    kept = [
+        conv(4, 4, 3, padding=1),
+        conv(4, 4, 3, padding=1, groups=2),
+        conv(4, 4, 3, groups=4),
+        conv(4, 4, (3, 5), padding=(1, 2), groups=4),
+        conv(4, 4, 3, padding=2, dilation=2, groups=4),
+        conv(4, 4, 3, padding=1, padding_mode="reflect", groups=4),
+    ]
+    network = torch.nn.Sequential(*kept, conv(4, 8, 3, padding=1, groups=4))
+    pad_small_images(network)
+    assert [type(layer) is PaddedConv2d for layer in network] == [False] * len(kept) + [True]
 
 
 @pytest.mark.parametrize("depth", [2, 3])
