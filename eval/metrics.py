@@ -13,6 +13,11 @@ def check(logits: Tensor, labels: Tensor) -> None:
     Raises:
         ValueError: N is 0, the shapes do not agree, a logit is not a number, or a label is not a class id.
     """
+    _check_labels(logits, labels)
+    _refuse_nan(logits.amax(dim=1))  # the largest of some numbers is NaN where one of them is
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"need (N, C) logits, (N,) labels, N > 0; got {tuple(logits.shape)}, {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
@@ -21,7 +26,10 @@ def check(logits: Tensor, labels: Tensor) -> None:
             f"labels are class ids in [0, {logits.shape[1]}); got {labels.dtype} between {low} and {high}, "
             "which no prediction could match"
         )
-    if logits.amax(dim=1).isnan().any():  # the largest of some numbers is NaN where one of them is
+
+
+def _refuse_nan(largest: Tensor) -> None:
+    if largest.isnan().any():
         raise ValueError("the logits hold NaN, which argmax would count as a prediction")
 
 
@@ -31,10 +39,13 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
     >>> correct(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1]))
     tensor([ True, False])
     """
-    check(logits, labels)
+    _check_labels(logits, labels)
     if logits.device.type == "cpu" and logits.dtype == torch.float32:  # numpy's is five times as fast, of the same bits
-        return torch.from_numpy(logits.detach().numpy().argmax(axis=1)) == labels
-    return logits.argmax(dim=1) == labels
+        predicted = torch.from_numpy(logits.detach().numpy().argmax(axis=1))
+    else:
+        predicted = logits.argmax(dim=1)
+    _refuse_nan(logits.gather(1, predicted.unsqueeze(1)))  # both take a NaN for the largest
+    return predicted == labels
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
