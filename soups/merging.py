@@ -156,8 +156,9 @@ class Scaled:
         divisors = [1 - drop for drop in self.drops] if self.divisors is None else self.divisors(name)
         total: Floats | None = None
         for i, (scale, change) in enumerate(zip(self.scales, changes(), strict=True)):
-            term = self.left(i, name, start, change) * (scale / divisors[i]) if self.drops else scale * change
-            total = term if total is None else total + term
+            left = self.left(i, name, start, change) if self.drops else change
+            left *= scale / divisors[i] if self.drops else scale
+            total = left.copy() if total is None else np.add(total, left, out=total)
         assert total is not None  # there is at least one model
         return total
 
@@ -192,10 +193,10 @@ class Merged(Mean):
         """Number and (n,) float64 difference to the initialisation of each other model, in the order of `terms`."""
         ((term, stored),) = self._stored(name, start, count, [self.terms[self.origin]], None)
         origin = widen(stored, self._kind(term, name)).astype(np.float64)
-        number = 0
+        number, change = 0, self.buffers.term[:count]
         for i, (term, stored) in enumerate(self._stored(name, start, count, self.terms, hashes)):
             if i != self.origin:
-                yield number, widen(stored, self._kind(term, name)) - origin
+                yield number, np.subtract(widen(stored, self._kind(term, name)), origin, out=change)
                 number += 1
 
     def all_changes(self, *names: str) -> Iterator[tuple[int, Floats]]:
@@ -213,7 +214,9 @@ class Merged(Mean):
 
         def changes() -> Iterator[Floats]:
             for _, change in self.changes(name, start, count, next(readings, None)):
-                np.logical_or(strange, ~np.isfinite(change), out=strange)
+                finite = np.isfinite(change)
+                if not finite.all():
+                    np.logical_or(strange, ~finite, out=strange)
                 yield change
 
         with np.errstate(over="ignore", invalid="ignore"):

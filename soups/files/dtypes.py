@@ -54,10 +54,9 @@ def round_once(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
         if dtype != "BF16":
             return values.astype(STORED[dtype])
         nearest = values.astype(np.float32)
-        back = nearest.astype(np.float64)
         bits = nearest.view(np.uint32)
-        inexact = back != values
-        # Cut towards zero, then set the last bit where something was cut: the second rounding then sees all there was.
-        bits -= inexact & (np.abs(back) > np.abs(values))
-        bits |= inexact
+        # Only between two bfloat16 does it matter what the first rounding did: go back to where the number came from.
+        middle = np.flatnonzero((bits & np.uint32(0xFFFF)) == 0x8000)
+        exact, rounded = np.abs(values[middle]), np.abs(nearest[middle]).astype(np.float64)
+        bits[middle] += np.sign(exact - rounded).astype(np.int8).astype(np.uint32)
         return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
