@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def refuse_other_configs(paths: Sequence[Path], *, in_order: bool = True) -> Non
         for key in ("model_type", "architectures", "architecture", "id2label", "problem_type", "quantization_config"):
             ours, theirs = values.get(key), first[1].get(key)
             if key == "id2label" and ours and theirs and sorted(ours.values()) != sorted(theirs.values()):
-                only = [sorted(set(a.values()) - set(b.values())) for a, b in ((ours, theirs), (theirs, ours))]
+                named = [Counter(each.values()) for each in (ours, theirs)]  # one may have a name twice
+                only = [sorted((a - b).elements()) for a, b in (named, named[::-1])]
                 raise UserError(
                     f"{file} and {first[0]} have different classes: {_short(only[0])} in the one alone, "
                     f"{_short(only[1])} in the other alone, and models of another label space have no common soup"

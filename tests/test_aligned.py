@@ -1,6 +1,7 @@
 """Classes, tokens and heads of models that do not have them in the same order: brought to the first model's."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -85,11 +86,20 @@ def test_greedy_scores_models_in_the_first_ones_order(pool):
     assert any(torch.equal(bias, weights_of(pool / "m1")["classifier.bias"].flip(0)) for bias in seen)
 
 
-def test_other_classes_are_refused_with_the_difference(pool):
-    relabel(pool / "m1", ["no", "perhaps"])
-    with pytest.raises(
-        UserError, match=r'have different classes: \["perhaps"\] in .* alone, \["yes"\] in the other alone'
-    ):
+@pytest.mark.parametrize(
+    ("names", "own", "others"),
+    [
+        (["no", "perhaps"], '["perhaps"]', '["yes"]'),
+        (["no", "yes", "perhaps"], '["perhaps"]', "[]"),
+        (["yes"], "[]", '["no"]'),
+        (["no", "no"], '["no"]', '["yes"]'),
+        (["no", "yes", "yes"], '["yes"]', "[]"),
+    ],
+)
+def test_other_classes_are_refused_with_the_difference(names, own, others, pool):
+    relabel(pool / "m1", names)
+    said = f"have different classes: {own} in the one alone, {others} in the other alone"
+    with pytest.raises(UserError, match=re.escape(said)):
         soups.uniform(["m0", "m1"])
 
 
@@ -137,6 +147,69 @@ def test_tokens_that_both_have_are_averaged_by_their_names_and_others_are_the_fi
     larger = weights_of(soups.uniform(["m1", "m0"]).save("larger"))[EMBEDDING]
     assert torch.equal(larger[others["zebra"]], other[others["zebra"]])
     assert torch.equal(larger[others["good"]], found[rows["good"]])
+
+
+def exchange(folder, name=EMBEDDING):
+    """Turn round the rows of the tokens after the special ones, in the tokenizer and in the weights."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    known = values["model"]["vocab"]
+    rows = [*range(4), *reversed(range(4, len(known)))]
+    values["model"]["vocab"] = {token: rows[row] for token, row in known.items()}
+    path.write_text(json.dumps(values))
+    state = weights_of(folder)
+    state[name] = state[name][rows].contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_as_many_tokens_in_other_rows_are_averaged_by_their_names(pool):
+    expected = load_file(soups.uniform(["m0", "m1"]).save("expected.safetensors"))
+    exchange(pool / "m1")
+    assert tokens(pool / "m0") != tokens(pool / "m1")
+    soup = soups.uniform(["m0", "m1"]).save("soup")
+    found = weights_of(soup)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert tokens(soup) == tokens(pool / "m0")
+    assert answer(soup, pool)[0]
+
+
+def test_a_tokenizer_written_in_another_form_leaves_rows_where_they_are(pool):
+    expected = soups.uniform(["m0", "m1"]).save("expected.safetensors").read_bytes()
+    path = pool / "m1/tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": None}, indent=7))
+    assert soups.uniform(["m0", "m1"]).save("soup.safetensors").read_bytes() == expected
+
+
+def test_a_token_that_one_of_as_many_lacks_has_the_first_models_row_in_its_place(pool):
+    first, other = weights_of(pool / "m0")[EMBEDDING], weights_of(pool / "m1")[EMBEDDING]
+    resize(pool / "m1", ["zebra"], drop=("film",))
+    assert len(weights_of(pool / "m1")[EMBEDDING]) == len(first)
+    found, rows = weights_of(soups.uniform(["m0", "m1"]).save("soup"))[EMBEDDING], tokens(pool / "m0")
+    for token, row in rows.items():
+        mean = first[row].double() if token == "film" else (first[row].double() + other[row]) / 2
+        assert torch.equal(found[row], mean.float()), token
+
+
+def test_tokens_in_other_rows_are_refused_where_it_is_not_known_what_to_match(pool):
+    for folder in (pool / "m0", pool / "m1"):
+        state = weights_of(folder)
+        state["my_table"] = state.pop(EMBEDDING)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    soups.uniform(["m0", "m1"])  # the same tokenizer
+    exchange(pool / "m1", "my_table")
+    with pytest.raises(UserError, match=r"m1.*tokens are not in the rows of .*m0.*'my_table' has as many rows"):
+        soups.uniform(["m0", "m1"])
+
+
+def test_other_tokenizers_that_are_not_read_are_refused_and_equal_ones_are_not(pool):
+    for i in range(2):
+        (pool / f"m{i}/tokenizer.json").unlink()
+        (pool / f"m{i}/tokenizer.model").write_bytes(b"pieces")
+    soups.uniform(["m0", "m1"])
+    (pool / "m1/tokenizer.model").write_bytes(b"other pieces")
+    with pytest.raises(UserError, match=r"its tokenizer is not that of .*m0.*tokenizer\.json"):
+        soups.uniform(["m0", "m1"])
 
 
 def test_another_vocabulary_without_a_tokenizer_is_refused_and_its_rows_can_be_kept(pool):

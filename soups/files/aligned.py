@@ -1,5 +1,6 @@
 """A model of transformers whose classes and tokens are read in the order of another one's."""
 
+import filecmp
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +18,13 @@ from soups.files.folders import config_beside
 
 # A layer of transformers with a row for each class.
 HEAD = re.compile(r"(^|\.)(\w*classifier|score|head|classification_head)(\.out_proj)?\.(weight|bias)$")
+# A tensor of transformers with a row for each token, where its shape alone does not say so.
+VOCABULARY = re.compile(
+    r"(^|\.)(word_embeddings?|embed_tokens|tok_embeddings|token_embedding|embeddings?|wte|shared|embed_in|embed_out|"
+    r"(generator_)?lm_head|decoder|predictions|vocab_projector|lm_loss|output|final_logits_bias)(\.(weight|bias))?$"
+)
+READ = ("tokenizer.json", "vocab.json", "vocab.txt")  # tokenizers whose tokens are read here
+NOT_READ = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 Rows = NDArray[np.int64]
 
 
@@ -39,7 +47,7 @@ def tokens(path: Path) -> dict[str, int]:
     Raises:
         UserError: it is damaged.
     """
-    file = config_beside(path, "tokenizer.json", "vocab.json", "vocab.txt")
+    file = config_beside(path, *READ)
     if file is None:
         return {}
     try:
@@ -57,13 +65,34 @@ def tokens(path: Path) -> dict[str, int]:
         raise UserError(f"{file} is no tokenizer that is known here ({type(error).__name__}: {error})") from None
 
 
+def _vocab_size(path: Path) -> int | None:
+    """Number of tokens that the config of a model says, or that of the texts in a model of several kinds of input."""
+    config = _config(path)
+    texts = config.get("text_config")
+    return config.get("vocab_size", texts.get("vocab_size") if isinstance(texts, dict) else None)
+
+
 def differ(path: Path, like: Path) -> bool:
-    """Whether classes are in another order, or there are more or fewer tokens, of which both have the names."""
+    """Whether classes are in another order than in `like`, or tokens in other rows, as far as both have their names."""
     labels, others = _labels(path), _labels(like)
     if labels != others and sorted(labels) == sorted(others):
         return True
-    sizes = {_config(each).get("vocab_size") for each in (path, like)}
-    return None not in sizes and len(sizes) == 2 and bool(tokens(path)) and bool(tokens(like))
+    size, new_size = _vocab_size(path), _vocab_size(like)
+    if size is None or new_size is None:
+        return False
+    return _in_other_rows(path, like, size) if size == new_size else bool(tokens(path)) and bool(tokens(like))
+
+
+def _in_other_rows(path: Path, like: Path, size: int) -> bool:
+    """Whether the tokenizers beside two models with equally many rows differ in the row of a token."""
+    one, other = config_beside(path, *READ), config_beside(like, *READ)
+    if one is None or other is None:  # of these the bytes alone say whether they are the same
+        one, other = config_beside(path, *NOT_READ), config_beside(like, *NOT_READ)
+        return one is not None and other is not None and not filecmp.cmp(one, other, shallow=False)
+    if one.name == other.name == "tokenizer.json" and filecmp.cmp(one, other, shallow=False):
+        return False
+    ours, theirs = ({token: row for token, row in tokens(each).items() if row < size} for each in (path, like))
+    return ours != theirs
 
 
 def aligned(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
@@ -74,29 +103,66 @@ def aligned(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
         like: the model whose order it is.
 
     Raises:
-        UserError: classes without a head that is known by its name, or with one name twice.
+        UserError: classes without a head that is known by its name, or with one name twice; tokens in other rows by
+            tokenizers that are not read here, or with a tensor that may have a row for each of them or not.
     """
-    rows: dict[str, Rows] = {}
+    rows = {**_rows_of_classes(checkpoint, like), **_rows_of_tokens(checkpoint, like)}
+    if not rows:
+        return checkpoint
+    new = {name: _with_rows(checkpoint.entries[name], len(order)) for name, order in rows.items()}
+    return replace(checkpoint, entries=checkpoint.entries | new, fill=_by_rows(checkpoint, like, rows))
+
+
+def _with_rows(entry: Entry, rows: int) -> Entry:
+    """The entry of a tensor with another number of rows; a bias of the shape (1, tokens) has a token a column."""
+    return replace(entry, shape=(1, rows) if entry.shape[0] == 1 else (rows, *entry.shape[1:]))
+
+
+def _rows_of_classes(checkpoint: Checkpoint, like: Checkpoint) -> dict[str, Rows]:
+    """For each head of a checkpoint whose classes are in another order the row of each class of `like`."""
     labels, wanted = _labels(checkpoint.path), _labels(like.path)
-    if labels != wanted:
-        order = np.array([labels.index(label) if label in labels else -1 for label in wanted], dtype=np.int64)
-        heads = [name for name in checkpoint.entries if HEAD.search(name)]
-        rows = {name: order for name in heads if checkpoint.entries[name].shape[:1] == order.shape}
-        if not rows or sorted(set(labels)) != sorted(wanted):
-            what = "no head with a row for each" if not rows else "other ones, or one twice"
-            raise UserError(f"{checkpoint.path}: classes are not in the order of {like.path}, and it has {what}")
-    size, new_size = _config(checkpoint.path).get("vocab_size"), _config(like.path).get("vocab_size")
-    entries = dict(checkpoint.entries)
-    if size is not None and new_size is not None and size != new_size and (places := tokens(checkpoint.path)):
-        order = np.full(new_size, -1, dtype=np.int64)
-        for token, row in tokens(like.path).items():
-            if row < new_size and places.get(token, size) < size:
-                order[row] = places[token]
-        for name, entry in checkpoint.entries.items():
+    if labels == wanted:
+        return {}
+    order = np.array([labels.index(label) if label in labels else -1 for label in wanted], dtype=np.int64)
+    heads = [name for name in checkpoint.entries if HEAD.search(name)]
+    rows = {name: order for name in heads if checkpoint.entries[name].shape[:1] == order.shape}
+    if not rows or sorted(set(labels)) != sorted(wanted):
+        what = "no head with a row for each" if not rows else "other ones, or one twice"
+        raise UserError(f"{checkpoint.path}: classes are not in the order of {like.path}, and it has {what}")
+    return rows
+
+
+def _rows_of_tokens(checkpoint: Checkpoint, like: Checkpoint) -> dict[str, Rows]:
+    """For each tensor with a row for each token the row of each token of `like`; -1 where the checkpoint lacks it."""
+    size, new_size = _vocab_size(checkpoint.path), _vocab_size(like.path)
+    if size is None or new_size is None or (size == new_size and not _in_other_rows(checkpoint.path, like.path, size)):
+        return {}
+    places, wanted = tokens(checkpoint.path), tokens(like.path)
+    if size == new_size and not (places and wanted):
+        raise UserError(
+            f"{checkpoint.path}: its tokenizer is not that of {like.path}, and rows of tokens are matched by "
+            f"{', '.join(READ)}: save the tokenizers of both again with one of them"
+        )
+    order = np.full(new_size, -1, dtype=np.int64)
+    for token, row in wanted.items() if places else ():
+        if row < new_size and places.get(token, size) < size:
+            order[row] = places[token]
+    rows: dict[str, Rows] = {}
+    for name, entry in checkpoint.entries.items():
+        if places and (entry.shape[:1] == (size,) or entry.shape == (1, size)):
             new = like.entries.get(like.own(name))
-            if entry.shape[:1] == (size,) and new == Entry(entry.dtype, (new_size, *entry.shape[1:])):
-                rows[name], entries[name] = order, new
-    return replace(checkpoint, entries=entries, fill=_by_rows(checkpoint, like, rows)) if rows else checkpoint
+            whole = bool((order >= 0).all()) and size == new_size  # nothing of `like` is read
+            if new == _with_rows(entry, new_size) or (whole and (new is None or new.shape == entry.shape)):
+                rows[name] = order
+    # Where sizes differ, shapes say which tensors have a row for each token. Here another size may be the same number.
+    unknown = [name for name in rows if size == new_size and not VOCABULARY.search(name)]
+    if unknown or (size == new_size and not rows):
+        what = f"{unknown[0]!r} has as many rows as there are tokens" if unknown else "no tensor has a row for each"
+        raise UserError(
+            f"{checkpoint.path}: tokens are not in the rows of {like.path}, and {what}: what "
+            "is to be matched by token is not known. Leave that model out, or give both the same tokenizer"
+        )
+    return rows
 
 
 def _by_rows(checkpoint: Checkpoint, like: Checkpoint, rows: Mapping[str, Rows]) -> Any:
@@ -104,6 +170,8 @@ def _by_rows(checkpoint: Checkpoint, like: Checkpoint, rows: Mapping[str, Rows])
         if name not in rows:
             return checkpoint.fill(name, offset, view)
         entry, done = checkpoint.entries[name], 0
+        count = entry.size if entry.shape[0] == 1 else entry.shape[0]  # as in `_with_rows`
+        width = entry.size // count * STORED[entry.dtype].itemsize
         width = int(np.prod(entry.shape[1:], dtype=np.int64)) * STORED[entry.dtype].itemsize
         while done < len(view):
             row, inside = divmod(offset + done, width)
