@@ -1,6 +1,7 @@
 """Checkpoints of one run: their order in time, the last or the best of them, and what each weighs in an average."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -66,12 +67,15 @@ def in_time_order(paths: Sequence[Path]) -> list[Path]:
     ['e=0-loss=0.9.ckpt', 'e=1-loss=0.5.ckpt']
     """
 
+    def typed(path: Path) -> str:
+        return os.path.abspath(path)  # noqa: PTH100  # one folder may be typed in several ways
+
     def key(path: Path) -> list[int]:
-        return [int(number) for number in NUMBER.findall(str(path)) if "." not in number]
+        return [int(number) for number in NUMBER.findall(typed(path)) if "." not in number]
 
     found = sorted(paths, key=key)
     for one, other in pairwise(found):
-        alike = NUMBER.sub("", str(one)) == NUMBER.sub("", str(other))
+        alike = NUMBER.sub("", typed(one)) == NUMBER.sub("", typed(other))
         if not alike or key(one) == key(other) or any(a > b for a, b in zip(key(one), key(other), strict=True)):
             raise UserError(
                 f"{one} and {other}: their names do not say which is the earlier of one run. They may differ in "

@@ -1,5 +1,6 @@
 """How the models of a pool are averaged, whatever the recipe."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -13,7 +14,8 @@ from soups.files.adapters import ORIGIN, common_config
 from soups.files.aligned import differ
 from soups.files.atomic import replacing
 from soups.files.dtypes import OutputDtype
-from soups.files.folders import is_adapter
+from soups.files.folders import HUB, from_hub, is_adapter, pinned
+from soups.files.names import name_beside, short_names
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.mean import Mean, Mixing, average_files
@@ -61,6 +63,7 @@ class Averaging:
     measured_on: "Scorer | None" = None  # of batch_norm="recompute": whose images
     set_aside: tuple[str, ...] = ()  # of only_common: tensors that some model of the pool lacks
     like: str | None = None  # the model in whose order classes and tokens are read
+    near: str | None = None  # the folder from which `like` and `base` are named
 
     def __post_init__(self) -> None:
         if self.batch_norm not in ("average", "keep", "recompute"):
@@ -73,9 +76,7 @@ class Averaging:
     @property
     def reading(self) -> Reading:
         """How files are read."""
-        return Reading(
-            self.key, self.exclude, self.only_common, set_aside=self.set_aside, base=self.base, like=self.like
-        )
+        return Reading(self.key, self.exclude, self.only_common, False, self.set_aside, self.like, self.base, self.near)
 
 
 def average(
@@ -107,7 +108,7 @@ def average(
     begin = start or Pool([], [], pool.reading, pool.temporary)
     paths, names = [*begin.paths, *pool.paths], [*begin.names, *pool.names]
     for path in dict.fromkeys(each for each in (how.init, how.kept_from) if each is not None and each not in paths):
-        paths, names = [*paths, path], [*names, path.name]
+        paths, names = [*paths, path], [*names, name_beside(short_names([path])[0], path, paths, names)]
         weights = (
             {name: [*row, 0.0] for name, row in weights.items()} if isinstance(weights, Mapping) else [*weights, 0.0]
         )
@@ -170,9 +171,9 @@ def open_pool(
     """
     values = dict(settings)
     images = values.pop("images", None)
-    values["base"] = None if values.get("base") is None else str(values["base"])
-    reading = Reading(values.get("key"), values.get("exclude"), values.get("only_common", False), base=values["base"])
-    pool = pool_of(models, reading)
+    pool = pool_of(models, Reading(values.get("key"), values.get("exclude"), values.get("only_common", False)))
+    values |= _named(pool, values.pop("base", None))
+    reading = pool.reading = replace(pool.reading, base=values["base"], near=values["near"])
     first = None if start is None else pool_of(start, reading)
     if first is not None and values.get("batch_norm") == "keep":
         values["init"] = first.paths[0]
@@ -200,11 +201,12 @@ def open_pool(
             raise UserError(f"{path} is the initialisation and one of the models too: name it once")
     starts += [how.kept_from] if how.kept_from is not None and how.kept_from not in [*starts, *pool.paths] else []
     if any(differ(path, pool.paths[0]) for path in [*pool.paths[1:], *starts]):
-        reading = pool.reading = replace(reading, like=str(pool.paths[0]))
-        how = replace(how, like=reading.like)
+        like = _named(pool, pool.paths[0])
+        reading = pool.reading = replace(reading, like=like["base"], near=like["near"] or reading.near)
+        how = replace(how, like=reading.like, near=reading.near)
     if first is not None:
         pool.beside.append(first)
-        first.names = [str(first.paths[0]) if first.names[0] in pool.names else first.names[0]]
+        first.names = [name_beside(first.names[0], first.paths[0], pool.paths, pool.names)]
     related = how.allow_unrelated or (how.base is not None and len(adapters) == len(pool))  # of one base model
     layout = refuse_unsuitable([*starts, *pool.paths], allow_unrelated=related, reading=reading)
     if how.only_common:  # of the whole pool, whichever of its models a soup is of
@@ -213,6 +215,25 @@ def open_pool(
         pool.reading = replace(reading, set_aside=tuple(sorted(aside)))
         how = replace(how, set_aside=pool.reading.set_aside)
     return pool, _with_statistics(how, pool, images, score), first
+
+
+def _named(pool: Pool, model: str | Path | None) -> dict[str, str | None]:
+    """The folder above all models of a pool, as `near`, and one model's path from there, as `base`: what a soup's
+    record says of it depends neither on how paths were typed nor on the current folder.
+    """
+    if model is None:
+        return {"base": None, "near": None}
+    of_hub = dict(zip(map(str, pool.paths), pool.names, strict=True)).get(str(model), str(model))
+    if of_hub.startswith(HUB):
+        return {"base": pinned(of_hub, from_hub(of_hub)), "near": None}
+
+    def whole(path: Path) -> Path:
+        path = Path(os.path.abspath(path))  # noqa: PTH100
+        return path.parent.resolve() / path.name  # a link keeps its name
+
+    on_disk = [path for path, name in zip(pool.paths, pool.names, strict=True) if not name.startswith(HUB)]
+    near = os.path.commonpath([whole(path).parent for path in on_disk or [Path(model)]])
+    return {"base": os.path.relpath(whole(Path(model)), near), "near": near}
 
 
 def _one_beside(pool: Pool, ends: Sequence[Path], model: Source, what: str) -> Path:

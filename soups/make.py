@@ -13,7 +13,7 @@ from soups.record import metadata_of, read_yaml, record_in
 from soups.scoring import Gain
 from soups.soup import Decision, Report, Soup, refuse_out
 from soups.sources import Pool
-from soups.verify import find, make_again
+from soups.verify import find, located, make_again
 
 # Settings that name a file.
 FILES = ("init", "from", "base", "out", "scores", "images", "texts", "perplexity", "choices", "journal")
@@ -75,7 +75,7 @@ def soup_again(recipe: Mapping[str, Any], folder: Path) -> Soup:
     Raises:
         UserError: the recipe was changed, or a model is missing or another one.
     """
-    record = record_in(metadata_of(recipe))
+    record = located(record_in(metadata_of(recipe)), folder)
     paths, problems = find(record, folder, folder)
     if problems:
         raise UserError(f"of its ingredients in {folder}, {', '.join(problems)}; --folder DIR says where they are")

@@ -49,6 +49,8 @@ class Record:
     def metadata(self) -> dict[str, str]:
         """What a soup's file says: this, a hash of it, and the "format" that transformers ask for."""
         values = asdict(self)
+        if self.reading is not None:
+            del values["reading"]["near"]  # where the models lie now
         for name in ("set_aside", "base", "like"):  # records have them where they say something
             if self.reading is not None and not values["reading"][name]:
                 del values["reading"][name]

@@ -1,6 +1,7 @@
 """Models as people have them - paths, patterns, dicts, modules, loaders - as files that are read block by block."""
 
 import glob
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -19,8 +20,8 @@ Source = (
 
 
 def in_natural_order(paths: Iterable[Path]) -> list[Path]:
-    """Sorted, run2 before run10."""
-    return sorted(paths, key=lambda path: natural(str(path)))
+    """Sorted, run2 before run10, whether they are typed from the current folder or from the root."""
+    return sorted(paths, key=lambda path: natural(os.path.abspath(path)))  # noqa: PTH100  # links keep their places
 
 
 def matches(pattern: str) -> list[Path]:
@@ -58,7 +59,10 @@ class Pool:
     @property
     def like(self) -> Path:
         """Beside which config and tokenizer are: the first model, or the base model of adapters."""
-        return self.paths[0] if self.reading.base is None else Path(self.reading.base)
+        if self.reading.base is None:
+            return self.paths[0]
+        base = self.reading.place(self.reading.base)
+        return from_hub(str(base)) if str(base).startswith(HUB) else base
 
     def __len__(self) -> int:
         return len(self.paths)

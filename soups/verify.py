@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,14 +57,25 @@ def _digest(path: Path, record: Record) -> str | None:
 
 def _candidates(folder: Path, soup: Path, names: list[str]) -> list[Path]:
     """Weight files of the folder, the recorded names first."""
-    files = [folder / name for name in names if (folder / name).exists()]
+    files = [path for name in names for path in _called(folder, name)]
     files += [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", *PICKLED)]
     files += [path for path in sorted(folder.iterdir()) if path.name == INDEX or path.is_dir()]
     return [path for path in dict.fromkeys(files) if path.resolve() != soup.resolve()]
 
 
+def _called(folder: Path, name: str) -> list[Path]:
+    """What lies in the folder under a recorded name, of which it may be a folder itself."""
+    parts = Path(name).parts
+    return [path for i in range(len(parts)) if (path := folder.joinpath(*parts[i:])).exists()]
+
+
 def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str]]:
     """The recorded ingredients' files, in the folder or of the hub, and what is wrong with those that were not found.
+
+    Args:
+        record: as `located` in this folder.
+        folder: in which they are.
+        soup: which is not looked at.
 
     Raises:
         UserError: a model of the hub is in no folder and cannot be had.
@@ -76,7 +88,7 @@ def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str
             found.setdefault(digest, path)
     problems, reading = [], record.reading or Reading()
     for model, what in ((reading.base, "into which its adapters are merged"), (reading.like, "whose classes it has")):
-        if model is not None and not Path(model).exists() and not (folder / Path(model).name).exists():
+        if model is not None and not model.startswith(HUB) and not reading.place(model).exists():
             return [], [f"the model {what}, {model}, is missing"]
     for ingredient in record.ingredients:
         is_hub = ingredient.file.startswith(HUB)
@@ -84,9 +96,17 @@ def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str
             path = from_hub(ingredient.file)
             found |= {ingredient.digest: path} if _digest(path, record) == ingredient.digest else {}
         if ingredient.digest not in found:
-            what = "was changed" if is_hub or (folder / ingredient.file).exists() else "is missing"
+            what = "was changed" if is_hub or _called(folder, ingredient.file) else "is missing"
             problems.append(f"{ingredient.file} {what}")
     return [found[i.digest] for i in record.ingredients if i.digest in found], problems
+
+
+def located(record: Record, folder: Path) -> Record:
+    """The record, whose models of classes and of adapters are looked for from this folder on."""
+    reading = record.reading
+    if reading is None or (reading.base is None and reading.like is None):
+        return record
+    return replace(record, reading=replace(reading, near=str(folder.resolve())))
 
 
 def verify(soup: Path, folder: Path | None = None) -> str:
@@ -99,7 +119,7 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     folder = folder or soup.resolve().parent
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    record = record_of(soup)
+    record = located(record_of(soup), folder)
     paths, problems = find(record, folder, soup)
     if problems:
         elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""

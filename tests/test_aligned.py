@@ -79,6 +79,16 @@ def test_classes_in_another_order_give_the_soup_of_those_in_the_same_order_and_i
     assert "was changed" in answer(folder, pool / "elsewhere")[1]
 
 
+def test_a_soup_with_another_ones_classes_is_the_same_however_paths_are_typed(pool, monkeypatch):
+    reorder(pool / "m1")
+    expected = soups.uniform(["m0", "m1"]).save("soup.safetensors").read_bytes()
+    for typed in (["./m0", pool / "m1"], [pool / "m1/../m0", "m1/"]):
+        assert soups.uniform(typed).save("again.safetensors").read_bytes() == expected
+    monkeypatch.chdir(pool / "m0")
+    assert soups.uniform(["../m0", "../m1"]).save("../again.safetensors").read_bytes() == expected
+    assert answer(pool / "soup.safetensors")[0]
+
+
 def test_greedy_scores_models_in_the_first_ones_order(pool):
     reorder(pool / "m1")
     seen = []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -323,6 +324,13 @@ def test_with_the_base_model_a_soup_is_the_mean_of_merged_models_and_is_verified
     torch.testing.assert_close(found[name].double(), (plain + dora) / 2, rtol=1e-6, atol=1e-6)
     assert torch.equal(found["other.weight"], other["other.weight"]) and found["counter"] == 4
     assert verify(tmp_path / "soup", tmp_path / "pool") == ""
+    made = {file.name: file.read_bytes() for file in Path("soup").iterdir()}
+    for i, typed in enumerate(("./base.safetensors", str(tmp_path / "pool/../base.safetensors"))):
+        main(["lora", "pool/run1/../run0", str(tmp_path / "pool/run1"), "--base", typed, "--out", f"soup{i}"])
+        assert {file.name: file.read_bytes() for file in Path(f"soup{i}").iterdir()} == made, typed
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir("pool")
+        assert verify(tmp_path / "soup", tmp_path / "pool") == ""
     (tmp_path / "base.safetensors").rename("moved.safetensors")
     assert "base.safetensors, is missing; --folder DIR says" in verify(tmp_path / "soup", tmp_path / "pool")
     (tmp_path / "moved.safetensors").rename("pool/base.safetensors")

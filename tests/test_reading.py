@@ -275,7 +275,9 @@ def test_two_files_of_one_name_are_told_apart(tmp_path):
     soup = average_files(paths, tmp_path / "soup.safetensors")
     assert sorted(ingredient.file for ingredient in soup.ingredients) == ["a/best.pt", "b/best.pt"]
     assert short_names([Path("x/1/m"), Path("y/1/m"), Path("n")]) == ["x/1/m", "y/1/m", "n"]
-    assert short_names([Path("m"), Path("a/m"), Path("m")]) == ["m", "a/m", "m"]
+    here = f"{Path.cwd().name}/m"
+    assert short_names([Path("m"), Path("a/m"), Path("m")]) == [here, "a/m", here]
+    assert short_names([Path("m").absolute(), Path("./b/../a/m")]) == [here, "a/m"]
 
 
 def test_no_reader_needs_torch(tmp_path):

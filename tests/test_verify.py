@@ -47,6 +47,29 @@ def test_the_same_models_in_another_order_give_the_same_bytes(pool):
     assert soups.uniform(backwards, threads=1).save(pool / "other/soup.safetensors").read_bytes() == first
 
 
+def test_a_soup_is_the_same_however_the_paths_of_its_models_are_typed(pool, monkeypatch):
+    (pool / "a").mkdir()
+    (pool / "b").mkdir()
+    (pool / "m1.safetensors").rename(pool / "a/m0.safetensors")
+    (pool / "m2.safetensors").rename(pool / "b/m0.safetensors")
+    monkeypatch.chdir(pool)
+    ways = [
+        ("m0.safetensors", "a/m0.safetensors", "b/m0.safetensors"),
+        (str(pool / "m0.safetensors"), "./a/m0.safetensors", "a/../b/m0.safetensors"),
+        ("a/../m0.safetensors", str(pool / "a/m0.safetensors"), str(pool / "b/m0.safetensors")),
+    ]
+    made = []
+    for first, second, start in ways:
+        soups.wise_ft(start, [first, second], 0.25).save("soup.safetensors")
+        main(
+            ["uniform", second, first, start, "--keep", "^w$", "--from", start, "--out", "kept.safetensors", "--force"]
+        )
+        soups.weighted([first, second], [1, 1], init=start, batch_norm="keep").save("norm.safetensors")
+        made.append([(pool / f"{name}.safetensors").read_bytes() for name in ("soup", "kept", "norm")])
+        assert [verify(pool / f"{name}.safetensors") for name in ("soup", "kept", "norm")] == ["", "", ""]
+    assert made[1] == made[0] and made[2] == made[0]
+
+
 def test_ingredients_are_found_by_content_wherever_they_are_and_however_they_are_called(pool):
     make_soup(pool)
     other = pool / "elsewhere"

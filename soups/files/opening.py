@@ -100,7 +100,7 @@ def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Readin
         if reading.base is not None and is_adapter(path):
             adapter = _open_file(weights_file(path), stack, Reading())
             return merged(
-                path, adapter, open_checkpoint(_place(reading.base, path), stack, replace(reading, base=None))
+                path, adapter, open_checkpoint(reading.place(reading.base), stack, replace(reading, base=None))
             )
         if (path / METADATA).is_file():
             found = supported(open_distributed(path, stack, reading))
@@ -117,13 +117,7 @@ def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Readin
     found = found if reading.as_stored else renamed(found, without_wrappers(found.names, inside=found.unwrapped != ""))
     if reading.like is None:
         return found
-    return aligned(found, open_checkpoint(_place(reading.like, source), stack, replace(reading, like=None)))
-
-
-def _place(model: str, source: Path) -> Path:
-    """Where a model is that a reading names: beside the ingredient, if it is no longer where it was."""
-    beside = source.parent / Path(model).name
-    return beside if beside.exists() and not Path(model).exists() else Path(model)
+    return aligned(found, open_checkpoint(reading.place(reading.like), stack, replace(reading, like=None)))
 
 
 def alike(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -1,8 +1,12 @@
 """How files are to be read: which weights of a file, which tensors of it, and names without those of wrappers."""
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from soups.files.folders import HUB
 
 COUNTERS = ("num_batches_tracked", "n_averaged")  # names end so
 _COMPILED = re.compile(r"(^|(?<=\.))_orig_mod\.")
@@ -18,8 +22,19 @@ class Reading:
     only_common: bool = False  # tensors that some file lacks, or has in another shape, are not averaged
     as_stored: bool = False  # names with those of wrappers, as soups of format 1 were made
     set_aside: tuple[str, ...] = ()  # of only_common: what is not averaged, as a larger pool than these files decides
-    like: str | None = None  # the model in whose order classes and tokens are read
-    base: str | None = None  # the model with which a folder of a LoRA adapter is read, merged into it
+    like: str | None = None  # the model in whose order classes and tokens are read, as `place` finds it
+    base: str | None = None  # the model with which a folder of a LoRA adapter is read, merged into it; the same
+    near: str | None = None  # the folder from which `like` and `base` are named; no record has it
+
+    def place(self, model: str) -> Path:
+        """Where the model is that `like` or `base` names: from the folder `near`, or from the current one, as records
+        of earlier versions name it; or in `near`, if it was moved there.
+        """
+        if model.startswith(HUB) or self.near is None:
+            return Path(model)
+        named = Path(os.path.normpath(Path(self.near, model)))
+        moved = Path(self.near, Path(model).name)
+        return next((path for path in (named, Path(model), moved) if path.exists()), named)
 
 
 def is_ema(path: str) -> bool:
