@@ -17,6 +17,7 @@ from soups.made_up import make_hugging_face
 from soups.verify import answer
 
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
+BIAS = "final_logits_bias"
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +170,16 @@ def exchange(folder, name=EMBEDDING):
     path.write_text(json.dumps(values))
     state = weights_of(folder)
     state[name] = state[name][rows].contiguous()
+    if BIAS in state:
+        state[BIAS] = state[BIAS][:, rows].contiguous()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
 def test_as_many_tokens_in_other_rows_are_averaged_by_their_names(pool):
+    for i in range(2):  # the shape that BART's bias of tokens has
+        state = weights_of(pool / f"m{i}")
+        state[BIAS] = torch.randn(1, len(state[EMBEDDING]))
+        save_file(state, pool / f"m{i}/model.safetensors", {"format": "pt"})
     expected = load_file(soups.uniform(["m0", "m1"]).save("expected.safetensors"))
     exchange(pool / "m1")
     assert tokens(pool / "m0") != tokens(pool / "m1")

@@ -172,7 +172,6 @@ def _by_rows(checkpoint: Checkpoint, like: Checkpoint, rows: Mapping[str, Rows])
         entry, done = checkpoint.entries[name], 0
         count = entry.size if entry.shape[0] == 1 else entry.shape[0]  # as in `_with_rows`
         width = entry.size // count * STORED[entry.dtype].itemsize
-        width = int(np.prod(entry.shape[1:], dtype=np.int64)) * STORED[entry.dtype].itemsize
         while done < len(view):
             row, inside = divmod(offset + done, width)
             part = view[done : done + width - inside]
