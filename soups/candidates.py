@@ -91,9 +91,17 @@ class Candidate:
         return LazyWeights(self.original or self.averaged)
 
     def file(self) -> Path:
-        """A file or folder of it, in the form that the ingredients have."""
+        """A file or folder of it, in the form that the ingredients have.
+
+        It lies in a folder of this candidate alone, an ingredient as a link to it: what a command writes beside it is
+        no other run's.
+        """
         if self.original is not None:
-            return self.original
+            self.place.mkdir(exist_ok=True)
+            link = self.place / Path(os.path.abspath(self.original)).name  # noqa: PTH100  # of `.` too
+            if not link.is_symlink():
+                link.symlink_to(self.original.absolute())
+            return link
         if self.pool.adapters:
             return self.adapter
         like = self.pool.like

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ from scipy.stats import binomtest, permutation_test
 from test_cli import ROOT, ended, note_of
 
 import soups
+from soups.averaging import Averaging
+from soups.candidates import Candidate
 from soups.errors import UserError
 from soups.scorers.metrics import of_classes
 from soups.scorers.metrics import score as metric_of
-from soups.scorers.outside import results_in
+from soups.scorers.outside import of_command, results_in
 from soups.scoring import Scored, Scorer, gain_of, mean_of_answers
+from soups.sources import pool_of
 from soups.verify import verify
 
 # A model is a row of numbers, a logit for each of 400 examples; an example is right where its logit is above 0.
@@ -181,6 +185,17 @@ def test_a_file_that_lay_there_before_is_not_read_as_the_commands(pool, capsys):
         *HELD_OUT, "--min-sigma", "1", capsys=capsys
     )
     assert (pool / "m0.safetensors.jsonl").read_text() == "1\n0\n"
+
+
+def test_runs_at_once_over_the_same_models_read_each_the_numbers_of_its_own_command(pool):
+    def measured(value):
+        written = f"(echo {value}; echo {value}) > {{soup}}.jsonl; touch wrote{value}"
+        wait = f"for i in $(seq 600); do [ -e wrote{1 - value} ] && break; sleep 0.1; done"
+        scorer = of_command(f"{written}; {wait}; echo {value}", "max")
+        return scorer.measure(Candidate(pool_of("m0.safetensors"), {0: 1}, Averaging())).answers.tolist()
+
+    with ThreadPoolExecutor(2) as runs:
+        assert list(runs.map(measured, (0, 1))) == [[0.0, 0.0], [1.0, 1.0]]
 
 
 def test_models_with_other_examples_are_refused(pool, capsys):

@@ -304,7 +304,10 @@ def test_a_command_gets_the_file_itself_or_a_mixture_in_the_form_of_the_files(fi
     scorer = of_command(f"echo {{soup}} > {tmp_path}/seen && echo 0.5", "max")
     single = Candidate(files, {0: 1}, Averaging())
     assert scorer.measure(single).value == 0.5
-    assert (tmp_path / "seen").read_text().strip() == str(files.paths[0])
+    seen = Path((tmp_path / "seen").read_text().strip())
+    assert seen.resolve() == files.paths[0].resolve() and seen.name == files.paths[0].name
+    single.forget()
+    assert files.paths[0].is_file()
     mixed = Candidate(files, reduced((0, 1)), Averaging())
     assert torch.load(mixed.file()) == {"ema": {"module.w": torch.tensor([1.5])}}
     mixed.forget()

@@ -136,23 +136,19 @@ def of_command(command: str, goal: Goal, metric: str | None = None) -> Scorer:
     def measure(candidate: Candidate) -> Scored:
         path = candidate.file()
         results = path.with_name(f"{path.name}.jsonl")
-        before = results.stat() if results.exists() else None
+        results.unlink(missing_ok=True)  # of an earlier command
         call = ["sh", "-c", _filled(command, path)]
         ended = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
         if ended.returncode:
             sys.stderr.write(ended.stderr)
             last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise UserError(f"--score on {candidate.name}: the command ended with status {ended.returncode}: {last}")
-        number, after = number_in(ended.stdout, candidate.name), results.stat() if results.exists() else None
-        if after is None or (before is not None and before.st_mtime_ns == after.st_mtime_ns):  # of another command
-            if metric is not None:
-                raise UserError(f"--metric {metric}: the command did not write {results.name}")
-            return Scored(number)
-        try:
+        number = number_in(ended.stdout, candidate.name)
+        if results.exists():
             return _with_results(number, results, metric, candidate.name)
-        finally:
-            if before is None:  # it may stand beside a model
-                results.unlink()
+        if metric is not None:
+            raise UserError(f"--metric {metric}: the command did not write {results.name}")
+        return Scored(number)
 
     files = [Path(word) for word in words if PLACE not in word and Path(word).is_file()]
     return Scorer(measure, goal, metric or "score", key_of("command", command, *files), mean_of_answers)
