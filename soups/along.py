@@ -9,8 +9,8 @@ from math import isnan, sqrt
 from pathlib import Path
 
 from soups.errors import UserError
+from soups.files.names import short_names
 from soups.scores import given_scores
-from soups.sources import pool_of
 
 NUMBER = re.compile(r"\d+\.\d+|\d+")
 STATE = "trainer_state.json"
@@ -136,7 +136,7 @@ def chosen(
     if by is None:
         return found[-count:]
     if Path(by).suffix in (".json", ".jsonl", ".csv"):
-        given = given_scores(by, pool_of(found))
+        given = given_scores(by, found, short_names(found))
         missing = [path for i, path in enumerate(found) if i not in given]
         if missing:
             raise UserError(f"{by} has no score of {missing[0]}")

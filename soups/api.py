@@ -197,7 +197,7 @@ def _scores(
     place = Path(journal) if journal is not None else None
     told = (lambda line: None) if quiet else to_stderr
     kept, digests = Journal(place), digests_of(pool, pool.paths)
-    found = Scores(pool, scorer, how, kept, digests, given_scores(given, pool), told, min_sigma)
+    found = Scores(pool, scorer, how, kept, digests, given_scores(given, pool.paths, pool.names), told, min_sigma)
     if others is not None:
         found.report = Scores(pool, others, how, kept, digests, {}, told)
     return found

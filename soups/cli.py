@@ -104,14 +104,13 @@ def _soup(arguments: argparse.Namespace) -> None:
 def _doctor(arguments: argparse.Namespace) -> None:
     from rich.console import Console  # noqa: PLC0415
 
-    from soups.doctor import examine, read_scores, show  # noqa: PLC0415
+    from soups.doctor import examine, show  # noqa: PLC0415
     from soups.files.reading import Reading  # noqa: PLC0415
     from soups.sources import in_natural_order, matches  # noqa: PLC0415
 
     files = in_natural_order([path for pattern in arguments.files for path in matches(pattern)])
-    scores = read_scores(arguments.scores) if arguments.scores else {}
     reading = Reading(arguments.key, arguments.exclude, arguments.only_common)
-    show(examine(files, arguments.init, scores, reading, arguments.held_out), Console())
+    show(examine(files, arguments.init, arguments.scores, reading, arguments.held_out), Console())
 
 
 def _make(arguments: argparse.Namespace) -> None:

@@ -2,10 +2,10 @@
 
 Duplicates, NaNs, models that do not fit together, distances to the initialisation, angles between task vectors, models
 of another origin, why their soup may be worse than the best of them, and how often soups of such pools were better.
-Reads each file twice and writes nothing. scores.json is {"a.safetensors": 0.81, ...}: held-out accuracies in [0, 1].
+Reads each file twice and writes nothing. scores.json is {"a.safetensors": 0.81, ...}: held-out accuracies in [0, 1]; or
+a .jsonl or .csv has them as "file" and "score".
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ from soups.files.names import short_names
 from soups.files.opening import alike, open_checkpoint
 from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, Geometry, geometry, medians_of_others
+from soups.scores import Given, given_scores
 from soups.will_it_help import answer, features
 
 FAR = 3.0  # times the pool's median distance
@@ -74,7 +75,7 @@ def _fits(checkpoint: Checkpoint, others: Sequence[Checkpoint], reading: Reading
 def examine(
     paths: Sequence[Path],
     init: Path | None = None,
-    scores: Mapping[str, float] | None = None,
+    scores: Given = None,
     reading: Reading | None = None,
     held_out: int | None = None,
 ) -> Report:
@@ -83,23 +84,25 @@ def examine(
     Args:
         paths: of the models.
         init: the initialisation; without it, distances are to the mean of the models.
-        scores: held-out accuracies in [0, 1] by file name.
+        scores: held-out accuracies in [0, 1], as `soups.scores.given_scores` reads them.
         reading: as in `average_files`.
         held_out: number of examples that the scores are measured on.
 
     Raises:
-        UserError: no models; a bad initialisation; scores for files that are not there; `held_out` below 1, or without
-            scores.
+        UserError: no models; a bad initialisation; scores for files that are not there, or outside [0, 1]; `held_out`
+            below 1, or without scores.
     """
     if not paths:
         raise UserError("no models to examine")
     paths = list(dict.fromkeys(paths))
     # An experiment calls all files the same, each in a folder of its own.
     names = short_names([path.parent if path.name == "weights.safetensors" else path for path in paths])
-    unknown = sorted((scores or {}).keys() - set(names))
-    if unknown:
-        raise UserError(f"scores: there is no model {unknown[0]!r} in the pool")
-    if held_out is not None and (held_out < 1 or not scores):
+    known = {names[i]: score for i, score in given_scores(scores, paths, names).items()}
+    for name, score in known.items():
+        if not 0 <= score <= 1:
+            where = scores if isinstance(scores, (str, Path)) else "scores"
+            raise UserError(f"{where}: the score of {name} is {score:g}, and the doctor needs accuracies in [0, 1]")
+    if held_out is not None and (held_out < 1 or not known):
         raise UserError(f"--held-out {held_out}: type the number of examples that --scores are measured on, and these")
     with ExitStack() as stack:
         opened: dict[Path, Checkpoint] = {}
@@ -128,9 +131,9 @@ def examine(
         found = geometry(sound, layout, start) if layout else None
         images = any(len(entry.shape) == 4 for entry in layout.entries.values()) if layout else False
     against = init.name if init else "the mean of the models"
-    findings = tuple(_findings(models, found, against, scores or {}, has_init=init is not None))
-    likely = _likely(models, found, scores or {}, held_out, images=images, has_init=init is not None)
-    return Report(tuple(models), against, found, findings, scores or {}, tuple(likely))
+    findings = tuple(_findings(models, found, against, known, has_init=init is not None))
+    likely = _likely(models, found, known, held_out, images=images, has_init=init is not None)
+    return Report(tuple(models), against, found, findings, known, tuple(likely))
 
 
 def _likely(
@@ -239,23 +242,6 @@ def show(report: Report, console: Console) -> None:
     console.print("will a soup of them be better than the best?")
     for line in report.will_it_help:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def read_scores(path: Path) -> dict[str, float]:
-    """Held-out accuracies by file name.
-
-    Raises:
-        UserError: missing, or not a dict of numbers in [0, 1].
-    """
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        if all(0 <= score <= 1 for score in scores.values()):
-            return {name: float(score) for name, score in scores.items()}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (ValueError, TypeError, AttributeError):
-        pass
-    raise UserError(f'{path}: need accuracies in [0, 1] by file name, as in {{"a.safetensors": 0.81}}')
 
 
 if __name__ == "__main__":

@@ -58,12 +58,13 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
     return [(row["file"], row["score"]) for row in rows]
 
 
-def given_scores(given: Given, pool: Pool) -> dict[int, float]:
+def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> dict[int, float]:
     """Scores that are known, by the model's number; a model is named by its file, as short as tells it apart.
 
     Args:
         given: a dict, or the path of a .json dict, a .jsonl with "file" and "score", or a .csv with these columns.
-        pool: the models.
+        paths: of the models.
+        names: their short names.
 
     Raises:
         UserError: a name that is none of the models', or a score that is no number.
@@ -80,15 +81,14 @@ def given_scores(given: Given, pool: Pool) -> dict[int, float]:
         except FileNotFoundError:
             raise UserError(f"{given} does not exist") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{given}: need lines with "file" and "score" ({type(error).__name__}: {error})') from None
+            what = 'numbers by file name, as in {"a.pt": 0.81}' if where.endswith(".json") else '"file" and "score"'
+            raise UserError(f"{given}: need {what} ({type(error).__name__}: {error})") from None
     found: dict[int, float] = {}
     for name, value in rows:
-        fits = [
-            i for i, (path, short) in enumerate(zip(pool.paths, pool.names, strict=True)) if name in _calls(path, short)
-        ]
+        fits = [i for i, (path, short) in enumerate(zip(paths, names, strict=True)) if name in _calls(path, short)]
         if len(fits) != 1:
             what = "is none of the models" if not fits else f"may be any of {len(fits)} models"
-            raise UserError(f"{where}: {name!r} {what}, which are {', '.join(pool.names[:4])}")
+            raise UserError(f"{where}: {name!r} {what}, which are {', '.join(names[:4])}")
         try:
             found[fits[0]] = float(value)
         except (TypeError, ValueError):

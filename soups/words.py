@@ -241,7 +241,7 @@ def parser_of(description: str | None) -> Parser:
     _with_folders(made["lora"], made["export"])
     made["doctor"].add_argument("files", nargs="+", metavar="FILE", help=FILES)
     made["doctor"].add_argument("--init", type=Path, help="the weights that the models were fine-tuned from")
-    made["doctor"].add_argument("--scores", type=Path, help="a .json of held-out scores by file name")
+    made["doctor"].add_argument("--scores", type=Path, help="held-out accuracies: .json, .jsonl or .csv")
     made["doctor"].add_argument("--held-out", type=int, metavar="N", help="number of examples that --scores are of")
     _with_tensors(made["doctor"])
     made["make"].add_argument("recipe", type=Path, help="a yaml; more settings of its recipe may be typed behind it")

@@ -14,7 +14,7 @@ from configs.errors import UserError
 from soups import geometry as geometry_module
 from soups.barriers import midpoint_barriers
 from soups.conformance import common_layout
-from soups.doctor import examine, read_scores, show
+from soups.doctor import examine, show
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.geometry import geometry
@@ -179,16 +179,39 @@ def test_the_command_prints_a_table_and_writes_nothing(pool):
 
 
 def test_wrong_scores_and_an_empty_pool_are_refused(pool):
-    with pytest.raises(UserError, match="there is no model 'z' in the pool"):
+    with pytest.raises(UserError, match="scores: 'z' is none of the models, which are m1"):
         examine(files(pool), None, {"z": 0.5})
     with pytest.raises(UserError, match="no models"):
         examine([])
     with pytest.raises(UserError, match="does not exist"):
-        read_scores(pool / "none.json")
-    for content in ('{"a": 81.2}', "[1]", "{", '{"a": "b"}'):
+        examine(files(pool), None, pool / "none.json")
+    for content, words in (
+        ('{"m1.safetensors": 81.2}', r"m1.safetensors is 81.2, and the doctor needs accuracies in \[0, 1\]"),
+        ('{"m1.safetensors": -0.1}', r"m1.safetensors is -0.1, and the doctor needs accuracies in \[0, 1\]"),
+        ('{"m1.safetensors": NaN}', "m1.safetensors is NaN"),
+        ("[1]", r"need numbers by file name, as in \{\"a.pt\": 0.81\}"),
+        ("{", "need numbers by file name"),
+        ('{"m1.safetensors": "b"}', "m1.safetensors is 'b', not a number"),
+    ):
         (pool / "scores.json").write_text(content)
-        with pytest.raises(UserError, match=r"need accuracies in \[0, 1\] by file name"):
-            read_scores(pool / "scores.json")
+        with pytest.raises(UserError, match=rf"^[^\n]*scores\.json: [^\n]*{words}[^\n]*$"):
+            examine(files(pool), None, pool / "scores.json")
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
+def test_scores_are_read_from_each_kind_of_file_that_greedy_reads(kind, pool):
+    scores = {f"m{i}.safetensors": 0.6 + i / 100 for i in range(1, 5)}
+    rows = [{"file": str(pool / name), "score": score} for name, score in scores.items()]
+    text = {
+        "json": json.dumps(scores),
+        "jsonl": "\n".join(map(json.dumps, rows)),
+        "csv": "\n".join(["file,score", *(f"{row['file']},{row['score']}" for row in rows)]),
+    }
+    (pool / f"scores.{kind}").write_text(text[kind])
+    report = examine(files(pool), pool / "init.safetensors", pool / f"scores.{kind}")
+    assert report.scores == scores
+    assert "3 of 4 models are more than 2 points" not in " ".join(report.findings)
+    assert "1 of 4 models are more than 2 points below m4.safetensors" in " ".join(report.findings)
 
 
 def test_a_pool_without_a_sound_model_is_shown(pool):
