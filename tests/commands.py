@@ -59,16 +59,7 @@ LIBRARIES = (
 # Variables that libraries and the interpreter read when they are loaded begin with one of these: a command that has
 # other values than the process it would be forked from starts from nothing. How many threads compute is set when it is
 # forked, as a stage that a test calls in its own process leaves other numbers there.
-READ_AT_LOADING = (
-    "CUDA_",
-    "HF_",
-    "LD_",
-    "MALLOC_",
-    "MPL",
-    "PYTHONHASHSEED",
-    "PYTHONWARNINGS",
-    "TRANSFORMERS_",
-)
+READ_AT_LOADING = ("CUDA_", "HF_", "LD_", "MALLOC_", "MPL", "PYTHONHASHSEED", "PYTHONWARNINGS", "TRANSFORMERS_")
 SHARED = "MODEL_SOUPS_TESTS_PYTHON"  # names the quick python that the processes of one run of pytest share
 ASIDE = 200  # a number above those of files that processes inherit
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # no command under test asks the hub

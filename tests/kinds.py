@@ -214,17 +214,8 @@ KINDS = [
     ("Lightning with a Path in its hyperparameters", "path", pickles(".ckpt", lightning(p=pathlib.Path("x")))),
     ("DeiT: `model`, `args`, optimizer", "deit", pickles(".pth", held("model", optimizer=optimizer(), args=ARGS))),
     ("numpy scalars beside the weights", "numpy", pickles(".pt", held("state_dict", best=np.float64(0.5)))),
-    (
-        "timm: `state_dict` and `state_dict_ema`",
-        "timm",
-        pickles(".pth.tar", timm(args=ARGS, metric=77.1)),
-    ),
-    (
-        "the same with `--key ema`",
-        "timm_ema",
-        pickles(".pth.tar", timm(args=ARGS)),
-        *("--key", "ema"),
-    ),
+    ("timm: `state_dict` and `state_dict_ema`", "timm", pickles(".pth.tar", timm(args=ARGS, metric=77.1))),
+    ("the same with `--key ema`", "timm_ema", pickles(".pth.tar", timm(args=ARGS)), *("--key", "ema")),
     (
         "`state_dict` and `state_dict_ema` with `--key state_dict`",
         "timm_raw",
@@ -260,12 +251,7 @@ KINDS = [
         safe(lambda i: as_kind(model(i), (torch.float32, torch.float16)[i])),
         *("--dtype", "F32"),
     ),
-    (
-        "bfloat16 and float16 in one pool",
-        "halves",
-        safe(lambda i: as_kind(model(i), HALVES[i])),
-        *("--dtype", "F32"),
-    ),
+    ("bfloat16 and float16 in one pool", "halves", safe(lambda i: as_kind(model(i), HALVES[i])), *("--dtype", "F32")),
     ("`position_ids` in some files", "position_ids", safe(_ids)),
     ("the same with `--only-common`", "only_common", safe(_ids), "--only-common"),
     ("heads of different classes", "heads", safe(_heads)),

@@ -68,10 +68,7 @@ def test_weights_go_along_the_run(run):
         (["--top", "1", "--by", "metrics.json"], "and --goal max or min, all three"),
         (["--by", "eval_loss"], "all three"),
         (["--last", "1", "--goal", "max"], "all three"),
-        (
-            ["--top", "1", "--by", "eval_f1", "--goal", "max"],
-            "as 'eval_f1' at step 5, where eval_loss, eval_twice",
-        ),
+        (["--top", "1", "--by", "eval_f1", "--goal", "max"], "as 'eval_f1' at step 5, where eval_loss, eval_twice"),
         (["--top", "1", "--by", "eval_twice", "--goal", "max"], "not one number is logged as 'eval_twice'"),
         (["--top", "1", "--by", "few.json", "--goal", "max"], "few.json has no score of checkpoint-10"),
         (["--top", "1", "--by", "none.json", "--goal", "max"], "none.json does not exist"),

@@ -35,11 +35,7 @@ FEW = ["task.classes=8", "task.shifts=[v2, r]", "cluster.workers=1", "analysis.r
 
 @pytest.mark.parametrize(
     ("weights", "kept"),
-    [
-        ("repeated", {BLOCK}),
-        ("blocks", {BLOCK, GAIN, "tower.blocks.0.relative_attention_bias.weight"}),
-        ("all", None),
-    ],
+    [("repeated", {BLOCK}), ("blocks", {BLOCK, GAIN, "tower.blocks.0.relative_attention_bias.weight"}), ("all", None)],
 )
 def test_repeated_weights_are_the_matrices_of_the_blocks(weights, kept):
     shapes = {

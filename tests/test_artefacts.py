@@ -11,16 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from analysis.artefacts import (
-    draw,
-    measured_experiment,
-    measured_files,
-    named,
-    paper_numbers,
-    parts_of,
-    redraw,
-    state,
-)
+from analysis.artefacts import draw, measured_experiment, measured_files, named, paper_numbers, parts_of, redraw, state
 from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED, Drawing
 from analysis.claims import POOLS, gain_figure
 from analysis.figures.style import save

@@ -115,9 +115,7 @@ def test_a_diagram_shows_each_model_before_and_after_with_bars_gaps_counts_and_e
     diagrams = [axes for axes in figure.axes if axes.texts]
     assert len(diagrams) == 4
     for axes, bins in zip(
-        diagrams,
-        [models[name].before for name in models] + [models[name].after for name in models],
-        strict=True,
+        diagrams, [models[name].before for name in models] + [models[name].after for name in models], strict=True
     ):
         accuracy, gap = axes.containers
         np.testing.assert_allclose([bar.get_height() for bar in accuracy], 100 * bins.accuracy)

@@ -43,8 +43,7 @@ def test_models_of_another_origin_are_refused_and_a_new_head_is_no_other_origin(
     stranger = {f"layer{i}.weight": noise(90 + i, 8, 8) for i in range(3)}
     paths = files(tmp_path / "mixed", a=start, b=moved(start, 1), c=stranger, d=moved(start, 2))
     with pytest.raises(
-        UserError,
-        match=r"mixed/c\.safetensors: not fine-tuned from the same .*; weights have a cosine of -?0\.[01]",
+        UserError, match=r"mixed/c\.safetensors: not fine-tuned from the same .*; weights have a cosine of -?0\.[01]"
     ):
         refuse_unsuitable(paths)
     refuse_unsuitable(paths, allow_unrelated=True)

@@ -108,10 +108,7 @@ def test_a_change_is_to_one_backbone_less_and_is_averaged_over_orders():
     assert list(mean.get_ydata()) == pytest.approx([50, 65, 90])
     assert [bar.get_width() for bar in right.patches] == pytest.approx([15, 25])
     assert [label.get_text() for label in right.get_yticklabels()] == ["a", "b"]
-    assert (left.get_ylabel(), right.get_xlabel()) == (
-        "Emoji test,\ntop-1 accuracy (%)",
-        "Change when added (points)",
-    )
+    assert (left.get_ylabel(), right.get_xlabel()) == ("Emoji test,\ntop-1 accuracy (%)", "Change when added (points)")
 
 
 @pytest.mark.slow

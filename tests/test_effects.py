@@ -185,11 +185,7 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
         ("demo", "optim.lr=0.001", r"optim\.lr is varied by the sweep"),
         ("released_sweep", "optim.lr=0.5", r"optim\.lr is varied by the sweep, by the column optim\.lr of"),
         ("released_sweep", "augment.magnitude=3", r"augment\.magnitude is varied by the sweep, by the column"),
-        (
-            "figurel1_clip",
-            "regularizer.swa.every=7",
-            r"regularizer\.swa\.every is varied by .* by sweep\.listed",
-        ),
+        ("figurel1_clip", "regularizer.swa.every=7", r"regularizer\.swa\.every is varied by .* by sweep\.listed"),
         ("tablel3_sam", "+regularizer.sam.rho=1", r"regularizer\.sam"),
         ("standard_lp", "optim.lr=1", r"optim\.lr is varied by the sweep; .*'~sweep\.grid\.optim\.lr'"),
         ("released", "optim.batch_size=64", r"optim needs sweep\.imported=null"),

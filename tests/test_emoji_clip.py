@@ -11,15 +11,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import UserError
 from embedded import training
 from embedded.concepts import GROUPS
-from embedded.pairs import (
-    Drawing,
-    at_most,
-    colours_of,
-    copies,
-    drawings_of,
-    read_sources,
-    spoken,
-)
+from embedded.pairs import Drawing, at_most, colours_of, copies, drawings_of, read_sources, spoken
 from models.emoji_clip.imagenet import PACKAGE, imagenet_file, load_imagenet, rename_in_order
 from models.emoji_clip.model import (
     CONTEXT,

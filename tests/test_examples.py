@@ -36,11 +36,7 @@ def test_an_example_has_at_most_25_lines(path):
 @pytest.mark.slow
 def test_checkpoints_of_a_trainer_become_a_soup_that_transformers_loads(tmp_path, monkeypatch, capsys):
     models, _ = run("trainer", "accelerate", tmp_path, monkeypatch, capsys)
-    assert {line.split()[0] for line in models} == {
-        "run0",
-        "run1",
-        "run2",
-    }
+    assert {line.split()[0] for line in models} == {"run0", "run1", "run2"}
     from transformers import AutoModelForSequenceClassification
 
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out/soup").num_labels == 2

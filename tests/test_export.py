@@ -14,13 +14,7 @@ import yaml
 from exports import finished_soup
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from configs.errors import UserError
 from configs.exporting import Export

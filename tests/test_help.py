@@ -74,8 +74,7 @@ def test_help_on_what_is_not_there_names_what_is_near():
 
 
 @pytest.mark.parametrize(
-    ("name", "near"),
-    [("task.fodler", "task.folder, task.folders"), ("optim.folder", "task.folder"), ("zzz.yyy", "")],
+    ("name", "near"), [("task.fodler", "task.folder, task.folders"), ("optim.folder", "task.folder"), ("zzz.yyy", "")]
 )
 def test_the_nearest_setting(name, near):
     assert nearest_setting(name, Experiment) == near

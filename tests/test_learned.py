@@ -220,10 +220,7 @@ def test_the_settings_are_the_papers_and_the_batch_and_the_decay_the_authors_scr
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"blocks.0.bias": torch.zeros(9)},
-            r"ingredient 1: tensor 'blocks.0.bias' is F32 \(9,\), but F32 \(8,\) in",
-        ),
+        ({"blocks.0.bias": torch.zeros(9)}, r"ingredient 1: tensor 'blocks.0.bias' is F32 \(9,\), but F32 \(8,\) in"),
         ({"blocks.0.bias": torch.tensor([1.0] * 7 + [torch.inf])}, "ingredient 1: tensor 'blocks.0.bias' holds NaN"),
         ({"extra": torch.zeros(1)}, "ingredient 1: tensor 'extra' is not in the network"),
     ],

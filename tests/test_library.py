@@ -263,10 +263,7 @@ def test_a_model_with_nan_is_one_line_before_anything_is_scored(pool):
         (lambda: soups.uniform([3]), "is a int, not a path"),
         (lambda: soups.uniform("run*.safetensors").save("run1.safetensors"), "would be overwritten"),
         (lambda: soups.uniform("run*.safetensors").save("."), "would be overwritten"),
-        (
-            lambda: soups.uniform("run*.safetensors", batch_norm="recompute"),
-            "type --images DIR --network NAME",
-        ),
+        (lambda: soups.uniform("run*.safetensors", batch_norm="recompute"), "type --images DIR --network NAME"),
     ],
 )
 def test_what_is_wrong_is_one_line(pool, make, words):

@@ -29,11 +29,7 @@ def test_top1_counts_the_largest_logit():
     assert top1(logits, torch.tensor([1, 0, 2, 2])) == 0.75
 
 
-METRICS = {
-    "correct": correct,
-    "topk": lambda x, y: topk(x, y, 1),
-    "nll": nll,
-}
+METRICS = {"correct": correct, "topk": lambda x, y: topk(x, y, 1), "nll": nll}
 
 
 @pytest.mark.parametrize("name", METRICS)

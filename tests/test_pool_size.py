@@ -5,13 +5,7 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.pool_size import (
-    best_of_first,
-    draw_pool_size,
-    greedy_of_first,
-    orders_of,
-    pool_size_table,
-)
+from analysis.figures.pool_size import best_of_first, draw_pool_size, greedy_of_first, orders_of, pool_size_table
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import RunningMean, key_of_mean
 from eval.forward import Evaluator

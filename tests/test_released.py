@@ -82,11 +82,7 @@ def test_the_choice_looks_at_held_out_alone():
         }
     )
     chosen = by_held_out(toy).set_index("method")["model"]
-    assert chosen.to_dict() == {
-        "initialisation": "model_0",
-        "best": "good on held-out",
-        "second_best": "good on test",
-    }
+    assert chosen.to_dict() == {"initialisation": "model_0", "best": "good on held-out", "second_best": "good on test"}
 
 
 def test_the_offset_to_the_paper_is_as_the_note_says():

@@ -91,12 +91,7 @@ def test_weights_come_back_to_the_bit_and_equal_weights_are_equal_files(tmp_path
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"a": WEIGHTS["a"] + 1e-7},
-        {"a": WEIGHTS["a"].view(3, 2)},
-        {"c": WEIGHTS["c"].half()},
-        {"d": torch.zeros(0)},
-    ],
+    [{"a": WEIGHTS["a"] + 1e-7}, {"a": WEIGHTS["a"].view(3, 2)}, {"c": WEIGHTS["c"].half()}, {"d": torch.zeros(0)}],
 )
 def test_a_digest_tells_contents_shapes_dtypes_and_names_apart(change):
     assert digest(WEIGHTS | change) != digest(WEIGHTS)
