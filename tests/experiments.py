@@ -1,5 +1,8 @@
 """The experiment files, what must be typed to compose some of them, and what a hub would have of their networks."""
 
+import os
+import pickle
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -7,6 +10,8 @@ from transformers import AutoConfig, EfficientNetImageProcessor
 
 from configs.registered import experiments
 from configs.schema import load
+from soups.files.atomic import replacing
+from tests.commands import SHARED
 from tests.readers import OF_T5, SPECIAL, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +24,15 @@ TYPED = {
 
 @cache
 def loaded(name):
-    """An experiment's settings, composed once in a process."""
-    return load(name, *TYPED.get(name, ()))
+    """An experiment's settings, which take long to compose: once for all processes of a run of pytest."""
+    kept = Path(os.environ[SHARED]).with_name(f"{name}.pickle") if SHARED in os.environ else None
+    if kept and kept.exists():
+        return pickle.loads(kept.read_bytes())
+    config = load(name, *TYPED.get(name, ()))
+    if kept:
+        with replacing(kept) as temporary:
+            temporary.write_bytes(pickle.dumps(config))
+    return config
 
 
 def hub_folders(folder):
@@ -37,6 +49,6 @@ def hub_folders(folder):
 
 def loaded_locally(name, folders):
     """An experiment's settings, its network from a folder where it is from the hub."""
-    config = load(name, *TYPED.get(name, ()))
+    config = loaded(name)
     local = folders.get(config.model.kind)
-    return config if local is None else load(name, *TYPED.get(name, ()), f"model.weights={local}")
+    return config if local is None else replace(config, model=replace(config.model, weights=local))

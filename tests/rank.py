@@ -27,7 +27,7 @@ import finetune.state
 import finetune.train
 from configs.schema import load
 from finetune.sweep import train_together
-from soups.files.atomic import write_json
+from soups.files.atomic import read_json, write_json
 from store.processes import end_processes, start_processes
 from store.workers import use_threads
 
@@ -35,7 +35,6 @@ RANK = int(os.environ.get("RANK", "0"))
 ROW = ["sweep.rows=1", "~sweep.draw.optim.epochs", "~sweep.draw.optim.lr", "~sweep.draw.optim.mixup"]
 ROW += ["optim.lr=1e-4", "tracking.every=1", "optim.steps=6", "optim.evaluate_every=3", "optim.keep=best"]
 ROW += ["regularizer.ema=[0.9]", "compute.save_every=2", "compute.eval_batch=null", "task.classes=10"]
-ROW += ["model.frozen_stages=0"]
 FITS = {0: 64, 1: 16}  # examples in the memory of each process
 AGREED = 8  # of them at once, half of the smaller, as room for what else is there
 COLLECTIVES = ("all_reduce", "broadcast", "broadcast_object_list", "barrier", "gather", "scatter", "gather_object")
@@ -134,7 +133,8 @@ def stopped_when_saved():
 
 def sweep(runs, processes):
     """What ended the training of all rows in a folder, empty where nothing did."""
-    config = load("demo_tiny", *ROW, f"paths.runs={runs}", "compute.strategy=fsdp")
+    network = read_json(runs.parent / "network.json")
+    config = load("demo_tiny", *ROW, *network, f"paths.runs={runs}", "compute.strategy=fsdp")
     try:
         train_together(config, processes, Console(quiet=True))
     except Exception as error:

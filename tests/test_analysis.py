@@ -138,19 +138,6 @@ def drawing():
     return draw_scatter(load("demo"), POINTS)
 
 
-def test_figure_1_plots_test_against_shifts_in_percent_with_intervals(drawing):
-    (axes,), (legend,) = drawing.axes, drawing.legends
-    assert axes.get_xlabel() == "Emoji test, top-1 accuracy (%)"
-    assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
-    legend_texts = [text.get_text() for text in legend.get_texts()]
-    assert legend_texts == ["Individual models", "Best individual (held-out)", "Greedy soup"]
-    assert legend.get_title().get_text() == "Bars: 95 % intervals of the difference to the best individual"
-    offsets = [tuple(collection.get_offsets()[0]) for collection in axes.collections]
-    assert offsets[-1] == pytest.approx((58.6, 45.0))
-    assert list(axes.lines[0].get_xdata()) == pytest.approx([55.0, 61.0])
-    assert list(axes.lines[1].get_ydata()) == pytest.approx([44.0, 46.0])
-
-
 def test_points_without_intervals_are_drawn_without_bars_and_without_a_word_of_them():
     figure = draw_scatter(load("demo"), POINTS.drop(columns=BARS))
     assert not figure.axes[0].lines

@@ -13,7 +13,6 @@ from analysis.figures.angles import (
     SEED,
     SEVERAL,
     chosen_pairs,
-    draw_angles,
     measured_part,
     pool_geometry,
     series_of,
@@ -153,21 +152,6 @@ def test_distances_in_the_table_obey_the_law_of_cosines(measured):
         tidy["distance"].tolist(), rel=1e-6
     )
     assert (tidy["angle"] > 80).all()  # random directions in many dimensions
-
-
-def test_the_figure_has_units_and_a_series_for_each_difference(measured):
-    import pandas as pd
-
-    tidy = pd.read_csv(measured[2][-1])
-    tidy["series"] = [SEED, LEARNING_RATE, LEARNING_RATE]
-    figure = draw_angles(measured[0], tidy)
-    axes = figure.axes[0]
-    assert "(degrees)" in axes.get_xlabel()
-    assert "test and 2 shifts (points)" in axes.get_ylabel()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "differ in seed (1)",
-        "differ in learning rate (2)",
-    ]
 
 
 def test_the_pool_needs_to_be_finished(tmp_path):

@@ -81,10 +81,3 @@ def test_several_kinds_become_the_narrowest_that_holds_all_and_infinities_of_all
         assert torch.equal(found["mask"], mask)
     with pytest.raises(UserError, match="model 1: tensor 'mask' holds NaN or infinity"):
         mean(half | {"mask": torch.zeros(2)}, brain)
-
-
-def test_the_order_of_adding_is_the_order_of_summing():
-    # As in the experiments: 2**60 + 1 - 2**60 is 0, and 2**60 - 2**60 + 1 is 1.
-    states = [{"w": torch.tensor([value], dtype=torch.float64)} for value in (2.0**60, 1.0, -(2.0**60))]
-    assert mean(*states)["w"].item() == 0
-    assert mean(states[0], states[2], states[1])["w"].item() * 3 == 1

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -331,18 +330,3 @@ def test_the_help_of_a_command_has_its_examples(name, capsys):
     status, out, _ = ended([name, "--help"], capsys)
     assert status == 0
     assert all(line in out for line in EXAMPLES[name].splitlines())
-
-
-def test_files_are_averaged_without_torch(pool):
-    code = "import sys; from soups.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    call = [sys.executable, "-c", code, "uniform", *files(), "--out", "s.safetensors"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    answer = subprocess.run(call, cwd=pool, env=environment, capture_output=True, text=True, check=True)
-    assert answer.stdout.splitlines()[-1] == "False"
-
-
-def test_the_soup_of_timm_files_loads_in_timm(examples, monkeypatch, capsys):
-    monkeypatch.chdir(examples)
-    words = ["greedy", "run/run*.safetensors", "--images", "held_out", "--network", "timm:test_vit"]
-    assert ended([*words, "--out", "greedy.pth"], capsys)[0] == 0
-    timm.create_model("test_vit", num_classes=3).load_state_dict(torch.load("greedy.pth"))

@@ -13,9 +13,8 @@ from configs.errors import UserError
 from embedded import build
 from embedded.concepts import match, plain, vocabulary
 from embedded.duplicates import confusable, distinct, near
-from embedded.icons import PACKAGES, FetchError, IconSet, check_tools, fetch, iconify_svg, over, read_iconify, render
+from embedded.icons import PACKAGES, FetchError, IconSet, check_tools, fetch, iconify_svg, over, read_iconify
 from embedded.keyed import draw
-from embedded.shifts import place, ridge_errors
 from soups.errors import one_line_errors
 from tasks.emoji.load import (
     DATA,
@@ -153,10 +152,6 @@ def test_pictures_have_the_colour_that_their_class_is_named_for(splits, name, ch
     for image in chosen.double():
         ink = image[:, (image < 240).any(dim=0)].mean(dim=1)
         assert ink.argmax() == channel
-
-
-def test_every_class_is_trained_on(splits):
-    assert set(splits["train"].labels.tolist()) == set(range(len(class_names())))
 
 
 def test_no_drawing_is_in_two_splits(rows):
@@ -299,43 +294,6 @@ COLLECTION = {
 }
 
 
-def is_red(name):
-    """(4, 4) bool of the icon drawn at 4 x 4."""
-    pixels = render(iconify_svg(COLLECTION, name), 4)
-    return (pixels == (255, 0, 0)).all(axis=-1)
-
-
-def test_a_small_svg_is_drawn_to_the_pixel():
-    pytest.importorskip("resvg_py")
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><path fill="currentColor" d="M0 0h1v1h-1z"/></svg>'
-    assert render(svg, 2, background=(0, 0, 255), colour="#0f0").tolist() == [
-        [[0, 255, 0], [0, 0, 255]],
-        [[0, 0, 255], [0, 0, 255]],
-    ]
-
-
-def test_a_wide_svg_keeps_its_proportions_and_stands_in_the_middle():
-    pytest.importorskip("resvg_py")
-    dark = render(iconify_svg(COLLECTION, "wide"), 8)[..., 0] == 0
-    assert dark[2:6].all() and not dark[:2].any() and not dark[6:].any()
-    assert render(iconify_svg(COLLECTION, "tall"), 8)[..., 0].T.tolist() == np.where(dark, 0, 255).tolist()
-
-
-def test_aliases_flip_and_turn_their_parents_drawing():
-    pytest.importorskip("resvg_py")
-    columns, lines = np.meshgrid(range(4), range(4))
-    assert (is_red("left") == (columns < 2)).all()
-    assert (is_red("same") == (columns < 2)).all()
-    assert (is_red("right") == (columns >= 2)).all()
-    assert (is_red("left-again") == (columns < 2)).all()  # two flips cancel
-    assert (is_red("top") == (lines < 2)).all()  # a quarter turn clockwise brings the left to the top
-
-
-def test_both_flips_and_a_half_turn_cancel():
-    pytest.importorskip("resvg_py")
-    assert (is_red("bottom") == is_red("top")).all()
-
-
 def test_an_alias_without_end_is_refused():
     with pytest.raises(ValueError, match="its own ancestor"):
         iconify_svg(COLLECTION, "circle-a")
@@ -423,26 +381,6 @@ def test_a_concept_is_confusable_if_two_designs_draw_it_like_an_earlier_one_or_i
     mirrored = {"waxing": half, "waning": half[:, ::-1], "sun": other}
     assert confusable([mirrored, mirrored]) == ["waning"]
     assert confusable([mirrored, {"waxing": half, "waning": other}]) == []
-
-
-def test_the_ridge_filter_keeps_what_a_model_of_shape_and_colour_gets_wrong():
-    pytest.importorskip("skimage")
-    noise = np.random.default_rng(0).integers(0, 20, (8, 64, 64, 3), dtype=np.uint8)
-    train = noise + np.array([0, 200] * 4, np.uint8)[:, None, None, None]  # dark is 0, bright is 1
-    wrong = ridge_errors(train, np.array([0, 1] * 4), train[:3], np.array([0, 1, 1]))
-    assert wrong.tolist() == [False, False, True]
-
-
-def test_a_placed_drawing_covers_the_middle_without_a_dark_or_coloured_edge():
-    pytest.importorskip("skimage")
-    red = np.full((192, 192, 4), (0, 255, 0, 0), np.uint8)  # what is transparent has a colour that must not show
-    red[24:168, 24:168] = (255, 0, 0, 255)  # 3/4 of the side
-    for i in range(20):
-        picture = place(red, square(255), "case", i)
-        assert picture[32, 32].tolist() == [255, 0, 0]  # the centre moves by less than half of the smallest square
-        covered = (picture[..., 1] < 128).mean()
-        assert 0.75**2 * 0.60**2 * 0.9 < covered < 0.75**2 * 0.95**2 * 1.1
-        assert picture[..., 0].min() >= 254 and (picture[..., 1] == picture[..., 2]).all()
 
 
 @pytest.mark.network

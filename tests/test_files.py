@@ -1,6 +1,5 @@
 """Averaging files against a slow float64 reference, in any order, and one clear error for each bad input."""
 
-import json
 import subprocess
 import sys
 from fractions import Fraction
@@ -301,17 +300,6 @@ def test_wrong_weights_and_wrong_names_are_refused(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"\x08\x07 of another library")
     with pytest.raises(UserError, match=r"a.onnx: not a weight file"):
         average_files([tmp_path / "a.onnx"], tmp_path / "soup.safetensors")
-
-
-def test_the_soup_is_read_by_the_usual_tools(tmp_path):
-    from safetensors import safe_open
-
-    path = save(tmp_path, "a", {"w": torch.ones(3), "h": torch.ones(3).half(), "b": torch.tensor(True)})
-    average_files([path], tmp_path / "soup.safetensors")
-    with safe_open(tmp_path / "soup.safetensors", "pt") as file:
-        assert file.metadata()["format"] == "pt"
-        assert json.loads(file.metadata()["soup"])["ingredients"][0]["file"] == "a.safetensors"
-        assert torch.equal(file.get_tensor("h"), torch.ones(3).half())
 
 
 PEAK = """

@@ -1,14 +1,10 @@
 """One-dimensional grids: the average of the ends against the best in between."""
 
-import pandas as pd
 import pytest
-import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.grids import best_in_range, draw_grids, grids_of, grids_table
-from analysis.measure.methods import SHIFT_MEAN
+from analysis.figures.grids import best_in_range, grids_of, grids_table
 from configs.errors import UserError
-from configs.schema import load
 from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder
 from tests.pools import finished_pool
@@ -84,36 +80,6 @@ def test_a_random_search_is_no_grid(tmp_path):
 def test_a_sweep_without_sets_is_one_grid_named_by_what_varies(tmp_path):
     config, _ = finished_pool(tmp_path, "sweep.grid.optim.seed=[4,7]", experiment="demo_seeds_only")
     assert [(grid.name, grid.labels) for grid in grids_of(config)] == [("grid", ("4", "7"))]
-
-
-def cells(values):
-    rows = []
-    for (i, j), value in values.items():
-        rows.append({"grid": "rate", "size": 3, "i": i, "j": j, "first": "abc"[i], "last": "abc"[j]})
-        clear = i == 0 and j == 2
-        rows[-1] |= {
-            "difference": value,
-            "low": value - 0.001 if clear else -1.0,
-            "high": value + 0.001 if clear else 1,
-        }
-    return pd.DataFrame([row | {"column": column} for row in rows for column in ("test", SHIFT_MEAN)])
-
-
-def test_the_map_is_upper_triangular_with_signed_points_and_what_is_clear_in_bold():
-    tidy = cells({(0, 1): 0.012, (0, 2): -0.034, (1, 2): 0.0})
-    figure = draw_grids(load("demo_grids"), tidy)
-    axes = figure.axes[0]
-    drawn = {tuple(text.get_position()): text for text in axes.texts}
-    assert {place: text.get_text() for place, text in drawn.items()} == {(0, 0): "+1.2", (1, 0): "-3.4", (1, 1): "+0.0"}
-    assert [place for place, text in drawn.items() if text.get_fontweight() == "bold"] == [(1, 0)]
-    image = axes.images[0].get_array()
-    assert image[0, 1] == pytest.approx(-3.4)
-    assert image.mask[1, 0] if hasattr(image, "mask") else torch.tensor(image[1, 0]).isnan()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["b", "c"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
-    assert "(points)" in figure.axes[-1].get_ylabel()
-    assert figure.axes[-1].get_ylabel().endswith("bold: the 95 % interval leaves out 0")
-    assert axes.get_ylabel() == "Emoji test\n\nLeft end"
 
 
 def test_its_files_are_written(finished):

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.collections import PathCollection
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -21,7 +20,6 @@ from analysis.artefacts import write_artefact
 from analysis.figures.contours import LEVELS, draw_landscape, levels
 from analysis.figures.landscape import slices, training_rows
 from analysis.figures.plane import Plane, axes_of, moving, plane_through, set_between
-from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
@@ -272,27 +270,6 @@ def test_levels_are_equal_steps_or_equal_factors_above_the_least():
     ratios = (factors[2:] - 1) / (factors[1:-1] - 1)
     assert ratios == pytest.approx(np.full(LEVELS - 2, ratios[0]))
     assert (np.diff(levels(np.ones(4), log=True)) > 0).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("log", "shifts", "panels"), [(True, 5, 3), (False, 1, 3), (True, 0, 2)])
-def test_the_figure_has_a_panel_for_each_quantity_with_units_and_the_models_marked(measured, log, shifts, panels):
-    config, tidy = measured[0], pd.read_csv(measured[2][-1])
-    if not shifts:
-        tidy = tidy.drop(columns=f"error_{SHIFT_MEAN}")
-    config = replace(config, task=replace(config.task, shifts=config.task.shifts[:shifts]))
-    drawn = draw_landscape(config, tidy, log=log).axes
-    assert len(drawn) == panels
-    labels = ["Training loss (nats)", "Emoji test,\ntop-1 error (%)"]
-    labels += {0: [], 1: ["V2,\ntop-1 error (%)"], 5: ["Mean of 5 shifts,\ntop-1 error (%)"]}[shifts]
-    assert [axes.get_title() for axes in drawn] == labels
-    assert drawn[0].get_ylabel().endswith("Distance along $u_2$")
-    assert drawn[0].get_ylabel().startswith("$\\theta_1$: lr ")
-    for axes in drawn:
-        assert axes.get_xlabel() == "Distance along $u_1$"
-        assert {"$\\theta_0$", "$\\theta_1$", "$\\theta_2$"} <= {text.get_text() for text in axes.texts}
-        marked = [tuple(points.get_offsets()[0]) for points in axes.collections if isinstance(points, PathCollection)]
-        assert marked[:3] == [pytest.approx(place) for place in zip(tidy["x"][:3], tidy["y"][:3], strict=True)]
 
 
 @pytest.mark.parametrize(("height", "scale"), [(20.0, "linear"), (2.0, "linear"), (50.0, "linear"), (100.0, "asinh")])

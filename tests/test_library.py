@@ -286,12 +286,6 @@ def test_a_soup_of_files_of_torch_is_saved_under_their_key_and_loads_as_they_do(
     assert torch.load(plain)["w"].item() == 3.0
 
 
-def test_load_reads_a_tensor_when_it_is_asked_for(pool):
-    weights = soups.load("run2.safetensors")
-    assert list(weights) == ["bn.running_mean", "w"]
-    assert weights["w"].item() == 2.0
-
-
 def test_a_learned_soup_takes_a_loss_of_ones_own_and_goes_on_where_it_was_stopped(pool):
     for name, value in VALUES.items():
         save_file({"weight": torch.tensor([[value]])}, pool / f"{name}.safetensors")

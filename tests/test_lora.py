@@ -46,17 +46,6 @@ def test_mixing_weights_weigh_the_updates():
     torch.testing.assert_close(update(soup.weights), 0.75 * update(adapters[0]) + 0.25 * update(adapters[1]))
 
 
-def test_averaging_a_and_b_each_by_itself_is_another_update():
-    adapters = [adapter(0), adapter(1)]
-    wrong = {name: (adapters[0][name] + adapters[1][name]) / 2 for name in (A, B)}
-    mean = (update(adapters[0]) + update(adapters[1])) / 2
-    assert (update(wrong) - mean).norm() > 0.5 * mean.norm()
-    # The extreme: signs of both factors turned are the same update, and the average of the factors is no update at all.
-    turned = {name: -adapters[0][name] for name in (A, B)}
-    assert (adapters[0][A] + turned[A]).abs().max() == 0
-    torch.testing.assert_close(update(soup_lora([adapters[0], turned], [1, 1]).weights), update(adapters[0]))
-
-
 @pytest.mark.parametrize("rank", [1, 2, 4, 5, 6])
 def test_a_truncated_soup_is_the_best_approximation_and_reports_its_error(rank):
     adapters = [adapter(seed) for seed in range(3)]  # ranks sum to 6, of a 5 x 7 update
@@ -78,36 +67,6 @@ def test_truncation_never_forms_the_update():
     assert (down.shape, up.shape) == ((1, 1_000_000), (2_000_000, 1))
     assert (up[0] @ down[:, 0]).item() == pytest.approx(2)
     assert error == pytest.approx(0, abs=1e-12)
-
-
-def test_trained_heads_beside_the_factors_are_averaged():
-    head = "base_model.model.classifier.weight"
-    adapters = [adapter(i) | {head: torch.tensor([float(i)])} for i in range(2)]
-    assert soup_lora(adapters, [1.0, 1.0]).weights[head].item() == 0.5
-
-
-def test_factors_of_embeddings_and_convolutions_are_joined_along_their_rank():
-    name = "base_model.model.conv.lora_{}.weight"
-    generator = torch.Generator().manual_seed(0)
-    convolutions = [
-        {
-            name.format("A"): torch.randn(2, 3, 3, 3, generator=generator),
-            name.format("B"): torch.randn(4, 2, 1, 1, generator=generator),
-        }
-        for _ in range(2)
-    ]
-    image = torch.randn(1, 3, 6, 6, generator=generator)
-
-    def effect(weights):
-        return torch.conv2d(torch.conv2d(image, weights[name.format("A")]), weights[name.format("B")])
-
-    mean = sum(effect(weights) for weights in convolutions) / 2
-    for rank in (None, 4):
-        torch.testing.assert_close(effect(soup_lora(convolutions, [1.0, 1.0], rank=rank).weights), mean)
-    name = "base_model.model.wte.lora_embedding_{}"
-    embeddings = [{name.format("A"): torch.ones(2, 9), name.format("B"): torch.ones(5, 2)} for _ in range(2)]
-    soup = soup_lora(embeddings, [1.0, 1.0])
-    torch.testing.assert_close(soup.weights[name.format("B")] @ soup.weights[name.format("A")], torch.full((5, 9), 2.0))
 
 
 def test_adapters_keep_their_dtype():
@@ -184,22 +143,6 @@ def test_folders_of_peft_become_one_that_has_the_mean_of_their_updates(tmp_path)
     assert 'base_model: "some/base"' in (out / "README.md").read_text()
     (remark,) = soup_folders(folders, tmp_path / "small", rank=2).remarks()
     assert "rank 2, largest relative error of a module" in remark
-
-
-def test_modules_may_have_ranks_and_scalings_of_their_own(tmp_path):
-    value = MODULE.replace("query", "value")
-    folders = []
-    for i in range(2):
-        other = {name.replace("query", "value"): tensor for name, tensor in adapter(i + 5, rank=4).items()}
-        patterns = {"rank_pattern": {"value": 4}, "alpha_pattern": {"layer.0.attention.value": 1}}
-        folders.append(adapter_folder(tmp_path / f"m{i}", adapter(i) | other, **patterns))
-    soup_folders(folders, tmp_path / "soup")
-    for module, scaling in ((MODULE, 2.0), (value, 0.25)):
-        mean = sum(update_of(folder, module) for folder in folders) / 2
-        torch.testing.assert_close(update_of(tmp_path / "soup", module), mean)
-        slow = [load_file(folder / "adapter_model.safetensors") for folder in folders]
-        a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-        torch.testing.assert_close(mean, sum(scaling * w[b].double() @ w[a].double() for w in slow) / 2)
 
 
 OTHER_KINDS = ("IA3", "PROMPT_TUNING", "VERA", "LOHA", "ADALORA", None)

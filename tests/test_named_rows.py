@@ -111,17 +111,6 @@ def test_differences_are_to_the_first_row_and_the_table_leaves_its_own_empty(fin
     assert table.loc["Soup of both (last weights)", "Test"] == f"{100 * soup.loc['test', 'accuracy']:.1f}"
 
 
-@pytest.mark.slow
-def test_the_figure_has_a_panel_for_each_kind_of_weights_and_a_point_for_every_method(finished, measured):
-    config, evaluator, _ = finished
-    tidy = tidy_named_rows(config, *measured, evaluator)
-    panels = draw_rows(config, tidy).axes
-    assert [axes.get_title() for axes in panels] == ["Last weights", "EMA 0.9"]
-    drawn = [points for axes in panels for points in axes.collections if points.get_label()[0] != "_"]
-    assert sum(len(points.get_offsets()) for points in drawn) == tidy["method"].nunique() == 8
-    assert all(len(axes.collections[0].get_offsets()) == 8 for axes in panels)  # those of all panels in grey
-
-
 def test_a_model_far_below_all_others_is_named_and_does_not_press_them_together():
     places = {"a": (0.5, 0.4), "b": (0.51, 0.41), "c": (0.52, 0.405), "lost": (0.1, 0.02)}
     rows = [(name, "raw", "individual", "test", x) for name, (x, _) in places.items()]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.pairs import draw_pairs, random_pairs
+from analysis.figures.pairs import random_pairs
 from analysis.measure.methods import SHIFT_MEAN, difference_in, method_of_answers, over_orders
 from analysis.measure.mixtures import Pair
 from configs.errors import UserError
@@ -105,20 +105,6 @@ def test_a_second_call_evaluates_nothing_again(measured):
     csv = files[-1].read_bytes()
     assert write_artefact("figure4", [config])[-1].read_bytes() == csv
     assert {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")} == before
-
-
-@pytest.mark.slow
-def test_the_figure_has_two_panels_with_units_a_diagonal_and_the_larger_rate(measured):
-    tidy = pd.read_csv(measured[2][-1])
-    left, right, bar = draw_pairs(measured[0], tidy).axes
-    assert left.get_xlabel() == right.get_xlabel() == "Soup, top-1 accuracy (%)"
-    assert left.get_ylabel() == "Ensemble, top-1 accuracy (%)"
-    assert bar.get_ylabel() == "Larger learning rate of the pair"
-    for axes, column in ((left, "test"), (right, SHIFT_MEAN)):
-        shown = tidy[tidy["column"] == column]
-        assert axes.collections[0].get_offsets()[:, 0].tolist() == pytest.approx((100 * shown["soup"]).tolist())
-        assert axes.collections[0].get_array().tolist() == pytest.approx(shown["larger_lr"].tolist())
-        assert list(axes.lines[0].get_xdata()) == list(axes.lines[0].get_ydata())
 
 
 @pytest.mark.parametrize("metric", ["top1", "macro_f1"])

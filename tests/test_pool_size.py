@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.pool_size import best_of_first, draw_pool_size, greedy_of_first, orders_of, pool_size_table
+from analysis.figures.pool_size import best_of_first, greedy_of_first, orders_of, pool_size_table
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import RunningMean, key_of_mean
 from eval.forward import Evaluator
@@ -157,18 +157,3 @@ def test_a_second_call_reads_no_weights_and_writes_the_same_numbers(finished, ta
 def test_a_mean_is_named_by_its_members_in_whatever_order(finished):
     one, two, three = ingredients_of(finished[0])[:3]
     assert key_of_mean([one, two]) == key_of_mean([two, one]) != key_of_mean([one, three])
-
-
-@pytest.mark.slow
-def test_the_figure_has_a_mean_and_every_order_of_each_method_in_percent(finished, table):
-    figure = draw_pool_size(finished[0], table)
-    left, right, below, _ = figure.axes
-    assert left.get_ylabel() == "Emoji test,\ntop-1 accuracy (%)"
-    assert right.get_ylabel() == "Mean of 5 shifts,\ntop-1 accuracy (%)"
-    assert below.get_xlabel() == "Number of models considered"
-    assert len(left.lines) == 5 * 3
-    drawn = next(line for line in left.lines if line.get_label() == "Uniform soup")
-    assert drawn.get_ydata()[1] == pytest.approx(100 * cell(table, "mean", "uniform", 2)["accuracy"])
-    assert below.lines[1].get_ydata()[1] == pytest.approx(100 * cell(table, "mean", "greedy", 2)["difference"])
-    assert "Greedy ensemble" in [text.get_text() for text in figure.legends[0].get_texts()]
-    assert figure.legends[0].get_title().get_text().endswith("95 % interval of greedy soup − best individual")

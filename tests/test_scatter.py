@@ -9,7 +9,6 @@ from analysis.figures.scatter import (
     draw_subgroups,
     measure_scatter,
     measure_subgroups,
-    scatter_figure,
     styles,
 )
 from analysis.measure.methods import measure
@@ -35,21 +34,6 @@ def test_every_method_has_a_name_and_a_look_of_its_own():
     assert set(load("demo").recipes) <= set(found)
     assert len({(colour, marker) for _, colour, marker, _ in found.values()}) == len(found)
     assert len({label for label, *_ in found.values()}) == len(found)
-
-
-def test_the_figure_has_each_method_at_its_place_in_percent():
-    points = pd.DataFrame(
-        [
-            {"name": "row 1", "kind": "individual", "test": 0.5, "shift_mean": 0.4},
-            {"name": "learned", "kind": "learned", "test": 0.547, "shift_mean": 0.321},
-            {"name": "zero-shot", "kind": "zero-shot", "test": 0.07, "shift_mean": 0.06},
-        ]
-    )
-    figure = scatter_figure(points, ("x (%)", "y (%)"), every_method=True)
-    axes = figure.axes[0]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Individual models", "Learned soup"]
-    assert tuple(axes.collections[1].get_offsets()[0]) == pytest.approx((54.7, 32.1))
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("x (%)", "y (%)")
 
 
 @pytest.mark.slow

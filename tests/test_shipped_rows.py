@@ -38,7 +38,7 @@ from soups.files.weights import load_weights
 from store.processes import single_process
 from store.rows import draw, row_config
 from store.runs import RunFolder
-from tests.experiments import EXPERIMENTS, TYPED, hub_folders
+from tests.experiments import EXPERIMENTS, hub_folders, loaded
 from tests.pair import start_pair
 from tests.pictures import rgb
 from tests.readers import bert_folder, encoder_folder, t5_folder
@@ -109,7 +109,7 @@ def shipped() -> dict[str, dict[Combination, Experiment]]:
     found: dict[str, dict[Combination, Experiment]] = {}
     gpus = [load("demo", f"cluster={name}").cluster.slurm.gpus for name in CLUSTERS]
     for name in EXPERIMENTS:
-        config = load(name, *TYPED.get(name, ()))
+        config = loaded(name)
         alike: dict[str, int] = {}  # composing a row takes long
         for number in range(1, config.sweep.size + 1) if not config.parts else ():
             drawn = {field: value for field, value in draw(config, number).items() if field.startswith(DECIDING)}

@@ -5,7 +5,7 @@ import torch
 
 from soups.errors import UserError
 from soups.recipes import mean_of
-from soups.stock import BLOCK, model_stock, ratio
+from soups.stock import BLOCK, model_stock
 
 
 def loaders(*tensors):
@@ -64,11 +64,6 @@ def test_the_blockwise_cosine_is_that_of_the_whole_tensor():
     whole = torch.cosine_similarity((one - start).double(), (other - start).double(), dim=0).item()
     assert stock.cosines["w"] == pytest.approx(whole, abs=1e-6)
     assert stock.ratios["w"] == pytest.approx(2 * whole / (whole + 1), abs=1e-6)
-
-
-def test_the_ratio_grows_with_the_number_of_models():
-    ratios = [ratio(0.2, k) for k in (2, 5, 50)]
-    assert ratios == sorted(ratios) == pytest.approx([0.4 / 1.2, 1 / 1.8, 10 / 10.8])
 
 
 def test_one_model_or_models_that_do_not_fit_are_refused():

@@ -282,56 +282,38 @@ def isolated():
     return start if allowed else []
 
 
-def without_network(*words):
-    """Run a command with no network but, where it can be had, none at all."""
+@pytest.mark.slow
+def test_soups_and_a_whole_experiment_need_no_network_and_weights_that_are_not_here_are_one_line(tmp_path):
     start = isolated()
     if not start:
         pytest.skip("a network cannot be taken away here: unshare is not allowed")
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")}
-    return subprocess.run(
-        [*start, sys.executable, *words], cwd=ROOT, env=plain, capture_output=True, text=True, check=False
-    )
-
-
-def test_averaging_needs_no_network(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
-    words = ["uniform", str(tmp_path / "a.pt"), "--out", str(tmp_path / "s.safetensors")]
-    answer = without_network("-m", "soups", *words)
-    assert answer.returncode == 0, answer.stderr
-
-
-@pytest.mark.slow
-def test_a_whole_experiment_needs_no_network(tmp_path):
-    few = [
-        "experiment=demo_tiny",
-        "task.classes=10",
-        "sweep.rows=1",
-        "cluster.workers=1",
-        "recipes=[best,uniform,greedy]",
-    ]
-    answer = without_network("reproduce.py", *few, f"paths.runs={tmp_path}")
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert (tmp_path / "demo_tiny/analysis/table3.md").exists()
-
-
-@pytest.mark.slow
-def test_without_a_network_weights_that_are_not_here_are_one_line():
-    words = ["experiment=demo", "model=timm", "model.name=test_vit.r160_in1k", "model.image_size=160"]
-    answer = without_network("-c", DOWNLOAD, *words)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")}
+    call = [*start, sys.executable, "-c", OFFLINE, str(tmp_path)]
+    answer = subprocess.run(call, cwd=ROOT, env=plain, capture_output=True, text=True, check=False)
+    assert (tmp_path / "s.safetensors").exists(), answer.stderr
+    assert (tmp_path / "demo_tiny/analysis/table3.md").exists(), answer.stderr
     assert answer.returncode == 2
     (line,) = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
     assert "is not on this machine and cannot be downloaded" in line and "model.weights=" in line
 
 
-DOWNLOAD = """
-import sys, tempfile, time, os
+OFFLINE = """
+import os, sys, tempfile, time
 os.environ["HF_HOME"] = tempfile.mkdtemp()
-time.sleep = lambda seconds: None  # the hub's client tries again for most of a minute
 import torch
-from soups.errors import one_line_errors
+import reproduce, store.workers
 from configs.schema import load
 from models.backbones import backbone_of
-name, *typed = sys.argv[1:]
-config = load(name.partition("=")[2], *typed)
+from soups.cli import main
+from soups.errors import one_line_errors
+from tests.pools import Here
+folder = sys.argv[1]
+main(["uniform", f"{folder}/a.pt", "--out", f"{folder}/s.safetensors"])
+store.workers._pool = lambda workers, threads: Here()  # workers would load all libraries again
+few = ["task.classes=10", "task.shifts=[v2]", "sweep.rows=1", "cluster.workers=1", "recipes=[best,uniform,greedy]"]
+reproduce.run(load("demo_tiny", *few, f"paths.runs={folder}"))
+time.sleep = lambda seconds: None  # the hub's client tries again for most of a minute
+config = load("demo", "model=timm", "model.name=test_vit.r160_in1k", "model.image_size=160")
 one_line_errors(lambda: backbone_of(config.model, torch.device("cpu"), weights=True))
 """

@@ -17,17 +17,18 @@ from eval.batch_size import found_by_all
 from finetune.start import initialise
 from finetune.train import evaluation_settings, train_row
 from soups.errors import one_line_errors
-from soups.files.atomic import read_jsonl
+from soups.files.atomic import read_json, read_jsonl, write_json
 from soups.files.weights import load_weights
 from store.processes import COLLECTIVE_TIMEOUT, Processes, single_process, start_processes
 from tests.commands import python
+from tests.pools import small_network
 from tests.rank import AGREED, ROW, StoppedError, saved_again, stopped_when_saved
 
 ROOT = CONFIGS.parent
 
 
 def settings(runs):
-    return load("demo_tiny", *ROW, f"paths.runs={runs}")
+    return load("demo_tiny", *ROW, *read_json(runs.parent / "network.json"), f"paths.runs={runs}")
 
 
 def row(runs, number=1):
@@ -54,6 +55,7 @@ def together(tmp_path_factory):
     """A folder of runs, and what each process saw."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("together")
+    write_json(folder / "network.json", small_network(folder))
     begin_alone(folder / "one")
     shutil.copytree(folder / "one", folder / "damaged")
     shutil.copytree(folder / "one", folder / "alone")

@@ -6,8 +6,6 @@ import torch
 from analysis.artefacts import write_artefact
 from analysis.figures.training_seeds import (
     answering,
-    draw_budget,
-    draw_calibration,
     scaled_head,
     seed_group,
     seeds_table,
@@ -133,30 +131,6 @@ def test_differences_are_to_the_mean_of_the_individuals_so_far(table):
         row = cell(table, "soup", 2, column=column)
         assert row["difference"] == pytest.approx(row["accuracy"] - base)
         assert row["low"] <= row["difference"] <= row["high"]
-
-
-@pytest.mark.slow
-def test_figure_b2_has_a_line_of_panels_an_error_and_split_with_one_scale_and_says_what_is_shaded(finished, table):
-    figure = draw_calibration(finished[0], table)
-    ece, first, after = figure.axes[:3]
-    assert ece.get_ylabel() == "Emoji test,\nECE (%)"
-    assert [axes.get_title() for axes in (ece, first, after)] == [
-        *("as trained", "members calibrated first", "calibrated afterwards")
-    ]
-    assert ece.get_ylim() == first.get_ylim() == after.get_ylim()
-    soup = next(line for line in ece.lines if line.get_label() == "Soup of seeds 1 to k")
-    assert soup.get_ydata()[1] == pytest.approx(100 * cell(table, "soup", 2)["ece"])
-    assert len(figure.axes) == 3 * 2 * 3 + 2  # ECE, NLL and Brier score of test and shifts; accuracy of both
-    assert "difference to the mean of individuals 1 to k" in figure.legends[0].get_title().get_text()
-
-
-def test_figure_g4_has_its_lines_and_axes(finished, table):
-    axes = draw_budget(finished[0], table).axes[1]
-    assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
-    assert axes.get_xlabel() == "Number of models k"
-    ensemble = next(line for line in axes.lines if line.get_label() == "Ensemble of seeds 1 to k")
-    assert list(ensemble.get_xdata()) == [1, 2, 3]
-    assert ensemble.get_ydata()[2] == pytest.approx(100 * cell(table, "ensemble", 3, column=SHIFT_MEAN)["accuracy"])
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.wise_curves import ALPHAS, draw_wise, ends_of, is_augmentation_varied, wise_table
+from analysis.figures.wise_curves import ALPHAS, ends_of, is_augmentation_varied, wise_table
 from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
 from configs.schema import load
@@ -72,20 +72,6 @@ def test_models_are_coloured_by_their_augmentation_only_where_the_sweep_varies_i
     assert is_augmentation_varied(load("demo_grid_zeroshot"))
     assert not is_augmentation_varied(load("demo_seeds_only"))
     assert {end.group for end in ends_of(config)} == {"individual", "uniform", "greedy"}
-
-
-@pytest.mark.slow
-def test_the_figure_has_a_line_for_each_end_and_one_entry_for_each_colour(finished, table):
-    config, _ = finished
-    figure = draw_wise(config, table)
-    (axes,) = figure.axes
-    assert len(axes.lines) == 4
-    assert axes.get_xlabel() == "Emoji test, top-1 accuracy (%)"
-    assert axes.get_ylabel() == "Mean of 5 shifts, top-1 accuracy (%)"
-    legend_texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(legend_texts) == len(set(legend_texts))
-    assert {"Uniform soup", "Greedy soup", "Initialisation"} <= set(legend_texts)
-    assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * at(table, "row 1", 0.0))
 
 
 @pytest.mark.slow

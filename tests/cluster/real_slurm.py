@@ -97,7 +97,7 @@ def until(happened: Callable[[], bool], seconds: float, what: str, folder: Path 
                 for log in sorted(folder.glob("log/*"))
             )
             raise TimeoutError(f"{what}: not within {seconds:.0f} s\n{logs}")
-        time.sleep(0.1)
+        time.sleep(0.2)  # since most of what is waited for is asked of Slurm by a process of its own
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Cluster:
         return words[field]
 
     def states(self, job: str) -> set[str]:
-        """The states of all tasks of a job, which the queue forgets five minutes after their end."""
+        """The states of all tasks of a job, or of several as 12,13; the queue forgets them after five minutes."""
         try:
             lines = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%T", f"--jobs={job}")
         except RuntimeError as error:

@@ -25,7 +25,8 @@ ROOT = CONFIGS.parent
 SMALL = ["experiment=demo_tiny", "task.classes=10", "task.shifts=[v2]", "recipes=[best,greedy]"]
 SMALL += ["analysis.resamples=100"]
 TABLES = ("table3.md", "table3.csv", "table3.tex", "figure1.csv", "figure1.png")
-ROWS = 4
+ROWS = 3
+FAULTS = ("requeued", "signalled", "preempted", "killed", "signalled", "cancelled", "node_down")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,8 @@ def accounts(cluster, job):
 
 
 def all_over(cluster, runs):
-    ids = {row["job"] for row in read_jsonl(runs / "demo_tiny/slurm/sent.jsonl")}
-    over = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}
-    return all(cluster.states(job) <= over for job in ids)
+    ids = sorted({row["job"] for row in read_jsonl(runs / "demo_tiny/slurm/sent.jsonl")})
+    return cluster.states(",".join(ids)) <= {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}
 
 
 def ingredient(runs, row):
@@ -128,7 +128,7 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
 @pytest.fixture(scope="module")
 def long(small):
     """The same with rows that train for long enough to be disturbed."""
-    return [*small, f"sweep.rows={ROWS}", "~sweep.draw.optim.epochs", "optim.epochs=30", "compute.save_every=3"]
+    return [*small, f"sweep.rows={ROWS}", "~sweep.draw.optim.epochs", "optim.epochs=20", "compute.save_every=3"]
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +210,9 @@ class Faults:
 
 @pytest.fixture(scope="module")
 def disturbed(cluster, long, undisturbed, tmp_path_factory):
-    """The same rows as jobs, with a dozen faults; what was cancelled or killed is sent again by the same command."""
+    """The same rows as jobs, with faults; what was cancelled or killed is sent again by the same command."""
     runs = tmp_path_factory.mktemp("disturbed")
-    faults = Faults(cluster, runs)
-    wanted = ["requeued", "signalled", "preempted", "killed", "requeued", "signalled", "cancelled", "node_down"]
-    wanted += ["signalled", "killed", "requeued", "preempted"]
+    faults, wanted = Faults(cluster, runs), list(FAULTS)
     submitted(cluster, runs, *long)
     deadline = time.monotonic() + 900
     while not all((ingredient(runs, row) / "done.json").exists() for row in range(ROWS + 1)):
@@ -231,13 +229,8 @@ def disturbed(cluster, long, undisturbed, tmp_path_factory):
     return runs, faults.done
 
 
-def test_at_least_twelve_faults_of_every_kind_were_done(disturbed):
-    done = disturbed[1]
-    assert sum(done.values()) >= 12, done
-    assert set(done) == {"requeued", "signalled", "preempted", "killed", "cancelled", "node_down"}
-
-
 def test_after_all_faults_every_row_is_done_with_the_bytes_of_an_undisturbed_run(disturbed, undisturbed):
+    assert disturbed[1] == Counter(FAULTS)
     for row in range(ROWS + 1):
         ours, theirs = ingredient(disturbed[0], row), ingredient(undisturbed, row)
         assert (ours / "weights.safetensors").read_bytes() == (theirs / "weights.safetensors").read_bytes(), row

@@ -1,7 +1,6 @@
 """The scripts in slurm/, sent by hand to a real Slurm; tests/cluster/test_experiment.py sends them by one command."""
 
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +59,12 @@ class Sent:
         until(happened_or_failed, 300, what)
 
 
-def send(cluster, script, runs, *settings, options=(), interpreter=None):
-    """Send a script to a node without GPUs, from the project's root, with the quick Python or another interpreter."""
+def send(cluster, script, runs, *settings, options=()):
+    """Send a script to a node without GPUs, from the project's root."""
     log = runs / ("%x-%A_%a.out" if any("--array" in option for option in options) else "%x-%j.out")
     own = ["--gres=none", "--cpus-per-task=1", f"--output={log}", *options, f"slurm/{script}.sbatch"]
-    environment = {"PYTHON": interpreter or python()}
-    return Sent(cluster, runs, cluster.sbatch(*own, f"paths.runs={runs}", *settings, cwd=ROOT, environment=environment))
+    typed = [*own, f"paths.runs={runs}", *settings]
+    return Sent(cluster, runs, cluster.sbatch(*typed, cwd=ROOT, environment={"PYTHON": python()}))
 
 
 def row(runs, number=1):
@@ -91,10 +90,9 @@ def soups_of(runs):
 
 @pytest.fixture(scope="module")
 def trained(cluster, network, tmp_path_factory):
-    """Rows 0 and 1, by an array whose first task starts when the second one waits for it, and plain interpreters."""
+    """Rows 0 and 1, by an array whose first task starts when the second one waits for it."""
     runs = tmp_path_factory.mktemp("trained")
-    held = ["--array=0-1", "--hold"]
-    sent = send(cluster, "finetune", runs, *ALIKE, *network, options=held, interpreter=sys.executable)
+    sent = send(cluster, "finetune", runs, *ALIKE, *network, options=["--array=0-1", "--hold"])
     cluster.run("scontrol", "release", f"{sent.job}_1")
     sent.until(lambda: "waiting for row 0" in sent.printed, "a row that waits")
     cluster.run("scontrol", "release", f"{sent.job}_0")
@@ -116,7 +114,7 @@ def signalled(sent):
 
 def test_soups_that_are_disturbed_twice_are_continued_by_slurm_and_end_as_undisturbed_ones(cluster, network, tmp_path):
     alone, disturbed = tmp_path / "alone", tmp_path / "disturbed"
-    settings = ["recipes=[best,greedy,learned]", "cooking.learned.epochs=120", "cluster.workers=1", *network]
+    settings = ["recipes=[best,greedy,learned]", "cooking.learned.epochs=60", "cluster.workers=1", *network]
     config, _ = finished_pool(alone, *settings)
     shutil.copytree(alone, disturbed)
     of_the_pool = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200"]
