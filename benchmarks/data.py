@@ -72,6 +72,7 @@ CLASSES = 4
 SIZE, RESIZE = 224, 256  # pixels
 JITTER, OPERATIONS, MAGNITUDE = 0.4, 2, 15
 BATCH = 32  # images
+WORKERS = (0, 1, 2)
 BICUBIC = transforms.InterpolationMode.BICUBIC
 REFERENCE = "torchvision"
 
@@ -235,7 +236,7 @@ def compare(images: ImageSplit, folder: Path, rounds: int) -> dict[Contender, li
         Contender(name, transform, workers): []
         for name, transform in loads
         # Decoded images are read in this process, however many decode.
-        for workers in ((0,) if name == "ours_decoded" else (0, 1, 2))
+        for workers in ((0,) if name == "ours_decoded" else WORKERS)
     }
     for _ in range(rounds):
         for contender, rates in found.items():

@@ -20,8 +20,8 @@ from tests.pools import small_network
 
 pytestmark = pytest.mark.slow
 ROOT = CONFIGS.parent
-KILLS = 10
-EPOCHS = 24
+KILLS = 6
+EPOCHS = 18
 SETTINGS = ["sweep.rows=1", "~sweep.draw.optim.epochs", f"optim.epochs={EPOCHS}", "model.head=random"]
 SETTINGS += ["regularizer.ema=[0.9]", "augment=emoji_medium", "~sweep.draw.augment"]
 SETTINGS += ["task.classes=10", "optim.batch_size=8"]  # short steps

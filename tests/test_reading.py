@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -280,14 +281,16 @@ def test_two_files_of_one_name_are_told_apart(tmp_path):
     assert short_names([Path("m").absolute(), Path("./b/../a/m")]) == [here, "a/m"]
 
 
-def test_no_reader_needs_torch(tmp_path):
+def test_the_command_averages_either_format_without_torch(tmp_path):
     torch.save({"model": STATE, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
+    save_file(STATE, tmp_path / "b.safetensors")
     code = (
-        "import sys; from pathlib import Path; from soups.mean import average_files; "
-        f"average_files([Path({str(tmp_path / 'a.pt')!r})], Path({str(tmp_path / 'soup.safetensors')!r})); "
+        "import sys; from soups.cli import main\n"
+        "for name in ('a.pt', 'b.safetensors'): main(['uniform', name, '--out', f'soup of {name}.safetensors'])\n"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert len(list(tmp_path.glob("soup of *.safetensors"))) == 2
 
 
 def test_the_command_says_what_it_read_left_out_and_did_not_average(tmp_path, capsys):

@@ -1,9 +1,7 @@
 """Numbers of single examples: what a command writes of them, intervals and p of each decision, and --report."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import binomtest, permutation_test
-from test_cli import ROOT, ended, note_of
+from test_cli import ended, note_of, start
 
 import soups
 from soups.averaging import Averaging
@@ -213,14 +211,13 @@ def test_a_killed_run_continues_with_the_examples_that_it_knew(pool, capsys):
     assert ended([*words, "--out", "whole.safetensors"], capsys)[0] == 0
     calls = (pool / "calls").read_text().splitlines()
     (pool / "calls").unlink()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PAUSE": "0.1"}
-    run = subprocess.Popen([sys.executable, "-m", "soups", *words, "--out", "soup.safetensors"], env=environment)
+    run = start(*words, "--out", "soup.safetensors", cwd=pool, PAUSE="0.1")
     journal, deadline = pool / "soup.safetensors.journal.jsonl", time.monotonic() + 60
     while not (journal.exists() and len(journal.read_text().splitlines()) == 5):  # a mixture is known
         assert time.monotonic() < deadline and run.poll() is None
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.communicate()
     known = len(journal.read_text().splitlines())
     time.sleep(0.2)  # the command that was being waited for ends by itself
     (pool / "calls").write_text("")

@@ -382,7 +382,8 @@ def double_backward(network, inputs, labels, direction):
     return sum((direction[name] * part).sum().item() for name, part in zip(names, product, strict=True))
 
 
-@pytest.mark.parametrize("family", SMOOTH)
+# A network without buffers, one of batch norms, and a language model; of the others double backward knows as much.
+@pytest.mark.parametrize("family", ["timm ViT", "timm EfficientNet, silu and gates", "BERT prompt"])
 def test_derivatives_along_all_weights_and_buffers_are_those_of_differences(family):
     with Wide():
         network, inputs, weights, direction = made(SMOOTH[family])
