@@ -12,17 +12,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isnan
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from benchmarks.run import MEASURED, ROOT
 from configs.errors import UserError
 from soups.errors import one_line_errors
 from store.provenance import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ROOT / "results/measured"
 # Short ones first.
 NAMES = ("training", "evaluation", "data", "probe", "curvature", "along", "soups", "learned", "ensembles", "greedy")
 
@@ -141,10 +139,6 @@ BARS = (
 )
 
 
-def _short(processor: str) -> str:
-    return processor.replace("(R)", "").removesuffix(" Processor")
-
-
 def lines() -> list[dict[str, str]]:
     """A line for each bar, from the files in results/measured."""
     found = []
@@ -163,7 +157,8 @@ def lines() -> list[dict[str, str]]:
             found.append(line | {"Ours": "not measured yet"})
             continue
         line |= {"Ours": _shown(ours), "Best peer": "" if peer is None or isnan(peer) else _shown(peer)}
-        line |= {"Floor": "" if bar.floor is None else f"{bar.floor:g}", "Processor": _short(rows.processor.iloc[0])}
+        line |= {"Floor": "" if bar.floor is None else f"{bar.floor:g}"}
+        line |= {"Processor": rows.processor.iloc[0].replace("(R)", "").removesuffix(" Processor")}
         met = ours >= bar.target if bar.at_least else ours <= bar.target
         found.append(line | {"Met": "yes" if met else "no"})
     return found

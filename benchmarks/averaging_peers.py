@@ -1,15 +1,11 @@
-"""Other ways to average weight files, to stand beside ours:  python -m benchmarks.averaging_peers KIND OUT FILES...
+"""Other ways to average weight files, to stand beside ours; each is called in a process of its own."""
 
-Each is run as a process of its own, so that its imports and its memory are its own.
-"""
-
-import argparse
 import hashlib
 import os
 from pathlib import Path
 
 
-def read(out: Path, paths: list[Path]) -> None:
+def read(out: str, paths: list[str]) -> None:
     """The floor: every byte once, into one reused buffer of 1 MiB; nothing is written."""
     buffer = memoryview(bytearray(1 << 20))
     for path in paths:
@@ -19,7 +15,7 @@ def read(out: Path, paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def loop(out: Path, paths: list[Path]) -> None:
+def loop(out: str, paths: list[str]) -> None:
     """As the authors of the paper do: load each state dict, scale it, add it in its own precision."""
     import torch  # noqa: PLC0415
     from safetensors.torch import load_file  # noqa: PLC0415
@@ -34,7 +30,7 @@ def loop(out: Path, paths: list[Path]) -> None:
     torch.save(soup, out)
 
 
-def timm(out: Path, paths: list[Path]) -> None:
+def timm(out: str, paths: list[str]) -> None:
     """The procedure of timm's averaging script, which its wheel does not contain: float64 sums of whole models."""
     import torch  # noqa: PLC0415
     from safetensors.torch import load_file  # noqa: PLC0415
@@ -49,15 +45,4 @@ def timm(out: Path, paths: list[Path]) -> None:
     limits = torch.finfo(torch.float32)
     means = {name: tensor.div_(len(paths)).clamp(limits.min, limits.max) for name, tensor in total.items()}
     torch.save({name: tensor.to(dtype=torch.float32) for name, tensor in means.items()}, out)
-    hashlib.sha256(out.read_bytes()).hexdigest()
-
-
-PEERS = {"read": read, "loop": loop, "timm": timm}
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=PEERS)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("files", type=Path, nargs="+")
-    arguments = parser.parse_args()
-    PEERS[arguments.kind](arguments.out, arguments.files)
+    hashlib.sha256(Path(out).read_bytes()).hexdigest()

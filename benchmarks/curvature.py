@@ -17,17 +17,12 @@ curvlinops is a jvp of a gradient, which torch 2.14 gets wrong in the native lay
 Writes results/measured/bench_curvature.csv, or the file named by --out.
 """
 
-import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import pandas as pd
 import timm
@@ -39,12 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.theory.derivatives import along
 from analysis.theory.equation import Line, central_difference, curvature
-from soups.errors import one_line_errors
-from soups.files.atomic import replacing
-from store.provenance import provenance_columns
+from benchmarks.run import Options, anonymous_mib, benchmark, in_turns, middle, process_of, run, table_of, timed
 from store.workers import little_memory
 
-ROOT = Path(__file__).resolve().parents[1]
 STEP = 0.1  # of the differences, the grid of Appendix K
 EXACT = "double_backward"  # whose answer the others' are compared with
 
@@ -130,59 +122,49 @@ CONTENDERS: dict[str, Callable[[Problem], float]] = {
 }
 
 
-def anonymous() -> float:
-    """MiB that this process has for itself."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
-
-
-def extra_memory(p: Problem, contender: str) -> float:
-    """MiB at the peak of a call above what there was before it."""
+def extra_memory(contender: str, network: str, batch: int, threads: int) -> None:
+    """Print how many MiB there are at the peak of a second call above what there was before it."""
+    torch.set_num_threads(threads)
+    p = problem(network, batch)
     with little_memory():
         CONTENDERS[contender](p)
-        before, seen, done = anonymous(), [0.0], threading.Event()
+        before, seen, done = anonymous_mib(os.getpid()), [0.0], threading.Event()
 
         def watch() -> None:
             while not done.wait(0.002):
-                seen.append(anonymous() - before)
+                seen.append(anonymous_mib(os.getpid()) - before)
 
         watcher = threading.Thread(target=watch)
         watcher.start()
         CONTENDERS[contender](p)
         done.set()
         watcher.join()
-    return max(seen)
+    print(max(seen))
 
 
-def table(arguments: argparse.Namespace) -> pd.DataFrame:
-    """A row for each contender."""
-    p = problem(arguments.network, arguments.batch)
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    processor: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    load = os.getloadavg()[0]
-    answers: dict[str, float] = {}
-    for _ in range(arguments.rounds + 1):
-        for name, contender in CONTENDERS.items():
-            started, used = time.perf_counter(), time.process_time()
-            answers[name] = contender(p)
-            seconds[name].append(time.perf_counter() - started)
-            processor[name].append(time.process_time() - used)
-    took, worked = (  # the first call asks for memory
-        {name: statistics.median(times[1:]) for name, times in kind.items()} for kind in (seconds, processor)
-    )
-    memory = {name: _extra_of_a_process(arguments, name) for name in CONTENDERS}
+def measured(options: Options) -> pd.DataFrame:
+    """A row for each contender: medians over rounds, of which the first, that asks for memory, does not count."""
+    torch.set_num_threads(options.threads)
+    p, load = problem(options.network, options.batch), os.getloadavg()[0]
+    contenders = {name: partial(timed, partial(contender, p)) for name, contender in CONTENDERS.items()}
+    calls = {name: made[1:] for name, made in in_turns(contenders, options.rounds + 1).items()}
+    seconds = {name: [call.seconds for call in made] for name, made in calls.items()}
+    took = {name: statistics.median(each) for name, each in seconds.items()}
+    worked = {name: statistics.median(call.processor_seconds for call in made) for name, made in calls.items()}
+    answers, memory = {name: made[-1].answer for name, made in calls.items()}, {}
+    for name in CONTENDERS:
+        call = process_of("curvature", "extra_memory", name, options.network, options.batch, options.threads)
+        memory[name] = float(run(call).printed.splitlines()[-1])
     rows = [
         {
             "contender": name,
-            "network": arguments.network,
+            "network": options.network,
             "parameters": sum(parameter.numel() for parameter in p.network.parameters()),
-            "batch_size": arguments.batch,
-            "threads": arguments.threads,
-            "rounds": arguments.rounds,
+            "batch_size": options.batch,
+            "threads": options.threads,
+            "rounds": options.rounds,
             "load_before": round(load, 2),
-            "seconds": round(took[name], 3),
-            "fastest_seconds": round(min(seconds[name][1:]), 3),
-            "slowest_seconds": round(max(seconds[name][1:]), 3),
+            **middle(seconds[name], 3, "seconds", "fastest_seconds", "slowest_seconds"),
             "times_double_backward": round(took[name] / took[EXACT], 3),
             "processor_seconds": round(worked[name], 3),
             "processor_of_double_backward": round(worked[name] / worked[EXACT], 3),
@@ -190,41 +172,20 @@ def table(arguments: argparse.Namespace) -> pd.DataFrame:
             "memory_of_double_backward": round(memory[name] / memory[EXACT], 3) if memory[EXACT] else None,
             "answer": answers[name],
             "off_percent": None if name == "forward" else round(100 * (answers[name] / answers[EXACT] - 1), 4),
-            **provenance_columns("torch", "timm"),
         }
         for name in CONTENDERS
     ]
-    return pd.DataFrame(rows)
-
-
-def _extra_of_a_process(arguments: argparse.Namespace, contender: str) -> float:
-    options = {"network": arguments.network, "batch": arguments.batch, "threads": arguments.threads, "child": contender}
-    command = [sys.executable, "-m", "benchmarks.curvature"]
-    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(answer.stdout.splitlines()[-1])
-
-
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="vit_small_patch32_224", help="of timm")
-    parser.add_argument("--batch", type=int, default=16, help="images")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_curvature.csv")
-    parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.child:
-        print(json.dumps(extra_memory(problem(arguments.network, arguments.batch), arguments.child)))
-        return
-    found = table(arguments)
-    with replacing(arguments.out) as temporary:
-        found.to_csv(temporary, index=False)
-    print(found.loc[:, "seconds":"off_percent"].set_index(found.contender).T)
-    print(arguments.out)
+    return table_of(rows, "torch", "timm")
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    benchmark(
+        measured,
+        "bench_curvature",
+        __doc__,
+        shown=["contender", "seconds", "times_double_backward", "peak_extra_mib", "off_percent"],
+        network=("vit_small_patch32_224", "of timm"),
+        batch=(16, "images"),
+        rounds=5,
+        threads=(2, "torch threads"),
+    )

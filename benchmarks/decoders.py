@@ -9,7 +9,6 @@ its interval is Student's over seeds: what it cannot tell, 5 seeds do not show.
 Writes results/measured/bench_decoders.csv, or the file named by --out.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,13 @@ import pandas as pd
 from PIL import Image
 from scipy import stats
 
+from benchmarks.run import ROOT, Options, benchmark, table_of
 from configs.schema import Experiment, load
 from finetune.sweep import train_sweep
-from soups.errors import one_line_errors
-from soups.files.atomic import read_json, replacing
-from store.provenance import provenance_columns
+from soups.files.atomic import read_json
 from store.runs import RunFolder
 from tasks.emoji.load import load_split
 
-ROOT = Path(__file__).resolve().parents[1]
 WAYS = {
     "pillow": [],
     "simplejpeg": ["compute.decoder=simplejpeg"],
@@ -74,31 +71,27 @@ def row(way: str, found: dict[str, list[float]], images: int) -> dict[str, objec
         "difference": round(float(differences.mean()), 2),
         "low": round(float(differences.mean() - half), 2),
         "high": round(float(differences.mean() + half), 2),
-        **provenance_columns("torch", "torchvision", "timm"),
     }
 
 
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/bench_decoders", help="for images and models")
-    parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_decoders.csv")
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    make_folder(folder / "images", arguments.classes)
+def measured(options: Options) -> pd.DataFrame:
+    """A row for each way."""
+    folder = options.folder.resolve()
+    make_folder(folder / "images", options.classes)
     images = len(list((folder / "images/unseen").rglob("*.jpg")))
-    found = {
-        way: accuracies(experiment(folder, way, arguments.classes, arguments.seeds, arguments.epochs)) for way in WAYS
-    }
-    rows = pd.DataFrame([row(way, found, images) for way in WAYS])
-    with replacing(arguments.out) as temporary:
-        rows.to_csv(temporary, index=False)
-    print(rows[["way", "seeds", "images", "accuracy", "difference", "low", "high"]].to_string(index=False))
-    print(arguments.out)
+    sizes = (options.classes, options.seeds, options.epochs)
+    found = {way: accuracies(experiment(folder, way, *sizes)) for way in WAYS}
+    return table_of([row(way, found, images) for way in WAYS], "torch", "torchvision", "timm")
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    benchmark(
+        measured,
+        "bench_decoders",
+        __doc__,
+        shown=["way", "seeds", "images", "accuracy", "difference", "low", "high"],
+        folder=(ROOT / "runs/bench_decoders", "for images and models"),
+        classes=100,
+        seeds=5,
+        epochs=6,
+    )

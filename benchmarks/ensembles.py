@@ -9,9 +9,7 @@ every 5 ms.
 Writes results/measured/bench_ensembles.csv, or the file named by --out.
 """
 
-import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +18,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.soups import ROOT, Run, measure
+from benchmarks.averaging_peers import read
+from benchmarks.run import ROOT, Options, benchmark, in_turns, middle, process_of, run, table_of
 from eval.metrics import correct
-from soups.errors import one_line_errors
-from soups.files.atomic import replacing, write_json
+from soups.files.atomic import write_json
 from soups.recipes import GrowingLogits, greedy, uniform_ensemble
 from store.arrays import cached_array, write_array
-from store.provenance import provenance_columns
 
 CLASSES = 1000
 KINDS = ("read", "ensemble", "greedy_ensemble")
@@ -62,16 +59,13 @@ def _load(path: Path, images: int) -> dict[str, Tensor]:
     return {"logits": cached_array(path, (images, CLASSES), lambda: torch.empty(0))}
 
 
-def child(kind: str, paths: list[Path], images: int) -> None:
-    """One contender."""
+def contender(kind: str, folder: str, models: int, images: int) -> None:
+    """One of `KINDS`, of a pool that is there."""
     torch.set_num_threads(2)
+    paths = make_pool(Path(folder), models, images)
     loaders = [partial(_load, path, images) for path in paths]
     if kind == "read":
-        buffer = bytearray(1 << 20)
-        for path in paths:
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
+        read("", [str(path) for path in paths])
     elif kind == "ensemble":
         accuracy(uniform_ensemble(loaders, [0.0] * len(paths)).weights)
     else:
@@ -79,51 +73,38 @@ def child(kind: str, paths: list[Path], images: int) -> None:
         print(f"{len(greedy(loaders, held_out, accuracy, grow=GrowingLogits).ingredients)} members")
 
 
-def row(kind: str, paths: list[Path], images: int, runs: list[Run]) -> dict[str, object]:
-    """One line of the table: medians over rounds."""
-    seconds = sorted(run.seconds for run in runs)
-    return {
-        "contender": kind,
-        "models": len(paths),
-        "images": images,
-        "bytes": sum(path.stat().st_size for path in paths),
-        "rounds": len(runs),
-        "seconds": round(seconds[len(seconds) // 2], 2),
-        "seconds_min": round(seconds[0], 2),
-        "seconds_max": round(seconds[-1], 2),
-        "peak_anonymous_mib": round(max(run.anonymous for run in runs), 1),
-        **provenance_columns("torch", "numpy"),
-    }
-
-
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/bench_ensembles", help="for the logits, 7.5 GB")
-    parser.add_argument("--models", type=int, default=72)
-    parser.add_argument("--images", type=int, default=26_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_ensembles.csv")
-    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
+def measured(options: Options) -> pd.DataFrame:
+    """A row for each contender: medians over rounds."""
+    folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    paths = make_pool(folder, arguments.models, arguments.images)
-    if arguments.child:
-        child(arguments.child, paths, arguments.images)
-        return
-    call = [sys.executable, "-m", "benchmarks.ensembles", "--folder", str(folder), "--models", str(len(paths))]
-    call += ["--images", str(arguments.images), "--child"]
-    runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
-    for _ in range(arguments.rounds):
-        for kind in KINDS:
-            runs[kind].append(measure([*call, kind]))
-    rows = [row(kind, paths, arguments.images, found) for kind, found in runs.items()]
-    with replacing(arguments.out) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
-    print(pd.DataFrame(rows)[["contender", "seconds", "seconds_min", "seconds_max", "peak_anonymous_mib"]].to_string())
-    print(arguments.out)
+    paths = make_pool(folder, options.models, options.images)
+    own = (str(folder), options.models, options.images)
+    runs = in_turns(
+        {kind: partial(run, process_of("ensembles", "contender", kind, *own)) for kind in KINDS}, options.rounds
+    )
+    rows = [
+        {
+            "contender": kind,
+            "models": options.models,
+            "images": options.images,
+            "bytes": sum(path.stat().st_size for path in paths),
+            "rounds": options.rounds,
+            **middle([each.seconds for each in found], 2, "seconds", "seconds_min", "seconds_max"),
+            "peak_anonymous_mib": round(max(each.anonymous for each in found), 1),
+        }
+        for kind, found in runs.items()
+    ]
+    return table_of(rows, "torch", "numpy")
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    benchmark(
+        measured,
+        "bench_ensembles",
+        __doc__,
+        shown=["contender", "seconds", "seconds_min", "seconds_max", "peak_anonymous_mib"],
+        folder=(ROOT / "runs/bench_ensembles", "for the logits, 7.5 GB"),
+        models=72,
+        images=26_000,
+        rounds=3,
+    )

@@ -18,7 +18,6 @@ At the end the folder is deleted, unless --keep says otherwise. Writes results/m
 named by --out.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -27,43 +26,38 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.soups import OURS, ROOT, measure, version_of_mergekit
-from soups.errors import UserError, one_line_errors
-from soups.files.atomic import replacing, write_json
+from benchmarks.run import ROOT, Options, benchmark, run, table_of
+from benchmarks.soups import MERGEKIT_PYTHON, OURS, version_of_mergekit
+from soups.errors import UserError
+from soups.files.atomic import write_json
 from soups.files.checkpoints import Entry
 from soups.files.folders import INDEX
 from soups.files.streamed import in_file_order, streamed
-from store.provenance import provenance_columns
 
 DROP = Path("/proc/sys/vm/drop_caches")
-BAR = 300  # MiB
 MERGEKIT = "mergekit==0.1.5"
 SHARDS = 3
 RECIPES = ("uniform", "arithmetic", "greedy")
 
 
+@cache
 def shapes(width: int) -> dict[str, tuple[int, ...]]:
     """Tensors of a Llama by name: of width 4096 the 32 layers of Llama 7B, narrower ones have fewer in proportion."""
-    w, inner, words = width, 43 * width // 16, 125 * width // 16
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, w), "lm_head.weight": (words, w)}
-    block: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj.weight": (w, w) for name in "qkvo"}
-    block |= {"mlp.gate_proj.weight": (inner, w), "mlp.up_proj.weight": (inner, w), "mlp.down_proj.weight": (w, inner)}
-    block |= {"input_layernorm.weight": (w,), "post_attention_layernorm.weight": (w,)}
-    for layer in range(layers(width)):
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    return found | {"model.norm.weight": (w,)}
-
-
-def layers(width: int) -> int:
-    """How many."""
-    return max(1, width // 128)
+    with torch.device("meta"):
+        return {
+            name: tuple(each.shape)
+            for name, each in LlamaForCausalLM(LlamaConfig(**config(width))).state_dict().items()
+        }
 
 
 def parameters(width: int) -> int:
@@ -78,8 +72,7 @@ def width_of(number: float) -> int:
 
 def config(width: int) -> dict[str, Any]:
     """config.json as transformers writes it."""
-    inner, words, heads = 43 * width // 16, 125 * width // 16, max(1, width // 128)
-    sizes = {"hidden_size": width, "intermediate_size": inner, "vocab_size": words, "num_hidden_layers": layers(width)}
+    heads = max(1, width // 128)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -87,7 +80,10 @@ def config(width: int) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "tie_word_embeddings": False,
-        **sizes,
+        "hidden_size": width,
+        "intermediate_size": 43 * width // 16,
+        "vocab_size": 125 * width // 16,
+        "num_hidden_layers": heads,
     }
 
 
@@ -200,58 +196,52 @@ def room(work: Path, width: int, *, keep: bool) -> Iterator[None]:
             shutil.rmtree(work)
 
 
-def measured(work: Path, width: int, mergekit: Path | None, *, drop: bool) -> pd.DataFrame:
+def rows_of(work: Path, width: int, mergekit: Path | None, *, drop: bool) -> list[dict[str, Any]]:
     """A row for each contender, recipe and state of the page cache."""
     paths, rows = make_pool(work, width), []
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    origin = provenance_columns("torch", "numpy", "safetensors") | {"mergekit": version_of_mergekit(mergekit)}
     for recipe in RECIPES:
         for contender in (OURS, "mergekit") if mergekit and recipe != "greedy" else (OURS,):
             for state in ("cold", "warm"):
                 out = work / f"out_{contender}"
                 how = out_of_the_cache(paths, drop=drop) if state == "cold" else ""
-                run = measure(command(contender, recipe, paths, out, mergekit))
+                found = run(command(contender, recipe, paths, out, mergekit))
                 shutil.rmtree(out)
                 row = {"contender": contender, "recipe": recipe, "models": 2 if recipe == "greedy" else len(paths)}
                 row |= {"parameters": parameters(width), "state": state, "cold_by": how}
-                row |= {"seconds": round(run.seconds, 2), "peak_anonymous_mib": round(run.anonymous, 1)}
-                rows.append(row | {"memory_mib": memory >> 20, **origin})
-                print(f"{recipe}, {contender}, {state}: {run.seconds:.1f} s, {run.anonymous:.0f} MiB", flush=True)
-    return pd.DataFrame(rows)
+                row |= {"seconds": round(found.seconds, 2), "peak_anonymous_mib": round(found.anonymous, 1)}
+                rows.append(row | {"memory_mib": memory >> 20})
+                print(f"{recipe}, {contender}, {state}: {found.seconds:.1f} s, {found.anonymous:.0f} MiB", flush=True)
+    return rows
 
 
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="where bench_large/ is made, 55 GB")
-    parser.add_argument("--parameters", type=float, default=7e9, help="of a model, about; fewer are for trials")
-    parser.add_argument("--mergekit-python", type=Path, help="of an environment that has mergekit")
-    parser.add_argument("--no-mergekit", action="store_true", help="measure ours alone")
-    parser.add_argument("--cold", choices=("drop_caches", "posix_fadvise"), help="how the page cache is emptied")
-    parser.add_argument("--keep", action="store_true", help="leave checkpoints and environment for another time")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_large.csv")
-    arguments = parser.parse_args()
-    work = arguments.folder.resolve() / "bench_large"
-    width = width_of(arguments.parameters)
-    drop = os.access(DROP, os.W_OK) if arguments.cold is None else arguments.cold == "drop_caches"
-    with room(work, width, keep=arguments.keep):
-        mergekit = arguments.mergekit_python
-        if mergekit is None and not arguments.no_mergekit:
+def measured(options: Options) -> pd.DataFrame:
+    """The rows, in a folder that goes at the end."""
+    work, mergekit = options.folder.resolve() / "bench_large", options.mergekit_python
+    width = width_of(options.parameters)
+    drop = os.access(DROP, os.W_OK) if options.cold is None else options.cold == "drop_caches"
+    with room(work, width, keep=options.keep):
+        if mergekit is None and not options.no_mergekit:
             mergekit = environment_of_mergekit(work)
         if mergekit is None:
-            print(
-                "mergekit: not measured, since it "
-                + ("is left out" if arguments.no_mergekit else "cannot be installed")
-            )
+            why = "is left out" if options.no_mergekit else "cannot be installed"
+            print(f"mergekit: not measured, since it {why}")
         (work / "tmp").mkdir(exist_ok=True)
         os.environ.update(TMPDIR=str(work / "tmp"), HF_HUB_OFFLINE="1")  # of the commands: mixtures are large
-        found = measured(work, width, mergekit, drop=drop)
-    with replacing(arguments.out) as temporary:
-        found.to_csv(temporary, index=False)
-    largest = found.peak_anonymous_mib[found.contender == OURS].max()
-    print(f"ours: at most {largest:.0f} MiB of anonymous memory, the bar is {BAR}")
-    print(arguments.out)
+        rows = rows_of(work, width, mergekit, drop=drop)
+        return table_of(rows, "torch", "numpy", "safetensors", mergekit=version_of_mergekit(mergekit))
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    benchmark(
+        measured,
+        "bench_large",
+        __doc__,
+        shown=["contender", "recipe", "state", "seconds", "peak_anonymous_mib"],
+        folder=(ROOT / "runs", "where bench_large/ is made, 55 GB"),
+        parameters=(7e9, "of a model, about; fewer are for trials"),
+        mergekit_python=MERGEKIT_PYTHON,
+        no_mergekit={"action": "store_true", "help": "measure ours alone"},
+        cold={"choices": ("drop_caches", "posix_fadvise"), "help": "how the page cache is emptied"},
+        keep={"action": "store_true", "help": "leave checkpoints and environment for another time"},
+    )

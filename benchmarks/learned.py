@@ -10,10 +10,8 @@ given in sizes of one model.
 Writes results/measured/bench_learned.csv, or the file named by --out.
 """
 
-import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -23,31 +21,26 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.averaging_peers import read
-from benchmarks.soups import ROOT, Run, measure
+from benchmarks.greedy import make_networks
+from benchmarks.run import ROOT, Options, benchmark, process_of, run, table_of
 from soups.descent import LearnedSettings, learned
-from soups.errors import one_line_errors
-from soups.files.atomic import replacing, write_json
+from soups.files.atomic import write_json
 from soups.files.tensors import LazyWeights
-from store.provenance import provenance_columns
 from store.workers import little_memory
 
 NETWORK = "vit_base_patch32_clip_224"
 FILES, BATCH = 4, 4
+TIMES = "times.json"
 CONTENDERS = ("read", "stream", "host", "autograd")
 
 
 def make_pool(folder: Path, models: int) -> list[Path]:
     """`models` names for a few files, written where they are not there yet."""
-    originals = [folder / f"original_{i}.safetensors" for i in range(FILES)]
-    for i, path in enumerate(originals):
-        if not path.exists():
-            torch.manual_seed(i)
-            with replacing(path) as temporary:
-                save_file(timm.create_model(NETWORK, num_classes=1000).state_dict(), temporary)
+    originals = make_networks(folder, NETWORK, FILES, 1000)
     links = [folder / f"link_{i}.safetensors" for i in range(models)]
     for i, link in enumerate(links):
         if not link.exists():
@@ -75,14 +68,15 @@ def autograd(paths: list[Path], steps: int, times: list[float]) -> None:
         F.cross_entropy(torch.func.functional_call(module, mixed, (images,)), labels).backward()
 
 
-def child(kind: str, paths: list[Path], steps: int, out: Path) -> None:
-    """One contender; writes the times at which minibatches were asked for."""
+def contender(kind: str, folder: str, models: int, steps: int) -> None:
+    """One of `CONTENDERS`; writes the times at which minibatches were asked for."""
     torch.set_num_threads(2)
+    paths = make_pool(Path(folder), models)
     times: list[float] = []
     if kind == "read":
         for _ in batches(steps, times):
             for _ in range(2):
-                read(out, paths)
+                read("", [str(path) for path in paths])
     elif kind == "autograd":
         autograd(paths, steps, times)
     else:
@@ -92,51 +86,39 @@ def child(kind: str, paths: list[Path], steps: int, out: Path) -> None:
         files = [lambda path=path: LazyWeights(path) for path in paths]
         with little_memory():
             learned(module, files, lambda epoch: batches(steps, times), settings)  # type: ignore[arg-type]
-    write_json(out, times)
+    write_json(Path(folder) / TIMES, times)
 
 
-def row(kind: str, models: int, run: Run, times: list[float], model_mib: float) -> dict[str, object]:
-    """One line of the table."""
-    took = [after - before for before, after in pairwise(times)]
-    return {
-        "contender": kind,
-        "models": models,
-        "steps": len(took),
-        "seconds_a_step": round(statistics.median(took[1:] or took), 2),
-        "peak_anonymous_mib": round(run.anonymous, 1),
-        "model_sizes": round(run.anonymous / model_mib, 2),
-        **provenance_columns("torch"),
-    }
-
-
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/bench_learned", help="for the checkpoints, 1.4 GB")
-    parser.add_argument("--models", type=int, default=72)
-    parser.add_argument("--autograd", type=int, default=8, help="models of the obvious way, which holds them all")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_learned.csv")
-    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    times_file = folder / "times.json"
-    if arguments.child:
-        child(arguments.child, make_pool(folder, arguments.models), arguments.steps, times_file)
-        return
-    size = make_pool(folder, arguments.models)[0].stat().st_size / 2**20
+def measured(options: Options) -> pd.DataFrame:
+    """A row for each contender."""
+    folder = options.folder.resolve()
+    size = make_pool(folder, options.models)[0].stat().st_size / 2**20
     rows = []
     for kind in CONTENDERS:
-        models = arguments.autograd if kind == "autograd" else arguments.models
-        call = [sys.executable, "-m", "benchmarks.learned", "--folder", str(folder), "--child", kind]
-        run = measure([*call, "--models", str(models), "--steps", str(arguments.steps)])
-        rows.append(row(kind, models, run, json.loads(times_file.read_text()), size))
-        print(rows[-1], flush=True)
-    with replacing(arguments.out) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
-    print(arguments.out)
+        models = options.autograd if kind == "autograd" else options.models
+        found = run(process_of("learned", "contender", kind, str(folder), models, options.steps))
+        took = [after - before for before, after in pairwise(json.loads((folder / TIMES).read_text()))]
+        row = {
+            "contender": kind,
+            "models": models,
+            "steps": len(took),
+            "seconds_a_step": round(statistics.median(took[1:] or took), 2),
+            "peak_anonymous_mib": round(found.anonymous, 1),
+            "model_sizes": round(found.anonymous / size, 2),
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return table_of(rows, "torch")
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    benchmark(
+        measured,
+        "bench_learned",
+        __doc__,
+        shown=["contender", "models", "steps", "seconds_a_step", "peak_anonymous_mib", "model_sizes"],
+        folder=(ROOT / "runs/bench_learned", "for the checkpoints, 1.4 GB"),
+        models=72,
+        autograd=(8, "models of the obvious way, which holds them all"),
+        steps=3,
+    )

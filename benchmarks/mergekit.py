@@ -7,7 +7,6 @@ the largest number of the tensor, and the shares of numbers that are equal and t
 dare_linear chance drops other elements in each, so it is compared where nothing is dropped.
 """
 
-import argparse
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.soups import ROOT
+from benchmarks.run import Options, benchmark
 from soups.cli import main as soups
 from soups.files.atomic import write_text
 from soups.made_up import SMALL, moved
@@ -92,38 +91,30 @@ def distances(one: Path, other: Path) -> dict[str, float | str]:
         worst, count = max(worst, apart.max().item()), count + a.numel()
         equal, beyond = equal + int((a == b).sum()), beyond + int((apart > 2).sum())
     kind = str(a.dtype).removeprefix("torch.")
-    return {"merged": kind, "largest": worst, "equal": equal / count, "beyond_2": beyond / count}
+    numbers = {"largest": worst, "equal": equal / count, "beyond_2": beyond / count}
+    return {"merged": kind} | {name: float(f"{number:.4g}") for name, number in numbers.items()}
 
 
-def compare(folder: Path, python: Path) -> pd.DataFrame:
-    """A line for each case and kind of the models."""
+def measured(options: Options) -> pd.DataFrame:
+    """A row for each case and kind of the models."""
     rows = []
-    for kind in (torch.float32, torch.bfloat16):
-        place = folder / str(kind)
-        make_models(place, kind)
-        for number, values in enumerate(CASES.values()):
-            write_text(place / f"{number}.yaml", yaml.safe_dump(values))
-        call = [str(python), "-c", MERGEKIT, str(len(CASES))]
-        answer = subprocess.run(call, cwd=place, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            raise RuntimeError(f"mergekit failed: {answer.stderr[-1000:]}")
-        for number, case in enumerate(CASES):
-            soups(["make", str(place / f"{number}.yaml"), "--out", str(place / f"ours{number}")])
-            found = distances(place / f"ours{number}", place / f"theirs{number}")
-            rows.append({"method": case, "models": str(kind).removeprefix("torch."), **found})
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in (torch.float32, torch.bfloat16):
+            place = Path(folder) / str(kind)
+            make_models(place, kind)
+            for number, values in enumerate(CASES.values()):
+                write_text(place / f"{number}.yaml", yaml.safe_dump(values))
+            call = [str(options.python), "-c", MERGEKIT, str(len(CASES))]
+            answer = subprocess.run(call, cwd=place, capture_output=True, text=True, check=False)
+            if answer.returncode:
+                raise RuntimeError(f"mergekit failed: {answer.stderr[-1000:]}")
+            for number, case in enumerate(CASES):
+                soups(["make", str(place / f"{number}.yaml"), "--out", str(place / f"ours{number}")])
+                found = distances(place / f"ours{number}", place / f"theirs{number}")
+                rows.append({"method": case, "models": str(kind).removeprefix("torch."), **found})
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", type=Path, required=True, help="of an environment that has mergekit 0.1.5")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = compare(Path(folder), arguments.python)
-    print(found.to_string(index=False, float_format="{:.3g}".format))
-    found.to_csv(ROOT / "results/measured/bench_mergekit.csv", index=False, float_format="%.4g")
-
-
 if __name__ == "__main__":
-    main()
+    python = {"type": Path, "required": True, "help": "of an environment that has mergekit 0.1.5"}
+    benchmark(measured, "bench_mergekit", __doc__, python=python)

@@ -8,11 +8,8 @@ the objectives, as a share of it. They take turns in every round; medians are co
 Writes results/measured/bench_probe.csv, or the file named by --out.
 """
 
-import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +19,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from benchmarks.run import Options, benchmark, in_turns, table_of, timed
 from models.probe import linear_probe
-from soups.errors import one_line_errors
-from soups.files.atomic import replacing
-from store.provenance import provenance_columns
 from store.workers import use_threads
 
-ROOT = Path(__file__).resolve().parents[1]
 TOLERANCES = (1e-4, 1e-6)  # of scikit-learn, on the largest slope: its default, and what ends within 1e-4 of the loss
 ITERATIONS = 10_000  # scikit-learn's at most
 
@@ -65,64 +59,35 @@ def theirs(data: tuple[Tensor, Tensor], c: float, tolerance: float) -> tuple[Ten
     return scale * torch.from_numpy(fit.coef_), torch.from_numpy(fit.intercept_)
 
 
-def measure(shape: tuple[int, int, int], c: float, rounds: int) -> pd.DataFrame:
-    """One row a contender: median seconds, the ratio to ours, and how far above the best of the ends its own is.
-
-    Args:
-        shape: examples, width, classes.
-        c: inverse regularisation.
-        rounds: of all.
-    """
-    data = features_of(*shape)
-    contenders: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"ours": lambda: ours(data, shape[2], c)}
-    contenders |= {f"scikit-learn, tol={each:g}": partial(theirs, data, c, each) for each in TOLERANCES}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    ends: dict[str, float] = {}
-    for _ in range(rounds):
-        for name, fit in contenders.items():
-            started = time.perf_counter()
-            head = fit()
-            seconds[name].append(time.perf_counter() - started)
-            ends[name] = objective(*head, data, c)
-            print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return pd.DataFrame(
+def measured(options: Options) -> pd.DataFrame:
+    """A row for each contender: median seconds, the ratio to ours, and how far it ends above the best."""
+    use_threads(options.threads)
+    data = features_of(options.examples, options.width, options.classes)
+    contenders = {"ours": partial(ours, data, options.classes, options.c)}
+    contenders |= {f"scikit-learn, tol={each:g}": partial(theirs, data, options.c, each) for each in TOLERANCES}
+    calls = in_turns({name: partial(timed, fit) for name, fit in contenders.items()}, options.rounds)
+    seconds = {name: statistics.median(call.seconds for call in made) for name, made in calls.items()}
+    ends = {name: objective(*made[-1].answer, data, options.c) for name, made in calls.items()}
+    rows = [
         {
             "contender": name,
-            "examples": shape[0],
-            "width": shape[1],
-            "classes": shape[2],
-            "c": c,
-            "threads": torch.get_num_threads(),
-            "rounds": rounds,
-            "seconds": round(median, 2),
-            "times_ours": round(median / medians["ours"], 2),
+            "examples": options.examples,
+            "width": options.width,
+            "classes": options.classes,
+            "c": options.c,
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "seconds": round(took, 2),
+            "times_ours": round(took / seconds["ours"], 2),
             "above": f"{ends[name] / min(ends.values()) - 1:.1e}",
-            **provenance_columns("torch", "scikit-learn"),
         }
-        for name, median in medians.items()
-    )
-
-
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=20_000)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--c", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_probe.csv")
-    arguments = parser.parse_args()
-    use_threads(arguments.threads)
-    shape = (arguments.examples, arguments.width, arguments.classes)
-    table = measure(shape, arguments.c, arguments.rounds)
-    with replacing(arguments.out) as temporary:
-        table.to_csv(temporary, index=False)
-    print(table.loc[:, :"above"].to_string(index=False))
-    print(arguments.out)
+        for name, took in seconds.items()
+    ]
+    return table_of(rows, "torch", "scikit-learn")
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    options = {"examples": 20_000, "width": 512, "classes": 1000, "c": 1.0, "threads": 2, "rounds": 1}
+    benchmark(
+        measured, "bench_probe", __doc__, shown=["contender", *options, "seconds", "times_ours", "above"], **options
+    )

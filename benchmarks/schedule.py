@@ -5,16 +5,11 @@ candidates of a round together; what stands after an accepted one is wasted. Cou
 of a round are taken to last equally long. Writes results/measured/greedy_schedule.csv, or the file named by --out.
 """
 
-import argparse
-from pathlib import Path
-
 import pandas as pd
 
-from soups.errors import one_line_errors
-from soups.files.atomic import replacing
+from benchmarks.run import ROOT, benchmark
 from soups.selection import Result, Selection, add_in_order
 
-ROOT = Path(__file__).resolve().parents[1]
 DECISIONS = ROOT / "results/released/greedy_decisions.csv"
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -47,17 +42,5 @@ def schedule() -> pd.DataFrame:
     )
 
 
-def main() -> None:
-    """Print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/greedy_schedule.csv")
-    out = parser.parse_args().out
-    table = schedule()
-    print(table.to_string(index=False))
-    with replacing(out) as temporary:
-        table.to_csv(temporary, index=False)
-    print(out)
-
-
 if __name__ == "__main__":
-    one_line_errors(main)
+    benchmark(lambda options: schedule(), "greedy_schedule", __doc__)

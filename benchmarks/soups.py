@@ -9,50 +9,33 @@ and of all processes below it, looked at every 5 ms.
 Writes results/measured/bench_soups.csv, or the file named by --out.
 """
 
-import argparse
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from open_clip.transformer import VisionTransformer
 
-from benchmarks.averaging_peers import PEERS
-from soups.errors import one_line_errors
-from soups.files.atomic import replacing
+from benchmarks.run import ROOT, Options, benchmark, in_turns, middle, process_of, ratio, run, table_of
 from soups.files.checkpoints import BLOCK, Entry
 from soups.files.streamed import streamed
-from store.provenance import provenance_columns
 
-ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("read", "loop", "timm")  # of benchmarks/averaging_peers.py
 OURS = "ours"
+MERGEKIT_PYTHON = {"type": Path, "help": "of an environment that has mergekit"}  # an option
 SUFFIXES = {OURS: ".safetensors", "mergekit": ""}  # of what a contender writes; mergekit a folder, the others .pt
 
 
 def shapes(width: int) -> dict[str, tuple[int, ...]]:
     """Tensors of the image tower of CLIP ViT-B/32 (width 768) and a linear head, by name."""
-    w, joint = width, width * 2 // 3
-    tower: dict[str, tuple[int, ...]] = {
-        "class_embedding": (w,),
-        "positional_embedding": (50, w),
-        "proj": (w, joint),
-        "conv1.weight": (w, 3, 32, 32),
-    }
-    tower |= {f"{norm}.{part}": (w,) for norm in ("ln_pre", "ln_post") for part in ("weight", "bias")}
-    block: dict[str, tuple[int, ...]] = {"attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,)}
-    block |= {"attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,)}
-    block |= {"mlp.c_fc.weight": (4 * w, w), "mlp.c_fc.bias": (4 * w,)}
-    block |= {"mlp.c_proj.weight": (w, 4 * w), "mlp.c_proj.bias": (w,)}
-    block |= {f"{norm}.{part}": (w,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    for layer in range(12):
-        tower |= {f"transformer.resblocks.{layer}.{name}": shape for name, shape in block.items()}
-    named = {f"model.visual.{name}": shape for name, shape in tower.items()}
+    joint = width * 2 // 3
+    with torch.device("meta"):
+        tower = VisionTransformer(224, 32, width, 12, max(1, width // 64), 4, output_dim=joint).state_dict()
+    named = {f"model.visual.{name}": tuple(tensor.shape) for name, tensor in tower.items()}
     return named | {"classification_head.weight": (1000, joint), "classification_head.bias": (1000,)}
 
 
@@ -93,70 +76,7 @@ def command(contender: str, out: Path, paths: Sequence[Path], mergekit: Path | N
         models = "".join(f"  - {{model: {path}, parameters: {{weight: 1.0}}}}\n" for path in paths)
         config.write_text(f"merge_method: linear\nmodels:\n{models}dtype: float32\n")
         return [str(mergekit.with_name("mergekit-pytorch")), str(config), str(out)]
-    return [sys.executable, "-m", "benchmarks.averaging_peers", contender, str(out), *map(str, paths)]
-
-
-def _anonymous(process: int) -> int:
-    """KiB of memory that is a process's own and of those below it; 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        threads = list(Path(f"/proc/{process}/task").iterdir())
-        below = {int(child) for thread in threads for child in (thread / "children").read_text().split()}
-    except OSError:
-        return 0
-    own = next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
-    return own + sum(map(_anonymous, below))
-
-
-@dataclass(frozen=True)
-class Run:
-    """One process."""
-
-    seconds: float
-    anonymous: float  # MiB, at the peak
-
-
-def measure(call: list[str]) -> Run:
-    """Run a command to its end.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    started, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as output:  # a pipe that nobody reads would stop it
-        process = subprocess.Popen(call, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            peak = max(peak, _anonymous(process.pid))
-            time.sleep(0.005)
-        seconds = time.perf_counter() - started
-        if process.returncode != 0:
-            output.seek(0)
-            raise RuntimeError(f"{call[:3]} failed: {output.read()[-2000:].decode(errors='replace')}")
-    return Run(seconds, peak / 1024)
-
-
-def table(runs: dict[str, list[Run]], models: int, paths: Sequence[Path], mergekit_version: str) -> pd.DataFrame:
-    """A row for each contender: medians over rounds, and ratios within rounds."""
-    rows: list[dict[str, Any]] = []
-    for contender, found in runs.items():
-        ratios = [run.seconds / floor.seconds for run, floor in zip(found, runs["read"], strict=True)]
-        seconds = [run.seconds for run in found]
-        rows.append(
-            {
-                "contender": contender,
-                "models": models,
-                "bytes": sum(path.stat().st_size for path in paths),
-                "rounds": len(found),
-                "seconds": round(statistics.median(seconds), 3),
-                "seconds_min": round(min(seconds), 3),
-                "seconds_max": round(max(seconds), 3),
-                "times_read": round(statistics.median(ratios), 2),
-                "peak_anonymous_mib": round(max(run.anonymous for run in found), 1),
-                **provenance_columns("torch", "numpy", "safetensors"),
-                "mergekit": mergekit_version,
-            }
-        )
-    return pd.DataFrame(rows)
+    return process_of("averaging_peers", contender, str(out), [str(path) for path in paths])
 
 
 def version_of_mergekit(python: Path | None) -> str:
@@ -167,35 +87,45 @@ def version_of_mergekit(python: Path | None) -> str:
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/bench_soups", help="for the checkpoints, 2.8 GB")
-    parser.add_argument("--models", type=int, default=72)
-    parser.add_argument("--files", type=int, default=8, help="files on the disk; the other models are links to them")
-    parser.add_argument("--width", type=int, default=768, help="of the transformer; 768 is ViT-B, less is for trials")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mergekit-python", type=Path, help="of an environment that has mergekit")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_soups.csv")
-    arguments = parser.parse_args()
-    folder, mergekit = arguments.folder.resolve(), arguments.mergekit_python
+def measured(options: Options) -> pd.DataFrame:
+    """A row for each contender: medians over rounds, and ratios within rounds."""
+    folder, mergekit = options.folder.resolve(), options.mergekit_python
     folder.mkdir(parents=True, exist_ok=True)
-    paths = make_pool(folder, arguments.models, arguments.width, arguments.files)
-    contenders = [*PEERS, OURS] + (["mergekit"] if mergekit else [])
+    paths = make_pool(folder, options.models, options.width, options.files)
     if not mergekit:
         print("mergekit is left out: no environment that has it was named with --mergekit-python")
-    measure(command("read", folder, paths, None))  # into the page cache
-    runs: dict[str, list[Run]] = {contender: [] for contender in contenders}
-    for _ in range(arguments.rounds):
-        for contender in contenders:
-            out = folder / f"out_{contender}{SUFFIXES.get(contender, '.pt')}"
-            runs[contender].append(measure(command(contender, out, paths, mergekit)))
-    found = table(runs, arguments.models, paths, version_of_mergekit(mergekit))
-    with replacing(arguments.out) as temporary:
-        found.to_csv(temporary, index=False)
-    print(found[["contender", "seconds", "seconds_min", "seconds_max", "times_read", "peak_anonymous_mib"]].to_string())
-    print(arguments.out)
+    calls = {
+        contender: command(contender, folder / f"out_{contender}{SUFFIXES.get(contender, '.pt')}", paths, mergekit)
+        for contender in [*PEERS, OURS, *(["mergekit"] if mergekit else [])]
+    }
+    run(calls["read"])  # into the page cache
+    runs = in_turns({contender: partial(run, call) for contender, call in calls.items()}, options.rounds)
+    seconds = {contender: [each.seconds for each in found] for contender, found in runs.items()}
+    rows = [
+        {
+            "contender": contender,
+            "models": options.models,
+            "bytes": sum(path.stat().st_size for path in paths),
+            "rounds": options.rounds,
+            **middle(seconds[contender], 3, "seconds", "seconds_min", "seconds_max"),
+            "times_read": ratio(seconds[contender], seconds["read"], 2),
+            "peak_anonymous_mib": round(max(each.anonymous for each in found), 1),
+        }
+        for contender, found in runs.items()
+    ]
+    return table_of(rows, "torch", "numpy", "safetensors", mergekit=version_of_mergekit(mergekit))
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    benchmark(
+        measured,
+        "bench_soups",
+        __doc__,
+        shown=["contender", "seconds", "seconds_min", "seconds_max", "times_read", "peak_anonymous_mib"],
+        folder=(ROOT / "runs/bench_soups", "for the checkpoints, 2.8 GB"),
+        models=72,
+        files=(8, "files on the disk; the other models are links to them"),
+        width=(768, "of the transformer; 768 is ViT-B, less is for trials"),
+        rounds=5,
+        mergekit_python=MERGEKIT_PYTHON,
+    )

@@ -13,7 +13,6 @@ epoch. Batches are made in the process itself, as with compute.loader_workers=0.
 Writes results/measured/bench_training.csv, or the file named by --out.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.run import Options, benchmark, table_of
 from configs.schema import Experiment, load
 from finetune.data import TrainingBatches
 from finetune.dist import pad_small_images
@@ -33,15 +33,11 @@ from finetune.length import Length
 from finetune.optim import build
 from finetune.train import ONE_PROCESS, fine_tune
 from models.classifier import pretrained
-from soups.errors import one_line_errors
-from soups.files.atomic import replacing
-from store.provenance import provenance_columns
 from store.rows import row_config
 from store.workers import use_threads
 from tasks.load import class_names, load_split
 from tasks.split import ImageSplit
 
-ROOT = Path(__file__).resolve().parents[1]
 SEED = 0  # of order and augmentation
 
 
@@ -123,11 +119,14 @@ def one_round(config: Experiment, train: ImageSplit) -> Round:
     return Round(counted, last.ours - statistics.median(step.ours for step in counted), (ours, bare))
 
 
-def table(rounds: list[Round], config: Experiment, train: ImageSplit, threads: int) -> pd.DataFrame:
+def measured(options: Options) -> pd.DataFrame:
     """One row: medians over all steps, and the quartiles of the overhead."""
+    use_threads(options.threads)
+    config = settings(options.experiment, options.steps)
+    train = load_split(config.task, config.task.train)
+    rounds = [one_round(config, train) for _ in range(options.rounds)]
     steps = [step for each in rounds for step in each.steps]
-    overheads = [100 * step.overhead for step in steps]
-    low, middle, high = statistics.quantiles(overheads, n=4)
+    low, middle, high = statistics.quantiles([100 * step.overhead for step in steps], n=4)
     model = rounds[0].models[0]
     row = {
         "model": " ".join(filter(None, (config.model.kind, config.model.name))),
@@ -137,7 +136,7 @@ def table(rounds: list[Round], config: Experiment, train: ImageSplit, threads: i
         "batch_size": config.optim.batch_size,
         "optimizer": config.optim.kind,
         "augment": config.augment.kind,
-        "threads": threads,
+        "threads": options.threads,
         "rounds": len(rounds),
         "steps": len(steps),
         "ours_seconds": round(statistics.median(step.ours for step in steps), 4),
@@ -148,30 +147,18 @@ def table(rounds: list[Round], config: Experiment, train: ImageSplit, threads: i
         "overhead_percent_upper_quartile": round(high, 2),
         "keep_seconds": round(statistics.median(each.keep for each in rounds), 3),
         "steps_per_epoch": len(train) // config.optim.batch_size,
-        **provenance_columns("torch", "torchvision", "timm"),
     }
-    return pd.DataFrame([row])
-
-
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", default="demo")
-    parser.add_argument("--rounds", type=int, default=3, help="trainings from the start")
-    parser.add_argument("--steps", type=int, default=16, help="of each, at least 4")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/measured/bench_training.csv")
-    arguments = parser.parse_args()
-    use_threads(arguments.threads)
-    config = settings(arguments.experiment, arguments.steps)
-    train = load_split(config.task, config.task.train)
-    rounds = [one_round(config, train) for _ in range(arguments.rounds)]
-    found = table(rounds, config, train, arguments.threads)
-    with replacing(arguments.out) as temporary:
-        found.to_csv(temporary, index=False)
-    print(found.loc[0, "model":"steps_per_epoch"].to_string())
-    print(arguments.out)
+    return table_of([row], "torch", "torchvision", "timm")
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    benchmark(
+        measured,
+        "bench_training",
+        __doc__,
+        shown=["ours_seconds", "bare_seconds", "batch_seconds", "overhead_percent", "keep_seconds"],
+        experiment="demo",
+        rounds=(3, "trainings from the start"),
+        steps=(16, "of each, at least 4"),
+        threads=(1, "torch threads"),
+    )

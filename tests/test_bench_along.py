@@ -1,20 +1,17 @@
-"""The benchmark of averages along a run measures what the callbacks do, and runs from end to end."""
+"""The benchmark of averages along a run measures what the callbacks do."""
 
-import sys
+from argparse import Namespace
 
-import pandas as pd
 import pytest
 
-from benchmarks.along import main
+from benchmarks.along import measured
 
 pytestmark = pytest.mark.slow  # a benchmark runs
 
 
-def test_every_contender_is_measured(tmp_path, monkeypatch):
-    words = "--width 32 --layers 1 --batch 1 --tokens 8 --rounds 1 --every 4 --out"
-    monkeypatch.setattr(sys, "argv", ["along", *words.split(), str(tmp_path / "b.csv")])
-    main()
-    rows = pd.read_csv(tmp_path / "b.csv").set_index("contender")
+def test_every_contender_is_measured():
+    options = Namespace(width=32, layers=1, batch=1, tokens=8, rounds=5, every=4, threads=1)
+    rows = measured(options).set_index("contender")
     assert (rows.seconds > 0).all() and rows.parameters.nunique() == 1
     share = 25 * rows.seconds["update"] / rows.seconds["step"]  # of four steps, in percent
     assert rows.percent_of_step["update"] == pytest.approx(share, rel=0.2)  # seconds are rounded

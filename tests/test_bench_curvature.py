@@ -1,12 +1,12 @@
-"""The benchmark of curvatures asks all contenders the same, and runs from end to end."""
+"""The benchmark of curvatures asks all contenders the same, and measures each."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from benchmarks.curvature import CONTENDERS, differences, double_backward, main, ours, problem
+from benchmarks.curvature import CONTENDERS, differences, double_backward, measured, ours, problem
 from tests.commands import python
 
 pytestmark = pytest.mark.slow  # a benchmark runs
@@ -20,12 +20,9 @@ def test_ours_and_double_backward_answer_alike_and_differences_nearly():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-def test_every_contender_is_measured(tmp_path, monkeypatch):
-    words = "--network test_resnet --batch 2 --rounds 1 --threads 1 --out"
-    monkeypatch.setattr(sys, "argv", ["curvature", *words.split(), str(tmp_path / "b.csv")])
+def test_every_contender_is_measured(monkeypatch):
     monkeypatch.setattr(sys, "executable", python())  # of the processes whose memory is measured
-    main()
-    rows = pd.read_csv(tmp_path / "b.csv").set_index("contender")
+    rows = measured(Namespace(network="test_resnet", batch=2, rounds=1, threads=1)).set_index("contender")
     assert list(rows.index) == list(CONTENDERS)
     assert rows.times_double_backward["double_backward"] == 1
     assert (rows.seconds > 0).all()
