@@ -271,15 +271,6 @@ def plain(cfg: DictConfig, remedy: str) -> Any:
         raise UserError(f"bad config: {str(error).splitlines()[0]}; {remedy}") from None
 
 
-def parse_values(values: Any) -> Experiment:
-    """Plain containers to a frozen Experiment.
-
-    Raises:
-        UserError: an unknown key, a wrong type or a value out of range, named as in `optim.lr`.
-    """
-    return checked(Experiment, values)
-
-
 def field_of(word: str) -> str:
     """The dotted name in an override of the command line."""
     return word.split("=", maxsplit=1)[0].lstrip("+~")
@@ -308,9 +299,10 @@ def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
             because one of the two would be ignored.
 
     Raises:
-        UserError: as in `parse_values`; a missing value; a field typed and drawn.
+        UserError: an unknown key, a missing value, a wrong type or a value out of range, named as in `optim.lr`; a
+            field typed and drawn.
     """
-    config = parse_values(plain(cfg, "an experiment sets it, e.g. experiment=demo"))
+    config = checked(Experiment, plain(cfg, "an experiment sets it, e.g. experiment=demo"))
     fields = fields_of(typed)
     for field in fields:
         varied = next((name for name in config.sweep.varied if f"{field}.".startswith(f"{name}.")), None)
@@ -374,7 +366,7 @@ def composed(*words: str) -> DictConfig:
 
 
 def dump(config: Experiment) -> dict[str, Any]:
-    """Plain JSON-able containers, the inverse of `parse_values`; with the settings of other kinds of tasks, neutral."""
+    """Plain JSON-able containers, the inverse of `checked`; with the settings of other kinds of tasks, neutral."""
     plain: dict[str, Any] = TypeAdapter(Experiment).dump_python(config, mode="json")
     return plain | {"task": NEUTRAL | plain["task"]}
 
@@ -383,4 +375,4 @@ def replicate(config: Experiment, sweep_seed: int) -> Experiment:
     """The same experiment with another sweep seed, in a run folder of its own."""
     values = dump(config)
     values["sweep"]["seed"] = sweep_seed
-    return parse_values(values | {"name": f"{config.name}/seed{sweep_seed}", "replicates": []})
+    return checked(Experiment, values | {"name": f"{config.name}/seed{sweep_seed}", "replicates": []})

@@ -17,7 +17,7 @@ from timm.data.mixup import Mixup
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2 import ColorJitter as ColorJitterOfPixels
@@ -170,7 +170,7 @@ def text_order(texts: TokenSplit, batch: int, run_seed: int, epoch: int) -> Tens
 
 
 @dataclass(frozen=True)
-class TrainingBatches(Dataset[Tensor]):
+class TrainingBatches:
     """This process's part of each step's batch: images, augmented, or texts as token ids; a worker makes all of it."""
 
     examples: ImageSplit | TokenSplit
@@ -179,12 +179,8 @@ class TrainingBatches(Dataset[Tensor]):
     length: Length
     run_seed: int  # seeds order and augmentation
     processes: Processes
-    first: int = 0  # the step of batch 0
     mean: tuple[float, ...] = WHITE  # RGB in [0, 1] that the model subtracts
     decoder: str = "pillow"  # or simplejpeg
-
-    def __len__(self) -> int:
-        return self.length.steps - self.first
 
     def indices(self, step: int) -> Tensor:
         """(b,) which examples this process takes in a step, counted from 0."""
@@ -205,9 +201,8 @@ class TrainingBatches(Dataset[Tensor]):
         """Size of this process's part of a batch of images."""
         return 3 * self.size**2 * (self.length.batch_size // self.processes.world)
 
-    def __getitem__(self, batch: int) -> Tensor:
+    def __getitem__(self, step: int) -> Tensor:
         """(b, 3, size, size) uint8; (b, L) int64 token ids, padded to the longest text."""
-        step = self.first + batch
         if isinstance(self.examples, TokenSplit):
             return self.examples.batch(self.indices(step))
         epoch = step // self.length.steps_per_epoch
@@ -228,13 +223,12 @@ def training_batches(
     *,
     run_seed: int,
     processes: Processes,
-    first: int,
     mean: tuple[float, ...],
 ) -> TrainingBatches:
-    """The batches of a training from step `first` on, of texts, or of images, from which the model subtracts `mean`."""
+    """The batches of a training, of texts, or of images, from which the model subtracts `mean`."""
     examples = train if isinstance(train, TokenSplit) else with_copies(train, config.compute)
     size, decoder = config.model.image_size, config.compute.decoder
-    return TrainingBatches(examples, config.augment, size, length, run_seed, processes, first, mean, decoder)
+    return TrainingBatches(examples, config.augment, size, length, run_seed, processes, mean, decoder)
 
 
 def mixing(optim: Optim, classes: int) -> Mix:

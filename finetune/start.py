@@ -19,11 +19,11 @@ from finetune.state import end_if, interruptions
 from models.classifier import Classifier, pretrained, pretrained_network, set_head
 from models.probe import linear_probe
 from models.released import convert
-from soups.files.atomic import digest_of, read_json
+from soups.files.atomic import digest_of, read_json, write_json
 from soups.files.weights import load_weights
 from store.processes import Processes, first_decides, start_processes
 from store.rows import draw, identity, require_head, row_config, teachers
-from store.runs import RAW, WEIGHTS, RunFolder, done_row, record_config
+from store.runs import RAW, WEIGHTS, RunFolder, done_row
 from tasks.load import class_names
 
 HEAD = ("head.weight", "head.bias")
@@ -52,13 +52,13 @@ def initialise(config: Experiment) -> dict[str, Any]:
 
     def make_zero_shot() -> dict[str, Any]:
         started = time.monotonic()
-        record_config(run.zero_shot, dump(config))
+        write_json(run.zero_shot / "config.json", dump(config))
         return save_trained(config, run.zero_shot, base | {"row": None, "head": "zero_shot"}, started, {RAW: start()})
 
     def make_row_0() -> dict[str, Any]:
         started = time.monotonic()
         weights, probe = _fit_probe(config, start()) if is_probed else (start(), {})
-        record_config(folder, dump(row_config(config, 0)))
+        write_json(folder / "config.json", dump(row_config(config, 0)))
         facts = base | {"row": 0, "head": config.model.head, "data": _digests(config)} | probe
         return save_trained(config, folder, facts, started, {RAW: weights})
 
@@ -171,7 +171,7 @@ def import_row(config: Experiment, row: int) -> dict[str, Any]:
             raise UserError("sweep.imported: the released checkpoints are of model=clip_vit_b32, of no other network")
         path = _released_file(config, row)
         weights, dropped = convert(path)
-        record_config(folder, dump(row_config(config, row)))
+        write_json(folder / "config.json", dump(row_config(config, row)))
         source = {"imported": {"file": path.name, "bytes": path.stat().st_size, "dropped": sorted(dropped)}}
         base = {"identity": name, "status": "done", "row": row, "drawn": draw(config, row)} | source
         kind = config.regularizer.ingredient if row else RAW

@@ -11,7 +11,7 @@ from finetune.train import train_row
 from soups.files.atomic import read_jsonl
 from store.processes import Processes, first_decides
 from store.rows import require_trainable, row_config, score_of, teachers
-from store.runs import RunFolder, done_row, read_pool, write_manifest
+from store.runs import RunFolder, done_row, write_manifest
 from store.workers import spread, use_threads
 
 
@@ -60,7 +60,7 @@ def train_sweep(config: Experiment, console: Console | None = None) -> None:
             report=describe,
             console=console,
         )
-    write_manifest(run, read_pool(config))
+    write_manifest(config)
 
 
 def _in_order(config: Experiment, rows: list[int]) -> tuple[list[int], list[int]]:
@@ -79,4 +79,4 @@ def train_together(config: Experiment, processes: Processes, console: Console) -
         done = train_row(config, row, console)
         if processes.is_main:
             console.print(describe(done))
-    first_decides(lambda: write_manifest(RunFolder.of(config), read_pool(config)), processes)
+    first_decides(lambda: write_manifest(config), processes)

@@ -35,11 +35,11 @@ from finetune.state import Checkpoint, State, interruptions
 from models.classifier import Network, architecture
 from models.tokens import TokenSplit
 from soups.chance import seed
-from soups.files.atomic import write_jsonl
+from soups.files.atomic import write_json, write_jsonl
 from soups.files.weights import load_weights
 from store.processes import Processes, first_decides, start_processes, sum_over, use_kernels
 from store.rows import draw, identity, require_trainable, row_config
-from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished, record_config
+from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished
 from tasks.prefetch import prefetch
 from tasks.split import ImageSplit
 
@@ -83,7 +83,7 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
         if row_0 is None:
             raise UserError(f"row {row} starts from row 0, which is not there: run the same with sweep.index=0 first")
         refuse_other_data(config, row_0)
-        record_config(folder, dump(settings))
+        write_json(folder / "config.json", dump(settings))
         return row_0["digest"]
 
     with sole_writers(folder, processes), ExitStack() as tracking:
@@ -219,9 +219,7 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     state.load(folder / "state.pt")
     progress = state.progress
     first = meter.first = progress.step
-    batches = training_batches(
-        train, config, length, run_seed=run_seed, processes=processes, first=first, mean=model.subtracted
-    )
+    batches = training_batches(train, config, length, run_seed=run_seed, processes=processes, mean=model.subtracted)
     losses = LateLosses()
     model.train()
 
@@ -231,8 +229,9 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
 
     try:
         with interruptions() as came, show_progress(meter, title, console) as show_step:
-            prefetched = prefetch(batches, batches.workers(compute), batches.bytes_each)
-            for step, batch in enumerate(prefetched, start=first):
+            steps, workers = range(first, length.steps), batches.workers(compute)
+            prefetched = prefetch(batches.__getitem__, steps, workers, batches.bytes_each)
+            for step, batch in zip(steps, prefetched, strict=True):
                 # One step.
                 lr = learning_rate(optim, step, length.steps)
                 for group in state.optimizer.param_groups:

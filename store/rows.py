@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from configs.data import AnyTask
 from configs.errors import UserError
-from configs.schema import SEARCHED, Experiment, checked, dump, parse_values
+from configs.schema import SEARCHED, Experiment, checked, dump
 from configs.sweep_csv import read_table
 from configs.training import (
     Augment,
@@ -190,7 +190,7 @@ def row_config(config: Experiment, row: int) -> Experiment:
         if group not in GROUPS:
             raise UserError(f"the sweep varies {field}, but rows can differ in {', '.join(GROUPS)} only")
         values[group][name] = value
-    return parse_values(values)
+    return checked(Experiment, values)
 
 
 def teachers(config: Experiment, row: int) -> tuple[int, ...]:
@@ -199,29 +199,21 @@ def teachers(config: Experiment, row: int) -> tuple[int, ...]:
     return distill.rows if distill is not None else ()
 
 
-def meaning(
-    own: Mapping[str, Any],
-    *,
-    row: int,
-    sweep_seed: int,
-    precision: str,
-    evaluated: str,
-    imported: bool,
-    compute: Mapping[str, Any],
-) -> dict[str, Any]:
+def meaning(own: Mapping[str, Any], sweep: Mapping[str, Any], compute: Mapping[str, Any]) -> dict[str, Any]:
     """The settings on which a row's weights depend, without those that have their default.
 
     A setting that is added later, with a default, is therefore in no earlier row's.
 
     Args:
         own: `GROUPS`, parsed, of the row.
-        row: its number; 0 is the initialisation, of which training's settings are left out.
-        sweep_seed: names its random streams.
-        precision: of training's forward passes.
-        evaluated: the precision of evaluation's, by which the probe is made and recipes sort.
-        imported: whether its weights are read, not trained.
-        compute: has the settings by which training images are read, which count where they are not the defaults.
+        sweep: with the row as `index`; row 0 is the initialisation, of which training's settings are left out. The seed
+            names random streams, and `imported` says that weights are read, not trained.
+        compute: the precision of training's forward passes, and that of evaluation's, by which the probe is made and
+            recipes sort; and how training images are read, which counts where it is not the default.
     """
+    row, tf32 = sweep["index"] or 0, compute.get("tf32", False)
+    precision = arithmetic(compute["precision"], tf32=tf32)
+    evaluated = arithmetic(compute.get("eval_precision") or compute["precision"], tf32=tf32)
     parts: dict[str, Any] = {}
     for group in GROUPS if row else ("task", "model"):
         dumped = TypeAdapter(type(own[group])).dump_python(own[group], mode="json", exclude_defaults=True)
@@ -233,13 +225,13 @@ def meaning(
     for group, names in FILES.items():
         parts[group] |= {name: Path(parts[group][name]).name for name in names if name in parts[group]}
     if row:
-        parts |= {"precision": precision, "seed": sweep_seed, "row": row}
+        parts |= {"precision": precision, "seed": sweep["seed"], "row": row}
         if compute.get("resized") is not None:
             parts["resized"] = [compute["resized"], compute["resized_quality"]]
         if compute.get("decoder", "pillow") != "pillow":
             parts["decoder"] = compute["decoder"]
     parts |= {"evaluated": evaluated} if evaluated != precision else {}
-    return parts | ({"imported": True, "row": row} if imported else {})
+    return parts | ({"imported": True, "row": row} if sweep.get("imported") is not None else {})
 
 
 def identity(config: Experiment, row: int) -> str:
@@ -249,17 +241,7 @@ def identity(config: Experiment, row: int) -> str:
     are, which splits report, recipes, tables) are left out, so that a sweep can grow and move.
     """
     own = row_config(config, row)
-    return digest_of(
-        meaning(
-            {group: getattr(own, group) for group in GROUPS},
-            row=row,
-            sweep_seed=config.sweep.seed,
-            precision=arithmetic(own.compute.precision, tf32=own.compute.tf32),
-            evaluated=arithmetic(own.compute.evaluates_in, tf32=own.compute.tf32),
-            imported=config.sweep.imported is not None,
-            compute=vars(own.compute),
-        )
-    )
+    return digest_of(meaning({group: getattr(own, group) for group in GROUPS}, vars(own.sweep), vars(own.compute)))
 
 
 def recorded_identity(folder: Path) -> str | None:
@@ -276,18 +258,6 @@ def recorded_identity(folder: Path) -> str | None:
     values = read_json(path)
     try:
         own = {group: checked(kind, values[group]) for group, kind in GROUPS.items()}
-        sweep, compute = values["sweep"], values["compute"]
-        tf32 = compute.get("tf32", False)
-        return digest_of(
-            meaning(
-                own,
-                row=sweep["index"] or 0,
-                sweep_seed=sweep["seed"],
-                precision=arithmetic(compute["precision"], tf32=tf32),
-                evaluated=arithmetic(compute.get("eval_precision") or compute["precision"], tf32=tf32),
-                imported=sweep.get("imported") is not None,
-                compute=compute,
-            )
-        )
+        return digest_of(meaning(own, values["sweep"], values["compute"]))
     except (UserError, KeyError):
         return None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from soups.files.atomic import read_json, replacing, write_json
+from soups.files.atomic import read_json, replacing
 from soups.files.weights import load_weights
 from store.rows import identity, recorded_identity, score_of
 
@@ -237,8 +237,8 @@ def read_pool(config: Experiment) -> list[Ingredient]:
     ]
 
 
-def write_manifest(run: RunFolder, pool: list[Ingredient]) -> Path:
-    """runs/<name>/manifest.csv: row, drawn values, digest, held-out score, seconds."""
+def write_manifest(config: Experiment) -> None:
+    """runs/<name>/manifest.csv: row, drawn values, digest, held-out score, seconds; raises as `read_pool`."""
     table = pd.DataFrame(
         {
             "row": ingredient.row,
@@ -250,14 +250,7 @@ def write_manifest(run: RunFolder, pool: list[Ingredient]) -> Path:
             "status": ingredient.status,
             "seconds": ingredient.seconds,
         }
-        for ingredient in pool
+        for ingredient in read_pool(config)
     )
-    path = run.root / "manifest.csv"
-    with replacing(path) as temporary:
+    with replacing(RunFolder.of(config).root / "manifest.csv") as temporary:
         table.to_csv(temporary, index=False)
-    return path
-
-
-def record_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write the settings beside the work they belong to."""
-    write_json(folder / "config.json", config)

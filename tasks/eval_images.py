@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
@@ -61,44 +62,16 @@ def eval_transform(model: Model) -> EvalTransform:
     return EvalTransform(size, model.eval_resize or size, model.squash)
 
 
-@dataclass(frozen=True)
-class _Batches(Dataset[Tensor]):
-    """Batches, each made whole by one process."""
-
-    images: ImageSplit
-    transform: EvalTransform
-    rows: Sequence[Tensor]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Tensor:
-        # Stacked; by a worker at once where the other process will read them.
-        return default_collate([self.transform(self.images.pil(row)) for row in self.rows[index].tolist()])
+def _batch(images: ImageSplit, transform: EvalTransform, rows: Tensor) -> Tensor:
+    # Stacked; by a worker at once where the other process will read them.
+    return default_collate([transform(images.pil(row)) for row in rows.tolist()])
 
 
-@dataclass(frozen=True)
-class _NewShards(Dataset[int]):
-    """Shards of decoded images, each written whole by one process."""
-
-    images: ImageSplit
-    transform: EvalTransform
-    shards: Shards
-    firsts: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.firsts)
-
-    def __getitem__(self, index: int) -> int:
-        first = self.firsts[index]
-        if not self.shards.path(first).exists():  # another process may have been faster
-            self.write(first)
-        return first
-
-    def write(self, first: int) -> None:
-        """Decode the images of a shard."""
-        images = (self.transform(self.images.pil(row)).numpy() for row in self.shards.rows(first))
-        self.shards.write(first, images)
+def _make_shard(images: ImageSplit, transform: EvalTransform, shards: Shards, first: int, *, anew: bool = False) -> int:
+    """Decode the images of a shard, unless another process was faster."""
+    if anew or not shards.path(first).exists():
+        shards.write(first, (transform(images.pil(row)).numpy() for row in shards.rows(first)))
+    return first
 
 
 def _decoded_once(
@@ -108,8 +81,8 @@ def _decoded_once(
     key = digest_of({"images": images.digest, "transform": transform.key})
     shards = Shards(folder / key, len(images), (3, transform.size, transform.size))
     missing = [first for first in shards.needed(torch.cat(list(batches))) if not shards.path(first).exists()]
-    new = _NewShards(images, transform, shards, missing)
-    made = prefetch(new, workers if missing else 0)
+    make = partial(_make_shard, images, transform, shards)
+    made = prefetch(make, missing, workers if missing else 0)
     waiting, checked = set(missing), set[int]()
     for rows in batches:
         for first in shards.needed(rows):
@@ -122,7 +95,7 @@ def _decoded_once(
                 shards.check(first)
             except ValueError as error:
                 print(f"decoded images {shards.path(first)} are damaged ({error}): decoding them anew", flush=True)
-                new.write(first)
+                make(first, anew=True)
         yield shards.read(rows)
 
 
@@ -156,6 +129,6 @@ def eval_batches(
     if isinstance(images.stored, Pixels) and transform.keeps(images.images):
         yield from (images.images[each] for each in batches)
     elif decoded is None:
-        yield from prefetch(_Batches(images, transform, batches), workers)
+        yield from prefetch(partial(_batch, images, transform), batches, workers)
     else:
         yield from _decoded_once(images, transform, batches, workers, decoded)

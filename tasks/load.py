@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,6 @@ class Loader(NamedTuple):
     names: Callable[[Any], tuple[str, ...]]  # a task of this kind -> the data's names of its classes
 
 
-def _options(task: Any) -> tuple[str, ...]:
-    return task.options
-
-
 LOADERS = {
     "emoji": Loader(
         lambda task, name: emoji.load_split(name, ROOT / task.folder, task.ids, task.fold),
@@ -38,9 +35,9 @@ LOADERS = {
     "cifar100": Loader(cifar.load_split, cifar.class_names),
     **dict.fromkeys(("image_table", *image_lists.PUBLISHED), Loader(image_lists.load_split, image_lists.class_names)),
     "parquet": Loader(parquet.load_split, parquet.class_names),
-    "glue": Loader(glue.load_split, _options),
-    "sentences": Loader(load_sentences, _options),
-    "sentiment": Loader(sentiment.load_split, _options),
+    "glue": Loader(glue.load_split, attrgetter("options")),
+    "sentences": Loader(load_sentences, attrgetter("options")),
+    "sentiment": Loader(sentiment.load_split, attrgetter("options")),
 }
 
 

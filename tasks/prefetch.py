@@ -5,11 +5,11 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -25,18 +25,19 @@ SHARED = Path("/dev/shm")  # where workers put them
 
 @dataclass(frozen=True)
 class _Caught(Dataset[T | UserError], Generic[T]):
-    """The same batches; a user's mistake is a value, since DataLoader would wrap it in a worker's traceback."""
+    """What is made; a user's mistake is a value, since DataLoader would wrap it in a worker's traceback."""
 
-    batches: Dataset[T]
+    make: Callable[[Any], T]
+    of: Sequence[Any]
 
     def __getitem__(self, index: int) -> T | UserError:
         try:
-            return self.batches[index]
+            return self.make(self.of[index])
         except UserError as error:
             return error
 
     def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
+        return len(self.of)
 
 
 def _default_next_time(signum: int, frame: object) -> None:
@@ -93,32 +94,31 @@ def refuse_little_shared_memory(needed: int) -> None:
         )
 
 
-def prefetch(batches: Dataset[T], workers: int, bytes_each: int = 0) -> Iterator[T]:
-    """All batches, in order.
+def prefetch(make: Callable[[Any], T], of: Sequence[Any], workers: int, bytes_each: int = 0) -> Iterator[T]:
+    """Batches, or what else is made, in order.
 
     Args:
-        batches: picklable, with a length; batches[i] makes one.
+        make: makes one; picklable, as what it is called with.
+        of: what it is called with.
         workers: processes that make them, two each before they are asked for; 0 makes them here.
         bytes_each: bytes of a batch in shared memory, where it is known.
 
     Raises:
-        UserError: as `batches[i]` raises it, whoever makes it; too little shared memory.
+        UserError: as `make` raises it, whoever calls it; too little shared memory.
     """
-    n = len(batches)  # type: ignore[arg-type]
     if workers == 0:
-        for index in range(n):
-            yield batches[index]
+        yield from map(make, of)
         return
     refuse_little_shared_memory(PER_WORKER * workers * bytes_each)
     # Not forked from here, since a copy of a process with torch threads may wait for them for ever; but all from one
     # process that has loaded what the batches need and does nothing else, so that they share its memory. With a
     # generator of its own, since DataLoader draws a seed, which must not move the caller's chance.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([type(batches).__module__, __name__])
+    context.set_forkserver_preload([getattr(make, "func", make).__module__, __name__])
     loader = DataLoader(
-        _Caught(batches),
+        _Caught(make, of),
         batch_size=None,
-        num_workers=min(workers, max(1, n)),
+        num_workers=min(workers, max(1, len(of))),
         prefetch_factor=PER_WORKER,
         multiprocessing_context=context,
         pin_memory=torch.cuda.is_available(),

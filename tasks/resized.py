@@ -13,9 +13,9 @@ Examples:
 
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from configs.cli import entry_point
 from configs.errors import UserError
@@ -112,44 +111,28 @@ def smaller(image: Image.Image, side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
-@dataclass(frozen=True)
-class _Shards(Dataset[bool]):
-    """Files that are missing; `[i]` writes the i-th, unless another process has it or is writing it."""
+def _groups(images: ImageSplit, number: int, side: int, quality: int) -> Iterator[pa.RecordBatch]:
+    """The copies in a file, so many at a time."""
+    rows = range(number * SHARD, min((number + 1) * SHARD, len(images)))
+    for first in range(rows.start, rows.stop, GROUP):
+        copies = [smaller(images.pil(row), side, quality) for row in range(first, min(first + GROUP, rows.stop))]
+        digests = [xxhash.xxh3_64_intdigest(copy) for copy in copies]
+        yield pa.record_batch([pa.array(copies, pa.binary()), pa.array(digests, pa.uint64())], schema=SCHEMA)
 
-    images: ImageSplit
-    folder: Path
-    side: int
-    quality: int
-    numbers: Sequence[int]
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> bool:
-        return self.write(self.numbers[index], wait=False)
-
-    def write(self, number: int, *, wait: bool) -> bool:
-        """Whether a file is there at the end; where nobody waits, it may be another process's to write."""
-        path = shard_path(self.folder, number)
-        if path.exists():
-            return True
-        with path.with_suffix(".lock").open("a") as held:
-            if not lock(held, "type compute.resized_to=FOLDER of a file system with locks", wait=wait):
-                return False
-            if not path.exists():
-                with replacing(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as writer:
-                    for group in self._groups(number):
-                        writer.write_batch(group)
-            path.with_suffix(".lock").unlink(missing_ok=True)  # whoever waits for it looks for the file first
-        return True
-
-    def _groups(self, number: int) -> Iterator[pa.RecordBatch]:
-        rows = range(number * SHARD, min((number + 1) * SHARD, len(self.images)))
-        for first in range(rows.start, rows.stop, GROUP):
-            within = range(first, min(first + GROUP, rows.stop))
-            copies = [smaller(self.images.pil(row), self.side, self.quality) for row in within]
-            digests = [xxhash.xxh3_64_intdigest(copy) for copy in copies]
-            yield pa.record_batch([pa.array(copies, pa.binary()), pa.array(digests, pa.uint64())], schema=SCHEMA)
+def _make_shard(images: ImageSplit, folder: Path, side: int, quality: int, number: int, *, wait: bool = False) -> None:
+    """Write a file that is missing, unless another process is writing it and nobody waits for that."""
+    path = shard_path(folder, number)
+    if path.exists():
+        return
+    with path.with_suffix(".lock").open("a") as held:
+        if not lock(held, "type compute.resized_to=FOLDER of a file system with locks", wait=wait):
+            return
+        if not path.exists():
+            with replacing(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as writer:
+                for group in _groups(images, number, side, quality):
+                    writer.write_batch(group)
+        path.with_suffix(".lock").unlink(missing_ok=True)  # whoever waits for it looks for the file first
 
 
 def with_copies(images: ImageSplit, compute: Compute) -> ImageSplit:
@@ -177,13 +160,13 @@ def with_copies(images: ImageSplit, compute: Compute) -> ImageSplit:
     if not (folder / INDEX).exists():
         folder.mkdir(parents=True, exist_ok=True)
         numbers = [n for n in range(-(-len(images) // SHARD)) if not shard_path(folder, n).exists()]
-        shards = _Shards(images, folder, compute.resized, compute.resized_quality, numbers)
+        make = partial(_make_shard, images, folder, compute.resized, compute.resized_quality)
         print(f"copying {len(images):,} images of {images.name} to {folder}", flush=True)
-        made = prefetch(shards, min(compute.loader_workers, len(numbers)))
+        made = prefetch(make, numbers, min(compute.loader_workers, len(numbers)))
         for _ in track(made, "files", len(numbers), disable=not sys.stdout.isatty()):
             pass
         for number in numbers:  # which another process may still be writing
-            shards.write(number, wait=True)
+            make(number, wait=True)
         write_json(folder / INDEX, settings | {"n": len(images)})
     return replace(images, stored=Copies(folder, np.arange(len(images))))
 

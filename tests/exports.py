@@ -13,7 +13,7 @@ from configs.schema import dump, load
 from models.classifier import architecture
 from soups.files.atomic import write_json, write_jsonl
 from soups.files.weights import save_weights
-from store.runs import RunFolder, record_config
+from store.runs import RunFolder
 
 SMALL = "a-small-clip"
 
@@ -79,7 +79,7 @@ def finished_soup(kind, folder, *more):
     experiment, typed = (EMBEDDED[kind], []) if kind in EMBEDDED else network_of(kind, folder / "hub")
     config = load(experiment, *typed, *more, f"paths.runs={folder / 'runs'}")
     run = RunFolder.of(config)
-    record_config(run.ingredient(0), dump(config))
+    write_json(run.ingredient(0) / "config.json", dump(config))
     torch.manual_seed(1)
     network = architecture(config.model, config.task.size, config.task.answers).eval()
     network.load_state_dict(moved(network.state_dict(), 1, 0.1))

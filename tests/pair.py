@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import finetune.train
 import models.hub
-from configs.schema import CONFIGS, dump, parse_values
+from configs.schema import CONFIGS, Experiment, checked, dump
 from finetune.train import fine_tune
 from models.classifier import Classifier
 from soups.files.atomic import read_json, write_json
@@ -122,7 +122,7 @@ def train(job, place):
     finetune.train.fine_tune = partial(fine_tune, after_step=partial(stop_after, job))
     slowed = register_module_forward_pre_hook(partial(wait_in_evaluation, job["slow"]))
     try:
-        finetune.train.train_row(parse_values(job["settings"]), job["row"])
+        finetune.train.train_row(checked(Experiment, job["settings"]), job["row"])
     finally:
         slowed.remove()
     end_processes()

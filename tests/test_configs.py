@@ -22,7 +22,7 @@ from configs import schema
 from configs.data import KINDS
 from configs.figures import Analysis, Angles, Pairs, Plane, Theory
 from configs.registered import experiments, neutral
-from configs.schema import CONFIGS, Experiment, checked, dump, load, parse, parse_values, replicate
+from configs.schema import CONFIGS, Experiment, checked, dump, load, parse, replicate
 from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
 from finetune.averages import Averages
 from finetune.data import augmentation, training_batches
@@ -50,7 +50,7 @@ def rows(name):
 def test_every_experiment_composes_and_parses():
     for name in EXPERIMENTS:
         assert loaded(name).name == name
-        assert parse_values(dump(loaded(name))) == loaded(name)
+        assert checked(Experiment, dump(loaded(name))) == loaded(name)
         assert set(loaded(name).parts) <= set(EXPERIMENTS), name
 
 
@@ -356,7 +356,7 @@ def test_what_comes_from_beyond_an_image_has_the_colour_that_the_model_subtracts
     pixels = Pixels(torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
     train = ImageSplit("train", pixels, torch.zeros(4, dtype=torch.int64), "x")
     length = Length.of(loaded("demo").optim, 64)
-    given = {"run_seed": 0, "processes": single_process(), "first": 0, "mean": model.subtracted}
+    given = {"run_seed": 0, "processes": single_process(), "mean": model.subtracted}
     assert training_batches(train, loaded("demo"), length, **given).mean == model.subtracted
 
 

@@ -19,7 +19,7 @@ from configs.data import KINDS, kinds_with
 from configs.effects import needs_of
 from configs.errors import UserError
 from configs.help import settings_of
-from configs.schema import Experiment, checked, dump, load, parse_values
+from configs.schema import Experiment, checked, dump, load
 from configs.training import Distribution
 from eval.forward import Evaluator
 from store.rows import row_config
@@ -173,7 +173,7 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
             kinds, own = kinds_with(setting), values["task"]["kind"]
             for other in ("another", {"test": "another"}) if own not in kinds else ():
                 with pytest.raises(UserError) as refused:
-                    parse_values(values | {"task": values["task"] | {setting: other}})
+                    checked(Experiment, values | {"task": values["task"] | {setting: other}})
                 message = f"bad config: task.{setting} is for task.kind={', '.join(kinds)}, not for {own}"
                 assert str(refused.value) == message
 
@@ -308,7 +308,7 @@ def test_what_a_setting_needs_is_a_setting_that_can_have_such_values():
 )
 def test_a_setting_that_some_row_needs_is_taken(experiment, typed):
     config = load(experiment, *typed)
-    assert parse_values(dump(config)) == config
+    assert checked(Experiment, dump(config)) == config
     assert row_config(config, 1).sweep.index == 1
 
 
@@ -325,7 +325,7 @@ def test_an_error_about_all_settings_does_not_print_them():
     values = dump(load("demo"))
     values["regularizer"]["ema_ramp"] = True
     with pytest.raises(UserError) as refused:
-        parse_values(values)
+        checked(Experiment, values)
     assert str(refused.value) == "bad config: regularizer.ema_ramp needs regularizer.ema: here it would have no effect"
 
 

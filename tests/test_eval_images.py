@@ -123,7 +123,7 @@ def test_decoding_elsewhere_leaves_the_callers_chance_alone(folder):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    list(prefetch(folder.labels, workers=1))  # type: ignore[arg-type]
+    list(prefetch(abs, folder.labels, workers=1))
     assert torch.equal(torch.rand(1), expected)
 
 

@@ -47,7 +47,7 @@ from soups.experiment.soups import make_soup
 from soups.files.atomic import digest_of, read_json, write_json
 from soups.files.weights import load_weights, save_weights
 from store.rows import draw, identity, inverse, meaning, require_trainable, row_config
-from store.runs import RunFolder, done_row, read_pool, record_config
+from store.runs import RunFolder, done_row, read_pool
 from tasks.load import load_split
 from tests.commands import here
 from tests.experiments import TYPED
@@ -190,12 +190,10 @@ def test_a_setting_that_is_added_with_a_default_makes_no_finished_row_foreign(na
         group: {each.name: dump(own)[group][each.name] for each in fields(getattr(own, group))} for group in kinds
     }
     more = {group: kind(**values[group]) for group, kind in kinds.items()}
-    given = {"row": row, "sweep_seed": config.sweep.seed, "imported": False}
-    given |= {"precision": config.compute.precision, "evaluated": config.compute.evaluates_in}
-    given["compute"] = vars(config.compute)
-    assert digest_of(meaning(more, **given)) == before
+    given = vars(own.sweep), vars(own.compute)
+    assert digest_of(meaning(more, *given)) == before
     set_otherwise = more | {"optim": GROWN["optim"](**values["optim"], added={"x": 1})}
-    assert digest_of(meaning(set_otherwise, **given)) != before
+    assert digest_of(meaning(set_otherwise, *given)) != before
 
 
 PINNED = {  # of rows as they have been named from the first version on that leaves defaults out
@@ -298,7 +296,7 @@ def test_data_that_moved_are_the_same_and_other_data_under_the_same_name_are_ref
         load("own_text", f"task.folder={tmp_path / place}", *TYPED["own_text"][1:], f"paths.runs={tmp_path / 'runs'}")
         for place in ("one", "moved", "other")
     )
-    record_config(RunFolder.of(one).ingredient(0), dump(one))
+    write_json(RunFolder.of(one).ingredient(0) / "config.json", dump(one))
     done = {"data": {split: load_split(one.task, split).digest for split in ("train", "held_out")}}
     for same in (one, moved):
         refuse_other_data(same, done)

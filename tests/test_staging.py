@@ -178,7 +178,7 @@ def test_sizes_of_listed_files_are_asked_for_once(tmp_path, monkeypatch):
 def test_batches_that_do_not_fit_into_shared_memory_are_refused_before_a_worker_dies_of_it(monkeypatch):
     monkeypatch.setattr(prefetch.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(64, 0, 64 * 10**6))
     with pytest.raises(UserError, match=r"need 0\.24 GB of shared memory, and /dev/shm has 0\.06 GB left: .*shm-size"):
-        next(prefetch.prefetch([torch.zeros(1)] * 4, workers=3, bytes_each=40 * 10**6))
+        next(prefetch.prefetch(torch.zeros, [1] * 4, workers=3, bytes_each=40 * 10**6))
     prefetch.refuse_little_shared_memory(40 * 10**6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match=r"need 0\.32 GB"):

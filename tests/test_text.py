@@ -188,7 +188,7 @@ def test_processes_share_the_texts_of_a_step(config, run):
 
     def texts(rank, world):
         processes = Processes(rank, world, torch.device("cpu"))
-        batches = training_batches(train, config, length, run_seed=1, processes=processes, first=0, mean=())
+        batches = training_batches(train, config, length, run_seed=1, processes=processes, mean=())
         return sorted(batches.indices(2).tolist())
 
     assert sorted(texts(0, 2) + texts(1, 2)) == texts(0, 1)
