@@ -78,7 +78,7 @@ def typed_right(main: Callable[[], None], document: str = "") -> Callable[[], No
 
     Args:
         main: decorated by Hydra.
-        document: the docstring of the command's module; empty: its settings are no experiment's, and --help is Hydra's.
+        document: the docstring of the command's module; empty: --help is Hydra's.
     """
 
     def checked() -> None:
@@ -247,10 +247,13 @@ def entry_point(stage: Callable[[Experiment], None], *, several: bool = False) -
 
 
 def export_entry_point(stage: Callable[[Export], None]) -> Callable[[], None]:
-    """The `main` of the export of a finished soup, which composes configs/export.yaml."""
+    """The `main` of the export of a finished soup, whose few settings are all typed."""
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="export")
-    def main(cfg: DictConfig) -> None:
-        one_line_errors(lambda: stage(parse_export(cfg)))
+    def work() -> None:
+        if {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+            stage(parse_export(sys.argv[1:]))
+            return
+        settings = [f"  {each.name}  {each.meaning} ({each.values})" for each in settings_of(Export)]
+        print(inspect.getdoc(inspect.getmodule(stage)), "", *settings, sep="\n")
 
-    return typed_right(main)
+    return lambda: one_line_errors(work)

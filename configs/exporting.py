@@ -1,20 +1,22 @@
-"""The settings of `python -m soups.experiment.export`: which soup, for which library, where to."""
+"""The settings of `python -m soups.experiment.export`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from pydantic import Field, model_validator
 
+from configs.errors import UserError
 from configs.fields import closed
-from configs.schema import checked, plain
+from configs.schema import checked
 
 Target = Literal["timm", "open_clip", "transformers", "onnx"]
 
 
 @closed
 class Export:
-    """configs/export.yaml."""
+    """Which soup, for which library, where to."""
 
     soup: Path  # runs/<name>/soups/<recipe> or runs/<name>/ingredients/<iii>
     to: Target  # the library that is to load it
@@ -30,10 +32,14 @@ class Export:
         return self
 
 
-def parse_export(cfg: DictConfig) -> Export:
-    """Check and freeze Hydra's answer to configs/export.yaml.
+def parse_export(words: Sequence[str]) -> Export:
+    """Check and freeze the settings of a command line, as in ["soup=runs/demo/soups/greedy", "to=onnx", "out=FOLDER"].
 
     Raises:
-        UserError: an unknown key, a missing value, a wrong type.
+        UserError: an unknown setting, a missing value, a wrong type.
     """
-    return checked(Export, plain(cfg, "e.g. soup=runs/demo/soups/greedy to=onnx out=FOLDER"))
+    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)))
+    missing = [name for name in ("soup", "to", "out") if values.get(name) is None]
+    if missing:
+        raise UserError(f"{missing[0]} has no value: type, for example, soup=runs/demo/soups/greedy to=onnx out=FOLDER")
+    return checked(Export, values)

@@ -2,7 +2,12 @@
 
 Reads   the soup, the settings in its run folder, and the names of the classes from the data
 Writes  DIR: weights, settings of images or texts, class names and README.md, a model card for the hub. DIR gets its
-        name only after the library has loaded it by its own call and given the soup's logits.
+        name only after the library has loaded it by its own call and given the soup's logits. Libraries load it by
+
+  to=timm          timm.create_model("local-dir:DIR", pretrained=True)
+  to=open_clip     open_clip.create_model_and_transforms("local-dir:DIR")
+  to=transformers  AutoModel.from_pretrained("DIR"), or what the model card in the folder says
+  to=onnx          onnxruntime.InferenceSession("DIR/model.onnx"); needs requirements-export.txt
 
 Soups of your own files:  soups export soup.safetensors --to timm --network timm:resnet50 --out DIR
 """
