@@ -22,12 +22,11 @@ from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2 import ColorJitter as ColorJitterOfPixels
 
-from configs.chance import seed_globals, seed_sample
 from configs.schema import Experiment
 from configs.training import Augment, Compute, Optim
 from finetune.length import Length
 from models.tokens import TokenSplit, alike_in_length
-from soups.chance import seed
+from soups.chance import bits, seed
 from store.processes import Processes
 from tasks.files import Files
 from tasks.resized import with_copies
@@ -40,6 +39,23 @@ WINDOW = 50  # batches of texts within which those of like length meet
 
 Transform = Callable[[Any], object]  # takes a PIL image, or (3, H, W) uint8 pixels
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs and labels to inputs and (b, C) targets
+
+
+def seed_sample(*key: object) -> None:
+    """Seed the three global generators of the CPU that timm's and torchvision's augmentations draw from.
+
+    Called before every sample, so that sample j of epoch e looks the same whichever process or restart makes it.
+    """
+    number = bits(*key)
+    random.seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(number >> 1)  # torch.manual_seed also formats a traceback for each device
+
+
+def seed_globals(*key: object) -> None:
+    """Seed every global generator, of GPUs too, from which a step draws its mixing and its dropout."""
+    seed_sample(*key)
+    torch.cuda.manual_seed_all(seed(*key))  # waits until there is a GPU in use; CPU-only machines have none to seed
 
 
 def augmentation_of_epoch(augment: Augment, epoch: int, epochs: int) -> Augment:

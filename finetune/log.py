@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import Experiment, dump
+from soups.errors import first_line
 from soups.files.atomic import digest_of
 from store.runs import score_of
 
@@ -326,9 +327,8 @@ def _start(config: Experiment, row: int, drawn: Mapping[str, Any], folder: Path)
             run.define_metric(curve, step_metric="step")
     except Exception as error:
         _forget()
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"W&B cannot track row {row} ({reason}): run `wandb login` on a machine with internet, "
+            f"W&B cannot track row {row} ({first_line(error)}): run `wandb login` on a machine with internet, "
             "or set tracking.mode=offline and send the run later (docs/training.md)"
         ) from None
     return run

@@ -18,6 +18,7 @@ from configs.slurm import SIGNALS
 from finetune.averages import Averages
 from finetune.dist import gathered, spread
 from models.classifier import Network
+from soups.errors import first_line
 from soups.files.atomic import replacing
 from store.processes import Processes, first_decides
 
@@ -139,9 +140,8 @@ def _read_into(state: dict[str, Any], path: Path) -> bool:
     try:
         state |= torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"training state {path} is damaged ({reason}): delete the file to start this row anew"
+            f"training state {path} is damaged ({first_line(error)}): delete the file to start this row anew"
         ) from None
     return True
 

@@ -23,6 +23,7 @@ from configs.errors import UserError
 from configs.training import Model
 from models.prompts import MaskedPrompt, Prompted, Seq2SeqPrompt, masked_tokenizer, seq2seq_tokenizer
 from models.tokens import Tokenizer
+from soups.errors import first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS_AT_ONCE = 256
@@ -68,8 +69,9 @@ def local_path(model: Model) -> Path | None:
 
 def unavailable(model: Model, repository: str, files: str, error: Exception) -> UserError:
     """The error where weights are not here and cannot be downloaded; it says what to do."""
+    reason = first_line(error).rstrip(".:")
     return UserError(
-        f"{model.kind} model {model.name} is not on this machine and cannot be downloaded ({_reason(error)}): "
+        f"{model.kind} model {model.name} is not on this machine and cannot be downloaded ({reason}): "
         "where there is internet, run "
         f"`hf download {repository} {files} --local-dir FOLDER`; then set "
         f"model.weights=FOLDER{'' if ' ' in files else f'/{files}'}"
@@ -78,15 +80,11 @@ def unavailable(model: Model, repository: str, files: str, error: Exception) -> 
 
 def not_whole(model: Model, error: Exception) -> UserError:
     """The error where a local file is damaged or of another model."""
+    reason = first_line(error).rstrip(".:")
     return UserError(
-        f"model.weights={model.weights} is not a whole file of {model.kind} model {model.name} ({_reason(error)}): "
+        f"model.weights={model.weights} is not a whole file of {model.kind} model {model.name} ({reason}): "
         "download it again, or name the model that it belongs to"
     )
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 @torch.no_grad()

@@ -37,6 +37,12 @@ class InterruptedBySignalError(BaseException):
         self.signum = signum
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def refuse(line: str) -> NoReturn:
     """End with a line on stderr and status 2."""
     print(f"error: {line}", file=sys.stderr)

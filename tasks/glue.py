@@ -9,6 +9,7 @@ from pathlib import Path
 
 from configs.data import Glue
 from configs.errors import UserError
+from soups.errors import first_line
 from tasks.files import ROOT
 from tasks.held_out import own_name
 from tasks.texts import Rows, TextSplit, read_tsv, text_split
@@ -69,10 +70,9 @@ def read_hub(name: str, subset: str, split: str) -> Rows:
         else:
             table = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # of the network, of parquet, of its cache, or of a name
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"task.folder={name} is neither a folder with GLUE's files nor a data set that can be had ({reason}): "
-            "tasks/README.md says where to get them"
+            f"task.folder={name} is neither a folder with GLUE's files nor a data set that can be had "
+            f"({first_line(error)}): tasks/README.md says where to get them"
         ) from None
     columns = tuple(LAYOUTS[subset].texts.values())
     fields = [tuple(row[column] for column in columns) for row in table]

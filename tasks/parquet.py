@@ -15,6 +15,7 @@ from torch import Tensor
 
 from configs.data import Parquet
 from configs.errors import UserError
+from soups.errors import first_line
 from tasks.files import ROOT, content_digest, is_data, read_file, spaced
 from tasks.held_out import own_name, rows_of
 from tasks.split import ImageSplit, decoded, ending
@@ -98,7 +99,7 @@ def _table(where: str, own: str) -> "datasets.Dataset":
     except Exception as error:  # of the network, of parquet, of its cache, or of the split's name
         raise UserError(
             f"{where}, split {own!r}, is neither a folder of parquet files nor a data set on the hub that can be had: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{first_line(error)}"
         ) from None
 
 

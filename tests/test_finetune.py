@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.chance import seed_globals
 from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import load
 from configs.training import Augment, Distill, Regularizer, Swa
 from eval.forward import Evaluator
-from finetune.data import TrainingBatches, augmentation, epoch_order, mixed_batch
+from finetune.data import TrainingBatches, augmentation, epoch_order, mixed_batch, seed_globals
 from finetune.dist import DivergedError, LateLosses
 from finetune.length import Length
 from finetune.train import ONE_PROCESS, held_out_correct

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from configs.chance import seed_globals
 from configs.errors import UserError
 from configs.schema import load
 from configs.training import Augment, Distill, Optim, Regularizer, Sam, Swa
 from eval.forward import Evaluator
 from finetune.__main__ import run as finetune
 from finetune.averages import Averages
-from finetune.data import augmentation, augmentation_of_epoch, local_batch
+from finetune.data import augmentation, augmentation_of_epoch, local_batch, seed_globals
 from finetune.dist import wrap
 from finetune.length import largest_world, refuse_unequal_shares
 from finetune.optim import build, classification_loss, distillation_loss, learning_rate, perturbed

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from soups.candidates import Candidate
-from soups.errors import UserError
+from soups.errors import UserError, first_line
 from soups.files.opening import opened
 from soups.scorers.metrics import of_classes
-from soups.scorers.networks import ImageNetwork, device, first_line, image_network, load_into, matched
+from soups.scorers.networks import ImageNetwork, device, image_network, load_into, matched
 from soups.scoring import Learning, Scorer, key_of
 from soups.sources import Pool
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soups.candidates import Candidate
-from soups.errors import UserError
+from soups.errors import UserError, first_line
 from soups.files.folders import config_beside
 from soups.scorers.outside import code_of, function_named
 from soups.scoring import key_of
@@ -367,9 +367,3 @@ def settings_in(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model", ".py") and path.is_file()
     )
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
