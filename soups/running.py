@@ -9,6 +9,7 @@ average costs a tenth. The mean of the last n needs what has to be forgotten: it
 files at the end, in the memory of a few blocks.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from soups.along import factors
 from soups.average import rounded
 from soups.errors import UserError
-from soups.files.checkpoints import BLOCK
+from soups.files.checkpoints import BLOCK, SAMPLE
 from soups.files.tensors import tied_names
 
 
@@ -82,6 +83,21 @@ class Schedule:
         """
         if self.every != "checkpoint" and steps > 0 and not self.due(0, steps):
             raise UserError(f"none of {steps} steps is averaged: start={self.start}, every={self.every}")
+
+
+def sample_of(state: Mapping[str, Any]) -> str:
+    """Tells the weights of one step from those of another: a hash of the first bytes of each tensor.
+
+    Args:
+        state: a state dict; what is no tensor in it is not looked at.
+    """
+    running = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(state.items()):
+        if isinstance(tensor, Tensor):
+            first = tensor.detach().reshape(-1)[: SAMPLE // tensor.itemsize].cpu()
+            running.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            running.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+    return running.hexdigest()
 
 
 @dataclass

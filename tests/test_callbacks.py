@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import traceback
 import warnings
 from types import SimpleNamespace
 
@@ -41,11 +43,20 @@ class Seen(TrainerCallback):
         self.states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 
-def train(folder, *callbacks, resume=None, **settings):
+class DiesSaving(TrainerCallback):
+    """The process is gone when the Trainer has saved a checkpoint, before callbacks that stand behind this one."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(folder, *callbacks, resume=None, dropout=0.1, **settings):
     """Nine steps with dropout, a checkpoint after each third."""
     pytest.importorskip("accelerate", reason="Trainer needs accelerate: make examples-setup")
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**SMALL, max_position_embeddings=8))
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    model = BertForMaskedLM(BertConfig(**SMALL, **dropouts, max_position_embeddings=8))
     known = {"max_steps": 9, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     known |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no"}
     args = TrainingArguments(str(folder), **(known | settings))
@@ -63,6 +74,34 @@ def killed(work, *words, **settings):
         work(*words, **settings)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def in_two_processes(work, *words, **settings):
+    """Exit statuses of two processes that do the work together, as torchrun starts them; a wait for each other that
+    has no end is one of SIGALRM.
+    """
+    from accelerate.state import AcceleratorState
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    children = []
+    for rank in ("0", "1"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            children.append(os.fork())
+        if children[-1] == 0:
+            signal.alarm(300)
+            os.environ |= {**shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"}
+            AcceleratorState._reset_state(reset_partial_state=True)  # what tests before have left
+            try:
+                work(*words, **settings)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +145,54 @@ def test_a_killed_run_that_resumes_has_the_bits_of_an_undisturbed_one(undisturbe
     train(tmp_path, TrainerAverage("ema:0.5", every=2, start=2), resume=True)
     for file in ("average/model.safetensors", "checkpoint-9/average/running_sums.safetensors"):
         assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+
+
+def watched(folder, callback, **settings):
+    """A run of several processes, of which the first leaves its weights after every step, and others no average."""
+    seen = Seen()
+    trainer = train(folder, callback, seen, **settings)
+    assert trainer.args.world_size == 2 and trainer.model_wrapped is not trainer.model
+    if trainer.is_world_process_zero():
+        torch.save(seen.states, folder / "states.pt")
+    else:
+        assert callback.mean.taken == 0
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_average_which_is_that_of_one_process_and_resumes_to_the_bit(one_thread, tmp_path):
+    whole, cut, alone = (tmp_path / name for name in ("whole", "cut", "alone"))
+    plain = {"dropout": 0, "optim": "sgd", "learning_rate": 0.1}  # Adam makes much of a rounding where gradients are 0
+    pair = {**plain, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+
+    def average():
+        return TrainerAverage("ema:0.5", every=2, start=2)
+
+    assert in_two_processes(watched, whole, average(), **pair) == [0, 0]
+    found = BertForMaskedLM.from_pretrained(whole / "average").state_dict()
+    states = torch.load(whole / "states.pt")
+    for name, tensor in expected(states[1::2], shares("ema:0.5", 4)).items():
+        torch.testing.assert_close(found[name], tensor, rtol=2e-7, atol=0)
+    train(alone, average(), **plain)
+    for name, tensor in load_file(alone / "average/model.safetensors").items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+        assert not torch.equal(found[name], states[-1][name])
+    assert in_two_processes(train, cut, average(), Dies(), **pair) == [-signal.SIGKILL] * 2
+    assert in_two_processes(train, cut, average(), resume=True, **pair) == [0, 0]
+    for file in ("average/model.safetensors", "checkpoint-9/average/running_sums.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes()
+    other = TrainerAverage("ema:0.5", every=3, start=2)  # refused by both, so that neither waits for the other
+    assert in_two_processes(train, cut, other, resume=True, **pair) == [1, 1]
+
+
+def test_an_average_beside_a_checkpoint_that_was_saved_over_is_not_taken_for_its_own(one_thread, tmp_path):
+    def average():
+        return TrainerAverage(every=2)
+
+    train(tmp_path, average())
+    killed(train, tmp_path, DiesSaving(), average(), learning_rate=3e-2)
+    with pytest.raises(UserError, match=r"checkpoint-6/average/running_sums.* was saved beside other weights"):
+        train(tmp_path, average(), resume=str(tmp_path / "checkpoint-6"))
+    train(tmp_path, average(), resume=str(tmp_path / "checkpoint-3"))
 
 
 def test_the_mean_of_all_or_of_the_last_checkpoints_is_that_of_their_files_to_the_bit(tmp_path):
@@ -284,3 +371,17 @@ def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(lightning, 
         fit(lightning, cut, LightningAverage(every=5), resume=cut / "saved/last.ckpt", max_steps=12)
     with pytest.raises(UserError, match="none of 10 steps is averaged"):
         fit(lightning, cut, LightningAverage(every=100))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_of_lightning_keep_one_average_which_is_that_of_their_checkpoints(
+    lightning, one_thread, tmp_path
+):
+    from soups.callbacks import LightningAverage
+
+    average = LightningAverage(every="checkpoint")
+    assert in_two_processes(fit, lightning, tmp_path, average, devices=2, strategy="ddp") == [0, 0]
+    files = in_time_order([path for path in (tmp_path / "saved").iterdir() if path.name != "last.ckpt"])
+    mean, found = soups.uniform(files, allow_unrelated=True).weights, torch.load(tmp_path / "average.ckpt")
+    assert all(torch.equal(found["state_dict"][f"model.{name}"], tensor) for name, tensor in mean.items())

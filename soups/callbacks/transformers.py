@@ -15,7 +15,7 @@ from soups.errors import UserError
 from soups.files.atomic import replacing
 from soups.files.names import natural
 from soups.files.weights import save_weights
-from soups.running import RunningMean, Schedule
+from soups.running import RunningMean, Schedule, sample_of
 
 AVERAGE = "average"  # a folder in output_dir and in each checkpoint
 SUMS = "running_sums.safetensors"  # in the folder of a checkpoint
@@ -28,13 +28,14 @@ class TrainerAverage(TrainerCallback):
     has the average so far in its own folder `average`, with the sums, from which `resume_from_checkpoint` continues:
     killed and resumed, a run has the average of an undisturbed one, to the bit. It makes a checkpoint larger by 12
     bytes for each float32 parameter. With `last=N` nothing is kept but the checkpoints, which are averaged at the end.
+    Of several processes that each hold the whole model (DDP) the first keeps and writes the average.
 
     Args:
         kind, every, start, last: as in `soups.running.Schedule`.
 
     Raises:
         UserError: settings that do not fit together; before the first step also those that average no step, models
-            that are sharded, adapters, and a checkpoint to resume from that has no average.
+            that are sharded, adapters, and a checkpoint to resume from that has no average, or one of other weights.
     """
 
     def __init__(self, kind: str = "uniform", *, every: Any = 10, start: int = 0, last: int | None = None):
@@ -53,8 +54,8 @@ class TrainerAverage(TrainerCallback):
             file = checkpoint / AVERAGE / SUMS
             if not file.exists():
                 self.schedule.refuse_lost(state.global_step, str(checkpoint))
-            elif self.schedule.last is None and state.is_world_process_zero:
-                self._continue(file)
+            elif self.schedule.last is None:
+                self._continue(file, model, keep=state.is_world_process_zero)
 
     def _refuse(self, args: Any, state: Any, model: Any) -> None:
         """Before the first step, what cannot be averaged."""
@@ -71,14 +72,22 @@ class TrainerAverage(TrainerCallback):
             raise UserError(f"last={last} and save_total_limit={limit}: keep {last + 1}, since one may be the best")
         self.schedule.refuse_idle(state.max_steps)
 
-    def _continue(self, file: Path) -> None:
+    def _continue(self, file: Path, model: Any, *, keep: bool) -> None:
+        """Go on with the sums of a checkpoint; where others keep them, only look whether all of them would do so."""
         try:
             with safe_open(file, "pt") as stored:
-                sums = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                sums = {name: stored.get_tensor(name) for name in stored.keys()} if keep else {}  # noqa: SIM118
                 facts = json.loads(stored.metadata()["running"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} is damaged ({error}): resume from another checkpoint") from None
-        self.mean.restore(facts, sums, str(file))
+        mean = RunningMean(self.schedule)
+        mean.restore(facts, sums, str(file))
+        if facts.get("beside") not in (None, sample_of(model.state_dict())):  # None: of an earlier version
+            raise UserError(
+                f"{file} was saved beside other weights than this checkpoint has now (a process killed while it saves "
+                "over an older checkpoint leaves that): resume from another one"
+            )
+        self.mean = mean if keep else self.mean
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Take in the weights after a step that is averaged; the first process alone."""
@@ -107,7 +116,8 @@ class TrainerAverage(TrainerCallback):
             if hasattr(tokenizer, "save_pretrained"):
                 tokenizer.save_pretrained(folder)
             if sums:
-                save_file(self.mean.sums, folder / SUMS, {"running": json.dumps(self.mean.facts)})
+                facts = {**self.mean.facts, "beside": sample_of(model.state_dict())}
+                save_file(self.mean.sums, folder / SUMS, {"running": json.dumps(facts)})
             shutil.rmtree(out, ignore_errors=True)  # of an earlier run
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
