@@ -375,9 +375,7 @@ def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(lightning, 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_of_lightning_keep_one_average_which_is_that_of_their_checkpoints(
-    lightning, one_thread, tmp_path
-):
+def test_two_processes_of_lightning_keep_one_average_that_is_of_their_checkpoints(lightning, one_thread, tmp_path):
     from soups.callbacks import LightningAverage
 
     average = LightningAverage(every="checkpoint")
