@@ -129,6 +129,40 @@ def test_the_soup_is_the_mean_of_the_models_into_which_peft_merges_the_adapters(
         assert verify(tmp_path / "adapter") == ""
 
 
+@pytest.mark.parametrize("variant", [*VARIANTS, *WITH_BASE_ALONE])
+def test_greedy_takes_of_adapters_what_it_takes_of_the_models_into_which_peft_merges_them(variant, bases, tmp_path):
+    name, common, each = (VARIANTS | WITH_BASE_ALONE)[variant]
+    folders = adapters(bases, (name, common, [*each, each[0]]), tmp_path)
+    first, second, _ = states = [merged(bases, name, folder) for folder in folders]
+    wanted = mean_of([first, second])
+
+    def far(weights):
+        """From a model between the first two and nearer to the first, so that greedy takes these in this order."""
+        assert weights.keys() == first.keys()
+        nearer = {key: 0.6 * first[key].double() + 0.4 * second[key].double() for key in first}
+        return sum((weights[key].double() - tensor).square().sum().item() for key, tensor in nearer.items())
+
+    def of_folder(weights):
+        return far(merged(bases, name, weights.checkpoint.path.parent))
+
+    found = [
+        soups.greedy(states, far, "min", allow_unrelated=True, quiet=True),
+        soups.greedy(folders, far, "min", base=bases / f"{name}.pt", quiet=True),
+    ]
+    assert_equal(found[1].weights, wanted)
+    if variant in VARIANTS:
+        found.append(soups.greedy(folders, of_folder, "min", quiet=True))
+        assert_equal(merged(bases, name, found[2].save(tmp_path / "soup")), wanted)
+        assert verify(tmp_path / "soup") == ""
+    for soup in found:
+        assert [decision.accepted for decision in soup.decisions] == [True, True, False]
+        for decision, one in zip(soup.decisions, found[0].decisions, strict=True):
+            assert (soup.names.index(decision.file), decision.score) == (
+                found[0].names.index(one.file),
+                pytest.approx(one.score, rel=1e-4),
+            )
+
+
 @pytest.mark.parametrize("variant", ["rslora with patterns", "embeddings", "convolutions"])
 def test_a_truncated_soup_is_the_nearest_of_its_rank_and_says_how_far_it_is(variant, bases, tmp_path, capsys):
     name = VARIANTS[variant][0]

@@ -113,7 +113,8 @@ def _patterned(patterns: Mapping[str, int] | None, module: str, otherwise: int) 
 
 def in_model(name: str) -> str:
     """A name in the base model, without what peft puts before it and into it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
 def weights_file(folder: Path) -> Path:
@@ -239,7 +240,8 @@ def merged(folder: Path, adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
         return own
 
     for name in adapter.names:
-        if "lora_" not in name:
+        # With bias="all" peft saves the biases of a trained head three times; the original is no part of the model.
+        if "lora_" not in name and ".original_module." not in name:
             source[place(name, in_model(name), _shape(adapter, name))] = adapter, name
     for module, (a, b) in pairs.items():
         scale, bias = f"{module}.lora_magnitude_vector", f"{module}.lora_B.bias"
