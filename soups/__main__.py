@@ -17,34 +17,12 @@ from soups.cli import main as command
 from soups.errors import refuse
 
 
-def typed_now(words: list[str]) -> str:
-    """What words of before, `recipe=greedy 'ingredients=[a.pt,b.pt]' out=s.pt`, are now.
-
-    >>> typed_now(["recipe=wise_ft", "ingredients=[run/*.pt]", "init=a.pt", "out=s.pt"])
-    'python -m soups wise-ft run/*.pt --init a.pt --out s.pt'
-    """
-    values = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-    files = values.pop("ingredients").strip("[]").replace(",", " ")
-    recipe, out = values.pop("recipe", "uniform").replace("_", "-"), values.pop("out", "soup.safetensors")
-    places = {
-        "init": "--init",
-        "alpha": "--alpha",
-        "weights": "--weights",
-        "task.root": "--images",
-        "task.file": "--texts",
-    }
-    more = [f"{places[name]} {value.strip('[]')}" for name, value in values.items() if name in places]
-    if "model" in values:
-        name = f":{values['model.name']}" if "model.name" in values else ""
-        more.append(f"--network {values['model']}{name}")
-    return " ".join(["python -m soups", recipe, files, *more, "--out", out])
-
-
 def main() -> None:
     """Words as `experiment=NAME` are settings of a sweep, all others of the command."""
     words = sys.argv[1:]
     if any(word.lstrip("+").startswith("ingredients=") for word in words):
-        refuse(f"files are named without ingredients=[...] now: {typed_now(words)}")
+        now = "python -m soups uniform run/*.pt --out soup.pt; --help has the other recipes"
+        refuse(f"files are named without ingredients=[...] now: {now}")
     if not words or "=" not in words[0]:
         command()
     elif find_spec("configs") is None or find_spec("soups.experiment") is None:

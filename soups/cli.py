@@ -16,10 +16,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from soups.commands import OTHERS, SETTINGS, TITLES, USES
 from soups.errors import UserError, one_line_errors, refuse
 from soups.ranks import end, start, this_rank
-from soups.words import METRICS, parser_of
+from soups.words import COMMANDS, METRICS, OTHERS, parser_of
+
+KINDS = ("score", "loss", "images", "texts", "perplexity", "choices")  # of held-out examples
+USES = {  # settings of held-out examples -> the kinds of them where they mean something
+    "goal": ("score",),
+    "network": KINDS[2:],
+    "batch_size": KINDS[2:],
+    "image_size": ("images",),
+    "templates": ("images",),
+    "workers": ("images",),
+    "metric": ("score", "images", "texts"),
+    "columns": ("texts",),
+    "label": ("texts",),
+    "max_length": ("texts", "perplexity", "choices"),
+    "per_token": ("choices",),
+}
+# Other words that are no settings of a recipe in Python.
+ELSEWHERE = ("command", "files", "last", "top", "by", "by_goal", "out", "force", "more", "journal", "report")
 
 
 def _held_out(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -31,8 +47,7 @@ def _held_out(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from soups.heldout import HeldOut  # noqa: PLC0415
 
     values = vars(arguments)
-    kinds = ("score", "loss", "images", "texts", "perplexity", "choices")
-    kind: Any = next((kind for kind in kinds if values.get(kind)), None)
+    kind: Any = next((kind for kind in KINDS if values.get(kind)), None)
     given = {name: values[name] for name in USES if values.get(name)}
     for name in given:
         if kind is None:
@@ -82,7 +97,9 @@ def _soup(arguments: argparse.Namespace) -> None:
     of_each = any(isinstance(values.get(setting), (list, str)) for setting in ("weights", "scales", "density"))
     files = _files(arguments, as_typed=of_each or name == "slerp")
     held_out, report = _held_out(arguments)
-    settings = {each: values[each] for each in SETTINGS if each in values} | ({"report": report} if report else {})
+    others = {*KINDS, *USES, *ELSEWHERE} - {"goal"}
+    settings = {each: value for each, value in values.items() if each not in others}
+    settings |= {"report": report} if report else {}
     before: tuple[Any, ...] = (files, held_out)
     kept = None  # what is known so far, from which a killed command continues
     if name not in SCORED:
@@ -158,7 +175,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 _parser = partial(parser_of, __doc__)
-RUN: dict[str, Callable[[argparse.Namespace], None]] = dict.fromkeys(TITLES, _soup)
+RUN: dict[str, Callable[[argparse.Namespace], None]] = dict.fromkeys(COMMANDS, _soup)
 RUN |= {"lora": _lora, "export": _export, "doctor": _doctor, "make": _make, "verify": _verify}
 SCORED = ("greedy", "random-order", "with-replacement", "learned")  # by held-out examples; processes share the work
 

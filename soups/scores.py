@@ -1,7 +1,6 @@
 """Scores of the models of a pool and of their mixtures: given, found in the journal, or computed by all processes."""
 
 import base64
-import csv
 import io
 import json
 import sys
@@ -20,6 +19,7 @@ from soups.candidates import Candidate
 from soups.checks import sound_digest
 from soups.errors import UserError
 from soups.files.opening import opened
+from soups.files.tables import column, read_table, read_text
 from soups.journal import Journal
 from soups.ranks import from_first, spread, this_rank
 from soups.scoring import Scored, Scorer, gain_of, key_of
@@ -48,14 +48,13 @@ def digests_of(pool: Pool, paths: Sequence[Path]) -> list[str]:
 
 def _rows(path: Path) -> list[tuple[str, Any]]:
     """Names and scores as a file has them: .json, .jsonl with "file" and "score", or .csv with these columns."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".json":
-        return list(json.loads(text).items())
-    if path.suffix == ".jsonl":
-        rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    return [(row["file"], row["score"]) for row in rows]
+    if path.suffix != ".json":
+        rows = read_table(path)
+        return list(zip(column(path, rows, "file"), column(path, rows, "score"), strict=True))
+    try:
+        return list(json.loads(read_text(path)).items())
+    except (ValueError, AttributeError) as error:
+        raise UserError(f'{path}: need numbers by file name, as in {{"a.pt": 0.81}} ({type(error).__name__}: {error})') from None
 
 
 def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> dict[int, float]:
@@ -71,18 +70,7 @@ def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> d
     """
     if given is None:
         return {}
-    where = "scores"
-    if isinstance(given, Mapping):
-        rows: list[tuple[str, Any]] = list(given.items())
-    else:
-        where = str(given)
-        try:
-            rows = _rows(Path(given))
-        except FileNotFoundError:
-            raise UserError(f"{given} does not exist") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = 'numbers by file name, as in {"a.pt": 0.81}' if where.endswith(".json") else '"file" and "score"'
-            raise UserError(f"{given}: need {what} ({type(error).__name__}: {error})") from None
+    where, rows = ("scores", list(given.items())) if isinstance(given, Mapping) else (str(given), _rows(Path(given)))
     found: dict[int, float] = {}
     for name, value in rows:
         fits = [i for i, (path, short) in enumerate(zip(paths, names, strict=True)) if name in _calls(path, short)]

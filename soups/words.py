@@ -1,12 +1,101 @@
-"""The words of the command `soups`: each command and its settings."""
+"""The words of the command `soups`: each command, what it is for, examples of it, and its settings."""
 
 import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from soups.commands import EXAMPLES, OTHERS, TITLES
 from soups.errors import UserError
 
+COMMANDS = {  # what each is for, and examples, which a test runs
+    "uniform": (
+        "the equal-weight mean of all models",
+        """soups uniform run/*.safetensors --out soup.safetensors
+soups uniform run/checkpoint-* --last 3 --out soup
+soups uniform run/checkpoint-* --top 2 --by eval_loss --goal min --out soup
+soups uniform run/checkpoint-* --keep '^classifier' --from run/checkpoint-1 --out soup""",
+    ),
+    "weighted": (
+        "the mean with a weight for each model",
+        """soups weighted a.pt b.pt --weights 3,1 --out soup.pt
+soups weighted run/checkpoint-* --weights 1-sqrt --out soup""",
+    ),
+    "wise-ft": (
+        "between the initialisation and the mean of the models",
+        "soups wise-ft run/*.safetensors --init start.safetensors --alpha 0.5 --out soup.safetensors",
+    ),
+    "greedy": (
+        "add models best-first, keeping each one that does not make the score worse (Recipe 1)",
+        """soups greedy run/*.ckpt --score 'python eval.py {soup}' --goal max --out soup.safetensors
+soups greedy run/*.pt --score 'python eval.py {soup}' --report 'python eval.py --test {soup}' --goal max --out s.pt
+soups greedy run/*.safetensors --score my_eval:accuracy --goal max --out soup.safetensors
+soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out soup.safetensors
+soups greedy run/*.safetensors --images held_out --report test --min-sigma 1 --network timm:resnet50 --out soup.pt
+soups greedy run/checkpoint-* --texts held_out.tsv --out soup
+soups greedy llama-*/ --perplexity held_out.txt --out soup
+soups greedy llama-*/ --choices questions.jsonl --out soup
+torchrun --nproc-per-node 8 -m soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out s.pt""",
+    ),
+    "random-order": (
+        "the same in a random order, scoring no model alone but the first",
+        "soups random-order run/*.pt --score my_eval:loss --goal min --seed 1 --out soup.pt",
+    ),
+    "with-replacement": (
+        "add the model that helps most, again and again; one added twice weighs twice",
+        "soups with-replacement run/*.pt --score my_eval:loss --goal min --rounds 10 --out soup.pt",
+    ),
+    "learned": (
+        "learn how much each model weighs by gradient descent on held-out examples",
+        "soups learned run/*.safetensors --images held_out --network timm:resnet50 --per layer --out s.pt",
+    ),
+    "model-stock": (
+        "between the initialisation and the mean, as the angles between models say; needs no examples",
+        "soups model-stock run/*.safetensors --init start.safetensors --out soup.safetensors",
+    ),
+    "arithmetic": (
+        "the initialisation plus scaled changes of the models; scales may be negative",
+        "soups arithmetic run/*.pt --init start.pt --scales 0.5,-0.2 --out soup.safetensors",
+    ),
+    "ties": (
+        "trimmed changes that agree in sign, added to the initialisation",
+        "soups ties run/*.safetensors --init start.safetensors --density 0.2 --out soup.safetensors",
+    ),
+    "dare": (
+        "random parts of the changes, scaled up, added to the initialisation",
+        "soups dare run/*.safetensors --init start.safetensors --density 0.1 --out soup.safetensors",
+    ),
+    "slerp": (
+        "two models on the great circle between them, tensor by tensor",
+        "soups slerp a.pt b.pt --t 0.3 --out soup.pt",
+    ),
+    "lora": (
+        "one LoRA adapter whose update is the mean of the adapters' updates, or with --base the dense model",
+        """soups lora adapters/* --out adapter
+soups lora adapters/* --rank 4 --out adapter
+soups lora adapters/* --base llama --out model
+soups greedy adapters/* --score 'python eval.py {soup}' --goal max --out adapter
+soups greedy adapters/* --base llama --perplexity held_out.txt --out model""",
+    ),
+    "export": (
+        "a soup as a folder that timm, open_clip, transformers or ONNX loads",
+        "soups export soup.safetensors --to timm --network timm:resnet50 --out exported",
+    ),
+    "doctor": (
+        "whether models belong in one soup, and whether it is likely to be better than the best of them",
+        """soups doctor run/*.safetensors --init start.safetensors
+soups doctor run/*.safetensors --scores scores.json --held-out 616""",
+    ),
+    "make": (
+        "make the soup of a recipe in a file: yours, mergekit's, or the one that lies beside a soup",
+        """soups make recipe.yaml
+soups make soup.safetensors.recipe.yaml --folder run --out again.safetensors
+soups make mergekit.yaml --out merged --allow-unrelated""",
+    ),
+    "verify": (
+        "make a soup again from its ingredients and compare every byte",
+        "soups verify soup.safetensors --folder run",
+    ),
+}
+OTHERS = ("export", "doctor", "make", "verify")  # which are no recipes
 FILES = "weight files, folders of save_pretrained, or patterns in quotes; run2 comes before run10"
 METRICS = ("top1", "macro_f1", "matthews", "accuracy_and_f1")
 REPORT = (
@@ -199,9 +288,8 @@ def parser_of(description: str | None) -> Parser:
     top = Parser("soups", description=description, formatter_class=raw, allow_abbrev=False)
     kinds = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     made = {}
-    for name in TITLES:
-        title = TITLES[name]
-        lines = "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())
+    for name, (title, examples) in COMMANDS.items():
+        lines = "\n".join(f"  {line}" for line in examples.splitlines())
         made[name] = kinds.add_parser(
             name,
             help=title,

@@ -19,9 +19,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForMaskedLM, Au
 from configs.errors import UserError
 from configs.exporting import Export
 from soups.card import interval
+from soups.experiment.export.formats import export, loaded_back
 from soups.experiment.export.source import read_source
 from soups.experiment.export.usage import usage
-from soups.experiment.export.written import compare, export
 from tests.commands import python
 
 pytestmark = pytest.mark.slow  # folders are written and loaded by four libraries
@@ -59,7 +59,8 @@ def run_card(source, to, folder, image):
 
 def of_picture(source, image):
     """The logits of the soup itself."""
-    return source.logits(source.images(Image.open(image).convert("RGB"))[None])
+    with torch.no_grad():
+        return source.network(source.images(Image.open(image).convert("RGB"))[None])
 
 
 @pytest.mark.parametrize("kind", ["timm", "imagenet_lite0"])
@@ -203,12 +204,12 @@ def test_timm_has_no_place_for_unit_features(tmp_path):
 def test_a_folder_with_other_logits_is_refused(tmp_path):
     out, _, soup = exported("resnet", "transformers", tmp_path)
     source = read_source(Export(soup=soup, to="transformers", out=out))
-    assert compare(source, "transformers", out) < 1e-4
+    assert loaded_back(source, "transformers", out) < 1e-4
     head = load_file(out / "classifier.safetensors")
     head["bias"][3] += 0.01
     save_file(head, out / "classifier.safetensors")
-    with pytest.raises(UserError, match=r"logits differ by 0\.01"):
-        compare(source, "transformers", out)
+    with pytest.raises(UserError, match=r"outputs differ by 0\.01"):
+        loaded_back(source, "transformers", out)
 
 
 def test_the_card_says_recipe_ingredients_scores_licence_and_proxies(tmp_path):

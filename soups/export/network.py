@@ -87,6 +87,13 @@ def compare(network: Network, read: Answer, library: str) -> float:
     return largest
 
 
-def random_pixels(size: int) -> Callable[[int], Tensor]:
-    """(N, 3, S, S) float32 standard normal, by N."""
-    return lambda count: torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+def random_pixels(name: str, size: int) -> Callable[[int], Inputs]:
+    """(N, 3, S, S) float32 standard normal under the name of an argument, by N."""
+    return lambda count: {name: torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))}
+
+
+def of_one_input(module: nn.Module, inputs: Inputs) -> Tensor:
+    """What a network says that has one argument and one answer."""
+    (only,) = inputs.values()
+    answered: Tensor = module(only)
+    return answered

@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from soups.errors import UserError
-from soups.export.network import Answer, Images, Inputs, Network
+from soups.export.network import Answer, Images, Inputs, Network, of_one_input
 from soups.files.atomic import write_json
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -98,7 +99,7 @@ def graph_of(network: Network) -> Network:
             generator, shape = torch.Generator().manual_seed(count), (count, 3, images.size, images.size)
             return {"images": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)}
 
-        return Network(network.name, module.eval(), _first, pixels, network.class_names, images, folder=network.folder)
+        return replace(network, module=module.eval(), answer=of_one_input, inputs=pixels)
     pad = network.pad or 0
     module_of_texts: Any = network.module
     words: int = module_of_texts.config.vocab_size
@@ -109,13 +110,7 @@ def graph_of(network: Network) -> Network:
         ids[0, -2:] = pad  # the first one is shorter
         return {"input_ids": ids}
 
-    texts_module = _Texts(network, pad).eval()
-    return Network(network.name, texts_module, _first, texts, network.class_names, pad=pad, folder=network.folder)
-
-
-def _first(module: nn.Module, inputs: Inputs) -> Tensor:
-    answered: Tensor = module(next(iter(inputs.values())))
-    return answered
+    return replace(network, module=_Texts(network, pad).eval(), answer=of_one_input, inputs=texts, pad=pad)
 
 
 def facts_of(network: Network) -> dict[str, Any]:

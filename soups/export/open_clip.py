@@ -51,12 +51,12 @@ def build(name: str, weights: Mapping[str, Tensor]) -> Network:
         config = {"model_cfg": deepcopy(open_clip.get_model_config(name)), "preprocess_cfg": seen}
     loaded(module, weights, f"open_clip's {name}")
     size = module.visual.image_size
-    pixels = random_pixels(size if isinstance(size, int) else size[0])
+    pixels = random_pixels("images", size if isinstance(size, int) else size[0])
     length, words = module.context_length, module.vocab_size
 
     def inputs(count: int) -> Inputs:
         texts = torch.randint(0, words, (count, length), generator=torch.Generator().manual_seed(count))
-        return {"images": pixels(count), "texts": texts}
+        return {**pixels(count), "texts": texts}
 
     return Network(name, module, _answer, inputs, config=config, folder=folder)
 

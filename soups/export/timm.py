@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from soups.errors import UserError
-from soups.export.network import Answer, Images, Inputs, Network, loaded, random_pixels
+from soups.export.network import Answer, Images, Network, loaded, of_one_input, random_pixels
 
 USE = """
 import timm, torch
@@ -49,7 +49,8 @@ def build(name: str, weights: Mapping[str, Tensor], class_names: Sequence[str]) 
         if not recorded.fixed_input_size or "pos_embed" not in weights:
             raise
         module = loaded(_of_its_size(name, weights, classes), weights, f"timm's {name}")
-    return Network(name, module, _answer, _inputs(_seen(module).size), names, _seen(module))
+    seen = _seen(module)
+    return Network(name, module, of_one_input, random_pixels("images", seen.size), names, seen)
 
 
 def _of_its_size(name: str, weights: Mapping[str, Tensor], classes: int) -> nn.Module:
@@ -67,16 +68,6 @@ def _seen(module: nn.Module) -> Images:
     return Images(size, math.floor(size / settings["crop_pct"]), squash, settings["mean"], settings["std"])
 
 
-def _answer(module: nn.Module, inputs: Inputs) -> Tensor:
-    answered: Tensor = module(inputs["images"])
-    return answered
-
-
-def _inputs(size: int) -> Any:
-    pixels = random_pixels(size)
-    return lambda count: {"images": pixels(count)}
-
-
 def write(network: Network, folder: Path) -> None:
     """config.json and model.safetensors, as timm pushes them to the hub."""
     images = network.images
@@ -92,4 +83,4 @@ def write(network: Network, folder: Path) -> None:
 def read(folder: Path, network: Network) -> Answer:
     """As anyone would load it."""
     module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return torch.no_grad()(lambda inputs: _answer(module, inputs))
+    return torch.no_grad()(lambda inputs: of_one_input(module, inputs))

@@ -8,11 +8,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor
-from transformers.utils import logging
 
 from soups.errors import UserError
 from soups.export.network import Answer, Images, Inputs, Network, random_pixels
 from soups.folder import copy_companions
+from soups.scorers.networks import from_pretrained
 
 USE = """
 from transformers import ARCHITECTURE
@@ -42,7 +42,9 @@ def build(name: str, weights: Mapping[str, Tensor], class_names: Sequence[str]) 
             raise UserError(f"{len(class_names)} names of classes were given, and {made} has {config.num_labels}")
         config.id2label = dict(enumerate(class_names))
         config.label2id = {label: i for i, label in enumerate(class_names)}
-    module = _loaded(kind, config, weights, name)
+    # By transformers itself, which knows under which names older versions saved a tensor.
+    more = {"config": config, "state_dict": dict(weights)}
+    module = from_pretrained(kind, None, "the soup", network=f"transformers:{name}", **more).eval()
     folder = Path(name) if Path(name).is_dir() else None
     size = getattr(config, "image_size", None)
     images = None
@@ -52,25 +54,6 @@ def build(name: str, weights: Mapping[str, Tensor], class_names: Sequence[str]) 
     labels = tuple(config.id2label[i] for i in range(config.num_labels)) if made.endswith("Classification") else ()
     pad = getattr(config, "pad_token_id", None)
     return Network(made, module, _answer, _inputs(module, size), labels, images, 0 if pad is None else pad, {}, folder)
-
-
-def _loaded(kind: Any, config: Any, weights: Mapping[str, Tensor], name: str) -> Any:
-    """By transformers itself, which knows under which names older versions saved a tensor."""
-    silence = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing is said below, in one line
-    logging.disable_progress_bar()
-    try:
-        module, info = kind.from_pretrained(
-            None, config=config, state_dict=dict(weights), output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    finally:
-        logging.set_verbosity(silence)
-    odd = [*info["missing_keys"], *info["unexpected_keys"], *(key[0] for key in info["mismatched_keys"])]
-    if odd:
-        raise UserError(
-            f"the soup is not of transformers:{name}: tensor {min(odd)!r} is missing, unknown or of another shape"
-        )
-    return module.eval()
 
 
 def _images(name: str) -> Images:
@@ -87,7 +70,7 @@ def _images(name: str) -> Images:
 
 
 def _inputs(module: Any, size: int | None) -> Any:
-    pixels, config = random_pixels(size or 1), module.config
+    config = module.config
 
     def texts(count: int) -> Inputs:
         ids = torch.randint(0, config.vocab_size, (count, LENGTH), generator=torch.Generator().manual_seed(count))
@@ -95,7 +78,7 @@ def _inputs(module: Any, size: int | None) -> Any:
         return named | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
     if module.main_input_name == "pixel_values":
-        return lambda count: {"pixel_values": pixels(count)}
+        return random_pixels("pixel_values", size or 1)
     return texts
 
 

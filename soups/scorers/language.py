@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from soups.candidates import Candidate
 from soups.errors import UserError
+from soups.files.tables import read_objects, read_text
 from soups.scorers.networks import device, from_pretrained, read_source, settings_in, tokenizer_of
-from soups.scorers.texts import read_objects, read_text
 from soups.scoring import Learning, Scored, Scorer, key_of, mean_of_answers
 from soups.sources import Pool
 

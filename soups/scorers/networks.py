@@ -130,8 +130,17 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], name: str, renam
             state[place].copy_(tensor)
 
 
-def from_pretrained(library: Any, folder: Path, name: str, **more: Any) -> Any:
-    """A network of transformers from a folder, with every tensor of it found.
+def from_pretrained(
+    library: Any, folder: Path | None, name: str, network: str = "the network in its config.json", **more: Any
+) -> Any:
+    """A network of transformers with every tensor of it found.
+
+    Args:
+        library: a class of transformers.
+        folder: with config and weights; None where both are in `more`.
+        name: of the weights, for messages.
+        network: what the weights are to be of, for messages.
+        more: of its own `from_pretrained`.
 
     Raises:
         UserError: tensors are missing, unknown or of another shape.
@@ -142,7 +151,7 @@ def from_pretrained(library: Any, folder: Path, name: str, **more: Any) -> Any:
     silence = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is said below, in one line
     try:
-        network, info = library.from_pretrained(
+        module, info = library.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **more
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -151,9 +160,8 @@ def from_pretrained(library: Any, folder: Path, name: str, **more: Any) -> Any:
         logging.set_verbosity(silence)
     odd = [*info["missing_keys"], *info["unexpected_keys"], *(key[0] for key in info["mismatched_keys"])]
     if odd:
-        raise UserError(f"{name} is not of the network in its config.json: {min(odd)!r} is missing, unknown or of "
-                        "another shape")  # fmt: skip
-    return network
+        raise UserError(f"{name} is not of {network}: tensor {min(odd)!r} is missing, unknown or of another shape")
+    return module
 
 
 def image_network(asked: "HeldOut", pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:

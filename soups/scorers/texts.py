@@ -1,11 +1,7 @@
 """Labelled texts in a table: .tsv with tabs between fields, .csv, or .jsonl, read by a classifier of transformers."""
 
-import csv
-import io
-import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +9,7 @@ from torch import Tensor
 
 from soups.candidates import Candidate
 from soups.errors import UserError
+from soups.files.tables import column, read_table
 from soups.scorers.metrics import of_classes
 from soups.scorers.networks import device, from_pretrained, read_source, settings_in, tokenizer_of
 from soups.scoring import Learning, Scorer, key_of
@@ -24,84 +21,6 @@ if TYPE_CHECKING:
 BATCH = 64  # texts of a forward pass
 LEARNED_BATCH = 32  # texts of a step of a learned soup
 MAX_LENGTH = 128  # tokens of a text, where nothing else is said
-
-
-def read_text(path: Path) -> str:
-    """A file of UTF-8, with or without a byte-order mark.
-
-    Raises:
-        UserError: it is missing, or not UTF-8.
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8: save it as UTF-8") from None
-
-
-def read_objects(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; empty lines are skipped.
-
-    Raises:
-        UserError: a line is no object, or there is none; names the line.
-    """
-    found = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: no JSON ({error})") from None
-            if not isinstance(value, dict):
-                raise UserError(f"{path}, line {number}: a {type(value).__name__}, not an object")
-            found.append(value)
-    if not found:
-        raise UserError(f"{path} has no example")
-    return found
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table by the names of its columns, which are its first line (.tsv, .csv) or its keys (.jsonl).
-
-    In a .tsv quotes mean nothing; in a .csv they may stand around fields.
-
-    Raises:
-        UserError: another kind of file, or a line with more or fewer fields than there are columns.
-    """
-    if path.suffix == ".jsonl":
-        return [{key: str(value) for key, value in row.items()} for row in read_objects(path)]
-    if path.suffix not in (".tsv", ".csv"):
-        raise UserError(f"{path}: labelled texts are a .tsv, a .csv or a .jsonl file")
-    text = read_text(path)
-    if path.suffix == ".tsv":
-        lines = [line.removesuffix("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-    else:
-        lines = list(csv.reader(io.StringIO(text, newline="")))
-    columns, *rows = lines
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(columns):
-            raise UserError(
-                f"{path}, line {number}: {len(row)} fields, and there are {len(columns)} columns ({', '.join(columns)})"
-            )
-    if not rows:
-        raise UserError(f"{path} has no example")
-    return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def column(path: Path, rows: Sequence[dict[str, str]], name: str) -> list[str]:
-    """One column.
-
-    Raises:
-        UserError: it is not there.
-    """
-    for number, row in enumerate(rows, start=1):
-        if name not in row:
-            raise UserError(
-                f"{path} has no column {name!r} in row {number}, only {', '.join(row)}: see --columns, --label"
-            )
-    return [row[name] for row in rows]
 
 
 def of_texts(asked: "HeldOut", pool: Pool) -> Scorer:

@@ -19,7 +19,7 @@ from configs.exporting import Export
 def run(settings: Export) -> None:
     """Export and say what was compared."""
     # Imported here, since --help needs none of it, and torch alone takes seconds.
-    from soups.experiment.export.written import export  # noqa: PLC0415
+    from soups.experiment.export.formats import export  # noqa: PLC0415
 
     print(export(settings))
 

@@ -1,4 +1,4 @@
-"""Folders that timm, open_clip, transformers and onnxruntime load by their own calls, and those calls.
+"""From settings to a folder that was loaded back, by its library's own call, and gave the soup's logits.
 
 A writer raises a `UserError` where its library cannot compute what the network does. A reader is the library's
 call, which gives logits for the inputs of `Source.example`; it reads nothing but the folder.
@@ -18,16 +18,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, CLIPImageProcessor
 
+from configs.exporting import Export, Target
 from models import hub
 from models.backbones import dual_encoder
 from models.emoji_clip.model import VOCABULARY, clip_config
 from models.hub import SentenceTower
 from soups.errors import UserError
-from soups.experiment.export.source import Source
+from soups.experiment.export.card import write_card
+from soups.experiment.export.source import Source, read_source
+from soups.experiment.export.usage import usage
 from soups.export import onnx as to_onnx
 from soups.export import open_clip as to_open_clip
 from soups.export import timm as to_timm
-from soups.export.network import Images, Inputs, Network
+from soups.export.network import Images, Network, compare, of_one_input
+from soups.files.atomic import replacing
 
 HEAD = "classifier.safetensors"
 Reader = Callable[[Source, Path], Callable[[Tensor], Tensor]]  # a folder to: inputs of `example` -> (N, C) logits
@@ -72,12 +76,7 @@ def _network_of(source: Source, module: nn.Module, config: Mapping[str, Any] | N
     mean, std = source.statistics()
     images = Images(source.images.size, source.images.resize, source.images.squash, tuple(mean), tuple(std))
     name = source.model.name or source.model.kind
-    return Network(name, module, _first, lambda count: {}, source.class_names, images, config=config or {})
-
-
-def _first(module: nn.Module, inputs: Inputs) -> Tensor:
-    answered: Tensor = module(next(iter(inputs.values())))
-    return answered
+    return Network(name, module, of_one_input, lambda count: {}, source.class_names, images, config=config or {})
 
 
 def read_timm(source: Source, folder: Path) -> Callable[[Tensor], Tensor]:
@@ -89,8 +88,8 @@ def read_timm(source: Source, folder: Path) -> Callable[[Tensor], Tensor]:
 def graph_of(source: Source) -> Network:
     """The network as ONNX takes it, with the one input that it has here."""
     name = "input_ids" if source.model.is_reader else "images"
-    kind = source.model.kind
-    return Network(kind, source.network, _first, lambda count: {name: source.example(count, count)}, source.class_names)
+    inputs = lambda count: {name: source.example(count)}  # noqa: E731
+    return Network(source.model.kind, source.network, of_one_input, inputs, source.class_names)
 
 
 def facts(source: Source) -> dict[str, Any]:
@@ -228,3 +227,46 @@ def targets(source: Source) -> tuple[str, ...]:
 def possible(source: Source) -> str:
     """The same, as the end of a sentence."""
     return "it can go to=" + " or to=".join(targets(source))
+
+
+FORMATS: dict[Target, tuple[Callable[[Source, Path], None], Reader]] = {
+    "timm": (write_timm, read_timm),
+    "open_clip": (write_open_clip, read_open_clip),
+    "transformers": (write_transformers, read_transformers),
+    "onnx": (write_onnx, read_onnx),
+}
+
+
+def loaded_back(source: Source, to: Target, folder: Path) -> float:
+    """The largest difference between the folder's logits and the soup's, on random inputs.
+
+    Raises:
+        UserError: as `soups.export.network.compare`.
+    """
+    try:
+        read = FORMATS[to][1](source, folder)
+        return compare(graph_of(source), torch.no_grad()(lambda inputs: read(*inputs.values())), to)
+    except UserError as error:
+        raise UserError(f"{error}, so nothing was written; {possible(source)}") from None
+
+
+def export(settings: Export) -> str:
+    """Write the folder and return what was written and compared, in a line.
+
+    Raises:
+        UserError: no such soup, a library that has no such network, missing packages, a folder that is there
+            already, a full disk, or logits that differ.
+    """
+    out, to = settings.out, settings.to
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} is there already: name another folder, or delete it")
+    if to == "onnx":
+        to_onnx.need_packages()
+    source = read_source(settings)
+    if to not in targets(source) and not (to == "timm" and source.model.kind in ("timm", "imagenet_lite0")):
+        raise UserError(f"to={to}: this soup is of a network of {source.model.kind}: {possible(source)}")
+    with replacing(out, folder=True) as folder:
+        FORMATS[to][0](source, folder)
+        gap = loaded_back(source, to, folder)
+        write_card(source, to, settings.license, usage(source, to), folder)
+    return f"{out}: loaded by {to}, logits within {gap:.1e} of the soup's on 7 random inputs"

@@ -71,9 +71,9 @@ class Source:
         mean, std = ((value.flatten().double() / 255).tolist() for value in (self.classifier.mean, self.classifier.std))
         return [round(value, 8) for value in mean], [round(value, 8) for value in std]
 
-    def example(self, count: int, seed: int = 0) -> Tensor:
-        """(count, 3, S, S) uint8 images or (count, L) token ids of chance, to compare logits on."""
-        generator = torch.Generator().manual_seed(seed)
+    def example(self, count: int) -> Tensor:
+        """(count, 3, S, S) uint8 images or (count, L) token ids, random and always the same, to compare logits on."""
+        generator = torch.Generator().manual_seed(count)
         if not self.model.is_reader:
             size = self.images.size
             return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
@@ -85,12 +85,6 @@ class Source:
         short = torch.cat([around[0][:1], body[:1, :3], around[1][:1]], dim=1)
         ids[0] = torch.cat([short, torch.full((1, 2), words.pad)], dim=1)  # the first one is padded
         return ids
-
-    @torch.no_grad()
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(N, C) of the soup itself."""
-        answered: Tensor = self.network(inputs)
-        return answered
 
 
 def _run_of(folder: Path) -> Path | None:
