@@ -168,22 +168,22 @@ def _scores(
     models: Models,
     score: Score,
     goal: Goal | None,
-    settings: Mapping[str, Any],
     *,
-    given: Given = None,
-    min_sigma: float,
-    report: Score | None,
-    journal: str | Path | None,
-    quiet: bool,
+    scores: Given = None,
+    min_sigma: float = 0.0,
+    report: Score | None = None,
+    journal: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
 ) -> Scores:
-    """How a pool is scored, with every file read once before the first forward pass.
+    """How a pool is scored, with every file read once before the first forward pass; settings as in `greedy`.
 
     Raises:
         UserError: a score that is none, two that do not fit together, or a model with NaN or infinity.
     """
     if not (isfinite(min_sigma) and min_sigma >= 0):
         raise UserError(f"--min-sigma is a number of standard deviations, at least 0; got {min_sigma}")
-    if min_sigma and given:
+    if min_sigma and scores:
         raise UserError("--min-sigma needs a number for each example, which --scores does not have: leave out one")
     pool, how, _ = open_pool(models, settings, score=score)
     scorer = _scorer(score, goal, pool)
@@ -197,7 +197,7 @@ def _scores(
     place = Path(journal) if journal is not None else None
     told = (lambda line: None) if quiet else to_stderr
     kept, digests = Journal(place), digests_of(pool, pool.paths)
-    found = Scores(pool, scorer, how, kept, digests, given_scores(given, pool.paths, pool.names), told, min_sigma)
+    found = Scores(pool, scorer, how, kept, digests, given_scores(scores, pool.paths, pool.names), told, min_sigma)
     if others is not None:
         found.report = Scores(pool, others, how, kept, digests, {}, told)
     return found
@@ -295,9 +295,8 @@ def greedy(
 
     Source: Wortsman et al. 2022, Recipe 1.
     """
-    found = _scores(
-        models, score, goal, settings, given=scores, min_sigma=min_sigma, report=report, journal=journal, quiet=quiet
-    )
+    asked: dict[str, Any] = {"scores": scores, "min_sigma": min_sigma, "report": report, "journal": journal}
+    found = _scores(models, score, goal, quiet=quiet, **asked, **settings)
     alone, aim = _alone(found), found.scorer.goal
     order = best_first(list(alone.values()), aim)
     chosen = add_in_order(order, alone[order[0]], found.results, ahead=this_rank()[1], ties=ties, goal=aim)
@@ -305,23 +304,14 @@ def greedy(
 
 
 def random_order(
-    models: Models,
-    score: Score,
-    goal: Goal | None = None,
-    *,
-    seed: int = 0,
-    ties: Ties = "keep",
-    min_sigma: float = 0.0,
-    report: Score | None = None,
-    journal: str | Path | None = None,
-    quiet: bool = False,
-    **settings: Any,
+    models: Models, score: Score, goal: Goal | None = None, *, seed: int = 0, ties: Ties = "keep", **settings: Any
 ) -> Soup:
     """The same from a pool that is not sorted by its scores, but in an order that `seed` draws (Table 3).
 
     The first model always enters, so the soup may be worse than the best model; other models are not scored alone.
+    Further settings are `min_sigma`, `report`, `journal` and `quiet` of `greedy`, and those of the averaging.
     """
-    found = _scores(models, score, goal, settings, min_sigma=min_sigma, report=report, journal=journal, quiet=quiet)
+    found = _scores(models, score, goal, **settings)
     order = random_places(len(found.pool), seed, 0)
     (first,) = found.of([(order[0],)])
     chosen = add_in_order(order, first.value, found.results, ahead=this_rank()[1], ties=ties, goal=found.scorer.goal)
@@ -329,22 +319,13 @@ def random_order(
 
 
 def with_replacement(
-    models: Models,
-    score: Score,
-    goal: Goal | None = None,
-    *,
-    scores: Given = None,
-    rounds: int = 20,
-    min_sigma: float = 0.0,
-    report: Score | None = None,
-    journal: str | Path | None = None,
-    quiet: bool = False,
-    **settings: Any,
+    models: Models, score: Score, goal: Goal | None = None, *, rounds: int = 20, **settings: Any
 ) -> Soup:
-    """Add, again and again, the model of the whole pool that helps most; one that is added twice weighs twice."""
-    found = _scores(
-        models, score, goal, settings, given=scores, min_sigma=min_sigma, report=report, journal=journal, quiet=quiet
-    )
+    """Add, again and again, the model of the whole pool that helps most; one that is added twice weighs twice.
+
+    Further settings are `scores`, `min_sigma`, `report`, `journal` and `quiet` of `greedy`, and those of the averaging.
+    """
+    found = _scores(models, score, goal, **settings)
     alone = _alone(found)
     chosen = add_with_replacement(list(alone.values()), found.results, rounds=rounds, goal=found.scorer.goal)
     return _chosen("with_replacement", found, chosen, alone, rounds=rounds)

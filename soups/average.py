@@ -1,7 +1,7 @@
 """Means of weights in memory; `soups.mean` does the work, as it does for files."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,29 +30,22 @@ def _tensors(mean: Mean) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Average:
-    """The mean of some models' weights, kept as float64 sums so that no order of adding them loses digits.
+    """The mean of some models' weights, at first of none, kept as float64 sums so that no order of them loses digits.
 
     Tensors that share memory in a model are summed once and share memory in the average.
     """
 
-    sums: dict[str, Tensor]  # float64 for floating-point tensors, the tensor itself for others; tied names share one
-    kinds: dict[str, str]  # of each tensor of the mean, as safetensors calls it
-    count: int
-
-    @classmethod
-    def of(cls, weights: Weights) -> "Average":
-        """The average of one model.
-
-        Raises:
-            UserError: a tensor holds NaN or infinity, or is complex or float8.
-        """
-        return cls({}, {}, 0).plus(weights)
+    # Float64 for floating-point tensors, the tensor itself for others; tied names share one.
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)  # of each tensor of the mean, as safetensors calls it
+    count: int = 0
 
     def plus(self, weights: Weights) -> "Average":
         """The average with one more model; this one is left as it was.
 
         Raises:
-            UserError: names, shapes, kinds, ties or integers differ, or a tensor holds NaN or infinity.
+            UserError: names, shapes, kinds, ties or integers differ; or a tensor holds NaN or infinity, or is complex
+                or float8.
         """
         new = checkpoint_of(f"model {self.count}", weights)
         before = [checkpoint_of("the models before", self.sums)] if self.count else []
@@ -63,7 +56,7 @@ class Average:
         stands = {name: layout.ties.get(name, name) for name in names if name in new.names or name in self.sums}
         kinds = {}
         for name, stand in stands.items():
-            entry = new.entries[new.own(stand)]
+            entry = new.entry(stand)
             kinds[name] = joint_kind({self.kinds.get(stand, entry.dtype), entry.dtype}) or entry.dtype
         return Average({name: sums[stand] for name, stand in stands.items()}, kinds, self.count + 1)
 

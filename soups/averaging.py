@@ -297,18 +297,14 @@ def writer(
     merging: Callable[[Mean, Sequence[int]], Mean] | None = None,
 ) -> Writer:
     """The soup of such weights as a function that writes it."""
-    if pool.adapters:
-        assert not isinstance(weights, Mapping)  # recipes of adapters have one weight a model
-        return partial(_write_adapters, pool, weights)
-    return lambda out, note: average(pool, weights, how, out, note, start=start, merging=merging)
+    if not pool.adapters:
+        return lambda out, note: average(pool, weights, how, out, note, start=start, merging=merging)
+    from soups.lora import soup_folders  # noqa: PLC0415  # torch takes seconds
 
-
-def _write_adapters(pool: Pool, weights: Sequence[float], out: Path, note: Mapping[str, Any]) -> "LoraSoup":
-    from soups.lora import soup_folders  # noqa: PLC0415
-
+    assert not isinstance(weights, Mapping)  # recipes of adapters have one weight a model
     used = [i for i, weight in enumerate(weights) if weight]
-    names, shares = [pool.names[i] for i in used], [weights[i] for i in used]
-    return soup_folders([pool.paths[i] for i in used], out, weights=shares, note=note, names=names)
+    folders, names, shares = zip(*((pool.paths[i], pool.names[i], weights[i]) for i in used), strict=True)
+    return lambda out, note: soup_folders(folders, out, weights=shares, note=note, names=names)
 
 
 def by_tensor(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from soups.conformance import Layout, common_layout
 from soups.errors import UserError
 from soups.files.checkpoints import BLOCK, Checkpoint, content_digest, hash_tensor
-from soups.files.dtypes import FLOATS, STORED, widen
+from soups.files.dtypes import FLOATS, widen
 from soups.files.folders import config_beside
 from soups.files.opening import opened
 from soups.files.reading import Reading
@@ -148,10 +148,7 @@ def sampled_cosines(checkpoints: Sequence[Checkpoint], layout: Layout) -> NDArra
             continue
         rows = np.empty((count, min(width, entry.size)))
         for row, checkpoint in zip(rows, checkpoints, strict=True):
-            kind = checkpoint.entries[checkpoint.own(name)].dtype
-            stored = np.empty(rows.shape[1], STORED[kind])
-            checkpoint.read(name, 0, stored)
-            row[:] = widen(stored, kind)
+            row[:] = widen(checkpoint.elements(name, 0, len(row)), checkpoint.entry(name).dtype)
         products = rows @ rows.T
         lengths = np.sqrt(products.diagonal())
         if (lengths > 0).all():

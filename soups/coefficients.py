@@ -1,10 +1,9 @@
 """Learned soups of models in any form: held-out examples or the user's loss say how much each model weighs."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from soups.averaging import Models, by_tensor, open_pool, writer
 from soups.errors import UserError
@@ -14,9 +13,6 @@ from soups.mean import Mixing
 from soups.scores import digests_of
 from soups.scoring import Learning, key_of
 from soups.soup import Soup
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def learned(
@@ -72,18 +68,17 @@ def learned(
     else:
         learning, key = held_out, code_of(held_out.loss)
     with opened(pool.paths, how.reading) as checkpoints:
-        weights = [LazyWeights(checkpoint) for checkpoint in checkpoints]
         state_dict = learning.module.state_dict(keep_vars=True)
         try:
             found = learn(
                 learning.module,
-                [partial(_same, each) for each in weights],
+                [partial(LazyWeights, checkpoint) for checkpoint in checkpoints],
                 learning.batches,
                 LearnedSettings(per=per, lr=lr, epochs=epochs, weight_decay=weight_decay, place=place),
                 state_path=None if state is None else Path(state),
                 identity=key_of(key, digests, size),
                 loss=learning.loss,
-                names=places(weights[0], state_dict, pool.names[0], learning.rename),
+                names=places(checkpoints[0].names, state_dict, pool.names[0], learning.rename),
             )
         except ValueError as error:
             raise UserError(f"learned: {error}") from None
@@ -91,10 +86,6 @@ def learned(
     note = {"per": per, "lr": lr, "epochs": epochs, "first_loss": found.losses[0], "last_loss": found.losses[-1]}
     mixing: Mixing = mean if per == "model" else by_tensor(pool, [], how, found.of)
     return Soup("learned", pool, writer(pool, mixing, how), dict(zip(pool.names, mean, strict=True)), note)
-
-
-def _same(weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
-    return weights
 
 
 def user_loss(network: Any, batches: Any, loss: Any = None) -> Learning:

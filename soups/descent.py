@@ -113,38 +113,27 @@ class Layout:
 
     @classmethod
     def of(
-        cls,
-        module: nn.Module,
-        per: Literal["model", "layer", "tensor"],
-        group: Callable[[str], str],
-        names: Mapping[str, str] | None = None,
+        cls, module: nn.Module, per: Literal["model", "layer", "tensor"], names: Mapping[str, str] | None = None
     ) -> "Layout":
-        """One group for all tensors, for each layer as `group` names it, or for each tensor.
+        """One group for all tensors, for each layer as `layer_of` names it, or for each tensor.
 
         Args:
             module: the network.
             per: what shares a group.
-            group: tensor name to layer.
             names: the network's names -> those of the same tensors in the models; a tied tensor may have one alone.
         """
         targets: dict[str, Tensor] = {}
         first: dict[int, str] = {}
         owner: dict[str, str] = {}
         for own, tensor in module.state_dict(keep_vars=True).items():
-            name = _named(own, names)
+            name = own if names is None else names.get(own)
             if name is not None and tensor.is_floating_point():
                 owner[name] = first.setdefault(id(tensor), name)
                 targets[owner[name]] = tensor
-        by: dict[str, Callable[[str], str]] = {"model": lambda name: "all", "layer": group, "tensor": str}
-        label = by[per]
-        labels = {name: label(name) for name in targets}
+        by: dict[str, Callable[[str], str]] = {"model": lambda name: "all", "layer": layer_of, "tensor": str}
+        labels = {name: by[per](name) for name in targets}
         groups = tuple(dict.fromkeys(labels.values()))
         return cls(targets, owner, groups, {name: groups.index(labels[name]) for name in targets})
-
-
-def _named(own: str, names: Mapping[str, str] | None) -> str | None:
-    """What a tensor of the network is called in the models, if it is there."""
-    return own if names is None else names.get(own)
 
 
 @dataclass
@@ -304,7 +293,6 @@ def learn(
     *,
     state_path: Path | None = None,
     identity: str = "",
-    group: Callable[[str], str] = layer_of,
     loss: Loss = cross_entropy,
     names: Mapping[str, str] | None = None,
 ) -> LearnedSoup:
@@ -325,7 +313,6 @@ def learn(
         state_path: where the state is kept every few steps; a run that finds it goes on from there and ends with
             the same bits as one that was never stopped. None keeps none.
         identity: names ingredients, data and loss (their digests), so that no other run's state is taken up.
-        group: tensor name to layer, for `per="layer"`.
         loss: what is minimised.
         names: the network's names -> the models'; None where they are equal.
 
@@ -335,12 +322,13 @@ def learn(
 
     Source: Wortsman et al. 2022, Appendix I; alpha starts uniform and weight decay is 0 as in the authors' script.
     """
-    layout = Layout.of(module, settings.per, group, names)
+    layout = Layout.of(module, settings.per, names)
+    network = module.state_dict()
     device = next(iter(layout.targets.values())).device
     placement = settle(
         models,
         layout.targets,
-        {name: tensor for own, tensor in module.state_dict().items() if (name := _named(own, names)) is not None},
+        network if names is None else {names[own]: tensor for own, tensor in network.items() if own in names},
         place=settings.place,
         differences=settings.differences,
         device=device,

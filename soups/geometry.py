@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from soups.conformance import Layout
 from soups.files.checkpoints import BLOCK, Checkpoint
-from soups.files.dtypes import FLOATS, STORED, widen
+from soups.files.dtypes import FLOATS, widen
 from soups.mean import STATISTICS
 
 ANOTHER_ORIGIN = 0.5  # fine-tuned weights keep a cosine near 1 with where they started; unrelated ones are near 0
@@ -83,10 +83,7 @@ def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint
                 if checkpoint is None:
                     row[:] = rows[:-1].mean(axis=0)
                 else:
-                    kind = checkpoint.entries[checkpoint.own(name)].dtype
-                    stored = np.empty(len(row), STORED[kind])
-                    checkpoint.read(name, start, stored)
-                    row[:] = widen(stored, kind)
+                    row[:] = widen(checkpoint.elements(name, start, len(row)), checkpoint.entry(name).dtype)
             tasks, origin = rows[:-1] - rows[-1], rows[-1]
             products += tasks @ tasks.T
             crossed += tasks @ origin

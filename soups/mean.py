@@ -66,6 +66,10 @@ class Term:
         """Of this model in the mean of a tensor."""
         return self.weights if isinstance(self.weights, float) else self.weights[tensor]
 
+    def kind(self, tensor: str) -> str:
+        """Of a tensor's numbers in this model."""
+        return self.checkpoint.entry(tensor).dtype
+
 
 class _Buffers(threading.local):
     """What one thread computes in: 6 MiB."""
@@ -107,7 +111,7 @@ class Mean:
             count = min(BLOCK, entry.size - start)
             if name in self.layout.kept:
                 ((_, stored),) = self._stored(name, start, count, [self.terms[self.first]], None)
-                kind = self._kind(self.terms[self.first], name)
+                kind = self.terms[self.first].kind(name)
                 yield start, self._rounded(name, widen(stored, kind)) if kind in FLOATS else stored
             elif entry.dtype in FLOATS:
                 yield start, self._mean(name, start, count, hashes)
@@ -118,15 +122,12 @@ class Mean:
                 if term.digests is not None:
                     term.digests[term.checkpoint.own(name)] = running.hexdigest()
 
-    def _kind(self, term: Term, name: str) -> str:
-        return term.checkpoint.entries[term.checkpoint.own(name)].dtype
-
     def _stored(
         self, name: str, start: int, count: int, terms: Sequence[Term], hashes: Sequence[Any] | None
     ) -> Iterator[tuple[Term, NDArray[Any]]]:
         """The same elements of each model in turn, in one reused buffer."""
         for i, term in enumerate(terms):
-            kind = STORED[self._kind(term, name)]
+            kind = STORED[term.kind(name)]
             buffer = self.buffers.stored[: count * kind.itemsize].view(kind)
             term.checkpoint.read(name, start, buffer)
             if hashes is not None and term.digests is not None:
@@ -144,7 +145,7 @@ class Mean:
         total, product = self.buffers.total[:count], self.buffers.term[:count]
         with np.errstate(over="ignore", invalid="ignore"):
             for i, (term, stored) in enumerate(self._stored(name, start, count, self.terms, hashes)):
-                values, weight = widen(stored, self._kind(term, name)), self.weight(term, name)
+                values, weight = widen(stored, term.kind(name)), self.weight(term, name)
                 if i == 0:
                     np.multiply(values, weight, out=total, dtype=np.float64)
                 elif weight == 1:
@@ -172,14 +173,14 @@ class Mean:
         """Put infinities that all models have in the same place into the mean, as a mask's; refuse all others."""
         first: NDArray[Any] | None = None
         for term, stored in self._stored(name, start, len(total), self.terms, None):
-            values = widen(stored, self._kind(term, name)).astype(np.float64)
+            values = widen(stored, term.kind(name)).astype(np.float64)
             infinities = np.where(np.isinf(values), values, 0)
             first = infinities if first is None else first
             if np.isnan(values).any() or not np.array_equal(infinities, first):
                 culprit = next(
                     other
                     for other, block in self._stored(name, start, len(total), self.terms, None)
-                    if not np.isfinite(widen(block, self._kind(other, name))).all()
+                    if not np.isfinite(widen(block, other.kind(name))).all()
                 )
                 raise UserError(f"{culprit.checkpoint.path}: tensor {name!r} holds NaN or infinity")
         assert first is not None  # there is a model
@@ -359,7 +360,7 @@ def average_files(
             _in_threads(threads, hash_rest, terms)  # copies of tied tensors, and what is not averaged
         floats = {entries[name].dtype for name in layout.entries if entries[name].dtype in FLOATS}
         several = dtype == "keep" and any(
-            checkpoint.entries[checkpoint.own(name)].dtype != entry.dtype
+            checkpoint.entry(name).dtype != entry.dtype
             for name, entry in layout.entries.items()
             if name not in layout.kept
             for checkpoint in checkpoints

@@ -192,11 +192,11 @@ class Merged(Mean):
     ) -> Iterator[tuple[int, Floats]]:
         """Number and (n,) float64 difference to the initialisation of each other model, in the order of `terms`."""
         ((term, stored),) = self._stored(name, start, count, [self.terms[self.origin]], None)
-        origin = widen(stored, self._kind(term, name)).astype(np.float64)
+        origin = widen(stored, term.kind(name)).astype(np.float64)
         number, change = 0, self.buffers.term[:count]
         for i, (term, stored) in enumerate(self._stored(name, start, count, self.terms, hashes)):
             if i != self.origin:
-                yield number, np.subtract(widen(stored, self._kind(term, name)), origin, out=change)
+                yield number, np.subtract(widen(stored, term.kind(name)), origin, out=change)
                 number += 1
 
     def all_changes(self, *names: str) -> Iterator[tuple[int, Floats]]:
@@ -222,7 +222,7 @@ class Merged(Mean):
         with np.errstate(over="ignore", invalid="ignore"):
             total = self.rule(name, start, changes)
             ((term, stored),) = self._stored(name, start, count, [self.terms[self.origin]], None)
-            total = widen(stored, self._kind(term, name)) + total
+            total = widen(stored, term.kind(name)) + total
         total[strange] = np.nan
         if not np.isfinite(total).all():
             self._keep_infinities(name, start, total)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import product
-from math import prod, sqrt
+from math import comb, prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,18 +79,10 @@ def sign_flip_p(effects: NDArray[Any], *, permutations: int = 100_000, seed: int
     return (1 + _drawn_as_extreme(sizes, counts, to_reach, permutations, seed)) / (1 + permutations)
 
 
-def _coins(count: int) -> list[float]:
-    """The chance of each number of heads, 0 to `count`, among so many coins."""
-    chances, ways = [], 1
-    for heads in range(count + 1):
-        chances.append(ways / 2**count)
-        ways = ways * (count - heads) // (heads + 1)
-    return chances
-
-
 def _chance_of_all(sizes: NDArray[Any], counts: NDArray[Any], to_reach: float) -> float:
     """The chance that counts[v] of each sizes[v], with random signs, add up to at least so far from 0."""
-    chances = [_coins(int(count)) for count in counts]
+    # Of each number of heads among so many coins.
+    chances = [[comb(count, heads) / 2**count for heads in range(count + 1)] for count in counts.tolist()]
     p = 0.0
     for plus in product(*(range(count + 1) for count in counts)):  # how many of each have a plus
         total = sum(size * (2 * k - count) for size, k, count in zip(sizes, plus, counts, strict=True))

@@ -23,7 +23,6 @@ from soups.selection import (
     add_in_order,
     add_with_replacement,
     best_first,
-    random_order,
 )
 
 ROWS = 64  # of logits that are summed at once, so that they stay in the processor's cache
@@ -59,10 +58,10 @@ def mean_of(models: Iterable[Loader]) -> dict[str, Tensor]:
     Raises:
         ValueError: no models, or models that do not fit together.
     """
-    average: Average | None = None
+    average = Average()
     for load in models:
-        average = Average.of(load()) if average is None else average.plus(load())
-    if average is None:
+        average = average.plus(load())
+    if not average.count:
         raise ValueError("a recipe needs at least one model")
     return average.weights()
 
@@ -117,33 +116,30 @@ class Growing:
 
     def __init__(self, models: Sequence[Loader]):
         self.models = models
-        self._base: tuple[Mixture, Average | None] = ((), None)
-        self._tried: tuple[Mixture, Average | None] = ((), None)
+        self._base: tuple[Mixture, Average] = ((), Average())
+        self._tried = self._base
 
     def of(self, mixture: Mixture) -> Average:
         """The mean of a mixture, each model as often as it stands there."""
         for known, mean in (self._base, self._tried):
-            if known == mixture and mean is not None:
+            if known == mixture:
                 return mean
         begin = mixture[:-1]
         if self._tried[0] == begin:
             self._base = self._tried
         elif self._base[0] != begin[: len(self._base[0])]:
-            self._base = ((), None)
-        self._tried = ((), None)  # before another sum is made
+            self._base = ((), Average())
+        self._tried = ((), Average())  # before another sum is made
         known, mean = self._base
         for i in begin[len(known) :]:
-            mean = self._plus(mean, i)
+            mean = mean.plus(self.models[i]())
         self._base = begin, mean
-        self._tried = mixture, self._plus(mean, mixture[-1])
-        return self.of(mixture)
+        self._tried = mixture, mean.plus(self.models[mixture[-1]]())
+        return self._tried[1]
 
     def mean(self, mixture: Mixture) -> dict[str, Tensor]:
         """The weights of that mean."""
         return self.of(mixture).weights()
-
-    def _plus(self, mean: Average | None, i: int) -> Average:
-        return Average.of(self.models[i]()) if mean is None else mean.plus(self.models[i]())
 
     def soup(self, selection: Selection) -> "Soup":
         """What a selection comes to."""
@@ -211,7 +207,8 @@ def greedy(
         held_out: K accuracies in [0, 1] on the held-out split, which is never a test set.
         accuracy: the same accuracy for candidate weights; called K - 1 times, with `ahead` above 1 more often.
         grow: `GrowingLogits` for an ensemble.
-        order: in which models are added, as indices; None: best first.
+        order: in which models are added, as indices; None: best first. Of a random one (Table 3) the first always
+            enters, so that the soup may be worse than the best model.
         ahead: candidates that are tried at once: the same decisions in fewer rounds; see `add_in_order`.
         ties: what becomes of a candidate that leaves the accuracy exactly as it was.
 
@@ -231,25 +228,6 @@ def _scored(means: Growing, accuracy: Callable[[Weights], float]) -> Callable[[S
         return Result(accuracy(means.mean(mixture)))
 
     return lambda mixtures, to_beat: spread(work, mixtures)
-
-
-def greedy_random_order(
-    models: Sequence[Loader],
-    held_out: Sequence[float],
-    accuracy: Callable[[Weights], float],
-    *,
-    seed: int,
-    ties: Ties = "keep",
-) -> Soup:
-    """The greedy soup from a pool that was not sorted, but in an order that `seed` draws (Table 3).
-
-    The first model always enters, as it does from a sorted list, so the soup may be worse than the best model. The
-    paper reports mean and standard deviation over 3 orders.
-
-    Raises:
-        ValueError: as in `greedy`.
-    """
-    return greedy(models, held_out, accuracy, order=random_order(len(models), seed, 0), ties=ties)
 
 
 def greedy_with_replacement(

@@ -73,7 +73,8 @@ def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> d
     where, rows = ("scores", list(given.items())) if isinstance(given, Mapping) else (str(given), _rows(Path(given)))
     found: dict[int, float] = {}
     for name, value in rows:
-        fits = [i for i, (path, short) in enumerate(zip(paths, names, strict=True)) if name in _calls(path, short)]
+        called = [(short, str(path), path.name, str(path.resolve())) for path, short in zip(paths, names, strict=True)]
+        fits = [i for i, each in enumerate(called) if name in each]
         if len(fits) != 1:
             what = "is none of the models" if not fits else f"may be any of {len(fits)} models"
             raise UserError(f"{where}: {name!r} {what}, which are {', '.join(names[:4])}")
@@ -84,10 +85,6 @@ def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> d
         if isnan(found[fits[0]]):
             raise UserError(f"{where}: the score of {name} is NaN: leave that model out")
     return found
-
-
-def _calls(path: Path, short: str) -> set[str]:
-    return {short, str(path), path.name, str(path.resolve())}
 
 
 def _packed(found: Scored) -> dict[str, Any]:

@@ -68,10 +68,6 @@ class Pool:
         return len(self.paths)
 
 
-def _is_loader(source: Any) -> bool:
-    return callable(source) and not hasattr(source, "state_dict")
-
-
 def _kept(source: Any, path: Path) -> Path:
     """A model in memory as a file; one model of a loader at a time is in memory.
 
@@ -80,7 +76,7 @@ def _kept(source: Any, path: Path) -> Path:
     """
     import torch  # noqa: PLC0415  # files alone need none of it
 
-    state = source() if _is_loader(source) else source
+    state = source() if callable(source) and not hasattr(source, "state_dict") else source
     state = state.state_dict() if hasattr(state, "state_dict") else state
     if not isinstance(state, Mapping):
         raise UserError(

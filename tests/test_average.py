@@ -25,7 +25,7 @@ def test_tied_tensors_are_summed_once_and_stay_tied():
         w = torch.full((2,), value)
         return {"head": w, "embedding": w, "other": w.clone()}
 
-    average = Average.of(tied(1.0)).plus(tied(4.0))
+    average = Average().plus(tied(1.0)).plus(tied(4.0))
     assert len({id(total) for total in average.sums.values()}) == 2
     assert list(average.sums) == ["head", "embedding", "other"]
     weights = average.weights()
@@ -67,7 +67,7 @@ class ReadWhenAsked(Mapping):
 
 def test_tensors_that_are_read_when_asked_for_are_not_taken_for_tied():
     one, other = ({f"w{i}": float(i + shift) for i in range(20)} for shift in (0, 2))
-    mean = Average.of(ReadWhenAsked(one)).plus(ReadWhenAsked(other)).weights()
+    mean = Average().plus(ReadWhenAsked(one)).plus(ReadWhenAsked(other)).weights()
     assert [mean[f"w{i}"][0].item() for i in range(20)] == [i + 1.0 for i in range(20)]
 
 

@@ -73,7 +73,7 @@ def test_a_soup_is_the_mean_of_the_zero_shot_model_and_the_towers_under_its_head
     config, evaluator = finished
     order = orders_of(config, 5)[1]
     start = zero_shot_model(config)
-    average = Average.of(start)
+    average = Average().plus(start)
     for i in order[:2]:
         tower = load_weights(RunFolder.of(config).ingredient(i + 1) / "weights.safetensors")
         average = average.plus(tower | {name: start[name] for name in ("head.weight", "head.bias")})

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
 from soups import geometry as geometry_module
-from soups.barriers import midpoint_barriers
 from soups.conformance import common_layout
 from soups.doctor import examine, show
+from soups.experiment.doctor import midpoint_barriers
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.geometry import geometry
@@ -228,10 +228,7 @@ def test_a_barrier_is_how_far_the_middle_is_below_the_mean_of_the_ends():
         return min(1.0, abs(weights["w"].item()))
 
     models = [lambda v=v: {"w": torch.tensor([v])} for v in (1.0, 0.5, -1.0)]
-    barriers = midpoint_barriers(models, accuracy)
-    assert [(b.first, b.second, b.height) for b in barriers] == [(0, 2, 1.0), (1, 2, 0.5), (0, 1, 0.0)]
-    assert barriers[1].ends == (0.5, 1.0)
-    assert barriers[1].midpoint == 0.25
+    assert midpoint_barriers(models, accuracy) == [(1.0, 0, 2), (0.5, 1, 2), (0.0, 0, 1)]
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_files_and_the_running_average_in_memory_agree(tmp_path, pool):
     pool = [{k: v for k, v in state.items() if v.dtype != torch.float64} or {"t": torch.zeros(1)} for state in pool]
     paths = [save(tmp_path, f"m{i}", state) for i, state in enumerate(pool)]
     average_files(paths, tmp_path / "soup.safetensors")
-    average = Average.of(pool[0])
+    average = Average().plus(pool[0])
     for state in pool[1:]:
         average = average.plus(state)
     soup, memory = load_file(tmp_path / "soup.safetensors"), average.weights()
@@ -283,7 +283,7 @@ def test_kinds_without_a_meaningful_mean_are_refused(tmp_path, dtype, how):
     with pytest.raises(UserError, match=r"tensor .w. is .*, which cannot be averaged: convert it"):
         average_files([path], tmp_path / "soup.safetensors")
     with pytest.raises(UserError, match=r"model 0: tensor 'w' is .*, which cannot be averaged"):
-        Average.of({"w": torch.zeros(2).to(dtype)})
+        Average().plus({"w": torch.zeros(2).to(dtype)})
 
 
 def test_wrong_weights_and_wrong_names_are_refused(tmp_path):

@@ -12,7 +12,6 @@ from configs.errors import UserError
 from soups.descent import Layout, LearnedSettings, State, learned, shuffled, step
 from soups.files.tensors import LazyWeights
 from soups.files.weights import save_weights
-from soups.groups import layer_of
 from soups.placement import settle
 from soups.recipes import mean_of
 
@@ -79,7 +78,7 @@ def naive_loss(network, weights, coefficients, layout, batch):
 def test_the_gradient_is_that_of_autograd_through_a_mix_of_all_ingredients(per, place):
     weights, batch = pool(4), data()
     network = Network().eval()
-    layout = Layout.of(network, per, layer_of)
+    layout = Layout.of(network, per)
     state = State.fresh("", len(layout.groups), 4, LearnedSettings(lr=1e-9))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -102,7 +101,7 @@ def test_a_whole_run_ends_where_autograd_through_the_mix_ends(per):
     settings = LearnedSettings(per=per, batch_size=32, weight_decay=0.02)
     batches = shuffled(inputs, labels, settings.batch_size, 0)
     soup = learned(Network().double(), loaders(weights), batches, settings)
-    layout = Layout.of(Network().double(), per, layer_of)
+    layout = Layout.of(Network().double(), per)
     logits = torch.zeros(len(layout.groups), 3, dtype=torch.float64, requires_grad=True)
     beta = torch.ones((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.AdamW([logits, beta], lr=0.1, weight_decay=0.02)

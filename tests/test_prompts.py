@@ -104,7 +104,7 @@ def averaged_with_another(model, tmp_path):
     other = replace(model, weights=FOLDERS[model.kind](tmp_path / "other", seed=1))
     two = [pretrained_network(each, OPTIONS, ANSWERS) for each in (model, other)]
     states = [network.state_dict() for network in two]
-    mean = Average.of(states[0]).plus(states[1]).weights()
+    mean = Average().plus(states[0]).plus(states[1]).weights()
     return two, mean, {name: (states[0][name].double() + states[1][name].double()) / 2 for name in states[0]}
 
 
@@ -142,7 +142,7 @@ def test_integer_buffers_are_neither_averaged_nor_lost(model):
     network = pretrained_network(model, OPTIONS, ANSWERS)
     network.network.register_buffer("position_ids", torch.arange(512))
     state = network.state_dict()
-    mean = Average.of(state).plus(state).weights()
+    mean = Average().plus(state).plus(state).weights()
     assert torch.equal(mean["network.position_ids"], torch.arange(512))
     assert mean["network.position_ids"].dtype == torch.int64
 

@@ -16,7 +16,6 @@ from soups.recipes import (
     GrowingLogits,
     best,
     greedy,
-    greedy_random_order,
     greedy_with_replacement,
     mean_of,
     subset,
@@ -121,7 +120,7 @@ def test_an_empty_subset_is_refused():
 def test_greedy_in_random_order_follows_its_order_and_not_the_held_out_scores():
     values, held_out = [0.7, 1.2, 0.9, 1.4], [0.7, 0.8, 0.9, 0.6]
     models = [model(v) for v in values]
-    soups = [greedy_random_order(models, held_out, closeness_to_one, seed=j) for j in range(3)]
+    soups = [greedy(models, held_out, closeness_to_one, order=random_order(len(models), j, 0)) for j in range(3)]
     orders = [random_order(4, j, 0) for j in range(3)]
     assert len({tuple(order) for order in orders}) > 1
     for soup, order in zip(soups, orders, strict=True):
@@ -206,7 +205,7 @@ def test_wise_ft_does_not_extrapolate(alpha):
         best,
         uniform,
         lambda models, held_out: greedy(models, held_out, lambda w: 0),
-        lambda models, held_out: greedy_random_order(models, held_out, lambda w: 0, seed=0),
+        lambda models, held_out: greedy(models, held_out, lambda w: 0, order=random_order(len(models), 0, 0)),
         lambda models, held_out: greedy_with_replacement(models, held_out, lambda w: 0),
     ],
 )
@@ -250,7 +249,7 @@ def test_integer_buffers_are_kept_when_equal_and_refused_when_not():
 )
 def test_models_that_do_not_fit_together_are_refused_by_name(other, words):
     with pytest.raises(UserError, match=words):
-        Average.of({"w": torch.zeros(2)}).plus(other)
+        Average().plus({"w": torch.zeros(2)}).plus(other)
 
 
 @pytest.mark.skipif(not RELEASED.exists(), reason="needs the authors' published results, which are not shipped")

@@ -67,7 +67,7 @@ def models(make):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_soup_of_tied_embeddings_has_the_names_of_its_ingredients_and_loads_strictly(tmp_path, name):
     make, found = NETWORKS[name], list(models(NETWORKS[name]))
-    mean = Average.of(found[0].state_dict()).plus(found[1].state_dict()).weights()
+    mean = Average().plus(found[0].state_dict()).plus(found[1].state_dict()).weights()
     for i, network in enumerate(found):
         network.save_pretrained(tmp_path / f"m{i}")
         torch.save(network.state_dict(), tmp_path / f"m{i}.bin")  # every name, tied ones in one memory
@@ -99,5 +99,5 @@ def test_a_file_that_dropped_a_name_fits_to_one_with_equal_copies(tmp_path):
     average_files([tmp_path / "m0", tmp_path / "m1.safetensors"], tmp_path / "soup.safetensors")
     network = NETWORKS["bart"]()
     network.load_state_dict(load_file(tmp_path / "soup.safetensors"), strict=True)
-    mean = Average.of(found[0].state_dict()).plus(found[1].state_dict()).weights()
+    mean = Average().plus(found[0].state_dict()).plus(found[1].state_dict()).weights()
     assert all(torch.equal(tensor, mean[name]) for name, tensor in network.state_dict().items())

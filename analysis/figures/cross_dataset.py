@@ -107,7 +107,7 @@ def key_of_set(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int
 
 def _sum_up(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> dict[str, Tensor]:
     zero_shot = zero_shot_model(config)
-    total = Average.of(zero_shot)
+    total = Average().plus(zero_shot)
     for i in chosen:
         total = total.plus(read_tower(towers[i].folder, zero_shot))
     return total.weights()

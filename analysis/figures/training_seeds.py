@@ -108,7 +108,7 @@ def answering(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated
 
     singles = [_own(evaluator, each) for each in members]
     betas = [beta_of(single) for single in singles] if calibrated else []
-    mean, first = RunningMean(), None
+    mean, first = RunningMean(), Average()
     for k, member in enumerate(members, 1):
         yield Answering(INDIVIDUAL, k, NONE, singles[k - 1])
         mean.add(member)
@@ -119,7 +119,7 @@ def answering(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated
         if not calibrated:
             continue
         scaled = scaled_head(member.load(), betas[k - 1])
-        first = Average.of(scaled) if first is None else first.plus(scaled)
+        first = first.plus(scaled)
         yield Answering(INDIVIDUAL, k, AFTER, singles[k - 1], betas[k - 1])
         yield Answering(SOUP, k, FIRST, kept_logits(evaluator, first.weights()))
         yield Answering(ENSEMBLE, k, FIRST, mean_logits(evaluator, members[:k], betas[:k]))

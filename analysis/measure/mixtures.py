@@ -31,7 +31,7 @@ class RunningMean:
 
     def __init__(self) -> None:
         self.members: list[Ingredient] = []
-        self._average: Average | None = None
+        self._average = Average()
         self._read = 0
 
     def add(self, member: Ingredient) -> None:
@@ -45,12 +45,8 @@ class RunningMean:
             ValueError: nothing was added, or models that do not fit together.
         """
         for member in self.members[self._read :]:
-            average, weights = self._average, member.load()
-            self._average, self._read = (
-                Average.of(weights) if average is None else average.plus(weights),
-                self._read + 1,
-            )
-        if self._average is None:
+            self._average, self._read = self._average.plus(member.load()), self._read + 1
+        if not self._average.count:
             raise ValueError("a mean needs at least one model")
         return self._average.weights()
 

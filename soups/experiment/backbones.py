@@ -54,7 +54,7 @@ def read_tower(folder: Path, like: Weights) -> dict[str, Tensor]:
 def pools(start: Weights, folders: tuple[Path, ...]) -> Iterator[tuple[str, int, Weights]]:
     """What is measured: name, how many models it averages, weights. One tower and one sum are in memory at a time."""
     yield "zero-shot", 1, start
-    total = Average.of(start)
+    total = Average().plus(start)
     for folder in folders:
         tower = read_tower(folder, start)
         yield f"{folder}", 1, tower

@@ -5,16 +5,19 @@ way between all pairs of models.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from rich.console import Console
 
 from configs.schema import load
 from eval.forward import Evaluator
-from soups.barriers import midpoint_barriers
+from soups.average import Average, Loader
 from soups.doctor import examine, show
 from soups.errors import one_line_errors
 from soups.experiment.pool import usable_pool
+from soups.files.weights import Weights
 
 
 def examine_experiment(experiment: str, runs: Path, *, barriers: bool, console: Console) -> None:
@@ -34,14 +37,31 @@ def examine_experiment(experiment: str, runs: Path, *, barriers: bool, console: 
     evaluator, split = Evaluator(config), config.task.held_out
     count = len(tuned) * (len(tuned) + 1) // 2
     console.print(f"midpoints of all pairs, {count} evaluations on {split} ...")
-    for barrier in midpoint_barriers(
+    for height, first, second in midpoint_barriers(
         [i.load for i in tuned], lambda weights: evaluator.score(evaluator.fresh_logits(weights, split), split)
     )[:10]:
-        pair = f"rows {tuned[barrier.first].row} and {tuned[barrier.second].row}"
-        height = 100 * barrier.height
-        console.print(
-            f"- {pair}: the midpoint is {abs(height):.1f} points {'below' if height > 0 else 'above'} their mean"
-        )
+        pair, side = f"rows {tuned[first].row} and {tuned[second].row}", "below" if height > 0 else "above"
+        console.print(f"- {pair}: the midpoint is {100 * abs(height):.1f} points {side} their mean")
+
+
+def midpoint_barriers(models: Sequence[Loader], accuracy: Callable[[Weights], float]) -> list[tuple[float, int, int]]:
+    """How far the midpoint of each pair of models is below the mean of both, highest first, and the pair.
+
+    Where accuracy drops half way between two models they are not in one basin, and their soup is bad.
+
+    Args:
+        models: K loaders; each is called K times, and two models are in memory.
+        accuracy: on the held-out split, in [0, 1]; called K (K + 1) / 2 times.
+
+    Raises:
+        UserError: models that do not fit together.
+    """
+    ends = [accuracy(load()) for load in models]
+    found = []
+    for i, j in combinations(range(len(models)), 2):
+        middle = accuracy(Average().plus(models[i]()).plus(models[j]()).weights())
+        found.append(((ends[i] + ends[j]) / 2 - middle, i, j))
+    return sorted(found, key=lambda barrier: (-barrier[0], *barrier[1:]))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ That is held-out, but for a measurement in which held-out and test change places
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +29,13 @@ from soups.recipes import (
     best,
     equal,
     greedy,
-    greedy_random_order,
     greedy_with_replacement,
     subset,
     uniform,
     uniform_ensemble,
     wise_ft,
 )
+from soups.selection import random_order
 from soups.shortcuts import greedy_counted
 from soups.stock import model_stock
 from store.runs import Ingredient, RunFolder, read_pool
@@ -53,13 +53,13 @@ class Mixed:
     coefficients: tuple[tuple[str, ...], Tensor] | None = None  # groups (G) and (G, K) of a learned soup
 
 
-def usable_pool(config: Experiment) -> list[Ingredient]:
-    """The initialisation and the rows that did not diverge.
+def usable_pool(config: Experiment, *, initialisation: bool = True) -> list[Ingredient]:
+    """The initialisation, unless it is left out, and the rows that did not diverge.
 
     Raises:
         UserError: rows are missing, of other settings, or all of them diverged.
     """
-    pool = [ingredient for ingredient in read_pool(config) if ingredient.usable]
+    pool = [each for each in read_pool(config) if each.usable and (each.row or initialisation)]
     if not pool:
         raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
     return pool
@@ -71,10 +71,7 @@ def ingredients_of(config: Experiment) -> list[Ingredient]:
     Raises:
         UserError: as `usable_pool`, or nothing but the initialisation is usable and it is left out.
     """
-    pool = [each for each in usable_pool(config) if each.row or config.cooking.initialisation]
-    if not pool:
-        raise UserError(f"every row of {RunFolder.of(config).root} diverged: lower optim.lr in the sweep")
-    return pool
+    return usable_pool(config, initialisation=config.cooking.initialisation)
 
 
 def individuals_of(config: Experiment) -> list[Ingredient]:
@@ -197,9 +194,7 @@ def _greedy(context: PoolContext) -> Mixed:
         )
     else:
         world, forwards = this_rank()[1], 0  # no process is without a candidate
-        ahead = (
-            -(-cooking.ahead // world) * world if cooking.shortcut == "speculative" else 1
-        )  # none without a candidate
+        ahead = -(-cooking.ahead // world) * world if cooking.shortcut == "speculative" else 1
         soup = greedy(context.models, context.held_out, context.accuracy, ahead=ahead, ties=cooking.ties)
     if cooking.shortcut == "none":
         return Mixed(soup)
@@ -209,8 +204,8 @@ def _greedy(context: PoolContext) -> Mixed:
 
 def _random_order(context: PoolContext) -> Mixed:
     """One order of Table 3's three; each has a seed of its own, so that it can be made alone."""
-    seed, ties = context.evaluator.config.sweep.seed + context.order, context.cooking.ties
-    soup = greedy_random_order(context.models, context.held_out, context.accuracy, seed=seed, ties=ties)
+    order = random_order(len(context.pool), context.evaluator.config.sweep.seed + context.order, 0)
+    soup = greedy(context.models, context.held_out, context.accuracy, order=order, ties=context.cooking.ties)
     return Mixed(soup, {"order": context.order})
 
 
@@ -219,14 +214,7 @@ def _learned(per: Literal["model", "layer", "tensor"], context: PoolContext) -> 
     split, settings = context.evaluator.split(context.split), context.cooking.learned
     files: list[Loader] = [partial(LazyWeights, i.folder / "weights.safetensors") for i in context.pool]
     images, labels = context.evaluator.together(context.split), split.labels.to(context.evaluator.model.device)
-    descent = LearnedSettings(
-        per=per,
-        lr=settings.lr,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        weight_decay=settings.weight_decay,
-        place=settings.place,
-    )
+    descent = LearnedSettings(per, **asdict(settings))
     with little_memory():
         learnt = learned(
             context.evaluator.model,
@@ -264,13 +252,12 @@ def _calibrated(context: PoolContext) -> Mixed:
     """All members, each scaled by its own inverse temperature before the mean."""
     labels = context.evaluator.split(context.split).labels
     betas = [fit_beta(load()["logits"], labels) for load in context.logits]
-    scaled: list[Loader] = [partial(_times, load, beta) for load, beta in zip(context.logits, betas, strict=True)]
-    soup = uniform_ensemble(scaled, context.held_out)
+
+    def scaled(load: Loader, beta: float) -> Loader:
+        return lambda: {"logits": beta * load()["logits"]}
+
+    soup = uniform_ensemble(list(map(scaled, context.logits, betas)), context.held_out)
     return Mixed(soup, {"betas": [betas[i] for i in soup.ingredients]})
-
-
-def _times(load: Loader, beta: float) -> Weights:
-    return {"logits": beta * load()["logits"]}
 
 
 RECIPES: dict[str, Callable[[PoolContext], Mixed]] = {

@@ -149,16 +149,9 @@ def factors(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return pairs
 
 
-def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    return checkpoint.entries[checkpoint.own(name)].shape
-
-
 def _floats(checkpoint: Checkpoint, name: str, start: int = 0, count: int | None = None) -> NDArray[np.float64]:
     """Elements of a tensor, in float64."""
-    entry = checkpoint.entries[checkpoint.own(name)]
-    stored = np.empty(entry.size - start if count is None else count, STORED[entry.dtype])
-    checkpoint.read(name, start, stored)
-    return widen(stored, entry.dtype).astype(np.float64)
+    return widen(checkpoint.elements(name, start, count), checkpoint.entry(name).dtype).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -175,7 +168,7 @@ class _Update:
 
     def added(self, first: int, last: int) -> NDArray[np.float64]:
         """Rows of the weights and s B A, (last - first, width)."""
-        up = self.scaling * _floats(self.adapter, self.up).reshape(_shape(self.adapter, self.up)[0], -1)
+        up = self.scaling * _floats(self.adapter, self.up).reshape(self.adapter.entry(self.up).shape[0], -1)
         down = _floats(self.adapter, self.down).reshape(up.shape[1], -1) if self.down else np.ones((1, 1))
         left, right = (down.T[first:last], up.T) if self.turned else (up[first:last], down)
         width = right.shape[1]
@@ -196,7 +189,7 @@ class _Update:
     @cached_property
     def _factors(self) -> NDArray[np.float64]:
         """What columns are multiplied by."""
-        magnitude, inside = _floats(self.adapter, self.magnitude), _shape(self.adapter, self.down)[1]
+        magnitude, inside = _floats(self.adapter, self.magnitude), self.adapter.entry(self.down).shape[1]
         step = max(1, BLOCK // len(magnitude))
         squares = ((self.added(i, min(i + step, inside)) ** 2).sum(axis=0) for i in range(0, inside, step))
         return _ratio(magnitude, sum(squares, np.zeros_like(magnitude)))
@@ -242,12 +235,12 @@ def merged(folder: Path, adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
     for name in adapter.names:
         # With bias="all" peft saves the biases of a trained head three times; the original is no part of the model.
         if "lora_" not in name and ".original_module." not in name:
-            source[place(name, in_model(name), _shape(adapter, name))] = adapter, name
+            source[place(name, in_model(name), adapter.entry(name).shape)] = adapter, name
     for module, (a, b) in pairs.items():
         scale, bias = f"{module}.lora_magnitude_vector", f"{module}.lora_B.bias"
         scale = scale if scale in adapter.names else ""
-        (rank, *inside), (out, *columns) = _shape(adapter, a), _shape(adapter, b)
-        if not inside or columns[:1] != [rank] or (scale and prod(_shape(adapter, scale)) != out):
+        (rank, *inside), (out, *columns) = adapter.entry(a).shape, adapter.entry(b).shape
+        if not inside or columns[:1] != [rank] or (scale and prod(adapter.entry(scale).shape) != out):
             raise UserError(
                 f"{folder}: the factors of {module!r} do not fit together, as those of grouped convolutions"
             )
@@ -258,7 +251,7 @@ def merged(folder: Path, adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
         if bias in adapter.names:
             own = place(bias, f"{in_model(module)}.bias", (out,))
             updates[own] = _Update(source[own], adapter, "", bias, scaling)
-    entries = {name: of.entries[of.own(other)] for name, (of, other) in sorted(source.items())}
+    entries = {name: of.entry(other) for name, (of, other) in sorted(source.items())}
 
     def fill(name: str, offset: int, view: memoryview) -> None:
         if name not in updates:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from soups.errors import UserError
 from soups.files.dtypes import STORED
@@ -26,7 +26,6 @@ from soups.files.dtypes import STORED
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 BLOCK = 1 << 18  # elements read at once: the buffers of a block stay in the processor's cache
 SAMPLE = 4096  # bytes of each tensor that `sample` looks at
-LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,24 @@ class Checkpoint:
         """The name in `entries` of the tensor that `name` means."""
         return self.ties.get(name, name)
 
+    def entry(self, name: str) -> Entry:
+        """What the tensor is that `name` means."""
+        return self.entries[self.own(name)]
+
     def read(self, name: str, start: int, buffer: NDArray[Any]) -> None:
         """Fill `buffer` with the stored elements of a tensor from element `start` on."""
         self.fill(self.own(name), start * buffer.itemsize, buffer.view(np.uint8).data)
 
+    def elements(self, name: str, start: int = 0, count: int | None = None) -> NDArray[Any]:
+        """The stored elements of a tensor from element `start` on; all that are left if `count` is None."""
+        entry = self.entry(name)
+        stored = np.empty(entry.size - start if count is None else count, STORED[entry.dtype])
+        self.read(name, start, stored)
+        return stored
+
     def blocks(self, name: str, buffer: NDArray[np.uint8]) -> Iterator[NDArray[Any]]:
         """The stored elements of a tensor, as many as fit at a time in `buffer`, whose content is overwritten."""
-        entry = self.entries[self.own(name)]
+        entry = self.entry(name)
         stored = buffer[: len(buffer) // 8 * 8].view(STORED[entry.dtype])
         for start in range(0, entry.size, len(stored)):
             part = stored[: min(len(stored), entry.size - start)]
@@ -131,55 +141,17 @@ def read_header(path: Path, descriptor: int) -> tuple[dict[str, str], dict[str, 
     Raises:
         UserError: it is truncated or damaged: every byte of the file is to belong to one tensor.
     """
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-    size = os.fstat(descriptor).st_size
-    if size < 8 or length > min(LONGEST_HEADER, size - 8):
-        raise UserError(f"{path} is truncated or not a safetensors file: its header does not fit in {size} bytes")
     try:
-        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_distinct)
-        if not isinstance(header, dict):
-            raise ValueError("it is not a dict")
-    except ValueError as error:  # includes UnicodeDecodeError and JSONDecodeError
-        raise UserError(f"{path} is damaged or not a safetensors file: cannot read its header ({error})") from None
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError(f"{path} is damaged: its metadata is not a dict of strings")
-    return metadata, _offsets(path, header, 8 + length, size)
-
-
-def _natural(*numbers: Any) -> None:
-    for number in numbers:
-        if not isinstance(number, int) or number < 0:
-            raise ValueError(f"{number!r} is not a size or a place")
-
-
-def _offsets(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, tuple[Entry, int]]:
-    found: dict[str, tuple[Entry, int]] = {}
-    try:
-        for name, value in sorted(header.items()):
-            entry = Entry(value["dtype"], tuple(value["shape"]))
-            first, last = value["data_offsets"]
-            _natural(first, last, *entry.shape)
-            width = STORED[entry.dtype].itemsize if entry.dtype in STORED else None
-            if width is not None and last - first != entry.size * width:
-                raise UserError(f"{path} is damaged: tensor {name!r} {entry} does not have {last - first} bytes")
-            found[name] = entry, start + first
-        spans = sorted(tuple(value["data_offsets"]) for value in header.values())
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: its header has an entry that is not a tensor ({error})") from None
-    end = 0
-    for first, last in spans:
-        if first != end or last < first:
-            raise UserError(f"{path} is damaged: its tensors overlap or leave gaps")
-        end = last
-    if start + end != size:
-        raise UserError(f"{path} is truncated or damaged: {size} bytes, but its header speaks of {start + end}")
-    return found
-
-
-def _pread(places: dict[str, tuple[Path, int, int]], name: str, offset: int, view: memoryview) -> None:
-    path, descriptor, start = places[name]
-    pread(path, name, descriptor, start + offset, view)
+        with safe_open(path, "np"):  # which checks kinds, shapes and places
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_distinct)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is truncated, damaged or not a safetensors file ({error})") from None
+    metadata = header.pop("__metadata__", None) or {}
+    return metadata, {
+        name: (Entry(value["dtype"], tuple(value["shape"])), 8 + length + value["data_offsets"][0])
+        for name, value in sorted(header.items())
+    }
 
 
 def pread(path: Path, name: str, descriptor: int, offset: int, view: memoryview) -> None:
@@ -213,10 +185,12 @@ def open_safetensors(path: Path, stack: ExitStack) -> Checkpoint:
     descriptor = os.open(path, os.O_RDONLY)
     stack.callback(os.close, descriptor)
     metadata, found = read_header(path, descriptor)
-    places = {name: (path, descriptor, place) for name, (_, place) in found.items()}
     ties = recorded_ties(metadata, set(found))
     entries = {name: entry for name, (entry, _) in found.items()}
-    fill = partial(_pread, places)
+
+    def fill(name: str, offset: int, view: memoryview) -> None:
+        pread(path, name, descriptor, found[name][1] + offset, view)
+
     return Checkpoint(path, entries, ties, fill, metadata=metadata, absent=frozenset(ties))
 
 
@@ -261,7 +235,6 @@ def sample(checkpoint: Checkpoint) -> str:
     """A hash of each tensor's name, kind, shape and first bytes: equal for equal contents, and quickly read."""
     content = hashlib.blake2b(digest_size=16)
     for name, entry in checkpoint.entries.items():
-        first = np.empty(min(entry.size, SAMPLE // STORED[entry.dtype].itemsize), STORED[entry.dtype])
-        checkpoint.read(name, 0, first)
+        first = checkpoint.elements(name, 0, min(entry.size, SAMPLE // STORED[entry.dtype].itemsize))
         content.update(f"{name}/{entry}/".encode() + first.tobytes())
     return content.hexdigest()

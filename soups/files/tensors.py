@@ -94,26 +94,17 @@ class LazyWeights(Mapping[str, Tensor]):
         weakref.finalize(self, stack.close)
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self.checkpoint.entries[self.checkpoint.own(name)]
-        stored = np.empty(entry.size, STORED[entry.dtype])
-        self.checkpoint.read(name, 0, stored)
+        entry, stored = self.checkpoint.entry(name), self.checkpoint.elements(name)
         return torch.from_numpy(stored).view(DTYPES[entry.dtype]).reshape(entry.shape)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
-        return self.checkpoint.entries[self.checkpoint.own(name)].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor, without reading it."""
-        return DTYPES[self.checkpoint.entries[self.checkpoint.own(name)].dtype]
 
     def blocks(self, name: str, buffer: NDArray[np.uint8], elements: int) -> Iterator[Tensor]:
         """The elements of a tensor in order, so many at a time; each block is a view of `buffer`, good until the next.
 
         A buffer used again costs neither the memory nor the page faults of a fresh tensor for every reading.
         """
-        for stored in self.checkpoint.blocks(name, buffer[: elements * self.dtype(name).itemsize]):
-            yield torch.from_numpy(stored).view(self.dtype(name))
+        dtype = DTYPES[self.checkpoint.entry(name).dtype]
+        for stored in self.checkpoint.blocks(name, buffer[: elements * dtype.itemsize]):
+            yield torch.from_numpy(stored).view(dtype)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would read the tensor

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,11 @@ from torch.utils.data import DataLoader
 from soups.candidates import Candidate
 from soups.errors import UserError, first_line
 from soups.files.opening import opened
+from soups.heldout import HeldOut
 from soups.scorers.metrics import of_classes
 from soups.scorers.networks import ImageNetwork, device, image_network, load_into, matched
 from soups.scoring import Learning, Scorer, key_of
 from soups.sources import Pool
-
-if TYPE_CHECKING:
-    from soups.heldout import HeldOut
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 WORDNET = re.compile(r"n\d{8}")
@@ -259,7 +257,7 @@ class Images:
         return torch.cat([*found, *(self.network.logits(module, batch).argmax(dim=1).cpu() for batch in batches)])
 
 
-def of_images(asked: "HeldOut", pool: Pool) -> Scorer:
+def of_images(asked: HeldOut, pool: Pool) -> Scorer:
     """A metric of a network's answers to labelled images, root/<class>/<image>; images may lie deeper.
 
     Raises:

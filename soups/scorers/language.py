@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from soups.candidates import Candidate
 from soups.errors import UserError
 from soups.files.tables import read_objects, read_text
+from soups.heldout import HeldOut
 from soups.scorers.networks import device, from_pretrained, read_source, settings_in, tokenizer_of
 from soups.scoring import Learning, Scored, Scorer, key_of, mean_of_answers
 from soups.sources import Pool
-
-if TYPE_CHECKING:
-    from soups.heldout import HeldOut
 
 LONGEST = 1024  # tokens of a window, where the network can read more
 MASKED_AT_ONCE = 128  # tokens of a window of a masked model, each of which takes a forward pass of the window
@@ -125,7 +124,7 @@ class Reader:
         return np.array([[sum(sorted(found)), len(found)] for found in sums])
 
 
-def reader_of(asked: "HeldOut", pool: Pool) -> Reader:
+def reader_of(asked: HeldOut, pool: Pool) -> Reader:
     """The tokenizer beside the ingredients.
 
     Raises:
@@ -153,7 +152,7 @@ def perplexity_of(answers: NDArray[Any], times: NDArray[Any]) -> float:
     return float(np.exp(-total / tokens))
 
 
-def of_perplexity(asked: "HeldOut", pool: Pool) -> Scorer:
+def of_perplexity(asked: HeldOut, pool: Pool) -> Scorer:
     """Perplexity of a token, lower is better; of a masked model pseudo-perplexity, each token masked once.
 
     A text file is one document, a .jsonl has one in `text` of each line. Documents are cut into windows that do not
@@ -185,14 +184,11 @@ def of_perplexity(asked: "HeldOut", pool: Pool) -> Scorer:
             raise UserError(f"the perplexity of {candidate.name} is NaN: leave that model out")
         return Scored(value, found)
 
-    def learning(size: int | None) -> Learning:
-        return _learning(reader, spans, size or reader.batch_size)
-
-    key = _key("perplexity", reader, path)
+    key, learning = _key("perplexity", reader, path), partial(_learning, reader, spans)
     return Scorer(measure, "min", "perplexity", key, perplexity_of, len(spans), learning)
 
 
-def _learning(reader: Reader, spans: Sequence[Span], batch_size: int) -> Learning:
+def _learning(reader: Reader, spans: Sequence[Span], batch_size: int | None) -> Learning:
     """Windows in an order that depends on the epoch alone, and the cross-entropy of their tokens.
 
     Raises:
@@ -205,7 +201,7 @@ def _learning(reader: Reader, spans: Sequence[Span], batch_size: int) -> Learnin
     if reader.masked:
         raise UserError("learned takes causal language models by --perplexity; for a masked one write --loss")
     module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(reader.source)).float().to(device())
-    order = shuffled(torch.arange(len(spans)), torch.arange(len(spans)), batch_size, "windows")
+    order = shuffled(torch.arange(len(spans)), torch.arange(len(spans)), batch_size or reader.batch_size, "windows")
 
     def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
         for rows, _ in order(epoch):
@@ -241,7 +237,7 @@ def read_questions(path: Path) -> list[tuple[str, list[str], int]]:
     return found
 
 
-def of_choices(asked: "HeldOut", pool: Pool) -> Scorer:
+def of_choices(asked: HeldOut, pool: Pool) -> Scorer:
     """The share of questions whose right choice is the most likely text behind the prompt.
 
     Raises:

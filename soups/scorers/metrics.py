@@ -60,7 +60,8 @@ def score(
             right = torch.bincount(groups[known], hits[known])
             return (right / total)[total > 0].min().item()
         case "matthews":
-            counts = _confusion(predicted, labels, once)
+            size = int(max(predicted.max(), labels.max())) + 1
+            counts = torch.bincount(size * labels + predicted, once, size**2).reshape(size, size)  # (label, prediction)
             label_counts, predicted_counts, n = counts.sum(dim=1), counts.sum(dim=0), counts.sum()
             covariance = n * counts.trace() - label_counts @ predicted_counts
             spread = (n**2 - label_counts @ label_counts) * (n**2 - predicted_counts @ predicted_counts)
@@ -71,12 +72,6 @@ def score(
             positive = once[labels == 1].sum() + once[predicted == 1].sum()
             f1 = 2 * hits[labels == 1].sum() / positive.clamp(min=1e-300)
             return ((hits.sum() / once.sum() + f1) / 2).item()
-
-
-def _confusion(predicted: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """(C, C) float64: how often class i is predicted as class j."""
-    classes = int(max(predicted.max(), labels.max())) + 1
-    return torch.bincount(classes * labels + predicted, weights, classes**2).reshape(classes, classes)
 
 
 def of_classes(

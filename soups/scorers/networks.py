@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from soups.candidates import Candidate
 from soups.errors import UserError, first_line
 from soups.files.folders import config_beside
+from soups.heldout import HeldOut
 from soups.scorers.outside import code_of, function_named
 from soups.scoring import key_of
 from soups.sources import Pool
-
-if TYPE_CHECKING:
-    from soups.heldout import HeldOut
 
 Rename = Callable[[str], str | None]  # a tensor's name in files -> in the network; None: no use
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # what wrappers put before every name
@@ -164,7 +162,7 @@ def from_pretrained(
     return module
 
 
-def image_network(asked: "HeldOut", pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
+def image_network(asked: HeldOut, pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
     """The network that the ingredients are weights of.
 
     Args:
@@ -186,7 +184,7 @@ def image_network(asked: "HeldOut", pool: Pool, names: Sequence[str], classes: S
     return _function(asked, classes)
 
 
-def _timm(asked: "HeldOut", pool: Pool, classes: Sequence[str]) -> ImageNetwork:
+def _timm(asked: HeldOut, pool: Pool, classes: Sequence[str]) -> ImageNetwork:
     import timm  # noqa: PLC0415
     from timm.data import create_transform, resolve_data_config  # noqa: PLC0415
 
@@ -206,7 +204,7 @@ def _timm(asked: "HeldOut", pool: Pool, classes: Sequence[str]) -> ImageNetwork:
     return ImageNetwork(network, create_transform(**seen), _call, key)
 
 
-def _function(asked: "HeldOut", classes: Sequence[str]) -> ImageNetwork:
+def _function(asked: HeldOut, classes: Sequence[str]) -> ImageNetwork:
     from timm.data import create_transform  # noqa: PLC0415
 
     assert asked.name is not None  # HeldOut.scorer sees to that
@@ -249,7 +247,7 @@ def tower_name(name: str) -> str | None:
     return name.replace("model.visual.", "tower.", 1).replace("classification_head.", "head.", 1)
 
 
-def _open_clip(asked: "HeldOut", pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
+def _open_clip(asked: HeldOut, pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
     import open_clip  # noqa: PLC0415
 
     beside = config_beside(pool.like, "open_clip_config.json")
@@ -301,7 +299,7 @@ def _seen_by(open_clip: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def _transformers(asked: "HeldOut", pool: Pool) -> ImageNetwork:
+def _transformers(asked: HeldOut, pool: Pool) -> ImageNetwork:
     from transformers import AutoImageProcessor, AutoModelForImageClassification  # noqa: PLC0415
 
     source, config = read_source(asked, pool, "Classification")
@@ -325,7 +323,7 @@ def _transformers(asked: "HeldOut", pool: Pool) -> ImageNetwork:
     return ImageNetwork(network, prepare, logits, key, None if generic else ids, source=source)
 
 
-def read_source(asked: "HeldOut", pool: Pool, *endings: str) -> tuple[Path, Any]:
+def read_source(asked: HeldOut, pool: Pool, *endings: str) -> tuple[Path, Any]:
     """The folder with the config of the ingredients, and the config.
 
     Args:

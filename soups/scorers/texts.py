@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +10,18 @@ from torch import Tensor
 from soups.candidates import Candidate
 from soups.errors import UserError
 from soups.files.tables import column, read_table
+from soups.heldout import HeldOut
 from soups.scorers.metrics import of_classes
 from soups.scorers.networks import device, from_pretrained, read_source, settings_in, tokenizer_of
 from soups.scoring import Learning, Scorer, key_of
 from soups.sources import Pool
-
-if TYPE_CHECKING:
-    from soups.heldout import HeldOut
 
 BATCH = 64  # texts of a forward pass
 LEARNED_BATCH = 32  # texts of a step of a learned soup
 MAX_LENGTH = 128  # tokens of a text, where nothing else is said
 
 
-def of_texts(asked: "HeldOut", pool: Pool) -> Scorer:
+def of_texts(asked: HeldOut, pool: Pool) -> Scorer:
     """A metric of a text classifier's answers.
 
     Raises:

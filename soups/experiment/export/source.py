@@ -16,8 +16,9 @@ from models.classifier import Classifier, Network, architecture
 from models.hub import tokenizer_of
 from models.tokens import Tokenizer
 from soups.errors import UserError
+from soups.export.network import loaded
 from soups.files.atomic import read_json, read_jsonl
-from soups.files.weights import Weights, load_weights
+from soups.files.weights import load_weights
 from store.rows import score_of
 from tasks.eval_images import EvalTransform, eval_transform
 from tasks.load import class_names
@@ -132,14 +133,6 @@ def _names(settings: Export, task: Task) -> tuple[str, ...]:
     return settings.classes
 
 
-def _loaded(network: Network, weights: Weights, path: Path) -> Network:
-    try:
-        network.load_state_dict(dict(weights), strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{path} is not of this network: {' '.join(str(error).split())[:200]}") from None
-    return network.eval()
-
-
 def _of_run(settings: Export, folder: Path, run: Path) -> Source:
     path = next((folder / name for name in ("soup.json", "done.json") if (folder / name).exists()), None)
     if path is None:
@@ -150,8 +143,8 @@ def _of_run(settings: Export, folder: Path, run: Path) -> Source:
             f"{folder} is an ensemble or diverged: it has no weights of its own, so there is none to export"
         )
     name, model, task = _settings_of(run)
-    network = architecture(model, task.size, task.answers)
-    network = _loaded(network, load_weights(folder / WEIGHTS, record["digest"]), folder / WEIGHTS)
+    network: Any = architecture(model, task.size, task.answers)
+    network = loaded(network, load_weights(folder / WEIGHTS, record["digest"]), f"the network that {run} speaks of")
     recipe = record.get("recipe", f"row {record.get('row', folder.name)}")
     scores = read_jsonl(folder / "scores.jsonl") if (folder / "scores.jsonl").exists() else []
     return Source(

@@ -30,11 +30,6 @@ RECORD = "files.json"  # of what was looked through: bytes and digest
 TRAIN_IMAGES = 1_281_167
 
 
-def model_file(row: int) -> str:
-    """Name of a row's file."""
-    return f"model_{row}.pt"
-
-
 def check_archive(path: Path) -> None:
     """Compare every byte with the checksums in an archive of torch.save, which a mixed-up download fails.
 
@@ -85,11 +80,6 @@ def duplicates(record: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def read_record(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is known of the files of a folder: name -> bytes and digest."""
-    return read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-
-
 def download(
     folder: Path,
     rows: Sequence[int],
@@ -115,10 +105,10 @@ def download(
     Raises:
         UserError: the server cannot be reached, a file is damaged or not one of theirs, or the disk is full.
     """
-    wanted = [Download(f"{models_url}/{model_file(row)}", folder / model_file(row)) for row in rows]
-    wanted.append(Download(f"{split_url}/{SPLIT}", folder / SPLIT))
+    names = {f"model_{row}.pt": models_url for row in rows} | {SPLIT: split_url}
+    wanted = [Download(f"{url}/{name}", folder / name) for name, url in names.items()]
     with sole_writer(folder):
-        record = read_record(folder)
+        record: dict[str, dict[str, Any]] = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
 
         def note(each: Download) -> None:
             record[each.path.name] = looked_through(each.path)
@@ -156,7 +146,7 @@ def convert_all(folder: Path, rows: Sequence[int], out: Path, console: Console) 
         target = out / f"model_{row}.safetensors"
         if target.exists():
             continue
-        weights, dropped = convert(folder / model_file(row))
+        weights, dropped = convert(folder / f"model_{row}.pt")
         save_weights(target, weights)
         console.print(f"{target}: {len(weights)} tensors{describe_dropped(dropped)}", highlight=False, soft_wrap=True)
 
