@@ -1,7 +1,7 @@
 """The recipes as functions of models in any form: paths, patterns, dicts, modules, loaders, in any mixture.
 
 `import soups` has them, as in `soups.greedy("run/*.ckpt", score=wer, goal="min").save("soup/")`. Beside its own each
-takes the settings of `soups.averaging.Averaging`: dtype, batch_norm, init, key, exclude, only_common, allow_unrelated,
+takes the settings of `soups.averaging.open_pool`: dtype, batch_norm, init, key, exclude, only_common, allow_unrelated,
 threads and base; and `images=soups.images(...)`, on which batch_norm="recompute" measures.
 """
 
@@ -103,8 +103,8 @@ def slerp(models: Models, t: float = 0.5, **settings: Any) -> Soup:
         raise UserError(f"slerp is between two models, and these are {len(pool)}")
     if not 0 <= t <= 1:
         raise UserError(f"t is in [0, 1], 0 for the first model and 1 for the second; got {t}")
-    with opened(pool.paths, how.reading) as (one, other):
-        layout = common_layout([one, other], how.reading)
+    with opened(pool.paths, pool.reading) as (one, other):
+        layout = common_layout([one, other], pool.reading)
         weights = {name: [1 - t, t] for name in layout.kept}  # which are not averaged
         weights |= {name: slerp_weights(one, other, name, layout, t) for name in layout.entries.keys() - weights.keys()}
     note = {"t": t, "normalize": False}
@@ -150,15 +150,15 @@ def model_stock(start: Source, models: Models, **settings: Any) -> Soup:
     assert first is not None  # start is one
     if len(pool) < 2:
         raise UserError("model_stock needs at least two fine-tuned models, whose angle says how far to go")
-    with opened([*first.paths, *pool.paths], how.reading) as checkpoints:
+    with opened([*first.paths, *pool.paths], pool.reading) as checkpoints:
         begin, *ends = [LazyWeights(checkpoint) for checkpoint in checkpoints]
-        ratios = {name: ratio(cosine, len(pool)) for name, cosine in stock_cosines(begin, ends, how.reading).items()}
+        ratios = {name: ratio(cosine, len(pool)) for name, cosine in stock_cosines(begin, ends, pool.reading).items()}
 
     def row(name: str) -> list[float]:
         share = ratios.get(name, 1.0)
         return [1 - share, *[share / len(pool)] * len(pool)]
 
-    weights = by_tensor(pool, first.paths, how, row)
+    weights = by_tensor(pool, first.paths, row)
     shares: dict[str, float | None] = dict.fromkeys([first.names[0], *pool.names])
     note = {"init": first.names[0], "mean_ratio": fsum(ratios.values()) / max(1, len(ratios))}
     return Soup("model_stock", pool, writer(pool, weights, how, start=first), shares, note)

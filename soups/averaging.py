@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,42 +41,24 @@ class Averaging:
         batch_norm: running means and variances: the average; "keep", those of `init`; or "recompute", measured with
             the soup's weights on the images that the recipe scores by, or that its setting `images` names.
         init: the initialisation that the models were fine-tuned from, for `batch_norm="keep"`.
-        key: where a file has several state dicts, which: "state_dict", "ema", ...
-        exclude: a regular expression; tensors with such names are the first model's, or those of `kept_from`.
         kept_from: the model whose tensors stand in for those that are not averaged.
-        only_common: average what all models of the pool have; other tensors are the first model's, or dropped.
         allow_unrelated: average models that were not fine-tuned from the same checkpoint all the same.
         threads: that read and add; the result does not depend on them.
-        base: file or folder of the model that LoRA adapters change; each is read as that model with it merged.
     """
 
     dtype: OutputDtype = "keep"
     batch_norm: str = "average"
     init: Path | None = None
-    key: str | None = None
-    exclude: str | None = None
     kept_from: Path | None = None
-    only_common: bool = False
     allow_unrelated: bool = False
     threads: int = 2
-    base: str | None = None
     measured_on: "Scorer | None" = None  # of batch_norm="recompute": whose images
-    set_aside: tuple[str, ...] = ()  # of only_common: tensors that some model of the pool lacks
-    like: str | None = None  # the model in whose order classes and tokens are read
-    near: str | None = None  # the folder from which `like` and `base` are named
 
     def __post_init__(self) -> None:
         if self.batch_norm not in ("average", "keep", "recompute"):
             raise UserError(f"batch_norm={self.batch_norm!r}: write average, keep or recompute")
         if (self.batch_norm == "keep") != (self.init is not None):
             raise UserError("batch_norm=keep and the initialisation, init=FILE, belong together")
-        if self.kept_from is not None and self.exclude is None and not self.only_common:
-            raise UserError("--from FILE needs --keep REGEX, the names of the tensors that are FILE's")
-
-    @property
-    def reading(self) -> Reading:
-        """How files are read."""
-        return Reading(self.key, self.exclude, self.only_common, False, self.set_aside, self.like, self.base, self.near)
 
 
 def average(
@@ -129,7 +111,7 @@ def average(
         threads=how.threads,
         note=facts,
         names=names,
-        reading=how.reading,
+        reading=pool.reading,
         first=next((i for i, path in enumerate(paths) if path in stands_in), 0),
         sync=sync,
         merging=merging,
@@ -158,11 +140,15 @@ def open_pool(
     *,
     score: Any = None,
 ) -> tuple[Pool, Averaging, Pool | None]:
-    """The models, how they are averaged, and the initialisation as a pool of one.
+    """The models with how they are read, how they are averaged, and the initialisation as a pool of one.
 
     Args:
         models: of the pool.
-        settings: of the averaging; `images` are those on which batch_norm="recompute" measures.
+        settings: those of `Averaging`; `images`, on which batch_norm="recompute" measures; and of the reading
+            key: where a file has several state dicts, which: "state_dict", "ema", ...
+            exclude: a regular expression; tensors with such names are the first model's, or those of `kept_from`.
+            only_common: average what all models of the pool have; other tensors are the first model's, or dropped.
+            base: file or folder of the model that LoRA adapters change; each is read as that model with it merged.
         start: the initialisation, where the recipe needs one.
         score: what the recipe scores or learns by, if anything; adapters need one.
 
@@ -170,11 +156,11 @@ def open_pool(
         UserError: settings or models that do not fit together.
     """
     values = dict(settings)
-    images = values.pop("images", None)
-    pool = pool_of(models, Reading(values.get("key"), values.get("exclude"), values.get("only_common", False)))
-    values |= _named(pool, values.pop("base", None))
-    reading = pool.reading = replace(pool.reading, base=values["base"], near=values["near"])
-    first = None if start is None else pool_of(start, reading)
+    images, base = values.pop("images", None), values.pop("base", None)
+    chosen = {name: values.pop(name) for name in ("key", "exclude", "only_common") if name in values}
+    pool = pool_of(models, Reading(**chosen))
+    pool.reading = replace(pool.reading, **_named(pool, base))
+    first = None if start is None else pool_of(start, pool.reading)
     if first is not None and values.get("batch_norm") == "keep":
         values["init"] = first.paths[0]
     elif values.get("init") is not None:
@@ -183,8 +169,10 @@ def open_pool(
         ends = [] if first is None else first.paths
         values["kept_from"] = _one_beside(pool, ends, values["kept_from"], "--from")
     how = Averaging(**values)
+    if how.kept_from is not None and pool.reading.exclude is None and not pool.reading.only_common:
+        raise UserError("--from FILE needs --keep REGEX, the names of the tensors that are FILE's")
     adapters = [path for path in pool.paths if is_adapter(path)]
-    if how.base is not None:
+    if base is not None:
         if not adapters:
             raise UserError(f"--base is for folders of LoRA adapters, and {pool.paths[0]} is none")
         common_config(adapters, ORIGIN)
@@ -196,24 +184,22 @@ def open_pool(
     if len(ends) > 1:
         raise UserError(f"the initialisation is one model, not {len(ends)}: {', '.join(map(str, ends[:3]))}")
     starts = list({path.resolve(): path for path in [*ends, *([how.init] if how.init else [])]}.values())
-    for path in starts:
-        if path.resolve() in [each.resolve() for each in pool.paths]:
-            raise UserError(f"{path} is the initialisation and one of the models too: name it once")
+    twice = [path for path in starts if path.resolve() in [each.resolve() for each in pool.paths]]
+    if twice:
+        raise UserError(f"{twice[0]} is the initialisation and one of the models too: name it once")
     starts += [how.kept_from] if how.kept_from is not None and how.kept_from not in [*starts, *pool.paths] else []
     if any(differ(path, pool.paths[0]) for path in [*pool.paths[1:], *starts]):
         like = _named(pool, pool.paths[0])
-        reading = pool.reading = replace(reading, like=like["base"], near=like["near"] or reading.near)
-        how = replace(how, like=reading.like, near=reading.near)
+        pool.reading = replace(pool.reading, like=like["base"], near=like["near"] or pool.reading.near)
     if first is not None:
         pool.beside.append(first)
         first.names = [name_beside(first.names[0], first.paths[0], pool.paths, pool.names)]
-    related = how.allow_unrelated or (how.base is not None and len(adapters) == len(pool))  # of one base model
-    layout = refuse_unsuitable([*starts, *pool.paths], allow_unrelated=related, reading=reading)
-    if how.only_common:  # of the whole pool, whichever of its models a soup is of
+    related = how.allow_unrelated or (base is not None and len(adapters) == len(pool))  # of one base model
+    layout = refuse_unsuitable([*starts, *pool.paths], allow_unrelated=related, reading=pool.reading)
+    if pool.reading.only_common:  # of the whole pool, whichever of its models a soup is of
         aside = {*layout.kept, *layout.dropped}
         aside |= {name for name, stands in layout.ties.items() if stands in aside}
-        pool.reading = replace(reading, set_aside=tuple(sorted(aside)))
-        how = replace(how, set_aside=pool.reading.set_aside)
+        pool.reading = replace(pool.reading, set_aside=tuple(sorted(aside)))
     return pool, _with_statistics(how, pool, images, score), first
 
 
@@ -274,10 +260,10 @@ def _as_adapters(pool: Pool, how: Averaging, score: Any) -> None:
     """
     from soups.lora import check_folders  # noqa: PLC0415  # torch takes seconds
 
-    usual = Averaging()
-    for each in fields(Averaging):
-        if getattr(how, each.name) != getattr(usual, each.name):
-            flag = "from" if each.name == "kept_from" else each.name.replace("_", "-")
+    usual = vars(Reading()) | vars(Averaging())
+    for name, value in (vars(pool.reading) | vars(how)).items():
+        if value != usual[name]:
+            flag = "from" if name == "kept_from" else name.replace("_", "-")
             raise UserError(f"--{flag} is for whole models, and these are LoRA adapters")
     if hasattr(score, "kind"):
         raise UserError(
@@ -307,9 +293,7 @@ def writer(
     return lambda out, note: soup_folders(folders, out, weights=shares, note=note, names=names)
 
 
-def by_tensor(
-    pool: Pool, more: Sequence[Path], how: Averaging, row: Callable[[str], list[float]]
-) -> dict[str, list[float]]:
+def by_tensor(pool: Pool, more: Sequence[Path], row: Callable[[str], list[float]]) -> dict[str, list[float]]:
     """Weights of the models for every tensor that the soup has."""
-    with opened([*more, *pool.paths], how.reading) as checkpoints:
-        return {name: row(name) for name in common_layout(checkpoints, how.reading, len(more)).entries}
+    with opened([*more, *pool.paths], pool.reading) as checkpoints:
+        return {name: row(name) for name in common_layout(checkpoints, pool.reading, len(more)).entries}

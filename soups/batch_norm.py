@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from soups.ranks import sum_over_ranks
 
 
 def recompute_batch_norm(model: nn.Module, loader: Iterable[Any]) -> int:
@@ -44,13 +45,13 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any]) -> int:
         for batch in loader:
             _run(bare, batch)
             count += 1
-        total = _over_ranks(torch.tensor(float(count), dtype=torch.float64, device=_place(layers[0])))
+        total = sum_over_ranks(torch.tensor(float(count), dtype=torch.float64, device=_place(layers[0])))
         if total == 0:
             raise ValueError("batch norm cannot be recomputed without data: the loader has no batch")
         for layer in layers:
             for statistic in (layer.running_mean, layer.running_var):
                 if statistic is not None:
-                    statistic.copy_(_over_ranks(statistic.double() * count) / total)
+                    statistic.copy_(sum_over_ranks(statistic.double() * count) / total)
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(int(total))
     return int(total)
@@ -63,12 +64,8 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the running statistics and counters of a model's batch norms, by name."""
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            for name, buffer in module.named_buffers(prefix=path, recurse=False):
-                found[name] = buffer.detach().clone()
-    return found
+    kept = {id(buffer) for layer in batch_norms(model) for buffer in layer.buffers()}
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if id(buffer) in kept}
 
 
 def _run(model: nn.Module, batch: Any) -> None:
@@ -103,9 +100,3 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
 def _place(layer: _BatchNorm) -> torch.device:
     assert layer.running_mean is not None
     return layer.running_mean.device
-
-
-def _over_ranks(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)
-    return value

@@ -58,7 +58,7 @@ class Candidate:
     @property
     def original(self) -> Path | None:
         """The ingredient's own file, where that is all that it is."""
-        single = len(self.weights_of) == 1 and self.how.reading == Reading() and self.how.dtype == "keep"
+        single = len(self.weights_of) == 1 and self.pool.reading == Reading() and self.how.dtype == "keep"
         return self.pool.paths[next(iter(self.weights_of))] if single else None
 
     @cached_property
@@ -109,7 +109,7 @@ class Candidate:
             return self.folder(like)
         if like.suffix not in PICKLED:
             return self.averaged
-        with opened([like], self.how.reading) as checkpoints:
+        with opened([like], self.pool.reading) as checkpoints:
             out = self.place / f"soup{like.suffix}"
             if not out.exists():
                 write_pickled(self.averaged, out, checkpoints[0])

@@ -67,7 +67,7 @@ def learned(
         learning, key = user_loss(*build()), code_of(build)
     else:
         learning, key = held_out, code_of(held_out.loss)
-    with opened(pool.paths, how.reading) as checkpoints:
+    with opened(pool.paths, pool.reading) as checkpoints:
         state_dict = learning.module.state_dict(keep_vars=True)
         try:
             found = learn(
@@ -84,7 +84,7 @@ def learned(
             raise UserError(f"learned: {error}") from None
     mean = found.coefficients.mean(dim=0).tolist()
     note = {"per": per, "lr": lr, "epochs": epochs, "first_loss": found.losses[0], "last_loss": found.losses[-1]}
-    mixing: Mixing = mean if per == "model" else by_tensor(pool, [], how, found.of)
+    mixing: Mixing = mean if per == "model" else by_tensor(pool, [], found.of)
     return Soup("learned", pool, writer(pool, mixing, how), dict(zip(pool.names, mean, strict=True)), note)
 
 

@@ -23,8 +23,8 @@ from soups.chance import seed as keyed_seed
 from soups.errors import UserError
 from soups.files.atomic import replacing
 from soups.groups import layer_of
-from soups.placement import Place, Placement, inner_products, mix_into, settle, sum_over_ranks
-from soups.ranks import this_rank
+from soups.placement import Place, Placement, inner_products, mix_into, settle
+from soups.ranks import from_first, sum_over_ranks, this_rank
 
 Batches = Callable[[int], Iterable[Any]]  # epoch -> batches: tensors, or dicts and tuples of tensors
 # a network, a batch and the temperature -> the sum of a loss, and of how many examples or tokens it is the sum
@@ -184,10 +184,7 @@ class State:
 
     def resume(self, path: Path | None) -> None:
         """Take up what is on disk; rank 0 decides whether there is something, since it may write while others read."""
-        found = [path is not None and path.exists()]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found)
-        if found[0] and path is not None:
+        if from_first(path is not None and path.exists()) and path is not None:
             self.load(path)
         if dist.is_initialized():
             dist.barrier()  # rank 0 replaces the file only after all have read it

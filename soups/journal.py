@@ -21,15 +21,14 @@ class Journal:
     def __init__(self, path: Path | None):
         """Args: where it is kept, if anywhere."""
         self.path = path
-        self.rows: list[dict[str, Any]] = read_jsonl(path) if path is not None and path.exists() else []
-        self.known = {row["key"]: row["result"] for row in self.rows}
+        rows = read_jsonl(path) if path is not None and path.exists() else []
+        self.known: dict[str, Any] = {row["key"]: row["result"] for row in rows}
 
     def keep(self, key: str, result: Any) -> None:
         """Remember a result, on disk too."""
         self.known[key] = result
-        self.rows.append({"key": key, "result": result})
         if self.path is not None:
-            write_jsonl(self.path, self.rows)
+            write_jsonl(self.path, [{"key": key, "result": result} for key, result in self.known.items()])
 
     def _lookup(self, key: str, compute: Callable[[], Any]) -> Any:
         if key not in self.known:

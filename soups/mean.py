@@ -356,8 +356,9 @@ def average_files(
                 term.digests.update(tensor_digests(term.checkpoint, rest))
 
             largest_first = sorted(layout.entries, key=lambda name: -layout.entries[name].size)
-            _in_threads(threads, mix, largest_first)
-            _in_threads(threads, hash_rest, terms)  # copies of tied tensors, and what is not averaged
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(mix, largest_first))  # where one fails, those that have not begun are left out
+                list(pool.map(hash_rest, terms))  # copies of tied tensors, and what is not averaged
         floats = {entries[name].dtype for name in layout.entries if entries[name].dtype in FLOATS}
         several = dtype == "keep" and any(
             checkpoint.entry(name).dtype != entry.dtype
@@ -373,13 +374,3 @@ def average_files(
             {term.name: term.checkpoint.dropped for term in terms if term.checkpoint.dropped},
             " and ".join(sorted(floats)) if several else "",
         )
-
-
-def _in_threads(threads: int, work: Callable[[Any], None], items: Sequence[Any]) -> None:
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)

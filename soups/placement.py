@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from soups.checks import sound_digest
 from soups.conformance import common_layout
 from soups.files.tensors import LazyWeights, checkpoint_of
 from soups.files.weights import Weights
-from soups.ranks import this_rank
+from soups.ranks import sum_over_ranks, this_rank
 
 Place = Literal["stream", "host", "device"]
 BLOCK = 1 << 20  # elements that are read at once, and whose products are summed in float32 before a float64 sum
@@ -35,13 +34,6 @@ def _as(block: Tensor, like: Tensor, scratch: Tensor) -> Tensor:
     if block.device != like.device:
         return block.to(like.device, like.dtype)
     return block if block.dtype == like.dtype else scratch.view(like.dtype)[: len(block)].copy_(block)
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The tensor itself, after it was summed in place over all ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 @dataclass(frozen=True)

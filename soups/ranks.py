@@ -4,9 +4,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soups.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PATIENCE = timedelta(days=7)  # one rank may evaluate for hours while the others wait
 
@@ -46,6 +49,13 @@ def end() -> None:
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: "Tensor") -> "Tensor":
+    """The tensor itself, after it was summed in place over all ranks."""
+    if this_rank()[1] > 1:
+        sys.modules["torch.distributed"].all_reduce(tensor)
+    return tensor
 
 
 def from_first(value: Any) -> Any:

@@ -133,11 +133,10 @@ class Scores:
 
     def __post_init__(self) -> None:
         init = digests_of(self.pool, [self.how.init]) if self.how.init else []
-        how = [self.how.dtype, self.how.batch_norm, init, self.how.exclude, self.how.set_aside]
+        how = [self.how.dtype, self.how.batch_norm, init, self.pool.reading.exclude, self.pool.reading.set_aside]
         how.append(self.how.measured_on.key if self.how.measured_on else None)
         self.settings = key_of(self.scorer.key, self.scorer.metric, self.scorer.goal, how)
-        rows = from_first(self.journal.rows)  # every process knows what the first one knows
-        self.journal.known = {row["key"]: row["result"] for row in rows}
+        self.journal.known = from_first(self.journal.known)  # every process knows what the first one knows
         if this_rank()[0]:
             self.journal.path = None  # one writer
 

@@ -174,7 +174,7 @@ def test_a_killed_greedy_run_pays_for_no_candidate_twice(config):
     evaluator = Counting(config)
     with pytest.raises(KeyboardInterrupt):
         make_soup("greedy", evaluator)
-    assert len(Journal(RunFolder.of(config).soup("greedy") / "journal.jsonl").rows) == 2
+    assert len(Journal(RunFolder.of(config).soup("greedy") / "journal.jsonl").known) == 2
     resumed = make_soup("greedy", evaluator)
     # 4 candidates: 2 before the stop, the one it fell in, and then 2 more and the finished soup's own logits.
     assert len(counted) in (5, 6)

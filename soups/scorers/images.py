@@ -5,7 +5,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +194,16 @@ class Images:
     labels: Tensor  # (N,)
     batch_size: int
     workers: int
-    _kept: tuple[Prepared, NDArray[Any]] | None = None
 
+    @cached_property
     def kept(self) -> tuple[Prepared, NDArray[Any]]:
-        """All images, decoded when they are first asked for, and what makes batches of them."""
-        if self._kept is None:
-            prepared = split_preparation(self.network.prepare)
-            self._kept = prepared, decoded(prepared, self.paths, self.workers)
-        return self._kept
+        """What makes batches of the images, and all of them, decoded when they are first asked for."""
+        prepared = split_preparation(self.network.prepare)
+        return prepared, decoded(prepared, self.paths, self.workers)
 
     def batches(self) -> Iterator[Tensor]:
         """All images, in order, as the network sees them."""
-        prepared, kept = self.kept()
+        prepared, kept = self.kept
         for start in range(0, len(kept), self.batch_size):
             yield prepared.batch(kept[start : start + self.batch_size])
 
@@ -217,7 +215,7 @@ class Images:
         """
         from soups.descent import cross_entropy, shuffled  # noqa: PLC0415
 
-        network, (prepared, kept) = self.network, self.kept()
+        network, (prepared, kept) = self.network, self.kept
         if network.zero_shot:
             raise UserError("learned needs a network with a head: a zero-shot answer is made of the text tower too")
         module = network.module.to(device())
