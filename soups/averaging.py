@@ -159,7 +159,8 @@ def open_pool(
     images, base = values.pop("images", None), values.pop("base", None)
     chosen = {name: values.pop(name) for name in ("key", "exclude", "only_common") if name in values}
     pool = pool_of(models, Reading(**chosen))
-    pool.reading = replace(pool.reading, **_named(pool, base))
+    named, near = _named(pool, base)
+    pool.reading = replace(pool.reading, base=named, near=near)
     first = None if start is None else pool_of(start, pool.reading)
     if first is not None and values.get("batch_norm") == "keep":
         values["init"] = first.paths[0]
@@ -189,8 +190,8 @@ def open_pool(
         raise UserError(f"{twice[0]} is the initialisation and one of the models too: name it once")
     starts += [how.kept_from] if how.kept_from is not None and how.kept_from not in [*starts, *pool.paths] else []
     if any(differ(path, pool.paths[0]) for path in [*pool.paths[1:], *starts]):
-        like = _named(pool, pool.paths[0])
-        pool.reading = replace(pool.reading, like=like["base"], near=like["near"] or pool.reading.near)
+        like, near = _named(pool, pool.paths[0])
+        pool.reading = replace(pool.reading, like=like, near=near or pool.reading.near)
     if first is not None:
         pool.beside.append(first)
         first.names = [name_beside(first.names[0], first.paths[0], pool.paths, pool.names)]
@@ -203,15 +204,15 @@ def open_pool(
     return pool, _with_statistics(how, pool, images, score), first
 
 
-def _named(pool: Pool, model: str | Path | None) -> dict[str, str | None]:
-    """The folder above all models of a pool, as `near`, and one model's path from there, as `base`: what a soup's
-    record says of it depends neither on how paths were typed nor on the current folder.
+def _named(pool: Pool, model: str | Path | None) -> tuple[str | None, str | None]:
+    """A model's path from the folder above all models of a pool, and that folder: what a soup's record says of it
+    depends neither on how paths were typed nor on the current folder.
     """
     if model is None:
-        return {"base": None, "near": None}
+        return None, None
     of_hub = dict(zip(map(str, pool.paths), pool.names, strict=True)).get(str(model), str(model))
     if of_hub.startswith(HUB):
-        return {"base": pinned(of_hub, from_hub(of_hub)), "near": None}
+        return pinned(of_hub, from_hub(of_hub)), None
 
     def whole(path: Path) -> Path:
         path = Path(os.path.abspath(path))  # noqa: PTH100
@@ -219,7 +220,7 @@ def _named(pool: Pool, model: str | Path | None) -> dict[str, str | None]:
 
     on_disk = [path for path, name in zip(pool.paths, pool.names, strict=True) if not name.startswith(HUB)]
     near = os.path.commonpath([whole(path).parent for path in on_disk or [Path(model)]])
-    return {"base": os.path.relpath(whole(Path(model)), near), "near": near}
+    return os.path.relpath(whole(Path(model)), near), near
 
 
 def _one_beside(pool: Pool, ends: Sequence[Path], model: Source, what: str) -> Path:

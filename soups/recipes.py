@@ -117,7 +117,7 @@ class Growing:
     def __init__(self, models: Sequence[Loader]):
         self.models = models
         self._base: tuple[Mixture, Average] = ((), Average())
-        self._tried = self._base
+        self._tried: tuple[Mixture, Average] = self._base
 
     def of(self, mixture: Mixture) -> Average:
         """The mean of a mixture, each model as often as it stands there."""

@@ -4,7 +4,7 @@ That is held-out, but for a measurement in which held-out and test change places
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -214,7 +214,7 @@ def _learned(per: Literal["model", "layer", "tensor"], context: PoolContext) -> 
     split, settings = context.evaluator.split(context.split), context.cooking.learned
     files: list[Loader] = [partial(LazyWeights, i.folder / "weights.safetensors") for i in context.pool]
     images, labels = context.evaluator.together(context.split), split.labels.to(context.evaluator.model.device)
-    descent = LearnedSettings(per, **asdict(settings))
+    descent = LearnedSettings(per, **vars(settings))
     with little_memory():
         learnt = learned(
             context.evaluator.model,

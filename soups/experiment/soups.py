@@ -254,7 +254,6 @@ def make_soups(
         missing = [name for name in batch if not is_made(config, name, split)]
         # The longest first, so that no worker is left alone with one at the end.
         slow = ("greedy_with_replacement", "learned", "greedy")
-        records = [place_of(config, name, split) / "soup.json" for name in missing]
         missing.sort(key=lambda name: next((i for i, part in enumerate(slow) if name.startswith(part)), len(slow)))
         spread(
             f"making {len(missing)} soups and ensembles",
@@ -262,7 +261,11 @@ def make_soups(
             workers=config.cluster.workers,
             threads=config.cluster.threads,
             units=len(missing),
-            done_units=lambda records=records: sum(record.exists() for record in records),
+            done_units=partial(_records, config, missing, split),
             report=None,  # `summary` has their lines, in order
             console=console or Console(),
         )
+
+
+def _records(config: Experiment, names: list[str], split: str) -> int:
+    return sum((place_of(config, name, split) / "soup.json").exists() for name in names)
