@@ -54,7 +54,9 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
     try:
         return list(json.loads(read_text(path)).items())
     except (ValueError, AttributeError) as error:
-        raise UserError(f'{path}: need numbers by file name, as in {{"a.pt": 0.81}} ({type(error).__name__}: {error})') from None
+        raise UserError(
+            f'{path}: need numbers by file name, as in {{"a.pt": 0.81}} ({type(error).__name__}: {error})'
+        ) from None
 
 
 def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> dict[int, float]:
