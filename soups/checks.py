@@ -14,7 +14,7 @@ from soups.conformance import Layout, common_layout
 from soups.errors import UserError
 from soups.files.checkpoints import BLOCK, Checkpoint, content_digest, hash_tensor
 from soups.files.dtypes import FLOATS, widen
-from soups.files.folders import config_beside
+from soups.files.folders import config_beside, config_of
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, medians_of_others
@@ -103,16 +103,10 @@ def refuse_other_configs(paths: Sequence[Path], *, in_order: bool = True) -> Non
     """
     first: tuple[Path, dict[str, Any]] | None = None
     for path in paths:
-        file = config_beside(path, "config.json")
+        file, values = config_beside(path, "config.json"), config_of(path)
         if file is None:
             continue
-        try:
-            values = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
-        if first is None:
-            first = file, values
-            continue
+        first = first or (file, values)
         for key in ("model_type", "architectures", "architecture", "id2label", "problem_type", "quantization_config"):
             ours, theirs = values.get(key), first[1].get(key)
             if key == "id2label" and ours and theirs and sorted(ours.values()) != sorted(theirs.values()):

@@ -119,13 +119,13 @@ def _save_pretrained(network: Any, beside: Any, folder: Path) -> None:
         beside.save_pretrained(folder / f"checkpoint-{i}")
 
 
-def _words() -> tuple[Tokenizer, dict[str, str], int]:
-    """A tokenizer of the words in SENTENCES, its special tokens, and how many words it has."""
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Of the words in SENTENCES."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     known = [*special.values(), *sorted({word for text in SENTENCES for word in text.split()})]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return words, special, len(known)
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def make_hugging_face(images: Path, texts: Path) -> None:
@@ -133,18 +133,18 @@ def make_hugging_face(images: Path, texts: Path) -> None:
     names = dict(enumerate(CLASSES))
     vit = ViTConfig(image_size=32, patch_size=16, id2label=names, label2id={v: k for k, v in names.items()}, **SMALL)
     _save_pretrained(ViTForImageClassification(vit), ViTImageProcessor(size={"height": 32, "width": 32}), images)
-    words, special, number = _words()
-    bert = BertConfig(vocab_size=number, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, **SMALL)
-    _save_pretrained(
-        BertForSequenceClassification(bert), PreTrainedTokenizerFast(tokenizer_object=words, **special), texts
-    )
+    words = _tokenizer()
+    bert = BertConfig(vocab_size=len(words), id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, **SMALL)
+    _save_pretrained(BertForSequenceClassification(bert), words, texts)
 
 
 def make_language(folder: Path, adapters: Path, text: Path) -> None:
     """Folders of a small Llama, LoRA adapters of the first of them as peft saves them, and a text to score by."""
-    words, special, number = _words()
-    network = LlamaForCausalLM(LlamaConfig(vocab_size=number, pad_token_id=0, bos_token_id=2, eos_token_id=3, **SMALL))
-    _save_pretrained(network, PreTrainedTokenizerFast(tokenizer_object=words, **special), folder)
+    words = _tokenizer()
+    network = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(words), pad_token_id=0, bos_token_id=2, eos_token_id=3, **SMALL)
+    )
+    _save_pretrained(network, words, folder)
     write_text(text, "\n".join(SENTENCES) + "\n")
     config: dict[str, Any] = {
         "peft_type": "LORA",

@@ -52,7 +52,6 @@ def greedy_counted(
     images_correct: ImagesCorrect,
     *,
     ties: Ties = "keep",
-    hard_first: bool = True,
     chunk: int = 256,
     significance: bool = False,
     min_sigma: float = 0.0,
@@ -72,7 +71,6 @@ def greedy_counted(
         correct: (K, N) bool, whether ingredient k gets held-out image n right, from cached predictions.
         images_correct: the same for candidate weights on some of the images.
         ties: as in `greedy`.
-        hard_first: the switch; False looks at every image of every candidate.
         chunk: images between two looks at the count; a multiple of the evaluation's batch.
         significance: compare each candidate that saw every image with the soup so far (`Trial.versus`).
         min_sigma: accept only candidates whose paired z is at least this, on top of the rule; 0 is the paper's rule.
@@ -95,8 +93,8 @@ def greedy_counted(
         (mixture,) = mixtures
         if last[0] == mixture[:-1]:  # what was tried last is the soup now
             incumbent = last[1]
-        images = hard_images_first(correct, incumbent, correct[mixture[-1]]) if hard_first else torch.arange(n)
-        to_reach = int(incumbent.sum()) + (ties == "drop") if hard_first else 0
+        images = hard_images_first(correct, incumbent, correct[mixture[-1]])
+        to_reach = int(incumbent.sum()) + (ties == "drop")
         right, seen = _correct_until_hopeless(means.of(mixture).weights(), images_correct, images, to_reach, chunk)
         forwards += seen
         versus, last = paired(right, incumbent), (mixture, right)

@@ -1,6 +1,5 @@
 """A soup of a user's files, written as a folder that a library loads, loaded back and compared."""
 
-import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,10 +9,9 @@ from soups.card import Card
 from soups.errors import UserError
 from soups.export.network import Network, compare
 from soups.files.atomic import replacing
-from soups.files.folders import config_beside
+from soups.files.folders import config_beside, config_of
 from soups.files.tensors import LazyWeights
 from soups.folder import copy_companions
-from soups.record import Record
 from soups.verify import record_of
 
 LIBRARIES = ("timm", "open_clip", "transformers", "onnx")
@@ -33,7 +31,7 @@ def library_of(soup: Path, network: str | None) -> tuple[str, str]:
     beside = config_beside(soup, "open_clip_config.json", "config.json")
     if beside is not None and beside.name == "open_clip_config.json":
         return "open_clip", str(beside.parent)
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside is not None else {}
+    config = config_of(soup)
     if "architecture" in config:
         return "timm", config["architecture"]
     if beside is not None and "model_type" in config:
@@ -108,17 +106,12 @@ def export_soup(
     return f"{out}: loaded by {library}, outputs within {gap:.1e} of the soup's on 7 random inputs"
 
 
-def _record(soup: Path) -> Record | None:
-    """How it was made; None of weights that another tool wrote."""
-    try:
-        return record_of(soup)
-    except UserError:
-        return None
-
-
 def _card(soup: Path, library: str, network: Network, made: Any, licence: str) -> Card:
     use = made.USE if library != "onnx" or network.images is not None else made.USE_TEXT
-    record = _record(soup)
+    try:
+        record = record_of(soup)
+    except UserError:  # another tool wrote these weights
+        record = None
     parts = record.ingredients if record else ()
     rows = [f"| {part.file} | {'by tensor' if part.weight is None else f'{part.weight:.4g}'} |" for part in parts]
     table = ["| ingredient | share |", "|---|---|", *rows] if rows else ["The file does not record them."]

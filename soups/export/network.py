@@ -46,11 +46,6 @@ class Network:
     config: Mapping[str, Any] = field(default_factory=dict)  # the library's own, as it is to be written
     folder: Path | None = None  # where companions such as a tokenizer lie
 
-    @torch.no_grad()
-    def outputs(self, inputs: Inputs) -> Tensor:
-        """Of the soup itself."""
-        return self.answer(self.module, inputs)
-
 
 def loaded(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> nn.Module:
     """The network with all of these weights and no others, in evaluation mode.
@@ -70,6 +65,7 @@ def loaded(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> nn.Mo
     return module.eval()
 
 
+@torch.no_grad()
 def compare(network: Network, read: Answer, library: str) -> float:
     """The largest difference between what was written and the soup, on random inputs of two batch sizes.
 
@@ -79,7 +75,7 @@ def compare(network: Network, read: Answer, library: str) -> float:
     largest = 0.0
     for count in (2, 5):
         inputs = network.inputs(count)
-        ours, theirs = network.outputs(inputs).float(), read(inputs).float()
+        ours, theirs = network.answer(network.module, inputs).float(), read(inputs).float()
         gap = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
         if not gap <= TOLERANCE * max(1.0, ours.abs().max().item()):
             raise UserError(f"{library} loads the folder, but its outputs differ by {gap:.2g} from the soup's")

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,4 +78,4 @@ def read(folder: Path, network: Network) -> Answer:
     """As anyone would load it."""
     module, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     module.eval()
-    return torch.no_grad()(lambda inputs: _answer(module, inputs))
+    return partial(_answer, module)

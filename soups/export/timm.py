@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -83,4 +83,4 @@ def write(network: Network, folder: Path) -> None:
 def read(folder: Path, network: Network) -> Answer:
     """As anyone would load it."""
     module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return torch.no_grad()(lambda inputs: of_one_input(module, inputs))
+    return partial(of_one_input, module)

@@ -1,6 +1,7 @@
 """Folders that transformers loads: ARCHITECTURE.from_pretrained("FOLDER")."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +101,4 @@ def write(network: Network, folder: Path) -> None:
 def read(folder: Path, network: Network) -> Answer:
     """As anyone would load it."""
     module = getattr(transformers, network.name).from_pretrained(folder).eval()
-    return torch.no_grad()(lambda inputs: _answer(module, inputs))
+    return partial(_answer, module)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from soups.errors import UserError
 from soups.files.checkpoints import Checkpoint, Entry
 from soups.files.dtypes import STORED
-from soups.files.folders import config_beside
+from soups.files.folders import config_beside, config_of
 
 # A layer of transformers with a row for each class.
 HEAD = re.compile(r"(^|\.)(\w*classifier|score|head|classification_head)(\.out_proj)?\.(weight|bias)$")
@@ -28,16 +28,8 @@ NOT_READ = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekke
 Rows = NDArray[np.int64]
 
 
-def _config(path: Path) -> dict[str, Any]:
-    file = config_beside(path, "config.json")
-    try:
-        return {} if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-
-
 def _labels(path: Path) -> list[str]:
-    named = _config(path).get("id2label") or {}
+    named = config_of(path).get("id2label") or {}
     return [str(named[key]) for key in sorted(named, key=int)]
 
 
@@ -67,7 +59,7 @@ def tokens(path: Path) -> dict[str, int]:
 
 def _vocab_size(path: Path) -> int | None:
     """Number of tokens that the config of a model says, or that of the texts in a model of several kinds of input."""
-    config = _config(path)
+    config = config_of(path)
     texts = config.get("text_config")
     return config.get("vocab_size", texts.get("vocab_size") if isinstance(texts, dict) else None)
 

@@ -1,7 +1,9 @@
 """Which file of a folder is the model, and folders of the Hugging Face hub."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from soups.errors import UserError
 
@@ -30,6 +32,19 @@ def config_beside(path: Path, *names: str) -> Path | None:
     """The first file of these names in the folder that an ingredient is, or that it lies in."""
     folder = path if path.is_dir() else path.parent
     return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """What the config.json beside an ingredient says; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = config_beside(path, "config.json")
+    try:
+        return {} if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def is_adapter(folder: Path) -> bool:

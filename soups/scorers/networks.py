@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from soups.candidates import Candidate
 from soups.errors import UserError, first_line
-from soups.files.folders import config_beside
+from soups.files.folders import config_beside, config_of
 from soups.heldout import HeldOut
 from soups.scorers.outside import code_of, function_named
 from soups.scoring import key_of
@@ -188,9 +188,7 @@ def _timm(asked: HeldOut, pool: Pool, classes: Sequence[str]) -> ImageNetwork:
     import timm  # noqa: PLC0415
     from timm.data import create_transform, resolve_data_config  # noqa: PLC0415
 
-    name, config = asked.name, config_beside(pool.like, "config.json")
-    if name is None and config is not None:
-        name = json.loads(config.read_text(encoding="utf-8")).get("architecture")
+    name = asked.name or config_of(pool.like).get("architecture")
     if name is None:
         raise UserError("--network timm:NAME is needed; timm.list_models() has the names")
     size: dict[str, Any] = {} if asked.image_size is None else {"img_size": asked.image_size}

@@ -245,7 +245,7 @@ def loaded_back(source: Source, to: Target, folder: Path) -> float:
     """
     try:
         read = FORMATS[to][1](source, folder)
-        return compare(graph_of(source), torch.no_grad()(lambda inputs: read(*inputs.values())), to)
+        return compare(graph_of(source), lambda inputs: read(*inputs.values()), to)
     except UserError as error:
         raise UserError(f"{error}, so nothing was written; {possible(source)}") from None
 

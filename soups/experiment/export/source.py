@@ -88,30 +88,6 @@ class Source:
         return ids
 
 
-def _run_of(folder: Path) -> Path | None:
-    """The run folder that holds a soup or a row; None of other folders."""
-    return next((parent for parent in folder.parents if (parent / "ingredients/000/config.json").exists()), None)
-
-
-def read_source(settings: Export) -> Source:
-    """The soup that is meant.
-
-    Raises:
-        UserError: no such soup, an ensemble, damaged weights, or class names that are nowhere.
-    """
-    soup = settings.soup
-    if not soup.exists():
-        raise UserError(f"soup={soup}: no such file or folder; e.g. soup=runs/demo/soups/greedy")
-    folder = soup if soup.is_dir() else soup.parent
-    run = _run_of(folder.resolve())
-    if run is not None and (soup.is_dir() or soup.name == WEIGHTS):
-        return _of_run(settings, folder.resolve(), run)
-    raise UserError(
-        f"soup={soup} is no soup of a run, which is a folder such as runs/demo/soups/greedy; "
-        "your own files: soups export FILE --to LIBRARY --out FOLDER"
-    )
-
-
 def _settings_of(run: Path) -> tuple[str, Model, Task]:
     path = run / "ingredients/000/config.json"
     config = read_json(path)
@@ -133,7 +109,22 @@ def _names(settings: Export, task: Task) -> tuple[str, ...]:
     return settings.classes
 
 
-def _of_run(settings: Export, folder: Path, run: Path) -> Source:
+def read_source(settings: Export) -> Source:
+    """The soup that is meant.
+
+    Raises:
+        UserError: no such soup, an ensemble, damaged weights, or class names that are nowhere.
+    """
+    soup = settings.soup
+    if not soup.exists():
+        raise UserError(f"soup={soup}: no such file or folder; e.g. soup=runs/demo/soups/greedy")
+    folder = (soup if soup.is_dir() else soup.parent).resolve()
+    run = next((parent for parent in folder.parents if (parent / "ingredients/000/config.json").exists()), None)
+    if run is None or not (soup.is_dir() or soup.name == WEIGHTS):
+        raise UserError(
+            f"soup={soup} is no soup of a run, which is a folder such as runs/demo/soups/greedy; "
+            "your own files: soups export FILE --to LIBRARY --out FOLDER"
+        )
     path = next((folder / name for name in ("soup.json", "done.json") if (folder / name).exists()), None)
     if path is None:
         raise UserError(f"{folder} holds no finished model: run python -m soups for it first")
