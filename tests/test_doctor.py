@@ -134,7 +134,7 @@ def planted(pool, kind):
         ("nan", "x.safetensors: tensor 'h' holds NaN or infinity"),
         ("shape", "x.safetensors: tensor 'h' is BF16 (31,), but BF16 (30,) in "),
         ("key", "x.safetensors: tensor 'extra' is not in "),
-        ("damaged", "x.safetensors is truncated or not a safetensors file"),
+        ("damaged", "x.safetensors is truncated, damaged or not a safetensors file"),
         ("stranger", "x.safetensors: not fine-tuned from the same checkpoint; its weights have a cosine of "),
         ("far", "x.safetensors went far: "),
     ],
