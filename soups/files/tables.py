@@ -76,13 +76,13 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return [dict(zip(columns, row, strict=True)) for _, row in rows]
 
 
-def column(path: Path, rows: Sequence[dict[str, str]], name: str) -> list[str]:
-    """One column.
+def column(path: Path, rows: Sequence[dict[str, str]], name: str, remedy: str = "") -> list[str]:
+    """One column; `remedy` is what the message says where it is not there.
 
     Raises:
         UserError: it is not there.
     """
     for number, row in enumerate(rows, start=1):
         if name not in row:
-            raise UserError(f"{path} has no column {name!r} in row {number}, only {', '.join(row)}")
+            raise UserError(f"{path} has no column {name!r} in row {number}, only {', '.join(row)}{remedy}")
     return [row[name] for row in rows]

@@ -32,9 +32,10 @@ def of_texts(asked: HeldOut, pool: Pool) -> Scorer:
     path, batch_size, max_length = asked.path, asked.batch_size or BATCH, asked.max_length or MAX_LENGTH
     source, config = read_source(asked, pool, "Classification")
     rows = read_table(path)
-    texts = [column(path, rows, name) for name in asked.columns]
+    remedy = ": see --columns, --label"
+    texts = [column(path, rows, name, remedy) for name in asked.columns]
     ids = {str(i): i for i in config.id2label} | {name: i for i, name in config.id2label.items()}
-    found = column(path, rows, asked.label)
+    found = column(path, rows, asked.label, remedy)
     strange = sorted(set(found) - ids.keys())
     if strange:
         classes = ", ".join(config.id2label.values())
