@@ -16,75 +16,36 @@ With replicates (experiment=demo_seeds) their tables, and seeds.{md,csv} over al
 """
 
 import sys
-from functools import partial
+from collections.abc import Callable
 
 from configs.cli import entry_point
-from configs.schema import Experiment
 from soups.errors import one_line_errors
 
-# What works is imported when it is asked for, so that --help and mistyped settings are answered at once: torch and the
-# models take seconds.
+ALONE = {"list": "list_artefacts", "claims": "claims", "will_it_help": "will_it_help"}  # need no experiment
+OF_EXPERIMENTS = {"report": "report_all", "predictions": "predictions_of_all"}
 
 
-def run(config: Experiment) -> None:
-    """Analyse the experiment and its parts."""
-    from analysis.commands import analyse_all  # noqa: PLC0415
+def command(name: str, *given: str) -> Callable[..., None]:
+    """A function of `analysis.commands`, which is imported when it is called.
 
-    analyse_all(config)
+    So --help and mistyped settings are answered at once: torch and the models take seconds.
+    """
 
+    def call(*arguments: object) -> None:
+        from analysis import commands  # noqa: PLC0415
 
-def report(config: Experiment) -> None:
-    """Write the page of the experiment, or of each of its parts and replicates."""
-    from analysis.commands import report_all  # noqa: PLC0415
+        getattr(commands, name)(*given, *arguments)
 
-    report_all(config)
-
-
-def predictions(config: Experiment) -> None:
-    """Write the tables of predictions of the experiment, or of each of its parts."""
-    from analysis.commands import predictions_of_all  # noqa: PLC0415
-
-    predictions_of_all(config)
-
-
-def show_claims() -> None:
-    """Answer the claims from the pools that are measured."""
-    from analysis.commands import claims  # noqa: PLC0415
-
-    claims()
-
-
-def show_will_it_help() -> None:
-    """Measure how often soups help."""
-    from analysis.commands import will_it_help  # noqa: PLC0415
-
-    will_it_help()
-
-
-def show_measured(artefact: str) -> None:
-    """Make tables and figures from the numbers in results/measured."""
-    from analysis.commands import redraw_measured  # noqa: PLC0415
-
-    print(*redraw_measured(artefact), sep="\n")
-
-
-def show_list() -> None:
-    """A line for each of the paper's tables and figures."""
-    from analysis.commands import list_artefacts  # noqa: PLC0415
-
-    list_artefacts()
+    return call
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["list"]:
-        one_line_errors(show_list)
-    elif sys.argv[1:] == ["claims"]:
-        one_line_errors(show_claims)
-    elif sys.argv[1:] == ["will_it_help"]:
-        one_line_errors(show_will_it_help)
-    elif len(sys.argv) == 2 and sys.argv[1].startswith("artefact="):
-        one_line_errors(partial(show_measured, sys.argv[1].removeprefix("artefact=")))
-    elif sys.argv[1:2] in (["report"], ["predictions"]):
-        entry_point({"report": report, "predictions": predictions}[sys.argv.pop(1)])()
+    first, is_alone = sys.argv[1] if len(sys.argv) > 1 else "", len(sys.argv) == 2
+    if is_alone and first in ALONE:
+        one_line_errors(command(ALONE[first]))
+    elif is_alone and first.startswith("artefact="):
+        one_line_errors(command("redraw_measured", first.removeprefix("artefact=")))
+    elif first in OF_EXPERIMENTS:
+        entry_point(command(OF_EXPERIMENTS[sys.argv.pop(1)]))()
     else:
-        entry_point(run)()
+        entry_point(command("analyse_all"))()

@@ -7,13 +7,11 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED
+from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED, NUMBERS
 from analysis.tables.paper import paper_table
-from analysis.tables.table3 import publish
+from analysis.tables.table3 import publish, write_provenance
 from configs.errors import UserError
 from configs.schema import Experiment, load, replicate
-from soups.files.atomic import write_json
-from store.provenance import provenance
 from store.runs import RunFolder
 
 FORWARD = "forward"  # artefact=forward means all of NEED_FORWARD
@@ -59,11 +57,10 @@ def write_artefact(name: str, configs: Sequence[Experiment], console: Console | 
     Raises:
         UserError: one is not finished, or is of another shape than the artefact needs.
     """
-    made = DRAWN[name].made
-    files = []
-    for group in [configs] if made.is_one else [[config] for config in configs]:
-        stem = RunFolder.of(group[0]).analysis / f"{name}{made.ending}"
-        files += made.write(group, made.numbers(group, console), stem)
+    artefact, files = DRAWN[name], []
+    for group in [configs] if artefact.made.is_one else [[config] for config in configs]:
+        stem = RunFolder.of(group[0]).analysis / f"{name}{artefact.made.ending}"
+        files += artefact.write(group, artefact.measure(group, console), stem)
     return files
 
 
@@ -83,10 +80,8 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: 
     homes = {RunFolder.of(each).analysis: each for each in configs}
     for folder, each in homes.items():
         if any(file.parent == folder for file in files):
-            record = {"artefact": name, "experiment": each.name, "sweep_seed": each.sweep.seed, "rows": each.sweep.size}
-            record["date"] = datetime.now(timezone.utc).date().isoformat()
-            write_json(folder / f"{name}_provenance.json", record | provenance())
-            files.append(folder / f"{name}_provenance.json")
+            date = datetime.now(timezone.utc).date().isoformat()
+            files.append(write_provenance(each, folder / f"{name}_provenance.json", artefact=name, date=date))
     if config.paths.results is None:
         return files
     return [publish(file, config.paths.results, homes[file.parent].name) for file in files]
@@ -106,12 +101,12 @@ def redraw(name: str, out: Path, folder: Path = MEASURED) -> list[Path]:
     measured = measured_files(name, folder)
     if not measured:
         raise UserError(f"{name} is {state(name, folder)}")
-    made, files = DRAWN[name].made, []
+    files = []
     for experiment, file in measured.items():
         config, numbers = measured_experiment(experiment), pd.read_csv(file)
         texts = numbers.columns.intersection(["confidence", "source"])
         numbers[texts] = numbers[texts].fillna("")
-        files += made.write([config], numbers, out / file.stem)
+        files += DRAWN[name].write([config], numbers, out / file.stem)
     return files
 
 
@@ -128,10 +123,9 @@ def paper_numbers(name: str) -> str:
     'greedy test 81.03, best test 80.38, uniform test 79.97'
     """
     found = []
-    for table, row, column in ARTEFACTS[name].numbers:
-        numbers = paper_table(table)
-        value = numbers[(numbers["row"] == row) & (numbers["column"] == column)]["value"]
-        found.append(f"{row} {column} {value.item():g}")
+    for table, row, column in NUMBERS.get(name, ()):
+        value = paper_table(table).set_index(["row", "column"])["value"][row, column]
+        found.append(f"{row} {column} {value:g}")
     return ", ".join(found)
 
 

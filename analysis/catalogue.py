@@ -1,7 +1,7 @@
 """The paper's 33 tables and figures: what each shows, the experiments it is made of, and the functions that make it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,13 @@ from analysis.figures.landscape import measure_landscape
 from analysis.figures.pairs import draw_pairs, measure_pairs
 from analysis.figures.pool_size import draw_pool_size, measure_pool_size
 from analysis.figures.reliability import draw_reliability, measure_reliability
-from analysis.figures.scatter import (
-    draw_scatter,
-    draw_subgroups,
-    measure_methods,
-    measure_scatter,
-    measure_subgroups,
-)
+from analysis.figures.scatter import draw_scatter, draw_subgroups, measure_methods, measure_scatter, measure_subgroups
 from analysis.figures.style import save_with_numbers, write_csv
-from analysis.figures.training_seeds import draw_budget, draw_calibration, measure_budget, measure_calibration
+from analysis.figures.training_seeds import draw_budget, draw_calibration, measure_seeds
 from analysis.figures.wise_curves import draw_wise, measure_wise
+from analysis.measure.methods import NAN
 from analysis.tables.cells import write_cells
 from analysis.tables.named_rows import draw_rows, measure_rows
-from analysis.tables.paper import without_differences
 from analysis.tables.paper_tables import (
     cells_beside_paper,
     measure_beside_paper,
@@ -41,7 +35,7 @@ from analysis.tables.paper_tables import (
 from analysis.tables.table2 import cost_cells, inference_table
 from analysis.tables.table3 import GROUPED
 from analysis.tables.text_tables import text_cells, text_numbers
-from analysis.theory.approximation import draw_approximation, measure_approximation, summarised
+from analysis.theory.approximation import draw_approximation, measure_approximation, summary_table
 from configs.schema import Experiment
 
 MEASURED = Path(__file__).resolve().parents[1] / "results/measured"
@@ -51,24 +45,13 @@ Configs = Sequence[Experiment]
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: its numbers from finished runs, and the picture from these numbers alone."""
+    """A figure: its numbers from a finished run, and the picture from these numbers alone."""
 
     measure: Callable[..., pd.DataFrame]  # takes an experiment and a console
     draw: Callable[..., Figure]  # takes the experiment and its numbers
-    beside: Callable[[Experiment, pd.DataFrame], dict[str, pd.DataFrame]] = lambda *_: {}  # other tables, by ending
+    summary: Callable[[Experiment, pd.DataFrame], pd.DataFrame] | None = None  # another table, <name>_summary.csv
     ending = ""  # the files' names end with it
     is_one = False  # whether several experiments make one of it
-
-    def numbers(self, configs: Configs, console: Console | None) -> pd.DataFrame:
-        """Its numbers, of one experiment."""
-        return self.measure(configs[0], console)
-
-    def write(self, configs: Configs, numbers: pd.DataFrame, stem: Path) -> list[Path]:
-        """Write stem.{pdf,png,csv}, and other tables beside."""
-        files = save_with_numbers(self.draw(configs[0], numbers), numbers, stem)
-        for name, table in self.beside(configs[0], numbers).items():
-            files.append(write_csv(table, stem.with_name(f"{stem.name}_{name}.csv"), "%.6f"))
-        return files
 
 
 @dataclass(frozen=True)
@@ -80,25 +63,8 @@ class Printed:
 
     measure: Callable[..., pd.DataFrame]  # takes an experiment, or all of them where `is_one`
     cells: Callable[[Any, pd.DataFrame], tuple[pd.DataFrame, str]]
-    papers: tuple[str, ...] = ()  # experiments with the paper's model on the paper's data
-    is_one: bool = False  # whether several experiments make one of it
+    is_one: bool = False
     ending = "_with_paper"
-
-    def numbers(self, configs: Configs, console: Console | None) -> pd.DataFrame:
-        """Its numbers, of one experiment or of all."""
-        del console  # nothing is evaluated
-        return self.measure(configs if self.is_one else configs[0])
-
-    def write(self, configs: Configs, numbers: pd.DataFrame, stem: Path) -> list[Path]:
-        """Write stem.{md,tex,csv}."""
-        if "minus_paper" in numbers and not all(self.is_papers(config) for config in configs):
-            numbers = without_differences(numbers)
-        cells, caption = self.cells(configs if self.is_one else configs[0], numbers)
-        return write_cells(cells, numbers, stem, caption)
-
-    def is_papers(self, config: Experiment) -> bool:
-        """Whether an experiment has the paper's model."""
-        return config.name in self.papers and config.model.proxy_for is None and config.task.proxy_for is None
 
 
 @dataclass(frozen=True)
@@ -109,34 +75,52 @@ class Artefact:
     paper: tuple[str, ...]  # experiments it is made of; none where the paper has formulas alone
     embedded: tuple[str, ...]  # their counterparts of the embedded benchmark
     made: Drawing | Printed
-    numbers: tuple[tuple[str, str, str], ...] = field(default=())  # in results/paper: table, row, column
 
     def is_of(self, experiment: str) -> bool:
         """Whether an experiment is one of those it is made of."""
         return experiment in (*self.paper, *self.embedded)
 
+    def is_papers(self, config: Experiment) -> bool:
+        """Whether an experiment of it has the paper's model on the paper's data."""
+        return config.name in self.paper and config.model.proxy_for is None and config.task.proxy_for is None
+
     @property
     def functions(self) -> str:
         """Where its numbers and its cells or picture are made, each as module:function."""
         second = self.made.draw if isinstance(self.made, Drawing) else self.made.cells
-        return " ".join(_place(function) for function in (self.made.measure, second))
+        whole = [getattr(function, "func", function) for function in (self.made.measure, second)]
+        return " ".join(f"{function.__module__}:{function.__qualname__}" for function in whole)
+
+    def measure(self, configs: Configs, console: Console | None) -> pd.DataFrame:
+        """Its numbers, of one experiment, or of all where `made.is_one`."""
+        if isinstance(self.made, Drawing):
+            return self.made.measure(configs[0], console)
+        return self.made.measure(configs if self.made.is_one else configs[0])
+
+    def write(self, configs: Configs, numbers: pd.DataFrame, stem: Path) -> list[Path]:
+        """Write a figure as stem.{pdf,png,csv} with its summary, or a table as stem.{md,tex,csv}."""
+        if isinstance(self.made, Drawing):
+            files = save_with_numbers(self.made.draw(configs[0], numbers), numbers, stem)
+            if self.made.summary is not None:
+                table = self.made.summary(configs[0], numbers)
+                files.append(write_csv(table, stem.with_name(f"{stem.name}_summary.csv"), "%.6f"))
+            return files
+        if "minus_paper" in numbers and not all(self.is_papers(config) for config in configs):
+            numbers = numbers.assign(minus_paper=NAN)
+        cells, caption = self.made.cells(configs if self.made.is_one else configs[0], numbers)
+        return write_cells(cells, numbers, stem, caption)
 
 
-def _place(function: Any) -> str:
-    function = getattr(function, "func", function)
-    return f"{function.__module__}:{function.__qualname__}"
+def _texts(table: str) -> Printed:
+    return Printed(partial(text_numbers, table=table), partial(text_cells, table=table), is_one=True)
 
 
-def _texts(table: str, papers: tuple[str, ...]) -> Printed:
-    return Printed(partial(text_numbers, table=table), partial(text_cells, table=table), papers, is_one=True)
+def _methods(table: str) -> Printed:
+    return Printed(partial(measure_beside_paper, table=table), cells_beside_paper)
 
 
-def _methods(table: str, papers: tuple[str, ...]) -> Printed:
-    return Printed(partial(measure_beside_paper, table=table), cells_beside_paper, papers)
-
-
-def _rows(table: str, papers: tuple[str, ...]) -> Printed:
-    return Printed(partial(measure_rows_beside_paper, table=table), row_cells_beside_paper, papers)
+def _rows(table: str) -> Printed:
+    return Printed(partial(measure_rows_beside_paper, table=table), row_cells_beside_paper)
 
 
 SCATTER = Drawing(measure_scatter, draw_scatter)
@@ -155,76 +139,28 @@ DEMO = ("demo",)
 SHIFTS = "shift_mean"
 
 ARTEFACTS = {
-    "table1": Artefact(
-        "headline numbers of the largest model",
-        TABLE4,
-        ("demo_vit_g",),
-        _methods("table1", TABLE4),
-        (("table1", "greedy", "test"), ("table1", "greedy", SHIFTS)),
-    ),
+    "table1": Artefact("headline numbers of the largest model", TABLE4, ("demo_vit_g",), _methods("table1")),
     "table2": Artefact("methods, formulas and the cost of an answer", (), DEMO, Printed(inference_table, cost_cells)),
-    "table3": Artefact(
-        "every recipe and baseline, CLIP ViT-B/32",
-        (*TABLE3, "released"),
-        DEMO,
-        _methods("table3", (*TABLE3, "released")),
-        (("table3", "greedy", "test"), ("table3", "best", "test"), ("table3", "uniform", "test")),
-    ),
+    "table3": Artefact("every recipe and baseline, CLIP ViT-B/32", (*TABLE3, "released"), DEMO, _methods("table3")),
     "table4": Artefact(
-        "ViT-G/14 on ImageNet, its other labels and five shifts",
-        TABLE4,
-        ("demo_vit_g",),
-        _methods("table4", TABLE4),
-        (("table4", "greedy", "test"), ("table4", "best", "test"), ("table4", "greedy_ensemble", "test")),
+        "ViT-G/14 on ImageNet, its other labels and five shifts", TABLE4, ("demo_vit_g",), _methods("table4")
     ),
-    "table5": Artefact(
-        "BERT-base and T5-base on four GLUE tasks",
-        TABLE5,
-        ("demo_text",),
-        _texts("table5", TABLE5),
-        (("table5", "bert_base/greedy", "rte"), ("table5", "bert_base/best", "rte")),
-    ),
+    "table5": Artefact("BERT-base and T5-base on four GLUE tasks", TABLE5, ("demo_text",), _texts("table5")),
     "tablec1": Artefact(
-        "BASIC-L on ImageNet and five shifts",
-        ("tablec1_basic",),
-        ("demo_basic",),
-        _methods("tablec1", ("tablec1_basic",)),
-        (("tablec1", "greedy", "test"), ("tablec1", "best", "test")),
+        "BASIC-L on ImageNet and five shifts", ("tablec1_basic",), ("demo_basic",), _methods("tablec1")
     ),
-    "tablej1": Artefact(
-        "five text models on four GLUE tasks",
-        TABLEJ1,
-        ("demo_text",),
-        _texts("tablej1", TABLEJ1),
-        (("tablej1", "t5_large/greedy", "rte"), ("tablej1", "t5_large/uniform", "rte")),
-    ),
+    "tablej1": Artefact("five text models on four GLUE tasks", TABLEJ1, ("demo_text",), _texts("tablej1")),
     "tablel1": Artefact(
-        "soups of augmentations against distillation",
-        ("tablel1_distill",),
-        ("demo_distill",),
-        _rows("tablel1", ("tablel1_distill",)),
-        (("tablel1", "Soup of minimal, medium, strong", "test@3e-5"),),
+        "soups of augmentations against distillation", ("tablel1_distill",), ("demo_distill",), _rows("tablel1")
     ),
     "tablel2": Artefact(
-        "soups of augmentations against fix-aug",
-        ("tablel2_fixaug",),
-        ("demo_fixaug",),
-        _rows("tablel2", ("tablel2_fixaug",)),
-        (("tablel2", "fix-aug", "test@3e-5"),),
+        "soups of augmentations against fix-aug", ("tablel2_fixaug",), ("demo_fixaug",), _rows("tablel2")
     ),
     "tablel3": Artefact(
-        "soups of models trained without and with SAM",
-        ("tablel3_sam",),
-        ("demo_sam",),
-        _rows("tablel3", ("tablel3_sam",)),
-        (("tablel3", "SAM, seed 0", "test"),),
+        "soups of models trained without and with SAM", ("tablel3_sam",), ("demo_sam",), _rows("tablel3")
     ),
     "figure1": Artefact(
-        "ingredients and soups, test against shifts",
-        (*TABLE3, "figure5_align", "released"),
-        DEMO,
-        SCATTER,
-        (("table3", "greedy", "test"), ("table3", "greedy", SHIFTS)),
+        "ingredients and soups, test against shifts", (*TABLE3, "figure5_align", "released"), DEMO, SCATTER
     ),
     "figure2": Artefact(
         "error landscape in a plane",
@@ -237,18 +173,14 @@ ARTEFACTS = {
     ),
     "figure4": Artefact("soup against ensemble of random pairs", TABLE3, DEMO, Drawing(measure_pairs, draw_pairs)),
     "figure5": Artefact(
-        "ingredients and soups of ALIGN and ViT-G",
-        ("figure5_align", *TABLE4),
-        ("demo_align", "demo_vit_g"),
-        SCATTER,
-        (("headlines", "align", "greedy minus best, test"),),
+        "ingredients and soups of ALIGN and ViT-G", ("figure5_align", *TABLE4), ("demo_align", "demo_vit_g"), SCATTER
     ),
     "figureb1": Artefact("by the number of models considered", TABLE3, DEMO, POOL_SIZE),
     "figureb2": Artefact(
         "calibration of soup and ensemble",
         ("figureb2_seeds",),
         ("demo_seeds_only",),
-        Drawing(measure_calibration, draw_calibration),
+        Drawing(partial(measure_seeds, calibrated=True), draw_calibration),
     ),
     "figured1": Artefact(
         "curves from the initialisation to every model and soup (WiSE-FT)",
@@ -261,7 +193,6 @@ ARTEFACTS = {
         ("figuree1_soups",),
         ("demo_cross_dataset",),
         Drawing(measure_backbones, draw_backbones),
-        (("headlines", "clip_vit_b32", "backbone soup minus zero-shot, CIFAR-100"),),
     ),
     "figuref1": Artefact(
         "averages of the ends of one-dimensional grids",
@@ -286,7 +217,7 @@ ARTEFACTS = {
         "models that differ by seed alone, of two initialisations",
         ("figureg4_clip", "figureg4_in22k"),
         ("demo_seeds_only", "demo_imagenet_init"),
-        Drawing(measure_budget, draw_budget),
+        Drawing(partial(measure_seeds, calibrated=False), draw_budget),
     ),
     "figureh1": Artefact("as B.1: linear probe, standard grid", ("standard_lp",), ("demo_grid_lp",), POOL_SIZE),
     "figureh2": Artefact("as B.1: linear probe, extreme grid", ("extreme_lp",), ("demo_extreme_lp",), POOL_SIZE),
@@ -306,21 +237,28 @@ ARTEFACTS = {
         "approximation (1) against the truth",
         ("extreme_lp",),
         ("demo_extreme_lp",),
-        Drawing(measure_approximation, draw_approximation, beside=summarised),
+        Drawing(measure_approximation, draw_approximation, summary=summary_table),
     ),
     "figurel1": Artefact("soups of averages along training (EMA, SWA)", ("figurel1_clip",), ("demo_ema_swa",), ROWS),
     "figurel2": Artefact(
-        "the same, from an initialisation pretrained on labels",
-        ("figurel2_in22k",),
-        ("demo_imagenet_init",),
-        ROWS,
+        "the same, from an initialisation pretrained on labels", ("figurel2_in22k",), ("demo_imagenet_init",), ROWS
     ),
-    "figurel3": Artefact(
-        "Figure 1 with all methods of Table 3",
-        TABLE3,
-        DEMO,
-        Drawing(measure_methods, partial(draw_scatter, every_method=True)),
-    ),
+    "figurel3": Artefact("Figure 1 with all methods of Table 3", TABLE3, DEMO, EVERY_METHOD),
+}
+
+NUMBERS = {  # that `python -m analysis list` has of the paper: table, row and column in results/paper
+    "table1": (("table1", "greedy", "test"), ("table1", "greedy", SHIFTS)),
+    "table3": (("table3", "greedy", "test"), ("table3", "best", "test"), ("table3", "uniform", "test")),
+    "table4": (("table4", "greedy", "test"), ("table4", "best", "test"), ("table4", "greedy_ensemble", "test")),
+    "table5": (("table5", "bert_base/greedy", "rte"), ("table5", "bert_base/best", "rte")),
+    "tablec1": (("tablec1", "greedy", "test"), ("tablec1", "best", "test")),
+    "tablej1": (("tablej1", "t5_large/greedy", "rte"), ("tablej1", "t5_large/uniform", "rte")),
+    "tablel1": (("tablel1", "Soup of minimal, medium, strong", "test@3e-5"),),
+    "tablel2": (("tablel2", "fix-aug", "test@3e-5"),),
+    "tablel3": (("tablel3", "SAM, seed 0", "test"),),
+    "figure1": (("table3", "greedy", "test"), ("table3", "greedy", SHIFTS)),
+    "figure5": (("headlines", "align", "greedy minus best, test"),),
+    "figuree1": (("headlines", "clip_vit_b32", "backbone soup minus zero-shot, CIFAR-100"),),
 }
 
 MORE = {  # no figures of the paper, drawn by the same command

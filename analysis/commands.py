@@ -24,6 +24,11 @@ from store.staging import staged
 from store.workers import use_threads
 
 
+def _console() -> Console:
+    """For progress; a log may be wider than the usual terminal."""
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
 def tables(config: Experiment) -> tuple[list[Path], list[str]]:
     """Analyse the experiment, or its replicates and then all of them together; what came out, in sentences, too."""
     if published_instead(config):
@@ -77,26 +82,25 @@ def list_artefacts() -> None:
     print("results/measured, without runs: python -m analysis artefact=NAME, or artefact=all.")
 
 
-def redraw_measured(name: str, out: Path = Path("runs/measured"), folder: Path = MEASURED) -> list[Path]:
+def redraw_measured(name: str, out: Path = Path("runs/measured")) -> None:
     """Make an artefact, or all, from results/measured alone; says which were not measured yet.
 
     Raises:
         UserError: there is none of this name, or the one that is named was not measured yet.
     """
-    console, files = Console(width=None if sys.stdout.isatty() else 110), []
-    names = list(DRAWN) if name == "all" else named(name)
+    files, names = [], list(DRAWN) if name == "all" else named(name)
     for each in names:
-        if len(names) > 1 and not measured_files(each, folder):
-            console.print(f"{each}: {state(each, folder)}", highlight=False, soft_wrap=True)
+        if len(names) > 1 and not measured_files(each):
+            print(f"{each}: {state(each)}")
         else:
-            files += redraw(each, out, folder)
-    return files
+            files += redraw(each, out)
+    print(*files, sep="\n")
 
 
 def predictions_of_all(config: Experiment) -> None:
     """Write the tables of predictions and of sub-pools of the experiment, or of each of its parts."""
     use_threads(config.cluster.threads)
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = _console()
     for part in cli.parts_of(config, sys.argv[1:]):
         print(*write_pool(part, console), *write_subpools(part, console), sep="\n")
 
@@ -128,7 +132,7 @@ def analyse_all(config: Experiment) -> None:
     use_threads(config.cluster.threads)
     parts = [staged(part) for part in cli.parts_of(config, sys.argv[1:])]
     if config.artefact is not None:
-        print(*artefacts(config, parts, Console(width=None if sys.stdout.isatty() else 110)), sep="\n")
+        print(*artefacts(config, parts, _console()), sep="\n")
         return
     for part in parts:
         files, sentences = tables(part)

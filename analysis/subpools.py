@@ -5,23 +5,23 @@ trained, how far their learning rates are apart, and how many held-out images ch
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis.figures.style import SETTINGS, STYLE, save_with_numbers
+from analysis.figures.style import STYLE, save_with_numbers, styled, write_csv
+from analysis.measure.methods import logits_of_model
 from analysis.predictions import read_pools
-from analysis.tables.table3 import publish
+from analysis.tables.table3 import published
 from analysis.will_it_help import NOISE, noise
 from configs.errors import UserError
 from configs.schema import Experiment
@@ -30,7 +30,7 @@ from eval.metrics import correct
 from soups.chance import uniform
 from soups.conformance import common_layout
 from soups.experiment.pool import usable_pool
-from soups.files.atomic import digest_of, read_json, replacing, write_json
+from soups.files.atomic import digest_of, read_json, write_json
 from soups.files.opening import opened
 from soups.files.weights import Weights
 from soups.geometry import Geometry, geometry
@@ -76,17 +76,15 @@ def candidates(kind: str, lengths: Sequence[int], rates: Sequence[float]) -> lis
     >>> candidates("short trainings", [9, 4, 16], [1e-4] * 3), candidates("long trainings", [9, 4, 16], [1e-4] * 3)
     ([1], [2])
     """
-    places = range(len(lengths))
-    third = max(1, len(lengths) // 3)
-    match kind:
-        case "short trainings":
-            return sorted(places, key=lambda i: (lengths[i], i))[:third]
-        case "long trainings":
-            return sorted(places, key=lambda i: (-lengths[i], i))[:third]
-        case "near learning rates":
-            middle = sorted(rates)[len(rates) // 2]
-            return sorted(places, key=lambda i: (abs(math.log(rates[i] / middle)), i))[:third]
-    return list(places)
+    middle = sorted(rates)[len(rates) // 2]
+    keys: dict[str, list[float]] = {
+        "short trainings": [*lengths],
+        "long trainings": [-length for length in lengths],
+        "near learning rates": [abs(math.log(rate / middle)) for rate in rates],
+    }
+    if kind not in keys:
+        return list(range(len(lengths)))
+    return sorted(range(len(lengths)), key=keys[kind].__getitem__)[: max(1, len(lengths) // 3)]
 
 
 def first_by_chance(places: Sequence[int], size: int, *key: object) -> tuple[int, ...]:
@@ -131,11 +129,7 @@ def measured(config: Experiment, subpool: Subpool) -> dict[str, Any]:
     def accuracy(weights: Weights) -> float:
         return correct(evaluator.fresh_logits(weights, task.held_out, rows), labels).double().mean().item()
 
-    def reached(logits: Callable[[str], torch.Tensor]) -> dict[str, float]:
-        hits = {split: evaluator.hits(logits(split), split).double().mean().item() for split in task.reported}
-        return {"test": hits[task.test], "shifts": sum(hits[s] for s in task.shifts) / max(1, len(task.shifts))}
-
-    known = [evaluator.logits(each.digest, each.load, task.held_out)[rows] for each in members]
+    known = [logits_of_model(each, evaluator)(task.held_out)[rows] for each in members]
     scores = [correct(logits, labels).double().mean().item() for logits in known]
     soup = greedy([each.load for each in members], scores, accuracy)
     whole = mean_of_all([each.load for each in members], scores)
@@ -144,11 +138,13 @@ def measured(config: Experiment, subpool: Subpool) -> dict[str, Any]:
     second, middle = soup.trials[1].candidate, soup.trials[1].score
     found["barrier held_out"] = (max(scores) + scores[second]) / 2 - middle
     for name, logits in (
-        ("best", lambda split: evaluator.logits(first.digest, first.load, split)),
+        ("best", logits_of_model(first, evaluator)),
         ("greedy", partial(evaluator.fresh_logits, soup.weights)),
         ("uniform", partial(evaluator.fresh_logits, whole.weights)),
     ):
-        found |= {f"{name} {column}": value for column, value in reached(logits).items()}
+        hits = {split: evaluator.hits(logits(split), split).double().mean().item() for split in task.reported}
+        found[f"{name} test"] = hits[task.test]
+        found[f"{name} shifts"] = sum(hits[split] for split in task.shifts) / max(1, len(task.shifts))
     found["greedy held_out"], found["uniform held_out"] = (accuracy(each.weights) for each in (soup, whole))
     write_json(path, found)
     return found
@@ -192,6 +188,12 @@ TITLES = {  # (kind, models, share of held-out), in the order of the figure
 }
 
 
+def _by_kind(lines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The title of each kind of sub-pool, and its lines."""
+    for (kind, models, share), title in TITLES.items():
+        yield title, lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
+
+
 SOUPS = {"greedy": -0.17, "uniform": 0.17}  # where in its row of the figure a soup is drawn
 
 
@@ -207,8 +209,7 @@ def pays(lines: pd.DataFrame) -> pd.DataFrame:
     and worse at all, and better and worse by more than noise; gains are fractions.
     """
     rows = []
-    for (kind, models, share), title in TITLES.items():
-        group = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
+    for title, group in _by_kind(lines):
         settings = {name: group[name].mean() for name in ("epochs", "lr spread", "held_out")}
         for on, soup in product(("test", "shifts"), SOUPS):
             gain, noise_ = group[f"{soup} {on}"] - group[f"best {on}"], NOISE * group[f"noise {on}"]
@@ -219,6 +220,7 @@ def pays(lines: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@styled
 def figure_of(lines: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Every sub-pool's gain as a point, by kind and soup, over the band of noise; test and mean of the shifts.
 
@@ -226,44 +228,42 @@ def figure_of(lines: pd.DataFrame, table: pd.DataFrame) -> Figure:
         lines: as in `pays`.
         table: from `pays`.
     """
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(6.6, 4.6))
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, on in zip(panels, ("test", "shifts"), strict=True):
-            band = 100 * NOISE * lines[f"noise {on}"].mean()
-            axes.axvspan(-band, band, color="#DDDDDD", lw=0, label="within noise")
-            for place, ((kind, models, share), title) in enumerate(TITLES.items()):
-                group = lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
-                for soup, aside in SOUPS.items():
-                    name, colour, marker, _ = STYLE[soup]
-                    gain = 100 * (group[f"{soup} {on}"] - group[f"best {on}"])
-                    beside = [place + aside + 0.2 * (uniform("beside", i) - 0.5) for i in range(len(gain))]
-                    axes.scatter(gain, beside, s=5, color=colour, alpha=0.45, linewidths=0)
-                    row = table[(table["kind"] == title) & (table["on"] == on) & (table["soup"] == soup)].iloc[0]
-                    ends = [100 * row["quartile 1"], 100 * row["quartile 3"]]
-                    axes.plot(ends, [place + aside] * 2, color=colour, lw=1.6)
-                    label = name if place == 0 else None
-                    at = {"color": colour, "ms": 9 if marker == "*" else 5, "mec": "black", "mew": 0.4}
-                    axes.plot(100 * row["mean"], place + aside, marker, label=label, ls="", **at)
-                    better = f"{round(row['beyond noise'] * row['n'])} of {row['n']}"
-                    words = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 6, "color": colour}
-                    axes.text(1.01, place + aside, better, **words)
-            axes.axvline(0, color="black", lw=0.8)
-            axes.set_title("Test" if on == "test" else "Mean of the five shifts", fontsize=8)
-            axes.set_yticks(range(len(TITLES)), list(TITLES.values()))
-        panels[0].set_ylim(len(TITLES) - 0.5, -0.5)
-        panels[0].set_ylabel("sub-pools, by kind")
-        figure.supxlabel("soup − best model of its sub-pool (percentage points)", fontsize=8)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.05), ncols=3, frameon=False)
-        note = (
-            f"Points: sub-pools; markers: means; bars: the middle half. Grey: ±{NOISE} standard errors, over classes, "
-            "of a single difference.\nNumbers: sub-pools whose soup is better by more than noise. Sub-pools share "
-            "models and images, so no interval of a mean is drawn."
-        )
-        figure.text(0.5, -0.02, note, ha="center", va="top", fontsize=6)
-        figure.tight_layout()
-        return figure
+    figure = Figure(figsize=(6.6, 4.6))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, on in zip(panels, ("test", "shifts"), strict=True):
+        band = 100 * NOISE * lines[f"noise {on}"].mean()
+        axes.axvspan(-band, band, color="#DDDDDD", lw=0, label="within noise")
+        for place, (title, group) in enumerate(_by_kind(lines)):
+            for soup, aside in SOUPS.items():
+                name, colour, marker, _ = STYLE[soup]
+                gain = 100 * (group[f"{soup} {on}"] - group[f"best {on}"])
+                beside = [place + aside + 0.2 * (uniform("beside", i) - 0.5) for i in range(len(gain))]
+                axes.scatter(gain, beside, s=5, color=colour, alpha=0.45, linewidths=0)
+                row = table[(table["kind"] == title) & (table["on"] == on) & (table["soup"] == soup)].iloc[0]
+                ends = [100 * row["quartile 1"], 100 * row["quartile 3"]]
+                axes.plot(ends, [place + aside] * 2, color=colour, lw=1.6)
+                label = name if place == 0 else None
+                at = {"color": colour, "ms": 9 if marker == "*" else 5, "mec": "black", "mew": 0.4}
+                axes.plot(100 * row["mean"], place + aside, marker, label=label, ls="", **at)
+                better = f"{round(row['beyond noise'] * row['n'])} of {row['n']}"
+                words = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 6, "color": colour}
+                axes.text(1.01, place + aside, better, **words)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set_title("Test" if on == "test" else "Mean of the five shifts", fontsize=8)
+        axes.set_yticks(range(len(TITLES)), list(TITLES.values()))
+    panels[0].set_ylim(len(TITLES) - 0.5, -0.5)
+    panels[0].set_ylabel("sub-pools, by kind")
+    figure.supxlabel("soup − best model of its sub-pool (percentage points)", fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.05), ncols=3, frameon=False)
+    note = (
+        f"Points: sub-pools; markers: means; bars: the middle half. Grey: ±{NOISE} standard errors, over classes, "
+        "of a single difference.\nNumbers: sub-pools whose soup is better by more than noise. Sub-pools share "
+        "models and images, so no interval of a mean is drawn."
+    )
+    figure.text(0.5, -0.02, note, ha="center", va="top", fontsize=6)
+    figure.tight_layout()
+    return figure
 
 
 def write_pays(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -303,9 +303,7 @@ def write_subpools(config: Experiment, console: Console | None = None) -> list[P
         report=lambda each: f"greedy {each['greedy test']:.3f}, best {each['best test']:.3f}",
         console=console or Console(),
     )
-    file = RunFolder.of(config).analysis / "subpools.csv"
     where = geometry_of(pool)
     lines = [described(config, pool, each, where) | result for each, result in zip(drawn, found, strict=True)]
-    with replacing(file) as temporary:
-        pd.DataFrame(lines).to_csv(temporary, index=False, float_format="%.6g")
-    return [file] if config.paths.results is None else [publish(file, config.paths.results, config.name)]
+    files = [write_csv(pd.DataFrame(lines), RunFolder.of(config).analysis / "subpools.csv", "%.6g")]
+    return published(files, config) or files

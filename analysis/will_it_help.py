@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import scipy.stats
@@ -17,11 +16,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from analysis.claims import POOLS, UNSEEN, gains
-from analysis.figures.style import SETTINGS, save
+from analysis.figures.style import save, styled, write_csv
 from analysis.predictions import read_pools
 from analysis.tables.cells import write_cells
 from configs.errors import UserError
-from soups.files.atomic import replacing, write_json
+from soups.files.atomic import write_json
 from soups.will_it_help import TABLE, features
 from store.provenance import provenance
 
@@ -270,46 +269,46 @@ def reliability(predicted: pd.DataFrame, how: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["predicted", "observed", "low", "high", "pools"])
 
 
+@styled
 def figure_of(predicted: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """The reliability diagram of both predictions, and their Brier scores by soup and split."""
     drawn = {"base rate": ("#0072B2", "o"), "features": ("#E69F00", "s")}
     images = predicted[~_texts(predicted)]
-    with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(6.6, 3.1))
-        left, right = figure.subplots(1, 2)
-        left.plot([0, 1], [0, 1], color="black", lw=0.8)
-        for aside, (how, (colour, marker)) in zip((-0.006, 0.006), drawn.items(), strict=True):
-            found = reliability(images, how)
-            for _, bin_ in found.iterrows():
-                place = bin_["predicted"] + aside
-                left.plot([place, place], [bin_["low"], bin_["high"]], color=colour, lw=1)
-                left.plot(place, bin_["observed"], marker, color=colour, ms=5)
-                left.annotate(
-                    f"{bin_['pools']:.0f}", (place, bin_["observed"]), (4, -8), textcoords="offset points", size=6
-                )
-            for place, (_, row) in enumerate(rows.iterrows()):
-                middle, error = row[f"brier {how}"], row[f"brier {how} error"]
-                at = place + 10 * aside
-                right.plot([middle - error, middle + error], [at, at], color=colour, lw=1.2)
-                right.plot(middle, at, marker, color=colour, ms=5, label=how if place == 0 else None)
-        left.set(
-            xlabel="predicted probability of a gain beyond noise",
-            ylabel="observed share",
-            xlim=(0, 1),
-            ylim=(-0.07, 1.04),
-        )
-        left.set_title(
-            "Pools held back, both soups and splits together;\n95 % intervals, a pool counts once; numbers: pools",
-            fontsize=7,
-        )
-        right.axvline(0.25, color="black", lw=0.8, ls="--", label="always one half")
-        right.set_yticks(range(len(rows)), [f"{row['soup']}, {row['on']}" for _, row in rows.iterrows()])
-        right.invert_yaxis()
-        right.set(xlabel="Brier score (lower is better)", xlim=(-0.02, None))
-        right.set_title("Pools held back; bars: one standard\nerror over pools", fontsize=7)
-        right.legend(fontsize=6, loc="center right", bbox_to_anchor=(1, 0.36))
-        figure.tight_layout()
-        return figure
+    figure = Figure(figsize=(6.6, 3.1))
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1], [0, 1], color="black", lw=0.8)
+    for aside, (how, (colour, marker)) in zip((-0.006, 0.006), drawn.items(), strict=True):
+        found = reliability(images, how)
+        for _, bin_ in found.iterrows():
+            place = bin_["predicted"] + aside
+            left.plot([place, place], [bin_["low"], bin_["high"]], color=colour, lw=1)
+            left.plot(place, bin_["observed"], marker, color=colour, ms=5)
+            left.annotate(
+                f"{bin_['pools']:.0f}", (place, bin_["observed"]), (4, -8), textcoords="offset points", size=6
+            )
+        for place, (_, row) in enumerate(rows.iterrows()):
+            middle, error = row[f"brier {how}"], row[f"brier {how} error"]
+            at = place + 10 * aside
+            right.plot([middle - error, middle + error], [at, at], color=colour, lw=1.2)
+            right.plot(middle, at, marker, color=colour, ms=5, label=how if place == 0 else None)
+    left.set(
+        xlabel="predicted probability of a gain beyond noise",
+        ylabel="observed share",
+        xlim=(0, 1),
+        ylim=(-0.07, 1.04),
+    )
+    left.set_title(
+        "Pools held back, both soups and splits together;\n95 % intervals, a pool counts once; numbers: pools",
+        fontsize=7,
+    )
+    right.axvline(0.25, color="black", lw=0.8, ls="--", label="always one half")
+    right.set_yticks(range(len(rows)), [f"{row['soup']}, {row['on']}" for _, row in rows.iterrows()])
+    right.invert_yaxis()
+    right.set(xlabel="Brier score (lower is better)", xlim=(-0.02, None))
+    right.set_title("Pools held back; bars: one standard\nerror over pools", fontsize=7)
+    right.legend(fontsize=6, loc="center right", bbox_to_anchor=(1, 0.36))
+    figure.tight_layout()
+    return figure
 
 
 def write_will_it_help(folder: Path, table: Path = TABLE) -> list[Path]:
@@ -329,8 +328,6 @@ def write_will_it_help(folder: Path, table: Path = TABLE) -> list[Path]:
     )
     files = write_cells(cells(rows), rows, folder / "will_it_help", caption)
     files += save(figure_of(predicted, rows), folder / "will_it_help")
-    behind = folder / "will_it_help_held_back.csv"
-    with replacing(behind) as temporary:
-        predicted.to_csv(temporary, index=False, float_format="%.6g")
+    files.append(write_csv(predicted, folder / "will_it_help_held_back.csv", "%.6g"))
     write_json(table, {**table_of(lines, predicted), "commit": provenance()["commit"]})
-    return [*files, behind, table]
+    return [*files, table]

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.theory.derivatives import along
-from analysis.theory.equation import Line, central_difference, curvature
+from analysis.theory.equation import central_difference, curvature
 from benchmarks.run import Options, anonymous_mib, benchmark, in_turns, middle, process_of, run, table_of, timed
 from store.workers import little_memory
 
@@ -88,7 +88,7 @@ def differences(p: Problem) -> float:
 
 def ours(p: Problem) -> float:
     """One pass with both derivatives."""
-    return curvature(Line(*along(p.network, p.network.state_dict(), p.direction, p.inputs)), p.labels, 1.0).total
+    return curvature(along(p.network, p.network.state_dict(), p.direction, p.inputs), p.labels, 1.0)
 
 
 def _inner(p: Problem, product: tuple[Tensor, ...]) -> float:

@@ -10,7 +10,7 @@ from analysis.figures.scatter import BARS, DRAWN_WITH_BARS, draw_scatter
 from analysis.figures.style import STYLE, save
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels
-from analysis.tables.cells import NAMES, caption, table3, write_table
+from analysis.tables.cells import BEST, NAMES, caption, table3, write_cells
 from analysis.tables.sweep_seeds import seeds_table
 from analysis.tables.table3 import note
 from configs.schema import load
@@ -103,7 +103,8 @@ def test_the_map_of_coefficients_has_a_row_for_each_group_and_a_column_for_each_
 
 def test_a_table_is_written_as_markdown_latex_and_csv_with_n_and_proxies(tmp_path):
     tidy = tidy_of(METHODS)
-    files = write_table(table3(tidy, TASK), tidy, tmp_path / "table3", "A proxy for ImageNet.", TASK)
+    text = caption(tidy, "A proxy for ImageNet.", BEST, TASK)
+    files = write_cells(table3(tidy, TASK), tidy, tmp_path / "table3", text)
     markdown, latex, csv = (file.read_text() for file in files)
     assert "| Greedy soup" in markdown
     assert "n: Test 620, V2 620" in markdown

@@ -11,8 +11,7 @@ from analysis.theory.approximation import (
     LEARNING_RATE,
     SEED,
     START,
-    STATISTICS,
-    approximation_table,
+    measure_approximation,
     points,
     related_pairs,
     summary_table,
@@ -86,12 +85,16 @@ def test_what_was_measured_is_not_measured_again(finished, monkeypatch):
 
 
 def test_a_row_adds_both_terms_and_subtracts_the_ensemble(finished):
-    config, evaluator = finished
-    tidy = approximation_table(config, evaluator, related_pairs(config, usable_pool(config)))
+    config, _ = finished
+    tidy = measure_approximation(config)
     assert (tidy["approximation"] == tidy["convexity_term"] + tidy["variance_term"]).all()
     assert (tidy["loss_difference"] == tidy["soup_loss"] - tidy["ensemble_loss"]).all()
     assert set(tidy.loc[tidy["what"] == "plain", "beta"]) == {1.0}
     assert len(tidy) == 5 * 2 * 9 * 2  # pairs of 2 rates, 1 level and 2 seeds; splits, alphas, betas
+
+
+STATISTICS = ["correlation", "rank correlation", "sign agreement"]
+DRAWN = load("demo_extreme_lp")
 
 
 def planted(slope_of_error):
@@ -115,20 +118,20 @@ def planted(slope_of_error):
 
 
 def test_correlations_are_of_the_points_of_each_panel_with_intervals_over_pairs():
-    summary = summary_table(planted(-1.0), seed=0).set_index(["beta", "pairs", "truth", "statistic"])["value"]
+    summary = summary_table(DRAWN, planted(-1.0)).set_index(["beta", "pairs", "truth", "statistic"])["value"]
     without = summary["calibrated", "without highest lr"]
-    assert without["loss_difference"][list(STATISTICS)].tolist() == pytest.approx([1, 1, 1])
-    assert without["error_difference"][list(STATISTICS)].tolist() == pytest.approx([-1, -1, 0])
+    assert without["loss_difference"][STATISTICS].tolist() == pytest.approx([1, 1, 1])
+    assert without["error_difference"][STATISTICS].tolist() == pytest.approx([-1, -1, 0])
     ensemble, soup = (without["loss_difference", f"always the {answer}"] for answer in ("ensemble", "soup"))
     right = (planted(1.0).query("first == 0 and highest_lr < 1e-2 and what == 'plain'")["loss_difference"] > 0).mean()
     assert (ensemble, soup) == (pytest.approx(right), pytest.approx(1 - right))
     assert summary["plain", "all", "loss_difference", "sign agreement"] == pytest.approx(8 / 12)
-    whole = summary_table(planted(1.0), seed=0).query("pairs == 'all' and statistic == 'sign agreement'")
+    whole = summary_table(DRAWN, planted(1.0)).query("pairs == 'all' and statistic == 'sign agreement'")
     assert (whole["low"] < whole["value"]).all()
     assert (whole["value"] < whole["high"]).all()
 
 
 def test_points_whose_truth_is_zero_have_no_sign_to_agree_with():
     tidy = planted(0.0)
-    signs = summary_table(tidy, seed=0).query("truth == 'error_difference' and statistic == 'sign agreement'")
+    signs = summary_table(DRAWN, tidy).query("truth == 'error_difference' and statistic == 'sign agreement'")
     assert signs["value"].isna().all()

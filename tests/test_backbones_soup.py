@@ -87,7 +87,7 @@ def test_what_is_no_row_or_no_tower_of_this_network_is_named(config, tmp_path):
 def test_a_zero_shot_initialisation_stands_in_a_table_once_and_under_its_name(config):
     evaluator = Evaluator(config)
     make_soup("best", evaluator)
-    _, methods = results.measure(config, evaluator)
+    _, methods = results.measure(evaluator)
     assert [method.name for method in methods] == ["initialisation", "best"]
-    table = table3(results.tidy(config, methods, evaluator), config.task, config.model.head)
+    table = table3(results.tidy(methods, evaluator), config.task, config.model.head)
     assert list(table["Method"]) == ["Initialisation (zero-shot)", "Best individual model"]

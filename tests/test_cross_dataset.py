@@ -10,8 +10,8 @@ from analysis import pipeline
 from analysis.artefacts import write_artefact
 from analysis.figures.cross_dataset import (
     changes_of,
-    cross_table,
     draw_backbones,
+    measure_backbones,
     orders_of,
     sets_along,
     towers_of,
@@ -47,8 +47,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(finished):
-    towers = towers_of(finished[0])
-    return cross_table(*finished, towers, orders_of(finished[0], len(towers)))
+    return measure_backbones(finished[0])
 
 
 @pytest.mark.slow

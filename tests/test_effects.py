@@ -135,7 +135,7 @@ def observed(task, runs):
         all_first = torch.eye(task.size)[torch.zeros(len(labels), dtype=torch.long)]
         yield [evaluator.score(logits, task.test) for logits in (all_first, torch.eye(task.size)[labels])]
         yield len(load_annotations(task))
-        yield [group.tolist() for group in bootstrap_groups(config, evaluator, (task.train,))]
+        yield [group.tolist() for group in bootstrap_groups(evaluator, (task.train,))]
         yield task.listings is not None and any(task.listings.iterdir())
     except (UserError, ValueError) as error:  # the second of a metric over no example
         yield str(error)

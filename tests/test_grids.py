@@ -3,7 +3,7 @@
 import pytest
 
 from analysis.artefacts import write_artefact
-from analysis.figures.grids import best_in_range, grids_of, grids_table
+from analysis.figures.grids import best_in_range, grids_of, measure_grids
 from configs.errors import UserError
 from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder
@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(finished):
-    return grids_table(*finished, grids_of(finished[0]))
+    return measure_grids(finished[0])
 
 
 def accuracy(evaluator, weights):

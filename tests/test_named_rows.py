@@ -59,7 +59,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(finished):
-    return measure_named_rows(*finished[:2])
+    return measure_named_rows(finished[1])
 
 
 def hits(evaluator, weights, split):
@@ -99,8 +99,8 @@ def test_soups_average_weights_and_ensembles_logits_within_a_kind(finished, meas
 @pytest.mark.slow
 def test_differences_are_to_the_first_row_and_the_table_leaves_its_own_empty(finished, measured):
     config, evaluator, _ = finished
-    methods, notes = measured
-    tidy = tidy_named_rows(config, methods, notes, evaluator)
+    methods, _ = measured
+    tidy = tidy_named_rows(evaluator)
     first = tidy[tidy["method"] == methods[0].name].set_index("column")
     soup = tidy[tidy["method"] == "Soup of both (last weights)"].set_index("column")
     for column in ("test", SHIFT_MEAN):

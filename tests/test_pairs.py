@@ -114,9 +114,9 @@ def test_a_gain_is_over_the_mean_of_those_compared_with_in_any_metric(tmp_path, 
     labels = evaluator.split("test").labels
     ours, one, two = labels.clone(), labels.clone(), labels.clone()
     ours[:4], one[:10], two[:20] = 39, 38, 37
-    made = [method_of_answers("", 1, {"test": ids}.get, 0.5, evaluator) for ids in (ours, one, two)]
+    made = [method_of_answers("", 1, {"test": ids}.get, evaluator) for ids in (ours, one, two)]
     both = over_orders("both", made[1:])
-    found = difference_in(config, evaluator, made[0], both, ("test",), redraw=True)
+    found = difference_in(evaluator, made[0], both, ("test",), redraw=True)
     ours, one, two = (score(metric, answers, labels) for answers in (ours, one, two))
     assert found.mean == pytest.approx(ours - (one + two) / 2)
     assert 0 < found.low < found.mean < found.high

@@ -167,20 +167,15 @@ def test_marks_are_written_as_latex_commands(tmp_path):
     assert pd.read_csv(csv)["paper"].tolist()[:2] == [79.89, 43.87]
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "columns", "message"),
-    [
-        ("table9", {}, {}, "no numbers of 'table9'"),
-        ("headlines", {}, {}, "headlines"),
-        ("table3", {"mine": "gredy"}, {}, "'gredy' is not a row of the paper's table3"),
-        ("table3", {"min": "greedy"}, {}, "'min' is not our row"),
-        ("table3", {}, {"test": "tset"}, "'tset' is not a column of the paper's table3"),
-        ("table3", {}, {"tset": "test"}, "'tset' is not our column"),
-    ],
-)
-def test_a_name_that_does_not_exist_is_refused_by_name(name, rows, columns, message):
-    with pytest.raises(UserError, match=message):
-        beside(ours_of(OURS), name, rows, columns)
+def test_a_table_that_does_not_exist_is_refused_by_name():
+    with pytest.raises(UserError, match="no numbers of 'table9'"):
+        beside(ours_of(OURS), "table9", {}, {})
+
+
+def test_a_row_that_the_paper_has_not_keeps_ours_alone():
+    compared = beside(ours_of(OURS), "table3", {"mine": "gredy"}, COLUMNS)
+    assert compared["paper"].isna().all()
+    assert compared["ours"].notna().all()
 
 
 def test_the_readme_explains_every_source():

@@ -46,9 +46,9 @@ def finished(tmp_path_factory):
 
 def test_bold_is_the_best_and_what_mcnemars_test_does_not_tell_from_it(finished):
     config, evaluator = finished
-    _, methods = measure(config, evaluator)
+    _, methods = measure(evaluator)
     best = next(method for method in methods if method.name == "best")
-    tidy = with_significance(config, evaluator, methods, best).query("column == 'test'").set_index("method")
+    tidy = with_significance(evaluator, methods, best).query("column == 'test'").set_index("method")
     top = tidy["accuracy"].idxmax()
     assert tidy.loc[top, "bold"]
     by_name = {method.name: method for method in methods}
@@ -105,9 +105,9 @@ def test_differences_to_the_paper_are_of_the_papers_own_model_alone(finished):
     assert "Test − paper" in cells_beside_paper(config, numbers)[0]
     markdown, _, csv = write_artefact("table3", [config])  # of a proxy
     assert "− paper" not in markdown.read_text() and pd.read_csv(csv)["minus_paper"].isna().all()
-    made = ARTEFACTS["table3"].made
-    assert made.is_papers(load("table3_clip_b32")) and made.is_papers(load("released"))
-    assert not ARTEFACTS["table4"].made.is_papers(load("table4_vitg"))  # of a stand-in
+    table = ARTEFACTS["table3"]
+    assert table.is_papers(load("table3_clip_b32")) and table.is_papers(load("released"))
+    assert not ARTEFACTS["table4"].is_papers(load("table4_vitg"))  # of a stand-in
 
 
 def _rows_of(markdown):
@@ -148,7 +148,7 @@ def test_single_models_are_chosen_of_both_averages_and_soups_are_of_the_low_one(
         assert {(each["row"], each["kind"]) for each in soups[name]["ingredients"]} == {
             (i, "ema_0.9") for i in (1, 2, 3)
         }
-    pool, methods = measure(config, evaluator, with_oracle=True)
+    pool, methods = measure(evaluator, with_oracle=True)
     by_name = {method.name: method for method in methods}
     assert by_name["oracle"].accuracy("test") == by_name["best"].accuracy("test")
     assert by_name["best"].accuracy("test") > max(method.accuracy("test") for method in pool[1:])

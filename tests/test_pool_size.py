@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.pool_size import best_of_first, greedy_of_first, orders_of, pool_size_table
+from analysis.figures.pool_size import best_of_first, greedy_of_first, measure_pool_size, orders_of
 from analysis.measure.methods import SHIFT_MEAN
-from analysis.measure.mixtures import RunningMean, key_of_mean
-from eval.forward import Evaluator
+from analysis.measure.mixtures import RunningMean, mean_mixture
 from soups.experiment.pool import ingredients_of
 from soups.recipes import greedy
 from store.runs import RunFolder
@@ -65,22 +64,20 @@ def test_a_running_mean_reads_each_model_once_and_is_the_mean_of_those_so_far():
 
     class Member:
         def __init__(self, value):
-            self.value = value
+            self.value, self.digest = value, str(value)
 
         def load(self):
             reads.append(self.value)
             return {"w": torch.tensor([self.value])}
 
-    mean = RunningMean()
-    with pytest.raises(ValueError, match="at least one model"):
-        mean.weights()
-    for value in (1.0, 3.0):
-        mean.add(Member(value))
+    mean = RunningMean([Member(value) for value in (1.0, 3.0, 8.0)])
+    two, three = mean.of_first(2), mean.of_first(3)
     assert reads == []
-    assert mean.weights()["w"].item() == 2
-    mean.add(Member(8.0))
-    assert mean.weights()["w"].item() == 4
+    assert two.load()["w"].item() == 2
+    assert three.load()["w"].item() == 4
     assert reads == [1, 3, 8]
+    with pytest.raises(AssertionError):
+        two.load()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +87,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(finished):
-    return pool_size_table(*finished)
+    return measure_pool_size(finished[0])
 
 
 def cell(table, order, method, considered, column="test"):
@@ -140,11 +137,10 @@ def test_the_mean_is_over_orders_and_its_difference_is_to_the_best_of_as_many(ta
 @pytest.mark.slow
 def test_a_second_call_reads_no_weights_and_writes_the_same_numbers(finished, table):
     config, _ = finished
-    evaluator = Evaluator(config)
     for each in ingredients_of(config):
         (each.folder / "weights.safetensors").rename(each.folder / "away")
     try:
-        pd.testing.assert_frame_equal(pool_size_table(config, evaluator), table)
+        pd.testing.assert_frame_equal(measure_pool_size(config), table)
         files = write_artefact("figureh1", [config])
     finally:
         for each in ingredients_of(config):
@@ -156,4 +152,4 @@ def test_a_second_call_reads_no_weights_and_writes_the_same_numbers(finished, ta
 @pytest.mark.slow
 def test_a_mean_is_named_by_its_members_in_whatever_order(finished):
     one, two, three = ingredients_of(finished[0])[:3]
-    assert key_of_mean([one, two]) == key_of_mean([two, one]) != key_of_mean([one, three])
+    assert mean_mixture([one, two]).key == mean_mixture([two, one]).key != mean_mixture([one, three]).key

@@ -314,7 +314,7 @@ def test_every_reader_refuses_rows_that_were_made_with_other_settings(tmp_path):
         "evaluation": model_folders,
         "recipes": usable_pool,
         "a recipe": lambda config: make_soup("uniform", Evaluator(config)),
-        "tables": lambda config: measure(config, Evaluator(config)),
+        "tables": lambda config: measure(Evaluator(config)),
         "a table of rows": variants,
         "the page": lambda config: read_results(config).done,
         "plan": lambda config: jobs_of(config, []),

@@ -53,7 +53,7 @@ def test_figure_g2_is_of_one_shift_and_figure_g1_of_groups_and_classes(finished)
     config, evaluator = finished
     for recipe in config.recipes:
         make_soup(recipe, evaluator)
-    pool, methods = measure(config, evaluator)
+    pool, methods = measure(evaluator)
     one = measure_scatter(config, one_shift=True).set_index("name")
     assert one.loc["row 1", "shift_mean"] == pool[1].accuracy("v2")
     assert draw_scatter(config, one.reset_index(), one_shift=True).axes[0].get_ylabel() == "V2, top-1 accuracy (%)"

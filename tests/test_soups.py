@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from analysis.measure.methods import measure, refuse_leak
+from analysis.measure.methods import measure
 from configs.errors import UserError
 from configs.schema import CONFIGS, Recipe, load
 from eval.forward import Evaluator
@@ -90,19 +90,18 @@ def test_no_recipe_looks_at_any_split_but_held_out_and_a_table_of_all_is_measure
         evaluator.asked.clear()
         make_soup(name, evaluator)
         assert evaluator.asked == {"held_out"}, name
-    first, _ = measure(config, evaluator)
+    first, _ = measure(evaluator)
 
     class Refusing(Evaluator):
         def fresh_logits(self, weights, split, rows=None):
             raise AssertionError(f"a forward pass on {split}")
 
-    second, _ = measure(config, Refusing(config))
+    second, _ = measure(Refusing(config))
     assert [m.accuracy("test") for m in first] == [m.accuracy("test") for m in second]
     path = RunFolder.of(config).soup("best") / "soup.json"
     write_json(path, read_json(path) | {"selected_on": {"split": "test", "digest": "0"}})
     with pytest.raises(UserError, match="recipe best selected on 'test', not on the held-out split"):
-        measure(config, evaluator)
-    refuse_leak(config, {"recipe": "best", "selected_on": {"split": "held_out"}})
+        measure(evaluator)
 
 
 def test_every_recipe_of_the_schema_can_be_made():

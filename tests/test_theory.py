@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -28,18 +29,14 @@ from transformers import (
 
 from analysis.theory.derivatives import along
 from analysis.theory.equation import (
-    Line,
-    Segment,
     central_difference,
     compare,
     curvature,
-    ensemble,
+    direction,
     line_at,
-    logit_difference,
-    logits_at,
     loss,
     on_grid,
-    point,
+    soup_at,
     variance,
 )
 from configs.errors import UserError
@@ -77,32 +74,60 @@ def perceptron(activation):
     return network, (start, end), torch.randn(200, 4).double(), torch.randint(0, 3, (200,))
 
 
+def logits_at(network, weights, batches, project=lambda logits: logits):
+    with torch.no_grad():
+        found = [torch.func.functional_call(network, weights, (batch,)) for batch in batches]
+    return torch.cat([project(each) for each in found])
+
+
+def exact(network, pair, batches, labels, alpha, *, project=lambda logits: logits):
+    """What Figure K.1 shows of one pair and alpha, with the exact curvature."""
+    ends = tuple(logits_at(network, weights, batches, project) for weights in pair)
+    line = line_at(network, pair, alpha, batches, project)
+    return compare(alpha, ends, line[0], labels, lambda beta: (curvature(line, labels, beta), None))
+
+
+def approximation(terms):
+    return terms["convexity_term"] + terms["variance_term"]
+
+
+def difference(terms):
+    return terms["soup_loss"] - terms["ensemble_loss"]
+
+
+def logit_difference(second, alpha, nodes):
+    """Ensemble minus soup: the integral of min((1 - alpha) t, alpha (1 - t)) f''(t) over [0, 1] (Appendix K.2)."""
+    places, shares = np.polynomial.legendre.leggauss(nodes)
+    total = 0
+    for low, high in ((0.0, alpha), (alpha, 1.0)):
+        for place, share in zip(places, shares, strict=True):
+            t = low + (high - low) * (1 + place) / 2
+            total = total + (high - low) / 2 * share * min((1 - alpha) * t, alpha * (1 - t)) * second(t).double()
+    return total
+
+
 def test_a_quadratic_network_has_its_closed_form():
-    found = compare(Square(), PAIR, lambda: X.split(2), Y, 0.5)
+    found = exact(Square(), PAIR, X.split(2), Y, 0.5)
     w, delta, a = 1.25, 0.5, 0.5
-    for each, beta in ((found.plain, 1.0), (found.calibrated, found.calibrated.beta)):
+    for each, beta in ((found["plain"], 1.0), (found["calibrated"], found["calibrated"]["beta"])):
         p = (beta * (X * w**2 - w)).sigmoid()  # of the first class
         slope = 2 * X * w * delta - delta  # of the first logit, relative to the second
         bend = beta * (p - (Y == 0).double()) * 2 * X * delta**2
         spread = beta**2 * p * (1 - p) * slope**2
         moved = (X * (1.5**2 - 1) - 0.5) ** 2 * p * (1 - p)
-        assert each.beta == pytest.approx(beta)
-        assert each.curvature == pytest.approx((bend + spread).mean().item(), rel=1e-12)
-        assert each.variance == pytest.approx(moved.mean().item(), rel=1e-12)
-        assert each.convexity_term == pytest.approx(-a * (1 - a) / 2 * (bend + spread).mean().item(), rel=1e-12)
-        assert each.variance_term == pytest.approx(a * (1 - a) / 2 * beta**2 * moved.mean().item(), rel=1e-12)
-        assert each.approximation == each.convexity_term + each.variance_term
+        assert each["beta"] == pytest.approx(beta)
+        assert each["curvature"] == pytest.approx((bend + spread).mean().item(), rel=1e-12)
+        assert each["convexity_term"] == pytest.approx(-a * (1 - a) / 2 * (bend + spread).mean().item(), rel=1e-12)
+        assert each["variance_term"] == pytest.approx(a * (1 - a) / 2 * beta**2 * moved.mean().item(), rel=1e-12)
         margin = torch.where(Y == 0, 1, -1) * (X * (1 + 1.5**2) / 2 - 1.25)
-        assert each.ensemble_loss == pytest.approx(F.softplus(-beta * margin).mean().item(), rel=1e-12)
-        assert each.difference == each.soup_loss - each.ensemble_loss
-    assert found.n == 3
-    assert found.soup_error == pytest.approx(1 / 3)  # 1.56 > 1.25 and -3.12 < 1.25 are right, 0.78 < 1.25 is not
+        assert each["ensemble_loss"] == pytest.approx(F.softplus(-beta * margin).mean().item(), rel=1e-12)
+    assert found["n"] == 3
+    assert found["soup_error"] == pytest.approx(1 / 3)  # 1.56 > 1.25 and -3.12 < 1.25 are right, 0.78 < 1.25 is not
 
 
 def test_of_quadratic_logits_the_integral_is_a_constant_times_the_second_derivative():
-    segment = Segment(*PAIR)
     for alpha in ALPHAS:
-        found = logit_difference(lambda t: line_at(Square(), segment, t, [X]).second, alpha, nodes=1)
+        found = logit_difference(lambda t: line_at(Square(), PAIR, t, [X])[2], alpha, nodes=1)
         first = alpha * (1 - alpha) / 2 * 2 * X * 0.5**2
         torch.testing.assert_close(found, torch.stack([first, torch.zeros(3).double()], dim=1))
 
@@ -110,26 +135,23 @@ def test_of_quadratic_logits_the_integral_is_a_constant_times_the_second_derivat
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_ensemble_minus_soup_is_the_integral_of_the_second_derivative_to_1e_8(alpha):
     network, pair, inputs, _ = perceptron(nn.GELU())
-    segment = Segment(*pair)
-    ends = [logits_at(network, weights, [inputs]) for weights in pair]
-    true = ensemble(*ends, alpha) - logits_at(network, segment.at(alpha), [inputs])
-    found = logit_difference(lambda t: line_at(network, segment, t, [inputs]).second, alpha, nodes=24)
+    one, other = (logits_at(network, weights, [inputs]) for weights in pair)
+    true = (1 - alpha) * one + alpha * other - logits_at(network, soup_at(pair, alpha), [inputs])
+    found = logit_difference(lambda t: line_at(network, pair, t, [inputs])[2], alpha, nodes=24)
     assert (found - true).abs().max() < 1e-8
     assert alpha in (0, 1) or true.abs().max() > 0.01
 
 
 def test_networks_with_kinks_have_more_between_their_ends_than_the_derivative_says():
     network, pair, inputs, labels = perceptron(nn.ReLU())
-    segment = Segment(*pair)
-    ends = [logits_at(network, weights, [inputs]) for weights in pair]
-    true = ensemble(*ends, 0.5) - logits_at(network, segment.at(0.5), [inputs])
-    found = logit_difference(lambda t: line_at(network, segment, t, [inputs]).second, 0.5, nodes=24)
+    one, other = (logits_at(network, weights, [inputs]) for weights in pair)
+    true = 0.5 * one + 0.5 * other - logits_at(network, soup_at(pair, 0.5), [inputs])
+    found = logit_difference(lambda t: line_at(network, pair, t, [inputs])[2], 0.5, nodes=24)
     assert (found - true).norm() > 0.1 * true.norm()
     # Differences see the kinks that lie within a step, and are the better second derivative here.
-    soups = [logits_at(network, segment.at(i / 10), [inputs]) for i in range(11)]
-    middle = on_grid(soups, labels)[4].plain
-    exact = compare(network, pair, lambda: [inputs], labels, 0.5).plain
-    assert abs(middle.approximation - middle.difference) < abs(exact.approximation - exact.difference)
+    soups = [logits_at(network, soup_at(pair, i / 10), [inputs]) for i in range(11)]
+    cheap, by_derivative = on_grid(soups, labels)[4]["plain"], exact(network, pair, [inputs], labels, 0.5)["plain"]
+    assert abs(approximation(cheap) - difference(cheap)) < abs(approximation(by_derivative) - difference(cheap))
 
 
 def test_approximation_is_near_the_truth_where_the_models_are_near_each_other():
@@ -137,36 +159,35 @@ def test_approximation_is_near_the_truth_where_the_models_are_near_each_other():
     errors = []
     for share in (1.0, 0.25):
         near = {name: start[name] + share * (end[name] - start[name]) for name in start}
-        found = compare(network, (start, near), lambda: [inputs], labels, 0.5).calibrated
-        errors.append(abs(found.approximation - found.difference) / abs(found.difference))
+        found = exact(network, (start, near), [inputs], labels, 0.5)["calibrated"]
+        errors.append(abs(approximation(found) - difference(found)) / abs(difference(found)))
     assert errors[1] < 0.1
     assert errors[1] < errors[0] / 2
 
 
 def test_the_calibrated_comparison_is_at_the_beta_that_fits_the_soup():
     network, pair, inputs, labels = perceptron(nn.GELU())
-    soup = logits_at(network, Segment(*pair).at(0.25), inputs.split(64))
-    found = compare(network, pair, lambda: inputs.split(64), labels, 0.25)
-    assert found.calibrated.beta == fit_beta(soup, labels)
-    assert found.calibrated.soup_loss < found.plain.soup_loss
-    assert found.plain.soup_loss == pytest.approx(F.cross_entropy(soup, labels).item())
-    assert found.soup_error == pytest.approx((soup.argmax(1) != labels).double().mean().item())
+    soup = logits_at(network, soup_at(pair, 0.25), inputs.split(64))
+    found = exact(network, pair, inputs.split(64), labels, 0.25)
+    assert found["calibrated"]["beta"] == fit_beta(soup, labels)
+    assert found["calibrated"]["soup_loss"] < found["plain"]["soup_loss"]
+    assert found["plain"]["soup_loss"] == pytest.approx(F.cross_entropy(soup, labels).item())
+    assert found["soup_error"] == pytest.approx((soup.argmax(1) != labels).double().mean().item())
 
 
 def test_differences_on_the_grid_are_the_exact_curvature_within_their_own_error():
     network, pair, inputs, labels = perceptron(nn.GELU())
-    segment = Segment(*pair)
-    points = on_grid([logits_at(network, segment.at(i / 10), [inputs]) for i in range(11)], labels)
-    largest = max(abs(each.plain.curvature) for each in points)
-    assert [each.alpha for each in points] == pytest.approx([i / 10 for i in range(1, 10)])
+    points = on_grid([logits_at(network, soup_at(pair, i / 10), [inputs]) for i in range(11)], labels)
+    largest = max(abs(each["plain"]["curvature"]) for each in points)
+    assert [each["alpha"] for each in points] == pytest.approx([i / 10 for i in range(1, 10)])
     for each in points:
-        exact = compare(network, pair, lambda: [inputs], labels, each.alpha)
-        for cheap, true in ((each.plain, exact.plain), (each.calibrated, exact.calibrated)):
-            assert true.curvature_error is None
-            assert 0 < abs(cheap.curvature - true.curvature) < 3 * cheap.curvature_error
-            assert cheap.curvature_error < 0.05 * true.beta**2 * largest
-            assert cheap.soup_loss == pytest.approx(true.soup_loss)
-            assert cheap.variance == pytest.approx(true.variance)
+        by_derivative = exact(network, pair, [inputs], labels, each["alpha"])
+        for cheap, true in ((each[what], by_derivative[what]) for what in ("plain", "calibrated")):
+            assert true["curvature_error"] is None
+            assert 0 < abs(cheap["curvature"] - true["curvature"]) < 3 * cheap["curvature_error"]
+            assert cheap["curvature_error"] < 0.05 * true["beta"] ** 2 * largest
+            assert cheap["soup_loss"] == pytest.approx(true["soup_loss"])
+            assert cheap["variance_term"] == pytest.approx(true["variance_term"])
 
 
 def test_a_central_difference_of_a_quartic_leaves_out_what_it_says():
@@ -187,10 +208,9 @@ def test_the_parts_of_the_curvature_are_those_of_the_chain_rule():
         return F.cross_entropy(2.0 * (f + t * f1 + t * t * f2 / 2), labels)
 
     hessian = torch.func.hessian(at)(torch.zeros(()).double())
-    found = curvature(Line(f, f1, f2), labels, 2.0)
-    assert found.total == pytest.approx(hessian.item(), rel=1e-12)
-    assert curvature(Line(f, f1, torch.zeros_like(f)), labels, 2.0).total == found.spread
-    assert found.spread == pytest.approx(4 * variance(f, f1, 2.0))
+    assert curvature((f, f1, f2), labels, 2.0) == pytest.approx(hessian.item(), rel=1e-12)
+    straight = curvature((f, f1, torch.zeros_like(f)), labels, 2.0)
+    assert straight == pytest.approx(4 * variance(f, f1, 2.0))
 
 
 def test_a_variance_by_hand_and_a_loss_by_hand():
@@ -205,10 +225,10 @@ def test_a_variance_by_hand_and_a_loss_by_hand():
 def test_large_splits_are_widened_in_parts(monkeypatch):
     torch.manual_seed(0)
     f, labels = torch.randn(11, 3), torch.randint(0, 3, (11,))
-    line = Line(f, torch.randn(11, 3), torch.randn(11, 3))
-    whole = loss(f, labels, 1.5), variance(f, line.first, 1.5), curvature(line, labels, 1.5).total
+    line = f, torch.randn(11, 3), torch.randn(11, 3)
+    whole = loss(f, labels, 1.5), variance(f, line[1], 1.5), curvature(line, labels, 1.5)
     monkeypatch.setattr("analysis.theory.equation.AT_ONCE", 12)
-    parts = loss(f, labels, 1.5), variance(f, line.first, 1.5), curvature(line, labels, 1.5).total
+    parts = loss(f, labels, 1.5), variance(f, line[1], 1.5), curvature(line, labels, 1.5)
     assert parts == pytest.approx(whole, rel=1e-12)
 
 
@@ -219,10 +239,9 @@ def test_soups_and_directions_include_statistics_and_leave_counters():
         "bn.num_batches_tracked": torch.tensor(3),
     }
     end = {"w": torch.tensor([2.0]), "bn.running_mean": torch.tensor([4.0]), "bn.num_batches_tracked": torch.tensor(5)}
-    segment = Segment(start, end)
-    soup = segment.at(0.25)
+    soup = soup_at((start, end), 0.25)
     assert (soup["w"], soup["bn.running_mean"], soup["bn.num_batches_tracked"]) == (1.25, 1.0, 5)
-    assert {name: step.item() for name, step in segment.direction().items()} == {"w": 1.0, "bn.running_mean": 4.0}
+    assert {name: step.item() for name, step in direction((start, end)).items()} == {"w": 1.0, "bn.running_mean": 4.0}
 
 
 def test_a_classifier_in_the_label_space_of_a_split_needs_no_more_than_its_weights():
@@ -237,23 +256,21 @@ def test_a_classifier_in_the_label_space_of_a_split_needs_no_more_than_its_weigh
     images, labels = torch.randint(0, 256, (20, 3, 2, 2)).double(), torch.arange(20) % 3
     images += 0.5  # float64, so that the classifier keeps it
     space = LabelSpace(((0, 3), (1,), (4, 2)), 5)
-    found = compare(network, pair, lambda: images.split(7), labels, 0.5, project=space.project)
-    soups = [logits_at(network, Segment(*pair).at(0.5 + i / 1000), [images], space.project) for i in range(-2, 3)]
+    found = exact(network, pair, images.split(7), labels, 0.5, project=space.project)
+    soups = [logits_at(network, soup_at(pair, 0.5 + i / 1000), [images], space.project) for i in range(-2, 3)]
     second, error = central_difference([loss(soup, labels, 1.0) for soup in soups], 2, 1e-3)
-    assert found.plain.curvature == pytest.approx(second, abs=1e-4 * abs(second) + 2 * error)
-    ends = [logits_at(network, weights, [images], space.project) for weights in pair]
-    again = compare(network, pair, lambda: [images], labels, 0.5, ends=tuple(ends), project=space.project)
-    assert again.plain.ensemble_loss == pytest.approx(found.plain.ensemble_loss)
+    assert found["plain"]["curvature"] == pytest.approx(second, abs=1e-4 * abs(second) + 2 * error)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_what_makes_no_point_is_refused():
+    logits = torch.zeros(3, 2)
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-        compare(Square(), PAIR, lambda: [X], Y, 1.5)
-    with pytest.raises(UserError, match="tensor 'v' is not in model 0"):
-        compare(Square(), (PAIR[0], {"v": torch.zeros(())}), lambda: [X], Y, 0.5, ends=(X[:, None], X[:, None]))
+        compare(1.5, (logits, logits), logits, Y, lambda beta: (0.0, None))
     with pytest.raises(ValueError, match="class ids"):
-        point(0.5, (torch.zeros(3, 2), torch.zeros(3, 2)), torch.zeros(3, 2), Y + 1, lambda beta: (0.0, None))
+        compare(0.5, (logits, logits), logits, Y + 1, lambda beta: (0.0, None))
+    with pytest.raises(UserError, match="tensor 'v' is not in model 0"):
+        line_at(Square(), (PAIR[0], {"v": torch.zeros(())}), 0.5, [X])
 
 
 # ---- derivatives through every family of networks
@@ -399,13 +416,13 @@ def test_derivatives_along_all_weights_and_buffers_are_those_of_differences(fami
 @pytest.mark.parametrize("family", [*SMOOTH, *(pytest.param(each, marks=pytest.mark.slow) for each in KINKED)])
 def test_curvature_of_the_loss_is_that_of_double_backward(family):
     with Wide():
-        network, inputs, weights, direction = made((SMOOTH | KINKED)[family])
+        network, inputs, weights, moves = made((SMOOTH | KINKED)[family])
         labels = torch.tensor([0, 2, 1])
-        direction = {name: direction[name] for name, _ in network.named_parameters()}
-        line = Line(*along(network, weights, direction, inputs))
-        expected = double_backward(network, inputs, labels, direction)
+        moves = {name: moves[name] for name, _ in network.named_parameters()}
+        line = along(network, weights, moves, inputs)
+        expected = double_backward(network, inputs, labels, moves)
     assert abs(expected) > 1e-4
-    assert curvature(line, labels, 1.0).total == pytest.approx(expected, rel=1e-8)
+    assert curvature(line, labels, 1.0) == pytest.approx(expected, rel=1e-8)
 
 
 class Pooled(nn.Module):
@@ -438,9 +455,9 @@ def test_layers_that_no_family_has_are_right_too(layer):
     torch.manual_seed(0)
     network, inputs, labels = Pooled(layer()).double().eval(), torch.randn(3, 5, 4).double(), torch.tensor([0, 2, 1])
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    direction = {name: torch.randn_like(p).detach() for name, p in network.named_parameters()}
-    found = curvature(Line(*along(network, weights, direction, inputs)), labels, 1.0).total
-    assert found == pytest.approx(double_backward(network, inputs, labels, direction), rel=1e-8)
+    moves = {name: torch.randn_like(p).detach() for name, p in network.named_parameters()}
+    found = curvature(along(network, weights, moves, inputs), labels, 1.0)
+    assert found == pytest.approx(double_backward(network, inputs, labels, moves), rel=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -486,10 +503,9 @@ def test_derivatives_in_float32_are_as_good_as_float32_gets():
 def test_weights_of_another_network_and_training_mode_are_refused():
     network, inputs = nn.Linear(2, 2), torch.ones(1, 2)
     weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
-    with pytest.raises(ValueError, match="'bias'"):
-        logits_at(network, {"weight": torch.ones(2, 2)}, [inputs])
-    longer = weights | {"gain": torch.ones(2)}
-    with pytest.raises(ValueError, match="'gain'"):
-        line_at(network, Segment(longer, longer), 0.5, [inputs])
+    shorter, longer = {"weight": torch.ones(2, 2)}, weights | {"gain": torch.ones(2)}
+    for wrong, name in ((shorter, "'bias'"), (longer, "'gain'")):
+        with pytest.raises(ValueError, match=name):
+            line_at(network, (wrong, wrong), 0.5, [inputs])
     with pytest.raises(ValueError, match="evaluation"):
         along(network.train(), weights, weights, inputs)

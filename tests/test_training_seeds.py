@@ -36,7 +36,7 @@ def members(finished):
 
 @pytest.fixture(scope="module")
 def table(finished, members):
-    return seeds_table(*finished, members, calibrated=True)
+    return seeds_table(finished[1], members, calibrated=True)
 
 
 def cell(table, what, k, temperature="none", column="test"):

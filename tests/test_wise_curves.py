@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.wise_curves import ALPHAS, ends_of, is_augmentation_varied, wise_table
+from analysis.figures.wise_curves import ALPHAS, ends_of, measure_wise
 from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
 from configs.schema import load
 from soups.experiment.pool import usable_pool
 from soups.experiment.soups import make_soup
-from tests.pools import finished_pool
+from tests.pools import finished_pool, recorded_pool
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -29,7 +29,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(finished):
-    return wise_table(*finished)
+    return measure_wise(finished[0])
 
 
 def accuracy(evaluator, weights, split="test"):
@@ -67,10 +67,11 @@ def test_the_difference_is_to_the_end_of_the_curve(table):
 
 
 @pytest.mark.slow
-def test_models_are_coloured_by_their_augmentation_only_where_the_sweep_varies_it(finished):
+def test_models_are_coloured_by_their_augmentation_only_where_the_sweep_varies_it(finished, tmp_path):
     config, _ = finished  # rows 1 and 2 draw the same kind
-    assert is_augmentation_varied(load("demo_grid_zeroshot"))
-    assert not is_augmentation_varied(load("demo_seeds_only"))
+    varied = load("demo_grid_zeroshot", f"paths.runs={tmp_path}", "recipes=[best]")
+    recorded_pool(varied)
+    assert {end.group for end in ends_of(varied)} == {"minimal", "medium", "rand"}
     assert {end.group for end in ends_of(config)} == {"individual", "uniform", "greedy"}
 
 

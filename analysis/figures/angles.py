@@ -13,11 +13,10 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from analysis.figures.style import COLUMN, legend, panels, styled
-from analysis.measure.methods import Method, difference_in, method_of_model, over_orders
-from analysis.measure.mixtures import Pair, learning_rates, measure_midpoints
+from analysis.measure.methods import difference_in, method_of_model, over_orders
+from analysis.measure.mixtures import Pair, measure_midpoints, method_of_mixture
 from configs.errors import UserError
 from configs.schema import Experiment, dump
-from eval.forward import Evaluator
 from soups.conformance import Layout, common_layout
 from soups.experiment.pool import usable_pool
 from soups.files.opening import opened
@@ -52,16 +51,10 @@ def measured_part(layout: Layout, weights: Literal["repeated", "blocks", "all"])
     ignore gain terms".
     """
 
-    def is_in_block(name: str) -> bool:
-        return layer_of(name).rpartition(".")[2] not in ("embedding", "head")
-
     def is_measured(name: str) -> bool:
-        if weights == "all":
-            return True
-        if not is_in_block(name):
-            return False
+        is_in_block = layer_of(name).rpartition(".")[2] not in ("embedding", "head")
         is_matrix = len(layout.entries[name].shape) > 1 and not any(part in name for part in NOT_REPEATED)
-        return weights == "blocks" or is_matrix
+        return weights == "all" or (is_in_block and (weights == "blocks" or is_matrix))
 
     kept = {name: entry for name, entry in layout.entries.items() if is_measured(name)}
     if not kept:
@@ -91,10 +84,9 @@ def chosen_pairs(config: Experiment) -> list[tuple[Pair, str]]:
         UserError: rows are missing, or no two models are left that differ in one thing.
     """
     settings = config.analysis.angles
-    pool = [each for each in usable_pool(config) if each.row]
-    rates = learning_rates(config, [each.row for each in pool])
-    if settings.below_lr is not None:
-        pool = [each for each in pool if rates[each.row] < settings.below_lr]
+    pool, below = [each for each in usable_pool(config) if each.row], settings.below_lr
+    if below is not None:
+        pool = [each for each in pool if row_config(config, each.row).optim.lr < below]
     found = [(Pair(one, two), series_of(config, one.row, two.row)) for one, two in combinations(pool, 2)]
     chosen = [(pair, series) for pair, series in found if settings.several or series != SEVERAL]
     if not chosen:
@@ -114,46 +106,46 @@ def pool_geometry(config: Experiment, rows: Sequence[int]) -> Geometry:
         return geometry(tuned, layout, start)
 
 
-def angles_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[tuple[Pair, str]]) -> pd.DataFrame:
-    """One row per pair.
+def measure_angles(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure 3, one row per pair; evaluates the means of two models that are not on disk.
 
     Columns: first, second (rows of the sweep), series, larger_lr; angle (degrees, at the initialisation), distance
     (between the two), distance_first, distance_second (to the initialisation), weights (what these are over);
     accuracy_first, accuracy_second, accuracy_mean (of the model half way), advantage with its interval low and high
     (fractions, averaged over test and shifts), and n (examples over all splits).
+
+    Raises:
+        UserError: the sweep is not finished, or has no pairs to draw.
     """
-    splits = config.task.reported
-    rows = sorted({each.row for pair, _ in pairs for each in (pair.first, pair.second)})
-    place, found = {row: i for i, row in enumerate(rows)}, pool_geometry(config, rows)
-    angles = np.degrees(np.arccos(np.clip(found.task_cosines, -1, 1)))
-    rates = learning_rates(config, rows)
+    pairs, splits = chosen_pairs(config), config.task.reported
+    evaluator = measure_midpoints(config, [pair for pair, _ in pairs], console)
     members = {each.row: each for pair, _ in pairs for each in (pair.first, pair.second)}
+    rows = sorted(members)
+    found = pool_geometry(config, rows)
+    angles = np.degrees(np.arccos(np.clip(found.task_cosines, -1, 1)))
     singles = {row: method_of_model(f"row {row}", each, evaluator) for row, each in members.items()}
-
-    def accuracy(method: Method) -> float:
-        return sum(method.accuracy(split) for split in splits) / len(splits)
-
     table = []
     for pair, series in pairs:
         one, two = pair.first.row, pair.second.row
-        i, j = place[one], place[two]
-        middle, both = pair.method(evaluator), over_orders("both", [singles[one], singles[two]])
-        advantage = difference_in(config, evaluator, middle, both, splits, redraw=True)
+        i, j = rows.index(one), rows.index(two)
+        middle = method_of_mixture("mean", pair.mean, evaluator)
+        both = over_orders("both", [singles[one], singles[two]])
+        advantage = difference_in(evaluator, middle, both, splits, redraw=True)
         apart = found.products[i, i] + found.products[j, j] - 2 * found.products[i, j]
         table.append(
             {
                 "first": one,
                 "second": two,
                 "series": series,
-                "larger_lr": max(rates[one], rates[two]),
+                "larger_lr": pair.larger_lr(config),
                 "angle": angles[i, j],
                 "distance": max(apart, 0.0) ** 0.5,
                 "distance_first": found.distances[i],
                 "distance_second": found.distances[j],
                 "weights": config.analysis.angles.weights,
-                "accuracy_first": accuracy(singles[one]),
-                "accuracy_second": accuracy(singles[two]),
-                "accuracy_mean": accuracy(middle),
+                "accuracy_first": singles[one].accuracy(*splits),
+                "accuracy_second": singles[two].accuracy(*splits),
+                "accuracy_mean": middle.accuracy(*splits),
                 "advantage": advantage.mean,
                 "low": advantage.low,
                 "high": advantage.high,
@@ -183,14 +175,3 @@ def draw_angles(config: Experiment, numbers: pd.DataFrame) -> Figure:
     axes.set_ylabel(f"Interpolation advantage,\naccuracy over {over} (points)")
     legend(figure, axes, 2, "Bars: 95 % intervals of the advantage")
     return figure
-
-
-def measure_angles(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure 3, from `angles_table`; evaluates the means of two models that are not on disk.
-
-    Raises:
-        UserError: the sweep is not finished, or has no pairs to draw.
-    """
-    pairs = chosen_pairs(config)
-    measure_midpoints(config, [pair for pair, _ in pairs], console)
-    return angles_table(config, Evaluator(config), pairs)

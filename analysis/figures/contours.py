@@ -62,46 +62,39 @@ def _panel(axes: Axes, plane: pd.DataFrame, column: str, scale: float, *, log: b
         axes.plot(*way.T, color="#DDDDDD", lw=1.0, zorder=3)
         axes.scatter(place[0], place[1], marker=marker, s=size, c="white", edgecolors="black", linewidths=0.7, zorder=4)
         inwards = [4 if at < places.max(axis=0).mean() else -13 for at in place]
-        outline: dict[str, Any] = {
-            "color": "white",
-            "zorder": 5,
-            "path_effects": [withStroke(linewidth=1.5, foreground="black")],
-        }
+        edge = [withStroke(linewidth=1.5, foreground="black")]
+        outline: dict[str, Any] = {"color": "white", "zorder": 5, "path_effects": edge}
         axes.annotate(f"$\\theta_{i}$", place, xytext=(inwards[0], inwards[1]), textcoords="offset points", **outline)
     best = grid.loc[grid[column].idxmin()]
     axes.scatter(best["x"], best["y"], marker="X", s=34, c="#D55E00", edgecolors="white", linewidths=0.5, zorder=4)
     axes.set(xlim=(xs.min(), xs.max()), ylim=(ys.min(), ys.max()))
-    if _is_strip(plane):
-        axes.set_yscale("asinh", linear_width=_extents(plane)[0] / 2)
+    along, across, is_strip = _extents(plane)
+    if is_strip:
+        axes.set_yscale("asinh", linear_width=along / 2)
         axes.yaxis.set_major_locator(FixedLocator([t for t in ASINH_TICKS if ys.min() <= t <= ys.max()]))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_box_aspect(1)
     else:
-        axes.set_aspect(max(1.0, 0.7 * _extents(plane)[0] / _extents(plane)[1]))
+        axes.set_aspect(max(1.0, 0.7 * along / across))
     axes.grid(visible=False)
 
 
-def _extents(plane: pd.DataFrame) -> tuple[float, float]:
-    """How far the plane reaches along u1 and along u2."""
+def _extents(plane: pd.DataFrame) -> tuple[float, float, bool]:
+    """How far the plane reaches along u1 and u2, and whether it is a strip.
+
+    In a strip one model is so far away that, on one scale, the basin of the others is a line.
+    """
     along, across = (float(plane[axis].max() - plane[axis].min()) for axis in ("x", "y"))
-    return along, across
-
-
-def _is_strip(plane: pd.DataFrame) -> bool:
-    """Whether one model is so far away that, on one scale, the basin of the others is a line."""
-    along, across = _extents(plane)
-    return across > STRIP * along
+    return along, across, across > STRIP * along
 
 
 @styled
 def draw_landscape(config: Experiment, numbers: pd.DataFrame, *, log: bool) -> Figure:
     """A line of panels for each plane: training loss, test error, and mean error on the shifts where there are some.
 
-    Args:
-        config: of the experiment.
-        numbers: of one or more planes, from `analysis.figures.landscape.slice_table`.
-        log: contours in equal factors of the excess over the least value, as in Figure 2, or in equal steps (J.1).
+    With `log`, contours are in equal factors of the excess over the least value, as in Figure 2; else in equal steps
+    (J.1).
     """
     columns = {"train_loss": (1.0, "Training loss (nats)")}
     for column, label in axis_labels(config).items():
@@ -115,6 +108,6 @@ def draw_landscape(config: Experiment, numbers: pd.DataFrame, *, log: bool) -> F
             _panel(axes, plane, column, scale, log=log)
             axes.set(title=title, xlabel="Distance along $u_1$")
         made = "\n".join(f"$\\theta_{i}$: {drawn_settings(config, row)}" for i, row in enumerate(rows, 1))
-        line[0].set_ylabel(f"{made}\nDistance along $u_2${' (asinh)' if _is_strip(plane) else ''}")
+        line[0].set_ylabel(f"{made}\nDistance along $u_2${' (asinh)' if _extents(plane)[2] else ''}")
     figure.supxlabel(r"$\theta_0$ is the initialisation; the orange cross is the best point of a panel", fontsize=8)
     return figure

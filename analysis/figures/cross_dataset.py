@@ -24,7 +24,6 @@ from analysis.measure.methods import numbers_of
 from analysis.measure.mixtures import Mixture, axis_labels, drawn_columns, measure_mixtures, method_of_mixture
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.forward import Evaluator
 from soups.average import Average
 from soups.experiment.backbones import read_tower
 from soups.experiment.pool import usable_pool
@@ -99,12 +98,6 @@ def sets_along(orders: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(sorted(order[:k])) for order in orders for k in range(len(order) + 1)))
 
 
-def key_of_set(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> str:
-    """Names the mean of the zero-shot model and some towers under its head, without reading them."""
-    head = {"model": repr(config.model), "classes": list(class_names(config.task))}
-    return digest_of({"zero-shot": head, "towers": sorted(towers[i].digest for i in chosen)})
-
-
 def _sum_up(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> dict[str, Tensor]:
     zero_shot = zero_shot_model(config)
     total = Average().plus(zero_shot)
@@ -114,28 +107,34 @@ def _sum_up(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) 
 
 
 def soup_of(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) -> Mixture:
-    """The mean of the zero-shot model and some towers, all under its head."""
-    return Mixture(key_of_set(config, towers, chosen), partial(_sum_up, config, towers, chosen))
+    """The mean of the zero-shot model and some towers, all under its head; named without reading them."""
+    head = {"model": repr(config.model), "classes": list(class_names(config.task))}
+    key = digest_of({"zero-shot": head, "towers": sorted(towers[i].digest for i in chosen)})
+    return Mixture(key, partial(_sum_up, config, towers, chosen))
 
 
-def cross_table(
-    config: Experiment, evaluator: Evaluator, towers: Sequence[Tower], orders: Sequence[Sequence[int]]
-) -> pd.DataFrame:
-    """One row per order, number of backbones added (0 is zero-shot) and column (test, mean of shifts).
+def measure_backbones(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure E.1: one row per order, number of backbones added (0 is zero-shot) and column.
+
+    It costs an evaluation of each distinct set of backbones. Columns of the figure are test and the mean of shifts.
 
     Columns: order, added, last (the data set that was added last), column, n, accuracy, change (to one backbone less),
     difference (to zero-shot) with its interval low and high; fractions.
+
+    Raises:
+        UserError: as `towers_of`; backbones of another network.
     """
-    methods = {
-        chosen: method_of_mixture("soup", soup_of(config, towers, chosen), evaluator) for chosen in sets_along(orders)
-    }
+    towers = towers_of(config)
+    orders = orders_of(config, len(towers))
+    soups = {chosen: soup_of(config, towers, chosen) for chosen in sets_along(orders)}
+    evaluator = measure_mixtures(config, "soups of backbones", list(soups.values()), console)
+    methods = {chosen: method_of_mixture("soup", soup, evaluator) for chosen, soup in soups.items()}
     rows: list[dict[str, Any]] = []
     for place, order in enumerate(orders):
         before: dict[str, float] = {}
         for k in range(len(order) + 1):
             head = {"order": place, "added": k, "last": towers[order[k - 1]].name if k else ""}
-            method = methods[tuple(sorted(order[:k]))]
-            for row in numbers_of(config, evaluator, method, methods[()], drawn_columns(config)):
+            for row in numbers_of(evaluator, methods[tuple(sorted(order[:k]))], methods[()], drawn_columns(config)):
                 change = {"change": row["accuracy"] - before[row["column"]]} if k else {}
                 before[row["column"]] = row["accuracy"]
                 rows.append(head | row | change)
@@ -174,12 +173,7 @@ def _changes(axes: Axes, changes: pd.DataFrame) -> None:
 
 @styled
 def draw_backbones(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Figure E.1: accuracy against backbones added, and the change with each data set's model; a line a column.
-
-    Args:
-        config: of the experiment.
-        numbers: from `cross_table`.
-    """
+    """Figure E.1: accuracy against backbones added, and the change with each data set's model; a line a column."""
     labels = axis_labels(config)
     figure, grid = panels(len(labels), 2, 0.9 + 1.9 * len(labels))
     for (left, right), (column, label) in zip(grid, labels.items(), strict=True):
@@ -191,16 +185,3 @@ def draw_backbones(config: Experiment, numbers: pd.DataFrame) -> Figure:
     grid[-1, 1].set_xlabel("Change when added (points)")
     legend(figure, grid[0, 0], 2, "Right: bars are means of the orders, and each dot is an order")
     return figure
-
-
-def measure_backbones(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure E.1, from `cross_table`; an evaluation of each distinct set of backbones.
-
-    Raises:
-        UserError: as `towers_of`; backbones of another network.
-    """
-    towers = towers_of(config)
-    orders = orders_of(config, len(towers))
-    soups = [soup_of(config, towers, chosen) for chosen in sets_along(orders)]
-    measure_mixtures(config, "soups of backbones", soups, console)
-    return cross_table(config, Evaluator(config), towers, orders)

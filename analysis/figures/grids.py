@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from rich.console import Console
 
 from analysis.figures.style import panels, styled
-from analysis.measure.methods import accuracy_in, method_of_model, numbers_of, titled
+from analysis.measure.methods import method_of_model, numbers_of, titled
 from analysis.measure.mixtures import (
     Mixture,
     axis_labels,
@@ -25,7 +25,6 @@ from analysis.measure.mixtures import (
 )
 from configs.errors import UserError
 from configs.schema import Experiment, dump
-from eval.forward import Evaluator
 from soups.experiment.pool import usable_pool
 from store.rows import draw, row_config
 from store.runs import Ingredient
@@ -116,26 +115,34 @@ def best_in_range(accuracies: Sequence[float], i: int, j: int) -> int:
     return max(range(i, j + 1), key=lambda place: (accuracies[place], -place))
 
 
-def grids_table(config: Experiment, evaluator: Evaluator, grids: Sequence[Grid]) -> pd.DataFrame:
-    """One row per grid, pair of ends and column (test, mean of shifts).
+def measure_grids(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure F.1: one row per grid, pair of ends and column (test, mean of shifts).
+
+    It costs n (n - 1) / 2 evaluations of a grid of n models.
 
     Columns: grid, size, i, j (places in the grid), first, last (their names), best (name of the best in the range, as
     it is on this column), column, n, average (accuracy of the average of the ends), best_accuracy, and difference
     (average minus best) with its interval low and high; fractions.
 
     The best is chosen on the test and shift splits, as in the paper, which puts the average at a disadvantage.
+
+    Raises:
+        UserError: the sweep is not finished, or the experiment has no grid.
     """
+    grids = grids_of(config)
+    averages = [grid.average(i, j) for grid in grids for i, j in grid.ends]
+    evaluator = measure_mixtures(config, "averages of ends", averages, console)
     rows: list[dict[str, Any]] = []
     for grid in grids:
         singles = [method_of_model(name, e, evaluator) for name, e in zip(grid.labels, grid.members, strict=True)]
         for i, j in grid.ends:
             average = method_of_mixture("ends", grid.average(i, j), evaluator)
             for column, splits in drawn_columns(config).items():
-                accuracies = [accuracy_in(config, single, column) for single in singles]
+                accuracies = [single.accuracy(*splits) for single in singles]
                 best = best_in_range(accuracies, i, j)
                 head = {"grid": grid.name, "size": len(singles), "i": i, "j": j}
                 head |= {"first": grid.labels[i], "last": grid.labels[j], "best": grid.labels[best]}
-                for row in numbers_of(config, evaluator, average, singles[best], {column: splits}):
+                for row in numbers_of(evaluator, average, singles[best], {column: splits}):
                     rows.append(head | row | {"best_accuracy": accuracies[best]})
     columns = ["grid", "size", "i", "j", "first", "last", "best", "column", "n", "average", "best_accuracy"]
     return pd.DataFrame(rows).rename(columns={"accuracy": "average"})[[*columns, "difference", "low", "high"]]
@@ -148,18 +155,10 @@ def _panel(axes: Axes, drawn: pd.DataFrame, norm: TwoSlopeNorm) -> AxesImage:
     for cell in drawn.to_dict("records"):
         row, column = int(cell["i"]), int(cell["j"]) - 1
         values[row, column] = 100 * cell["difference"]
-        is_clear = cell["low"] > 0 or cell["high"] < 0
-        dark = abs(norm(values[row, column]) - 0.5) > 0.32
-        axes.text(
-            column,
-            row,
-            f"{values[row, column]:+.1f}",
-            ha="center",
-            va="center",
-            fontsize=6.5,
-            fontweight="bold" if is_clear else "normal",
-            color="white" if dark else "black",
-        )
+        weight = "bold" if cell["low"] > 0 or cell["high"] < 0 else "normal"
+        colour = "white" if abs(norm(values[row, column]) - 0.5) > 0.32 else "black"
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "fontweight": weight, "color": colour}
+        axes.text(column, row, f"{values[row, column]:+.1f}", **look)
     firsts = drawn.drop_duplicates("i").sort_values("i")["first"]
     lasts = drawn.drop_duplicates("j").sort_values("j")["last"]
     axes.set_xticks(range(size - 1), lasts.tolist(), rotation=30, ha="right", rotation_mode="anchor")
@@ -187,15 +186,3 @@ def draw_grids(config: Experiment, numbers: pd.DataFrame) -> Figure:
     bar = figure.colorbar(image, ax=grid, extend="both", shrink=0.8)
     bar.set_label("Average of both ends minus best in the range (points);\nbold: the 95 % interval leaves out 0")
     return figure
-
-
-def measure_grids(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure F.1, from `grids_table`; n (n - 1) / 2 evaluations of a grid of n models.
-
-    Raises:
-        UserError: the sweep is not finished, or the experiment has no grid.
-    """
-    grids = grids_of(config)
-    averages = [grid.average(i, j) for grid in grids for i, j in grid.ends]
-    measure_mixtures(config, "averages of ends", averages, console)
-    return grids_table(config, Evaluator(config), grids)

@@ -11,7 +11,7 @@ are frozen (model.frozen_batch_norm) and so the same in the whole plane, and not
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -156,16 +156,13 @@ def _answers(
 def _measure(config: Experiment, piece: Slice, mine: Sequence[Chunk]) -> str:
     """Answer some chunks at all points."""
     evaluator = Evaluator(config)
-    loaded: list[dict[str, Tensor]] = []
 
+    @cache
     def weights() -> list[dict[str, Tensor]]:
-        if not loaded:
-            models = [each.load() for each in piece.models]
-            evaluator.model.load_state_dict(models[0], strict=True)
-            names = moving(models)
-            device = evaluator.processes.device
-            loaded.extend({name: model[name].to(device) for name in names} for model in models)
-        return loaded
+        models = [each.load() for each in piece.models]
+        evaluator.model.load_state_dict(models[0], strict=True)
+        names, device = moving(models), evaluator.processes.device
+        return [{name: model[name].to(device) for name in names} for model in models]
 
     for chunk in mine:
         shape = (len(piece.points), len(chunk.rows))
@@ -175,12 +172,8 @@ def _measure(config: Experiment, piece: Slice, mine: Sequence[Chunk]) -> str:
 
 def estimate(config: Experiment, evaluator: Evaluator, pieces: Sequence[Slice]) -> str:
     """What is left to measure and about how long it takes, from a forward pass that is timed on a few images."""
-    left = [
-        (len(piece.points), chunk)
-        for piece in pieces
-        for chunk in chunks(evaluator)
-        if not chunk.path(evaluator, piece).exists()
-    ]
+    every = [(piece, chunk) for piece in pieces for chunk in chunks(evaluator)]
+    left = [(len(piece.points), chunk) for piece, chunk in every if not chunk.path(evaluator, piece).exists()]
     if not left:
         return "all points of the planes are measured: they are drawn from disk"
     number = sum(points * len(chunk.rows) for points, chunk in left)
@@ -197,17 +190,6 @@ def estimate(config: Experiment, evaluator: Evaluator, pieces: Sequence[Slice]) 
     )
 
 
-def measure_slice(config: Experiment, piece: Slice, console: Console | None = None) -> None:
-    """Evaluate all points on all chunks that are not on disk, over the cluster's worker processes."""
-    evaluator = Evaluator(config)
-
-    def is_done(chunk: Chunk) -> bool:
-        return chunk.path(evaluator, piece).exists()
-
-    title = f"{len(piece.points)} points of the plane, {{}} chunks of examples"
-    do_missing(config, title, chunks(evaluator), partial(_measure, config, piece), is_done, console=console)
-
-
 def _on_split(evaluator: Evaluator, piece: Slice, split: str) -> Iterator[Tensor]:
     """(n,) answers on all examples that are evaluated, point by point."""
     parts = [
@@ -219,24 +201,18 @@ def _on_split(evaluator: Evaluator, piece: Slice, split: str) -> Iterator[Tensor
         yield torch.cat([part[point] for part in parts])
 
 
-def slice_table(config: Experiment, evaluator: Evaluator, piece: Slice) -> pd.DataFrame:
+def slice_table(evaluator: Evaluator, piece: Slice) -> pd.DataFrame:
     """One row per point of a plane whose chunks are all on disk.
 
     Columns: first, second (rows of theta_1 and theta_2), point (initialisation, first, second or grid), x, y, share_0,
     share_1, share_2 (of the three models), train_loss (nats), train_n, one of error_<split> for each split that
     reports, and error_shift_mean (fractions).
     """
-    task = config.task
-    names = ["initialisation", "first", "second"] + ["grid"] * (len(piece.points) - 3)
-    table = pd.DataFrame(
-        {
-            "first": piece.models[1].row,
-            "second": piece.models[2].row,
-            "point": names,
-            "x": [x for x, _ in piece.points],
-            "y": [y for _, y in piece.points],
-        }
-    )
+    task, (_, first, second) = evaluator.config.task, piece.models
+    table = pd.DataFrame(piece.points, columns=["x", "y"])
+    table.insert(0, "point", ["initialisation", "first", "second"] + ["grid"] * (len(piece.points) - 3))
+    table.insert(0, "second", second.row)
+    table.insert(0, "first", first.row)
     table[["share_0", "share_1", "share_2"]] = piece.shares
     table["train_loss"] = [losses.double().mean().item() for losses in _on_split(evaluator, piece, task.train)]
     table["train_n"] = len(evaluated_rows(evaluator, task.train))
@@ -261,5 +237,10 @@ def measure_landscape(config: Experiment, console: Console | None = None) -> pd.
     evaluator, pieces = Evaluator(config), slices(config)
     (console or Console()).print(estimate(config, evaluator, pieces), highlight=False)
     for piece in pieces:
-        measure_slice(config, piece, console)
-    return pd.concat([slice_table(config, evaluator, piece) for piece in pieces], ignore_index=True)
+
+        def is_done(chunk: Chunk, piece: Slice = piece) -> bool:
+            return chunk.path(evaluator, piece).exists()
+
+        title = f"{len(piece.points)} points of the plane, {{}} chunks of examples"
+        do_missing(config, title, chunks(evaluator), partial(_measure, config, piece), is_done, console=console)
+    return pd.concat([slice_table(evaluator, piece) for piece in pieces], ignore_index=True)

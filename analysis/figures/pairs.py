@@ -13,11 +13,10 @@ from matplotlib.ticker import FixedLocator
 from rich.console import Console
 
 from analysis.figures.style import panels, styled
-from analysis.measure.methods import accuracy_in, columns_of, method_of, numbers_of
-from analysis.measure.mixtures import Pair, axis_labels, learning_rates, mean_logits, measure_midpoints
+from analysis.measure.methods import columns_of, method_of, numbers_of
+from analysis.measure.mixtures import Pair, axis_labels, mean_logits, measure_midpoints, method_of_mixture
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.forward import Evaluator
 from soups.chance import uniform
 from soups.experiment.pool import usable_pool
 from store.runs import Ingredient
@@ -43,25 +42,28 @@ def random_pairs(config: Experiment, pool: Sequence[Ingredient]) -> list[Pair]:
     return sorted(chosen, key=lambda pair: (pair.first.row, pair.second.row))
 
 
-def pairs_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[Pair]) -> pd.DataFrame:
-    """One row per pair and column (each test and shift split, and the mean of the shifts).
+def measure_pairs(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure 4: one row per pair and column (each test and shift split, and the mean of the shifts).
+
+    Evaluates the means of two models that are not on disk.
 
     Columns: first, second (rows of the sweep), larger_lr, column, n, soup and ensemble (accuracies in [0, 1]),
     difference (soup minus ensemble) with its interval low and high.
+
+    Raises:
+        UserError: the sweep is not finished, or has fewer than two fine-tuned models.
     """
-    rates = learning_rates(config, sorted({each.row for pair in pairs for each in (pair.first, pair.second)}))
+    pairs, columns = random_pairs(config, usable_pool(config)), columns_of(config)
+    evaluator = measure_midpoints(config, pairs, console)
     table = []
     for pair in pairs:
-        members = (pair.first, pair.second)
-        ensemble = method_of("ensemble", 2, mean_logits(evaluator, members), float("nan"), evaluator)
-        columns = columns_of(config)
-        for row in numbers_of(config, evaluator, pair.method(evaluator), ensemble, columns, redraw=True):
-            head: dict[str, Any] = {"first": pair.first.row, "second": pair.second.row}
-            head["larger_lr"] = max(rates[each.row] for each in members)
-            both = {"soup": row.pop("accuracy"), "ensemble": accuracy_in(config, ensemble, row["column"])}
-            table.append(head | row | both)
+        soup = method_of_mixture("soup", pair.mean, evaluator)
+        ensemble = method_of("ensemble", 2, mean_logits(evaluator, (pair.first, pair.second)), evaluator)
+        head = {"first": pair.first.row, "second": pair.second.row, "larger_lr": pair.larger_lr(config)}
+        for row in numbers_of(evaluator, soup, ensemble, columns, redraw=True):
+            table.append(head | row | {"ensemble": ensemble.accuracy(*columns[row["column"]])})
     numbers = ["column", "n", "soup", "ensemble", "difference", "low", "high"]
-    return pd.DataFrame(table)[["first", "second", "larger_lr", *numbers]]
+    return pd.DataFrame(table).rename(columns={"accuracy": "soup"})[["first", "second", "larger_lr", *numbers]]
 
 
 def _panel(axes: Axes, drawn: pd.DataFrame, norm: LogNorm) -> None:
@@ -70,17 +72,8 @@ def _panel(axes: Axes, drawn: pd.DataFrame, norm: LogNorm) -> None:
     pad = 0.05 * max(high - low, 1)
     ends = (low - pad, high + pad)
     axes.plot(ends, ends, color="black", lw=0.7, ls="--", zorder=1)
-    axes.scatter(
-        soup,
-        ensemble,
-        c=drawn["larger_lr"],
-        norm=norm,
-        cmap="viridis",
-        s=16,
-        edgecolors="black",
-        linewidths=0.2,
-        zorder=3,
-    )
+    look: dict[str, Any] = {"cmap": "viridis", "s": 16, "edgecolors": "black", "linewidths": 0.2, "zorder": 3}
+    axes.scatter(soup, ensemble, c=drawn["larger_lr"], norm=norm, **look)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
 
 
@@ -102,14 +95,3 @@ def draw_pairs(config: Experiment, numbers: pd.DataFrame) -> Figure:
     bar.minorticks_off()
     bar.set_label("Larger learning rate of the pair")
     return figure
-
-
-def measure_pairs(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure 4, from `pairs_table`; evaluates the means of two models that are not on disk.
-
-    Raises:
-        UserError: the sweep is not finished, or has fewer than two fine-tuned models.
-    """
-    pairs = random_pairs(config, usable_pool(config))
-    measure_midpoints(config, pairs, console)
-    return pairs_table(config, Evaluator(config), pairs)

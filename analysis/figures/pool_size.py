@@ -8,7 +8,7 @@ on test and shifts. Ensembles and single models come from cached logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -20,14 +20,20 @@ from rich.console import Console
 from torch import Tensor
 
 from analysis.figures.style import STYLE, legend, panels, styled, two_lines
-from analysis.measure.methods import Method, method_of_answers, method_of_model, numbers_of, over_orders
+from analysis.measure.methods import (
+    Method,
+    logits_of_model,
+    method_of_answers,
+    method_of_model,
+    numbers_of,
+    over_orders,
+)
 from analysis.measure.mixtures import (
     Mixture,
     RunningMean,
     answers,
     axis_labels,
     drawn_columns,
-    key_of_mean,
     mean_logits,
     mean_mixture,
     measure_mixtures,
@@ -37,7 +43,7 @@ from configs.schema import Experiment
 from eval.forward import Evaluator
 from soups.experiment.pool import ingredients_of
 from soups.scorers.metrics import score
-from soups.selection import Ties, accepts, best_first, random_order
+from soups.selection import Result, Ties, add_in_order, best_first, random_order
 from store.runs import Ingredient
 
 BEST = "best"
@@ -70,20 +76,16 @@ def greedy_of_first(
 
     Source: Wortsman et al. 2022, Figure B.1 and Recipe 1.
     """
-    known: dict[tuple[int, ...], float] = {}
+    known = cache(accuracy)  # of a set that several k try
+
+    def scored(sets: Sequence[tuple[int, ...]], _: float) -> list[Result]:
+        return [Result(known(chosen)) for chosen in sets]
+
     found: list[tuple[int, ...]] = []
     for k in range(1, len(order) + 1):
         considered = sorted(order[:k])
-        first, *rest = (considered[place] for place in best_first([held_out[i] for i in considered]))
-        kept: tuple[int, ...] = (first,)
-        to_keep = held_out[first]
-        for i in rest:
-            candidate = (*kept, i)
-            if candidate not in known:
-                known[candidate] = accuracy(candidate)
-            if accepts(known[candidate], to_keep, ties):
-                kept, to_keep = candidate, known[candidate]
-        found.append(kept)
+        ranked = [considered[place] for place in best_first([held_out[i] for i in considered])]
+        found.append(add_in_order(ranked, held_out[ranked[0]], scored, ties=ties).mixture)
     return found
 
 
@@ -96,16 +98,6 @@ def best_of_first(order: Sequence[int], held_out: Sequence[float]) -> list[int]:
     return [min(order[:k], key=lambda i: (-held_out[i], i)) for k in range(1, len(order) + 1)]
 
 
-def ensembles_of_first(evaluator: Evaluator, members: Sequence[Ingredient], split: str) -> list[Tensor]:
-    """(N,) class ids that the mean logits of the first 1, 2, ..., K members predict on a split, by a running sum."""
-    total: Tensor | float = 0.0
-    found = []
-    for k, each in enumerate(members, 1):
-        total = total + evaluator.logits(each.digest, each.load, split).double()
-        found.append(evaluator.predicted(torch.as_tensor(total) / k, split))
-    return found
-
-
 def _held_out(evaluator: Evaluator, ids: Tensor) -> float:
     task = evaluator.config.task
     images = evaluator.split(task.held_out)
@@ -114,84 +106,86 @@ def _held_out(evaluator: Evaluator, ids: Tensor) -> float:
 
 def uniform_along(evaluator: Evaluator, members: Sequence[Ingredient]) -> Iterator[PointOfCurve]:
     """The uniform soup of the first 1, 2, ..., K members, by a running sum."""
-    mean = RunningMean()
-    for k, member in enumerate(members, 1):
-        mean.add(member)
-        alone = method_of_model("uniform", member, evaluator) if k == 1 else None
-        soup = Mixture(key_of_mean(mean.members), mean.weights)
-        yield "uniform", k, alone or method_of_mixture("uniform", soup, evaluator)
+    mean = RunningMean(members)
+    yield "uniform", 1, method_of_model("uniform", members[0], evaluator)
+    for k in range(2, len(members) + 1):
+        yield "uniform", k, method_of_mixture("uniform", mean.of_first(k), evaluator)
 
 
 def greedy_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[PointOfCurve]:
     """Greedy soups of the first 1, 2, ..., K models of an order."""
-    config = evaluator.config
+    task = evaluator.config.task
 
     def soup(chosen: tuple[int, ...]) -> Mixture:
         return mean_mixture([pool[i] for i in chosen])
 
     def accuracy(chosen: tuple[int, ...]) -> float:
-        tried = soup(chosen)
-        return _held_out(evaluator, answers(evaluator, tried.key, tried.load, config.task.held_out))
+        return _held_out(evaluator, answers(evaluator, soup(chosen), task.held_out))
 
-    held_out = [each.held_out_score for each in pool]
-    soups: dict[tuple[int, ...], Method] = {}
-    for k, kept in enumerate(greedy_of_first(order, held_out, accuracy, config.cooking.ties), 1):
-        if kept not in soups:
-            soups[kept] = (
-                method_of_model("greedy", pool[kept[0]], evaluator)
-                if len(kept) == 1
-                else method_of_mixture("greedy", soup(kept), evaluator)
-            )
-        yield "greedy", k, soups[kept]
+    @cache
+    def method(kept: tuple[int, ...]) -> Method:
+        if len(kept) == 1:
+            return method_of_model("greedy", pool[kept[0]], evaluator)
+        return method_of_mixture("greedy", soup(kept), evaluator)
+
+    kept = greedy_of_first(order, [each.held_out_score for each in pool], accuracy, evaluator.config.cooking.ties)
+    yield from (("greedy", k, method(each)) for k, each in enumerate(kept, 1))
 
 
 def from_logits_along(evaluator: Evaluator, pool: Sequence[Ingredient], order: Sequence[int]) -> Iterator[PointOfCurve]:
     """Best individual, ensemble and greedy ensemble of the first 1, 2, ..., K models of an order."""
-    config, nan = evaluator.config, float("nan")
-    held_out = [each.held_out_score for each in pool]
-    singles = {i: method_of_model(BEST, pool[i], evaluator) for i in set(best_of_first(order, held_out))}
+    task, held_out = evaluator.config.task, [each.held_out_score for each in pool]
+    best = cache(lambda i: method_of_model(BEST, pool[i], evaluator))
     for k, i in enumerate(best_of_first(order, held_out), 1):
-        yield BEST, k, singles[i]
-    members = [pool[i] for i in order]
-    by_split = {split: ensembles_of_first(evaluator, members, split) for split in config.task.reported}
+        yield BEST, k, best(i)
+    ids: dict[str, list[Tensor]] = {split: [] for split in task.reported}
+    for split, of_split in ids.items():
+        total: Tensor | float = 0.0  # a running sum, which reads each model's logits once
+        for k, i in enumerate(order, 1):
+            total = total + logits_of_model(pool[i], evaluator)(split).double()
+            of_split.append(evaluator.predicted(torch.as_tensor(total) / k, split))
     for k in range(1, len(order) + 1):
-
-        def of_first(split: str, k: int = k) -> Tensor:
-            return by_split[split][k - 1]
-
-        yield "ensemble", k, method_of_answers("ensemble", k, of_first, nan, evaluator)
+        of_first = {split: of_split[k - 1] for split, of_split in ids.items()}
+        yield "ensemble", k, method_of_answers("ensemble", k, of_first.__getitem__, evaluator)
 
     def predicted(chosen: tuple[int, ...], split: str) -> Tensor:
         return evaluator.predicted(mean_logits(evaluator, [pool[i] for i in chosen])(split), split)
 
     def accuracy(chosen: tuple[int, ...]) -> float:
-        return _held_out(evaluator, predicted(chosen, config.task.held_out))
+        return _held_out(evaluator, predicted(chosen, task.held_out))
 
-    ensembles: dict[tuple[int, ...], Method] = {}
-    for k, kept in enumerate(greedy_of_first(order, held_out, accuracy, config.cooking.ties), 1):
-        if kept not in ensembles:
-            named = ("greedy_ensemble", len(kept), partial(predicted, kept), nan, evaluator)
-            ensembles[kept] = method_of_answers(*named)
-        yield "greedy_ensemble", k, ensembles[kept]
+    @cache
+    def method(kept: tuple[int, ...]) -> Method:
+        return method_of_answers("greedy_ensemble", len(kept), partial(predicted, kept), evaluator)
+
+    kept = greedy_of_first(order, held_out, accuracy, evaluator.config.cooking.ties)
+    yield from (("greedy_ensemble", k, method(each)) for k, each in enumerate(kept, 1))
 
 
 def _measure_order(config: Experiment, order: Sequence[int]) -> str:
     evaluator, pool = Evaluator(config), ingredients_of(config)
-    for _ in uniform_along(evaluator, [pool[i] for i in order]):
-        pass
-    for _ in greedy_along(evaluator, pool, order):
-        pass
+    for along in (uniform_along(evaluator, [pool[i] for i in order]), greedy_along(evaluator, pool, order)):
+        for _ in along:
+            pass
     return f"soups of the first 1 to {len(order)} models of an order: evaluated"
 
 
-def pool_size_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
-    """One row per order, method, number of models considered, and column (test, mean of shifts).
+def measure_pool_size(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figures B.1 and H.1 to H.4; evaluates what is not on disk.
+
+    One row per order, method, number of models considered, and column (test, mean of shifts).
 
     Columns: order ("mean" is the mean over all), method, considered, models (at inference), column, n, accuracy; and
     of the mean order difference (to the best individual of as many) with its interval low and high; fractions.
+
+    Raises:
+        UserError: the sweep is not finished.
     """
     pool = ingredients_of(config)
     orders = orders_of(config, len(pool))
+    soups = [mean_mixture([pool[i] for i in order[:k]]) for order in orders for k in range(2, len(pool) + 1)]
+    calls = [partial(_measure_order, config, order) for order in orders]
+    evaluator = measure_mixtures(config, "uniform soups, and greedy ones", soups, console, calls)
     found: dict[tuple[str, int], list[Method]] = {}
     for order in orders:
         for name, k, method in (
@@ -204,15 +198,13 @@ def pool_size_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
     for (name, k), methods in found.items():
         mean, best = over_orders(name, methods), over_orders(BEST, found[BEST, k])
         models = sum(method.models for method in methods) / len(methods)
-        columns, shared = drawn_columns(config), {"method": name, "considered": k}
-        means = numbers_of(config, evaluator, mean, best, columns)
-        of_orders = zip(*(numbers_of(config, evaluator, method, None, columns) for method in methods), strict=True)
-        for row, by_order in zip(means, of_orders, strict=True):
-            rows += [
-                {"order": str(j), **shared, "models": method.models} | each
-                for j, (method, each) in enumerate(zip(methods, by_order, strict=True))
-            ]
-            rows.append({"order": "mean", **shared, "models": models} | row)
+        for column, splits in drawn_columns(config).items():
+            drawn, head = {column: splits}, {"method": name, "considered": k}
+            for j, method in enumerate(methods):
+                (row,) = numbers_of(evaluator, method, None, drawn)
+                rows.append({"order": str(j), **head, "models": method.models} | row)
+            (row,) = numbers_of(evaluator, mean, best, drawn)
+            rows.append({"order": "mean", **head, "models": models} | row)
     numbers = ["column", "n", "models", "accuracy", "difference", "low", "high"]
     return pd.DataFrame(rows)[["order", "method", "considered", *numbers]]
 
@@ -252,12 +244,7 @@ def _differences(axes: Axes, drawn: pd.DataFrame) -> None:
 
 @styled
 def draw_pool_size(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Against the number of models, accuracy and the difference to the best individual: the mean of orders, each faded.
-
-    Args:
-        config: of the experiment.
-        numbers: from `pool_size_table`.
-    """
+    """Against the number of models, accuracy and the difference to the best individual: mean of orders, and each."""
     labels = axis_labels(config)
     figure, grid = panels(2, len(labels), 4.4, sharex=True, height_ratios=[1.3, 1])
     for (above, below), (column, label) in zip(grid.T, labels.items(), strict=True):
@@ -271,17 +258,3 @@ def draw_pool_size(config: Experiment, numbers: pd.DataFrame) -> Figure:
     note = f"Thick: mean of {orders} random orders; thin: each. Shaded: 95 % interval of greedy soup − best individual"
     legend(figure, grid[0, 0], 3, note)
     return figure
-
-
-def measure_pool_size(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figures B.1 and H.1 to H.4, from `pool_size_table`; evaluates what is not on disk.
-
-    Raises:
-        UserError: the sweep is not finished.
-    """
-    pool = ingredients_of(config)
-    orders = orders_of(config, len(pool))
-    soups = [mean_mixture([pool[i] for i in order[:k]]) for order in orders for k in range(2, len(pool) + 1)]
-    calls = [partial(_measure_order, config, order) for order in orders]
-    measure_mixtures(config, "uniform soups, and greedy ones", soups, console, calls=calls)
-    return pool_size_table(config, Evaluator(config))

@@ -36,14 +36,9 @@ def reliability_rows(models: Mapping[str, Calibration]) -> pd.DataFrame:
     frames = []
     for name, found in models.items():
         for stage, beta, bins in (("before", 1.0, found.before), ("after", found.beta, found.after)):
-            columns = {"count": bins.count, "confidence": bins.confidence, "accuracy": bins.accuracy}
-            frame = pd.DataFrame({key: column.numpy() for key, column in columns.items()})
-            frame.insert(0, "bin", range(len(frame)))
-            for place, (key, value) in enumerate(
-                {"model": name, "stage": stage, "beta": beta, "ece": bins.ece}.items()
-            ):
-                frame.insert(place, key, value)
-            frames.append(frame)
+            whole = {"model": name, "stage": stage, "beta": beta, "ece": bins.ece, "bin": range(len(bins.count))}
+            of_bins = {"count": bins.count, "confidence": bins.confidence, "accuracy": bins.accuracy}
+            frames.append(pd.DataFrame(whole | {key: column.numpy() for key, column in of_bins.items()}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -53,10 +48,6 @@ def draw_reliability(config: Experiment, numbers: pd.DataFrame) -> Figure:
 
     A bar stands at the mean confidence of its bin and is as high as the bin's accuracy; what is missing from the
     diagonal, or too much, is the gap. Below each diagram is the number of examples of every bin.
-
-    Args:
-        config: of the experiment.
-        numbers: from `reliability_rows`.
     """
     del config
     models = numbers["model"].unique()
@@ -90,22 +81,17 @@ def _widths(centres: np.ndarray) -> np.ndarray:
 
 def _diagram(above: Axes, below: Axes, bins: pd.DataFrame) -> None:
     full = bins[bins["count"] > 0]
-    confidence, accuracy, count = (full[name].to_numpy() for name in ("confidence", "accuracy", "count"))
-    confidence, accuracy = 100 * confidence, 100 * accuracy
+    confidence, accuracy, count = 100 * full["confidence"].to_numpy(), 100 * full["accuracy"].to_numpy(), full["count"]
     widths = _widths(confidence)
     above.bar(confidence, accuracy, widths, color=ACCURACY, alpha=0.75, linewidth=0, label="accuracy", zorder=2)
-    above.bar(
-        confidence,
-        confidence - accuracy,
-        widths,
-        bottom=accuracy,
-        facecolor=(*mpl.colors.to_rgb(GAP), 0.35),
-        edgecolor=GAP,
-        linewidth=0.6,
-        hatch="////",
-        label="gap to confidence",
-        zorder=3,
-    )
+    look: dict[str, Any] = {
+        "facecolor": (*mpl.colors.to_rgb(GAP), 0.35),
+        "edgecolor": GAP,
+        "linewidth": 0.6,
+        "hatch": "////",
+    }
+    gap = confidence - accuracy
+    above.bar(confidence, gap, widths, bottom=accuracy, label="gap to confidence", zorder=3, **look)
     above.plot([0, 100], [0, 100], color="black", lw=0.8, ls="--", label="calibrated", zorder=4)
     above.set(xlim=(0, 100), ylim=(0, 100))
     # Bars of a model that is too modest can reach this corner, hence the box.
@@ -115,42 +101,25 @@ def _diagram(above: Axes, below: Axes, bins: pd.DataFrame) -> None:
     below.bar(confidence, count, widths, color="#666666", linewidth=0, zorder=2)
 
 
-def calibrations(config: Experiment) -> dict[str, Calibration]:
-    """Best individual, uniform soup, greedy soup and ensemble, those that the experiment has, by their names in tables.
+def measure_reliability(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """One row per model, stage and bin, from cached logits: `reliability_rows`, with those of `calibration_of`.
 
-    Temperatures are fitted on the held-out split, and bins are of the test split; logits come from the cache.
+    Models are the best individual, the uniform and greedy soup and the ensemble, those that the experiment has, by
+    their names in tables. Temperatures are fitted on the held-out split, and bins are of the test split.
 
     Raises:
         UserError: a soup is missing, or was selected on a test or shift split.
     """
-    evaluator, task = Evaluator(config), config.task
-    labels = {split: evaluator.split(split).labels for split in (task.held_out, task.test)}
-    return {
-        name: calibrate(
-            (logits_of(soup, task.held_out, evaluator), labels[task.held_out]),
-            (evaluator.projected(logits_of(soup, task.test, evaluator), task.test), labels[task.test]),
-            bins=config.analysis.bins,
-        )
-        for name, soup in _soups(config).items()
-    }
-
-
-def _soups(config: Experiment) -> dict[str, dict[str, Any]]:
-    return {NAMES[recipe]: soup_record(config, recipe) for recipe in SHOWN if recipe in config.recipes}
-
-
-def measure_reliability(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """One row per model, stage and bin, from cached logits: `reliability_rows`, with those of `calibration_of`.
-
-    Raises:
-        UserError: as `calibrations`.
-    """
     del console  # nothing is evaluated
-    evaluator, test, found = Evaluator(config), config.task.test, calibrations(config)
-    scores = []
-    for name, soup in _soups(config).items():
-        logits = evaluator.projected(logits_of(soup, test, evaluator), test).double()
+    evaluator, held_out, test = Evaluator(config), config.task.held_out, config.task.test
+    labels = {split: evaluator.split(split).labels for split in (held_out, test)}
+    found, scores = {}, []
+    for recipe in [each for each in SHOWN if each in config.recipes]:
+        name, soup = NAMES[recipe], soup_record(config, recipe)
+        logits = evaluator.projected(logits_of(soup, test, evaluator), test)
+        fitted_on = logits_of(soup, held_out, evaluator), labels[held_out]
+        found[name] = calibrate(fitted_on, (logits, labels[test]), bins=config.analysis.bins)
         for stage, beta in (("before", 1.0), ("after", found[name].beta)):
-            errors = calibration_of(config, evaluator, {test: beta * logits}.__getitem__, [test])
+            errors = calibration_of(evaluator, {test: beta * logits.double()}.__getitem__, [test])
             scores.append({"model": name, "stage": stage} | errors)
     return reliability_rows(found).merge(pd.DataFrame(scores).drop(columns="ece"), on=["model", "stage"])

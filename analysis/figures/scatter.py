@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from analysis.figures.style import COLUMN, STYLE, legend, panels, styled
-from analysis.measure.methods import SHIFT_MEAN, Method, measure, need_shifts, scatter_points, tidy
+from analysis.measure.methods import NAN, SHIFT_MEAN, Method, measure, need_shifts, tidy
 from analysis.measure.mixtures import axis_labels
 from analysis.tables.cells import NAMES
 from configs.data import Emoji
@@ -72,8 +72,8 @@ def scatter_figure(points: pd.DataFrame, labels: Sequence[str], *, every_method:
     """Test accuracy against the mean of the shifts: individual models faded, soups and ensembles each with a marker.
 
     Args:
-        points: name, kind, test, shift_mean (fractions), from `scatter_points`; with the columns of `scatter_numbers`,
-            bars are drawn around soups and ensembles.
+        points: name, kind, test, shift_mean (fractions), from `scatter_points`; with the columns of `BARS`, bars
+            are drawn around soups and ensembles.
         labels: of both axes.
         every_method: of Table 3 has a marker, not those of Figure 1 alone.
     """
@@ -86,27 +86,40 @@ def scatter_figure(points: pd.DataFrame, labels: Sequence[str], *, every_method:
     return figure
 
 
-def scatter_numbers(
+def scatter_points(
     config: Experiment,
     pool: Sequence[Method],
     methods: Sequence[Method],
-    scores: pd.DataFrame,
-    shifts: Sequence[str] | None = None,
+    scores: pd.DataFrame | None = None,
+    *,
+    one_shift: bool = False,
 ) -> pd.DataFrame:
-    """`scatter_points` and the intervals of soups and ensembles: differences to the best individual, in `BARS`.
+    """One row per point of Figure 1: name, kind (individual or the method's name), held_out, test, shift_mean.
 
     Args:
         config: of the experiment.
-        pool: its models, the initialisation first.
+        pool: its models, the initialisation first, which is drawn as a method.
         methods: of Table 3.
-        scores: from `tidy`.
-        shifts: those that are drawn; all where None.
+        scores: from `tidy`; with them soups and ensembles have the intervals of their differences to the best
+            individual, in `BARS`.
+        one_shift: the first shift stands in place of the mean of all.
     """
-    points = scatter_points(config, pool, methods, shifts)
-    columns = {"test": config.task.test, "shift": SHIFT_MEAN if shifts is None else shifts[0]}
-    drawn = scores[scores["method"].isin(DRAWN_WITH_BARS)]
-    for name, column in columns.items() if len(drawn) else ():
-        ends = drawn[drawn["column"] == column].set_index("method")
+    task = config.task
+    over, column = (task.shifts[:1], task.shifts[0]) if one_shift else (task.shifts, SHIFT_MEAN)
+    kinds = [("individual", method) for method in pool[1:]] + [(method.name, method) for method in methods]
+    points = pd.DataFrame(
+        {
+            "name": method.name,
+            "kind": kind,
+            "held_out": method.held_out,
+            "test": method.accuracy(task.test),
+            "shift_mean": method.accuracy(*over) if over else NAN,
+        }
+        for kind, method in kinds
+    )
+    drawn = pd.DataFrame() if scores is None else scores[scores["method"].isin(DRAWN_WITH_BARS)]
+    for name, of in {"test": task.test, "shift": column}.items() if len(drawn) else ():
+        ends = drawn[drawn["column"] == of].set_index("method")
         points[[f"{name}_low", f"{name}_high"]] = ends[["low", "high"]].reindex(points["kind"]).to_numpy()
     return points
 
@@ -114,20 +127,16 @@ def scatter_numbers(
 def measure_scatter(config: Experiment, console: Console | None = None, *, one_shift: bool = False) -> pd.DataFrame:
     """The numbers of Figure 1's scatter of models, soups and ensembles, from cached logits.
 
-    Args:
-        config: of the experiment.
-        console: not used; nothing is evaluated.
-        one_shift: draw the first shift in place of the mean of all, as Figure G.2 does.
+    With `one_shift`, of the first shift in place of the mean of all, as in Figure G.2.
 
     Raises:
         UserError: a stage before this one is not finished, or a task without shifts.
     """
-    del console
+    del console  # nothing is evaluated
     need_shifts(config)
     evaluator = Evaluator(config)
-    pool, methods = measure(config, evaluator)
-    shifts = config.task.shifts[:1] if one_shift else None
-    return scatter_numbers(config, pool, methods, tidy(config, methods, evaluator), shifts)
+    pool, methods = measure(evaluator)
+    return scatter_points(config, pool, methods, tidy(methods, evaluator), one_shift=one_shift)
 
 
 def _with(config: Experiment, **settings: object) -> Experiment:
@@ -147,12 +156,7 @@ def draw_scatter(
 
 @styled
 def draw_held_out(config: Experiment, numbers: pd.DataFrame) -> Figure:
-    """Test against held-out accuracy of individual models, and which of them held-out chooses.
-
-    Args:
-        config: of the experiment.
-        numbers: of Figure 1.
-    """
+    """Test against held-out accuracy of individual models, from the numbers of Figure 1, and which held-out chooses."""
     pool, x_label = numbers[numbers["kind"].isin(["individual", "best"])], axis_labels(config)[config.task.test]
     figure, ((axes,),) = panels(1, 1, 3.2, width=COLUMN)
     for kind, drawn in pool.groupby("kind", sort=False):
@@ -200,13 +204,13 @@ def measure_subgroups(config: Experiment, console: Console | None = None) -> pd.
         return measure_scatter(config, console)
     need_shifts(config)
     evaluator = Evaluator(config)
-    pool, methods = measure(config, evaluator)
+    pool, methods = measure(evaluator)
     groups = {split: subgroups(evaluator, split) for split in task.reported}
     points = scatter_points(config, pool, methods)
     drawn = [*pool[1:], *methods]
 
     def scored(metric: Metric, method: Method, split: str) -> float:
-        labels, answers = evaluator.split(split).labels, method.predicted[split]
+        labels, answers = evaluator.split(split).labels, method.of(split).predicted[split]
         return sum(score(metric, each, labels, groups[split]) for each in answers) / len(answers)
 
     frames = []
@@ -240,4 +244,4 @@ def measure_methods(config: Experiment, console: Console | None = None) -> pd.Da
     """
     del console  # nothing is evaluated
     need_shifts(config)
-    return scatter_points(config, *measure(config, Evaluator(config)))
+    return scatter_points(config, *measure(Evaluator(config)))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from analysis.figures.style import STYLE, legend, panels, styled, two_lines
 from analysis.measure.calibration import calibration_of
-from analysis.measure.methods import Method, method_of, numbers_of, over_orders
-from analysis.measure.mixtures import RunningMean, axis_labels, drawn_columns, kept_logits, mean_logits
+from analysis.measure.methods import Method, logits_of_model, method_of, numbers_of, over_orders
+from analysis.measure.mixtures import axis_labels, drawn_columns, kept_logits, mean_logits
 from configs.errors import UserError
 from configs.schema import Experiment, dump
 from eval.calibration import fit_beta
@@ -87,10 +87,6 @@ def scaled_head(weights: dict[str, Tensor], beta: float) -> dict[str, Tensor]:
     return weights | {name: (beta * weights[name].double()).to(weights[name].dtype) for name in HEAD}
 
 
-def _own(evaluator: Evaluator, each: Ingredient) -> Callable[[str], Tensor]:
-    return lambda split: evaluator.logits(each.digest, each.load, split)
-
-
 def answering(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated: bool) -> Iterator[Answering]:
     """Individuals, and soup and ensemble of the first 1, 2, ..., K members, one after the other.
 
@@ -106,34 +102,28 @@ def answering(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated
     def beta_of(logits: Callable[[str], Tensor]) -> float:
         return fit_beta(logits(task.held_out), labels)
 
-    singles = [_own(evaluator, each) for each in members]
+    singles = [logits_of_model(each, evaluator) for each in members]
     betas = [beta_of(single) for single in singles] if calibrated else []
-    mean, first = RunningMean(), Average()
-    for k, member in enumerate(members, 1):
-        yield Answering(INDIVIDUAL, k, NONE, singles[k - 1])
-        mean.add(member)
-        soup = kept_logits(evaluator, mean.weights()) if k > 1 else singles[0]
-        ensemble = mean_logits(evaluator, members[:k])
-        pair = [Answering(SOUP, k, NONE, soup), Answering(ENSEMBLE, k, NONE, ensemble)]
-        yield from pair
+    mean = first = Average()
+    for k, (member, single) in enumerate(zip(members, singles, strict=True), 1):
+        mean = mean.plus(member.load())
+        soup = kept_logits(evaluator, mean.weights()) if k > 1 else single
+        plain = {INDIVIDUAL: single, SOUP: soup, ENSEMBLE: mean_logits(evaluator, members[:k])}
+        yield from (Answering(what, k, NONE, logits) for what, logits in plain.items())
         if not calibrated:
             continue
-        scaled = scaled_head(member.load(), betas[k - 1])
-        first = first.plus(scaled)
-        yield Answering(INDIVIDUAL, k, AFTER, singles[k - 1], betas[k - 1])
+        first = first.plus(scaled_head(member.load(), betas[k - 1]))
+        yield Answering(INDIVIDUAL, k, AFTER, single, betas[k - 1])
         yield Answering(SOUP, k, FIRST, kept_logits(evaluator, first.weights()))
         yield Answering(ENSEMBLE, k, FIRST, mean_logits(evaluator, members[:k], betas[:k]))
-        for each in pair:
-            yield Answering(each.what, k, AFTER, each.logits, beta_of(each.logits))
+        yield from (Answering(what, k, AFTER, plain[what], beta_of(plain[what])) for what in (SOUP, ENSEMBLE))
 
 
 def _scaled(evaluator: Evaluator, each: Answering, split: str) -> Tensor:
     return each.beta * evaluator.projected(each.logits(split), split).double()
 
 
-def seeds_table(
-    config: Experiment, evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated: bool
-) -> pd.DataFrame:
+def seeds_table(evaluator: Evaluator, members: Sequence[Ingredient], *, calibrated: bool) -> pd.DataFrame:
     """One row per model, soup and ensemble, when temperatures are fitted, and column (test, mean of shifts).
 
     Columns: what (individual, soup, ensemble), k, temperature (none, first, after), models (at inference), beta,
@@ -142,19 +132,19 @@ def seeds_table(
     """
     rows: list[dict[str, Any]] = []
     individuals: list[Method] = []
+    columns = drawn_columns(evaluator.config)
     for each in answering(evaluator, members, calibrated=calibrated):
         models = each.k if each.what == ENSEMBLE else 1
-        method = method_of(each.what, models, each.logits, float("nan"), evaluator)
+        method = method_of(each.what, models, each.logits, evaluator)
         if (each.what, each.temperature) == (INDIVIDUAL, NONE):
             individuals.append(method)
         head = {"what": each.what, "k": each.k, "temperature": each.temperature, "models": models, "beta": each.beta}
         is_compared = each.what != INDIVIDUAL and each.temperature == NONE
         baseline = over_orders(INDIVIDUAL, individuals) if is_compared else None
-        columns = drawn_columns(config)
-        for row in numbers_of(config, evaluator, method, baseline, columns):
-            splits = columns[row["column"]]
-            scaled = (partial(_scaled, evaluator, each), splits) if calibrated else None
-            rows.append(head | row | ({} if scaled is None else calibration_of(config, evaluator, *scaled)))
+        for row in numbers_of(evaluator, method, baseline, columns):
+            rows.append(head | row)
+            if calibrated:
+                rows[-1] |= calibration_of(evaluator, partial(_scaled, evaluator, each), columns[row["column"]])
     return pd.DataFrame(rows)
 
 
@@ -183,9 +173,7 @@ def _accuracies(axes: Axes, drawn: pd.DataFrame, label: str) -> None:
 def draw_calibration(config: Experiment, numbers: pd.DataFrame) -> Figure:
     """Figure B.2: a line of panels a calibration error and column, across when temperatures are fitted; then accuracy.
 
-    Args:
-        config: of the experiment.
-        numbers: from `seeds_table`, calibrated; older tables without NLL and Brier scores have no panels of them.
+    Older numbers without NLL and Brier scores have no panels of them.
     """
     labels = axis_labels(config)
     errors = {"ece": (100, "ECE (%)"), "nll": (1, "NLL (nats)"), "brier": (1, "Brier score")}
@@ -221,27 +209,15 @@ def draw_budget(config: Experiment, numbers: pd.DataFrame) -> Figure:
     return figure
 
 
-def _measure(config: Experiment, console: Console | None, *, calibrated: bool, at_most: int | None) -> pd.DataFrame:
-    members = seed_group(config, usable_pool(config))[:at_most]
+def measure_seeds(config: Experiment, console: Console | None = None, *, calibrated: bool) -> pd.DataFrame:
+    """The numbers of Figure B.2 (`calibrated`), of all seeds, or of Figure G.4, of the first five: `seeds_table`.
+
+    B.2 costs two evaluations for each seed, held-out included: of the soup so far, as it is and with calibrated heads.
+    G.4 shares the first.
+
+    Raises:
+        UserError: the sweep is not finished, no two models differ by their seed alone, or B.2's have no linear head.
+    """
+    members = seed_group(config, usable_pool(config))[: None if calibrated else FIGURE_G4]
     evaluate_all(config, [each.folder for each in members], console)
-    return seeds_table(config, Evaluator(config), members, calibrated=calibrated)
-
-
-def measure_calibration(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure B.2, from `seeds_table` of all seeds.
-
-    It costs two evaluations for each seed, held-out included: of the soup so far, as it is and with calibrated heads.
-
-    Raises:
-        UserError: the sweep is not finished, no two models differ by their seed alone, or they have no linear head.
-    """
-    return _measure(config, console, calibrated=True, at_most=None)
-
-
-def measure_budget(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure G.4, from `seeds_table` of the first five seeds; Figure B.2 shares their evaluations.
-
-    Raises:
-        UserError: the sweep is not finished, or no two models differ by their seed alone.
-    """
-    return _measure(config, console, calibrated=False, at_most=FIGURE_G4)
+    return seeds_table(Evaluator(config), members, calibrated=calibrated)

@@ -38,30 +38,23 @@ class End:
     load: Callable[[], Weights]
 
 
-def is_augmentation_varied(config: Experiment) -> bool:
-    """Whether rows of the sweep differ in the kind of their augmentation."""
-    return len({row_config(config, row).augment.kind for row in range(1, config.sweep.size + 1)}) > 1
-
-
-def _soup_end(config: Experiment, recipe: str) -> End:
-    name = soup_record(config, recipe)["digest"]
-    load = partial(load_weights, RunFolder.of(config).soup(recipe) / "weights.safetensors", name)
-    return End(recipe, recipe, recipe, name, load)
-
-
 def ends_of(config: Experiment) -> list[End]:
     """Every fine-tuned model that did not diverge, then the uniform and the greedy soup where the experiment has them.
 
     Raises:
         UserError: the sweep is not finished, or a soup is missing.
     """
-    varied = is_augmentation_varied(config)
+    kinds = {row: row_config(config, row).augment.kind for row in range(1, config.sweep.size + 1)}
     found = []
     for each in usable_pool(config):
         if each.row:
-            group = row_config(config, each.row).augment.kind if varied else INDIVIDUAL
+            group = kinds[each.row] if len(set(kinds.values())) > 1 else INDIVIDUAL
             found.append(End(f"row {each.row}", INDIVIDUAL, group, each.digest, each.load))
-    return found + [_soup_end(config, recipe) for recipe in SOUPS if recipe in config.recipes]
+    for recipe in [each for each in SOUPS if each in config.recipes]:
+        digest = soup_record(config, recipe)["digest"]
+        load = partial(load_weights, RunFolder.of(config).soup(recipe) / "weights.safetensors", digest)
+        found.append(End(recipe, recipe, recipe, digest, load))
+    return found
 
 
 def mixture_at(start: Ingredient, end: End, alpha: float) -> Mixture:
@@ -74,24 +67,32 @@ def point(evaluator: Evaluator, start: Ingredient, end: End, alpha: float) -> Me
     """What (1 - alpha) start + alpha end answers; the two ends are from cached logits."""
     if 0 < alpha < 1:
         return method_of_mixture(end.name, mixture_at(start, end, alpha), evaluator)
-    digest, load = (end.digest, end.load) if alpha else (start.digest, start.load)
-    return method_of(end.name, 1, partial(evaluator.logits, digest, load), float("nan"), evaluator)
+    model = end if alpha else start
+    return method_of(end.name, 1, partial(evaluator.logits, model.digest, model.load), evaluator)
 
 
-def wise_table(config: Experiment, evaluator: Evaluator) -> pd.DataFrame:
-    """One row per end, alpha and column (test, mean of shifts).
+def measure_wise(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure D.1: one row per end, alpha and column (test, mean of shifts).
+
+    It costs 9 evaluations for each fine-tuned model and soup.
 
     Columns: end, kind, group, alpha, column, n, accuracy, and the difference to the end itself (alpha = 1) with its
     interval low and high; fractions.
+
+    Raises:
+        UserError: the sweep is not finished, a soup is missing, or the task has no shifts.
     """
-    start = usable_pool(config)[0]
+    need_shifts(config)
+    start, ends = usable_pool(config)[0], ends_of(config)
+    mixtures = [mixture_at(start, end, alpha) for end in ends for alpha in ALPHAS[1:-1]]
+    evaluator = measure_mixtures(config, "points of WiSE-FT curves", mixtures, console)
     rows: list[dict[str, Any]] = []
-    for end in ends_of(config):
+    for end in ends:
         at_end = point(evaluator, start, end, 1.0)
         for alpha in ALPHAS:
             head = {"end": end.name, "kind": end.kind, "group": end.group, "alpha": alpha}
             found = point(evaluator, start, end, alpha)
-            rows += [head | row for row in numbers_of(config, evaluator, found, at_end, drawn_columns(config))]
+            rows += [head | row for row in numbers_of(evaluator, found, at_end, drawn_columns(config))]
     return pd.DataFrame(rows)
 
 
@@ -120,16 +121,3 @@ def draw_wise(config: Experiment, numbers: pd.DataFrame) -> Figure:
     axes.set(xlabel=labels[config.task.test], ylabel=labels[SHIFT_MEAN])
     legend(figure, axes, 2)
     return figure
-
-
-def measure_wise(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure D.1, from `wise_table`; 9 evaluations for each fine-tuned model and soup.
-
-    Raises:
-        UserError: the sweep is not finished, a soup is missing, or the task has no shifts.
-    """
-    need_shifts(config)
-    start, ends = usable_pool(config)[0], ends_of(config)
-    mixtures = [mixture_at(start, end, alpha) for end in ends for alpha in ALPHAS[1:-1]]
-    measure_mixtures(config, "points of WiSE-FT curves", mixtures, console)
-    return wise_table(config, Evaluator(config))

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from analysis.measure.methods import bootstrap_groups
-from configs.schema import Experiment
 from eval.calibration import reliability_bins
 from eval.forward import Evaluator
 from eval.metrics import log_probabilities
@@ -41,30 +40,27 @@ def debiased_error(logits: Tensor, labels: Tensor, bins: int) -> float:
     return float(((count * squares).sum() / found.count.sum()).clamp(min=0).sqrt())
 
 
-def calibration_of(
-    config: Experiment, evaluator: Evaluator, logits: Callable[[str], Tensor], splits: Sequence[str]
-) -> dict[str, float]:
+def calibration_of(evaluator: Evaluator, logits: Callable[[str], Tensor], splits: Sequence[str]) -> dict[str, float]:
     """ece, ece_debiased, nll and brier of a model, of several splits their means; nll and brier with their intervals.
 
     An interval is the percentile interval of the paired bootstrap that accuracies have, against 0. Calibration errors
     have none: resampled examples are less calibrated than those that they are drawn from.
 
     Args:
-        config: of the experiment.
-        evaluator: of the same.
+        evaluator: of the experiment.
         logits: split -> (N, C) logits in the label space of the split.
         splits: over which.
     """
     seen = [(logits(split), evaluator.split(split).labels) for split in splits]
-    bins, size = config.analysis.bins, len(splits)
+    settings, size = evaluator.config.analysis, len(splits)
     found = {
-        "ece": sum(reliability_bins(*each, bins=bins).ece for each in seen) / size,
-        "ece_debiased": sum(debiased_error(*each, bins) for each in seen) / size,
+        "ece": sum(reliability_bins(*each, bins=settings.bins).ece for each in seen) / size,
+        "ece_debiased": sum(debiased_error(*each, settings.bins) for each in seen) / size,
     }
-    units = bootstrap_groups(config, evaluator, tuple(splits))
+    units, resampling = bootstrap_groups(evaluator, splits), {"resamples": settings.resamples, "seed": settings.seed}
     for name, values in zip(("nll", "brier"), zip(*(losses(*each) for each in seen), strict=True), strict=True):
-        nothing = [torch.zeros_like(each) for each in values]
-        resampling = {"resamples": config.analysis.resamples, "seed": config.analysis.seed}
-        interval: Difference = paired_bootstrap(values, nothing, units, **resampling)
+        interval: Difference = paired_bootstrap(
+            values, [torch.zeros_like(each) for each in values], units, **resampling
+        )
         found |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return found

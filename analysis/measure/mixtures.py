@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from analysis.measure.methods import SHIFT_MEAN, Method, columns_of, method_of_answers, shift_name, titled
+from analysis.measure.methods import SHIFT_MEAN, Method, columns_of, logits_of_model, method_of_answers, titled
 from analysis.tables.cells import measured
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -26,36 +26,6 @@ from store.workers import spread
 T = TypeVar("T")
 
 
-class RunningMean:
-    """The mean of models that are added one after the other; each is read once, when a mean is asked for."""
-
-    def __init__(self) -> None:
-        self.members: list[Ingredient] = []
-        self._average = Average()
-        self._read = 0
-
-    def add(self, member: Ingredient) -> None:
-        """One more model."""
-        self.members.append(member)
-
-    def weights(self) -> dict[str, Tensor]:
-        """The mean of all that were added.
-
-        Raises:
-            ValueError: nothing was added, or models that do not fit together.
-        """
-        for member in self.members[self._read :]:
-            self._average, self._read = self._average.plus(member.load()), self._read + 1
-        if not self._average.count:
-            raise ValueError("a mean needs at least one model")
-        return self._average.weights()
-
-
-def key_of_mean(members: Sequence[Ingredient]) -> str:
-    """Names the mean of some models, in whatever order, without reading them."""
-    return digest_of({"mean of": sorted(each.digest for each in members)})
-
-
 @dataclass(frozen=True)
 class Mixture:
     """Weights that are put together only where what they answer is not on disk; they can be sent to a worker."""
@@ -64,20 +34,45 @@ class Mixture:
     load: Loader
 
 
-def mean_mixture(members: Sequence[Ingredient]) -> Mixture:
-    """The equal-weight mean of some models."""
-    return Mixture(key_of_mean(members), partial(mean_of, [each.load for each in members]))
+def mean_mixture(members: Sequence[Ingredient], load: Loader | None = None) -> Mixture:
+    """The equal-weight mean of some models, in whatever order; `load` where it is at hand in another way."""
+    key = digest_of({"mean of": sorted(each.digest for each in members)})
+    return Mixture(key, load or partial(mean_of, [each.load for each in members]))
+
+
+class RunningMean:
+    """The mean of the first 1, 2, ..., K of some models, asked for in this order; each is read once, when it is needed.
+
+    Args:
+        members: K models.
+    """
+
+    def __init__(self, members: Sequence[Ingredient]):
+        self._members = members
+        self._average = Average()
+
+    def of_first(self, k: int) -> Mixture:
+        """The mean of the first k; no k that is smaller may be loaded afterwards."""
+
+        def load() -> Weights:
+            assert self._average.count <= k
+            for member in self._members[self._average.count : k]:
+                self._average = self._average.plus(member.load())
+            return self._average.weights()
+
+        return mean_mixture(self._members[:k], load)
 
 
 def mean_logits(
     evaluator: Evaluator, members: Sequence[Ingredient], betas: Sequence[float] | None = None
 ) -> Callable[[str], Tensor]:
     """Split -> (N, C) float64 mean of members' cached logits, each times its beta where there are some."""
+    each = [logits_of_model(member, evaluator) for member in members]
 
     def logits(split: str) -> Tensor:
         total: Tensor | float = 0.0
-        for each, beta in zip(members, betas or [1.0] * len(members), strict=True):
-            total = total + beta * evaluator.logits(each.digest, each.load, split).double()
+        for of_one, beta in zip(each, betas or [1.0] * len(members), strict=True):
+            total = total + beta * of_one(split).double()
         return torch.as_tensor(total) / len(members)
 
     return logits
@@ -89,34 +84,23 @@ def kept_logits(evaluator: Evaluator, weights: Weights) -> Callable[[str], Tenso
     return lambda split: evaluator.logits(name, lambda: weights, split)
 
 
-def answers(evaluator: Evaluator, key: str, load: Loader, split: str) -> Tensor:
+def answers(evaluator: Evaluator, mixture: Mixture, split: str) -> Tensor:
     """(N,) class ids that a mixture predicts on a split, from disk or by a forward pass.
 
     Class ids are kept and logits are not, which take hundreds of megabytes for each mixture on ImageNet.
-
-    Args:
-        evaluator: of the experiment.
-        key: names the mixture.
-        load: called only when a forward pass is needed.
-        split: of the experiment's task.
     """
 
     def compute() -> Tensor:
-        return evaluator.predicted(evaluator.fresh_logits(load(), split), split).float().unsqueeze(1)
+        return evaluator.predicted(evaluator.fresh_logits(mixture.load(), split), split).float().unsqueeze(1)
 
-    path = evaluator.place("answers", split, key)
+    path = evaluator.place("answers", split, mixture.key)
     return cached_array(path, (len(evaluator.split(split)), 1), compute).squeeze(1).long()
-
-
-def is_answered(evaluator: Evaluator, key: str) -> bool:
-    """Whether a mixture's answers on every test and shift split are on disk."""
-    return all(evaluator.place("answers", split, key).exists() for split in evaluator.config.task.reported)
 
 
 def method_of_mixture(name: str, mixture: Mixture, evaluator: Evaluator) -> Method:
     """A method from a mixture of weights, which are put together once where any of its answers is missing."""
-    load = lru_cache(maxsize=1)(mixture.load)
-    return method_of_answers(name, 1, partial(answers, evaluator, mixture.key, load), float("nan"), evaluator)
+    once = Mixture(mixture.key, lru_cache(maxsize=1)(mixture.load))
+    return method_of_answers(name, 1, partial(answers, evaluator, once), evaluator)
 
 
 def _answer(config: Experiment, mixtures: Sequence[Mixture]) -> str:
@@ -133,7 +117,7 @@ def do_missing(
     call: Callable[[Sequence[T]], str],
     is_done: Callable[[T], bool],
     *,
-    console: Console | None = None,
+    console: Console | None,
     calls: Sequence[Callable[[], str]] = (),
 ) -> None:
     """Let the cluster's worker processes do what is not on disk yet.
@@ -169,10 +153,9 @@ def measure_mixtures(
     config: Experiment,
     title: str,
     mixtures: Sequence[Mixture],
-    console: Console | None = None,
-    *,
+    console: Console | None,
     calls: Sequence[Callable[[], str]] = (),
-) -> None:
+) -> Evaluator:
     """Let the cluster's worker processes evaluate mixtures on every test and shift split; what is on disk is kept.
 
     Args:
@@ -180,19 +163,23 @@ def measure_mixtures(
         title: of the progress bar.
         mixtures: which.
         console: where the bar goes.
-        calls: picklable, each returns a line: what workers do instead, where mixtures follow from one another.
+        calls: as for `do_missing`, where mixtures follow from one another.
+
+    Returns:
+        An evaluator, with which `method_of_mixture` reads what they answer.
 
     Raises:
-        UserError: missing or damaged weights or data, or a worker that was killed.
+        UserError: as `do_missing`.
     """
     evaluator = Evaluator(config)
-    distinct = list({each.key: each for each in mixtures}.values())
 
     def is_done(each: Mixture) -> bool:
-        return is_answered(evaluator, each.key)
+        return all(evaluator.place("answers", split, each.key).exists() for split in config.task.reported)
 
+    distinct = list({each.key: each for each in mixtures}.values())
     title, call = f"evaluating {{}} {title}", partial(_answer, config)
     do_missing(config, title, distinct, call, is_done, console=console, calls=calls)
+    return evaluator
 
 
 def drawn_columns(config: Experiment) -> dict[str, tuple[str, ...]]:
@@ -210,10 +197,12 @@ def axis_labels(config: Experiment) -> dict[str, str]:
     """What the axis of each drawn column says, with what is measured and its unit.
 
     >>> from configs.schema import load
-    >>> axis_labels(load("demo_tiny"))["shift_mean"]
-    'Mean of 5 shifts, top-1 accuracy (%)'
+    >>> axis_labels(load("demo_tiny"))["shift_mean"], axis_labels(load("figureg2_cifar10"))["shift_mean"]
+    ('Mean of 5 shifts, top-1 accuracy (%)', 'CIFAR-10.1, top-1 accuracy (%)')
     """
-    names = {config.task.test: f"{titled(config.task.name)} test", SHIFT_MEAN: titled(shift_name(config))}
+    shifts = config.task.shifts
+    mean = config.task.split_title(shifts[0]) if len(shifts) == 1 else f"mean of {len(shifts)} shifts"
+    names = {config.task.test: f"{titled(config.task.name)} test", SHIFT_MEAN: titled(mean)}
     found = {}
     for column, splits in drawn_columns(config).items():
         metric = measured(config.task, splits)
@@ -233,25 +222,24 @@ class Pair:
         """The weights half way between them."""
         return mean_mixture((self.first, self.second))
 
-    def method(self, evaluator: Evaluator) -> Method:
-        """The class ids that the weights half way between them predict."""
-        return method_of_mixture("mean", self.mean, evaluator)
+    def larger_lr(self, config: Experiment) -> float:
+        """The larger of the peak learning rates of their rows."""
+        return max(row_config(config, each.row).optim.lr for each in (self.first, self.second))
 
 
-def measure_midpoints(config: Experiment, pairs: Sequence[Pair], console: Console | None = None) -> None:
-    """Evaluate the models of all pairs, and each pair's mean, on the test and shift splits; what is on disk is kept.
-
-    Raises:
-        UserError: missing or damaged weights or data, or a worker that was killed.
-    """
+def evaluate_models(config: Experiment, pairs: Sequence[Pair], console: Console | None) -> None:
+    """Evaluate the models of pairs on every split; what is on disk is kept."""
     members = {each.row: each.folder for pair in pairs for each in (pair.first, pair.second)}
     evaluate_all(config, [members[row] for row in sorted(members)], console or Console())
-    measure_mixtures(config, "means of two models", [pair.mean for pair in pairs], console)
 
 
-def learning_rates(config: Experiment, rows: Sequence[int]) -> dict[int, float]:
-    """Row -> its peak learning rate."""
-    return {row: row_config(config, row).optim.lr for row in rows}
+def measure_midpoints(config: Experiment, pairs: Sequence[Pair], console: Console | None) -> Evaluator:
+    """Evaluate the models of all pairs, and each pair's mean, on the test and shift splits; what is on disk is kept.
+
+    Returns and raises as `measure_mixtures`.
+    """
+    evaluate_models(config, pairs, console)
+    return measure_mixtures(config, "means of two models", [pair.mean for pair in pairs], console)
 
 
 def drawn_settings(config: Experiment, row: int) -> str:

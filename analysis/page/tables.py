@@ -15,6 +15,7 @@ from analysis.tables.cells import BEST, HEADS, NAMES, caption, column_title, per
 from analysis.tables.table3 import note
 from configs.schema import Experiment
 
+Line = Mapping[str, str]  # of a csv: column -> its word
 STARTS = ("zero-shot", "initialisation")  # far below what is fine-tuned; no scale is made for them
 
 
@@ -105,7 +106,7 @@ def row_name(config: Experiment, row: int) -> str:
     return f"Row {row}" + (f": {labels[row - 1]}" if row <= len(labels) else "") if row else "Initialisation"
 
 
-def gain(line: pd.Series) -> Markup:
+def gain(line: Line) -> Markup:
     """A difference to the best individual model with its interval, in points."""
     if line["method"] == "best":
         return Markup('<span class="baseline">baseline</span>')
@@ -113,26 +114,25 @@ def gain(line: pd.Series) -> Markup:
     return Markup("{} [{}, {}]").format(*parts)
 
 
-def accuracy(line: pd.Series) -> Markup:
+def accuracy(line: Line) -> Markup:
     """Per cent, with the standard deviation over random orders where there is one."""
     spread = Markup(" ({})").format(percentage(line["spread"])) if line["spread"] else Markup()
     return percentage(line["accuracy"]) + spread
 
 
-def by_method(scores: pd.DataFrame) -> dict[str, dict[str, pd.Series]]:
+def by_method(scores: pd.DataFrame) -> dict[str, dict[str, Line]]:
     """Method -> column -> its line of the table."""
-    found: dict[str, dict[str, pd.Series]] = {}
-    for _, line in scores.iterrows():
+    found: dict[str, dict[str, Line]] = {}
+    for line in scores.to_dict("records"):
         found.setdefault(line["method"], {})[line["column"]] = line
     return found
 
 
-def _drawn(line: pd.Series, ends: tuple[float, float]) -> str:
+def _drawn(line: Line, left: float, right: float) -> str:
     """Places of an interval between two ends, in per cent, as the style sheet draws it."""
-    values = {name: float(line[column]) for name, column in (("low", "low"), ("mean", "difference"), ("high", "high"))}
-    left, right = ends
-    at = {n: 100 * min(max((v - left) / (right - left), 0), 1) for n, v in (values | {"zero": 0.0}).items()}
-    return ";".join(f"--{name}:{place:.1f}%" for name, place in at.items())
+    values = {"low": line["low"], "mean": line["difference"], "high": line["high"], "zero": "0"}
+    at = {name: min(max((float(value) - left) / (right - left), 0), 1) for name, value in values.items()}
+    return ";".join(f"--{name}:{100 * place:.1f}%" for name, place in at.items())
 
 
 def headline(results: Results) -> Table:
@@ -145,7 +145,7 @@ def headline(results: Results) -> Table:
         line = [text(method_name(config, method), "star" if method == "greedy" else "text")]
         for column in columns:
             found = cells[column]
-            style = "" if method == "best" else _drawn(found, ends)
+            style = "" if method == "best" else _drawn(found, *ends)
             line += [Cell(accuracy(found), "number"), Cell(gain(found), "gain", style)]
         first = cells[config.task.test]
         lines.append([*line, Cell(percentage(first["held_out"]), "number"), number(first["models"])])
@@ -202,10 +202,8 @@ def composition(results: Results) -> Table:
     """Which share every soup and ensemble takes of each model, in per cent."""
     lines = []
     for dish, soup in results.soups.items():
-        shares = {str(member["row"]): repr(member["weight"]) for member in soup["ingredients"]}
-        lines.append(
-            ((text(method_name(results.config, dish)), text("weights" if soup["digest"] else "answers")), shares)
-        )
+        of_what = text(method_name(results.config, dish)), text("weights" if soup["digest"] else "answers")
+        lines.append((of_what, {str(member["row"]): repr(member["weight"]) for member in soup["ingredients"]}))
     said = "Share of each row in % of the mixture; row 0 is the initialisation. An empty cell takes nothing."
     return _map("composition", said, ["Soup or ensemble", "Mean of", *results.manifest["row"]], lines)
 
@@ -242,31 +240,27 @@ def calibration(reliability: pd.DataFrame) -> Table:
         n = str(rows.loc[rows["stage"] == "after", "count"].astype(int).sum())
         lines.append([text(model), *errors, number(after["beta"]), number(n)])
     said = "Expected calibration error on test in %, as trained and with the temperature fitted on held-out."
-    return Table(
-        "reliability", said, ["Model", "ECE before (%)", "ECE after (%)", "β, inverse temperature", "n"], lines
-    )
+    heads = ["Model", "ECE before (%)", "ECE after (%)", "β, inverse temperature", "n"]
+    return Table("reliability", said, heads, lines)
 
 
 def planes(config: Experiment, name: str, landscape: pd.DataFrame) -> Table:
     """The three models of each plane, and the point of its grid with the least test error."""
     named = {"train_loss": "Training loss (nats)", f"error_{config.task.test}": "Test error (%)"}
     named |= {f"error_{SHIFT_MEAN}": "Mean error on shifts (%)"} if f"error_{SHIFT_MEAN}" in landscape else {}
+    loss, *errors = named
     lines = []
     for (first, second), plane in landscape.groupby(["first", "second"], sort=False):
-        errors = pd.to_numeric(plane.loc[plane["point"] == "grid", f"error_{config.task.test}"])
-        best = plane.loc[[errors.idxmin()]] if errors.notna().any() else plane[:0]
-        for _, point in pd.concat([plane[plane["point"] != "grid"], best]).iterrows():
-            rows = {"initialisation": "0", "first": first, "second": second}
+        on_test = pd.to_numeric(plane.loc[plane["point"] == "grid", errors[0]])
+        best = plane.loc[[on_test.idxmin()]] if on_test.notna().any() else plane[:0]
+        rows = {"initialisation": 0, "first": int(first), "second": int(second)}
+        for point in pd.concat([plane[plane["point"] != "grid"], best]).to_dict("records"):
             row = rows.get(point["point"])
-            what = row_name(config, int(row)) if row else "Best point of the grid on test"
-            cells = [
-                number(point["train_loss"]),
-                *(Cell(percentage(point[column]), "number") for column in [*named][1:]),
-            ]
-            lines.append([text(what), text(f"rows 0, {first} and {second}"), *cells])
-    return Table(
-        name, "Models of each plane, and the grid's best point on test.", ["Point", "Plane", *named.values()], lines
-    )
+            what = "Best point of the grid on test" if row is None else row_name(config, row)
+            scores = [number(point[loss]), *(Cell(percentage(point[error]), "number") for error in errors)]
+            lines.append([text(what), text(f"rows 0, {first} and {second}"), *scores])
+    said = "Models of each plane, and the grid's best point on test."
+    return Table(name, said, ["Point", "Plane", *named.values()], lines)
 
 
 def made_by(results: Results) -> Table:

@@ -30,6 +30,7 @@ from soups.files.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
 LANDSCAPES = ("figure2", "figurej1")
+TILES = ("best", "uniform", "greedy", "ensemble")  # the first numbers to look at
 MOST_STEPS, MOST_CELLS, MOST_MEMBERS = 200, 6000, 16  # beyond them a drawing, table or list says too little
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -88,7 +89,7 @@ def page(results: Results) -> str:
         script=Markup(script),
         style=Markup(style),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        tiles=_tiles(results),
+        tiles={name: of for name, of in tables.by_method(results.scores).items() if name in TILES},
         tables=tables,
         results=results,
         scatter=drawing,
@@ -104,17 +105,6 @@ def page(results: Results) -> str:
         parts=tables.parts(results, made),
         config=json.dumps(dump(config), indent=2, sort_keys=True),
     )
-
-
-def _tiles(results: Results) -> list[dict[str, Any]]:
-    """The first numbers to look at."""
-    test, found = results.config.task.test, tables.by_method(results.scores)
-    return [
-        {"method": method, "name": tables.method_name(results.config, method), "test": cells[test]}
-        | {"shifts": cells.get(SHIFT_MEAN), "models": cells[test]["models"]}
-        for method, cells in found.items()
-        if method in ("best", "uniform", "greedy", "ensemble")
-    ]
 
 
 def _reliability(results: Results) -> Markup:

@@ -1,7 +1,7 @@
 """Table 3's shape: methods by splits, with paired-bootstrap intervals against the best individual model."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -76,7 +76,12 @@ def column_title(task: Task, column: str) -> str:
     return "Mean of shifts" if column == SHIFT_MEAN else ANNOTATIONS.get(column) or task.split_title(column)
 
 
-def _accuracy(cell: pd.Series) -> str:
+def gain(cell: Mapping[str, float]) -> str:
+    """The difference of a row of numbers to its baseline, as `points`."""
+    return points(cell["difference"], cell["low"], cell["high"])
+
+
+def _accuracy(cell: Mapping[str, float]) -> str:
     """Per cent, with the standard deviation over random orders where there is one."""
     spread = "" if pd.isna(cell["spread"]) else f" ({percent(cell['spread'])})"
     return percent(cell["accuracy"]) + spread
@@ -91,21 +96,18 @@ def table3(tidy: pd.DataFrame, task: Task, head: str = "linear_probe") -> pd.Dat
         head: how the initialisation's was made, as in `model.head`.
     """
     names = NAMES | {"initialisation": f"Initialisation ({HEADS[head]})"}
-    test, *shifts = [column for column in tidy["column"].unique() if column != SHIFT_MEAN]
+    titles = {column: column_title(task, column) for column in tidy["column"].unique()}  # the mean of shifts is last
+    test = next(iter(titles))
+    differences = {test: f"{titles[test]} − best", SHIFT_MEAN: "Shifts − best"}
     rows = []
     for method, group in tidy.groupby("method", sort=False):
-        cells = group.set_index("column")
-        row = {"Method": names.get(str(method), str(method)), "Models at inference": str(cells["models"].iloc[0])}
-        held_out = cells["held_out"].iloc[0]
-        row["Held-out"] = "" if pd.isna(held_out) else percent(held_out)  # an oracle was not chosen there
-        for column in (test, *shifts):
-            row[column_title(task, column)] = _accuracy(cells.loc[column])
-        if shifts:
-            row[column_title(task, SHIFT_MEAN)] = _accuracy(cells.loc[SHIFT_MEAN])
-        titles = {test: f"{column_title(task, test)} − best"} | ({SHIFT_MEAN: "Shifts − best"} if shifts else {})
-        for column, title in titles.items():
-            cell = cells.loc[column]
-            row[title] = "" if method == "best" else points(cell["difference"], cell["low"], cell["high"])
+        first, cells = group.iloc[0], {cell["column"]: cell for cell in group.to_dict("records")}
+        row = {"Method": names.get(str(method), str(method)), "Models at inference": str(first["models"])}
+        row["Held-out"] = "" if pd.isna(first["held_out"]) else percent(first["held_out"])  # no oracle is chosen there
+        row |= {titles[column]: _accuracy(cell) for column, cell in cells.items()}
+        for column, title in differences.items():
+            if column in cells:
+                row[title] = "" if method == "best" else gain(cells[column])
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -117,50 +119,32 @@ def measured(task: Task, columns: Iterable[str]) -> str:
     >>> measured(load("figureg1_fmow").task, ["test", "ood"])
     'Top-1 accuracy (Test), accuracy of the worst group (OOD)'
     """
-    of = {column: METRICS[task.metrics.get(column, "top1")] for column in columns if column != SHIFT_MEAN}
-    if len(set(of.values())) == 1:
-        return next(iter(of.values()))
-    parts = [
-        f"{metric} ({', '.join(column_title(task, c) for c in of if of[c] == metric)})"
-        for metric in dict.fromkeys(of.values())
-    ]
-    return ", ".join([parts[0], *(part[:1].lower() + part[1:] for part in parts[1:])])
+    of: dict[str, list[str]] = {}
+    for column in columns:
+        if column != SHIFT_MEAN:
+            of.setdefault(METRICS[task.metrics.get(column, "top1")], []).append(column_title(task, column))
+    if len(of) == 1:
+        return next(iter(of))
+    first, *others = [f"{metric} ({', '.join(titles)})" for metric, titles in of.items()]
+    return ", ".join([first, *(other[:1].lower() + other[1:] for other in others)])
+
+
+def counts(numbers: pd.DataFrame, task: Task) -> str:
+    """The n of every split, for a caption."""
+    sizes = numbers.drop_duplicates("column").set_index("column")["n"]
+    return ", ".join(f"{column_title(task, c)} {n:.0f}" for c, n in sizes.items() if c != SHIFT_MEAN)
 
 
 def caption(tidy: pd.DataFrame, note: str, baseline: str, task: Task) -> str:
     """Caption of a table: metric, n of every split, and the baseline of differences."""
-    sizes = tidy.drop_duplicates("column").set_index("column")["n"]
-    counts = ", ".join(f"{column_title(task, c)} {n}" for c, n in sizes.items() if c != SHIFT_MEAN)
     return (
-        f"{measured(task, sizes.index)} in %, n: {counts}. Differences in percentage points to {baseline}, with "
-        f"95 % paired-bootstrap intervals. {note}"
+        f"{measured(task, tidy['column'].unique())} in %, n: {counts(tidy, task)}. "
+        f"Differences in percentage points to {baseline}, with 95 % paired-bootstrap intervals. {note}"
     )
 
 
 LATEX = {"%": r"\%", "_": r"\_", "−": "$-$", "†": r"\dag{}", "‡": r"\ddag{}", "θ": r"$\theta$", "Σ": r"$\sum$"}
 BEST = "the best individual model, chosen on the held-out split"
-
-
-def write_table(
-    table: pd.DataFrame,
-    tidy: pd.DataFrame,
-    stem: Path,
-    note: str,
-    task: Task,
-    *,
-    baseline: str = BEST,
-) -> list[Path]:
-    """Write stem.md, stem.tex (booktabs) and stem.csv (the tidy numbers behind both).
-
-    Args:
-        table: of text cells.
-        tidy: the numbers.
-        stem: path without suffix.
-        note: names proxies.
-        task: that it is of.
-        baseline: what differences are to.
-    """
-    return write_cells(table, tidy, stem, caption(tidy, note, baseline, task))
 
 
 def write_cells(table: pd.DataFrame, numbers: pd.DataFrame, stem: Path, text: str) -> list[Path]:
@@ -174,11 +158,8 @@ def write_cells(table: pd.DataFrame, numbers: pd.DataFrame, stem: Path, text: st
     """
     markdown, latex, csv = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".tex", ".csv"))
     write_text(markdown, f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
-    escaped = table.rename(columns=_escape).map(_escape)
-    write_text(
-        latex,
-        escaped.to_latex(index=False, caption=_escape(text), column_format="l" + "r" * (len(table.columns) - 1)),
-    )
+    escaped, format_ = table.rename(columns=_escape).map(_escape), "l" + "r" * (len(table.columns) - 1)
+    write_text(latex, escaped.to_latex(index=False, caption=_escape(text), column_format=format_))
     return [markdown, latex, write_csv(numbers, csv)]
 
 

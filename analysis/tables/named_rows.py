@@ -1,13 +1,12 @@
 """Rows by name beside the soups and ensembles of chosen ones: the shape of Tables L.1 to L.3 and Figures L.1, L.2."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
 
 from analysis.figures.style import COLUMN, PAGE, STYLE, legend, panels, save, styled
 from analysis.measure.methods import (
@@ -21,7 +20,7 @@ from analysis.measure.methods import (
     titled,
 )
 from analysis.measure.mixtures import axis_labels, kept_logits, mean_logits
-from analysis.tables.cells import column_title, percent, points, write_table
+from analysis.tables.cells import caption, column_title, gain, percent, write_cells
 from configs.data import Task
 from configs.errors import UserError
 from configs.schema import Experiment
@@ -37,85 +36,71 @@ WHAT = {  # what a point is -> its look in Figure 1
 }
 
 
-def need_labels(config: Experiment) -> None:
-    """Refuse an experiment whose rows have no names.
-
-    Raises:
-        UserError: it is one.
-    """
-    if not config.analysis.labels:
-        raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
-
-
 def variants(config: Experiment) -> list[Ingredient]:
     """Every model of every row that did not diverge, row by row: its ingredient, and the kinds of weights beside it."""
     return [kind for each in usable_pool(config) if each.row for kind in each.kinds().values()]
-
-
-def _made(evaluator: Evaluator, name: str, models: int, logits: Callable[[str], Tensor]) -> Method:
-    held_out = evaluator.config.task.held_out
-    return method_of(name, models, logits, evaluator.score(logits(held_out), held_out), evaluator)
 
 
 def _kind_name(kind: str) -> str:
     return "last weights" if kind == RAW else kind.replace("_", " ").upper()
 
 
-def _suffix(kind: str, kinds: Sequence[str]) -> str:
-    return "" if len(kinds) == 1 else f" ({_kind_name(kind)})"
-
-
-def measure_named_rows(config: Experiment, evaluator: Evaluator) -> tuple[list[Method], pd.DataFrame]:
+def measure_named_rows(evaluator: Evaluator) -> tuple[list[Method], pd.DataFrame]:
     """The rows, then soup and ensemble of each set, for every kind of weights that the rows left.
 
     Returns:
         The methods, the first of which is the table's baseline; and for each its kind of weights and what it is
         (individual, soup or ensemble).
+
+    Raises:
+        UserError: rows without names in `analysis.labels`, or a sweep that is not finished.
     """
+    config, task = evaluator.config, evaluator.config.task
+    if not config.analysis.labels:
+        raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
     pool = variants(config)
     kinds = list(dict.fromkeys(variant.kind for variant in pool))
     methods: list[Method] = []
-    notes: list[dict[str, str]] = []
+    notes: list[tuple[str, str]] = []
     for kind in kinds:
         of_kind = {variant.row: variant for variant in pool if variant.kind == kind}
-        suffix = _suffix(kind, kinds)
+        suffix = "" if len(kinds) == 1 else f" ({_kind_name(kind)})"
         for row, variant in of_kind.items():
             methods.append(method_of_model(config.analysis.labels[row - 1] + suffix, variant, evaluator))
-            notes.append({"kind": kind, "what": "individual"})
+            notes.append((kind, "individual"))
         for name, rows in config.analysis.sets.items():
             members = [of_kind[row] for row in rows if row in of_kind]
-            if len(members) == len(rows):
-                soup = kept_logits(evaluator, mean_of([member.load for member in members]))
-                methods.append(_made(evaluator, f"Soup of {name}{suffix}", 1, soup))
-                ensemble = mean_logits(evaluator, members)
-                methods.append(_made(evaluator, f"Ensemble of {name}{suffix}", len(members), ensemble))
-                notes += [{"kind": kind, "what": "soup"}, {"kind": kind, "what": "ensemble"}]
-    return methods, pd.DataFrame(notes)
+            if len(members) < len(rows):
+                continue
+            soup, ensemble = mean_of([member.load for member in members]), mean_logits(evaluator, members)
+            for what, models, logits in (
+                ("soup", 1, kept_logits(evaluator, soup)),
+                ("ensemble", len(members), ensemble),
+            ):
+                held_out = evaluator.score(logits(task.held_out), task.held_out)
+                methods.append(method_of(f"{titled(what)} of {name}{suffix}", models, logits, evaluator, held_out))
+                notes.append((kind, what))
+    return methods, pd.DataFrame(notes, columns=["kind", "what"])
 
 
-def tidy_named_rows(
-    config: Experiment, methods: Sequence[Method], notes: pd.DataFrame, evaluator: Evaluator
-) -> pd.DataFrame:
+def tidy_named_rows(evaluator: Evaluator) -> pd.DataFrame:
     """One row per method and column: accuracy, n, difference to the first method and its interval; fractions."""
-    rows = tidy(config, methods, evaluator, methods[0]).drop(columns="spread")
-    what = notes.loc[notes.index.repeat(len(columns_of(config)))].reset_index(drop=True)
+    methods, notes = measure_named_rows(evaluator)
+    rows = tidy(methods, evaluator, methods[0]).drop(columns="spread")
+    what = notes.loc[notes.index.repeat(len(columns_of(evaluator.config)))].reset_index(drop=True)
     return pd.concat([rows[["method"]], what, rows.drop(columns="method")], axis=1)
 
 
 def named_rows_table(tidy: pd.DataFrame, task: Task) -> pd.DataFrame:
     """One row per method, all cells text: per cent, and differences to the first row in points."""
-    rows = []
-    for i, (method, group) in enumerate(tidy.groupby("method", sort=False)):
-        cells = group.set_index("column")
-        row = {"Method": str(method), "Models at inference": str(cells["models"].iloc[0])}
-        row["Held-out"] = percent(cells["held_out"].iloc[0])
-        for column in (task.test, SHIFT_MEAN):
-            title = column_title(task, column)
-            if column not in cells.index:
-                continue
-            cell = cells.loc[column]
-            row[title] = percent(cell["accuracy"])
-            row[f"{title} − first"] = "" if i == 0 else points(cell["difference"], cell["low"], cell["high"])
+    rows: list[dict[str, str]] = []
+    for method, group in tidy.groupby("method", sort=False):
+        first = group.iloc[0]
+        row = {"Method": str(method), "Models at inference": str(first["models"])}
+        row["Held-out"] = percent(first["held_out"])
+        for cell in group[group["column"].isin([task.test, SHIFT_MEAN])].to_dict("records"):
+            title = column_title(task, cell["column"])
+            row |= {title: percent(cell["accuracy"]), f"{title} − first": gain(cell) if rows else ""}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -128,9 +113,7 @@ def measure_rows(config: Experiment, console: Console | None = None) -> pd.DataF
     """
     del console  # a few soups, evaluated here
     need_shifts(config)
-    need_labels(config)
-    evaluator = Evaluator(config)
-    return tidy_named_rows(config, *measure_named_rows(config, evaluator), evaluator)
+    return tidy_named_rows(Evaluator(config))
 
 
 @styled
@@ -165,13 +148,9 @@ def _leave_out(line: Sequence[Axes], x: pd.Series, y: pd.Series) -> None:
         line[0].text(0.98, 0.02, f"not shown: {places}", transform=line[0].transAxes, ha="right", fontsize=6.5)
 
 
-def write_named_rows(config: Experiment, evaluator: Evaluator, folder: Path, note: str) -> list[Path]:
+def write_named_rows(evaluator: Evaluator, folder: Path, note: str) -> list[Path]:
     """Write rows.{md,tex,csv} and rows.{pdf,png} for an experiment with `analysis.labels`."""
-    methods, notes = measure_named_rows(config, evaluator)
-    tidy = tidy_named_rows(config, methods, notes, evaluator)
-    files = write_table(
-        named_rows_table(tidy, config.task), tidy, folder / "rows", note, config.task, baseline="the first row"
-    )
-    if not config.task.shifts:
-        return files
-    return files + save(draw_rows(config, tidy), folder / "rows")
+    config, numbers = evaluator.config, tidy_named_rows(evaluator)
+    text = caption(numbers, note, "the first row", config.task)
+    files = write_cells(named_rows_table(numbers, config.task), numbers, folder / "rows", text)
+    return files + (save(draw_rows(config, numbers), folder / "rows") if config.task.shifts else [])

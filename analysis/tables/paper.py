@@ -1,10 +1,11 @@
 """The paper's numbers, from results/paper, and ours beside them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
+from analysis.measure.methods import NAN
 from analysis.tables.cells import NAMES
 from configs.errors import UserError
 
@@ -58,8 +59,9 @@ def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapp
 
     Args:
         ours: one row per `method` and `column` with `accuracy` (fraction), as from `analysis.measure.methods.tidy`.
-        name: of the paper's table, as for `paper_table`, but headlines: its numbers are of many units.
-        rows: a method of ours -> the paper's row. Methods that are not in it stay, without a number of the paper.
+        name: of the paper's table, as for `paper_table`.
+        rows: a method of ours -> the paper's row. Methods that are not in it, or whose row the paper's table has not,
+            stay, without a number of the paper.
         columns: a column of ours -> the paper's column, likewise.
 
     Returns:
@@ -68,22 +70,10 @@ def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapp
         known number).
 
     Raises:
-        UserError: no such table, or a name in `rows` or `columns` that ours or the paper's table has not.
+        UserError: no such table.
     """
-    if name == "headlines":
-        raise UserError("the paper's headlines count models and points: beside accuracies only a table can stand")
-    paper = paper_table(name)
-    for what, ours_has, paper_has, names in (
-        ("row", ours["method"], paper["row"], rows),
-        ("column", ours["column"], paper["column"], columns),
-    ):
-        _known(f"our {what}", names, set(ours_has))
-        _known(f"a {what} of the paper's {name}", names.values(), set(paper_has))
-    wanted = [
-        (rows.get(method, ""), columns.get(column, ""))
-        for method, column in zip(ours["method"], ours["column"], strict=True)
-    ]
-    cells = paper.set_index(["row", "column"]).reindex(wanted).set_axis(ours.index)
+    wanted = pd.MultiIndex.from_arrays([ours["method"].map(rows), ours["column"].map(columns)])
+    cells = paper_table(name).set_index(["row", "column"]).reindex(wanted).set_axis(ours.index)
     percents = 100 * ours["accuracy"]
     return ours.assign(
         ours=percents,
@@ -93,11 +83,6 @@ def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapp
         confidence=cells["confidence"].fillna(""),
         source=cells["source"].fillna(""),
     )
-
-
-def without_differences(compared: pd.DataFrame) -> pd.DataFrame:
-    """The same without ours minus the paper's, which says nothing where ours is of a proxy of the paper's model."""
-    return compared.assign(minus_paper=float("nan"))
 
 
 def only_in_paper(compared: pd.DataFrame, name: str, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -115,26 +100,13 @@ def only_in_paper(compared: pd.DataFrame, name: str, columns: Mapping[str, str])
     return missing[["method", "column", "paper", "paper_spread", "confidence", "source", "bold"]]
 
 
-def _known(what: str, names: Iterable[str], there: set[str]) -> None:
-    for name in names:
-        if name not in there:
-            raise UserError(f"{name!r} is not {what}: there are {', '.join(sorted(there))}")
-
-
-def beside_table(
-    compared: pd.DataFrame,
-    titles: Mapping[str, str],
-    names: Mapping[str, str] = NAMES,
-    *,
-    decimals: int = 2,
-) -> pd.DataFrame:
-    """One row per method, all cells text: ours, the paper's and ours minus the paper's, in per cent and points.
+def beside_table(compared: pd.DataFrame, titles: Mapping[str, str], names: Mapping[str, str] = NAMES) -> pd.DataFrame:
+    """One row per method, all cells text: ours, the paper's and ours minus the paper's, with two decimals.
 
     Args:
         compared: from `beside`; where it has a column `bold`, ours is bold where that is true.
         titles: column -> its title.
         names: method -> its name in the table.
-        decimals: of every number; GLUE is printed with one.
 
     Returns:
         For each column ours, and where the paper has numbers of it the paper's, with the marks of `MARKS`; differences
@@ -149,27 +121,20 @@ def beside_table(
         for cell in group.to_dict("records"):
             column = cell["column"]
             title = titles.get(column, column)
-            spread = cell.get("spread")  # a fraction, as in `tidy`
-            ours = _number(cell["ours"], float("nan") if pd.isna(spread) else 100 * spread, decimals)
+            ours = _number(cell["ours"], 100 * cell.get("spread", NAN))  # a fraction, as in `tidy`
             row[title] = f"**{ours}**" if cell.get("bold") and ours else ours
             if column in with_paper:
                 mark = MARKS.get(cell["confidence"], "")
-                row[f"{title}, paper"] = _number(cell["paper"], cell["paper_spread"], decimals) + mark
-            if column in with_difference:
-                row[f"{title} − paper"] = _difference(cell["minus_paper"], decimals)
+                row[f"{title}, paper"] = _number(cell["paper"], cell["paper_spread"]) + mark
+            if column in with_difference:  # never -0.00
+                minus = cell["minus_paper"]
+                row[f"{title} − paper"] = "" if pd.isna(minus) else f"{round(minus, 2) + 0.0:+.2f}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
 
-def _number(value: float, spread: float, decimals: int) -> str:
-    if pd.isna(value):
-        return ""
-    return f"{value:.{decimals}f}" + ("" if pd.isna(spread) else f" ({spread:.{decimals}f})")
-
-
-def _difference(points: float, decimals: int) -> str:
-    """Signed, and never -0.00."""
-    return "" if pd.isna(points) else f"{round(points, decimals) + 0.0:+.{decimals}f}"
+def _number(value: float, spread: float) -> str:
+    return "" if pd.isna(value) else f"{value:.2f}" + ("" if pd.isna(spread) else f" ({spread:.2f})")
 
 
 def legend(compared: pd.DataFrame) -> str:

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from analysis.measure.methods import (
+    NAN,
     SHIFT_MEAN,
     Method,
+    best_of,
     bootstrap_groups,
     columns_of,
+    difference_in,
     measure,
-    numbers_of,
     tidy,
 )
-from analysis.tables.cells import BEST, HEADS, NAMES, column_title, measured, points
-from analysis.tables.named_rows import measure_named_rows, need_labels
+from analysis.tables.cells import BEST, HEADS, NAMES, column_title, counts, measured, points
+from analysis.tables.named_rows import measure_named_rows
 from analysis.tables.paper import OTHER_METHODS, beside, beside_table, legend, only_in_paper, paper_table
 from analysis.tables.table3 import note
 from configs.schema import Experiment
@@ -32,9 +34,7 @@ PAPER_ONLY = "paper only"  # ends the name of a row without numbers of ours
 DEMO_RATE = "3e-5"  # the paper has two; rows that name none stand beside this one
 
 
-def _hits(
-    config: Experiment, method: Method, evaluator: Evaluator, column: str
-) -> tuple[list[Tensor], list[Tensor]] | None:
+def _hits(evaluator: Evaluator, method: Method, column: str) -> tuple[list[Tensor], list[Tensor]] | None:
     """Per-image results of a column and the groups that are swapped together; None where top-1 does not score it."""
     if column in method.annotated:
         found = method.annotated[column]
@@ -43,28 +43,23 @@ def _hits(
             return [found.right], [everything]
         by_class = [everything[found.classes == label] for label in found.classes.unique()]  # classes weigh alike
         return [found.right[images] for images in by_class], by_class
-    splits = columns_of(config)[column]
+    splits = columns_of(evaluator.config)[column]
     if any(split in method.scores for split in splits):
         return None
-    return [method.hits[split] for split in splits], bootstrap_groups(config, evaluator, splits)
+    return [method.hits[split] for split in splits], bootstrap_groups(evaluator, splits)
 
 
-def _is_worse(
-    config: Experiment, evaluator: Evaluator, method: Method, best: Method, column: str
-) -> tuple[bool, float]:
+def _p_to_best(evaluator: Evaluator, method: Method, best: Method, column: str) -> tuple[bool, float]:
     """Whether `method` is significantly worse than `best`, and the p-value where a permutation test gives one."""
-    ours, theirs = (_hits(config, each, evaluator, column) for each in (method, best))
+    ours, theirs = _hits(evaluator, method, column), _hits(evaluator, best, column)
     if ours is None or theirs is None:  # scored by no mean over images: by the bootstrap interval of the difference
-        splits = {column: columns_of(config)[column]}
-        (row,) = numbers_of(config, evaluator, method, best, splits, redraw=True)
-        return row["high"] < 0, float("nan")
-    p = paired_permutation(ours[0], theirs[0], ours[1], seed=config.analysis.seed)
+        gain = difference_in(evaluator, method, best, columns_of(evaluator.config)[column], redraw=True)
+        return gain.high < 0, NAN
+    p = paired_permutation(ours[0], theirs[0], ours[1], seed=evaluator.config.analysis.seed)
     return p < LEVEL, p
 
 
-def with_significance(
-    config: Experiment, evaluator: Evaluator, methods: Sequence[Method], baseline: Method
-) -> pd.DataFrame:
+def with_significance(evaluator: Evaluator, methods: Sequence[Method], baseline: Method) -> pd.DataFrame:
     """One row per method and column: accuracy, n, difference to the baseline and its interval, and whether it is bold.
 
     Bold is the best of a column and what is not significantly different from it by a paired permutation test at 0.05,
@@ -72,38 +67,22 @@ def with_significance(
 
     Columns: method, models, held_out, column, n, accuracy, spread, difference, low, high, p_to_best, bold; fractions.
     """
-    annotations = list(methods[0].annotated)
-    scores = tidy(config, methods, evaluator, baseline).to_dict("records")
-    per_method = len(scores) // len(methods)
     rows: list[dict[str, Any]] = []
-    for place, method in enumerate(methods):
+    for method in methods:
         head = {"method": method.name, "models": method.models, "held_out": method.held_out}
-        for name in annotations:
-            seen = method.annotated[name]
+        for name in methods[0].annotated:
+            seen = method.of(name).annotated[name]
             rows.append(head | {"column": name, "n": len(seen.right), "accuracy": seen.accuracy})
-        rows += scores[place * per_method : (place + 1) * per_method]
-    for column in (*annotations, *columns_of(config)):
+        rows += tidy([method], evaluator, baseline).to_dict("records")
+    for column in dict.fromkeys(row["column"] for row in rows):
         pairs = list(zip(methods, (row for row in rows if row["column"] == column), strict=True))
         best, _ = max((each for each in pairs if each[0].name != ORACLE), key=lambda each: each[1]["accuracy"])
         for method, row in pairs:
-            is_worse, p = _is_worse(config, evaluator, method, best, column) if method is not best else (False, 1.0)
+            ours = method.of(column), best, column
+            is_worse, p = _p_to_best(evaluator, *ours) if method is not best else (False, 1.0)
             row |= {"p_to_best": p, "bold": not is_worse and method.name != ORACLE}
     numbers = ["accuracy", "spread", "n", "p_to_best", "bold", "difference", "low", "high"]
     return pd.DataFrame(rows)[["method", "models", "held_out", "column", *numbers]]
-
-
-def _beside(tidy: pd.DataFrame, table: str, rows: Mapping[str, str], columns: Mapping[str, str]) -> pd.DataFrame:
-    """As `beside`, where names that ours or the paper's table has not are left out."""
-    paper = paper_table(table)
-    rows = {o: p for o, p in rows.items() if o in set(tidy["method"]) and p in set(paper["row"])}
-    columns = {o: p for o, p in columns.items() if o in set(tidy["column"]) and p in set(paper["column"])}
-    return beside(tidy, table, rows, columns)
-
-
-def _paper_baseline(rows: pd.DataFrame, baseline: str) -> float:
-    """The paper's number of the method that differences are to, in one column; NaN where it is not known."""
-    first = rows.loc[["best"]] if baseline == BEST else rows.head(1)
-    return float(first["paper"].iloc[0])
 
 
 def _cells(
@@ -121,18 +100,16 @@ def _cells(
         title = f"{titles[column]} − {baseline.split()[1]}"
         ends = zip(rows["difference"], rows["low"], rows["high"], strict=True)
         cells[title] = [points(*each) if any(each) and pd.notna(each[0]) else "" for each in ends]
-        gains = rows["paper"] - _paper_baseline(rows, baseline)
+        gains = rows["paper"] - (rows.loc["best"] if baseline == BEST else rows.iloc[0])["paper"]
         if gains.notna().sum() > 1:
             cells[f"{title}, paper"] = ["" if pd.isna(gain) or not gain else f"{gain:+.2f}" for gain in gains]
-    sizes = compared.dropna(subset="ours").drop_duplicates("column").set_index("column")["n"]
-    counts = ", ".join(f"{titles[c]} {n:.0f}" for c, n in sizes.items() if c != SHIFT_MEAN)
     missing = f" Rows marked {PAPER_ONLY} have no number of ours." if compared["ours"].isna().any() else ""
     minus = ", and ours minus the paper's in points" if compared["minus_paper"].notna().any() else ""
     text = (
-        f"{measured(task, columns_of(config))} in %, n: {counts}. Ours beside the paper's{minus}. Bold: the best of a "
-        f"column, and what is not significantly different from it (paired permutation test, p >= {LEVEL}). Last "
-        f"columns: points to {baseline}, with 95 % paired-bootstrap intervals, and the "
-        f"paper's.{missing} {note(config)} {legend(compared)}"
+        f"{measured(task, columns_of(config))} in %, n: {counts(compared.dropna(subset='ours'), task)}. "
+        f"Ours beside the paper's{minus}. Bold: the best of a column, and what is not significantly "
+        f"different from it (paired permutation test, p >= {LEVEL}). Last columns: points to "
+        f"{baseline}, with 95 % paired-bootstrap intervals, and the paper's.{missing} {note(config)} {legend(compared)}"
     )
     return cells, text
 
@@ -146,13 +123,12 @@ def measure_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
         UserError: a stage before this one is not finished.
     """
     evaluator = Evaluator(config)
-    _, methods = measure(config, evaluator, with_oracle=ORACLE in set(paper_table(table)["row"]))
-    best = next(method for method in methods if method.name == "best")
-    tidy = with_significance(config, evaluator, methods, best)
+    _, methods = measure(evaluator, with_oracle=ORACLE in set(paper_table(table)["row"]))
+    tidy = with_significance(evaluator, methods, best_of(methods))
     if table == "table1":
         tidy = tidy[tidy["column"].isin([config.task.test, SHIFT_MEAN])]
     columns = {column: column for column in tidy["column"]} | {config.task.test: "test"}
-    compared = _beside(tidy, table, {name: name for name in tidy["method"]}, columns)
+    compared = beside(tidy, table, {name: name for name in tidy["method"]}, columns)
     return pd.concat([compared, only_in_paper(compared, table, columns)], ignore_index=True)
 
 
@@ -172,10 +148,9 @@ def measure_rows_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
     Raises:
         UserError: rows without names in `analysis.labels`, or a sweep that is not finished.
     """
-    need_labels(config)
     evaluator = Evaluator(config)
-    methods, _ = measure_named_rows(config, evaluator)
-    tidy = with_significance(config, evaluator, methods, methods[0])
+    methods, _ = measure_named_rows(evaluator)
+    tidy = with_significance(evaluator, methods, methods[0])
     rates = tidy["method"].str.extract(RATE, expand=False).fillna(DEMO_RATE)
     has_rates = paper_table(table)["column"].str.contains("@").any()
     parts = []
@@ -183,7 +158,7 @@ def measure_rows_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
         rows = {method: RATE.sub("", method) for method in group["method"]}
         ending = f"@{rate}" if has_rates else ""
         columns = {config.task.test: f"test{ending}", SHIFT_MEAN: f"{SHIFT_MEAN}{ending}"}
-        parts.append(_beside(group, table, rows, columns))
+        parts.append(beside(group, table, rows, columns))
     return pd.concat(parts)
 
 

@@ -1,8 +1,7 @@
 """Table 2: the methods, and what an answer of each costs, measured."""
 
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 import torch
@@ -17,6 +16,7 @@ from soups.experiment.pool import usable_pool
 from store.provenance import provenance
 
 EXAMPLES, ROUNDS = 64, 7
+COLUMNS = ["method", "formula", "cost"]
 FORMULAS = {  # method -> its answer to x, and how the cost of inference grows with k ingredients
     "best": (r"f(x, θ_i) with i = argmax_j ValAcc(θ_j)", "O(1)"),
     "ensemble": (r"(1/k) Σ f(x, θ_i)", "O(k)"),
@@ -37,7 +37,7 @@ def inference_table(config: Experiment) -> pd.DataFrame:
         UserError: a stage before this one is not finished.
     """
     evaluator = Evaluator(config)
-    _, methods = measure(config, evaluator)
+    _, methods = measure(evaluator)
     split = evaluator.split(config.task.test)
     inputs = next(iter(evaluator.batches(config.task.test, torch.arange(min(EXAMPLES, len(split))))))
     inputs = inputs.to(evaluator.model.device)
@@ -46,43 +46,30 @@ def inference_table(config: Experiment) -> pd.DataFrame:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(inputs)
     flops = counter.get_total_flops() / len(inputs)
-    chosen = [method for method in methods if method.name in FORMULAS]
-    seconds = _seconds(network, inputs, [method.models for method in chosen])
-    single = seconds[[method.name for method in chosen].index("best")]
-    rows = []
-    for method, taken in zip(chosen, seconds, strict=True):
-        ratios = [one / other for one, other in zip(taken, single, strict=True)]
-        rows.append(
-            {
-                "method": method.name,
-                "formula": FORMULAS[method.name][0],
-                "cost": FORMULAS[method.name][1],
-                "models": method.models,
-                "gflops": method.models * flops / 1e9,
-                "milliseconds": 1e3 * statistics.median(taken) / len(inputs),
-                "times_single": statistics.median(ratios),
-                "threads": torch.get_num_threads(),
-                "processor": provenance()["machine"]["processor"],
-            }
-        )
-    return (
-        pd.DataFrame(rows).set_index("method").loc[[m for m in FORMULAS if m in {c.name for c in chosen}]].reset_index()
-    )
+    passes = {method.name: method.models for method in methods if method.name in FORMULAS}
+    seconds = _seconds(network, inputs, passes)
+    found = pd.DataFrame([(name, *FORMULAS[name]) for name in FORMULAS if name in passes], columns=COLUMNS)
+    found["models"] = found["method"].map(passes)
+    found["gflops"] = found["models"] * flops / 1e9
+    found["milliseconds"] = 1e3 * found["method"].map(seconds.median()) / len(inputs)
+    found["times_single"] = found["method"].map(seconds.div(seconds["best"], axis=0).median())
+    return found.assign(threads=torch.get_num_threads(), processor=provenance()["machine"]["processor"])
 
 
 @torch.no_grad()
-def _seconds(network: torch.nn.Module, inputs: torch.Tensor, models: Sequence[int]) -> list[list[float]]:
-    """For each method the time of its forward passes in every round; all of a round follow each other."""
-    found: list[list[float]] = [[] for _ in models]
+def _seconds(network: torch.nn.Module, inputs: torch.Tensor, passes: Mapping[str, int]) -> pd.DataFrame:
+    """The time of each method's forward passes, a line a round; all of a round follow each other."""
+    found: list[dict[str, float]] = []
     for _ in range(ROUNDS + 1):
-        for place, passes in enumerate(models):
+        found.append({})
+        for name, number in passes.items():
             _wait(inputs)
             started = time.perf_counter()
-            for _ in range(passes):
+            for _ in range(number):
                 network(inputs)
             _wait(inputs)
-            found[place].append(time.perf_counter() - started)
-    return [rounds[1:] for rounds in found]  # the first warms up
+            found[-1][name] = time.perf_counter() - started
+    return pd.DataFrame(found[1:])  # the first warms up
 
 
 def _wait(inputs: torch.Tensor) -> None:
@@ -91,12 +78,7 @@ def _wait(inputs: torch.Tensor) -> None:
 
 
 def cost_cells(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Table 2 as text cells and its caption: formulas and costs of the paper, and the costs measured.
-
-    Args:
-        config: of the experiment.
-        numbers: from `inference_table`.
-    """
+    """Table 2 as text cells and its caption: formulas and costs of the paper, and the costs measured."""
     cells = pd.DataFrame(
         {
             "Method": [NAMES[name] for name in numbers["method"]],

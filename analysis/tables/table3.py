@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.figures.coefficients import draw_coefficients, measure_coefficients
-from analysis.figures.scatter import draw_scatter, scatter_numbers
+from analysis.figures.scatter import draw_scatter, scatter_points
 from analysis.figures.style import save_with_numbers, write_csv
-from analysis.measure.methods import measure, scatter_points, tidy
-from analysis.tables.cells import BEST, caption, table3, write_table
+from analysis.measure.methods import measure, tidy
+from analysis.tables.cells import BEST, caption, table3, write_cells
 from analysis.tables.named_rows import write_named_rows
 from configs.schema import Experiment, Recipe
 from eval.forward import Evaluator
@@ -63,14 +63,13 @@ def analyse(config: Experiment) -> Report:
         UserError: a stage before this one is not finished.
     """
     evaluator = Evaluator(config)
-    pool, methods = measure(config, evaluator)
-    scores = tidy(config, methods, evaluator)
+    pool, methods = measure(evaluator)
+    scores = tidy(methods, evaluator)
     folder = RunFolder.of(config).analysis
-    table = table3(scores, config.task, config.model.head)
-    stem = folder / ("table5" if config.task.is_text else "table3")
-    files = write_table(table, scores, stem, note(config), config.task)
+    table, text = table3(scores, config.task, config.model.head), caption(scores, note(config), BEST, config.task)
+    files = write_cells(table, scores, folder / ("table5" if config.task.is_text else "table3"), text)
     if config.task.shifts:
-        points = scatter_numbers(config, pool, methods, scores)
+        points = scatter_points(config, pool, methods, scores)
         files += save_with_numbers(draw_scatter(config, points), points, folder / "figure1")
     else:
         files.append(write_csv(scatter_points(config, pool, methods), folder / "figure1.csv"))
@@ -79,15 +78,15 @@ def analyse(config: Experiment) -> Report:
         shares = measure_coefficients(config, recipe=recipe)
         files += save_with_numbers(draw_coefficients(config, shares), shares, folder / f"coefficients_{recipe}")
     if config.analysis.labels:
-        files += write_named_rows(config, evaluator, folder, note(config))
+        files += write_named_rows(evaluator, folder, note(config))
     files += published(files, config)
-    return Report(table, scores, tuple(files), caption(scores, note(config), BEST, config.task))
+    return Report(table, scores, tuple(files), text)
 
 
-def write_provenance(config: Experiment, path: Path) -> Path:
-    """Record which experiment, machine and commit the files beside are of; returns the path."""
-    record = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size, **provenance()}
-    write_json(path, record)
+def write_provenance(config: Experiment, path: Path, **more: str) -> Path:
+    """Record which experiment, machine and commit the files beside are of, and more; returns the path."""
+    of = {"experiment": config.name, "sweep_seed": config.sweep.seed, "rows": config.sweep.size}
+    write_json(path, more | of | provenance())
     return path
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.measure.methods import measure
-from analysis.tables.cells import BEST, METRICS, NAMES, points
-from analysis.tables.paper import MARKS, legend, paper_table
+from analysis.measure.methods import best_of, measure
+from analysis.tables.cells import BEST, METRICS, NAMES, gain
+from analysis.tables.paper import MARKS, beside, legend, paper_table
 from analysis.tables.paper_tables import LEVEL, with_significance
 from analysis.tables.table3 import note
 from configs.schema import Experiment
@@ -14,7 +14,6 @@ from eval.forward import Evaluator
 
 RECIPES = {"table5": ("best", "greedy"), "tablej1": ("best", "uniform", "greedy")}
 MODELS = {"bert_base": "BERT-base", "bert_large": "BERT-large", "t5_small": "T5-small"}
-KEYS = ["network", "method", "task"]
 MODELS |= {"t5_base": "T5-base", "t5_large": "T5-large"}
 
 
@@ -28,31 +27,18 @@ def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
     Raises:
         UserError: a stage before this one is not finished.
     """
-    paper = paper_table(table).set_index(["row", "column"])
     parts = []
     for config in configs:
-        evaluator = Evaluator(config)
-        _, methods = measure(config, evaluator)
-        best = next(method for method in methods if method.name == "best")
+        evaluator, task = Evaluator(config), config.task
+        _, methods = measure(evaluator)
         chosen = [method for method in methods if method.name in RECIPES[table]]
-        tidy = with_significance(config, evaluator, chosen, best)
-        tidy = tidy[tidy["column"] == config.task.test]
-        network, task = network_of(config), config.task.subset or config.task.name
-        keys = [(f"{network}/{method}", task) for method in tidy["method"]]
-        cells = paper.reindex(keys).set_axis(tidy.index)
-        parts.append(
-            tidy.assign(
-                network=network,
-                task=task,
-                protocol=config.task.protocol,
-                metric=config.task.metrics.get(config.task.test, "top1"),
-                ours=100 * tidy["accuracy"],
-                paper=cells["value"],
-                minus_paper=100 * tidy["accuracy"] - cells["value"],
-                confidence=cells["confidence"].fillna(""),
-                source=cells["source"].fillna(""),
-            )
+        tidy = with_significance(evaluator, chosen, best_of(methods))
+        network, name, metric = network_of(config), task.subset or task.name, task.metrics.get(task.test, "top1")
+        tidy = tidy[tidy["column"] == task.test].assign(
+            network=network, task=name, protocol=task.protocol, metric=metric
         )
+        rows = {method: f"{network}/{method}" for method in RECIPES[table]}
+        parts.append(beside(tidy, table, rows, {task.test: name}).drop(columns="paper_spread"))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -69,7 +55,6 @@ def text_table(numbers: pd.DataFrame) -> pd.DataFrame:
     for cell in numbers.to_dict("records"):
         ours = f"{cell['ours']:.1f}"
         known = not pd.isna(cell["paper"])
-        gain = (cell["difference"], cell["low"], cell["high"])
         rows.append(
             {
                 "Model": MODELS.get(cell["network"], cell["network"]),
@@ -80,7 +65,7 @@ def text_table(numbers: pd.DataFrame) -> pd.DataFrame:
                 "Ours": f"**{ours}**" if cell["bold"] else ours,
                 "Paper": f"{cell['paper']:.1f}{MARKS[cell['confidence']]}" if known else "",
                 "Ours − paper": "" if pd.isna(cell["minus_paper"]) else f"{cell['minus_paper']:+.1f}",
-                "Ours − best": points(*gain) if cell["method"] != "best" else "",
+                "Ours − best": gain(cell) if cell["method"] != "best" else "",
             }
         )
     table = pd.DataFrame(rows)
@@ -89,20 +74,14 @@ def text_table(numbers: pd.DataFrame) -> pd.DataFrame:
 
 def paper_rows(table: str, there: pd.DataFrame) -> pd.DataFrame:
     """The paper's numbers of models and tasks that were not run, as rows of `text_table`."""
-    ran = {f"{network}/{method}/{task}" for network, method, task in zip(*there[KEYS].to_numpy().T, strict=True)}
+    ran = set(there[["network", "method", "task"]].itertuples(index=False, name=None))
     rows = []
     for cell in paper_table(table).to_dict("records"):
         network, method = cell["row"].split("/")
-        if method in NAMES and f"{network}/{method}/{cell['column']}" not in ran:
-            rows.append(
-                {
-                    "Model": MODELS[network],
-                    "Task": cell["column"],
-                    "Method": NAMES[method],
-                    "Paper": f"{cell['value']:.1f}{MARKS[cell['confidence']]}",
-                }
-            )
-    return pd.DataFrame(rows)
+        if method in NAMES and (network, method, cell["column"]) not in ran:
+            paper = f"{cell['value']:.1f}{MARKS[cell['confidence']]}"
+            rows.append((MODELS[network], cell["column"], NAMES[method], paper))
+    return pd.DataFrame(rows, columns=["Model", "Task", "Method", "Paper"])
 
 
 def text_cells(configs: Sequence[Experiment], numbers: pd.DataFrame, table: str) -> tuple[pd.DataFrame, str]:

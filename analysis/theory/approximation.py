@@ -1,40 +1,36 @@
 """Figure K.1: does approximation (1) predict where a soup of two models beats their ensemble, and by how much?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from rich.console import Console
 from scipy.stats import rankdata
+from torch import Tensor
 
 from analysis.figures.style import legend, panels, styled
-from analysis.measure.mixtures import Pair, do_missing
-from analysis.theory.equation import Comparison, Point, Segment, compare, on_grid
+from analysis.measure.mixtures import Pair, do_missing, evaluate_models
+from analysis.theory.equation import compare, curvature, line_at, on_grid, soup_at
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
-from eval.pool import evaluate_all
 from soups.experiment.pool import usable_pool
 from soups.files.atomic import digest_of, read_json, write_json
 from store.rows import row_config
 from store.runs import Ingredient
 
 LEARNING_RATE, AUGMENTATION, SEED, START = "learning rate", "augmentation", "seed", "initialisation"
-WEAK, STRONG = "none", "RandAugment and mixup"  # the two levels of augmentation
 BETAS = {"calibrated": "β calibrated", "plain": "β = 1"}
 LINEAR, SYMLOG_TICKS = 0.1, (-10, -1, -0.1, 0, 0.1, 1, 10)  # of the panels of all pairs, in nats
 RESAMPLES = 2000  # draws of pairs, for the intervals of correlations
-TRUTHS = ("loss_difference", "error_difference")
-TERMS = ("beta", "soup_loss", "ensemble_loss", "curvature", "curvature_error", "convexity_term", "variance_term")
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,10 @@ class Related:
 
 
 def level_of(config: Experiment) -> str | None:
-    """The level of augmentation that a row is trained with, if it is one of the two."""
+    """The level of augmentation that a row is trained with, if it is one of the two of Appendix K.4."""
     if config.augment.kind == "minimal" and not config.optim.mixup:
-        return WEAK
-    return STRONG if config.augment.kind == "rand" and config.optim.mixup else None
+        return "none"
+    return "RandAugment and mixup" if config.augment.kind == "rand" and config.optim.mixup else None
 
 
 def related_pairs(config: Experiment, pool: Sequence[Ingredient]) -> list[Related]:
@@ -73,25 +69,19 @@ def related_pairs(config: Experiment, pool: Sequence[Ingredient]) -> list[Relate
         if each.row and level is not None and seed is not None and lr in config.analysis.theory.learning_rates:
             models.setdefault((lr, level, seed), each)
     first = min((seed for _, _, seed in models), default=0)
-    found = []
+    found: dict[str, list[Related]] = {LEARNING_RATE: [], AUGMENTATION: [], SEED: [], START: []}
     for (a, one), (b, other) in combinations(models.items(), 2):
-        same = [x == y for x, y in zip(a, b, strict=True)]
-        seeds_are_first = a[2] == b[2] == first
-        if same == [False, True, True] and seeds_are_first:
-            found.append(Related(Pair(one, other), LEARNING_RATE, max(a[0], b[0])))
-        elif same == [True, False, True] and seeds_are_first:
-            found.append(Related(Pair(one, other), AUGMENTATION, a[0]))
-        elif same == [True, True, False]:
-            found.append(Related(Pair(one, other), SEED, a[0]))
-    found += [Related(Pair(pool[0], each), START, a[0]) for a, each in models.items() if a[2] == first]
-    if not found:
+        differ = [name for name, x, y in zip((LEARNING_RATE, AUGMENTATION, SEED), a, b, strict=True) if x != y]
+        if differ == [SEED] or (len(differ) == 1 and a[2] == first):
+            found[differ[0]].append(Related(Pair(one, other), differ[0], max(a[0], b[0])))
+    found[START] = [Related(Pair(pool[0], each), START, a[0]) for a, each in models.items() if a[2] == first]
+    if not models:
         raise UserError(
             f"{config.name}: no rows for Appendix K.4; it pairs rows of augment.kind minimal without and rand with "
             f"mixup, of learning rates {', '.join(f'{lr:g}' for lr in config.analysis.theory.learning_rates)} "
             "(analysis.theory.learning_rates), as configs/sweep/emoji_extreme.yaml has them"
         )
-    order = (LEARNING_RATE, AUGMENTATION, SEED, START)
-    return sorted(found, key=lambda each: order.index(each.differ))
+    return [each for related in found.values() for each in related]
 
 
 def _place(evaluator: Evaluator, pair: Pair, split: str) -> Path:
@@ -101,59 +91,37 @@ def _place(evaluator: Evaluator, pair: Pair, split: str) -> Path:
     return evaluator.place("approximation", split, name).with_suffix(".json")
 
 
-def _measured(evaluator: Evaluator, pair: Pair, split: str) -> list[Point]:
+def _measured(evaluator: Evaluator, pair: Pair, split: str) -> Iterator[dict[str, Any]]:
     """The points of a pair at every alpha but 0 and 1, where both sides of (1) are 0."""
     theory, labels = evaluator.config.analysis.theory, evaluator.split(split).labels
-    step = 1 / (theory.alphas - 1)
-    first, second = (
-        evaluator.projected(evaluator.logits(each.digest, each.load, split), split)
-        for each in (pair.first, pair.second)
-    )
-    segment = Segment(pair.first.load(), pair.second.load())
-    if theory.curvature == "differences":
-        inner = range(1, theory.alphas - 1)
-        between = [evaluator.projected(evaluator.fresh_logits(segment.at(i * step), split), split) for i in inner]
-        return on_grid([first, *between, second], labels)
-    order = evaluator.order(split)
+    alphas = [i * (1 / (theory.alphas - 1)) for i in range(1, theory.alphas - 1)]
+    weights = pair.first.load(), pair.second.load()
 
-    def project(logits: torch.Tensor) -> torch.Tensor:
+    def project(logits: Tensor) -> Tensor:
         return evaluator.projected(logits, split)
 
-    return [
-        compare(
-            evaluator.model,
-            (segment.start, segment.end),
-            partial(evaluator.batches, split, order),
-            labels[order],
-            i * step,
-            ends=(first[order], second[order]),
-            project=project,
-        )
-        for i in range(1, theory.alphas - 1)
-    ]
+    first, second = (project(evaluator.logits(each.digest, each.load, split)) for each in (pair.first, pair.second))
+    if theory.curvature == "differences":
+        between = [project(evaluator.fresh_logits(soup_at(weights, alpha), split)) for alpha in alphas]
+        yield from on_grid([first, *between, second], labels)
+        return
+    order = evaluator.order(split)
+    ends, labels = (first[order], second[order]), labels[order]
+    for alpha in alphas:
+        line = line_at(evaluator.model, weights, alpha, evaluator.batches(split, order), project)
+        yield compare(alpha, ends, line[0], labels, partial(_exact, line, labels))
 
 
-def _terms(found: Comparison) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in TERMS}
+def _exact(line: tuple[Tensor, Tensor, Tensor], labels: Tensor, beta: float) -> tuple[float, None]:
+    return curvature(line, labels, beta), None  # without an error
 
 
 def points(evaluator: Evaluator, pair: Pair, split: str) -> list[dict[str, Any]]:
     """All numbers of a pair on a split, one dict an alpha, from disk or measured; logits of soups are not kept."""
     path = _place(evaluator, pair, split)
     if not path.exists():
-        found = [
-            {
-                "alpha": each.alpha,
-                "n": each.n,
-                "soup_error": each.soup_error,
-                "ensemble_error": each.ensemble_error,
-                "calibrated": _terms(each.calibrated),
-                "plain": _terms(each.plain),
-            }
-            for each in _measured(evaluator, pair, split)
-        ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"points": found})
+        write_json(path, {"points": list(_measured(evaluator, pair, split))})
     return list(read_json(path)["points"])
 
 
@@ -165,48 +133,53 @@ def _measure(config: Experiment, pairs: Sequence[Pair]) -> str:
     return f"{len(pairs)} segments between two models: measured"
 
 
-def approximation_table(config: Experiment, evaluator: Evaluator, pairs: Sequence[Related]) -> pd.DataFrame:
-    """One row per pair, split, alpha and beta (calibrated, plain).
+def measure_approximation(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+    """The numbers of Figure K.1: one row per pair, split, alpha and beta (calibrated, plain).
+
+    It costs, for each pair and split that is not on disk, a forward pass at every alpha (curvature=differences), or
+    about ten of them (exact).
 
     Columns: first, second (rows of the sweep), differ, highest_lr, split, n, alpha, what (calibrated or plain), beta,
     soup_loss, ensemble_loss, curvature, curvature_error, convexity_term, variance_term (nats), approximation,
     loss_difference (nats) and error_difference (fraction); differences are soup minus ensemble, positive where the
     ensemble is better.
+
+    Raises:
+        UserError: the sweep is not finished, or has no rows for the pairs.
     """
+    related, splits = related_pairs(config, usable_pool(config)), config.task.reported
+    pairs = [each.pair for each in related]
+    evaluate_models(config, pairs, console)
+    evaluator = Evaluator(config)
+
+    def is_done(pair: Pair) -> bool:
+        return all(_place(evaluator, pair, split).exists() for split in splits)
+
+    title, call = "measuring {} segments between two models", partial(_measure, config)
+    do_missing(config, title, pairs, call, is_done, console=console)
     rows = []
-    for each in pairs:
+    for each, split in product(related, splits):
         head: dict[str, Any] = {"first": each.pair.first.row, "second": each.pair.second.row}
-        head |= {"differ": each.differ, "highest_lr": each.highest_lr}
-        for split in config.task.reported:
-            for found in points(evaluator, each.pair, split):
-                for what in BETAS:
-                    terms = found[what]
-                    point: dict[str, Any] = {"split": split, "n": found["n"], "alpha": found["alpha"], "what": what}
-                    ends = {
-                        "approximation": terms["convexity_term"] + terms["variance_term"],
-                        "loss_difference": terms["soup_loss"] - terms["ensemble_loss"],
-                        "error_difference": found["soup_error"] - found["ensemble_error"],
-                    }
-                    rows.append(head | point | terms | ends)
+        head |= {"differ": each.differ, "highest_lr": each.highest_lr, "split": split}
+        for found, what in product(points(evaluator, each.pair, split), BETAS):
+            terms = found[what]
+            ends = {
+                "approximation": terms["convexity_term"] + terms["variance_term"],
+                "loss_difference": terms["soup_loss"] - terms["ensemble_loss"],
+                "error_difference": found["soup_error"] - found["ensemble_error"],
+            }
+            rows.append(head | {"n": found["n"], "alpha": found["alpha"], "what": what} | terms | ends)
     return pd.DataFrame(rows)
 
 
-def _panels(tidy: pd.DataFrame) -> list[tuple[str, str, str, pd.DataFrame]]:
+def _panels(tidy: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
     """The six: which beta, which pairs, which truth, and the points."""
-    found = []
     below = tidy["highest_lr"] < tidy["highest_lr"].max()
     for what in BETAS:
         of_beta = tidy["what"] == what
-        found.append((what, "all", "loss_difference", tidy[of_beta]))
-        found += [
-            (what, "without highest lr", truth, tidy[of_beta & below])
-            for truth in ("loss_difference", "error_difference")
-        ]
-    return found
-
-
-STATISTICS = ("correlation", "rank correlation", "sign agreement")
-BASELINES = {"always the ensemble": 1.0, "always the soup": -1.0}  # sign of the difference that each answers
+        yield what, "all", "loss_difference", tidy[of_beta]
+        for truth in ("loss_difference", "error_difference"):
+            yield what, "without highest lr", truth, tidy[of_beta & below]
 
 
 def _agreement(answers: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -225,13 +198,17 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _statistics(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Correlation, rank correlation and sign agreement of the approximation, and how often each baseline is right."""
-    ranks = rankdata(x, axis=-1), rankdata(y, axis=-1)
-    found = dict(zip(STATISTICS, (_correlation(x, y), _correlation(*ranks), _agreement(x, y)), strict=True))
-    return found | {name: _agreement(np.full_like(y, sign), y) for name, sign in BASELINES.items()}
+    return {
+        "correlation": _correlation(x, y),
+        "rank correlation": _correlation(rankdata(x, axis=-1), rankdata(y, axis=-1)),
+        "sign agreement": _agreement(x, y),
+        "always the ensemble": _agreement(np.ones_like(y), y),
+        "always the soup": _agreement(-np.ones_like(y), y),
+    }
 
 
-def summary_table(tidy: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """One row per panel and statistic, with a 95 % bootstrap interval.
+def summary_table(config: Experiment, tidy: pd.DataFrame) -> pd.DataFrame:
+    """One row per panel and statistic, with a 95 % bootstrap interval; it stands beside the figure's numbers.
 
     Statistics: correlation, rank correlation and sign agreement of the approximation; beside the last, how often
     answers without it are right: always the ensemble, always the soup.
@@ -243,8 +220,8 @@ def summary_table(tidy: pd.DataFrame, seed: int) -> pd.DataFrame:
         numbers = drawn[["approximation", truth]].to_numpy()  # as many points of each pair, (G, P, 2)
         groups = np.stack([numbers[places] for places in drawn.groupby(["first", "second"]).indices.values()])
         whole = _statistics(*groups.reshape(-1, 2).T)
-        drawn_pairs = np.random.Generator(np.random.PCG64(seed)).integers(len(groups), size=(RESAMPLES, len(groups)))
-        resampled = groups[drawn_pairs].reshape(RESAMPLES, -1, 2)
+        generator = np.random.Generator(np.random.PCG64(config.analysis.seed))
+        resampled = groups[generator.integers(len(groups), size=(RESAMPLES, len(groups)))].reshape(RESAMPLES, -1, 2)
         draws = pd.DataFrame(_statistics(resampled[..., 0], resampled[..., 1])).quantile([0.025, 0.975])
         head = {"beta": what, "pairs": pairs, "truth": truth, "n_pairs": len(groups), "n_points": len(drawn)}
         for name, value in whole.items():
@@ -259,14 +236,8 @@ def _panel(axes: Axes, drawn: pd.DataFrame, truth: str, colours: dict[float, str
         for is_test, marker in ((False, "o"), (True, "^")):
             part = drawn[(drawn["highest_lr"] == lr) & ((drawn["split"] == test) == is_test)]
             label = f"learning rate {lr:g}, {'test' if is_test else 'shifts'}"
-            look: dict[str, Any] = {
-                "s": 9 if is_test else 5,
-                "marker": marker,
-                "lw": 0,
-                "alpha": 0.55,
-                "zorder": 2 + is_test,
-            }
-            axes.scatter(part["approximation"], scale * part[truth], c=colour, label=label, **look)
+            look: dict[str, Any] = {"marker": marker, "lw": 0, "alpha": 0.55, "zorder": 2 + is_test, "label": label}
+            axes.scatter(part["approximation"], scale * part[truth], s=9 if is_test else 5, c=colour, **look)
     if whole:  # two orders of magnitude around 0
         for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
             set_scale("symlog", linthresh=LINEAR, linscale=0.7)
@@ -277,8 +248,8 @@ def _panel(axes: Axes, drawn: pd.DataFrame, truth: str, colours: dict[float, str
         line = np.linspace(min(ends[0], others[0]), max(ends[1], others[1]), 500)
         axes.plot(line, line, color="black", lw=0.7, ls="--", zorder=1)
         axes.set(xlim=ends, ylim=others)
-    for line_at in (axes.axhline, axes.axvline):
-        line_at(0, color="#999999", lw=0.6, zorder=1)
+    for draw_line in (axes.axhline, axes.axvline):
+        draw_line(0, color="#999999", lw=0.6, zorder=1)
 
 
 @styled
@@ -286,7 +257,7 @@ def draw_approximation(config: Experiment, numbers: pd.DataFrame) -> Figure:
     """Figure K.1: beta from the soup above and 1 below; loss of all pairs, of those without the highest learning rate,
     and their error.
     """
-    summary = summary_table(numbers, config.analysis.seed)
+    summary = summary_table(config, numbers)
     rates = sorted(numbers["highest_lr"].unique())
     palette = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
     colours = {lr: palette[i % len(palette)] for i, lr in enumerate(rates)}
@@ -309,30 +280,3 @@ def draw_approximation(config: Experiment, numbers: pd.DataFrame) -> Figure:
     )
     legend(figure, grid[0, 0], 3, note, markerscale=2)
     return figure
-
-
-def measure_approximation(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure K.1, from `approximation_table`; evaluates what is not on disk.
-
-    It costs, for each pair and split, a forward pass at every alpha (curvature=differences), or about ten of them
-    (exact).
-
-    Raises:
-        UserError: the sweep is not finished, or has no rows for the pairs.
-    """
-    pairs = related_pairs(config, usable_pool(config))
-    members = {each.row: each.folder for related in pairs for each in (related.pair.first, related.pair.second)}
-    evaluate_all(config, [members[row] for row in sorted(members)], console or Console())
-    evaluator = Evaluator(config)
-
-    def is_done(pair: Pair) -> bool:
-        return all(_place(evaluator, pair, split).exists() for split in config.task.reported)
-
-    segments, title = [each.pair for each in pairs], "measuring {} segments between two models"
-    do_missing(config, title, segments, partial(_measure, config), is_done, console=console)
-    return approximation_table(config, evaluator, pairs)
-
-
-def summarised(config: Experiment, numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """What is written beside Figure K.1: `summary_table` as figurek1_summary.csv."""
-    return {"summary": summary_table(numbers, config.analysis.seed)}

@@ -5,12 +5,12 @@ On the segment theta_a = (1 - a) theta_0 + a theta_1 the soup answers f(x; theta
 
 Networks with kinks (relu, relu6) have second derivatives that hold only between two kinks: how the slope changes at
 one is no part of f'', however many kinks lie close together. For those, central differences (`on_grid`) see what the
-exact derivative (`compare`) does not, and the integral of f'' is not the whole logit difference.
+exact derivative (`line_at`) does not.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,109 +23,25 @@ from eval.metrics import check, top1
 from soups.average import mixture
 from soups.files.weights import Weights
 
-Projection = Callable[[Tensor], Tensor]
 AT_ONCE = 2**22  # logits that are widened to float64 at once: 32 MiB
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Two models of the same network, and the line between them."""
+def soup_at(pair: tuple[Weights, Weights], alpha: float) -> dict[str, Tensor]:
+    """The soup (1 - alpha) theta_0 + alpha theta_1, summed in float64; alpha may be outside [0, 1].
 
-    start: Weights  # theta_0
-    end: Weights  # theta_1
-
-    def at(self, alpha: float) -> dict[str, Tensor]:
-        """The soup (1 - alpha) start + alpha end, summed in float64; alpha may be outside [0, 1].
-
-        Raises:
-            ValueError: the two do not fit together, or hold NaN or infinity.
-        """
-        return mixture([self.start, self.end], lambda name: (1 - alpha, alpha))
-
-    def direction(self) -> dict[str, Tensor]:
-        """delta = end - start of every floating-point tensor, buffers among them, subtracted in float64."""
-        floating = (name for name, tensor in self.start.items() if tensor.is_floating_point())
-        return {n: (self.end[n].double() - self.start[n].double()).to(self.start[n].dtype) for n in floating}
+    Raises:
+        UserError: the two do not fit together, or hold NaN or infinity.
+    """
+    return mixture(pair, lambda name: (1 - alpha, alpha))
 
 
-@dataclass(frozen=True)
-class Line:
-    """Logits at a point of the segment and how they move along it: each (N, C), derivatives by alpha."""
-
-    value: Tensor
-    first: Tensor
-    second: Tensor
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """d^2/da^2 of the mean loss at fixed beta, in its two parts."""
-
-    bend: float  # mean of beta (p - e_y)^T f'', how the logits curve
-    spread: float  # mean of beta^2 Var_{Y ~ p}[f'_Y], what is left where logits are straight; at least 0
-
-    @property
-    def total(self) -> float:
-        """d^2/da^2 of the loss."""
-        return self.bend + self.spread
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Losses of soup and ensemble at one alpha and one beta, and approximation (1) of their difference."""
-
-    alpha: float
-    beta: float
-    soup_loss: float
-    ensemble_loss: float
-    curvature: float  # d^2/da^2 of the soup's loss
-    curvature_error: float | None  # estimated, of central differences with points enough; None of the exact one
-    variance: float  # mean over x of Var_{Y ~ p(beta f(x; theta_a))}[f_Y(x; theta_1) - f_Y(x; theta_0)]
-
-    @property
-    def difference(self) -> float:
-        """The truth: soup minus ensemble. Positive where the ensemble is better."""
-        return self.soup_loss - self.ensemble_loss
-
-    @property
-    def convexity_term(self) -> float:
-        """The first of (1): in favour of the soup where its loss is convex along the segment."""
-        return -self.alpha * (1 - self.alpha) / 2 * self.curvature
-
-    @property
-    def variance_term(self) -> float:
-        """The second of (1), at least 0: in favour of the ensemble, unless the two agree or the soup is confident."""
-        return self.alpha * (1 - self.alpha) / 2 * self.beta**2 * self.variance
-
-    @property
-    def approximation(self) -> float:
-        """Equation (1)."""
-        return self.convexity_term + self.variance_term
-
-
-@dataclass(frozen=True)
-class Point:
-    """All numbers of one pair, alpha and split: a marker in each panel of Figure K.1."""
-
-    alpha: float
-    n: int  # examples
-    soup_error: float  # in [0, 1]
-    ensemble_error: float
-    calibrated: Comparison  # at the beta that minimises the soup's loss
-    plain: Comparison  # at beta = 1
-
-    @property
-    def error_difference(self) -> float:
-        """Soup minus ensemble. Positive where the ensemble is better."""
-        return self.soup_error - self.ensemble_error
+def direction(pair: tuple[Weights, Weights]) -> dict[str, Tensor]:
+    """theta_1 - theta_0 of every floating-point tensor, buffers among them, subtracted in float64."""
+    start, end = pair
+    return {n: (end[n].double() - t.double()).to(t.dtype) for n, t in start.items() if t.is_floating_point()}
 
 
 # ---- of logits alone
-
-
-def ensemble(first: Tensor, second: Tensor, alpha: float) -> Tensor:
-    """(N, C) logits (1 - alpha) first + alpha second, in float64."""
-    return (1 - alpha) * first.double() + alpha * second.double()
 
 
 def loss(logits: Tensor, labels: Tensor, beta: float) -> float:
@@ -140,18 +56,26 @@ def variance(logits: Tensor, values: Tensor, beta: float) -> float:
     return sum(_variances((beta * f).softmax(dim=1), v).sum().item() for f, v in _rows(logits, values)) / len(logits)
 
 
-def curvature(line: Line, labels: Tensor, beta: float) -> Curvature:
-    """Exactly d^2/da^2 of the mean loss, from logits and their derivatives: no further forward pass.
+def curvature(line: tuple[Tensor, Tensor, Tensor], labels: Tensor, beta: float) -> float:
+    """Exactly d^2/da^2 of the mean loss at fixed beta: no further forward pass.
+
+    It is the mean of beta (p - e_y)^T f'', how the logits curve, and of beta^2 Var_{Y ~ p}[f'_Y], what is left where
+    they are straight.
+
+    Args:
+        line: (N, C) logits and their two derivatives by alpha, from `line_at`.
+        labels: (N,) class ids.
+        beta: the inverse temperature.
 
     Source: Appendix K.1; the chain rule with gradient p - e_y and Hessian diag(p) - p p^T of the cross-entropy.
     """
-    check(line.value, labels)
+    check(line[0], labels)
     bend = spread = 0.0
-    for f, f1, f2, y in _rows(line.value, line.first, line.second, labels):
+    for f, f1, f2, y in _rows(*line, labels):
         p = (beta * f).softmax(dim=1)
         bend += beta * ((p * f2).sum() - f2.gather(1, y.unsqueeze(1)).sum()).item()
         spread += beta**2 * _variances(p, f1).sum().item()
-    return Curvature(bend / len(labels), spread / len(labels))
+    return bend / len(labels) + spread / len(labels)
 
 
 def _variances(p: Tensor, values: Tensor) -> Tensor:
@@ -193,38 +117,56 @@ def central_difference(losses: Sequence[float], place: int, step: float) -> tupl
     return second, abs(fourth) / (12 * step**2)
 
 
-def point(
+def compare(
     alpha: float,
     ends: tuple[Tensor, Tensor],
     soup: Tensor,
     labels: Tensor,
     curved: Callable[[float], tuple[float, float | None]],
-) -> Point:
-    """All numbers of one point, from logits.
+) -> dict[str, Any]:
+    """All numbers of one pair, alpha and split: a marker in each panel of Figure K.1.
 
     Args:
-        alpha: of the soup.
+        alpha: of the soup, in [0, 1].
         ends: (N, C) logits of the two models.
         soup: (N, C) logits of their soup at alpha.
         labels: (N,) class ids.
         curved: beta -> d^2/da^2 of the soup's loss, and its error where that is known.
 
+    Returns:
+        alpha, n, soup_error, ensemble_error (fractions), and under `calibrated` (the beta that minimises the soup's
+        loss) and `plain` (beta = 1): beta, soup_loss, ensemble_loss, curvature, curvature_error, and the two terms of
+        (1), whose sum approximates the loss of the soup minus that of the ensemble. The convexity_term is in favour of
+        the soup where its loss is convex along the segment; the variance_term, at least 0, is in favour of the
+        ensemble, unless the two models agree or the soup is confident.
+
     Raises:
-        ValueError: as `eval.metrics.check`.
+        ValueError: alpha out of range, or as `eval.metrics.check`.
     """
-    both = ensemble(*ends, alpha)
-    moved = ends[1].double() - ends[0].double()
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is between the two models, in [0, 1], got {alpha}")
+    start, end = (each.double() for each in ends)
+    both, moved, half = (1 - alpha) * start + alpha * end, end - start, alpha * (1 - alpha) / 2
 
-    def at(beta: float) -> Comparison:
-        losses = loss(soup, labels, beta), loss(both, labels, beta)
-        return Comparison(alpha, beta, *losses, *curved(beta), variance(soup, moved, beta))
+    def at(beta: float) -> dict[str, float | None]:
+        second, error = curved(beta)
+        return {
+            "beta": beta,
+            "soup_loss": loss(soup, labels, beta),
+            "ensemble_loss": loss(both, labels, beta),
+            "curvature": second,
+            "curvature_error": error,
+            "convexity_term": -half * second,
+            "variance_term": half * beta**2 * variance(soup, moved, beta),
+        }
 
-    errors = 1 - top1(soup, labels), 1 - top1(both, labels)
-    return Point(alpha, len(labels), *errors, at(fit_beta(soup, labels)), at(1.0))
+    errors = {"soup_error": 1 - top1(soup, labels), "ensemble_error": 1 - top1(both, labels)}
+    betas = {"calibrated": at(fit_beta(soup, labels)), "plain": at(1.0)}
+    return {"alpha": alpha, "n": len(labels)} | errors | betas
 
 
-def on_grid(logits: Sequence[Tensor], labels: Tensor) -> list[Point]:
-    """The points of one pair by central differences, from cached logits of its soups alone: no forward pass.
+def on_grid(logits: Sequence[Tensor], labels: Tensor) -> list[dict[str, Any]]:
+    """`compare` by central differences, from cached logits of one pair's soups alone: no forward pass.
 
     Args:
         logits: (N, C) of the soups at A equidistant alphas from 0 to 1, so that the first and last are the two models.
@@ -233,122 +175,53 @@ def on_grid(logits: Sequence[Tensor], labels: Tensor) -> list[Point]:
     Returns:
         A - 2 points; at the ends soup and ensemble are the same model, and both sides of (1) are 0.
     """
-    step = 1 / (len(logits) - 1)
+    step, ends = 1 / (len(logits) - 1), (logits[0], logits[-1])
+
+    @cache
+    def losses(beta: float) -> list[float]:
+        return [loss(each, labels, beta) for each in logits]
 
     def curved(place: int, beta: float) -> tuple[float, float | None]:
-        begin = min(max(place - 2, 0), max(len(logits) - 5, 0))
-        near = [loss(each, labels, beta) for each in logits[begin : begin + 5]]
-        return central_difference(near, place - begin, step)
+        return central_difference(losses(beta), place, step)
 
-    ends = logits[0], logits[-1]
-    return [
-        point(i * step, ends, logits[i], labels, lambda beta, i=i: curved(i, beta))  # type: ignore[misc]
-        for i in range(1, len(logits) - 1)
-    ]
+    return [compare(i * step, ends, logits[i], labels, partial(curved, i)) for i in range(1, len(logits) - 1)]
 
 
 # ---- of networks
 
 
-@torch.no_grad()
-def logits_at(
-    network: nn.Module, weights: Weights, batches: Iterable[Tensor], project: Projection | None = None
-) -> Tensor:
-    """(N, C) logits on the CPU of a network with these weights, in evaluation mode; its own are not touched.
-
-    Raises:
-        ValueError: weights that are not the network's.
-    """
-    network.eval()
-    _check(network, weights)
-    here = _beside(network, weights)
-    found = (torch.func.functional_call(network, here, (_to(network, batch),), strict=False) for batch in batches)
-    return torch.cat([(logits if project is None else project(logits)).cpu() for logits in found])
-
-
 def line_at(
-    network: nn.Module, segment: Segment, alpha: float, batches: Iterable[Tensor], project: Projection | None = None
-) -> Line:
-    """Logits of the soup at alpha and their exact derivatives along the segment, on the CPU; see `along`.
-
-    Raises:
-        ValueError: models that do not fit together, or are not this network's.
-        UserError: an operation whose second derivative torch does not know.
-    """
-    network.eval()
-    _check(network, segment.start)
-    weights, direction = _beside(network, segment.at(alpha)), _beside(network, segment.direction())
-    found = [along(network, weights, direction, _to(network, batch), project) for batch in batches]
-    return Line(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True)))
-
-
-def logit_difference(second: Callable[[float], Tensor], alpha: float, nodes: int = 8) -> Tensor:
-    """Ensemble minus soup, exactly, from the second derivative of smooth logits: the integral of w_alpha(t) f''(t).
-
-    Args:
-        second: t in (0, 1) -> (N, C) second derivatives at theta_t, for example `line_at(...).second`.
-        alpha: of both, in [0, 1].
-        nodes: of Gauss-Legendre on either side of alpha, where w_alpha has its kink; exact for polynomials in t of
-            degree 2 nodes - 2. `second` is called for each.
-
-    Returns:
-        (N, C) in float64.
-
-    Source: Appendix K.2; w_alpha(t) = min((1 - alpha) t, alpha (1 - t)), which integrates to alpha (1 - alpha) / 2.
-    """
-    places, shares = np.polynomial.legendre.leggauss(nodes)
-    total: Tensor | None = None
-    for low, high in ((0.0, alpha), (alpha, 1.0)):
-        for place, share in zip(places, shares, strict=True):
-            t = low + (high - low) * (1 + float(place)) / 2
-            weight = (high - low) / 2 * float(share) * min((1 - alpha) * t, alpha * (1 - t))
-            part = weight * second(t).double()
-            total = part if total is None else total + part
-    assert total is not None
-    return total
-
-
-def compare(
     network: nn.Module,
     pair: tuple[Weights, Weights],
-    batches: Callable[[], Iterable[Tensor]],
-    labels: Tensor,
     alpha: float,
-    *,
-    ends: tuple[Tensor, Tensor] | None = None,
-    project: Projection | None = None,
-) -> Point:
-    """All numbers of one pair, alpha and split, with the exact curvature.
+    batches: Iterable[Tensor],
+    project: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the soup at alpha and their exact derivatives along the segment, each (N, C) on the CPU; see `along`.
 
     Args:
         network: put in evaluation mode; its own weights are not touched.
         pair: theta_0 and theta_1.
-        batches: called for every pass over the split; batches of inputs in the order of the labels.
-        labels: (N,) class ids, in the label space of the split.
-        alpha: in [0, 1].
-        ends: (N, C) projected logits of both models where they are known; two more passes otherwise.
+        alpha: of the soup.
+        batches: of inputs.
         project: from the network's logits to the label space of the split, linear or a maximum over classes.
 
     Raises:
-        ValueError: models that do not fit together or are not this network's; alpha out of range; as
-            `eval.metrics.check`.
-        UserError: an operation whose second derivative torch does not know; take `on_grid` then.
+        ValueError: weights that are not this network's; one that is too many or missing is named.
+        UserError: models that do not fit together, or an operation whose second derivative torch does not know; take
+            `on_grid` then.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is between the two models, in [0, 1], got {alpha}")
-    if ends is None:
-        first, second = (logits_at(network, weights, batches(), project) for weights in pair)
-        ends = first, second
-    line = line_at(network, Segment(*pair), alpha, batches(), project)
-    return point(alpha, ends, line.value, labels, lambda beta: (curvature(line, labels, beta).total, None))
+    network.eval()
+    _check(network, pair[0])
+    device = next(network.parameters()).device
+    soup, step = ({n: t.to(device) for n, t in each.items()} for each in (soup_at(pair, alpha), direction(pair)))
+    found = [along(network, soup, step, batch.to(device), project) for batch in batches]
+    value, first, second = (torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True))
+    return value, first, second
 
 
 def _check(network: nn.Module, weights: Weights) -> None:
-    """Refuse weights of another network, and what would leave a tensor as the network happens to have it.
-
-    Raises:
-        ValueError: one is too many or missing, which is named.
-    """
+    """Refuse weights of another network, and what would leave a tensor as the network happens to have it."""
     parameters, buffers = network.named_parameters(remove_duplicate=False), network.named_buffers()
     own = {name: id(tensor) for name, tensor in (*parameters, *buffers)}
     unknown = sorted(weights.keys() - own.keys())
@@ -356,13 +229,3 @@ def _check(network: nn.Module, weights: Weights) -> None:
     missing = [name for name in network.state_dict() if own[name] not in given]
     if unknown or missing:
         raise ValueError(f"these weights are not this network's: {(unknown + missing)[0]!r} is in one of them alone")
-
-
-def _beside(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    return {name: _to(network, tensor) for name, tensor in weights.items()}
-
-
-def _to(network: nn.Module, tensor: Tensor) -> Tensor:
-    """On the device of the network."""
-    where = next(islice(network.parameters(), 1), None)
-    return tensor if where is None else tensor.to(where.device)
