@@ -22,7 +22,7 @@ from configs import schema
 from configs.data import KINDS
 from configs.figures import Analysis, Angles, Pairs, Plane, Theory
 from configs.registered import experiments, neutral
-from configs.schema import CONFIGS, Experiment, checked, dump, load, parse, replicate
+from configs.schema import CONFIGS, Experiment, checked, dump, load, parse
 from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
 from finetune.averages import Averages
 from finetune.data import augmentation, training_batches
@@ -483,24 +483,6 @@ def test_the_released_rows_are_the_authors_own():
         ours = f"rand-m{augment.magnitude}-n{augment.layers}" if augment.kind == "rand" else None
         assert ours == theirs["aug"]
         assert (augment.crop, augment.increasing) == (None, False)
-
-
-def test_a_drawn_field_can_be_fixed_by_taking_it_out_of_the_draw():
-    config = load("demo", "optim.lr=0.001", "~sweep.draw.optim.lr")
-    assert config.optim.lr == 0.001
-    assert "optim.lr" not in config.sweep.varied
-
-
-def test_a_config_cannot_be_changed_after_it_was_parsed():
-    with pytest.raises(AttributeError):
-        load("demo").optim.lr = 1.0
-
-
-def test_a_replicate_differs_in_its_seed_and_its_folder_only():
-    config = load("demo_seeds")
-    one = replicate(config, 1)
-    assert (one.name, one.sweep.seed, one.replicates) == ("demo_seeds/seed1", 1, ())
-    assert one.optim == config.optim
 
 
 def test_splits_without_titles_are_spelled_as_words_beside_those_with():

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transform import image_transform
-from pictures import CLASSES, rgb, save_kinds, save_tree, task
-from PIL import Image
+from pictures import rgb, save_kinds, save_tree, task
 
 from configs.errors import UserError
 from configs.schema import load
@@ -198,29 +197,10 @@ def build(folder):
     return subprocess.Popen([python(), "-c", BUILD, str(folder)], env=os.environ | paths)
 
 
-def whole_shards(folder):
-    return {path.name: path.stat().st_ino for path in folder.glob("*/[0-9]*.npy")}
-
-
 def assert_the_cache_gives_the_images(folder):
     split = in_memory(SHARDS * SHARD, 5, 4)
     given = torch.cat(list(eval_batches(split, SMALL, batch=1000, decoded=folder)))
     assert torch.equal(given, torch.cat(list(eval_batches(split, SMALL, batch=1000))))
-
-
-@pytest.mark.slow
-def test_a_killed_build_is_continued_with_what_is_missing(tmp_path):
-    process = build(tmp_path)
-    while process.poll() is None and not whole_shards(tmp_path):
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    before = whole_shards(tmp_path)
-    assert 0 < len(before) < SHARDS
-    assert_the_cache_gives_the_images(tmp_path)
-    after = whole_shards(tmp_path)
-    assert len(after) == SHARDS
-    assert before.items() <= after.items()
 
 
 @pytest.mark.slow
@@ -229,14 +209,3 @@ def test_two_builds_at_once_do_no_harm(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     assert_the_cache_gives_the_images(tmp_path)
     assert len(list(tmp_path.glob("*/*"))) == SHARDS
-
-
-def test_decoded_images_of_one_split_are_not_served_for_another_of_equal_names_and_sizes(tmp_path):
-    for split, value in (("train", 9), ("test", 70)):
-        for c in CLASSES:
-            (tmp_path / "data" / split / c).mkdir(parents=True)
-            Image.new("RGB", (16, 16), (value,) * 3).save(tmp_path / "data" / split / c / "0.bmp")
-    for name, value in (("train", 9), ("test", 70)) * 2:
-        split = load_split(task(tmp_path / "data"), name)
-        given = torch.cat(list(eval_batches(split, SMALL, batch=4, decoded=tmp_path / "decoded")))
-        assert given.unique().tolist() == [value]

@@ -104,13 +104,6 @@ def test_a_mistyped_word_is_one_line(words, message, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_command_that_is_a_file_says_the_same_in_one_line(tmp_path):
-    answer = here(["reproduce.py", "experiment=demo_tiny", "task.held_out=test", f"paths.runs={tmp_path}/runs"])
-    assert (answer.returncode, answer.stderr.count("\n")) == (2, 1)
-    assert answer.stderr.startswith("error: bad config: each split has one role")
-    assert not (tmp_path / "runs").exists()
-
-
 # run=FOLDER
 
 

@@ -13,7 +13,6 @@ from configs.schema import load
 from eval.forward import Evaluator, forward
 from soups.experiment.pool import usable_pool
 from soups.scorers.metrics import score
-from store.runs import RunFolder
 from tests.pools import moved_pool, recorded_pool, small_network
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -96,15 +95,6 @@ def test_soups_are_of_weights_and_ensembles_of_logits(measured):
         assert shifts["soup"] == pytest.approx(sum(soups[1:]) / 5)
         assert shifts["difference"] == pytest.approx(sum(soups[1:]) / 5 - sum(ensembles[1:]) / 5)
         assert shifts["low"] <= shifts["difference"] <= shifts["high"]
-
-
-@pytest.mark.slow
-def test_a_second_call_evaluates_nothing_again(measured):
-    config, _, files = measured
-    before = {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")}
-    csv = files[-1].read_bytes()
-    assert write_artefact("figure4", [config])[-1].read_bytes() == csv
-    assert {path: path.stat().st_mtime_ns for path in RunFolder.of(config).root.rglob("*.npy")} == before
 
 
 @pytest.mark.parametrize("metric", ["top1", "macro_f1"])

@@ -1,7 +1,5 @@
 """The paper's numbers hang together, and ours stand beside the right ones."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,11 +42,6 @@ def test_a_line_is_one_number_with_a_source_and_a_confidence(name):
     assert table["value"].between(0, 100).all()
     assert table.drop(columns="spread").notna().all(axis=None)
     assert set(table["confidence"]) <= {"H", "M", "L"}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_what_is_from_memory_alone_is_never_of_high_confidence(name):
-    table = paper_table(name)
     assert "H" not in set(table.loc[table["source"].str.contains("memory"), "confidence"])
 
 
@@ -70,11 +63,6 @@ def test_the_five_shifts_average_to_the_printed_mean(name, rows):
     np.testing.assert_allclose(whole[SHIFTS].mean(axis=1), whole[SHIFT_MEAN], atol=0.01)
 
 
-def test_an_oracles_shifts_average_to_no_less_than_the_mean_of_one_model():
-    oracle = wide("table4").loc["oracle"]
-    assert oracle[SHIFTS].mean() > oracle[SHIFT_MEAN]
-
-
 def test_table_1_repeats_table_4():
     short = paper_table("table1")
     both = short.merge(paper_table("table4"), on=["row", "column"])
@@ -90,30 +78,11 @@ def test_10_of_20_greedy_soups_of_texts_gain_and_no_uniform_one_does():
     assert (scores["uniform"] <= scores["best"]).all()
 
 
-def test_the_printed_gains_of_table_5_are_its_differences_but_one():
-    table = wide("table5")[GLUE]
-    off = {}
-    for network in ("bert_base", "t5_base"):
-        gain = table.loc[f"{network}/greedy"] - table.loc[f"{network}/best"]
-        off |= {(network, task): gain[task] for task in GLUE if abs(gain[task] - table[task][f"{network}/gain"]) > 0.05}
-    assert off == {("t5_base", "cola"): pytest.approx(1.4)}
-
-
 def test_tables_that_share_rows_agree():
     for short, long in (("table5", "tablej1"), ("tablel2", "tablel1")):
         both = paper_table(short).merge(paper_table(long), on=["row", "column"])
         assert len(both) == 16
         assert both["value_x"].equals(both["value_y"])
-
-
-def test_appendix_l_bears_out_what_its_text_says_of_sam():
-    test = wide("tablel3")["test"]
-    gain = {
-        kind: test[f"Soup of {kind}"] - test[[f"{kind}, seed 0", f"{kind}, seed 1"]].max()
-        for kind in ("vanilla", "SAM")
-    }
-    assert 0 < gain["SAM"] < gain["vanilla"]
-    assert test.idxmax() == "Soup of vanilla and SAM, seed 0"
 
 
 def test_ours_stand_beside_the_papers_cell_with_the_difference_in_points():
@@ -185,7 +154,3 @@ def test_the_readme_explains_every_source():
         for source in paper_table(name)["source"]:
             first = source.removeprefix("as in Table 5: ").removeprefix("as in Table L.1: ").split("; ")[0]
             assert any(first.startswith(known) for known in explained), source
-
-
-def test_the_numbers_are_in_the_repository():
-    assert Path(__file__).resolve().parents[1] in PAPER.parents

@@ -2,9 +2,7 @@
 
 import io
 import json
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -197,30 +195,6 @@ def command(*words, **how):
         [python(), "-m", "soups.experiment.released", *words],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how,
     )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_killed_download_is_continued_and_ends_with_the_same_bytes(tmp_path, files):
-    slow = files | {SPLIT: split(np.float64)}  # 10 MB
-    download_it = ["download", "--folder", str(tmp_path), "--models", "0"]
-    part = tmp_path / f".{SPLIT}.part"
-    (tmp_path / "model_0.pt").write_bytes(files["model_0.pt"])  # is there, and only the split is fetched
-    (tmp_path / RECORD).write_text(json.dumps({"model_0.pt": {"bytes": len(files["model_0.pt"]), "digest": "0"}}))
-    with serving(slow, pause=0.03) as served:
-        process = command(*download_it, "--models-url", served.url, "--split-url", served.url)
-        began = time.monotonic()
-        while not part.exists() or part.stat().st_size < 1_000_000:
-            assert process.poll() is None and time.monotonic() - began < 90
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        left = part.stat().st_size
-        assert left < len(slow[SPLIT])
-        served.pause = 0.0
-        download(tmp_path, [0], QUIET, models_url=served.url, split_url=served.url)
-    assert served.asked[-1] == (SPLIT, left)
-    assert (tmp_path / SPLIT).read_bytes() == slow[SPLIT]
-    assert not part.exists()
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from soups.files.weights import digest, load_weights, save_weights
 from store.arrays import cached_array, write_array
 from store.provenance import provenance
 from store.runs import finished, sole_writer
-from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "c": torch.tensor(0.5, dtype=torch.bfloat16)}
@@ -32,39 +30,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("half way")
     assert read_json(path) == {"old": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
-
-
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from soups.errors import one_line_errors
-from soups.files.weights import save_weights
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-one_line_errors(lambda: save_weights(Path(sys.argv[1]), {"w": torch.zeros(10_000_000)}))
-"""
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written():
-    folder = Path("/dev/shm") / f"model-soups-full-{os.getpid()}"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
-    ).returncode
-    try:
-        if mounted != 0:
-            pytest.skip("mounting a 1 MiB file system needs root")
-        command = [python(), "-c", FULL_DISK, str(folder / "weights.safetensors")]
-        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert answer.returncode == 2, answer.stderr
-        assert answer.stderr.startswith("error: no space left on the disk for ")
-        assert len(answer.stderr.splitlines()) == 1
-        assert not list(folder.iterdir())
-    finally:
-        if mounted == 0:
-            subprocess.run(["umount", folder], check=True)
-        folder.rmdir()
 
 
 @pytest.mark.parametrize("content", ["", "{", "\x00\xff"])

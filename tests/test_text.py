@@ -14,8 +14,8 @@ from eval.forward import Evaluator
 from eval.tokens import token_split
 from finetune.data import mixed_batch, mixing
 from finetune.start import initialise
-from finetune.train import fine_tune, train_row
-from models.classifier import pretrained, pretrained_network
+from finetune.train import train_row
+from models.classifier import pretrained
 from soups.experiment.pool import ingredients_of, usable_pool
 from soups.experiment.soups import logits_of, make_soup
 from soups.files.atomic import read_json
@@ -141,41 +141,6 @@ def test_logits_come_in_the_order_of_the_split_although_texts_are_looked_at_by_l
     torch.testing.assert_close(
         evaluator.fresh_logits(ingredient.load(), "test", rows), found[rows], rtol=1e-4, atol=1e-5
     )
-
-
-class StoppedError(Exception):
-    pass
-
-
-@pytest.mark.slow
-def test_a_training_that_was_cut_and_continued_ends_with_the_same_bits_dropout_included(config, run, tmp_path):
-    evaluator = Evaluator(config)
-    train, names = evaluator.inputs("train"), class_names(config.task)
-
-    def trained(folder, **more):
-        network = pretrained_network(config.model, names, config.task.answers)
-        folder.mkdir(exist_ok=True)
-        return fine_tune(network, train, config, run_seed=7, folder=folder, **more).weights["raw"]
-
-    def stop(step):
-        if step == 3:
-            raise StoppedError
-
-    often = replace(config, compute=replace(config.compute, save_every=1))
-    whole = trained(tmp_path / "whole")
-    with pytest.raises(StoppedError):
-        fine_tune(
-            pretrained_network(config.model, names, config.task.answers),
-            train,
-            often,
-            run_seed=7,
-            folder=tmp_path,
-            after_step=stop,
-        )
-    continued = trained(tmp_path)
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
-    start = pretrained_network(config.model, names, config.task.answers).state_dict()
-    assert any(not torch.equal(whole[name], start[name]) for name in whole)
 
 
 @pytest.mark.slow

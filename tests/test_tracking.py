@@ -160,14 +160,6 @@ def test_a_row_trains_on_when_the_service_dies_and_the_next_row_is_tracked(tmp_p
     assert one(records(file), "history")
 
 
-def test_an_error_of_the_training_itself_goes_through_and_marks_the_run_failed(tmp_path):
-    config = experiment(tmp_path, "tracking.mode=offline")
-    with pytest.raises(ZeroDivisionError), tracked(config, 3, {}, tmp_path / "003"):
-        raise ZeroDivisionError
-    (file,) = runs_in(tmp_path / "003")
-    assert one(records(file), "exit").exit_code == 1
-
-
 @pytest.mark.slow
 def test_without_tracking_nothing_is_written_and_wandb_is_not_even_imported(tmp_path):
     program = f"""
