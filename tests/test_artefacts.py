@@ -2,7 +2,6 @@
 
 import importlib
 import shutil
-import subprocess
 from functools import partial
 
 import numpy as np
@@ -21,8 +20,8 @@ from configs.cli import parts_of as parts_of_experiment
 from configs.errors import UserError
 from configs.schema import load
 from soups.experiment.soups import make_soups
-from tests.commands import here, python
-from tests.experiments import EXPERIMENTS, ROOT
+from tests.commands import here
+from tests.experiments import EXPERIMENTS
 from tests.pools import finished_pool
 
 
@@ -164,21 +163,15 @@ def test_an_artefact_of_another_experiment_says_which_it_is_made_of(tmp_path):
     assert answer.stderr.strip().endswith("made of tablel1_distill, demo_distill, none of which table5 has")
 
 
-def analysis(*arguments):
-    call = [python(), "-m", "analysis", *arguments]
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 def test_an_experiment_of_parts_runs_draws_and_reports_each(tmp_path):
     own = [f"paths.runs={tmp_path}", "recipes=[best,uniform,greedy]"]
     words = ["experiment=demo_full", "parts=[demo_tiny]", *own]
-    call = [python(), "reproduce.py", *words]
-    answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = here(["reproduce.py", *words])
     assert answer.returncode == 0, answer.stderr
     assert "artefact=all experiment=demo_full" in answer.stdout
     assert not (tmp_path / "demo_full").exists()
-    answer = analysis("artefact=table3", "experiment=demo_tiny", *own)  # of no artefact, but asked for
+    answer = here(["-m", "analysis", "artefact=table3", "experiment=demo_tiny", *own])  # of no artefact, but asked for
     assert (tmp_path / "demo_tiny/analysis/table3_with_paper.md").exists(), answer.stderr
-    answer = analysis("report", *words)
+    answer = here(["-m", "analysis", "report", *words])
     assert answer.stdout.strip() == str(tmp_path / "demo_tiny/report.html"), answer.stderr

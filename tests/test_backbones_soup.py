@@ -16,6 +16,7 @@ from soups.experiment.backbones import measure, run
 from soups.experiment.soups import make_soup
 from soups.files.weights import load_weights
 
+pytestmark = pytest.mark.slow  # rows are trained
 SMALL = ["recipes=[best]", "optim.epochs=1", "optim.warmup_steps=2", "optim.batch_size=8", "analysis.resamples=100"]
 SMALL += [
     "cluster.workers=1",
@@ -40,7 +41,6 @@ def towers(config, rows):
     return load("demo_cross_dataset", *SMALL, f"paths.runs={config.paths.runs}", "name=mine", f"towers=[{listed}]")
 
 
-@pytest.mark.slow
 def test_rows_of_other_tasks_end_with_the_head_of_the_experiments_task(config):
     root = config.paths.runs / config.name / "ingredients"
     start, *tuned = (load_weights(root / f"{row:03d}" / "weights.safetensors") for row in range(3))
@@ -51,7 +51,6 @@ def test_rows_of_other_tasks_end_with_the_head_of_the_experiments_task(config):
     assert held_out == len(Evaluator(config).split("held_out"))
 
 
-@pytest.mark.slow
 def test_each_average_is_the_uniform_soup_of_the_pretrained_model_and_the_towers_so_far(config, tmp_path):
     table = measure(towers(config, [1, 2]))
     assert list(table["pool"].unique())[::2] == ["zero-shot", "zero-shot + 1 towers", "zero-shot + 2 towers"]
@@ -67,7 +66,6 @@ def test_each_average_is_the_uniform_soup_of_the_pretrained_model_and_the_towers
     assert first["difference"].eq(0).all()
 
 
-@pytest.mark.slow
 def test_the_command_writes_its_table_and_says_where(config, capsys):
     run(towers(config, [2]))
     path = config.paths.runs / "mine/backbones.csv"
@@ -75,7 +73,6 @@ def test_the_command_writes_its_table_and_says_where(config, capsys):
     assert set(pd.read_csv(path)["split"]) == set(config.task.reported)
 
 
-@pytest.mark.slow
 def test_what_is_no_row_or_no_tower_of_this_network_is_named(config, tmp_path):
     with pytest.raises(UserError, match="holds no finished row"):
         measure(towers(config, [9]))
@@ -83,7 +80,6 @@ def test_what_is_no_row_or_no_tower_of_this_network_is_named(config, tmp_path):
         measure(config)
 
 
-@pytest.mark.slow
 def test_a_zero_shot_initialisation_stands_in_a_table_once_and_under_its_name(config):
     evaluator = Evaluator(config)
     make_soup("best", evaluator)

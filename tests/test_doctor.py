@@ -1,7 +1,6 @@
 """The doctor on planted pools, and geometry against the whole vectors."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from soups.experiment.doctor import midpoint_barriers
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.geometry import geometry
-from tests.commands import python
+from tests.commands import here
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -170,8 +169,7 @@ def test_the_command_prints_a_table_and_writes_nothing(pool):
     (pool / "scores.json").write_text(json.dumps({"m1.safetensors": 0.8123}))
     before = sorted(pool.iterdir())
     arguments = [*files(pool), "--init", pool / "init.safetensors", "--scores", pool / "scores.json", "--held-out", 600]
-    command = [python(), "-m", "soups.doctor", *map(str, arguments)]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = here(["-m", "soups.doctor", *map(str, arguments)])
     assert answer.returncode == 0, answer.stderr
     for words in ("m3.safetensors", "81.23 %", "not fine-tuned from the same checkpoint", "a score of m2.safetensors"):
         assert words in answer.stdout

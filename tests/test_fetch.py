@@ -19,38 +19,28 @@ def get(served, folder, name="a.bin"):
     return wanted
 
 
-def test_a_file_arrives_whole_and_leaves_no_part(tmp_path):
-    with serving({"a.bin": CONTENT}) as served:
-        wanted = get(served, tmp_path / "new")
-    assert wanted.path.read_bytes() == CONTENT
-    assert [path.name for path in wanted.path.parent.iterdir()] == ["a.bin"]
-
-
-def test_what_an_earlier_call_left_is_continued_by_a_range(tmp_path):
-    (tmp_path / ".a.bin.part").write_bytes(CONTENT[:1000])
-    with serving({"a.bin": CONTENT}) as served:
-        assert get(served, tmp_path).path.read_bytes() == CONTENT
-    assert served.asked == [("a.bin", 1000)]
-
-
-def test_a_server_without_ranges_sends_all_of_it_again_and_nothing_twice(tmp_path):
-    (tmp_path / ".a.bin.part").write_bytes(b"x" * 5000)
-    with serving({"a.bin": CONTENT}, ranges=False) as served:
-        assert get(served, tmp_path).path.read_bytes() == CONTENT
-
-
-def test_an_answer_that_is_cut_off_is_continued_by_itself(tmp_path):
-    with serving({"a.bin": CONTENT}, cut_after=CHUNK + 3, cuts=2) as served:
-        assert get(served, tmp_path).path.read_bytes() == CONTENT
-    assert [first for _, first in served.asked] == [0, CHUNK + 3, 2 * CHUNK + 6]
-
-
-def test_a_part_that_is_already_whole_is_kept_and_one_that_is_too_long_is_not(tmp_path):
-    (tmp_path / ".a.bin.part").write_bytes(CONTENT)
-    with serving({"a.bin": CONTENT}) as served:
-        assert get(served, tmp_path).path.read_bytes() == CONTENT
-        (tmp_path / ".a.bin.part").write_bytes(CONTENT + b"more")
-        assert get(served, tmp_path).path.read_bytes() == CONTENT
+@pytest.mark.parametrize(
+    ("left", "server", "asked_from"),
+    [
+        (b"", {}, [0]),
+        (CONTENT[:1000], {}, [1000]),
+        (b"x" * 5000, {"ranges": False}, [0]),  # all of it comes again, and nothing twice
+        (b"", {"cut_after": CHUNK + 3, "cuts": 2}, [0, CHUNK + 3, 2 * CHUNK + 6]),
+        (CONTENT, {}, [len(CONTENT)]),
+        (CONTENT + b"more", {}, [len(CONTENT) + 4, 0]),
+        (b"", {"states": [503]}, [0, 0]),  # a busy server
+    ],
+    ids=["new", "continued", "without ranges", "cut off", "whole already", "too long", "busy"],
+)
+def test_a_file_arrives_whole_and_leaves_no_part(left, server, asked_from, tmp_path):
+    folder = tmp_path / "new"
+    if left:
+        folder.mkdir()
+        (folder / ".a.bin.part").write_bytes(left)
+    with serving({"a.bin": CONTENT}, **server) as served:
+        assert get(served, folder).path.read_bytes() == CONTENT
+    assert [first for _, first in served.asked] == asked_from
+    assert [path.name for path in folder.iterdir()] == ["a.bin"]
 
 
 def test_a_file_that_never_becomes_as_long_as_it_should_does_not_appear(tmp_path):
@@ -65,12 +55,10 @@ def test_a_range_of_a_file_of_unknown_length_must_be_as_long_as_its_own_header_s
     assert _total(SimpleNamespace(status=206, headers=headers | {"Content-Range": "bytes 5-9/20"}), 5) == 20
 
 
-def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(tmp_path):
-    with serving({"a.bin": CONTENT}, states=[503]) as served:
-        assert get(served, tmp_path).path.read_bytes() == CONTENT
-        with pytest.raises(UserError, match=r"b\.bin: the server answers 404"):
-            get(served, tmp_path, "b.bin")
-    assert [name for name, _ in served.asked] == ["a.bin", "a.bin", "b.bin"]
+def test_a_missing_file_is_not_asked_for_again(tmp_path):
+    with serving({}) as served, pytest.raises(UserError, match=r"b\.bin: the server answers 404"):
+        get(served, tmp_path, "b.bin")
+    assert len(served.asked) == 1
 
 
 def test_without_a_server_it_is_one_line(tmp_path):

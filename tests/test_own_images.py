@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 
 import numpy as np
 import pandas as pd
@@ -14,10 +13,9 @@ from safetensors.torch import save_file
 
 import reproduce
 from configs.errors import UserError
-from configs.schema import CONFIGS, load
-from tests.commands import python
+from configs.schema import load
+from tests.commands import here
 
-ROOT = CONFIGS.parent
 COLOURS = {"blue sky": (60, 90, 220), "grass": (50, 180, 60), "red-brick": (200, 60, 40)}
 
 
@@ -53,15 +51,11 @@ def settings(tmp_path_factory):
     ], folder
 
 
-def run(*call):
-    return subprocess.run([python(), *call], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 def test_folders_of_images_go_through_every_stage(settings):
     arguments, folder = settings
     cache = [f"compute.decoded={folder / 'decoded'}", "compute.loader_workers=1"]
-    ended = run("reproduce.py", *arguments, *cache)
+    ended = here(["reproduce.py", *arguments, *cache])
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     table = pd.read_csv(folder / "runs/own_images/analysis/table3.csv")
     assert set(table["column"]) == {"test", "night", "shift_mean"}
@@ -72,7 +66,7 @@ def test_folders_of_images_go_through_every_stage(settings):
     assert list((folder / "decoded").rglob("*.npy"))
 
     by_f1 = [*arguments, "+task.metrics.test=macro_f1", "task.shifts=[]", "recipes=[best,uniform,greedy]"]
-    ended = run("-m", "analysis", *by_f1)
+    ended = here(["-m", "analysis", *by_f1])
     assert ended.returncode == 0, ended.stderr
     assert "figure1.pdf" not in ended.stdout
     assert "over the best single model: " in ended.stdout.splitlines()[-1]
