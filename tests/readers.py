@@ -35,22 +35,18 @@ def tokenizer(special):
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
-def bert_folder(folder, seed=0, **changes):
+def bert_folder(folder, seed=0, kind=BertForMaskedLM, **changes):
     """A BertForMaskedLM."""
     words = tokenizer(SPECIAL)
     torch.manual_seed(seed)
-    BertForMaskedLM(BertConfig(vocab_size=len(words), **(SIZES | changes))).save_pretrained(folder)
+    kind(BertConfig(vocab_size=len(words), **(SIZES | changes))).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
 
-def encoder_folder(folder, seed=0, **changes):
+def encoder_folder(folder, **changes):
     """A BertModel."""
-    words = tokenizer(SPECIAL)
-    torch.manual_seed(seed)
-    BertModel(BertConfig(vocab_size=len(words), **(SIZES | changes))).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+    return bert_folder(folder, kind=BertModel, **changes)
 
 
 def t5_folder(folder, seed=0, **changes):
