@@ -21,7 +21,6 @@ from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator, forward
 from soups.conformance import Layout
-from soups.experiment.pool import usable_pool
 from soups.files.checkpoints import Entry
 from store.runs import RunFolder
 from tests.pools import moved_pool, recorded_pool, small_network
@@ -140,22 +139,3 @@ def test_the_advantage_is_the_accuracy_of_the_mean_minus_the_mean_of_accuracies(
         assert [pair.accuracy_first, pair.accuracy_second, pair.accuracy_mean] == pytest.approx(accuracies)
         assert pair.advantage == pytest.approx(accuracies[2] - (accuracies[0] + accuracies[1]) / 2)
         assert pair.low <= pair.advantage <= pair.high
-
-
-def test_distances_in_the_table_obey_the_law_of_cosines(measured):
-    import numpy as np
-    import pandas as pd
-
-    tidy = pd.read_csv(measured[2][-1])
-    a, b = tidy["distance_first"], tidy["distance_second"]
-    assert np.sqrt(a**2 + b**2 - 2 * a * b * np.cos(np.radians(tidy["angle"]))).tolist() == pytest.approx(
-        tidy["distance"].tolist(), rel=1e-6
-    )
-    assert (tidy["angle"] > 80).all()  # random directions in many dimensions
-
-
-def test_the_pool_needs_to_be_finished(tmp_path):
-    with pytest.raises(UserError, match="not finished"):
-        usable_pool(load("demo_angles", f"paths.runs={tmp_path}"))
-    with pytest.raises(UserError, match="not finished"):
-        write_artefact("figure3", [load("demo_angles", f"paths.runs={tmp_path}")])

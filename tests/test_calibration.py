@@ -82,18 +82,6 @@ def test_the_error_is_that_of_the_slow_loop(dtype, n, bins):
     assert reliability_bins(logits, labels, bins=bins).ece == pytest.approx(sum(map(abs, gaps)) / n, abs=1e-6)
 
 
-def test_labels_drawn_from_the_model_are_calibrated_and_sharpened_logits_are_not():
-    logits, labels = drawn(20_000)
-    assert reliability_bins(logits, labels).ece < 0.015
-    assert reliability_bins(3 * logits, labels).ece > 0.1
-
-
-def test_equal_mass_bins_hold_as_many_examples_up_to_one():
-    counts = reliability_bins(*drawn(1003), bins=15).count
-    assert int(counts.sum()) == 1003
-    assert set(counts.tolist()) == {66, 67}
-
-
 def test_the_temperature_is_fitted_on_held_out_and_mends_the_test():
     held_out, test = drawn(5000, seed=1, beta=0.4), drawn(5000, seed=2, beta=0.4)
     found = calibrate(held_out, test)

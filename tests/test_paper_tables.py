@@ -1,8 +1,6 @@
 """Tables with the paper's numbers: what is bold, what stands beside what, and that proxies are named."""
 
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pandas as pd
@@ -246,14 +244,3 @@ def test_an_ensemble_costs_as_many_forward_passes_as_it_has_models(finished):
     assert numbers.loc["ensemble", "gflops"] == pytest.approx(4 * numbers.loc["best", "gflops"])
     assert numbers.loc["ensemble", "times_single"] > 2
     assert numbers.loc["uniform", "gflops"] == numbers.loc["best", "gflops"]
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-def test_latex_compiles(finished, tmp_path):
-    tables = [write_artefact("table4", [finished[0]])[1], write_artefact("table2", [finished[0]])[1]]
-    body = "".join(f"\\input{{{table}}}\n" for table in tables)
-    document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\\tiny\n{body}\\end{{document}}\n"
-    (tmp_path / "all.tex").write_text(document)
-    call = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
-    answer = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stdout[-2000:]

@@ -9,7 +9,6 @@ import pytest
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.released import (
     REPORTED,
-    SHIFTS,
     SIZES,
     by_held_out,
     read,
@@ -102,11 +101,6 @@ def test_what_was_not_published_is_empty():
     learned = released_tidy().query("method == 'learned_by_tensor'").set_index("column")["accuracy"]
     assert learned["test"] == 0.8138
     assert learned.drop("test").isna().all()
-
-
-def test_the_mean_of_the_shifts_is_unweighted():
-    best = released_tidy().query("method == 'best'").set_index("column")["accuracy"]
-    assert best[SHIFT_MEAN] == pytest.approx(best[list(SHIFTS)].mean())
 
 
 def test_figure_1_has_the_71_models_their_initialisation_and_what_was_made_of_them():

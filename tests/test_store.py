@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from soups.files.atomic import read_json, read_jsonl, replacing, write_json, write_jsonl, write_text
+from soups.files.atomic import read_json, replacing, write_json, write_text
 from soups.files.weights import digest, load_weights, save_weights
 from store.arrays import cached_array, write_array
 from store.provenance import provenance
@@ -38,12 +38,6 @@ def test_damaged_json_is_named(tmp_path, content):
     write_text(path, content)
     with pytest.raises(UserError, match=r"done.json is damaged"):
         read_json(path)
-
-
-def test_json_lines_round_trip(tmp_path):
-    rows = [{"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 1 / 3}]
-    write_jsonl(tmp_path / "metrics.jsonl", rows)
-    assert read_jsonl(tmp_path / "metrics.jsonl") == rows
 
 
 def test_weights_come_back_to_the_bit_and_equal_weights_are_equal_files(tmp_path):
