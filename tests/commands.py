@@ -229,6 +229,22 @@ def run(words: list[str], folder: str, environment: dict[str, str], files: list[
             runpy.run_path(what, run_name="__main__")
 
 
+def in_two(words: list[str], cwd: Path = ROOT, **more: str) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each of two processes of a command, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = more | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    started = [subprocess.Popen([python(), *words], cwd=cwd, env=rank, **pipes) for rank in ranks]
+    try:
+        printed = [process.communicate(timeout=500) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(started, printed, strict=True)]
+
+
 def here(words: list[str]) -> subprocess.CompletedProcess[str]:
     """What a command of the project prints and ends with, in this process, where its modules are imported already."""
 

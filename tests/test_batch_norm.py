@@ -1,17 +1,13 @@
 """Batch-norm statistics of a soup: one process, and two that share the data."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from soups.batch_norm import recompute_batch_norm
-from tests.commands import python
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.commands import in_two
 
 
 def network():
@@ -91,8 +87,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from soups.batch_norm import recompute_batch_norm
 from tests.test_batch_norm import batches, network, statistics
-rank, meeting, wrap = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "wrapped"
-dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank, wrap = dist.get_rank(), sys.argv[1] == "wrapped"
 model = network()
 share = 5 if wrap else 3  # a rank without data is where DistributedDataParallel's own messages would hang
 data = batches(5)[:share] if rank == 0 else batches(5)[share:]
@@ -104,26 +100,12 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["bare", "wrapped"])
-def test_two_ranks_with_uneven_shares_get_what_one_process_gets_from_all_batches(tmp_path, wrap):
+def test_two_ranks_with_uneven_shares_get_what_one_process_gets_from_all_batches(wrap):
     alone = network()
     recompute_batch_norm(alone, batches(5))
-    ranks = [
-        subprocess.Popen(
-            [python(), "-c", RANK, str(rank), str(tmp_path / "meeting"), wrap],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            total, found = json.loads(rank.communicate(timeout=120)[0].splitlines()[-1])
-            assert total == 5
-            for name, values in statistics(alone).items():
-                torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-6, atol=1e-7)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-            rank.stdout.close()
+    for status, out, err in in_two(["-c", RANK, wrap]):
+        assert status == 0, err
+        total, found = json.loads(out.splitlines()[-1])
+        assert total == 5
+        for name, values in statistics(alone).items():
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-6, atol=1e-7)

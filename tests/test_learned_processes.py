@@ -10,7 +10,7 @@ from torch import nn
 
 from soups.descent import LearnedSettings, learned, shuffled
 from soups.files.weights import save_weights
-from tests.commands import python
+from tests.commands import in_two, python
 from tests.test_learned import Network, data, loaders, pool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +68,8 @@ torch.set_num_threads(1)
 from soups.descent import learned, shuffled
 from tests.test_learned import Network, data, loaders, pool
 from tests.test_learned_processes import RANKS
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+dist.init_process_group("gloo")
+folder, rank = Path(sys.argv[1]), dist.get_rank()
 called = [[] for _ in range(3)]
 def noting(i, load):
     return lambda: called[i].append(1) or load()
@@ -85,8 +85,8 @@ RANKS = [LearnedSettings(per="layer"), LearnedSettings(per="tensor", place="host
 
 
 def test_two_processes_with_a_share_of_the_ingredients_each_learn_what_one_learns(tmp_path):
-    for rank in [child("-c", RANK, tmp_path, rank) for rank in (0, 1)]:
-        assert rank.wait(timeout=120) == 0
+    ended = in_two(["-c", RANK, str(tmp_path)])
+    assert [status for status, _, _ in ended] == [0, 0], ended
     (one, calls_of_one), (other, calls_of_other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     # Each of two runs reads all three at its end, and before that its own share: 0 and 2, or 1.
     assert (calls_of_one, calls_of_other) == ([4, 2, 4], [2, 4, 2])

@@ -1,10 +1,7 @@
 """From a pool on disk to soups: only the held-out split chooses, and a stop in between costs nothing."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 from dataclasses import replace
 from typing import get_args
 
@@ -15,7 +12,7 @@ from rich.console import Console
 
 from analysis.measure.methods import measure
 from configs.errors import UserError
-from configs.schema import CONFIGS, Recipe, load
+from configs.schema import Recipe, load
 from eval.forward import Evaluator
 from finetune.start import initialise
 from soups.experiment.doctor import examine_experiment
@@ -26,7 +23,7 @@ from soups.files.weights import load_weights, save_weights
 from soups.journal import Journal
 from store.rows import identity
 from store.runs import RunFolder
-from tests.commands import python
+from tests.commands import in_two
 from tests.pools import finished_pool, small_network
 
 ROWS = 4
@@ -330,30 +327,9 @@ def test_two_processes_share_the_candidates_of_greedy_and_make_the_soup_of_one(t
     words = ["experiment=demo_tiny", "task.classes=10", "analysis.resamples=200", *small_network(tmp_path / "one")]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     plain = make_soup("greedy", Evaluator(load("demo_tiny", f"paths.runs={tmp_path / 'one'}", *words[1:])))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    words += [
-        f"paths.runs={tmp_path / 'two'}",
-        "recipe=greedy",
-        "cooking.shortcut=speculative",
-        "cooking.ahead=1",
-        "cluster.threads=1",
-    ]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [python(), "-m", "soups", *words],
-            cwd=CONFIGS.parent,
-            env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in (0, 1)
-    ]
-    printed = [process.communicate(timeout=110)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+    words += [f"paths.runs={tmp_path / 'two'}", "recipe=greedy", "cooking.shortcut=speculative", "cooking.ahead=1"]
+    ended = in_two(["-m", "soups", *words, "cluster.threads=1"])
+    assert [status for status, _, _ in ended] == [0, 0], ended
     folder = tmp_path / "two/demo_tiny/soups/greedy"
     made = json.loads((folder / "soup.json").read_text())
     assert [made[key] for key in ("digest", "ingredients", "trials")] == [

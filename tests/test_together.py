@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from soups.errors import one_line_errors
 from soups.files.atomic import read_json, read_jsonl, write_json
 from soups.files.weights import load_weights
 from store.processes import COLLECTIVE_TIMEOUT, Processes, single_process, start_processes
-from tests.commands import python
+from tests.commands import in_two, python
 from tests.pools import small_network
 from tests.rank import AGREED, ROW, StoppedError, saved_again, stopped_when_saved
 
@@ -61,21 +60,8 @@ def together(tmp_path_factory):
     shutil.copytree(folder / "one", folder / "alone")
     state = row(folder / "damaged") / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [python(), "-m", "tests.rank", str(folder)],
-            cwd=ROOT,
-            env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    printed = [process.communicate(timeout=500)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], printed
+    ended = in_two(["-m", "tests.rank", str(folder)])
+    assert [status for status, _, _ in ended] == [0, 0], ended
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
