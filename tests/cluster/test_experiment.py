@@ -4,9 +4,9 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from configs.schema import CONFIGS
 from configs.slurm import accounted
 from soups.files.atomic import read_json, read_jsonl
-from tests.commands import python
+from tests.commands import here, python
 from tests.pools import small_network
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -35,11 +35,20 @@ def small(tmp_path_factory):
     return [*SMALL, *small_network(tmp_path_factory.mktemp("network"))]
 
 
+@contextmanager
+def login_node(cluster):
+    """This process as one where the clients of Slurm find the cluster; jobs take over its environment and folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (cluster.environment | {"PYTHON": python(), "COLUMNS": "200"}).items():
+            patch.setenv(name, value)
+        patch.chdir(ROOT)
+        yield
+
+
 def command(cluster, module, runs, *settings):
     """A command of the project on the login node; what it printed."""
-    words = [python(), *module.split(), *settings, f"paths.runs={runs}"]
-    own = cluster.environment | {"PYTHON": python(), "COLUMNS": "200"}  # jobs take it over
-    ended = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    with login_node(cluster):
+        ended = here([*module.split(), *settings, f"paths.runs={runs}"])
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
@@ -64,9 +73,7 @@ def status(cluster, runs, *settings):
 
 def accounts(cluster, job):
     """What this project reads in the accounts of a job."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in cluster.environment.items():
-            patch.setenv(name, value)
+    with login_node(cluster):
         return accounted([job])
 
 
