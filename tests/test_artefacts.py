@@ -178,6 +178,7 @@ def test_an_artefact_of_another_experiment_says_which_it_is_made_of(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_an_experiment_of_parts_runs_draws_and_reports_each(tmp_path):
     own = [f"paths.runs={tmp_path}", "recipes=[best,uniform,greedy]"]
     words = ["experiment=demo_full", "parts=[demo_tiny]", *own]

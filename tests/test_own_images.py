@@ -52,6 +52,7 @@ def settings(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_folders_of_images_go_through_every_stage(settings):
     arguments, folder = settings
     cache = [f"compute.decoded={folder / 'decoded'}", "compute.loader_workers=1"]
