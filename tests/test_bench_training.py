@@ -1,6 +1,5 @@
 """The benchmark of the training loop compares two loops that do the same, and runs from end to end."""
 
-import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +8,7 @@ import torch
 
 from benchmarks.training import Step, one_round, settings
 from tasks.load import load_split
-from tests.commands import python
+from tests.commands import here
 
 pytestmark = pytest.mark.slow  # a benchmark runs
 
@@ -33,8 +32,7 @@ def test_both_loops_end_with_the_same_weights():
 
 def test_the_benchmark_measures_and_writes_its_table(tmp_path):
     options = ["--experiment", "demo_tiny", "--rounds", "1", "--steps", "4", "--out", tmp_path / "bench.csv"]
-    command = [python(), "-m", "benchmarks.training", *map(str, options)]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = here(["-m", "benchmarks.training", *map(str, options)])
     assert answer.returncode == 0, answer.stderr
     (row,) = pd.read_csv(tmp_path / "bench.csv").to_dict("records")
     assert row["steps"] == 2

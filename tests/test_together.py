@@ -1,9 +1,7 @@
 """Two processes make rows together: one decides, reads and writes, and none waits for another in the wrong place."""
 
 import json
-import os
 import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -19,7 +17,7 @@ from soups.errors import one_line_errors
 from soups.files.atomic import read_json, read_jsonl, write_json
 from soups.files.weights import load_weights
 from store.processes import COLLECTIVE_TIMEOUT, Processes, single_process, start_processes
-from tests.commands import in_two, python
+from tests.commands import here, in_two
 from tests.pools import small_network
 from tests.rank import AGREED, ROW, StoppedError, saved_again, stopped_when_saved
 
@@ -159,7 +157,6 @@ def test_torchrun_is_refused_by_commands_that_are_one_process(monkeypatch, capsy
     assert capsys.readouterr().out == "shared\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -169,10 +166,12 @@ def test_torchrun_is_refused_by_commands_that_are_one_process(monkeypatch, capsy
     ],
     ids=["soups", "analysis", "reproduce"],
 )
-def test_several_processes_are_refused_where_they_cannot_meet_or_have_nothing_to_share(command, message, tmp_path):
-    call = [python(), *command, "experiment=demo_tiny", f"paths.runs={tmp_path}"]
-    several = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
-    ended = subprocess.run(call, cwd=ROOT, env=several, capture_output=True, text=True, check=False)
+def test_several_processes_are_refused_where_they_cannot_meet_or_have_nothing_to_share(
+    command, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    ended = here([*command, "experiment=demo_tiny", f"paths.runs={tmp_path}"])
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert message in ended.stderr
     assert not list(tmp_path.iterdir())
