@@ -124,6 +124,7 @@ def accuracy(evaluator, weights):
     ) / len(splits)
 
 
+@pytest.mark.slow
 def test_the_advantage_is_the_accuracy_of_the_mean_minus_the_mean_of_accuracies(measured):
     import pandas as pd
 

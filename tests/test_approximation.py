@@ -23,7 +23,7 @@ from eval.metrics import nll
 from soups.experiment.pool import usable_pool
 from tests.pools import finished_pool, recorded_pool
 
-pytestmark = pytest.mark.usefixtures("in_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]  # a pool is evaluated
 
 TWO = ["sweep.listed=[{augment: {kind: minimal}}]", "sweep.grid.optim.lr=[1.0e-2, 1.0e-3]", "cluster.workers=1"]
 TWO += ["task.shifts=[r]"]
@@ -74,7 +74,6 @@ def test_losses_are_those_of_soup_and_ensemble_at_every_alpha(finished):
     assert found[2]["calibrated"]["soup_loss"] <= found[2]["plain"]["soup_loss"] + 1e-9
 
 
-@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(finished, monkeypatch):
     config, _ = finished
     files = write_artefact("figurek1", [config])

@@ -9,7 +9,7 @@ from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder
 from tests.pools import finished_pool
 
-pytestmark = pytest.mark.usefixtures("in_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]  # a pool is evaluated
 
 LABELS = "analysis.labels=[high,middle,low]"
 

@@ -30,7 +30,7 @@ from soups.paired import paired
 from store.runs import RunFolder
 from tests.pools import finished_pool, moved
 
-pytestmark = pytest.mark.usefixtures("in_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]  # a pool is evaluated
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,6 @@ def two_averages(tmp_path_factory):
     return config, evaluator
 
 
-@pytest.mark.slow
 def test_single_models_are_chosen_of_both_averages_and_soups_are_of_the_low_one(two_averages):
     config, evaluator = two_averages
     soups = {name: read_json(RunFolder.of(config).soup(name) / "soup.json") for name in config.recipes}
@@ -155,7 +154,6 @@ def test_single_models_are_chosen_of_both_averages_and_soups_are_of_the_low_one(
     assert "without the initialisation, soups and ensembles of ema_0.9, best of ema_0.9, ema_0.99" in page
 
 
-@pytest.mark.slow
 def test_both_averages_are_evaluated_with_their_row(two_averages):
     config, _ = two_averages
     folder = RunFolder.of(config).ingredient(1)
@@ -172,7 +170,6 @@ def test_both_averages_are_evaluated_with_their_row(two_averages):
     ]
 
 
-@pytest.mark.slow
 def test_an_average_that_rows_do_not_leave_is_refused(two_averages):
     with pytest.raises(UserError, match=r"cooking.individuals: ema_0.5 is not made"):
         load("table4_vitg", "cooking.individuals=[ema_0.999,ema_0.5]")
