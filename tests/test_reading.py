@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from soups.cli import main
@@ -41,23 +40,6 @@ def same(weights, state=STATE):
     assert weights.keys() == state.keys()
     assert all(torch.equal(weights[name], state[name]) and weights[name].dtype == state[name].dtype for name in state)
     return True
-
-
-@pytest.mark.parametrize(
-    "beside",
-    [
-        {"args": argparse.Namespace(lr=1e-3), "optimizer": torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])},
-        {"hyper_parameters": OmegaConf.create({"lr": 0.1, "wd": [1, 2]}), "pytorch-lightning_version": "2.1"},
-        {"hyper_parameters": {"at": Path("x")}, "callbacks": {"Checkpoint": {"best": torch.tensor(1.0)}}},
-        {"best": np.float64(77.1), "history": np.ones(3), "rng": {"torch": torch.get_rng_state()}, "seen": {1, 2}},
-    ],
-)
-def test_what_lies_beside_the_weights_is_left_out_and_said(tmp_path, beside):
-    beside = {name: item.state_dict() if name == "optimizer" else item for name, item in beside.items()}
-    torch.save({"state_dict": STATE, **beside}, tmp_path / "a.pth.tar")
-    weights, checkpoint = read(tmp_path / "a.pth.tar")
-    assert same(weights)
-    assert (checkpoint.unwrapped, checkpoint.dropped) == ("state_dict", tuple(beside))
 
 
 class Harm:
@@ -189,18 +171,11 @@ def test_what_a_file_is_its_first_bytes_say(tmp_path):
             read(tmp_path / "x")
 
 
-def test_torchscript_and_whole_modules_are_refused_with_what_to_do(tmp_path):
-    with pytest.warns(FutureWarning):
-        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+def test_whole_objects_among_other_things_are_refused_with_what_to_do(tmp_path):  # alone: tests/test_kinds.py
     torch.save({"epoch": 3, "model": torch.nn.Linear(2, 2)}, tmp_path / "inside.pt")
     np.savez(tmp_path / "a.npz", w=np.ones(2))
-    torch.save({"w": np.ones(2)}, tmp_path / "numbers.pt")
     torch.save({"x": Path("a"), "y": 1}, tmp_path / "set.pt")
     for name, words in (
-        ("script.pt", "is TorchScript: load it with torch.jit.load, and torch.save its state_dict"),
-        ("whole.pt", r"a whole object \(torch.nn.modules.linear.Linear\).*save its state_dict.*executes whatever code"),
-        ("numbers.pt", "'w' is an array of numpy: save a dict of tensors, as torch.from_numpy makes them"),
         ("set.pt", r"'x' is a whole object \(pathlib\.\w*PosixPath\)"),
         ("inside.pt", r"'model' is a whole object \(torch.nn.modules.linear.Linear\)"),
         ("a.npz", "is a zip, but no checkpoint of torch.save"),
