@@ -8,8 +8,6 @@ from scipy.io import savemat
 
 from configs.data import KINDS
 
-PLACES = ("Asia", "Europe", "Other")
-
 
 def settings(kind, folder, num_classes, **values):
     """The settings of a task with train, test and the splits that `folders` names."""
