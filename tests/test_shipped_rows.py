@@ -51,7 +51,7 @@ STEPS, STOP = 3, 2
 SIZE = 64  # pixels
 NAMES = ("negative", "positive")
 # Of what differs between the rows of a sweep, that which decides the code that a row runs; the rest are numbers in it.
-DECIDING = ("regularizer", "compute", "optim.kind", "optim.schedule", "optim.loss", "optim.clip_norm", "optim.keep")
+DECIDING = ("regularizer", "compute", "optim.kind", "optim.loss", "optim.clip_norm", "optim.keep")
 DECIDING += ("optim.batch_size", "model.train_head")
 # How far several processes may be from one: of each loss, and of the weights' way from the start, as a share of its
 # length. bfloat16 has 8 bits. tests/test_parallel.py has both equal to 1e-9 in float64.
@@ -67,12 +67,11 @@ class Combination:
     train_head: bool
     strategy: str
     precision: str
-    optimiser: str
-    schedule: str
+    optimiser: str  # whose schedule is a number of each step
     loss: str
     clipped: bool
     sam: str
-    averages: tuple
+    averages: tuple  # how many, whether one is in float64, and of which kinds
     keep: str
     distilled: bool
     micro_batched: bool
@@ -95,9 +94,10 @@ def combination(row: Experiment, world: int) -> Combination:
     """Of a row that so many processes train."""
     optim, regularizer, compute = row.optim, row.regularizer, row.compute
     sam = {None: "", True: "sam", False: "own sam"}[regularizer.sam and regularizer.sam.synchronised]
-    averages = (*regularizer.ema, regularizer.ema_ramp, regularizer.swa is not None)
+    averages = (len(regularizer.ema), max(regularizer.ema, default=0) > 0.9999, regularizer.ema_ramp)
+    averages += (regularizer.swa is not None,)
     return Combination(
-        family(row.model), row.model.train_head, compute.strategy, compute.precision, optim.kind, optim.schedule,
+        family(row.model), row.model.train_head, compute.strategy, compute.precision, optim.kind,
         optim.loss, optim.clip_norm is not None, sam, averages, optim.keep, regularizer.distill is not None,
         compute.micro_batch is not None, compute.gradient_checkpointing, compute.compile,
         min(2, optim.batch_size // 2 // world),
