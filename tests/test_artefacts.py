@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -105,19 +104,7 @@ def same_picture(drawn):
         return kept.size == new.size and np.abs(np.asarray(kept, float) - np.asarray(new, float)).mean() < 0.02
 
 
-@pytest.fixture
-def png_alone(monkeypatch):
-    """Of a figure the file that is compared is written, in half the time of both."""
-    savefig = Figure.savefig
-
-    def of_png(figure, path, **how):
-        return savefig(figure, path, **how) if path.suffix == ".png" else path.touch()
-
-    monkeypatch.setattr(Figure, "savefig", of_png)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("png_alone")
 @pytest.mark.parametrize("stem", sorted(committed_figures()))
 def test_each_committed_figure_is_what_todays_code_draws_from_its_csv(stem, tmp_path):
     save(committed_figures()[stem](pd.read_csv(MEASURED / f"{stem}.csv")), tmp_path / stem)
@@ -125,7 +112,6 @@ def test_each_committed_figure_is_what_todays_code_draws_from_its_csv(stem, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("png_alone")
 def test_the_figures_of_several_pools_are_what_todays_code_draws_from_their_csvs(tmp_path):
     for file in MEASURED.glob("*.csv"):
         shutil.copy(file, tmp_path)
