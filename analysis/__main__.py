@@ -17,6 +17,7 @@ With replicates (experiment=demo_seeds) their tables, and seeds.{md,csv} over al
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
 from configs.cli import entry_point
 from soups.errors import one_line_errors
@@ -32,9 +33,7 @@ def command(name: str, *given: str) -> Callable[..., None]:
     """
 
     def call(*arguments: object) -> None:
-        from analysis import commands  # noqa: PLC0415
-
-        getattr(commands, name)(*given, *arguments)
+        getattr(import_module("analysis.commands"), name)(*given, *arguments)
 
     return call
 

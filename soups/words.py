@@ -1,6 +1,8 @@
 """The words of the command `soups`: each command, what it is for, examples of it, and its settings."""
 
 import argparse
+import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -109,8 +111,11 @@ class Parser(argparse.ArgumentParser):
     """Wrong words are one line, as all that a person can mend."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what the commands print."""
-        raise UserError(f"{message}; {self.prog} --help has the settings and examples")
+        """Raise what the commands print, with the nearest word where one of a few was meant."""
+        wrong, _, right = message.partition(" (choose from ")
+        near = get_close_matches(wrong.rpartition(": ")[2].strip("'"), re.findall(r"[\w-]+", right), 1)
+        meant = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message}{meant}; {self.prog} --help has the settings and examples")
 
 
 def _numbers(text: str) -> list[float]:

@@ -108,6 +108,8 @@ def test_models_are_sorted_as_people_count_and_a_pattern_in_quotes_is_read(pool,
     [
         (["greedy", "--out", "s.pt"], "the following arguments are required: FILE"),
         (["nothing"], "invalid choice: 'nothing'"),
+        (["unifrom"], "did you mean uniform?"),
+        (["uniform", "x.pt", "--out", "s.safetensors", "--batch-norm", "kep"], "did you mean keep?"),
         (["greedy", "epoch=*", "--out", "s.pt"], "one of the arguments --score --images"),
         (["greedy", "epoch=*", "--out", "s.pt", "--score", "f {soup}"], "--goal max or --goal min"),
         (["greedy", "epoch=*", "--out", "s.pt", "--score", "f {soup}", "--goal", "max", "--columns", "a"],

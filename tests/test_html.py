@@ -19,7 +19,7 @@ from configs.schema import load
 from eval.calibration import calibrate
 from soups.experiment.soups import logits_of, make_soup, outputs_of
 from soups.files.atomic import read_json, write_json
-from store.runs import RunFolder, read_pool, write_manifest
+from store.runs import RunFolder, write_manifest
 from tests.pages import Page, browse
 from tests.pools import finished_pool
 
@@ -67,7 +67,7 @@ def finished(tmp_path_factory):
         path = run.ingredient(row) / "done.json"
         drawn = {"optim.lr": lr, "augment.kind": HOSTILE if row == 1 else "rand"}
         write_json(path, read_json(path) | {"drawn": drawn, "seed": 2**60 + row})
-    write_manifest(run, read_pool(config))
+    write_manifest(config)
     for recipe in config.recipes:
         for output in outputs_of(config, recipe):
             make_soup(output, evaluator)

@@ -122,7 +122,7 @@ def test_a_model_far_below_all_others_is_named_and_does_not_press_them_together(
 
 @pytest.mark.slow
 def test_the_report_writes_all_files_and_names_its_baseline(finished, tmp_path):
-    config, evaluator, _ = finished
-    files = write_named_rows(config, evaluator, tmp_path, "A proxy.")
+    _, evaluator, _ = finished
+    files = write_named_rows(evaluator, tmp_path, "A proxy.")
     assert {file.name for file in files} == {f"rows.{kind}" for kind in ("md", "tex", "csv", "pdf", "png")}
     assert "points to the first row" in (tmp_path / "rows.md").read_text()
