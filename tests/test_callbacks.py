@@ -2,9 +2,7 @@
 
 import os
 import signal
-import socket
-import traceback
-import warnings
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +17,7 @@ from soups.callbacks import TrainerAverage
 from soups.errors import UserError
 from soups.files.checkpoints import BLOCK
 from soups.running import RunningMean, Schedule
+from tests.apart import exits
 
 SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -66,48 +65,14 @@ def train(folder, *callbacks, resume=None, dropout=0.1, **settings):
 
 
 def killed(work, *words, **settings):
-    """A process that does the work until it is killed; all that it leaves is on the disk."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads that a fork does not copy
-        child = os.fork()
-    if child == 0:
-        work(*words, **settings)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-def in_two_processes(work, *words, **settings):
-    """Exit statuses of two processes that do the work together, as torchrun starts them; a wait for each other that
-    has no end is one of SIGALRM.
-    """
-    from accelerate.state import AcceleratorState
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    children = []
-    for rank in ("0", "1"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            children.append(os.fork())
-        if children[-1] == 0:
-            signal.alarm(300)
-            os.environ |= {**shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"}
-            AcceleratorState._reset_state(reset_partial_state=True)  # what tests before have left
-            try:
-                work(*words, **settings)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    """The work in a process that is killed at it; all that it leaves is on the disk."""
+    assert exits(work, *words, **settings) == [-signal.SIGKILL]
 
 
 @pytest.fixture(scope="module")
 def one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # which a fork survives, and which is one order of sums
+    torch.set_num_threads(1)  # which is one order of sums
     yield
     torch.set_num_threads(before)
 
@@ -167,7 +132,7 @@ def test_two_processes_keep_one_average_which_is_that_of_one_process_and_resumes
     def average():
         return TrainerAverage("ema:0.5", every=2, start=2)
 
-    assert in_two_processes(watched, whole, average(), **pair) == [0, 0]
+    assert exits(watched, whole, average(), **pair, processes=2) == [0, 0]
     found = BertForMaskedLM.from_pretrained(whole / "average").state_dict()
     states = torch.load(whole / "states.pt")
     for name, tensor in expected(states[1::2], shares("ema:0.5", 4)).items():
@@ -176,12 +141,12 @@ def test_two_processes_keep_one_average_which_is_that_of_one_process_and_resumes
     for name, tensor in load_file(alone / "average/model.safetensors").items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
         assert not torch.equal(found[name], states[-1][name])
-    assert in_two_processes(train, cut, average(), Dies(), **pair) == [-signal.SIGKILL] * 2
-    assert in_two_processes(train, cut, average(), resume=True, **pair) == [0, 0]
+    assert exits(train, cut, average(), Dies(), **pair, processes=2) == [-signal.SIGKILL] * 2
+    assert exits(train, cut, average(), resume=True, **pair, processes=2) == [0, 0]
     for file in ("average/model.safetensors", "checkpoint-9/average/running_sums.safetensors"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
     other = TrainerAverage("ema:0.5", every=3, start=2)  # refused by both, so that neither waits for the other
-    assert in_two_processes(train, cut, other, resume=True, **pair) == [1, 1]
+    assert exits(train, cut, other, resume=True, **pair, processes=2) == [1, 1]
 
 
 def test_an_average_beside_a_checkpoint_that_was_saved_over_is_not_taken_for_its_own(one_thread, tmp_path):
@@ -304,13 +269,14 @@ def test_updates_count_in_an_average_by_1_sqrt_as_a_learning_rate_that_decays_so
     assert mean.weights({"w": torch.zeros(n, dtype=torch.float64)})["w"].tolist() == pytest.approx(wanted, abs=1e-15)
 
 
-@pytest.fixture
-def lightning():
-    return pytest.importorskip("lightning.pytorch", reason="lightning is not installed: make examples-setup")
+needs_lightning = pytest.mark.skipif(
+    find_spec("lightning") is None, reason="lightning is not installed: make examples-setup"
+)
 
 
-def fit(pl, folder, *callbacks, resume=None, dies=False, **settings):
+def fit(folder, *callbacks, resume=None, dies=False, **settings):
     """Ten steps of a small network with dropout and a batch norm, a checkpoint after each second."""
+    import lightning.pytorch as pl
 
     class Network(pl.LightningModule):
         def __init__(self, width=4):
@@ -338,8 +304,9 @@ def fit(pl, folder, *callbacks, resume=None, dies=False, **settings):
     return module
 
 
+@needs_lightning
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(lightning, one_thread, tmp_path):
+def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(one_thread, tmp_path):
     from soups.callbacks import LightningAverage
 
     def averages():
@@ -350,7 +317,7 @@ def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(lightning, 
         ]
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    module = fit(lightning, whole, *averages())
+    module = fit(whole, *averages())
     kind = type(module)
     average = kind.load_from_checkpoint(whole / "average.ckpt")
     assert average.hparams.width == 6
@@ -361,25 +328,26 @@ def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(lightning, 
         loaded = kind.load_from_checkpoint(tmp_path / out).model.state_dict()
         mean = soups.uniform(averaged, allow_unrelated=True).weights
         assert all(torch.equal(loaded[name], mean[name]) for name in mean)
-    killed(fit, lightning, cut, *averages(), dies=True)
+    killed(fit, cut, *averages(), dies=True)
     first = torch.load(whole / "average.ckpt")["state_dict"]
-    second_module = fit(lightning, cut, *averages(), resume=cut / "saved/last.ckpt")
+    second_module = fit(cut, *averages(), resume=cut / "saved/last.ckpt")
     second = torch.load(cut / "average.ckpt")["state_dict"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(second_module.model[0].weight, module.model[0].weight)  # trained on, not averaged
     with pytest.raises(UserError, match="has no running average"):
-        fit(lightning, cut, LightningAverage(every=5), resume=cut / "saved/last.ckpt", max_steps=12)
+        fit(cut, LightningAverage(every=5), resume=cut / "saved/last.ckpt", max_steps=12)
     with pytest.raises(UserError, match="none of 10 steps is averaged"):
-        fit(lightning, cut, LightningAverage(every=100))
+        fit(cut, LightningAverage(every=100))
 
 
+@needs_lightning
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_of_lightning_keep_one_average_that_is_of_their_checkpoints(lightning, one_thread, tmp_path):
+def test_two_processes_of_lightning_keep_one_average_that_is_of_their_checkpoints(one_thread, tmp_path):
     from soups.callbacks import LightningAverage
 
     average = LightningAverage(every="checkpoint")
-    assert in_two_processes(fit, lightning, tmp_path, average, devices=2, strategy="ddp") == [0, 0]
+    assert exits(fit, tmp_path, average, devices=2, strategy="ddp", processes=2) == [0, 0]
     files = in_time_order([path for path in (tmp_path / "saved").iterdir() if path.name != "last.ckpt"])
     mean, found = soups.uniform(files, allow_unrelated=True).weights, torch.load(tmp_path / "average.ckpt")
     assert all(torch.equal(found["state_dict"][f"model.{name}"], tensor) for name, tensor in mean.items())

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import soups
 from soups.errors import UserError
+from tests.apart import exits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FULL = {
@@ -30,9 +30,9 @@ FULL = {
 SHARDS = {"rows": [Shard(0)], "columns": [Shard(2)], "both": [Shard(1)], "turned": [Shard(0)], "large": [Shard(1)]}
 
 
-def save_sharded(rank, folder):
+def save_sharded(folder):
     """One of two processes that save a model of which each has a part."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     state = {
         name: distribute_tensor(tensor, mesh, SHARDS[name]) if name in SHARDS else tensor
@@ -45,15 +45,7 @@ def save_sharded(rank, folder):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    context = torch.multiprocessing.get_context("fork")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        workers = [context.Process(target=save_sharded, args=(rank, folder)) for rank in range(2)]
-        for worker in workers:
-            worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    assert exits(save_sharded, folder, processes=2) == [0, 0]
     return folder / "saved"
 
 

@@ -1,7 +1,5 @@
 """Two processes (gloo) that share a model's weights train as one does: precision, optimiser, SAM, loss scaling."""
 
-import multiprocessing
-import os
 from dataclasses import replace
 
 import pytest
@@ -19,6 +17,7 @@ from finetune.dist import wrap
 from finetune.optim import Objective, backward_with_sam, build
 from models.classifier import Classifier
 from store.processes import Processes
+from tests.apart import exits
 
 OPTIM = Optim(
     lr=0.01, weight_decay=0.1, epochs=1, batch_size=8, warmup_steps=0, clip_norm=None, label_smoothing=0.0, mixup=0.0
@@ -53,23 +52,15 @@ def efficientnet():
 
 
 def in_pairs(test, folder):
-    """What `test(processes)` returns on each of two forked processes, which hold the libraries already."""
-    torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-
-    def work(rank):
-        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-        torch.save(test(Processes(rank, 2, torch.device("cpu"))), folder / f"{rank}.pt")
-        dist.barrier()
-        os._exit(0)  # without the tests' own ends
-
-    started = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=120)
-    assert [process.exitcode for process in started] == [0, 0]
+    """What `test(processes)` returns on each of two processes."""
+    assert exits(_kept, test, folder, processes=2) == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _kept(test, folder):
+    dist.init_process_group("gloo")
+    torch.save(test(Processes(dist.get_rank(), 2, torch.device("cpu"))), folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
 
 
 def train(model, processes, *, steps=2, sam=None, compute=COMPUTE, optim=OPTIM):
