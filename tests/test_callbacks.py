@@ -343,11 +343,18 @@ def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(one_thread,
 @needs_lightning
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_of_lightning_keep_one_average_that_is_of_their_checkpoints(one_thread, tmp_path):
+def test_two_processes_of_lightning_keep_one_average_that_is_of_their_checkpoints_resumed_or_not(one_thread, tmp_path):
     from soups.callbacks import LightningAverage
 
-    average = LightningAverage(every="checkpoint")
-    assert exits(fit, tmp_path, average, devices=2, strategy="ddp", processes=2) == [0, 0]
-    files = in_time_order([path for path in (tmp_path / "saved").iterdir() if path.name != "last.ckpt"])
-    mean, found = soups.uniform(files, allow_unrelated=True).weights, torch.load(tmp_path / "average.ckpt")
+    pair = {"devices": 2, "strategy": "ddp", "processes": 2}
+    averaged, plain = tmp_path / "averaged", tmp_path / "plain"
+    for folder, callbacks in ((averaged, [LightningAverage(every="checkpoint")]), (plain, [])):
+        assert exits(fit, folder, *callbacks, dies=True, **pair) == [-signal.SIGKILL] * 2
+        assert exits(fit, folder, *callbacks, resume=folder / "saved/last.ckpt", **pair) == [0, 0]
+    files = in_time_order([path for path in (averaged / "saved").iterdir() if path.name != "last.ckpt"])
+    assert len(files) == 5
+    mean, found = soups.uniform(files, allow_unrelated=True).weights, torch.load(averaged / "average.ckpt")
     assert all(torch.equal(found["state_dict"][f"model.{name}"], tensor) for name, tensor in mean.items())
+    # Whatever a resumed run of Lightning trains, it trains the same without an average.
+    with_it, without = (torch.load(folder / "saved/last.ckpt")["state_dict"] for folder in (averaged, plain))
+    assert all(torch.equal(with_it[name], tensor) for name, tensor in without.items())
