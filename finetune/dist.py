@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
@@ -25,7 +24,7 @@ from configs.errors import UserError
 from configs.training import Compute
 from eval.forward import DTYPES
 from finetune.averages import local_part
-from models.classifier import Classifier, Network, batch_norms
+from models.classifier import Classifier, Network, batch_norms, pad_small_images
 from store.processes import Processes, any_of, send_tensors, sum_over
 
 K = TypeVar("K", bound=Hashable)
@@ -62,34 +61,6 @@ def wrap(model: Network, compute: Compute, processes: Processes) -> nn.Module:
     if compute.strategy == "ddp" and processes.world > 1:
         network = DistributedDataParallel(network)
     return network
-
-
-class PaddedConv2d(nn.Conv2d):
-    """A depthwise convolution that pads images smaller than its kernel itself, and leaves out what meets only zeros.
-
-    oneDNN has no fast kernel for the gradient of such weights, which took a third of a step of the embedded model: for
-    5 x 5 weights on 64 images of 2 x 2 pixels and 1,152 channels 44 ms, where these 3 x 3 take 2 (docs/log.md).
-    """
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        height, width = input.shape[-2:]
-        if max(height, width) >= weight.shape[-1]:
-            return super()._conv_forward(input, weight, bias)
-        radius = weight.shape[-1] // 2
-        reach = min(radius, max(height, width) - 1)  # pixels from the middle of the kernel to the farthest of the image
-        used = slice(radius - reach, radius + reach + 1)
-        padded = F.pad(input, [reach] * 4)
-        return F.conv2d(padded, weight[..., used, used], bias, self.stride, groups=self.groups)
-
-
-def pad_small_images(model: nn.Module) -> None:
-    """Let depthwise convolutions pad small images themselves, in place; up to rounding, results stay as they are."""
-    for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
-            radius = module.kernel_size[0] // 2
-            sizes = module.kernel_size, module.padding, module.dilation, module.padding_mode
-            if sizes == ((2 * radius + 1,) * 2, (radius,) * 2, (1, 1), "zeros"):
-                module.__class__ = PaddedConv2d
 
 
 def _shard(model: Network, compute: Compute, processes: Processes) -> None:

@@ -28,10 +28,10 @@ from transformers import (
 from configs.errors import UserError
 from configs.schema import load
 from configs.training import Model
-from finetune.dist import PaddedConv2d, blocks, pad_small_images, wrap
+from finetune.dist import blocks, wrap
 from finetune.train import ONE_PROCESS
 from models.backbones import mean_and_std
-from models.classifier import architecture, pretrained, random_head
+from models.classifier import PaddedConv2d, architecture, pad_small_images, pretrained, random_head
 
 CLIP = "a-clip-of-three-blocks"
 NAMES = ("red fox", "tea pot", "grand piano")

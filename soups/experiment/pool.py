@@ -211,13 +211,18 @@ def _random_order(context: PoolContext) -> Mixed:
 
 def _learned(per: Literal["model", "layer", "tensor"], context: PoolContext) -> Mixed:
     """Appendix I; the coefficients of all groups are kept, and their mean is what soup.json lists."""
+    from models.classifier import pad_small_images  # noqa: PLC0415  # seconds that other recipes need not wait for
+
     split, settings = context.evaluator.split(context.split), context.cooking.learned
     files: list[Loader] = [partial(LazyWeights, i.folder / "weights.safetensors") for i in context.pool]
-    images, labels = context.evaluator.together(context.split), split.labels.to(context.evaluator.model.device)
+    network = context.evaluator.model
+    images, labels = context.evaluator.together(context.split), split.labels.to(network.device)
     descent = LearnedSettings(per, **vars(settings))
+    if network.device.type == "cpu":
+        pad_small_images(network)
     with little_memory():
         learnt = learned(
-            context.evaluator.model,
+            network,
             files,
             shuffled(images, labels, settings.batch_size, context.identity),
             descent,
