@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from rich.table import Table
 from soups.checks import looked_through, sound_digest
 from soups.conformance import common_layout
 from soups.errors import UserError
+from soups.files.aligned import differ
 from soups.files.checkpoints import Checkpoint
 from soups.files.names import short_names
 from soups.files.opening import alike, open_checkpoint
@@ -72,6 +73,11 @@ def _fits(checkpoint: Checkpoint, others: Sequence[Checkpoint], reading: Reading
     return ""
 
 
+def _in_order_of(first: Path, path: Path, reading: Reading | None) -> Reading | None:
+    """How a model is read whose classes or tokens may be in another order than the first one's: as soups read it."""
+    return replace(reading or Reading(), like=str(first)) if differ(path, first) else reading
+
+
 def examine(
     paths: Sequence[Path],
     init: Path | None = None,
@@ -107,10 +113,10 @@ def examine(
     with ExitStack() as stack:
         opened: dict[Path, Checkpoint] = {}
         problems: dict[Path, str] = {}
-        start = open_checkpoint(init, stack, reading) if init else None
+        start = open_checkpoint(init, stack, _in_order_of(paths[0], init, reading)) if init else None
         for path in paths:
             try:
-                opened[path] = open_checkpoint(path, stack, reading)
+                opened[path] = open_checkpoint(path, stack, _in_order_of(paths[0], path, reading))
             except UserError as error:
                 problems[path] = str(error)
         opened = dict(zip(opened, alike(list(opened.values())), strict=True))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import BertForSequenceClassification
 
 import soups
 from soups.cli import main
+from soups.doctor import examine
 from soups.errors import UserError
 from soups.files.aligned import tokens
 from soups.made_up import make_hugging_face
@@ -114,6 +116,15 @@ def test_other_classes_are_refused_with_the_difference(names, own, others, pool)
         soups.uniform(["m0", "m1"])
 
 
+def test_the_doctor_compares_models_in_the_same_order_of_classes(pool):
+    paths = [Path("m0"), Path("m1")]
+    expected = examine(paths)
+    reorder(pool / "m1")
+    found = examine(paths)
+    assert found.findings == expected.findings
+    assert found.geometry.distances[1] == expected.geometry.distances[1] > 0
+
+
 def test_heads_whose_names_are_not_known_are_refused_where_classes_are_in_another_order(pool):
     reorder(pool / "m1")
     for i in range(2):
@@ -121,6 +132,7 @@ def test_heads_whose_names_are_not_known_are_refused_where_classes_are_in_anothe
         save_file(state, pool / f"m{i}/model.safetensors")
     with pytest.raises(UserError, match="it has no head with a row for each"):
         soups.uniform(["m0", "m1"])
+    assert "it has no head with a row for each" in examine([Path("m0"), Path("m1")]).models[1].problem
 
 
 def resize(folder, more, drop=()):
