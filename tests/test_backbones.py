@@ -35,11 +35,7 @@ from models.classifier import PaddedConv2d, architecture, pad_small_images, pret
 
 CLIP = "a-clip-of-three-blocks"
 NAMES = ("red fox", "tea pot", "grand piano")
-WORDS = [
-    "[PAD]",
-    "[EOS]",
-    *["a", "photo", "of", "red", "fox", "tea", "pot", "grand", "piano", "the", ".", "one", "bad"],
-]
+WORDS = ["[PAD]", "[EOS]", "a", "photo", "of", "red", "fox", "tea", "pot", "grand", "piano", "the", ".", "one", "bad"]
 ANY = Model(kind="timm", name="test_vit.r160_in1k", image_size=160, normalize=False, head="random", probe_c=(1,))
 
 
@@ -71,29 +67,22 @@ def test_an_open_clip_file_gives_open_clips_own_features_and_zero_shot_logits(cl
     clip, path = clip_file
     classifier = pretrained(clip_model(path, templates="openai"), NAMES).eval()
     seen = (images.float() / 255 - classifier.mean / 255) / (classifier.std / 255)
+    assert classifier.mean.flatten().tolist() == pytest.approx([255 * m for m in (0.48145466, 0.4578275, 0.40821073)])
     with torch.no_grad():
         features = clip.encode_image(seen, normalize=True)
         torch.testing.assert_close(classifier.features(images), features, atol=1e-5, rtol=1e-4)
-        head = open_clip.build_zero_shot_classifier(
-            clip, open_clip.get_tokenizer(CLIP), NAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
-        )
+        templates = open_clip.OPENAI_IMAGENET_TEMPLATES
+        head = open_clip.build_zero_shot_classifier(clip, open_clip.get_tokenizer(CLIP), NAMES, templates)
         expected = clip.logit_scale.exp() * features @ head
         torch.testing.assert_close(classifier(images), expected, atol=1e-3, rtol=1e-4)
 
 
-def test_the_name_alone_is_another_prompt_than_the_templates_of_icons(clip_file):
-    _, path = clip_file
-    heads = [pretrained(clip_model(path, templates=kind), NAMES).head.weight for kind in ("emoji", "name")]
-    assert not torch.allclose(*heads)
-
-
-def test_images_are_normalised_as_clip_was_trained_and_features_may_keep_their_norm(clip_file, images):
-    _, path = clip_file
-    classifier = pretrained(clip_model(path, normalize=False), NAMES).eval()
-    assert classifier.mean.flatten().tolist() == pytest.approx([255 * m for m in (0.48145466, 0.4578275, 0.40821073)])
+def test_other_templates_give_another_head_and_features_may_keep_their_norm(clip_file, images):
+    kinds = ({"templates": "emoji"}, {"templates": "name", "normalize": False})
+    with_unit, with_long = (pretrained(clip_model(clip_file[1], **kind), NAMES).eval() for kind in kinds)
+    assert not torch.allclose(with_unit.head.weight, with_long.head.weight)
     with torch.no_grad():
-        long = classifier.features(images)
-        unit = pretrained(clip_model(path), NAMES).eval().features(images)
+        unit, long = with_unit.features(images), with_long.features(images)
     torch.testing.assert_close(F.normalize(long, dim=-1), unit)
     assert not torch.allclose(long.norm(dim=-1), torch.ones(2))
 
@@ -179,13 +168,8 @@ def hub_clip(folder):
 
 
 def hub_align(folder):
-    vision = {
-        "image_size": 64,
-        "width_coefficient": 0.1,
-        "depth_coefficient": 0.1,
-        "hidden_dim": 320,
-        "initializer_range": 0.5,
-    }
+    vision = {"image_size": 64, "hidden_dim": 320, "initializer_range": 0.5}
+    vision |= {"width_coefficient": 0.1, "depth_coefficient": 0.1}
     text = SMALL | {"vocab_size": len(WORDS), "pad_token_id": 0}
     network = AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=32))
     processor = EfficientNetImageProcessor(do_normalize=False, rescale_offset=True)
@@ -259,12 +243,11 @@ def test_recomputed_activations_give_the_same_gradients_block_by_block(kind, dep
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("size", "kernel", "stride"), [(2, 3, 1), (2, 5, 1), (3, 5, 1), (4, 5, 2), (5, 7, 1), (5, 5, 1)]
-)
+@pytest.mark.parametrize("shape", [(2, 3, 1), (2, 5, 1), (3, 5, 1), (4, 5, 2), (5, 7, 1), (5, 5, 1)])
 @pytest.mark.parametrize("wider", [0, 2])
-def test_depthwise_convolutions_of_small_images_keep_their_results_and_gradients(size, kernel, stride, wider):
+def test_depthwise_convolutions_of_small_images_keep_their_results_and_gradients(shape, wider):
     torch.manual_seed(0)
+    size, kernel, stride = shape
     first = torch.nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6).double()
     second = copy.deepcopy(first)
     pad_small_images(second)

@@ -43,8 +43,7 @@ def test_images_are_those_of_open_clip_before_its_normalisation(size, squash, mo
 
 @pytest.mark.parametrize("squash", [False, True])
 def test_a_larger_resize_is_cropped_in_its_middle(squash):
-    image = rgb(90, 60)
-    sides = (20, 20) if squash else (30, 20)
+    image, sides = rgb(90, 60), (20, 20) if squash else (30, 20)
     resized = np.asarray(image.resize(sides, 3)).transpose(2, 0, 1)  # 3 is bicubic
     left = (sides[0] - 16) // 2
     expected = resized[:, 2:18, left : left + 16]
@@ -88,20 +87,22 @@ def test_batches_depend_on_nothing_but_the_images(folder, one_by_one, tmp_path, 
 
 def in_memory(n, height, width):
     images = torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(0))
-    return ImageSplit(
-        "test", Pixels(images.to(torch.uint8)), torch.zeros(n, dtype=torch.int64), f"{n} x {height} x {width}"
-    )
+    pixels, labels = Pixels(images.to(torch.uint8)), torch.zeros(n, dtype=torch.int64)
+    return ImageSplit("test", pixels, labels, f"{n} x {height} x {width}")
+
+
+def all_of(split, transform, batch=4, **more):
+    """The images that an evaluation sees."""
+    return torch.cat(list(eval_batches(split, transform, batch=batch, **more)))
 
 
 def test_images_in_memory_of_the_right_size_are_given_as_they_are(tmp_path):
     split = in_memory(9, 16, 16)
     same = EvalTransform(16, 16, False)
-    given = torch.cat(list(eval_batches(split, same, batch=4, decoded=tmp_path)))
-    assert torch.equal(given, split.images)
+    assert torch.equal(all_of(split, same, decoded=tmp_path), split.images)
     assert not list(tmp_path.iterdir())
-    assert torch.equal(given, torch.stack([same(split.pil(i)) for i in range(9)]))
-    resized = torch.cat(list(eval_batches(split, SMALL, batch=4)))
-    assert torch.equal(resized, torch.stack([SMALL(split.pil(i)) for i in range(9)]))
+    for transform in (same, SMALL):
+        assert torch.equal(all_of(split, transform), torch.stack([transform(split.pil(i)) for i in range(9)]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -130,12 +131,11 @@ def test_only_needed_shards_are_made_and_each_only_once(tmp_path):
     split = in_memory(2 * SHARD + 5, 3, 4)
     rows = torch.tensor([2 * SHARD + 4, 1])
     tiny = EvalTransform(4, 4, False)
-    given = torch.cat(list(eval_batches(split, tiny, batch=2, rows=rows, decoded=tmp_path)))
+    given = all_of(split, tiny, batch=2, rows=rows, decoded=tmp_path)
     assert torch.equal(given, torch.stack([tiny(split.pil(i)) for i in rows.tolist()]))
     made = {path.name: path.stat() for path in tmp_path.rglob("*.npy")}
     assert sorted(made) == ["00000000.npy", f"{2 * SHARD:08d}.npy"]
-    every = torch.cat(list(eval_batches(split, tiny, batch=999, decoded=tmp_path)))
-    assert torch.equal(every, torch.cat(list(eval_batches(split, tiny, batch=999))))
+    assert torch.equal(all_of(split, tiny, batch=999, decoded=tmp_path), all_of(split, tiny, batch=999))
     now = {path.name: path.stat() for path in tmp_path.rglob("*.npy")}
     assert len(now) == 3
     assert all(now[name].st_ino == made[name].st_ino for name in made)
@@ -144,8 +144,7 @@ def test_only_needed_shards_are_made_and_each_only_once(tmp_path):
 def test_other_images_and_other_transforms_have_other_shards(tmp_path):
     for split in (in_memory(3, 5, 5), in_memory(3, 5, 6)):
         for transform in (EvalTransform(4, 4, False), EvalTransform(4, 5, False), EvalTransform(4, 5, True)):
-            given = torch.cat(list(eval_batches(split, transform, batch=3, decoded=tmp_path)))
-            assert torch.equal(given, torch.stack([transform(split.pil(i)) for i in range(3)]))
+            assert torch.equal(all_of(split, transform, decoded=tmp_path), all_of(split, transform))
     assert len(list(tmp_path.iterdir())) == 6
 
 
@@ -162,13 +161,13 @@ def test_other_images_and_other_transforms_have_other_shards(tmp_path):
 )
 def test_a_damaged_shard_is_decoded_anew_with_a_word(tmp_path, capsys, damage):
     split = in_memory(9, 3, 4)
-    right = torch.cat(list(eval_batches(split, SMALL, batch=4, decoded=tmp_path)))
+    right = all_of(split, SMALL, decoded=tmp_path)
     (path,) = tmp_path.rglob("*.npy")
     damage(path)
     capsys.readouterr()
-    assert torch.equal(torch.cat(list(eval_batches(split, SMALL, batch=4, decoded=tmp_path))), right)
+    assert torch.equal(all_of(split, SMALL, decoded=tmp_path), right)
     assert re.search(r"images .*/00000000.npy are damaged \(.*\): decoding them anew\n$", capsys.readouterr().out)
-    assert torch.equal(torch.cat(list(eval_batches(split, SMALL, batch=4, decoded=tmp_path))), right)
+    assert torch.equal(all_of(split, SMALL, decoded=tmp_path), right)
     assert capsys.readouterr().out == ""
 
 
@@ -186,26 +185,16 @@ SHARDS = 4
 BUILD = """
 import sys
 from pathlib import Path
-from test_eval_images import SHARD, SHARDS, SMALL, in_memory
-from tasks.eval_images import eval_batches
-list(eval_batches(in_memory(SHARDS * SHARD, 5, 4), SMALL, batch=64, decoded=Path(sys.argv[1])))
+from test_eval_images import SHARD, SHARDS, SMALL, all_of, in_memory
+all_of(in_memory(SHARDS * SHARD, 5, 4), SMALL, batch=64, decoded=Path(sys.argv[1]))
 """
-
-
-def build(folder):
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.Popen([python(), "-c", BUILD, str(folder)], env=os.environ | paths)
-
-
-def assert_the_cache_gives_the_images(folder):
-    split = in_memory(SHARDS * SHARD, 5, 4)
-    given = torch.cat(list(eval_batches(split, SMALL, batch=1000, decoded=folder)))
-    assert torch.equal(given, torch.cat(list(eval_batches(split, SMALL, batch=1000))))
 
 
 @pytest.mark.slow
 def test_two_builds_at_once_do_no_harm(tmp_path):
-    processes = [build(tmp_path) for _ in range(2)]
+    call, paths = [python(), "-c", BUILD, str(tmp_path)], {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    processes = [subprocess.Popen(call, env=os.environ | paths) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    assert_the_cache_gives_the_images(tmp_path)
+    split = in_memory(SHARDS * SHARD, 5, 4)
+    assert torch.equal(all_of(split, SMALL, batch=1000, decoded=tmp_path), all_of(split, SMALL, batch=1000))
     assert len(list(tmp_path.glob("*/*"))) == SHARDS

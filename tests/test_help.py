@@ -17,6 +17,8 @@ from tests.commands import here
 
 
 def test_each_command_has_a_help_of_its_own_with_groups_and_an_experiment_a_line():
+    assert {each.name.split(".")[0] for each in settings_of(Experiment) if "." in each.name} == set(GROUPS)
+    assert all(topic_help(group, Experiment, {}) for group in GROUPS)
     helps = [helped(["--help"], module.__doc__) for module in (training, evaluation)]
     assert helps[0].startswith("Fine-tune a sweep:") and helps[1].startswith("Evaluate every finished model")
     for text in helps:
@@ -60,17 +62,10 @@ def test_a_comment_belongs_to_the_field_that_it_stands_beside_or_above():
     assert comments_of(Sweep)["index"] == "train this row only, as an array job does"
 
 
-def test_every_group_of_settings_is_in_the_help():
-    groups = {each.name.split(".")[0] for each in settings_of(Experiment) if "." in each.name}
-    assert groups == set(GROUPS)
-    assert all(topic_help(group, Experiment, {}) for group in GROUPS)
-
-
 def test_help_on_what_is_not_there_names_what_is_near():
-    with pytest.raises(UserError, match="--help optm: there is no such group or setting, but optim"):
-        helped(["--help", "optm"], "")
-    with pytest.raises(UserError, match=r"there is no such group or setting, but optim.momentum"):
-        helped(["--help", "optim.momentun"], "")
+    for wrong, near in (("optm", "optim"), ("optim.momentun", "optim.momentum")):
+        with pytest.raises(UserError, match=f"--help {wrong}: there is no such group or setting, but {near}"):
+            helped(["--help", wrong], "")
 
 
 @pytest.mark.parametrize(

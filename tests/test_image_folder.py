@@ -59,14 +59,17 @@ def test_images_of_every_kind_are_those_of_torchvision_in_its_order(tree):
 
 
 def test_hidden_names_and_a_macs_leftovers_are_no_classes_and_no_images(tree):
-    before = {name: (files(load_split(task(tree), name)), load_split(task(tree), name).digest) for name in SPLITS}
+    def found():
+        splits = [load_split(task(tree), name) for name in SPLITS]
+        return [(files(split), split.digest) for split in splits]
+
+    before = found()
     for name in SPLITS:
         for junk in (".ipynb_checkpoints", "__MACOSX", "a b/.thumbnails", "a b/__MACOSX/deep"):
             (tree / name / junk).mkdir(parents=True)
             rgb(9, 8).save(tree / name / junk / "x.jpg")
         (tree / name / "a b/._0.jpg").write_bytes(b"a fork of resources")
-    after = {name: (files(load_split(task(tree), name)), load_split(task(tree), name).digest) for name in SPLITS}
-    assert after == before
+    assert found() == before
     assert class_names(task(tree)) == tuple(re.sub("[_-]", " ", name) for name in sorted({"a b", "n-o_t", "Öl", "ß"}))
 
 
@@ -241,8 +244,15 @@ def test_a_digest_tells_splits_of_the_same_names_and_sizes_apart_by_their_conten
 
 def test_class_names_are_those_of_folders_of_a_file_or_of_imagenet(tree):
     assert class_names(task(tree)) == ("a b", "n o t", "Öl", "ß")
-    (tree / "names.txt").write_text("one\ntwo words\nthree\nfour\n")
-    assert class_names(task(tree, names=str(tree / "names.txt"))) == ("one", "two words", "three", "four")
+    names, named = tree / "names.txt", task(tree, names=str(tree / "names.txt"))
+    names.write_text("one\ntwo words\nthree\nfour\n")
+    assert class_names(named) == ("one", "two words", "three", "four")
+    for text, words in (("one\ntwo\n", "has 2 names for 4"), ("one\n\ntwo\nthree\n", "has 3 names for 4 classes")):
+        names.write_text(text)
+        with pytest.raises(UserError, match=words):
+            class_names(named)
+    with pytest.raises(UserError, match="neither folder, imagenet, nor a readable file"):
+        class_names(task(tree, names="folders"))
     for i in range(1000):
         (tree / f"wnids/n{i:08d}").mkdir(parents=True)
     imagenet = task(tree, names="imagenet", num_classes=1000, folders={"train": "wnids"})
@@ -250,18 +260,6 @@ def test_class_names_are_those_of_folders_of_a_file_or_of_imagenet(tree):
     (tree / "wnids/n00000003").rename(tree / "wnids/three")
     with pytest.raises(UserError, match="needs 1,000 class folders such as n01440764, but there is 'three'"):
         class_names(imagenet)
-
-
-def test_a_file_of_names_has_one_for_each_class(tree):
-    for text, words in (
-        ("one\ntwo\n", "has 2 names for 4 classes"),
-        ("one\n\ntwo\nthree\n", "has 3 names for 4 classes"),
-    ):
-        (tree / "names.txt").write_text(text)
-        with pytest.raises(UserError, match=words):
-            class_names(task(tree, names=str(tree / "names.txt")))
-    with pytest.raises(UserError, match="neither folder, imagenet, nor a readable file"):
-        class_names(task(tree, names="folders"))
 
 
 def test_some_classes_of_a_folder_keep_their_files_and_names(tree):
@@ -291,9 +289,6 @@ def test_the_parts_of_a_task_in_memory_deal_out_its_classes():
     few = load("demo", "task.parts=3", "task.part=1", "task.classes=5").task
     assert class_names(few) == names[1:16:3]
     assert load_task_split(few, "test").labels.max() == 4
-
-
-def test_the_embedded_data_must_have_as_many_classes_as_the_settings_say():
     with pytest.raises(UserError, match=r"task.num_classes=619, but .* has 620 classes"):
         class_names(load("demo", "task.num_classes=619").task)
 
@@ -301,9 +296,8 @@ def test_the_embedded_data_must_have_as_many_classes_as_the_settings_say():
 def test_a_big_split_is_cheap_to_send_to_another_process():
     n = 200_000
     names = packed([f"n{i // 200:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(n)])
-    split = ImageSplit(
-        "train", Files(Path("/data/train"), names, np.zeros(n, np.int64)), torch.arange(n) // 200, "0" * 32
-    )
+    listed = Files(Path("/data/train"), names, np.zeros(n, np.int64))
+    split = ImageSplit("train", listed, torch.arange(n) // 200, "0" * 32)
     assert len(pickle.dumps(split)) < 20e6
     with multiprocessing.get_context("spawn").Pool(1) as other:
         first, last = other.map(split.stored.path, [0, n - 1])

@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
+import miniatures
 import pytest
 import torch
 from pictures import save_tree, task
 
-from configs.data import Sentences
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
@@ -26,14 +26,14 @@ def tree(tmp_path):
     return save_tree(tmp_path / "data", splits=("train", "held_out", "test", "night"))
 
 
-def images(root, **settings):
+def images(root, **own):
     for cached in (load_split, scanned, refuse_overlaps):
         cached.cache_clear()
-    return task(root, shifts=("night",), **settings)
+    return task(root, shifts=("night",), **own)
 
 
-def found(settings):
-    return [(each.first, each.second, each.count, each.n) for each in overlaps(settings)]
+def found(task):
+    return [(each.first, each.second, each.count, each.n) for each in overlaps(task)]
 
 
 def test_an_image_in_two_splits_is_found_under_any_name_and_class(tree):
@@ -65,10 +65,8 @@ def test_only_what_can_be_equal_is_read(tree, monkeypatch):
     read = []
     monkeypatch.setattr("tasks.files.read_file", lambda path, last=None: read.append(last) or path.read_bytes())
     settings = images(tree)
-    for name in ("train", "held_out", "test", "night"):
-        load_split(settings, name)
-    read.clear()
     sizes = [set(load_split(settings, name).stored.sizes.tolist()) for name in ("train", "held_out", "test", "night")]
+    read.clear()
     shared = {size for i, own in enumerate(sizes) for j, other in enumerate(sizes) if i != j for size in own & other}
     assert overlaps(settings) == []
     assert len(read) < 12 if not shared else len(read) < 48
@@ -86,10 +84,9 @@ def test_every_stage_and_the_check_refuse_and_splits_that_report_may_share(tree,
     config = load("own_images", *typed)
     images(tree)
     words = r"1 of the 13 images of split 'test' stand in split 'train' too"
-    with pytest.raises(UserError, match=words):
-        Evaluator(config).split("held_out")
-    with pytest.raises(UserError, match=words):
-        Evaluator(config).inputs("train")
+    for read in (lambda: Evaluator(config).split("held_out"), lambda: Evaluator(config).inputs("train")):
+        with pytest.raises(UserError, match=words):
+            read()
     with pytest.raises(UserError, match=words):
         check(config.task)
 
@@ -118,26 +115,22 @@ def test_training_needs_no_test_set_that_is_not_there_yet(tree, tmp_path):
 def test_images_in_memory_are_compared_by_their_pixels(monkeypatch):
     pixels = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     parts = {"train": pixels[:5], "held_out": pixels[5:7], "test": pixels[[7, 2]]}
-    splits = {
-        name: ImageSplit(name, Pixels(part), torch.zeros(len(part), dtype=torch.int64), name)
-        for name, part in parts.items()
-    }
-    monkeypatch.setattr(module, "load_split", lambda task, name: splits[name])
+
+    def split(task, name):
+        return ImageSplit(name, Pixels(parts[name]), torch.zeros(len(parts[name]), dtype=torch.int64), name)
+
+    monkeypatch.setattr(module, "load_split", split)
     assert found(task("x")) == [("train", "test", 1, 2)]
 
 
-def texts(**settings):
-    values = {"folder": "x", "num_classes": 2, "template": "{t}", "options": ("no", "yes")}
-    return Sentences(
-        kind="sentences",
-        **(values | {"train": "train", "held_out": "held_out", "test": "test", "shifts": ()} | settings),
-    )
+def texts(folder="x", **own):
+    return miniatures.settings("sentences", folder, 2, **({"template": "{t}", "options": ("no", "yes")} | own))
 
 
-def parted(settings, contents, labels=None):
+def parted(task, contents, labels=None):
     labels = labels or [0, 1] * (len(contents) // 2)
     rows = Rows(("id", "t"), [(str(i), text) for i, text in enumerate(contents)], labels, Path("x"))
-    return [{field for (field,) in text_split(settings, name, rows).fields} for name in ("held_out", "train")]
+    return [{field for (field,) in text_split(task, name, rows).fields} for name in ("held_out", "train")]
 
 
 @pytest.mark.parametrize("rule", [{"held_out_share": 0.25}, {"held_out_per_class": 10}], ids=str)
@@ -160,28 +153,22 @@ def test_a_text_keeps_its_split_when_others_are_added():
 
 
 def test_a_class_without_a_low_draw_still_has_a_text_held_out_and_one_to_train():
-    settings = texts(held_out_share=0.001)
-    held_out, train = parted(settings, [f"text {i}" for i in range(12)])
-    assert len(held_out) == 2
-    assert len(train) == 10
+    held_out, train = parted(texts(held_out_share=0.001), [f"text {i}" for i in range(12)])
+    assert (len(held_out), len(train)) == (2, 10)
     with pytest.raises(UserError, match=r"leaves none of the 1 texts of class 'yes'"):
-        parted(settings, ["a", "b", "c"], [0, 0, 1])
+        parted(texts(held_out_share=0.001), ["a", "b", "c"], [0, 0, 1])
 
 
 def test_texts_of_two_splits_are_compared_by_what_the_template_reads(tmp_path):
-    for name, rows in {
-        "train": ["1\tgood  film\t1", "2\tbad\t0"],
-        "held_out": ["3\tfine\t1"],
-        "test": ["4\tgood film\t0"],
-    }.items():
-        (tmp_path / f"{name}.tsv").write_text("\n".join(["id\tt\tlabel", *rows]) + "\n")
-    settings = texts(folder=tmp_path)
+    lines = {"train": "1\tgood  film\t1\n2\tbad\t0\n", "held_out": "3\tfine\t1\n", "test": "4\tgood film\t0\n"}
+    for name, text in lines.items():
+        (tmp_path / f"{name}.tsv").write_text("id\tt\tlabel\n" + text)
     load_split.cache_clear()
-    assert found(settings) == [("train", "test", 1, 1)]
+    assert found(texts(tmp_path)) == [("train", "test", 1, 1)]
     with pytest.raises(UserError, match=r"1 of the 1 texts of split 'test' .*'good  film' of train is 'good film' of"):
-        refuse_overlaps(settings, tmp_path / "runs")
+        refuse_overlaps(texts(tmp_path), tmp_path / "runs")
     with pytest.raises(UserError, match="reads no column"):
-        load_split(texts(folder=tmp_path, template="yes or no?"), "train")
+        load_split(texts(tmp_path, template="yes or no?"), "train")
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_text"])

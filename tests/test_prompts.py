@@ -93,49 +93,29 @@ def test_one_step_moves_the_loss_towards_the_answer(model):
     before = -network(batch)[:, 2].mean()
     before.backward()
     optimizer.step()
-    after = -network(batch)[:, 2].mean()
-    assert after < before
-    untouched = [name for name, parameter in network.named_parameters() if parameter.grad is None]
-    assert untouched == []  # every parameter that is souped is trained
+    assert -network(batch)[:, 2].mean() < before
+    assert all(parameter.grad is not None for parameter in network.parameters())  # all that is souped is trained
 
 
-def averaged_with_another(model, tmp_path):
-    """Two networks of one kind, the state dict of their mean, and the mean of each tensor by hand."""
+def test_the_average_of_two_is_their_mean_exactly_once_and_stays_tied_when_saved_and_loaded_by_the_library(
+    model, tmp_path
+):
     other = replace(model, weights=FOLDERS[model.kind](tmp_path / "other", seed=1))
     two = [pretrained_network(each, OPTIONS, ANSWERS) for each in (model, other)]
-    states = [network.state_dict() for network in two]
-    mean = Average().plus(states[0]).plus(states[1]).weights()
-    return two, mean, {name: (states[0][name].double() + states[1][name].double()) / 2 for name in states[0]}
-
-
-def test_the_average_of_two_is_their_mean_exactly_once_and_stays_tied(model, tmp_path):
-    two, mean, expected = averaged_with_another(model, tmp_path)
-    assert mean.keys() == expected.keys()
-    for name, tensor in mean.items():
-        assert torch.equal(tensor, expected[name].float()), name
+    one, another = (network.state_dict() for network in two)
+    mean = Average().plus(one).plus(another).weights()
+    assert mean.keys() == one.keys()
     # In place, as a careless loop over all names would do it, tied weights would be averaged several times.
-    soup = two[0]
-    soup.load_state_dict(mean, strict=True)
-    library = soup.network
-    assert library.get_output_embeddings().weight is library.get_input_embeddings().weight
-    assert torch.equal(library.get_input_embeddings().weight, mean[_embedding(mean)])
-
-
-def _embedding(names):
-    return next(name for name in names if name.endswith(("word_embeddings.weight", "shared.weight")))
-
-
-def test_saved_and_loaded_by_the_library_the_soup_is_the_same_and_tied(model, tmp_path):
-    _, mean, _ = averaged_with_another(model, tmp_path)
-    file = tmp_path / "soup.safetensors"
-    save_weights(file, mean)
+    for name, tensor in mean.items():
+        assert torch.equal(tensor, ((one[name].double() + another[name].double()) / 2).float()), name
+    save_weights(tmp_path / "soup.safetensors", mean)
     soup = architecture(model, 3, ANSWERS)
-    soup.load_state_dict(load_weights(file), strict=True)
+    soup.load_state_dict(load_weights(tmp_path / "soup.safetensors"), strict=True)
     soup.network.save_pretrained(tmp_path / "library")
-    back = LIBRARY[model.kind].from_pretrained(tmp_path / "library")
-    assert back.get_output_embeddings().weight is back.get_input_embeddings().weight
-    for name, parameter in back.named_parameters():
-        assert torch.equal(parameter, mean[f"network.{name}"]), name
+    for library in (soup.network, LIBRARY[model.kind].from_pretrained(tmp_path / "library")):
+        assert library.get_output_embeddings().weight is library.get_input_embeddings().weight
+        for name, parameter in library.named_parameters():
+            assert torch.equal(parameter, mean[f"network.{name}"]), name
 
 
 def test_integer_buffers_are_neither_averaged_nor_lost(model):
@@ -157,9 +137,8 @@ def test_what_looks_like_a_special_token_in_a_text_is_read_as_words(model):
 
 
 def test_a_masked_language_model_that_is_no_bert_is_refused(tmp_path):
-    RobertaForMaskedLM(
-        RobertaConfig(vocab_size=40, **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
-    ).save_pretrained(tmp_path)
+    small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaForMaskedLM(RobertaConfig(**small)).save_pretrained(tmp_path)
     tokenizer(SPECIAL).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="takes BertForMaskedLM"):
         pretrained_network(prompted_model("masked_lm", tmp_path), OPTIONS, ANSWERS)

@@ -95,28 +95,24 @@ def test_what_a_killed_job_left_half_unpacked_is_not_taken_for_whole(data, tmp_p
     assert not [path for path in (tmp_path / "node").iterdir() if path.name.endswith(".tmp")]
 
 
-def test_what_cannot_be_unpacked_is_said_in_one_line(data, tmp_path, monkeypatch):
+def test_what_cannot_be_unpacked_or_is_of_several_data_sets_is_said_in_one_line(data, tmp_path, monkeypatch):
     archive, to = archived(data, "tar"), f"cluster.stage_to={tmp_path / 'node'}"
-    with pytest.raises(UserError, match=r"cluster\.stage=.*none\.tar: No such file"):
-        staged(experiment(data, f"cluster.stage={tmp_path}/none.tar", to))
-    half = archive.with_name("half.tar")
     with tarfile.open(archive) as whole:
         between, inside = whole.getmembers()[-1].offset, whole.getmembers()[-1].offset_data + 9
-    for end in (between, inside):
-        half.write_bytes(archive.read_bytes()[:end])
-        with pytest.raises(UserError, match=r"half\.tar cannot be unpacked"):
-            staged(experiment(data, f"cluster.stage={half}", to))
-    words = archive.with_name("words.txt")
-    words.write_text("no archive")
-    with pytest.raises(UserError, match=r"neither a folder nor an archive \(\.tar, "):
-        staged(experiment(data, f"cluster.stage={words}", to))
+    for name, end in (("between.tar", between), ("inside.tar", inside), ("words.txt", 99)):
+        (tmp_path / name).write_bytes(archive.read_bytes()[:end])
+
+    def refused(source, words):
+        with pytest.raises(UserError, match=words):
+            staged(experiment(data, f"cluster.stage={source}", to))
+
+    refused(tmp_path / "none.tar", r"cluster\.stage=.*none\.tar: No such file")
+    refused(tmp_path / "between.tar", r"between\.tar cannot be unpacked")
+    refused(tmp_path / "inside.tar", r"inside\.tar cannot be unpacked")
+    refused(tmp_path / "words.txt", r"neither a folder nor an archive \(\.tar, ")
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(UserError, match=r"type cluster\.stage_to=FOLDER of a larger local disk"):
-        staged(experiment(data, f"cluster.stage={archive}", to))
-
-
-def test_one_archive_is_not_given_to_experiments_of_several_data_sets():
-    typed = ["parts=[figuree1_cars,figuree1_dtd]", "cluster.stage=a.tar"]
+    refused(archive, r"type cluster\.stage_to=FOLDER of a larger local disk")
+    typed = ["parts=[figuree1_cars,figuree1_dtd]", f"cluster.stage={archive}"]
     with pytest.raises(UserError, match=r"cluster\.stage is the data of one experiment"):
         parts_of(load("table5", *typed), typed)
 
