@@ -19,17 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import UserError
 from configs.exporting import Export, parse_export
-from configs.help import (
-    GENERAL,
-    GROUPS,
-    command_help,
-    mentions,
-    nearest,
-    nearest_setting,
-    options_of,
-    settings_of,
-    topic_help,
-)
+from configs.help import GROUPS, command_help, mentions, nearest, nearest_setting, options_of, settings_of, topic_help
 from configs.registered import CONFIGS
 from configs.schema import Experiment, composed, field_of, fields_of, load, parse
 from configs.slurm import requeueing
@@ -43,9 +33,7 @@ OF_ONE_CALL = ("run", "recipe", "artefact", "submit", "sweep.index", "share.inde
 def parts_as_typed(config: Experiment, typed: Sequence[str]) -> list[tuple[Experiment, list[str]]]:
     """The experiments that one is made of, each with the words that make it by itself; or itself with its own words.
 
-    Args:
-        config: the experiment that was named.
-        typed: overrides of the command line; all parts get those that say nothing of the whole.
+    All parts get what is typed on the command line, but for what is said of the whole.
 
     Raises:
         UserError: a name, which all parts would share, and with it their run folder; an archive of data for parts of
@@ -76,9 +64,7 @@ def parts_of(config: Experiment, typed: Sequence[str]) -> list[Experiment]:
 def typed_right(main: Callable[[], None], document: str = "") -> Callable[[], None]:
     """A `main` of Hydra that answers --help by itself, takes `run=FOLDER`, and refuses what is mistyped in one line.
 
-    Args:
-        main: decorated by Hydra.
-        document: the docstring of the command's module; empty: --help is Hydra's.
+    Without the `document` of the command's module, --help is Hydra's.
     """
 
     def checked() -> None:
@@ -102,12 +88,7 @@ def typed_right(main: Callable[[], None], document: str = "") -> Callable[[], No
 
 
 def with_run(words: Sequence[str]) -> list[str]:
-    """The words of a command with run=FOLDER replaced by the words that this run was made with.
-
-    Words that are typed beside run=FOLDER come after them and win.
-
-    Args:
-        words: of the command line, as in ["run=runs/pets", "recipe=greedy"].
+    """The words of a command with run=FOLDER replaced by those that this run was made with; typed ones follow, and win.
 
     Raises:
         UserError: the folder holds no run, or one without its words.
@@ -118,9 +99,7 @@ def with_run(words: Sequence[str]) -> list[str]:
     folder = Path(named[-1].removeprefix("run="))
     folder = folder if folder.name else folder.resolve()
     more = [word for word in words if word not in named]
-    typed = {field_of(word) for word in more}
-    kept = [word for word in words_of_run(folder) if field_of(word) not in typed]
-    return [*kept, *more]
+    return [*(word for word in words_of_run(folder) if field_of(word) not in fields_of(more)), *more]
 
 
 def words_of_run(folder: Path) -> list[str]:
@@ -144,12 +123,7 @@ def words_of_run(folder: Path) -> list[str]:
 
 
 def record_words(config: Experiment, typed: Sequence[str]) -> None:
-    """Keep what makes a run in its folder, for run=FOLDER.
-
-    Args:
-        config: of the experiment.
-        typed: the words that make it.
-    """
+    """Keep the typed words that make a run in its folder, for run=FOLDER."""
     words = [word for word in typed if field_of(word) not in OF_ONE_CALL and "=" in word]
     path = config.paths.runs / config.name / COMMAND
     if not (path.exists() and read_json(path)["words"] == words):
@@ -176,21 +150,12 @@ def refuse_bare_words(words: Sequence[str]) -> None:
 
 
 def helped(words: Sequence[str], document: str) -> str:
-    """What --help prints: of the command, or of a group of settings or a setting that is typed beside it.
-
-    Raises:
-        UserError: there is no such group or setting.
-    """
+    """What --help prints: of the command, or of groups of settings or settings beside it; raises as `topic_help`."""
     topics = [word for word in words if "=" not in word and not word.startswith("-")]
     if not topics:
         return command_help(document, _command())
     values = OmegaConf.to_container(composed(*(word for word in words if "=" in word)), resolve=False)
-    try:
-        return "\n".join(topic_help(topic, Experiment, values) for topic in topics)  # type: ignore[arg-type]
-    except KeyError as error:
-        name = error.args[0]
-        near = ", ".join(nearest(name, [*GROUPS, GENERAL, "experiment"])) or nearest_setting(name, Experiment)
-        raise UserError(f"--help {name}: there is no such group or setting, but {near or ', '.join(GROUPS)}") from None
+    return "\n".join(topic_help(topic, Experiment, values) for topic in topics)  # type: ignore[arg-type]
 
 
 def _command() -> str:
@@ -227,11 +192,8 @@ def _unknown(error: MissingConfigException) -> str:
 def entry_point(stage: Callable[[Experiment], None], *, several: bool = False) -> Callable[[], None]:
     """The `main` of a stage: compose configs/config.yaml with the command line, freeze it and run `stage`.
 
-    In a SLURM job, SIGUSR1 makes the stage save and requeue itself, SIGTERM makes it save and end.
-
-    Args:
-        stage: what it does.
-        several: whether torchrun may start it.
+    In a SLURM job, SIGUSR1 makes the stage save and requeue itself, SIGTERM makes it save and end. With `several`
+    torchrun may start it.
     """
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")

@@ -26,9 +26,7 @@ OF_SPLITS = ("numbered", "objectnet")  # settings of a task: names of splits
 def needs_of(root: Any, group: str = "") -> Mapping[str, Needs]:
     """What each setting needs that needs something, by its dotted name, or a group's where it is about all of it.
 
-    Args:
-        root: a dataclass or union of the schema.
-        group: the setting that holds it, as in "optim"; empty for the whole experiment.
+    The `root` is a dataclass or union of the schema, held by the setting `group`, as in "optim".
     """
     found: dict[str, Needs] = {}
     for kind in kinds_in(root):
@@ -83,9 +81,7 @@ def _is_set(config: "Experiment", name: str) -> bool:
 def without_effect(config: "Experiment", typed: Iterable[str] = ()) -> str | None:
     """What is wrong with the first setting that was given and that the others leave without effect, if there is one.
 
-    Args:
-        config: the experiment.
-        typed: dotted names of the command line; others count as given where they do not have their default.
+    Settings count as given where their dotted names were typed, or where they do not have their default.
     """
     typed, root = list(typed), type(config)
     for name, needs in needs_of(root).items():  # type: ignore[arg-type]  # mypy takes the class for one of its objects

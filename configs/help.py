@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from configs.errors import UserError
 from configs.fields import either, kinds_in, needs_in, typed_fields
 from configs.registered import CONFIGS, experiments
 
@@ -165,12 +166,7 @@ def summary_of(experiment: str) -> str:
 
 
 def command_help(document: str, command: str) -> str:
-    """Help of one command: its docstring, the groups of settings, and the experiments that a laptop runs.
-
-    Args:
-        document: the docstring of its module.
-        command: as it is typed, as in "python -m finetune".
-    """
+    """Help of a command, as in "python -m finetune": its docstring, groups of settings, experiments for a laptop."""
     names = options_of("experiment")
     laptop = [name for name in names if name.startswith(LAPTOP)]
     lines = [
@@ -188,15 +184,10 @@ def command_help(document: str, command: str) -> str:
 
 
 def topic_help(topic: str, root: type, values: Mapping[str, Any]) -> str:
-    """Help on a group of settings, on one setting, or on all experiments.
-
-    Args:
-        topic: the group or the setting, as in "optim" or "optim.lr".
-        root: the dataclass of all settings.
-        values: those of the composed experiment, as nested dicts.
+    """Help on a group of settings, on one setting, or on all experiments, with a composed experiment's values.
 
     Raises:
-        KeyError: there is nothing of this name.
+        UserError: there is no such group or setting.
     """
     if topic == "experiment":
         return "\n".join(_columns([(name, summary_of(name)) for name in options_of(topic)]))
@@ -206,7 +197,8 @@ def topic_help(topic: str, root: type, values: Mapping[str, Any]) -> str:
     else:
         found = [each for each in every if each.name == topic or each.name.startswith(f"{topic}.")]
     if not found:
-        raise KeyError(topic)
+        near = ", ".join(nearest(topic, [*GROUPS, GENERAL, "experiment"])) or nearest_setting(topic, root)
+        raise UserError(f"--help {topic}: there is no such group or setting, but {near or ', '.join(GROUPS)}")
     lines = []
     if topic in GROUPS:
         lines.append(f"{topic}: {GROUPS[topic]}")

@@ -5,17 +5,11 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
@@ -32,24 +26,11 @@ from configs.training import Augment, Compute, Model, Optim, Regularizer, Sweep
 
 SEARCHED = ("optim", "augment")  # groups that `sweep.best_of` takes from another experiment's best row
 
-Recipe = Literal[
-    "best",
-    "second_best",
-    "uniform",
-    "subset",
-    "greedy",
-    "greedy_random_order",
-    "greedy_with_replacement",
-    "learned",
-    "learned_by_layer",
-    "learned_by_tensor",
-    "model_stock",
-    "wise_ft",
-    "ensemble",
-    "calibrated_ensemble",
-    "greedy_ensemble",
-    "ensemble_with_replacement",
-]
+Single = Literal["best", "second_best"]  # recipes that choose a model; others average weights, or logits (Ensemble)
+Average = Literal["uniform", "subset", "greedy", "greedy_random_order", "greedy_with_replacement"]
+Fitted = Literal["learned", "learned_by_layer", "learned_by_tensor", "model_stock", "wise_ft"]
+Ensemble = Literal["ensemble", "calibrated_ensemble", "greedy_ensemble", "ensemble_with_replacement"]
+Recipe = Literal[Single, Average, Fitted, Ensemble]
 
 
 @closed
@@ -330,32 +311,7 @@ def _freeing(sweep: Sweep, varied: str) -> str:
 
 def load(experiment: str, *overrides: str) -> Experiment:
     """Compose and parse an experiment file, for tests and notebooks: `load("demo", "sweep.rows=2")`."""
-    return parse(_composed(experiment, overrides), overrides)
-
-
-def _composed(experiment: str, words: Sequence[str]) -> DictConfig:
-    """Hydra's answer. That to an experiment and its groups takes 0.2 s and is kept; fields are set in a copy of it."""
-    groups = [word for word in words if (CONFIGS / field_of(word)).is_dir()]
-    kept = _of_files((f"experiment={experiment}", *groups), _last_change())
-    if len(groups) == len(words):
-        return kept
-    with suppress(HydraException, OmegaConfBaseException):  # what is wrong with the words is Hydra's to say
-        fields = OverridesParser.create().parse_overrides([word for word in words if word not in groups])
-        if not any(field.is_sweep_override() for field in fields):
-            config = deepcopy(kept)
-            ConfigLoaderImpl._apply_overrides_to_config(fields, config)
-            return config
-    return composed(f"experiment={experiment}", *words)
-
-
-def _last_change() -> int:
-    """When a file or folder of configs/ last changed, in nanoseconds."""
-    return max(path.stat().st_mtime_ns for path in CONFIGS.rglob("*"))
-
-
-@lru_cache(maxsize=128)
-def _of_files(words: tuple[str, ...], changed: int) -> DictConfig:
-    return composed(*words)
+    return parse(composed(f"experiment={experiment}", *overrides), overrides)
 
 
 def composed(*words: str) -> DictConfig:

@@ -1,11 +1,12 @@
-"""What a run knows of the SLURM job that it is: its name, how it ends early, how it goes back into the queue."""
+"""What a run knows of the SLURM job that it is, how it ends early and is requeued; and what SLURM says of jobs."""
 
 import os
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from configs.errors import InterruptedBySignalError, UserError
@@ -14,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends one before it takes a 
 POLL_SECONDS = 5  # between two checks for a file that another task of the array writes
 ASK_SECONDS = 30  # between two questions to SLURM, which all tasks ask
 UNKNOWN_SECONDS = 1800  # that a task is waited for that is not in the queue, e.g. since what it made is seen late
-CLIENT_SECONDS = 60  # for an answer of squeue or sacct
+CLIENT_SECONDS = 60  # for an answer of squeue, sacct or scontrol
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "SUSPENDED"}
 RUNNING = {"RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "RESIZING"}
 OVER = {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"}  # ends that nobody requeues
@@ -104,7 +105,7 @@ def wait_in_array(is_there: Callable[[], bool], task: int, what: str) -> None:
 
     Args:
         is_there: looks for it.
-        task: of this array, which makes it.
+        task: of this array, or of the list that is cut into several arrays, which makes it.
         what: in a word or two, for the line that is printed.
 
     Raises:
@@ -112,20 +113,21 @@ def wait_in_array(is_there: Callable[[], bool], task: int, what: str) -> None:
     """
     if "SLURM_ARRAY_TASK_ID" not in os.environ or is_there():
         return
-    other = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task - first_index()}"
+    other = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task - int(os.environ.get(FIRST_INDEX, '0'))}"
     print(f"waiting for {what}, which task {other} makes", flush=True)
     asked, last_seen = -float(ASK_SECONDS), time.monotonic()
     while not is_there():
         if time.monotonic() - asked >= ASK_SECONDS:
             asked = time.monotonic()
-            queued = queued_state(other)
-            ended = None if queued in WAITING | RUNNING else queued or accounted([other]).get(other, (None,))[0]
-            if queued in WAITING | RUNNING:
+            state: State | None = None
+            with suppress(UserError):  # SLURM may answer the next time
+                state = states_of({other: [other]}).get(other)
+            if state and state.word in WAITING | RUNNING:
                 last_seen = asked
-            elif ended in OVER and not is_there():
-                raise UserError(f"{what} is not there, and task {other} has ended ({ended}): look into its output")
+            elif state and state.word in OVER and not is_there():
+                raise UserError(f"{what} is not there, and task {other} has ended ({state.word}): look into its output")
             elif asked - last_seen >= UNKNOWN_SECONDS and not is_there():
-                known = f"SLURM says {ended}" if ended else "neither squeue nor sacct knows it"
+                known = f"SLURM says {state.word}" if state else "neither squeue nor sacct knows it"
                 raise UserError(
                     f"{what} is not there after {UNKNOWN_SECONDS / 60:.0f} minutes, and task {other}, which would make "
                     f"it, is not in the queue ({known}): make {what} first, e.g. by reproduce.py with submit=true"
@@ -133,28 +135,87 @@ def wait_in_array(is_there: Callable[[], bool], task: int, what: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def first_index() -> int:
-    """The index that task 0 of this array has in the whole list, which may be cut into several arrays."""
-    return int(os.environ.get(FIRST_INDEX, "0"))
+@dataclass(frozen=True)
+class State:
+    """The state of a job or of one task of an array."""
+
+    word: str  # as SLURM has it: RUNNING, FAILED, ...
+    reason: str
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it will run."""
+        return self.word in WAITING and self.reason != "DependencyNeverSatisfied"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it runs."""
+        return self.word in RUNNING
 
 
-def queued_state(job: str) -> str | None:
-    """What the queue says of a job, as in FAILED; None where it does not know it, any more or at all."""
-    words = _output(["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]).split()
-    return words[0] if words else None
+def answer_of(call: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """What a client of SLURM prints.
+
+    Raises:
+        UserError: it is not installed here, or SLURM does not answer or refuses.
+    """
+    client, sends = call[0], call[0] == "sbatch"
+    try:
+        seconds = None if sends else CLIENT_SECONDS  # what was sent must be known
+        ended = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
+    except FileNotFoundError:
+        raise UserError(
+            f"{client} is not installed here: run this on a login node of the cluster, or choose cluster=local"
+            + ("; without submit=true it only prints" if sends else "")
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{client} does not answer within {CLIENT_SECONDS} s") from None
+    if ended.returncode != 0:
+        lines = (ended.stderr or ended.stdout).strip().splitlines() or ["no reason given"]
+        refused = f"sbatch refused ({lines[-1]}): {shlex.join(call)}"
+        raise UserError(refused if sends else f"{client} failed: {lines[0]}")
+    return ended.stdout
 
 
-def accounted(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """By id, as in 12_3: state and reason of jobs in SLURM's accounts; nothing where these do not answer.
+def states_of(parts: Mapping[str, Sequence[str]]) -> dict[str, State]:
+    """By id, as in 12_3, what SLURM says of jobs: the queue, and of what that has forgotten the accounts.
+
+    Each is asked once, for all jobs. What neither knows is not there.
+
+    Args:
+        parts: id of a job -> the ids of the tasks of its array, or its own.
+
+    Raises:
+        UserError: SLURM is not here or does not answer; not where it no longer knows the ids.
+    """
+    if not parts:
+        return {}
+    call = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={','.join(parts)}"]
+    try:
+        lines = answer_of(call).splitlines()
+    except UserError as error:
+        if "Invalid job id" not in str(error):  # said where one id is asked for, and forgotten
+            raise
+        lines = []
+    found = {name: State(word, reason) for name, word, reason in (line.strip().split("|", 2) for line in lines)}
+    forgotten = [job for job, names in parts.items() if not found.keys() >= set(names)]
+    ended = accounted(forgotten) if forgotten else {}
+    # What the accounts call running or waiting, and the queue does not know, has ended unseen.
+    return {name: state for name, state in ended.items() if state.word not in WAITING | RUNNING} | found
+
+
+def accounted(jobs: Sequence[str]) -> dict[str, State]:
+    """By id, as in 12_3: what SLURM's accounts say of jobs; nothing where these do not answer.
 
     The reason there is what a job last waited for, which says why it was cancelled, and nothing of how it ran.
     """
     call = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason"]
-    found: dict[str, tuple[str, str]] = {}
-    for line in _output([*call, f"--jobs={','.join(jobs)}"]).splitlines():
-        name, states, reason = line.split("|", 2)
-        state = states.split()[0] if states.strip() else "UNKNOWN"  # the first word of: CANCELLED by 1000
-        found |= dict.fromkeys(_tasks(name), (state, reason if state == "CANCELLED" else "None"))
+    found: dict[str, State] = {}
+    with suppress(UserError):
+        for line in answer_of([*call, f"--jobs={','.join(jobs)}"]).splitlines():
+            name, states, reason = line.split("|", 2)
+            word = states.split()[0] if states.strip() else "UNKNOWN"  # the first word of: CANCELLED by 1000
+            found |= dict.fromkeys(_tasks(name), State(word, reason if word == "CANCELLED" else "None"))
     return found
 
 
@@ -169,11 +230,3 @@ def _tasks(name: str) -> list[str]:
         return [name]
     ranges = (part.split("-") for part in indices.rstrip("]").partition("%")[0].split(","))
     return [f"{job}_{task}" for ends in ranges for task in range(int(ends[0]), int(ends[-1]) + 1)]
-
-
-def _output(call: Sequence[str]) -> str:
-    """What a client of SLURM prints; nothing where it fails, is not installed or does not answer."""
-    try:
-        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=CLIENT_SECONDS).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -1,51 +1,32 @@
 """Settings kept as a table: one row a line, columns named by dotted fields."""
 
-import csv
 import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from soups.files import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def read_table(path: Path) -> list[dict[str, dict[str, Any]]]:
-    """Each line as group -> field -> value; columns without a dot are notes, and empty cells are left out.
+    """Each line of a csv as group -> field -> value; columns without a dot are notes, and empty cells are left out.
 
-    Args:
-        path: a csv, from the project's root where it is not absolute. Cells are JSON values or plain words.
+    Cells are JSON values or plain words. The path is from the project's root where it is not absolute.
 
     Raises:
-        UserError: the file is missing, or a line is longer than the head.
+        UserError: the file is missing, or a line has another number of cells than the head.
     """
-    try:
-        state = (ROOT / path).stat()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    return _table(path, state.st_mtime_ns, state.st_size)
+    file = ROOT / path
+    return _table(file, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 @lru_cache(maxsize=4)
-def _table(path: Path, changed: int, size: int) -> list[dict[str, dict[str, Any]]]:
+def _table(file: Path, changed: int) -> list[dict[str, dict[str, Any]]]:
     """`read_table`, once for each state of a file: every row of a sweep is one of its lines."""
-    try:
-        with (ROOT / path).open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
     table: list[dict[str, dict[str, Any]]] = []
-    for number, line in enumerate(lines, start=2):
-        if None in line or None in line.values():
-            raise UserError(f"{path}, line {number}: another number of cells than the head has")
+    for line in tables.read_table(file):
         nested: dict[str, dict[str, Any]] = {}
         for name, text in line.items():
             group, dot, field = name.partition(".")
@@ -53,3 +34,10 @@ def _table(path: Path, changed: int, size: int) -> list[dict[str, dict[str, Any]
                 nested.setdefault(group, {})[field] = _value(text)
         table.append(nested)
     return table
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

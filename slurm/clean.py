@@ -22,56 +22,47 @@ from configs.errors import UserError
 from configs.schema import Experiment
 from store.runs import WEIGHTS, RunFolder
 
-KINDS = ("states", "features", "decoded", "resized", "logits", "variants")
 AFTER_TABLES = ("logits", "variants")  # which the tables are made from
 
 
-def removable(config: Experiment, kind: str) -> list[Path]:
-    """Files and folders of a kind that an experiment can do without by now.
-
-    Raises:
-        UserError: there is no such kind.
-    """
-    run = RunFolder.of(config)
+def removable(config: Experiment) -> dict[str, list[Path]]:
+    """Kind -> the files and folders of it that an experiment can do without by now."""
+    run, decoded = RunFolder.of(config), config.compute.decoded
     rows = [done.parent for done in sorted((run.root / "ingredients").glob("*/done.json"))]
     found = {
         "states": [file for row in rows for file in (*row.glob("state.pt"), *row.glob(".*.tmp*"))],
         "features": [run.root / "features"] if run.is_done(0) else [],
-        "decoded": [config.compute.decoded] if config.compute.decoded is not None else [],
+        "decoded": [decoded] if decoded is not None else [],
         "resized": [config.compute.resized_to],
         "logits": [run.root / "logits"],
         "variants": [file for row in rows for file in row.glob("*.safetensors") if file.name != WEIGHTS],
     }
-    if kind not in found:
-        raise UserError(f"{kind} is no kind of files that can be deleted; type one of {', '.join(KINDS)}")
-    if kind in AFTER_TABLES and not (run.analysis / "provenance.json").exists():
-        return []
-    return [path for path in found[kind] if path.exists()]
+    if not (run.analysis / "provenance.json").exists():
+        found |= {kind: [] for kind in AFTER_TABLES}
+    return {kind: [path for path in paths if path.exists()] for kind, paths in found.items()}
 
 
 def clean(config: Experiment, kinds: tuple[str, ...], *, delete: bool) -> None:
-    """Print what there is of each kind, and delete what is named.
-
-    Args:
-        config: of the experiment.
-        kinds: of `KINDS`; all of them are printed where none is named.
-        delete: whether to delete.
+    """Print what there is of each kind, all of them where none is named, and delete what is named.
 
     Raises:
         UserError: there is no such kind; something is to be deleted and none is named.
     """
+    found = removable(config)
+    if unknown := [kind for kind in kinds if kind not in found]:
+        raise UserError(f"{unknown[0]} is no kind of files that can be deleted; type one of {', '.join(found)}")
     if delete and not kinds:
-        raise UserError(f"say what to delete: python -m slurm.clean {', '.join(KINDS)} ... delete=true")
-    for kind in kinds or KINDS:
-        found = removable(config, kind)
-        files = [file for path in found for file in (path, *path.rglob("*")) if file.is_file()]
+        raise UserError(f"say what to delete: python -m slurm.clean {', '.join(found)} ... delete=true")
+    for kind in kinds or found:
+        files = [file for path in found[kind] for file in (path, *path.rglob("*")) if file.is_file()]
         size = decimal(sum(file.stat().st_size for file in files))
-        for path in found if delete else ():
+        for path in found[kind] if delete else ():
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        hint = "" if found or kind not in AFTER_TABLES else " (none before the tables are there: python -m analysis)"
+        is_early = not found[kind] and kind in AFTER_TABLES
+        hint = " (none before the tables are there: python -m analysis)" if is_early else ""
         print(f"{config.name}: {kind}: {size}{' deleted' if delete else ''}{hint}")
     if not delete:
         print("Nothing was deleted. Next: name kinds, and delete=true")

@@ -152,15 +152,30 @@ class Stage:
     bound: str  # what takes longest: computing, decoding or reading; empty where there is nothing to do
     storage: int  # bytes that are kept
 
-    @property
-    def gpu_hours(self) -> float:
-        """GPU-hours of all jobs."""
-        return sum(self.jobs)
 
-    def wall_hours(self, gpus: int) -> float | None:
-        """Hours on so many GPUs, the longest job first; None where they are too few for one job."""
-        slots = gpus // self.gpus_per_job
-        return makespan([job / self.gpus_per_job for job in self.jobs], slots) if slots else None
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a whole experiment; hours and bytes are those of all its replicates."""
+
+    rows: int  # that are trained
+    parameters: int
+    flops: float  # of training all rows
+    stages: tuple[Stage, ...]
+    state: int  # bytes of the largest state.pt; each row that trains has one
+
+
+def total(stages: Sequence[Stage], gpus: Sequence[int]) -> tuple[float, list[float | None], int]:
+    """GPU-hours of stages, their wall time on each number of GPUs, one after the other, and the bytes that they keep.
+
+    There is no wall time, but None, where a job needs more GPUs.
+    """
+
+    def wall(number: int) -> float | None:
+        if any(each.gpus_per_job > number for each in stages):
+            return None
+        return sum(makespan([job / s.gpus_per_job for job in s.jobs], number // s.gpus_per_job) for s in stages)
+
+    return sum(sum(each.jobs) for each in stages), [wall(n) for n in gpus], sum(each.storage for each in stages)
 
 
 def makespan(jobs: Sequence[float], workers: int) -> float:
@@ -175,32 +190,6 @@ def makespan(jobs: Sequence[float], workers: int) -> float:
     for job in sorted(jobs, reverse=True):
         heapq.heapreplace(free, free[0] + job)
     return max(free)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Costs of a whole experiment; hours and bytes are those of all its replicates."""
-
-    rows: int  # that are trained
-    parameters: int
-    flops: float  # of training all rows
-    stages: tuple[Stage, ...]
-    state: int  # bytes of the largest state.pt; each row that trains has one
-
-    @property
-    def gpu_hours(self) -> float:
-        """GPU-hours of all stages."""
-        return sum(stage.gpu_hours for stage in self.stages)
-
-    @property
-    def storage(self) -> int:
-        """Bytes that are kept."""
-        return sum(stage.storage for stage in self.stages)
-
-    def wall_hours(self, gpus: int) -> float | None:
-        """Hours on so many GPUs, one stage after the other; None where a job needs more."""
-        hours = [stage.wall_hours(gpus) for stage in self.stages]
-        return None if None in hours else sum(hour for hour in hours if hour is not None)
 
 
 class Work:
@@ -248,9 +237,9 @@ class Work:
         slower = self.peak / (peak_flops(self.plan.gpu, "fp32") or self.peak)
         return self.hours(slower * flops / self.plan.inference_utilisation)
 
-    def length(self, row: Experiment) -> Length:
+    def steps(self, row: Experiment) -> int:
         """How many steps a row takes; raises a UserError for a batch larger than the training set."""
-        return Length.of(row.optim, self.images[row.task.train])
+        return Length.of(row.optim, self.images[row.task.train]).steps
 
     def flops(self, row: Experiment) -> float:
         """FLOPs of a row's training steps.
@@ -261,11 +250,11 @@ class Work:
         passes = BACKWARD_TOO + row.compute.gradient_checkpointing
         passes *= 2 if row.regularizer.sam is not None else 1
         passes += len(row.regularizer.distill.rows) if row.regularizer.distill is not None else 0
-        return passes * network(row.model, row.task).forward * self.length(row).steps * row.optim.batch_size
+        return passes * network(row.model, row.task).forward * self.steps(row) * row.optim.batch_size
 
     def row(self, row: Experiment) -> Hours:
         """Training of a row, its evaluations on held-out on the way, and those of averages that are no ingredient."""
-        steps, every, kinds = self.length(row).steps, row.optim.evaluate_every, len(row.regularizer.made)
+        steps, every, kinds = self.steps(row), row.optim.evaluate_every, len(row.regularizer.made)
         evaluations = kinds * (-(-steps // every) if every else 0) + kinds - 1
         decoding = steps * row.optim.batch_size / self.plan.augmented_per_core
         return self.hours(self.flops(row) / self.plan.utilisation, decoding) + evaluations * self.evaluation(
@@ -275,25 +264,20 @@ class Work:
     def recipe(self, output: str) -> Hours:
         """Making one of `soups.experiment.soups.outputs_of`, at the longest for recipes that may end sooner."""
         recipe, k, pool, cooking = output.partition("/")[0], self.pool, self.pool * self.net.bytes, self.config.cooking
-        evaluation = self.evaluation(self.held_out)
+        evaluation, learned = self.evaluation(self.held_out), cooking.learned
         if recipe in ENSEMBLES:  # means of logits
             return self.reading(k * self.held_out * self.config.task.size * FLOAT32)
-        match recipe:
-            case "greedy" | "greedy_random_order":
-                return (k - 1) * evaluation + self.reading(pool)
-            case "greedy_with_replacement":
-                return cooking.rounds * k * evaluation + self.reading(pool, (cooking.rounds - 1) * pool)
-            case "learned" | "learned_by_layer" | "learned_by_tensor":
-                learned = cooking.learned
-                flops = BACKWARD_TOO * self.net.inference * self.held_out * learned.epochs
-                steps = learned.epochs * -(-self.held_out // learned.batch_size)
-                # Left in their files, all are read at every step.
-                again = LEARNED_READS * steps * pool if learned.place == "stream" else 0
-                return (
-                    self.hours(flops / self.plan.utilisation)
-                    + evaluation * np.array([0, 1, 0])
-                    + self.reading(pool, again)
-                )
+        if recipe.startswith("learned"):
+            flops = BACKWARD_TOO * self.net.inference * self.held_out * learned.epochs
+            steps = learned.epochs * -(-self.held_out // learned.batch_size)
+            # Left in their files, all are read at every step.
+            again = LEARNED_READS * steps * pool if learned.place == "stream" else 0
+            decoding = evaluation * np.array([0, 1, 0])
+            return self.hours(flops / self.plan.utilisation) + decoding + self.reading(pool, again)
+        if recipe == "greedy_with_replacement":
+            return cooking.rounds * k * evaluation + self.reading(pool, (cooking.rounds - 1) * pool)
+        if recipe.startswith("greedy"):
+            return (k - 1) * evaluation + self.reading(pool)
         few = {"best": 1, "second_best": 1, "wise_ft": 2, "subset": len(cooking.rows)}
         return self.reading(few.get(recipe, k) * self.net.bytes)
 

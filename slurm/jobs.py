@@ -58,6 +58,10 @@ class After:
     tasks: tuple[int, ...] | None = None  # of the stage; None: all
     name: str | None = None  # of another experiment; None: its own
 
+    def is_about(self, stage: str, name: str, own: str) -> bool:
+        """Whether a stage of the experiment `name`, or of one of its replicates, is meant by a job of the one `own`."""
+        return stage == self.stage and f"{name}/".startswith(f"{self.name or own}/")
+
 
 def after(how: Literal["afterok", "afterany"], *stages: str, name: str | None = None) -> tuple[After, ...]:
     """Waiting for whole stages."""
@@ -69,7 +73,6 @@ class Job:
     """One call of sbatch."""
 
     stage: str
-    script: str  # of slurm/
     name: str  # of the experiment, which may be one of several replicates
     tasks: tuple[int, ...]  # which of the stage are left to do; empty: a job without an array
     of: int  # how many there are with those that are done
@@ -81,6 +84,11 @@ class Job:
     hours: float | None = None  # GPU-hours of a task, the mean of those that are left; None: not estimated
     bytes: float = 0  # that a task is expected to leave
     first: int = 0  # the task that index 0 of the array stands for
+
+    @property
+    def script(self) -> str:
+        """Its script in slurm/."""
+        return SCRIPTS[self.stage] if self.shape.processes == 1 else "finetune_multi"
 
     @property
     def count(self) -> int:
@@ -165,20 +173,17 @@ def clock(seconds: int) -> str:
 
 
 def time_limit(config: Experiment, hours: float | None, stage: str) -> str:
-    """What a job asks for: the estimate times `cluster.slurm.margin`, and no more than the cluster file's limit.
+    """What a job of a stage asks for, in the words of sbatch, where its wall time is expected to be so many hours.
 
-    What takes longer goes back into the queue when its time is over, and continues, up to `cluster.restarts` times.
-
-    Args:
-        config: of the experiment.
-        hours: wall time by the cost model; None where it cannot be estimated, and the limit is asked for.
-        stage: of the job.
+    It is the estimate times `cluster.slurm.margin`, and no more than the cluster file's limit, which is asked for where
+    nothing is estimated. What takes longer goes back into the queue when its time is over, and continues, up to
+    `cluster.restarts` times.
 
     Raises:
         UserError: the work does not fit into all restarts together.
     """
     slurm, setting = slurm_of(config), "time" if stage in ROWS else "stage_time"
-    most = slurm.time if stage in ROWS else slurm.stage_time
+    most = getattr(slurm, setting)
     limit = seconds_of(most)
     if hours is None:
         return most
@@ -199,12 +204,10 @@ def left_rows(config: Experiment) -> tuple[int, ...]:
 
 
 def jobs_of(config: Experiment, typed: Sequence[str], costs: Costs | None = None) -> list[Job]:
-    """The jobs that are left to do, each after those that it needs; nothing is written, no image is read.
+    """The jobs that are left to do, of all replicates, each after those that it needs; nothing is written.
 
-    Args:
-        config: of the experiment; with `replicates`, of all of them.
-        typed: the settings of the command line, which the jobs get too.
-        costs: of the experiment, or of one replicate; without, jobs ask for the cluster file's longest times.
+    They get the typed settings of the command line too, and ask for times by the costs of the experiment or of one
+    replicate, or without for the cluster file's longest.
 
     Raises:
         UserError: a cluster that is not SLURM; rows that were made with other settings, that this cluster cannot train,
@@ -302,27 +305,16 @@ class _Sweep:
     def job(
         self,
         stage: str,
-        left: Sequence[int],
-        whole: Sequence[int],
+        left: Sequence[int],  # its tasks that are left to do; none of a job without an array
+        whole: Sequence[int],  # all of its tasks, in the order of its expected hours
         waits: tuple[After, ...],
-        *more: str,
-        shape: Shape | None = None,
+        *more: str,  # settings beside those of all jobs
+        shape: Shape | None = None,  # None: one GPU, if the cluster has any
         at_once: int | None = None,
     ) -> Job:
-        """A job with what it asks for.
-
-        Args:
-            stage: of `SCRIPTS`.
-            left: the tasks that are left to do; none of a job without an array.
-            whole: all tasks of the stage, in the order of its expected hours.
-            waits: what it waits for.
-            more: settings beside those of all jobs.
-            shape: its machines; one GPU, if the cluster has any, where None.
-            at_once: tasks at the same time, at most.
-        """
+        """A job with what it asks for."""
         config, slurm, of = self.config, slurm_of(self.config), len(whole)
         shape = shape or Shape(1, min(slurm.gpus, 1))
-        script = SCRIPTS[stage] if shape.processes == 1 else "finetune_multi"
         hours, storage, longest = None, 0.0, None
         if stage in self.stages:
             jobs, storage = self.stages[stage].jobs, self.stages[stage].storage / of
@@ -351,9 +343,7 @@ class _Sweep:
         options = (*(f"--{name}={value}" for name, value in values.items() if value is not None), *slurm.options)
         options += (f"--nodes={shape.nodes}",) if shape.processes > 1 else ()
         settings = (*self.settings, *more)
-        return Job(
-            stage, script, config.name, tuple(left), of, waits, options, settings, shape, at_once, hours, storage
-        )
+        return Job(stage, config.name, tuple(left), of, waits, options, settings, shape, at_once, hours, storage)
 
 
 def _is_unmade(config: Experiment, name: str) -> bool:
@@ -373,12 +363,7 @@ def _is_unscored(config: Experiment, folder: Path) -> bool:
 
 
 def sbatch_words(job: Job, waits: Mapping[str, Sequence[str]]) -> list[str]:
-    """The call that sends a job.
-
-    Args:
-        job: one of `jobs_of`, whose indices an array may have (`cut`).
-        waits: ids of jobs that must end before it, by how; as names in a dry run.
-    """
+    """The call that sends a job, given the ids of jobs that must end before it, by how; as names in a dry run."""
     words = ["sbatch", "--parsable"]
     if job.tasks:
         words.append(f"--array={job.array}{f'%{job.at_once}' if job.at_once else ''}")

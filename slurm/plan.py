@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.registered import experiments
 from configs.schema import Experiment, load
 from finetune.log import peak_flops
-from slurm.cost import GIGA, Costs, Stage, costs, gpus_per_row
+from slurm.cost import GIGA, Stage, costs, gpus_per_row, total
 from soups.errors import one_line_errors
 from soups.files.atomic import replacing
 
@@ -58,13 +58,14 @@ def show(config: Experiment) -> None:
     found, plan = costs(config), config.plan
     gpus = sorted({*GPUS, plan.gpus or 1})
 
-    def numbers(part: Stage | Costs) -> list[str]:
-        return [f"{part.gpu_hours:,.1f}", *(duration(part.wall_hours(n)) for n in gpus), decimal(part.storage)]
+    def numbers(*stages: Stage) -> list[str]:
+        hours, walls, kept = total(stages, gpus)
+        return [f"{hours:,.1f}", *map(duration, walls), decimal(kept)]
 
     columns = ("stage", "jobs", "GPUs a job", "most by", "GPU-hours", *(f"on {n}" for n in gpus), "kept")
     rows = [[s.name, f"{len(s.jobs):,}", str(s.gpus_per_job), s.bound, *numbers(s)] for s in found.stages]
     print(f"{config.name}: an estimate, nothing of it measured on a cluster\n")
-    print(table(columns, [*rows, ["all", "", "", "", *numbers(found)]], ("stage", "most by")))
+    print(table(columns, [*rows, ["all", "", "", "", *numbers(*found.stages)]], ("stage", "most by")))
     proxy = f", a proxy for {config.model.proxy_for}" if config.model.proxy_for else ""
     teraflops = (peak_flops(plan.gpu, config.compute.precision) or 0) / 1e12
     print()
@@ -95,12 +96,7 @@ def paper_experiments() -> list[str]:
 
 
 def overview(names: Sequence[str], typed: Sequence[str]) -> pd.DataFrame:
-    """A line for each experiment: hours, and gigabytes of 10^9 bytes; what cannot be counted has its reason.
-
-    Args:
-        names: of configs/experiment.
-        typed: settings for all of them.
-    """
+    """A line for each experiment: hours, and gigabytes of 10^9 bytes; what cannot be counted has its reason."""
     lines: list[dict[str, object]] = []
     for name in names:
         try:
@@ -108,8 +104,9 @@ def overview(names: Sequence[str], typed: Sequence[str]) -> pd.DataFrame:
         except UserError as error:
             lines.append({"experiment": name, "not_counted": str(error).split(" (")[0]})
             continue
-        numbers = {"gpu_hours": found.gpu_hours, **{f"wall_hours_{n}": found.wall_hours(n) for n in GPUS}}
-        numbers |= {"kept_gb": found.storage / GIGA, "state_gb": found.state / GIGA}
+        hours, walls, kept = total(found.stages, GPUS)
+        numbers = {"gpu_hours": hours, **{f"wall_hours_{n}": wall for n, wall in zip(GPUS, walls, strict=True)}}
+        numbers |= {"kept_gb": kept / GIGA, "state_gb": found.state / GIGA}
         line = {"experiment": name, "rows": found.rows, "parameters": found.parameters}
         line |= {"training_flops": f"{found.flops:.4g}"} | {k: n and round(n, 2) for k, n in numbers.items()}
         lines.append(line | {"not_counted": ""})

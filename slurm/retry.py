@@ -11,7 +11,7 @@ from configs.cli import entry_point, parts_as_typed
 from configs.schema import Experiment
 from slurm.jobs import ROWS
 from slurm.status import failures
-from slurm.submit import planned, send, sent_jobs, states_of
+from slurm.submit import planned, send, sent_jobs, sent_states
 
 
 def retry(config: Experiment) -> None:
@@ -22,7 +22,7 @@ def retry(config: Experiment) -> None:
     """
     for part, typed in parts_as_typed(config, sys.argv[1:]):
         left, before = planned(part, typed).jobs, sent_jobs(part)
-        failed = {(each.name, each.stage, each.task) for each in failures(part, left, before, states_of(before))}
+        failed = {(each.name, each.stage, each.task) for each in failures(part, left, before, sent_states(before))}
         again = [
             replace(job, tasks=tasks)
             for job in left

@@ -14,9 +14,10 @@ from pathlib import Path
 from configs.cli import entry_point, parts_as_typed
 from configs.errors import UserError
 from configs.schema import Experiment, replicate
+from configs.slurm import State
 from slurm.jobs import ROWS, TRAINING, Job, jobs_of, left_rows, slurm_of
 from slurm.plan import duration, table
-from slurm.submit import Sent, State, active, sent_jobs, states_of
+from slurm.submit import Sent, active, sent_jobs, sent_states
 from soups.files.atomic import read_jsonl
 from store.runs import RunFolder, done_rows
 
@@ -117,7 +118,7 @@ def show(config: Experiment, typed: Sequence[str]) -> None:
     states: dict[str, State] = {}
     failed: list[Failure] = []
     try:
-        states = states_of(sent)
+        states = sent_states(sent)
         failed = failures(config, left, sent, states)
     except UserError as error:
         print(f"SLURM says nothing ({error}); what follows is told by the files alone")

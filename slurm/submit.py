@@ -1,12 +1,12 @@
-"""An experiment as jobs of SLURM: what is left of it, printed, and sent where asked; what SLURM says of sent jobs."""
+"""An experiment as jobs of SLURM: what is left of it, printed, and sent where asked."""
 
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from configs.slurm import RUNNING, WAITING, accounted
+from configs.slurm import State, answer_of, states_of
 from finetune.length import LargeBatchError
 from slurm.cost import Costs, costs
 from slurm.jobs import TRAINING, Job, compact, jobs_of, sbatch_words, slurm_of
@@ -52,73 +52,15 @@ class Sent:
         return f"job {self.job}: {self.name}, {self.stage}" + (f", tasks {compact(self.tasks)}" if self.tasks else "")
 
 
-@dataclass(frozen=True)
-class State:
-    """The state of a job or of one task of an array."""
-
-    word: str  # as SLURM has it: RUNNING, FAILED, ...
-    reason: str
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it will run."""
-        return self.word in WAITING and self.reason != "DependencyNeverSatisfied"
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it runs."""
-        return self.word in RUNNING
-
-
 def sent_jobs(config: Experiment, name: str | None = None) -> list[Sent]:
     """What was sent so far of an experiment, or of another one with the same run folders, oldest first."""
     path = config.paths.runs / (name or config.name) / "slurm" / "sent.jsonl"
     return [Sent(**row | {"tasks": tuple(row["tasks"])}) for row in read_jsonl(path)] if path.exists() else []
 
 
-def _asked(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """What a client of SLURM prints.
-
-    Raises:
-        UserError: it is not installed here, or SLURM does not answer or refuses.
-    """
-    try:
-        ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UserError(
-            f"{words[0]} is not installed here: run this on a login node of the cluster, or choose cluster=local"
-            + ("; without submit=true it only prints" if words[0] == "sbatch" else "")
-        ) from None
-    if ended.returncode != 0:
-        lines = (ended.stderr or ended.stdout).strip().splitlines() or ["no reason given"]
-        if words[0] == "sbatch":
-            raise UserError(f"sbatch refused ({lines[-1]}): {shlex.join(words)}")
-        raise UserError(f"{words[0]} failed: {lines[0]}")
-    return ended.stdout
-
-
-def states_of(sent: Sequence[Sent]) -> dict[str, State]:
-    """By id, as in 12_3, what SLURM says of jobs: the queue, and of what that has forgotten the accounts.
-
-    Each is asked once, for all jobs. What neither knows is not there.
-
-    Raises:
-        UserError: SLURM is not here or does not answer; not where it no longer knows the ids.
-    """
-    if not sent:
-        return {}
-    words = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
-    try:
-        lines = _asked([*words, f"--jobs={','.join(each.job for each in sent)}"]).splitlines()
-    except UserError as error:
-        if "Invalid job id" not in str(error):  # said where one id is asked for, and forgotten
-            raise
-        lines = []
-    found = {name: State(word, reason) for name, word, reason in (line.strip().split("|", 2) for line in lines)}
-    forgotten = [each.job for each in sent if any(name not in found for name in each.ids)]
-    ended = {name: State(*fields) for name, fields in accounted(forgotten).items()} if forgotten else {}
-    # What the accounts call running or waiting, and the queue does not know, has ended unseen.
-    return {name: state for name, state in ended.items() if state.word not in WAITING | RUNNING} | found
+def sent_states(sent: Sequence[Sent]) -> dict[str, State]:
+    """By id, as in 12_3, what SLURM says of jobs; raises as `states_of`."""
+    return states_of({each.job: list(each.ids) for each in sent})
 
 
 def active(sent: Sequence[Sent], states: Mapping[str, State]) -> dict[Key, str]:
@@ -133,20 +75,14 @@ def active(sent: Sequence[Sent], states: Mapping[str, State]) -> dict[Key, str]:
 
 def most_tasks() -> int:
     """SLURM's MaxArraySize, which every index of an array is below; its default where SLURM is not here to be asked."""
-    try:
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _asked(["scontrol", "show", "config"]), re.MULTILINE)
-    except UserError:
-        return MAX_ARRAY_SIZE
-    return int(found[1]) if found else MAX_ARRAY_SIZE
+    with suppress(UserError):
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer_of(["scontrol", "show", "config"]), re.MULTILINE)
+        return int(found[1]) if found else MAX_ARRAY_SIZE
+    return MAX_ARRAY_SIZE
 
 
 def cut(jobs: Sequence[Job], most: int) -> list[Job]:
-    """The same jobs, those with an index that an array may not have as several arrays.
-
-    Args:
-        jobs: from `jobs_of`.
-        most: SLURM's MaxArraySize: indices are below it.
-    """
+    """The same jobs, as several arrays where an index would not be below `most`, SLURM's MaxArraySize."""
     found: list[Job] = []
     for job in jobs:
         for first in sorted({task // most * most for task in job.tasks} or {0}):
@@ -171,10 +107,6 @@ def environment_of(config: Experiment) -> dict[str, str]:
 def send(config: Experiment, jobs: Sequence[Job]) -> list[Sent]:
     """Send jobs in their order, without the tasks that are in the queue already, and record each answer at once.
 
-    Args:
-        config: of the experiment.
-        jobs: from `jobs_of` and `cut`.
-
     Raises:
         UserError: sbatch is not here or refuses; jobs sent before it stay sent, and are recorded.
     """
@@ -185,14 +117,14 @@ def send(config: Experiment, jobs: Sequence[Job]) -> list[Sent]:
         before = sent_jobs(config)
         others = dict.fromkeys(after.name for job in jobs for after in job.after if after.name is not None)
         known = [*before, *(each for name in others for each in sent_jobs(config, name))]
-        queued = active(known, states_of(known))
+        queued = active(known, sent_states(known))
         for job in jobs:
             wanted = [task for task in job.tasks or (None,) if (job.name, job.stage, task) not in queued]
             if not wanted:
                 continue
             own = replace(job, tasks=tuple(task for task in wanted if task is not None))
             words = sbatch_words(own, _waits(own, new, queued))
-            answer = _asked(words, environment_of(config)).strip().partition(";")[0]
+            answer = answer_of(words, environment_of(config)).strip().partition(";")[0]
             now, line = round(time.time(), 3), shlex.join(words)
             new.append(Sent(answer, job.name, job.stage, own.tasks, job.of, now, line, job.first))
             write_jsonl(root / "sent.jsonl", [asdict(each) for each in [*before, *new]])
@@ -203,14 +135,13 @@ def _waits(job: Job, new: Sequence[Sent], queued: Mapping[Key, str]) -> dict[str
     """Ids that a job waits for, by how: of new calls of sbatch or single tasks of them, and of what is in the queue."""
     found: dict[str, list[str]] = {}
     for after in job.after:
-        whole = after.name or job.name  # with its replicates
         ids = found.setdefault(after.how, [])
         for each in new:
-            if each.stage == after.stage and f"{each.name}/".startswith(f"{whole}/"):
+            if after.is_about(each.stage, each.name, job.name):
                 ids += [each.job] if after.tasks is None else [k for k, task in each.ids.items() if task in after.tasks]
         for (name, stage, task), number in queued.items():
-            if stage == after.stage and f"{name}/".startswith(f"{whole}/"):
-                ids += [number] if after.tasks is None or task in after.tasks else []
+            if after.is_about(stage, name, job.name) and (after.tasks is None or task in after.tasks):
+                ids.append(number)
     return found
 
 
@@ -265,22 +196,21 @@ def _show_plan(plan: Planned) -> None:
         hours = "" if job.hours is None else f"{job.hours * job.count:,.1f}"
         rows.append([job.name, job.stage, str(job.count), str(job.of), job.array, each, hours])
     print(table(columns, rows, ("experiment", "stage", "array", "each")))
-    copies, of_all = max(1, len(plan.config.replicates)), f"all {len(plan.config.replicates)} sweeps: "
     if plan.costs is None:
         print(f"\nhours and storage are not estimated, and jobs ask for the longest times: {plan.unknown}\n")
     else:
+        copies = max(1, len(plan.config.replicates))
+        kept = copies * sum(stage.storage for stage in plan.costs.stages)
         print(
-            f"\n{of_all if copies > 1 else ''}{plan.hours:,.1f} GPU-hours expected on {plan.config.plan.gpu}, "
-            f"{decimal(copies * plan.costs.storage)} kept when all is done (python -m slurm.plan says how this is "
+            f"\n{f'all {copies} sweeps: ' if copies > 1 else ''}{plan.hours:,.1f} GPU-hours expected on "
+            f"{plan.config.plan.gpu}, {decimal(kept)} kept when all is done (python -m slurm.plan says how this is "
             "estimated)\n"
         )
     for job in plan.jobs:
-        stages = {other.stage for other in plan.jobs if f"{other.name}/".startswith(f"{job.name}/")}
         waits: dict[str, list[str]] = {}
         for after in job.after:
-            if after.name is not None or after.stage in stages:
-                named = after.stage if after.name is None else f"{after.name}: {after.stage}"
-                waits.setdefault(after.how, []).append(f"<{named}>")
+            if after.name is not None or any(after.is_about(each.stage, each.name, job.name) for each in plan.jobs):
+                waits.setdefault(after.how, []).append(f"<{f'{after.name}: ' if after.name else ''}{after.stage}>")
         print(shlex.join(sbatch_words(job, waits)))
 
 

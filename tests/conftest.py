@@ -81,6 +81,16 @@ def quick_workers():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kept_answers():
+    """Experiments are loaded from answers of Hydra that are kept."""
+    from tests.composing import composed  # Hydra is not loaded where no test runs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("configs.schema.composed", composed)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def same_path():
     """Where modules are found is as it was after each test: a score `module:function` adds the folder that it is in.

@@ -18,7 +18,6 @@ from torch import nn
 
 from analysis.catalogue import ARTEFACTS, GLUE
 from analysis.tables.table3 import note
-from configs import schema
 from configs.data import KINDS
 from configs.figures import Analysis, Angles, Pairs, Plane, Theory
 from configs.registered import experiments, neutral
@@ -147,7 +146,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_a_field_set_in_a_kept_answer_is_what_hydra_makes_of_all_words(words):
+def test_settings_that_are_loaded_are_what_hydra_makes_of_all_words(words):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         whole = compose("config", ["experiment=demo", *words])
     assert load("demo", *words) == load("demo", *words) == parse(whole, words)
@@ -160,22 +159,10 @@ def test_a_field_set_in_a_kept_answer_is_what_hydra_makes_of_all_words(words):
         *("+optim.batch_size=2", "~optim.foo", "~optim.batch_size=3"),
     ],
 )
-def test_a_wrong_word_is_refused_by_hydra_whether_or_not_its_answer_is_kept(word):
+def test_a_wrong_word_is_refused_by_hydra(word):
     load("demo")
     with pytest.raises(HydraException):
         load("demo", word)
-
-
-def test_an_answer_is_kept_until_a_file_changes(monkeypatch):
-    composed = []
-    monkeypatch.setattr(schema, "compose", lambda *words: composed.append(words) or compose(*words))
-    now = schema._last_change()
-    monkeypatch.setattr(schema, "_last_change", lambda: now + len(changes))
-    changes = [1]
-    first = load("demo", "optim.seed=1")
-    assert load("demo", "optim.seed=2").optim.seed == 2 and first.optim.seed == 1 and len(composed) == 1
-    changes.append(2)
-    assert load("demo", "optim.seed=1") == first and len(composed) == 2
 
 
 def test_a_setting_that_no_file_has_is_its_dataclass_default_and_one_without_a_default_must_be_typed(tmp_path):

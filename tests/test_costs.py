@@ -19,7 +19,7 @@ from configs.sweep_csv import ROOT
 from configs.training import Distill, Optim, Regularizer, Sam, Swa
 from finetune.optim import build
 from models.probe import PASSES
-from slurm.cost import FLOAT32, HOUR, MOMENTS, Stage, Work, costs, images_of, makespan, stage_of, state_bytes
+from slurm.cost import FLOAT32, HOUR, MOMENTS, Stage, Work, costs, images_of, makespan, stage_of, state_bytes, total
 from slurm.jobs import TRAINING, jobs_of, seconds_of
 from slurm.plan import overview, paper_experiments, show_all
 from store.rows import row_config
@@ -179,7 +179,7 @@ def test_the_end_of_the_longest_first_is_within_a_third_of_the_best(jobs, worker
 def test_the_longest_first_ends_where_it_does_by_hand():
     assert makespan([1, 1, 1, 3], 2) == 3  # in the order of the list it would be 5
     stage = Stage("fine-tune", (8.0, 8.0), 8, "computing", 0)  # rows of eight GPUs do not run on fewer
-    assert [stage.wall_hours(gpus) for gpus in (7, 15, 16)] == [None, 2, 1]
+    assert total([stage, stage], (7, 15, 16)) == (32, [None, 4, 2], 0)
 
 
 @pytest.mark.skipif(not TRACE.exists(), reason="the reference files are not beside the project")
@@ -217,8 +217,9 @@ def test_every_experiment_of_the_paper_has_a_plan(name, folders, clusters):
     config = loaded_locally(name, folders)  # the one reason for which a plan may fail: a config at the hub
     found = costs(config)
     assert found.rows == config.sweep.size
-    assert 0 < found.wall_hours(64) <= found.wall_hours(8) < found.gpu_hours + 1e-9
-    assert found.storage > found.rows * 4 * found.parameters
+    hours, (on_8, on_64), kept = total(found.stages, (8, 64))
+    assert 0 < on_64 <= on_8 < hours + 1e-9
+    assert kept > found.rows * 4 * found.parameters
     assert found.state > max(state_bytes(row_config(config, 1)) / 2, 4 * found.parameters)
     for cluster in clusters:
         own = replace(config, cluster=cluster, paths=Paths(runs=Path("new")))

@@ -219,7 +219,7 @@ def test_copies_are_staged_as_few_files_and_cleaned_away(data, tmp_path, monkeyp
     assert copies_of(there).stored.folder.is_relative_to(tmp_path / "node")
     assert copies_of(there).stored.content(3) == copies_of(config).stored.content(3)
     assert identity(there, 1) == identity(config, 1)
-    assert removable(config, "resized") == [config.compute.resized_to]
+    assert removable(config)["resized"] == [config.compute.resized_to]
 
 
 def test_copies_are_made_where_their_size_is_set():

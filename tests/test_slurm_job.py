@@ -65,7 +65,7 @@ def waiting(job, monkeypatch, tmp_path):
     for name in ("POLL_SECONDS", "ASK_SECONDS"):
         monkeypatch.setattr(f"configs.slurm.{name}", 0.01)
     monkeypatch.setattr("configs.slurm.UNKNOWN_SECONDS", 0.2)
-    client(tmp_path, "squeue", "", status=1)  # slurm_load_jobs error: Invalid job id specified
+    client(tmp_path, "squeue", "slurm_load_jobs error: Invalid job id specified", status=1)
     return tmp_path
 
 
@@ -87,7 +87,7 @@ def test_a_task_of_which_nothing_is_known_is_not_waited_for_without_end(waiting,
 
 
 def test_a_task_that_is_in_the_queue_is_waited_for_and_the_accounts_are_not_asked(waiting):
-    client(waiting, "squeue", "PENDING\\n")
+    client(waiting, "squeue", "12_0|PENDING|None\\n")
     client(waiting, "sacct", "")
     until = time.monotonic() + 0.5  # longer than what is unknown is waited for
     wait_in_array(lambda: time.monotonic() > until, 0, "row 0")
@@ -96,7 +96,7 @@ def test_a_task_that_is_in_the_queue_is_waited_for_and_the_accounts_are_not_aske
 
 def test_the_index_of_a_task_is_counted_from_where_its_array_begins(waiting, monkeypatch):
     monkeypatch.setenv("MODEL_SOUPS_FIRST", "1001")
-    client(waiting, "squeue", "FAILED\\n")
+    client(waiting, "squeue", "12_7|FAILED|None\\n")
     with pytest.raises(UserError, match="task 12_7 has ended"):
         wait_in_array(lambda: False, 1008, "row 1008")
 

@@ -8,11 +8,12 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import Paths, load
+from configs.slurm import State
 from finetune.length import refuse_unequal_shares
 from slurm.cost import Costs, Stage
 from slurm.jobs import ROWS, TRAINING, Shape, jobs_of, sbatch_words
 from slurm.status import failures, output_of, show
-from slurm.submit import Sent, State, active, cut, planned, reproduce, states_of
+from slurm.submit import Sent, active, cut, planned, reproduce, sent_states
 from soups.files.atomic import write_json, write_jsonl
 from store.rows import identity, row_config
 from store.runs import RunFolder
@@ -333,7 +334,7 @@ def test_what_slurm_has_forgotten_is_told_by_its_accounts_or_by_the_job_s_own_ou
         (tmp_path / name).write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/{name}.calls\nprintf '{says}\\n'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    states = states_of(sent)
+    states = sent_states(sent)
     # 9_0 runs by the accounts and is not in the queue: it ended unseen.
     cancelled = {f"11_{task}": State("CANCELLED", "Dependency") for task in (0, 2, 3)}
     assert states == cancelled | {"10_3": State("RUNNING", "None"), "10_1": State("OUT_OF_MEMORY", "None")}

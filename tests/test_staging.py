@@ -191,7 +191,7 @@ def test_only_what_finished_runs_can_do_without_is_deleted(tmp_path, capsys):
     for name in (*kept, *safe.values()):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x")
-    assert removable(config, "logits") == removable(config, "variants") == []  # of tables that are not there
+    assert removable(config)["logits"] == removable(config)["variants"] == []  # of tables that are not there
     with pytest.raises(UserError, match="say what to delete"):
         clean(config, (), delete=True)
     clean(config, (), delete=False)

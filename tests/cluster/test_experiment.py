@@ -15,7 +15,7 @@ from real_slurm import start_node, stop_node, until
 from safetensors.torch import load_file
 
 from configs.schema import CONFIGS
-from configs.slurm import accounted
+from configs.slurm import State, accounted
 from soups.files.atomic import read_json, read_jsonl
 from tests.commands import here, python
 from tests.pools import small_network
@@ -110,7 +110,7 @@ def test_a_failing_row_is_told_and_sent_again_alone_and_the_tables_are_those_of_
     assert "FAILED" in line and "state.pt is damaged" in line and "delete the file to start this row anew" in line
     failed = f"{sent['fine-tune']}_2"
     until(lambda: failed in accounts(cluster, failed), 30, "the accounts of SLURM")
-    assert accounts(cluster, failed)[failed] == ("FAILED", "None")  # what there is after the queue has forgotten it
+    assert accounts(cluster, failed)[failed] == State("FAILED", "None")  # what is left when the queue has forgotten it
     assert (ingredient(there, 1) / "scores.jsonl").exists()  # the other rows were evaluated all the same
     (broken / "state.pt").unlink()
     early = logits(there)
