@@ -1,1 +1,1 @@
-"""Settings: values in yaml groups, names and limits in schema.py, keyed chance in chance.py."""
+"""Settings: values in yaml groups, names and limits in schema.py and the files beside it."""

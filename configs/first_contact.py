@@ -42,12 +42,7 @@ def missing_packages(needed: "tuple[str, ...]" = NEEDED) -> str:
 
 
 def room_problem(folder: str, free: int) -> str:
-    """Why an environment does not fit, or an empty string.
-
-    Args:
-        folder: where it is to be.
-        free: bytes on that disk.
-    """
+    """Why an environment does not fit into a folder whose disk has so many bytes left, or an empty string."""
     if free >= ROOM:
         return ""
     return (

@@ -55,10 +55,7 @@ def requeueing(limit: int) -> Iterator[None]:
     """In a SLURM job, let SIGTERM and SIGUSR1 end the block by an exception; after SIGUSR1 the job is requeued.
 
     SIGTERM is SLURM's own: it requeues what it preempts, and does not want back what was cancelled. Outside of SLURM
-    signals stay what they are.
-
-    Args:
-        limit: a job that was restarted as often is not requeued again.
+    signals stay what they are. A job that was restarted as often as `limit` is not requeued again.
 
     Raises:
         InterruptedBySignalError: a signal came; all that was done is on disk.
@@ -98,15 +95,10 @@ def _requeue(job: RunningJob, limit: int) -> None:
 
 
 def wait_in_array(is_there: Callable[[], bool], task: int, what: str) -> None:
-    """In a job array, wait for what another task makes; elsewhere, and where it is there, go on at once.
+    """In a job array, wait for what another task makes, until `is_there`; elsewhere go on at once.
 
     SLURM forgets a task some minutes after its end (MinJobAge) and may keep no accounts, so a task that is not in the
-    queue is waited for no longer than UNKNOWN_SECONDS.
-
-    Args:
-        is_there: looks for it.
-        task: of this array, or of the list that is cut into several arrays, which makes it.
-        what: in a word or two, for the line that is printed.
+    queue is waited for no longer than UNKNOWN_SECONDS. Tasks are counted over all arrays that a long one is cut into.
 
     Raises:
         UserError: that task has ended without it, or SLURM has known no such task for UNKNOWN_SECONDS.
@@ -180,10 +172,8 @@ def answer_of(call: Sequence[str], environment: Mapping[str, str] | None = None)
 def states_of(parts: Mapping[str, Sequence[str]]) -> dict[str, State]:
     """By id, as in 12_3, what SLURM says of jobs: the queue, and of what that has forgotten the accounts.
 
-    Each is asked once, for all jobs. What neither knows is not there.
-
-    Args:
-        parts: id of a job -> the ids of the tasks of its array, or its own.
+    Each is asked once, for all jobs, which are given with the ids of their arrays' tasks, or their own. What neither
+    knows is not there.
 
     Raises:
         UserError: SLURM is not here or does not answer; not where it no longer knows the ids.

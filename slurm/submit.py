@@ -221,10 +221,7 @@ def free_space(folder: Path) -> tuple[Path, int]:
 
 
 def reproduce(parts: Sequence[tuple[Experiment, Sequence[str]]]) -> None:
-    """Print what is left of an experiment, or of all that one is made of, and send it where `submit` says so.
-
-    Args:
-        parts: experiments whose cluster is SLURM, each with the settings that make it, as on the command line.
+    """Print what is left of experiments, each given with the settings that make it, and send it where `submit` says so.
 
     Raises:
         UserError: rows that were made with other settings; too little space; SLURM is not here or refuses. Nothing is
