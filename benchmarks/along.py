@@ -12,20 +12,20 @@ Writes results/measured/bench_along.csv, or the file named by --out.
 import os
 import statistics
 from functools import partial
+from typing import Any
 
-import pandas as pd
 import torch
 from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.run import Options, benchmark, in_turns, middle, table_of, timed
+from benchmarks.run import Options, benchmark, in_turns, middle, timed
 from soups.running import RunningMean, Schedule
 from store.workers import use_threads
 
 MOVED = {"update": 20, "copy": 16, "AveragedModel": 12}  # bytes a parameter
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: medians over rounds, of which the first, that asks for memory, does not count."""
     use_threads(options.threads)
     torch.manual_seed(0)
@@ -54,23 +54,18 @@ def measured(options: Options) -> pd.DataFrame:
     seconds = {name: [call.seconds for call in made[1:]] for name, made in calls.items()}
     took = {name: statistics.median(each) for name, each in seconds.items()}
     floor = took["copy"] * MOVED["update"] / MOVED["copy"]
-    rows = [
+    return [
         {
             "contender": name,
             "parameters": size,
-            "batch_tokens": tokens.numel(),
-            "threads": options.threads,
-            "rounds": options.rounds,
             "load_before": round(load, 2),
-            **middle(seconds[name], 4, "seconds", "fastest_seconds", "slowest_seconds"),
+            **middle("seconds", seconds[name], 4),
             "bytes_a_parameter": MOVED.get(name),
             "times_floor": round(took[name] / floor, 2) if name == "update" else None,
-            "every": options.every,
             "percent_of_step": None if name == "step" else round(100 * took[name] / options.every / took["step"], 3),
         }
         for name in contenders
     ]
-    return table_of(rows, "torch", "transformers")
 
 
 if __name__ == "__main__":
@@ -79,6 +74,7 @@ if __name__ == "__main__":
         "bench_along",
         __doc__,
         shown=["contender", "seconds", "times_floor", "percent_of_step"],
+        packages=["torch", "transformers"],
         rounds=3,
         every=(10, "steps between two that are averaged"),
         width=(704, "of the network; by default it has 100 M parameters"),

@@ -23,8 +23,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.theory.derivatives import along
 from analysis.theory.equation import central_difference, curvature
-from benchmarks.run import Options, anonymous_mib, benchmark, in_turns, middle, process_of, run, table_of, timed
+from benchmarks.run import Options, anonymous_mib, benchmark, in_turns, middle, process_of, run, timed
 from store.workers import little_memory
 
 STEP = 0.1  # of the differences, the grid of Appendix K
@@ -142,7 +142,7 @@ def extra_memory(contender: str, network: str, batch: int, threads: int) -> None
     print(max(seen))
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: medians over rounds, of which the first, that asks for memory, does not count."""
     torch.set_num_threads(options.threads)
     p, load = problem(options.network, options.batch), os.getloadavg()[0]
@@ -155,16 +155,12 @@ def measured(options: Options) -> pd.DataFrame:
     for name in CONTENDERS:
         call = process_of("curvature", "extra_memory", name, options.network, options.batch, options.threads)
         memory[name] = float(run(call).printed.splitlines()[-1])
-    rows = [
+    return [
         {
             "contender": name,
-            "network": options.network,
             "parameters": sum(parameter.numel() for parameter in p.network.parameters()),
-            "batch_size": options.batch,
-            "threads": options.threads,
-            "rounds": options.rounds,
             "load_before": round(load, 2),
-            **middle(seconds[name], 3, "seconds", "fastest_seconds", "slowest_seconds"),
+            **middle("seconds", seconds[name], 3),
             "times_double_backward": round(took[name] / took[EXACT], 3),
             "processor_seconds": round(worked[name], 3),
             "processor_of_double_backward": round(worked[name] / worked[EXACT], 3),
@@ -175,7 +171,6 @@ def measured(options: Options) -> pd.DataFrame:
         }
         for name in CONTENDERS
     ]
-    return table_of(rows, "torch", "timm")
 
 
 if __name__ == "__main__":
@@ -184,6 +179,7 @@ if __name__ == "__main__":
         "bench_curvature",
         __doc__,
         shown=["contender", "seconds", "times_double_backward", "peak_extra_mib", "off_percent"],
+        packages=["torch", "timm"],
         network=("vit_small_patch32_224", "of timm"),
         batch=(16, "images"),
         rounds=5,

@@ -32,11 +32,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from timm.data import ImageDataset, create_transform
 from timm.data.loader import fast_collate
@@ -47,7 +45,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
-from benchmarks.run import Options, benchmark, folder_task, in_turns, middle, ratio, save_photographs, table_of
+from benchmarks.run import Options, benchmark, folder_task, in_turns, middle, ratio, save_photographs
 from configs.schema import load
 from configs.training import Augment
 from finetune.data import TrainingBatches
@@ -170,29 +168,27 @@ def _rate(load_all: Load, workers: int) -> float:
     return images * (len(arrivals) - 1) / len(arrivals) / (arrivals[-1] - arrivals[0])
 
 
-def table(found: dict[Contender, list[float]], images: ImageSplit) -> pd.DataFrame:
+def table(found: dict[Contender, list[float]], images: ImageSplit) -> list[dict[str, Any]]:
     """A row for each contender: medians of images per second over rounds, and ratios within rounds."""
     rows = []
     for contender, rates in found.items():
         reference = found[Contender(REFERENCE, contender.transform, contender.workers)]
-        row = {
+        row: dict[str, Any] = {
             "contender": contender.name,
             "transform": contender.transform,
             "workers": contender.workers,
             "images": len(images),
             "bytes_per_image": round(images.stored.sizes.mean()),
             "batch_size": BATCH,
-            "rounds": len(rates),
-            **middle(rates, 1, "images_per_second", "images_per_second_min", "images_per_second_max"),
+            **middle("images_per_second", rates, 1),
             "images_per_second_and_core": round(statistics.median(rates) / max(1, contender.workers), 1),
             "times_torchvision": ratio(rates, reference, 3),
         }
         rows.append(row)
-    versions = {package: version(package) for package in ("pillow", "simplejpeg")}
-    return table_of(rows, "torch", "torchvision", "timm", "numpy", **versions)
+    return rows
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """The table of all contenders."""
     use_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -217,6 +213,7 @@ if __name__ == "__main__":
         "bench_data",
         __doc__,
         shown=["contender", "transform", "workers", *speeds],
+        packages=["torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg"],
         images=(256, "files; several batches of 32, since one is not timed"),
         width=(500, "pixels; less is for trials"),
         height=375,

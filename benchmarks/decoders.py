@@ -10,13 +10,13 @@ Writes results/measured/bench_decoders.csv, or the file named by --out.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from scipy import stats
 
-from benchmarks.run import ROOT, Options, benchmark, table_of
+from benchmarks.run import ROOT, Options, benchmark
 from configs.schema import Experiment, load
 from finetune.sweep import train_sweep
 from soups.files.atomic import read_json
@@ -59,13 +59,12 @@ def accuracies(config: Experiment) -> list[float]:
     return [100 * each["correct"] / each["n"] for each in found]
 
 
-def row(way: str, found: dict[str, list[float]], images: int) -> dict[str, object]:
+def row(way: str, found: dict[str, list[float]], images: int) -> dict[str, Any]:
     """One line of the table: means over seeds, and the paired difference to Pillow with its 95 % interval."""
     differences = np.subtract(found[way], found["pillow"])
     half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences) if way != "pillow" else 0.0
     return {
         "way": way,
-        "seeds": len(differences),
         "images": images,
         "accuracy": round(float(np.mean(found[way])), 2),
         "difference": round(float(differences.mean()), 2),
@@ -74,14 +73,14 @@ def row(way: str, found: dict[str, list[float]], images: int) -> dict[str, objec
     }
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each way."""
     folder = options.folder.resolve()
     make_folder(folder / "images", options.classes)
     images = len(list((folder / "images/unseen").rglob("*.jpg")))
     sizes = (options.classes, options.seeds, options.epochs)
     found = {way: accuracies(experiment(folder, way, *sizes)) for way in WAYS}
-    return table_of([row(way, found, images) for way in WAYS], "torch", "torchvision", "timm")
+    return [row(way, found, images) for way in WAYS]
 
 
 if __name__ == "__main__":
@@ -90,6 +89,7 @@ if __name__ == "__main__":
         "bench_decoders",
         __doc__,
         shown=["way", "seeds", "images", "accuracy", "difference", "low", "high"],
+        packages=["torch", "torchvision", "timm"],
         folder=(ROOT / "runs/bench_decoders", "for images and models"),
         classes=100,
         seeds=5,

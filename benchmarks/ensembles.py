@@ -12,14 +12,14 @@ Writes results/measured/bench_ensembles.csv, or the file named by --out.
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from benchmarks.averaging_peers import read
-from benchmarks.run import ROOT, Options, benchmark, in_turns, middle, process_of, run, table_of
+from benchmarks.run import ROOT, Options, benchmark, in_turns, middle, process_of, run
 from eval.metrics import correct
 from soups.files.atomic import write_json
 from soups.recipes import GrowingLogits, greedy, uniform_ensemble
@@ -73,7 +73,7 @@ def contender(kind: str, folder: str, models: int, images: int) -> None:
         print(f"{len(greedy(loaders, held_out, accuracy, grow=GrowingLogits).ingredients)} members")
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: medians over rounds."""
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,19 +82,15 @@ def measured(options: Options) -> pd.DataFrame:
     runs = in_turns(
         {kind: partial(run, process_of("ensembles", "contender", kind, *own)) for kind in KINDS}, options.rounds
     )
-    rows = [
+    return [
         {
             "contender": kind,
-            "models": options.models,
-            "images": options.images,
             "bytes": sum(path.stat().st_size for path in paths),
-            "rounds": options.rounds,
-            **middle([each.seconds for each in found], 2, "seconds", "seconds_min", "seconds_max"),
+            **middle("seconds", [each.seconds for each in found], 2),
             "peak_anonymous_mib": round(max(each.anonymous for each in found), 1),
         }
         for kind, found in runs.items()
     ]
-    return table_of(rows, "torch", "numpy")
 
 
 if __name__ == "__main__":
@@ -103,6 +99,7 @@ if __name__ == "__main__":
         "bench_ensembles",
         __doc__,
         shown=["contender", "seconds", "seconds_min", "seconds_max", "peak_anonymous_mib"],
+        packages=["torch", "numpy"],
         folder=(ROOT / "runs/bench_ensembles", "for the logits, 7.5 GB"),
         models=72,
         images=26_000,

@@ -12,8 +12,8 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import timm
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.run import Options, benchmark, folder_task, in_turns, save_photographs, table_of, timed
+from benchmarks.run import Options, benchmark, folder_task, in_turns, save_photographs, timed
 from configs.training import Model
 from eval.forward import forward
 from models.classifier import Classifier
@@ -62,7 +62,7 @@ def one_pass_each(models: list[Classifier], folder: Path) -> list[Tensor]:
     return [torch.cat([model(batch) for batch, _ in DataLoader(images, BATCH)]) for model in models]
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: median seconds and the ratio to ours."""
     use_threads(1)
     models = networks(options.models)
@@ -80,14 +80,13 @@ def measured(options: Options) -> pd.DataFrame:
     for mine, theirs in zip(calls["ours"], calls["a pass each"], strict=True):
         torch.testing.assert_close(mine.answer, theirs.answer, atol=1e-3, rtol=1e-3)
     seconds = {each: statistics.median(call.seconds for call in made) for each, made in calls.items()}
-    shared = {"models": options.models, "images": options.images, "rounds": options.rounds}
-    rows = [
-        {"contender": each, **shared, "seconds": round(took, 2), "times_ours": round(took / seconds["ours"], 2)}
+    return [
+        {"contender": each, "seconds": round(took, 2), "times_ours": round(took / seconds["ours"], 2)}
         for each, took in seconds.items()
     ]
-    return table_of(rows, "torch", "torchvision", "timm")
 
 
 if __name__ == "__main__":
     shown = ["contender", "models", "images", "rounds", "seconds", "times_ours"]
-    benchmark(measured, "bench_evaluation", __doc__, shown=shown, models=8, images=512, rounds=3)
+    packages = ["torch", "torchvision", "timm"]
+    benchmark(measured, "bench_evaluation", __doc__, shown=shown, packages=packages, models=8, images=512, rounds=3)

@@ -14,13 +14,13 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import timm
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.run import ROOT, Options, benchmark, in_turns, ratio, run, save_photographs, table_of, timed
+from benchmarks.run import ROOT, Options, benchmark, in_turns, ratio, run, save_photographs, timed
 from benchmarks.soups import make_pool
 from soups.files.atomic import replacing
 
@@ -66,7 +66,7 @@ def greedy_command(paths: list[Path], out: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "soups", "greedy", *map(str, paths), "--out", str(out), "--force", *words]
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """One row: medians over rounds, and the memory of a greedy soup of large files."""
     folder, pictures = options.folder.resolve(), options.folder.resolve() / "photographs"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -84,19 +84,13 @@ def measured(options: Options) -> pd.DataFrame:
     score = f"{sys.executable} -c 'import sys, os; print(os.path.getsize(sys.argv[1]) % 7)' {{soup}}"
     memory = run(greedy_command(large, out, "--score", score, "--goal", "max"))
     row = {
-        "network": options.network,
-        "models": options.models,
-        "pictures": options.pictures,
-        "threads": options.threads,
-        "rounds": options.rounds,
         "seconds": round(statistics.median(seconds["greedy"]), 2),
         "times_forward_passes": ratio(seconds["greedy"], seconds["forward"], 3),
-        "large_models": options.large_models,
         "large_bytes": large[0].stat().st_size,
         "large_seconds": round(memory.seconds, 2),
         "large_peak_anonymous_mib": round(memory.anonymous, 1),
     }
-    return table_of([row], "torch", "timm")
+    return [row]
 
 
 if __name__ == "__main__":
@@ -105,6 +99,7 @@ if __name__ == "__main__":
         "bench_greedy",
         __doc__,
         shown=["seconds", "times_forward_passes", "large_seconds", "large_peak_anonymous_mib"],
+        packages=["torch", "timm"],
         folder=(ROOT / "runs/bench_greedy", "for files, 18 GB"),
         network=("resnet50", "of timm"),
         models=16,

@@ -11,8 +11,7 @@ nothing, so that what is measured is the reading, one mixture for the score and 
 
 Peak anonymous memory is the sum of RssAnon over the command and all processes below it, looked at every 5 ms, and
 rather too large: a process that was just forked counts with what it shares. The bar is 300 MiB. mergekit merges the
-same folders from an environment of its own, which is made below the folder, or is named by --mergekit-python; it has no
-greedy recipe.
+same folders from an environment of its own, which --mergekit-python names; it has no greedy recipe.
 
 At the end the folder is deleted, unless --keep says otherwise. Writes results/measured/bench_large.csv, or the file
 named by --out.
@@ -21,9 +20,7 @@ named by --out.
 import json
 import os
 import shutil
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -32,11 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.run import ROOT, Options, benchmark, run, table_of
+from benchmarks.run import ROOT, Options, benchmark, run
 from benchmarks.soups import MERGEKIT_PYTHON, OURS, version_of_mergekit
 from soups.errors import UserError
 from soups.files.atomic import write_json
@@ -45,7 +41,6 @@ from soups.files.folders import INDEX
 from soups.files.streamed import in_file_order, streamed
 
 DROP = Path("/proc/sys/vm/drop_caches")
-MERGEKIT = "mergekit==0.1.5"
 SHARDS = 3
 RECIPES = ("uniform", "arithmetic", "greedy")
 
@@ -157,23 +152,6 @@ def command(contender: str, recipe: str, paths: Sequence[Path], out: Path, merge
     return [str(mergekit.with_name("mergekit-yaml")), str(settings), str(out), "--no-copy-tokenizer"]
 
 
-def environment_of_mergekit(folder: Path) -> Path | None:
-    """The python of an environment with mergekit, made below a folder; None where it cannot be installed.
-
-    What this environment has, such as torch, is not installed again, so that both have the same.
-    """
-    python = folder / "mergekit/bin/python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", MERGEKIT]
-    try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", python.parents[1]], capture_output=True, check=True)
-        (packages,) = python.parents[1].glob("lib/python*/site-packages")
-        (packages / "beside.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-        subprocess.run(install, capture_output=True, check=True)
-    except subprocess.CalledProcessError:
-        return None
-    return python
-
-
 @contextmanager
 def room(work: Path, width: int, *, keep: bool) -> Iterator[None]:
     """A folder for what is measured, which is deleted in the end: two models and, while a soup is cut, two more.
@@ -181,7 +159,7 @@ def room(work: Path, width: int, *, keep: bool) -> Iterator[None]:
     Raises:
         UserError: the disk has no space for them.
     """
-    needed = 4 * 2 * parameters(width) + (1 << 30)  # and mergekit's environment
+    needed = 4 * 2 * parameters(width)
     there = sum(file.stat().st_size for file in work.rglob(f"width_{width}/run[01]/*.safetensors"))
     free = shutil.disk_usage(next(place for place in (work, *work.parents) if place.exists())).free
     if free + there < needed:
@@ -210,26 +188,22 @@ def rows_of(work: Path, width: int, mergekit: Path | None, *, drop: bool) -> lis
                 row = {"contender": contender, "recipe": recipe, "models": 2 if recipe == "greedy" else len(paths)}
                 row |= {"parameters": parameters(width), "state": state, "cold_by": how}
                 row |= {"seconds": round(found.seconds, 2), "peak_anonymous_mib": round(found.anonymous, 1)}
-                rows.append(row | {"memory_mib": memory >> 20})
+                rows.append(row | {"memory_mib": memory >> 20, "mergekit": version_of_mergekit(mergekit)})
                 print(f"{recipe}, {contender}, {state}: {found.seconds:.1f} s, {found.anonymous:.0f} MiB", flush=True)
     return rows
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """The rows, in a folder that goes at the end."""
     work, mergekit = options.folder.resolve() / "bench_large", options.mergekit_python
     width = width_of(options.parameters)
     drop = os.access(DROP, os.W_OK) if options.cold is None else options.cold == "drop_caches"
     with room(work, width, keep=options.keep):
-        if mergekit is None and not options.no_mergekit:
-            mergekit = environment_of_mergekit(work)
         if mergekit is None:
-            why = "is left out" if options.no_mergekit else "cannot be installed"
-            print(f"mergekit: not measured, since it {why}")
+            print("mergekit is left out: no environment that has it was named with --mergekit-python")
         (work / "tmp").mkdir(exist_ok=True)
         os.environ.update(TMPDIR=str(work / "tmp"), HF_HUB_OFFLINE="1")  # of the commands: mixtures are large
-        rows = rows_of(work, width, mergekit, drop=drop)
-        return table_of(rows, "torch", "numpy", "safetensors", mergekit=version_of_mergekit(mergekit))
+        return rows_of(work, width, mergekit, drop=drop)
 
 
 if __name__ == "__main__":
@@ -238,10 +212,10 @@ if __name__ == "__main__":
         "bench_large",
         __doc__,
         shown=["contender", "recipe", "state", "seconds", "peak_anonymous_mib"],
+        packages=["torch", "numpy", "safetensors"],
         folder=(ROOT / "runs", "where bench_large/ is made, 55 GB"),
         parameters=(7e9, "of a model, about; fewer are for trials"),
         mergekit_python=MERGEKIT_PYTHON,
-        no_mergekit={"action": "store_true", "help": "measure ours alone"},
         cold={"choices": ("drop_caches", "posix_fadvise"), "help": "how the page cache is emptied"},
-        keep={"action": "store_true", "help": "leave checkpoints and environment for another time"},
+        keep={"action": "store_true", "help": "leave the checkpoints for another time"},
     )

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.averaging_peers import read
 from benchmarks.greedy import make_networks
-from benchmarks.run import ROOT, Options, benchmark, process_of, run, table_of
+from benchmarks.run import ROOT, Options, benchmark, process_of, run
 from soups.descent import LearnedSettings, learned
 from soups.files.atomic import write_json
 from soups.files.tensors import LazyWeights
@@ -89,7 +89,7 @@ def contender(kind: str, folder: str, models: int, steps: int) -> None:
     write_json(Path(folder) / TIMES, times)
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender."""
     folder = options.folder.resolve()
     size = make_pool(folder, options.models)[0].stat().st_size / 2**20
@@ -108,7 +108,7 @@ def measured(options: Options) -> pd.DataFrame:
         }
         print(row, flush=True)
         rows.append(row)
-    return table_of(rows, "torch")
+    return rows
 
 
 if __name__ == "__main__":
@@ -117,6 +117,7 @@ if __name__ == "__main__":
         "bench_learned",
         __doc__,
         shown=["contender", "models", "steps", "seconds_a_step", "peak_anonymous_mib", "model_sizes"],
+        packages=["torch"],
         folder=(ROOT / "runs/bench_learned", "for the checkpoints, 1.4 GB"),
         models=72,
         autograd=(8, "models of the obvious way, which holds them all"),

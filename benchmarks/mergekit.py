@@ -10,8 +10,8 @@ dare_linear chance drops other elements in each, so it is compared where nothing
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -95,7 +95,7 @@ def distances(one: Path, other: Path) -> dict[str, float | str]:
     return {"merged": kind} | {name: float(f"{number:.4g}") for name, number in numbers.items()}
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each case and kind of the models."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def measured(options: Options) -> pd.DataFrame:
                 soups(["make", str(place / f"{number}.yaml"), "--out", str(place / f"ours{number}")])
                 found = distances(place / f"ours{number}", place / f"theirs{number}")
                 rows.append({"method": case, "models": str(kind).removeprefix("torch."), **found})
-    return pd.DataFrame(rows)
+    return rows
 
 
 if __name__ == "__main__":

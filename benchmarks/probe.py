@@ -12,14 +12,14 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.run import Options, benchmark, in_turns, table_of, timed
+from benchmarks.run import Options, benchmark, in_turns, timed
 from models.probe import linear_probe
 from store.workers import use_threads
 
@@ -59,7 +59,7 @@ def theirs(data: tuple[Tensor, Tensor], c: float, tolerance: float) -> tuple[Ten
     return scale * torch.from_numpy(fit.coef_), torch.from_numpy(fit.intercept_)
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: median seconds, the ratio to ours, and how far it ends above the best."""
     use_threads(options.threads)
     data = features_of(options.examples, options.width, options.classes)
@@ -68,26 +68,18 @@ def measured(options: Options) -> pd.DataFrame:
     calls = in_turns({name: partial(timed, fit) for name, fit in contenders.items()}, options.rounds)
     seconds = {name: statistics.median(call.seconds for call in made) for name, made in calls.items()}
     ends = {name: objective(*made[-1].answer, data, options.c) for name, made in calls.items()}
-    rows = [
+    return [
         {
             "contender": name,
-            "examples": options.examples,
-            "width": options.width,
-            "classes": options.classes,
-            "c": options.c,
-            "threads": options.threads,
-            "rounds": options.rounds,
             "seconds": round(took, 2),
             "times_ours": round(took / seconds["ours"], 2),
             "above": f"{ends[name] / min(ends.values()) - 1:.1e}",
         }
         for name, took in seconds.items()
     ]
-    return table_of(rows, "torch", "scikit-learn")
 
 
 if __name__ == "__main__":
-    options = {"examples": 20_000, "width": 512, "classes": 1000, "c": 1.0, "threads": 2, "rounds": 1}
-    benchmark(
-        measured, "bench_probe", __doc__, shown=["contender", *options, "seconds", "times_ours", "above"], **options
-    )
+    options: dict[str, Any] = {"examples": 20_000, "width": 512, "classes": 1000, "c": 1.0, "threads": 2, "rounds": 1}
+    shown = ["contender", *options, "seconds", "times_ours", "above"]
+    benchmark(measured, "bench_probe", __doc__, shown=shown, packages=["torch", "scikit-learn"], **options)

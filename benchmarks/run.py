@@ -6,8 +6,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +19,7 @@ from PIL import Image
 from configs.data import ImageFolder
 from soups.errors import one_line_errors
 from soups.files.atomic import replacing
-from store.provenance import provenance_columns
+from store.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "results/measured"
@@ -28,20 +29,22 @@ T = TypeVar("T")
 
 
 def benchmark(
-    measured: Callable[[Options], pd.DataFrame],
+    measured: Callable[[Options], Iterable[Mapping[str, Any]]],
     name: str,
     document: str | None,
     *,
     shown: Sequence[str] = (),
+    packages: Sequence[str] | None = None,
     **options: Any,
 ) -> None:
     """Run a benchmark as a command: read its options, measure, write the table and print some of its columns.
 
     Args:
-        measured: the table, by the options.
+        measured: the rows of the table, by the options.
         name: of the table, results/measured/NAME.csv, where --out names no other file.
         document: the docstring of the benchmark's module.
         shown: columns to print; all where none is named.
+        packages: those whose versions stand in the table, beside the machine; None: the numbers depend on neither.
         options: each with its default, or its default and what --help says, or the arguments of `add_argument`.
     """
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,7 +55,8 @@ def benchmark(
     arguments = parser.parse_args()
 
     def work() -> None:
-        table = measured(arguments)
+        rows = measured(arguments)
+        table = pd.DataFrame(rows if packages is None else in_context(rows, arguments, packages))
         with replacing(arguments.out) as temporary:
             table.to_csv(temporary, index=False)
         print(table[list(shown) or list(table)].to_string(index=False))
@@ -61,9 +65,17 @@ def benchmark(
     one_line_errors(work)
 
 
-def table_of(rows: Iterable[Mapping[str, Any]], *packages: str, **more: Any) -> pd.DataFrame:
-    """Rows, each with the commit, the machine, versions of some packages, and what else is the same in all."""
-    return pd.DataFrame(rows).assign(**provenance_columns(*packages), **more)
+def in_context(
+    rows: Iterable[Mapping[str, Any]], options: Options, packages: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows, each with the options that are numbers or words, the commit, the machine and versions of some packages."""
+    given = {name: value for name, value in vars(options).items() if type(value) in (int, float, str)}
+    origin = provenance()
+    place = {name: origin[name] for name in ("commit", "modified", "python")}
+    place |= {name: origin["machine"][name] for name in ("processor", "cores")}
+    versions = {package: version(package) for package in packages}
+    for row in rows:
+        yield {**given, **row, **place, **versions}
 
 
 @dataclass(frozen=True)
@@ -91,10 +103,10 @@ def in_turns(contenders: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, li
     return found
 
 
-def middle(values: Sequence[float], digits: int, *names: str) -> dict[str, float]:
-    """Median, smallest and largest of some rounds, as columns with these three names."""
-    found = (statistics.median(values), min(values), max(values))
-    return {name: round(value, digits) for name, value in zip(names, found, strict=True)}
+def middle(name: str, values: Sequence[float], digits: int) -> dict[str, float]:
+    """Median, smallest and largest of some rounds, as columns NAME, NAME_min and NAME_max."""
+    found = {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+    return {column: round(value, digits) for column, value in found.items()}
 
 
 def ratio(values: Sequence[float], reference: Sequence[float], digits: int) -> float:

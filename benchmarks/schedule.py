@@ -5,6 +5,8 @@ candidates of a round together; what stands after an accepted one is wasted. Cou
 of a round are taken to last equally long. Writes results/measured/greedy_schedule.csv, or the file named by --out.
 """
 
+from typing import Any
+
 import pandas as pd
 
 from benchmarks.run import ROOT, benchmark
@@ -26,11 +28,11 @@ def replay(workers: int) -> Selection:
     )
 
 
-def schedule() -> pd.DataFrame:
+def schedule() -> list[dict[str, Any]]:
     """A row for each number of workers; useful is the share of evaluations that decided something."""
     found = {workers: replay(workers) for workers in WORKERS}
     decisions = found[1].rounds
-    return pd.DataFrame(
+    return [
         {
             "workers": workers,
             "rounds": each.rounds,
@@ -39,7 +41,7 @@ def schedule() -> pd.DataFrame:
             "useful": round(decisions / each.evaluations, 3),
         }
         for workers, each in found.items()
-    )
+    ]
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from open_clip.transformer import VisionTransformer
 
-from benchmarks.run import ROOT, Options, benchmark, in_turns, middle, process_of, ratio, run, table_of
+from benchmarks.run import ROOT, Options, benchmark, in_turns, middle, process_of, ratio, run
 from soups.files.checkpoints import BLOCK, Entry
 from soups.files.streamed import streamed
 
@@ -87,7 +87,7 @@ def version_of_mergekit(python: Path | None) -> str:
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: medians over rounds, and ratios within rounds."""
     folder, mergekit = options.folder.resolve(), options.mergekit_python
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,19 +101,17 @@ def measured(options: Options) -> pd.DataFrame:
     run(calls["read"])  # into the page cache
     runs = in_turns({contender: partial(run, call) for contender, call in calls.items()}, options.rounds)
     seconds = {contender: [each.seconds for each in found] for contender, found in runs.items()}
-    rows = [
+    return [
         {
             "contender": contender,
-            "models": options.models,
             "bytes": sum(path.stat().st_size for path in paths),
-            "rounds": options.rounds,
-            **middle(seconds[contender], 3, "seconds", "seconds_min", "seconds_max"),
+            **middle("seconds", seconds[contender], 3),
             "times_read": ratio(seconds[contender], seconds["read"], 2),
             "peak_anonymous_mib": round(max(each.anonymous for each in found), 1),
+            "mergekit": version_of_mergekit(mergekit),
         }
         for contender, found in runs.items()
     ]
-    return table_of(rows, "torch", "numpy", "safetensors", mergekit=version_of_mergekit(mergekit))
 
 
 if __name__ == "__main__":
@@ -122,6 +120,7 @@ if __name__ == "__main__":
         "bench_soups",
         __doc__,
         shown=["contender", "seconds", "seconds_min", "seconds_max", "times_read", "peak_anonymous_mib"],
+        packages=["torch", "numpy", "safetensors"],
         folder=(ROOT / "runs/bench_soups", "for the checkpoints, 2.8 GB"),
         models=72,
         files=(8, "files on the disk; the other models are links to them"),

@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.run import Options, benchmark, table_of
+from benchmarks.run import Options, benchmark
 from configs.schema import Experiment, load
 from finetune.data import TrainingBatches
 from finetune.dist import pad_small_images
@@ -119,7 +119,7 @@ def one_round(config: Experiment, train: ImageSplit) -> Round:
     return Round(counted, last.ours - statistics.median(step.ours for step in counted), (ours, bare))
 
 
-def measured(options: Options) -> pd.DataFrame:
+def measured(options: Options) -> list[dict[str, Any]]:
     """One row: medians over all steps, and the quartiles of the overhead."""
     use_threads(options.threads)
     config = settings(options.experiment, options.steps)
@@ -136,8 +136,6 @@ def measured(options: Options) -> pd.DataFrame:
         "batch_size": config.optim.batch_size,
         "optimizer": config.optim.kind,
         "augment": config.augment.kind,
-        "threads": options.threads,
-        "rounds": len(rounds),
         "steps": len(steps),
         "ours_seconds": round(statistics.median(step.ours for step in steps), 4),
         "bare_seconds": round(statistics.median(step.bare + step.batch for step in steps), 4),
@@ -148,7 +146,7 @@ def measured(options: Options) -> pd.DataFrame:
         "keep_seconds": round(statistics.median(each.keep for each in rounds), 3),
         "steps_per_epoch": len(train) // config.optim.batch_size,
     }
-    return table_of([row], "torch", "torchvision", "timm")
+    return [row]
 
 
 if __name__ == "__main__":
@@ -157,6 +155,7 @@ if __name__ == "__main__":
         "bench_training",
         __doc__,
         shown=["ours_seconds", "bare_seconds", "batch_seconds", "overhead_percent", "keep_seconds"],
+        packages=["torch", "torchvision", "timm"],
         experiment="demo",
         rounds=(3, "trainings from the start"),
         steps=(16, "of each, at least 4"),

@@ -69,16 +69,3 @@ def provenance() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
     }
-
-
-def provenance_columns(*packages: str) -> dict[str, Any]:
-    """The same for a row of a benchmark's table, with the versions of some packages."""
-    origin = provenance()
-    return {
-        "commit": origin["commit"],
-        "modified": origin["modified"],
-        "processor": origin["machine"]["processor"],
-        "cores": origin["machine"]["cores"],
-        "python": origin["python"],
-        **{package: origin["versions"][package] for package in packages},
-    }

@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from benchmarks.curvature import CONTENDERS, differences, double_backward, measured, ours, problem
@@ -22,7 +23,8 @@ def test_ours_and_double_backward_answer_alike_and_differences_nearly():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_every_contender_is_measured(monkeypatch):
     monkeypatch.setattr(sys, "executable", python())  # of the processes whose memory is measured
-    rows = measured(Namespace(network="test_resnet", batch=2, rounds=1, threads=1)).set_index("contender")
+    options = Namespace(network="test_resnet", batch=2, rounds=1, threads=1)
+    rows = pd.DataFrame(measured(options)).set_index("contender")
     assert list(rows.index) == list(CONTENDERS)
     assert rows.times_double_backward["double_backward"] == 1
     assert (rows.seconds > 0).all()

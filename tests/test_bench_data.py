@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -34,14 +35,14 @@ def test_the_ratio_is_the_median_of_those_within_rounds(tmp_path):
         Contender("torchvision", "minimal", 0): [10.0, 40.0, 20.0],
         Contender("ours", "minimal", 0): [20.0, 20.0, 40.0],
     }
-    rows = table(found, images).set_index("contender")
+    rows = pd.DataFrame(table(found, images)).set_index("contender")
     assert rows.times_torchvision["ours"] == 2
     assert rows.images_per_second["ours"] == 20
 
 
 def test_every_contender_loads_and_is_measured(monkeypatch):
     monkeypatch.setattr("benchmarks.data.WORKERS", (0, 1))
-    rows = measured(Namespace(images=100, width=40, height=30, rounds=1))
+    rows = pd.DataFrame(measured(Namespace(images=100, width=40, height=30, rounds=1)))
     ours = {"ours", "ours_simplejpeg", "ours_copies", "ours_copies_fast"}
     assert rows.groupby("transform").contender.apply(set).to_dict() == {
         **dict.fromkeys(("minimal", "medium", "rand"), {"torchvision", "decode_jpeg", "timm"} | ours),

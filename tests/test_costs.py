@@ -192,7 +192,7 @@ def test_the_replayed_decisions_are_those_of_the_authors_log(workers):
 
 def test_the_committed_tables_are_those_of_the_code():
     committed = pd.read_csv(ROOT / "results/measured/greedy_schedule.csv")
-    pd.testing.assert_frame_equal(committed, schedule())
+    pd.testing.assert_frame_equal(committed, pd.DataFrame(schedule()))
     lines = pd.read_csv(ROOT / "slurm/costs.csv", dtype=str, keep_default_na=False).set_index("experiment")
     assert list(lines.index) == paper_experiments()
     for line in overview(["table3_clip_b32", "tablec1_basic"], ["plan.gpu=h100"]).to_dict("records"):
