@@ -46,7 +46,7 @@ from torchvision.io import decode_image
 from torchvision.transforms import v2
 
 from benchmarks.run import Options, benchmark, folder_task, in_turns, middle, ratio, save_photographs
-from configs.schema import load
+from configs.schema import Experiment, load
 from configs.training import Augment
 from finetune.data import TrainingBatches
 from finetune.length import Length
@@ -57,7 +57,7 @@ from tasks.files import Files
 from tasks.image_folder import load_split
 from tasks.prefetch import prefetch
 from tasks.resized import with_copies
-from tasks.split import ImageSplit
+from tasks.split import ImageSplit, Pictures
 
 CLASSES = 4
 SIZE, RESIZE = 224, 256  # pixels
@@ -121,12 +121,10 @@ AUGMENT = {
 }
 
 
-def ours_train(transform: str, images: ImageSplit, decoder: str, workers: int) -> Iterable[Tensor]:
-    """What `finetune.train` iterates over; every image is seeded by what it is, besides."""
-    steps = len(images) // BATCH
-    length = Length(len(images), BATCH, steps, steps)
-    augment = Augment(**AUGMENT[transform])  # type: ignore[arg-type, call-arg]  # mypy sees no dataclass in `closed`
-    batches = TrainingBatches(images, augment, SIZE, length, 0, ONE_PROCESS, decoder=decoder)
+def ours_train(config: Experiment, images: Pictures, n: int, workers: int) -> Iterable[Tensor]:
+    """What `finetune.train` iterates over; every one of n images is seeded by what it is, besides."""
+    steps = n // BATCH
+    batches = TrainingBatches(images, config, Length(n, BATCH, steps, steps), 0, ONE_PROCESS)
     return prefetch(batches.__getitem__, range(steps), workers)
 
 
@@ -140,18 +138,25 @@ def ours_fixed(images: ImageSplit, decoded: Path | None, workers: int) -> Iterab
 def ways(images: ImageSplit, folder: Path) -> dict[tuple[str, str], Load]:
     """(name, transform) -> what loads all images; copies and decoded images are made in a folder."""
     assert isinstance(images.stored, Files)
-    root, found = images.stored.root, {}
-    small = replace(load("table3_clip_b32").compute, resized=RESIZE, resized_to=folder, loader_workers=0)
+    root, n, found = images.stored.root, len(images), {}
+    config = load("table3_clip_b32")  # its network sees images of SIZE
+    small = replace(config.compute, resized=RESIZE, resized_to=folder, loader_workers=0)
     copies, pixels = with_copies(images, small), partial(decode_image, mode="RGB")
+
+    def ours(transform: str, decoder: str, pictures: Pictures) -> Load:
+        compute = replace(config.compute, decoder=decoder)
+        own = replace(config, augment=Augment(**AUGMENT[transform]), compute=compute)
+        return partial(ours_train, own, pictures, n)
+
     for transform in AUGMENT:
         steps = transforms.Compose([*steps_of(transform, transforms), transforms.PILToTensor()])
         found[REFERENCE, transform] = theirs(ImageFolder(root, steps))
         found["decode_jpeg", transform] = theirs(ImageFolder(root, v2.Compose(steps_of(transform, v2)), loader=pixels))
         found["timm", transform] = theirs(ImageDataset(str(root), transform=timm_steps(transform)), fast_collate)
-        found["ours", transform] = partial(ours_train, transform, images, "pillow")
-        found["ours_simplejpeg", transform] = partial(ours_train, transform, images, "simplejpeg")
-        found["ours_copies", transform] = partial(ours_train, transform, copies, "pillow")
-        found["ours_copies_fast", transform] = partial(ours_train, transform, copies, "simplejpeg")
+        found["ours", transform] = ours(transform, "pillow", images.stored)
+        found["ours_simplejpeg", transform] = ours(transform, "simplejpeg", images.stored)
+        found["ours_copies", transform] = ours(transform, "pillow", copies)
+        found["ours_copies_fast", transform] = ours(transform, "simplejpeg", copies)
     steps = [transforms.Resize(RESIZE, BICUBIC), transforms.CenterCrop(SIZE), transforms.PILToTensor()]
     found[REFERENCE, "fixed"] = theirs(ImageFolder(root, transforms.Compose(steps)))
     found["ours", "fixed"] = partial(ours_fixed, images, None)

@@ -76,7 +76,7 @@ def bare_steps(model: nn.Module, train: ImageSplit, config: Experiment) -> Calla
     """A bare loop over the batches that ours sees; each call is one step, and returns its seconds and its batch's."""
     optim = config.optim
     length = Length.of(optim, len(train))
-    batches = TrainingBatches(train, config.augment, config.model.image_size, length, SEED, ONE_PROCESS)
+    batches = TrainingBatches(train.stored, config, length, SEED, ONE_PROCESS)
     pad_small_images(model)  # ours has it too: what is compared is the loop
     optimizer = build(optim, model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

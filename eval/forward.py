@@ -5,19 +5,18 @@ Networks are imported where one is built: their libraries take seconds, and cach
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from configs.data import Task
 from configs.schema import Experiment
-from configs.training import arithmetic
+from configs.training import Model, arithmetic
 from eval.batch_size import found_batch_size, found_by_all, largest_input
 from eval.metrics import correct, correct_in_sets, mean_by_group
-from eval.tokens import token_split
 from models.tokens import TokenSplit, longest_first
 from soups.files.atomic import digest_of
 from soups.files.weights import Weights, digest, load_weights
@@ -40,6 +39,7 @@ from tasks.label_space import project
 from tasks.load import load_annotations, load_split
 from tasks.overlaps import refuse_overlaps
 from tasks.split import Examples, ImageSplit
+from tasks.texts import TextSplit, pieces_of
 
 if TYPE_CHECKING:
     from models.classifier import Classifier, Network
@@ -81,6 +81,24 @@ def shares_of_batches(order: Tensor, batch: int, world: int) -> list[Tensor]:
     """
     batches = order.split(batch)
     return [torch.cat([torch.arange(0), *batches[rank::world]]) for rank in range(world)]
+
+
+@lru_cache(maxsize=16)
+def token_split(model: Model, task: Task, name: str) -> TokenSplit:
+    """One split of texts as token ids, read once in a process.
+
+    Raises:
+        UserError: as `load_split`, `tokenizer_of` and `Tokenizer.encode`.
+    """
+    from models.hub import source, tokenizer_of  # noqa: PLC0415  # seconds that images need not wait for
+
+    texts = load_split(task, name)
+    assert isinstance(texts, TextSplit)
+    words, pieces = tokenizer_of(model, task.answers), pieces_of(task.template)
+    # The kind of model is part of the key, and where its tokenizer is from: another one may split the same text alike.
+    parts = {"pieces": pieces, "before": words.before, "after": words.after, "max_length": words.max_length}
+    key = digest_of(parts | {"kind": model.kind, "source": source(model) if model.kind != "minilm" else "minilm"})
+    return TokenSplit(words.encode(pieces, texts.stored.columns, texts.fields), texts.labels, words.pad, key)
 
 
 @dataclass(frozen=True)
@@ -219,7 +237,7 @@ class Evaluator:
         self.fill_features(split)
         whole = torch.empty(len(self.split(split)), width)
         for path, rows in self._feature_shards(split):
-            whole[rows] = torch.from_numpy(read_array(path, (len(rows), width), np.float32))
+            whole[rows] = torch.from_numpy(read_array(path, (len(rows), width)))
         return whole
 
     def place(self, what: str, split: str, weights: str) -> Path:

@@ -23,14 +23,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2 import ColorJitter as ColorJitterOfPixels
 
 from configs.schema import Experiment
-from configs.training import Augment, Compute, Optim
+from configs.training import Augment, Optim
 from finetune.length import Length
 from models.tokens import TokenSplit, alike_in_length
 from soups.chance import bits, seed
 from store.processes import Processes
 from tasks.files import Files
-from tasks.resized import with_copies
-from tasks.split import ImageSplit, Pixels
+from tasks.split import Pictures, Pixels
 
 WHITE = (1.0, 1.0, 1.0)
 MINIMAL_CROP = 0.9  # Appendix J.2.1: crops of 90 % and more of the image
@@ -70,7 +69,7 @@ def augmentation_of_epoch(augment: Augment, epoch: int, epochs: int) -> Augment:
     return Augment(kind="minimal", crop=MINIMAL_CROP)  # type: ignore[call-arg]  # mypy sees no dataclass in `closed`
 
 
-def pixels_of(images: ImageSplit, index: int) -> Tensor:
+def pixels_of(images: Pictures, index: int) -> Tensor:
     """(3, H, W) uint8 pixels of an image, RGB, those of Pillow in less time (of CMYK files, to two levels).
 
     Pillow decodes what is not a JPEG file, or one that simplejpeg does not read without a warning.
@@ -78,11 +77,10 @@ def pixels_of(images: ImageSplit, index: int) -> Tensor:
     Raises:
         UserError: the image is missing, or cannot be decoded to its end.
     """
-    stored = images.stored
-    if isinstance(stored, Pixels):
-        return stored.images[index]
-    if not (isinstance(stored, Files) and stored.border):
-        content = stored.content(index)
+    if isinstance(images, Pixels):
+        return images.images[index]
+    if not (isinstance(images, Files) and images.border):
+        content = images.content(index)
         if content.startswith(b"\xff\xd8"):  # the first bytes of every JPEG file
             with suppress(ValueError):
                 return torch.from_numpy(decode_jpeg(content)).permute(2, 0, 1)
@@ -189,14 +187,12 @@ def text_order(texts: TokenSplit, batch: int, run_seed: int, epoch: int) -> Tens
 class TrainingBatches:
     """This process's part of each step's batch: images, augmented, or texts as token ids; a worker makes all of it."""
 
-    examples: ImageSplit | TokenSplit
-    augment: Augment  # images only, like `size`, `mean` and `decoder`
-    size: int  # pixels, square
+    examples: Pictures | TokenSplit
+    config: Experiment  # of the row
     length: Length
     run_seed: int  # seeds order and augmentation
     processes: Processes
-    mean: tuple[float, ...] = WHITE  # RGB in [0, 1] that the model subtracts
-    decoder: str = "pillow"  # or simplejpeg
+    mean: tuple[float, ...] = WHITE  # RGB in [0, 1] that the model subtracts from images
 
     def indices(self, step: int) -> Tensor:
         """(b,) which examples this process takes in a step, counted from 0."""
@@ -208,43 +204,29 @@ class TrainingBatches:
             order = epoch_order(self.length.examples, self.run_seed, epoch)
         return local_batch(order[batch * size : (batch + 1) * size], self.processes)
 
-    def workers(self, compute: Compute) -> int:
+    @property
+    def workers(self) -> int:
         """Processes that make batches ahead; none of texts, which are in memory and are only padded."""
-        return 0 if isinstance(self.examples, TokenSplit) else compute.loader_workers
+        return 0 if isinstance(self.examples, TokenSplit) else self.config.compute.loader_workers
 
     @property
     def bytes_each(self) -> int:
         """Size of this process's part of a batch of images."""
-        return 3 * self.size**2 * (self.length.batch_size // self.processes.world)
+        return 3 * self.config.model.image_size**2 * (self.length.batch_size // self.processes.world)
 
     def __getitem__(self, step: int) -> Tensor:
         """(b, 3, size, size) uint8; (b, L) int64 token ids, padded to the longest text."""
         if isinstance(self.examples, TokenSplit):
             return self.examples.batch(self.indices(step))
-        epoch = step // self.length.steps_per_epoch
-        augment, fast = augmentation_of_epoch(self.augment, epoch, self.length.epochs), self.decoder == "simplejpeg"
-        transform = augmentation(augment, self.size, self.mean, from_pixels=fast)
+        epoch, fast = step // self.length.steps_per_epoch, self.config.compute.decoder == "simplejpeg"
+        augment = augmentation_of_epoch(self.config.augment, epoch, self.length.epochs)
+        transform = augmentation(augment, self.config.model.image_size, self.mean, from_pixels=fast)
         samples = []
         for index in self.indices(step).tolist():
             seed_sample(self.run_seed, "image", epoch, index)
             image = pixels_of(self.examples, index) if fast else self.examples.pil(index)
             samples.append(torch.as_tensor(transform(image)))
         return default_collate(samples)  # stacks them, a worker at once where the other process will read them
-
-
-def training_batches(
-    train: ImageSplit | TokenSplit,
-    config: Experiment,
-    length: Length,
-    *,
-    run_seed: int,
-    processes: Processes,
-    mean: tuple[float, ...],
-) -> TrainingBatches:
-    """The batches of a training, of texts, or of images, from which the model subtracts `mean`."""
-    examples = train if isinstance(train, TokenSplit) else with_copies(train, config.compute)
-    size, decoder = config.model.image_size, config.compute.decoder
-    return TrainingBatches(examples, config.augment, size, length, run_seed, processes, mean, decoder)
 
 
 def mixing(optim: Optim, classes: int) -> Mix:

@@ -24,7 +24,7 @@ from eval.batch_size import largest_input
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
 from finetune.averages import Averages, holding
-from finetune.data import mixed_batch, mixing, training_batches
+from finetune.data import TrainingBatches, mixed_batch, mixing
 from finetune.dist import DTYPES, DivergedError, LateLosses, gathered, is_finite, reshard, wrap
 from finetune.finish import complete, save_trained, sole_writers
 from finetune.length import Length, refuse_unequal_shares
@@ -41,6 +41,7 @@ from store.processes import Processes, first_decides, start_processes, sum_over,
 from store.rows import draw, identity, require_trainable, row_config
 from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished
 from tasks.prefetch import prefetch
+from tasks.resized import with_copies
 from tasks.split import ImageSplit
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
@@ -219,7 +220,8 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     state.load(folder / "state.pt")
     progress = state.progress
     first = meter.first = progress.step
-    batches = training_batches(train, config, length, run_seed=run_seed, processes=processes, mean=model.subtracted)
+    examples = train if isinstance(train, TokenSplit) else with_copies(train, compute)
+    batches = TrainingBatches(examples, config, length, run_seed, processes, model.subtracted)
     losses = LateLosses()
     model.train()
 
@@ -229,8 +231,8 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
 
     try:
         with interruptions() as came, show_progress(meter, title, console) as show_step:
-            steps, workers = range(first, length.steps), batches.workers(compute)
-            prefetched = prefetch(batches.__getitem__, steps, workers, batches.bytes_each)
+            steps = range(first, length.steps)
+            prefetched = prefetch(batches.__getitem__, steps, batches.workers, batches.bytes_each)
             for step, batch in zip(steps, prefetched, strict=True):
                 # One step.
                 lr = learning_rate(optim, step, length.steps)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -15,9 +17,11 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from configs.errors import UserError
 from configs.training import Model
 from soups.files.atomic import digest_of
-from store.decoded import Shards
+from store.shards import SHARD, Shards
 from tasks.prefetch import prefetch
 from tasks.split import ImageSplit, Pixels
+
+LOCKS = "type compute.decoded=FOLDER of a file system with locks"
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,10 @@ def _batch(images: ImageSplit, transform: EvalTransform, rows: Tensor) -> Tensor
     return default_collate([transform(images.pil(row)) for row in rows.tolist()])
 
 
-def _make_shard(images: ImageSplit, transform: EvalTransform, shards: Shards, first: int, *, anew: bool = False) -> int:
-    """Decode the images of a shard, unless another process was faster."""
-    if anew or not shards.path(first).exists():
-        shards.write(first, (transform(images.pil(row)).numpy() for row in shards.rows(first)))
-    return first
+def _make_shard(images: ImageSplit, transform: EvalTransform, shards: Shards, number: int) -> int:
+    """Decode the images of a shard, unless another process does."""
+    shards.write(number, lambda row: transform(images.pil(row)).numpy().tobytes(), LOCKS)
+    return number
 
 
 def _decoded_once(
@@ -79,24 +82,27 @@ def _decoded_once(
 ) -> Iterator[Tensor]:
     """The batches from shards; missing ones are made in the order in which they are needed, damaged ones anew."""
     key = digest_of({"images": images.digest, "transform": transform.key})
-    shards = Shards(folder / key, len(images), (3, transform.size, transform.size))
-    missing = [first for first in shards.needed(torch.cat(list(batches))) if not shards.path(first).exists()]
+    shards = Shards(folder / key, len(images))
+    numbers = dict.fromkeys((torch.cat(list(batches)) // SHARD).tolist())
+    missing = [number for number in numbers if not shards.path(number).exists()]
     make = partial(_make_shard, images, transform, shards)
-    made = prefetch(make, missing, workers if missing else 0)
-    waiting, checked = set(missing), set[int]()
+    made, waiting = prefetch(make, missing, workers if missing else 0), set(missing)
+
+    def pixels(row: int) -> NDArray[np.uint8]:
+        number = row // SHARD
+        while number in waiting:
+            waiting.remove(next(made))
+        try:
+            content = shards.read(row)
+        except ValueError as error:
+            print(f"decoded images {shards.path(number)} are damaged ({error}): decoding them anew", flush=True)
+            shards.delete(number)
+            make(number)
+            content = shards.read(row)
+        return np.frombuffer(content, np.uint8).reshape(3, transform.size, transform.size)
+
     for rows in batches:
-        for first in shards.needed(rows):
-            while first in waiting:
-                waiting.remove(next(made))
-            if first in checked:
-                continue
-            checked.add(first)
-            try:
-                shards.check(first)
-            except ValueError as error:
-                print(f"decoded images {shards.path(first)} are damaged ({error}): decoding them anew", flush=True)
-                make(first, anew=True)
-        yield shards.read(rows)
+        yield torch.from_numpy(np.stack([pixels(row) for row in rows.tolist()]))
 
 
 def eval_batches(

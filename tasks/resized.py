@@ -13,91 +13,50 @@ Examples:
 
 import io
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-import pyarrow as pa
-import xxhash
-from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
-from torch import Tensor
 
 from configs.cli import entry_point
 from configs.errors import UserError
 from configs.schema import Experiment
 from configs.training import Compute
-from soups.files.atomic import digest_of, replacing, write_json
-from store.runs import lock
+from soups.files.atomic import digest_of, write_json
+from store.shards import SHARD, Shards
 from tasks.load import load_split
 from tasks.prefetch import prefetch
-from tasks.split import ImageSplit, Pixels
+from tasks.split import ImageSplit, Pictures, Pixels
 
-SHARD = 4096  # images in a file: about 120 MB of copies with a shorter side of 256
-GROUP = 256  # images that are in memory together while a file is written
-SCHEMA = pa.schema([("jpeg", pa.binary()), ("digest", pa.uint64())])
 INDEX = "index.json"
+LOCKS = "type compute.resized_to=FOLDER of a file system with locks"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Copies:
-    """Smaller copies of N images, in Arrow files that are mapped into memory."""
+    """Smaller copies of a split's images."""
 
-    folder: Path
-    rows: NDArray[np.int64]  # (N,) places in the files
+    shards: Shards
 
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) bytes of each copy."""
-        return np.array([len(self.content(index)) for index in range(len(self.rows))], dtype=np.int64)
-
-    def content(self, index: int, last: int | None = None) -> bytes:
+    def content(self, index: int) -> bytes:
         """The JPEG bytes of a copy.
 
         Raises:
             UserError: its file is missing or damaged.
         """
-        number, place = divmod(int(self.rows[index]), SHARD)
-        path = shard_path(self.folder, number)
         try:
-            batch = _opened(path)[place // GROUP]
-            content = batch.column(0)[place % GROUP].as_buffer().to_pybytes()
-            whole = xxhash.xxh3_64_intdigest(content) == batch.column(1)[place % GROUP].as_py()
-        except (OSError, pa.ArrowException, IndexError) as error:
-            raise UserError(f"{path} cannot be read ({error}): {_REMEDY.format(path.parent / INDEX)}") from None
-        if not whole:
-            raise UserError(f"{path} is damaged: {_REMEDY.format(path.parent / INDEX)}")
-        return content if last is None else content[-last:]
-
-    def called(self, index: int) -> str:
-        """The place of a copy, for messages."""
-        return f"copy {self.rows[index]} in {self.folder}"
+            return self.shards.read(index).to_pybytes()
+        except ValueError as error:
+            path = self.shards.path(index // SHARD)
+            raise UserError(
+                f"{path} is damaged ({error}): delete it and {path.parent / INDEX}, and run the same again, which "
+                "makes it anew"
+            ) from None
 
     def pil(self, index: int) -> Image.Image:
         """A copy, RGB; raises as `content`."""
         return Image.open(io.BytesIO(self.content(index))).convert("RGB")
-
-    def of(self, rows: Tensor) -> "Copies":
-        """Only the images `rows`, in this order."""
-        return replace(self, rows=self.rows[rows.numpy()])
-
-
-_REMEDY = "delete it and {}, and run the same again, which makes it anew"
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """The file with the images SHARD * number, SHARD * number + 1, ..."""
-    return folder / f"{number:05d}.arrow"
-
-
-@cache
-def _opened(path: Path) -> list[pa.RecordBatch]:
-    """Batches of GROUP images in a file; a copy's bytes are read when they are asked for."""
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
 def smaller(image: Image.Image, side: int, quality: int) -> bytes:
@@ -111,33 +70,14 @@ def smaller(image: Image.Image, side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _groups(images: ImageSplit, number: int, side: int, quality: int) -> Iterator[pa.RecordBatch]:
-    """The copies in a file, so many at a time."""
-    rows = range(number * SHARD, min((number + 1) * SHARD, len(images)))
-    for first in range(rows.start, rows.stop, GROUP):
-        copies = [smaller(images.pil(row), side, quality) for row in range(first, min(first + GROUP, rows.stop))]
-        digests = [xxhash.xxh3_64_intdigest(copy) for copy in copies]
-        yield pa.record_batch([pa.array(copies, pa.binary()), pa.array(digests, pa.uint64())], schema=SCHEMA)
+def _make_shard(images: ImageSplit, shards: Shards, compute: Compute, number: int, *, wait: bool = False) -> None:
+    side, quality = compute.resized, compute.resized_quality
+    assert side is not None  # since copies are wanted
+    shards.write(number, lambda row: smaller(images.pil(row), side, quality), LOCKS, wait=wait)
 
 
-def _make_shard(images: ImageSplit, folder: Path, side: int, quality: int, number: int, *, wait: bool = False) -> None:
-    """Write a file that is missing, unless another process is writing it and nobody waits for that."""
-    path = shard_path(folder, number)
-    if path.exists():
-        return
-    with path.with_suffix(".lock").open("a") as held:
-        if not lock(held, "type compute.resized_to=FOLDER of a file system with locks", wait=wait):
-            return
-        if not path.exists():
-            with replacing(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as writer:
-                for group in _groups(images, number, side, quality):
-                    writer.write_batch(group)
-        path.with_suffix(".lock").unlink(missing_ok=True)  # whoever waits for it looks for the file first
-
-
-def with_copies(images: ImageSplit, compute: Compute) -> ImageSplit:
-    """The split with smaller copies in place of its photographs, made where they are missing; itself where none are
-    wanted.
+def with_copies(images: ImageSplit, compute: Compute) -> Pictures:
+    """Smaller copies of a split's photographs, made where they are missing; its own images where none are wanted.
 
     Any number of processes may call it at once: each file is written by one of them, and all wait for the last.
 
@@ -149,26 +89,25 @@ def with_copies(images: ImageSplit, compute: Compute) -> ImageSplit:
         UserError: images in memory, an image that cannot be decoded, or a full disk.
     """
     if compute.resized is None:
-        return images
+        return images.stored
     if isinstance(images.stored, Pixels):
         raise UserError(
             f"compute.resized={compute.resized}: the images of {images.name} are in memory, and have no copies: type "
             "compute.resized=null"
         )
     settings = {"images": images.digest, "side": compute.resized, "quality": compute.resized_quality, "shard": SHARD}
-    folder = compute.resized_to / digest_of(settings)[:16]
-    if not (folder / INDEX).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers = [n for n in range(-(-len(images) // SHARD)) if not shard_path(folder, n).exists()]
-        make = partial(_make_shard, images, folder, compute.resized, compute.resized_quality)
-        print(f"copying {len(images):,} images of {images.name} to {folder}", flush=True)
+    shards = Shards(compute.resized_to / digest_of(settings)[:16], len(images))
+    if not (shards.folder / INDEX).exists():
+        numbers = [number for number in range(-(-shards.n // SHARD)) if not shards.path(number).exists()]
+        make = partial(_make_shard, images, shards, compute)
+        print(f"copying {len(images):,} images of {images.name} to {shards.folder}", flush=True)
         made = prefetch(make, numbers, min(compute.loader_workers, len(numbers)))
         for _ in track(made, "files", len(numbers), disable=not sys.stdout.isatty()):
             pass
         for number in numbers:  # which another process may still be writing
             make(number, wait=True)
-        write_json(folder / INDEX, settings | {"n": len(images)})
-    return replace(images, stored=Copies(folder, np.arange(len(images))))
+        write_json(shards.folder / INDEX, settings | {"n": len(images)})
+    return Copies(shards)
 
 
 def resize(config: Experiment) -> None:
@@ -181,13 +120,11 @@ def resize(config: Experiment) -> None:
         raise UserError("no size is named: type compute.resized=256 for copies with a shorter side of 256 pixels")
     images = load_split(config.task, config.task.train)
     assert isinstance(images, ImageSplit)  # compute.resized is refused for texts
-    copies = with_copies(images, config.compute).stored
+    copies = with_copies(images, config.compute)
     assert isinstance(copies, Copies)
-    size = sum(path.stat().st_size for path in copies.folder.glob("*.arrow"))
-    print(
-        f"{len(images):,} copies in {copies.folder}, {size / 1e9:,.2f} GB. Next: python -m finetune with the same "
-        "settings"
-    )
+    folder = copies.shards.folder
+    size = sum(path.stat().st_size for path in folder.glob("*.arrow"))
+    print(f"{len(images):,} copies in {folder}, {size / 1e9:,.2f} GB. Next: python -m finetune with the same settings")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,11 @@ class Stored(Protocol):
         """Only the examples `rows`, (n,) int64, in this order."""
 
 
-class StoredImages(Stored, Protocol):
-    """N images."""
+class Pictures(Protocol):
+    """Images that training reads. They are sent to the processes that load images."""
+
+    def content(self, index: int) -> bytes:
+        """An image as it is stored."""
 
     def pil(self, index: int) -> Image.Image:
         """One image, RGB.
@@ -44,6 +47,10 @@ class StoredImages(Stored, Protocol):
         Raises:
             UserError: it is missing, or cannot be decoded to its end.
         """
+
+
+class StoredImages(Stored, Pictures, Protocol):
+    """N images of a split."""
 
 
 def ending(content: bytes, last: int | None) -> bytes:

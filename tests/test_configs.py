@@ -24,16 +24,13 @@ from configs.registered import experiments, neutral
 from configs.schema import CONFIGS, Experiment, checked, dump, load, parse
 from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
 from finetune.averages import Averages
-from finetune.data import augmentation, training_batches
-from finetune.length import Length
+from finetune.data import augmentation
 from finetune.optim import build, learning_rate
 from models.classifier import architecture
 from models.prompts import question
 from slurm.plan import paper_experiments
-from store.processes import single_process
 from store.rows import identity, row_config
 from tasks.held_out import own_name
-from tasks.split import ImageSplit, Pixels
 from tests.experiments import EXPERIMENTS, ROOT, hub_folders, loaded, loaded_locally
 
 PUBLISHED = ROOT.parent / "shared/reference/released/hparam_info.json"
@@ -340,11 +337,6 @@ def test_what_comes_from_beyond_an_image_has_the_colour_that_the_model_subtracts
     assert fills == {"white": {(255, 255, 255)}, "mean": {(64, 128, 255)}}
     model = architecture(loaded("demo").model, 3)
     assert torch.allclose(255 * torch.tensor(model.subtracted), model.mean.flatten())
-    pixels = Pixels(torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
-    train = ImageSplit("train", pixels, torch.zeros(4, dtype=torch.int64), "x")
-    length = Length.of(loaded("demo").optim, 64)
-    given = {"run_seed": 0, "processes": single_process(), "mean": model.subtracted}
-    assert training_batches(train, loaded("demo"), length, **given).mean == model.subtracted
 
 
 def test_images_of_your_own_are_trained_as_their_sweep_means_it_on_a_cluster_file_that_has_a_gpu():

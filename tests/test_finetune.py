@@ -52,7 +52,8 @@ def clip():
 def batches_of(train, augment, **settings):
     """Batches of eight images, 64 pixels wide."""
     length = Length(examples=len(train), batch_size=8, steps_per_epoch=len(train) // 8, steps=500)
-    return TrainingBatches(train, augment, 64, length, **{"run_seed": 1, "processes": ONE_PROCESS} | settings)
+    config = replace(load("demo_tiny"), augment=augment)
+    return TrainingBatches(train.stored, config, length, **{"run_seed": 1, "processes": ONE_PROCESS} | settings)
 
 
 @pytest.mark.parametrize("augment", [MINIMAL, STRONG], ids=["minimal", "rand"])

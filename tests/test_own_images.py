@@ -64,7 +64,7 @@ def test_folders_of_images_go_through_every_stage(settings):
     done = json.loads((folder / "runs/own_images/ingredients/001/done.json").read_text())
     assert done["held_out"]["n"] == 12
     assert not (folder / "runs/own_images/zero_shot").exists()
-    assert list((folder / "decoded").rglob("*.npy"))
+    assert list((folder / "decoded").rglob("*.arrow"))
 
     by_f1 = [*arguments, "+task.metrics.test=macro_f1", "task.shifts=[]", "recipes=[best,uniform,greedy]"]
     ended = here(["-m", "analysis", *by_f1])

@@ -21,12 +21,13 @@ from configs.training import Augment
 from finetune.data import augmentation, pixels_of
 from finetune.sweep import train_sweep
 from slurm.clean import removable
+from store import shards
 from store.rows import identity
 from store.runs import RunFolder
 from store.staging import staged
 from tasks import resized
 from tasks.image_folder import load_split
-from tasks.resized import resize, shard_path, smaller, with_copies
+from tasks.resized import resize, smaller, with_copies
 from tests.commands import python
 from tests.pools import small_network
 
@@ -60,60 +61,61 @@ def test_a_copy_has_the_shorter_side_that_was_asked_for_and_the_pixels_of_pillow
 
 
 def test_copies_are_in_the_order_of_the_split_in_files_of_several(data, monkeypatch):
-    monkeypatch.setattr(resized, "SHARD", 8)
-    monkeypatch.setattr(resized, "GROUP", 3)
+    for module in (resized, shards):
+        monkeypatch.setattr(module, "SHARD", 8)
+    monkeypatch.setattr(shards, "GROUP", 3)
     config = experiment(data)
     images, copies = load_split(config.task, "train"), copies_of(config)
-    assert copies.digest == images.digest and torch.equal(copies.labels, images.labels)
-    folder = copies.stored.folder
+    folder = copies.shards.folder
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["00000.arrow", "00001.arrow", "00002.arrow", "index.json"]  # no lock and no half-written file
     for index in range(len(images)):
-        assert copies.stored.content(index) == smaller(images.pil(index), 24, 90)
+        assert copies.content(index) == smaller(images.pil(index), 24, 90)
         assert np.array_equal(np.asarray(copies.pil(index)), pixels_of(copies, index).permute(1, 2, 0))
-    assert copies.stored.sizes.tolist() == [len(copies.stored.content(index)) for index in range(len(images))]
-    part = copies.stored.of(torch.tensor([11, 2]))
-    assert part.content(0) == copies.stored.content(11) and part.content(1, 4) == copies.stored.content(2)[-4:]
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert copies_of(config).stored.content(3) == copies.stored.content(3)
+    assert copies_of(config).content(3) == copies.content(3)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_copies_of_another_size_quality_or_data_are_others(data):
     folders = {
-        copies_of(experiment(data, *typed)).stored.folder
+        copies_of(experiment(data, *typed)).shards.folder
         for typed in ((), ("compute.resized=16",), ("compute.resized_quality=50",))
     }
     other = save_tree(data.parent / "others", per_class=4)
-    assert len(folders | {copies_of(experiment(other)).stored.folder}) == 4
+    assert len(folders | {copies_of(experiment(other)).shards.folder}) == 4
 
 
 def test_a_damaged_copy_is_refused_with_what_to_delete(data):
     config = experiment(data)
     copies = copies_of(config)
-    path = shard_path(copies.stored.folder, 0)
-    content, place = bytearray(path.read_bytes()), path.read_bytes().find(copies.stored.content(2))
+    path = copies.shards.path(0)
+    content, place = bytearray(path.read_bytes()), path.read_bytes().find(copies.content(2))
     content[place + 100] ^= 1
-    resized._opened.cache_clear()
+    shards._opened.cache_clear()
     path.write_bytes(content)
-    copies.stored.content(1)
-    with pytest.raises(UserError, match=r"00000\.arrow is damaged: delete it and .*index\.json, and run the same"):
-        copies.stored.content(2)
-    resized._opened.cache_clear()
+    copies.content(1)
+    with pytest.raises(
+        UserError, match=r"00000\.arrow is damaged \(.*\): delete it and .*index\.json, and run the same"
+    ):
+        copies.content(2)
+    shards._opened.cache_clear()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"00000\.arrow cannot be read"):
-        copies.stored.content(1)
+    with pytest.raises(UserError, match=r"00000\.arrow is damaged"):
+        copies.content(1)
     path.unlink()
     (path.parent / "index.json").unlink()
-    resized._opened.cache_clear()
-    assert copies_of(config).stored.content(2) == smaller(load_split(config.task, "train").pil(2), 24, 90)
+    shards._opened.cache_clear()
+    assert copies_of(config).content(2) == smaller(load_split(config.task, "train").pil(2), 24, 90)
 
 
 MAKE = """
 import sys, time
+from store import shards
 from tasks import resized
 from configs.schema import load
-resized.SHARD, resized.GROUP, made = 4, 1, resized.smaller
+resized.SHARD = shards.SHARD = 4
+shards.GROUP, made = 1, resized.smaller
 def slow(*words):
     time.sleep(0.05)
     return made(*words)
@@ -131,8 +133,9 @@ def test_two_processes_share_the_work_and_one_that_is_killed_leaves_nothing_torn
         call = [python(), "-c", MAKE, *words, f"paths.runs={tmp_path / runs}"]
         return subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    monkeypatch.setattr(resized, "SHARD", 4)
-    monkeypatch.setattr(resized, "GROUP", 1)
+    for module in (resized, shards):
+        monkeypatch.setattr(module, "SHARD", 4)
+    monkeypatch.setattr(shards, "GROUP", 1)
     resize(load(*words, f"paths.runs={tmp_path / 'one'}"))
     victim, other = start("two"), start("two")
     while not list((tmp_path / "two").rglob("*.arrow")) and victim.poll() is None:
@@ -179,13 +182,16 @@ def test_every_kind_of_image_has_the_pixels_that_pillow_gives(tmp_path):
     images = load_split(task(tmp_path, num_classes=2), "train")
     for index in range(len(images)):
         expected = torch.from_numpy(np.array(images.pil(index))).permute(2, 0, 1)
-        difference, name = (pixels_of(images, index).int() - expected.int()).abs().max(), images.stored.called(index)
+        difference, name = (
+            (pixels_of(images.stored, index).int() - expected.int()).abs().max(),
+            images.stored.called(index),
+        )
         assert difference <= (2 if "cmyk" in name else 0), name
     broken = images.stored.path(next(i for i in range(len(images)) if images.stored.called(i).endswith("plain.jpg")))
     broken.write_bytes(broken.read_bytes()[:-200])
     index = next(i for i in range(len(images)) if images.stored.called(i).endswith("plain.jpg"))
     with pytest.raises(UserError, match=r"plain\.jpg cannot be decoded"):
-        pixels_of(images, index)
+        pixels_of(images.stored, index)
 
 
 def test_rows_are_trained_on_copies_and_by_simplejpeg_and_are_other_rows(data, tmp_path):
@@ -216,8 +222,8 @@ def test_copies_are_staged_as_few_files_and_cleaned_away(data, tmp_path, monkeyp
     resize(config)
     there = staged(config)
     assert there.task == config.task and there.compute.resized_to.is_relative_to(tmp_path / "node")
-    assert copies_of(there).stored.folder.is_relative_to(tmp_path / "node")
-    assert copies_of(there).stored.content(3) == copies_of(config).stored.content(3)
+    assert copies_of(there).shards.folder.is_relative_to(tmp_path / "node")
+    assert copies_of(there).content(3) == copies_of(config).content(3)
     assert identity(there, 1) == identity(config, 1)
     assert removable(config)["resized"] == [config.compute.resized_to]
 
@@ -231,5 +237,5 @@ def test_arrow_keeps_each_image_by_itself(data):
     """So that a crop reads the pages of one copy, whatever else is in the file."""
     copies = copies_of(experiment(data))
     allocated = pa.total_allocated_bytes()
-    copies.stored.content(0)
+    copies.content(0)
     assert pa.total_allocated_bytes() - allocated < 100_000

@@ -60,7 +60,7 @@ def own(pid):
 if __name__ == "__main__":
     config = load("demo_tiny", f"paths.runs={sys.argv[1]}")
     images = load_split(config.task, "train")
-    batches = TrainingBatches(images, config.augment, 64, Length(len(images), 8, 4, 40), 1, single_process())
+    batches = TrainingBatches(images.stored, config, Length(len(images), 8, 4, 40), 1, single_process())
     made = prefetch(batches.__getitem__, range(40), 2)
     next(made), next(made), next(made)
     workers = [worker for server in children(os.getpid()) for worker in children(server)]

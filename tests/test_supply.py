@@ -164,7 +164,7 @@ LOADERS = {  # the pickle, what reads it, and how that refuses, so that no other
     "weights for timm": (plant, "a.pth", timm_network, "weights_only=True blocked"),
     "weights for open_clip": (plant, "a.pt", named_clip, NO_WEIGHTS),
     "weights of transformers": (of_hub, "pytorch_model.bin", hub_network, "no file named model.safetensors"),
-    "logits": (plant_array, "a.npy", lambda path: read_array(path, (1, 1), np.float32), "Python objects"),
+    "logits": (plant_array, "a.npy", lambda path: read_array(path, (1, 1)), "Python objects"),
     "a list of held-out images": (plant_array, "held_out.npy", index_of_held_out, "allow_pickle=False"),
     "images of CIFAR-10.1": (plant_array, "a.npy", cifar_arrays, "allow_pickle=False"),
 }

@@ -10,8 +10,7 @@ from analysis.tables.table3 import analyse
 from configs.errors import UserError
 from configs.schema import load
 from eval.calibration import fit_beta
-from eval.forward import Evaluator
-from eval.tokens import token_split
+from eval.forward import Evaluator, token_split
 from finetune.data import mixed_batch, mixing
 from finetune.start import initialise
 from finetune.train import train_row
@@ -146,7 +145,7 @@ def test_logits_come_in_the_order_of_the_split_although_texts_are_looked_at_by_l
 
 @pytest.mark.slow
 def test_processes_share_the_texts_of_a_step(config, run):
-    from finetune.data import training_batches
+    from finetune.data import TrainingBatches
     from finetune.length import Length
 
     train = Evaluator(config).inputs("train")
@@ -154,8 +153,7 @@ def test_processes_share_the_texts_of_a_step(config, run):
 
     def texts(rank, world):
         processes = Processes(rank, world, torch.device("cpu"))
-        batches = training_batches(train, config, length, run_seed=1, processes=processes, mean=())
-        return sorted(batches.indices(2).tolist())
+        return sorted(TrainingBatches(train, config, length, 1, processes).indices(2).tolist())
 
     assert sorted(texts(0, 2) + texts(1, 2)) == texts(0, 1)
     assert len(texts(0, 2)) == 4
