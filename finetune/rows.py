@@ -14,9 +14,8 @@ from rich.table import Table
 
 from configs.cli import entry_point
 from configs.schema import Experiment, dump, replicate
-from store.rows import require_trainable, row_config
+from store.rows import GROUPS, require_trainable, row_config
 
-GROUPS = ("task", "model", "optim", "augment", "regularizer")
 UNCUT = 10_000  # columns of a log: as wide as the widest table
 NOTE = """Row 0 is the initialisation; all others start from it. Nothing was trained.
 One row:    python -m finetune {typed} sweep.index=1      (row 0 first; an array job sets the index)

@@ -114,12 +114,9 @@ def _digests(config: Experiment) -> dict[str, str]:
 
 
 def refuse_other_data(config: Experiment, row_0: dict[str, Any]) -> None:
-    """Raise a `UserError` where the data set is elsewhere and not the one row 0 was made from; it may be moved.
-
-    `row_0` is its done.json, which in earlier versions had no digests of the data.
-    """
+    """Raise a `UserError` where the data set is elsewhere and not the one row 0, by its done.json, was made from."""
     folder = RunFolder.of(config).ingredient(0)
-    if "data" not in row_0 or Path(read_json(folder / "config.json")["task"]["folder"]) == config.task.folder:
+    if Path(read_json(folder / "config.json")["task"]["folder"]) == config.task.folder:
         return
     if row_0["data"] != _digests(config):
         raise UserError(

@@ -1,7 +1,7 @@
 """The rows of a sweep, and what names each: row i is a pure function of (sweep seed, i, field name)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import product
@@ -10,33 +10,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from configs.data import AnyTask
 from configs.errors import UserError
 from configs.schema import SEARCHED, Experiment, checked, dump
 from configs.sweep_csv import read_table
-from configs.training import (
-    Augment,
-    Choice,
-    Distribution,
-    Integers,
-    LogUniform,
-    Model,
-    Optim,
-    Regularizer,
-    Sweep,
-    ZeroOrUniform,
-    arithmetic,
-)
+from configs.training import Choice, Distribution, Integers, LogUniform, Sweep, ZeroOrUniform, arithmetic
 from soups.chance import uniform
 from soups.files.atomic import digest_of, read_json
 
-GROUPS: dict[str, Any] = {
-    "task": AnyTask,
-    "model": Model,
-    "optim": Optim,
-    "augment": Augment,
-    "regularizer": Regularizer,
-}
+GROUPS = ("task", "model", "optim", "augment", "regularizer")  # what rows can differ in
 # What does not change a row's weights: where things lie on a disk, what their owners call them, and what only reports.
 LEFT_OUT = {
     "task": {"folder", "listings", "path_column", "split_column", "counts", "numbered"}
@@ -199,39 +180,38 @@ def teachers(config: Experiment, row: int) -> tuple[int, ...]:
     return distill.rows if distill is not None else ()
 
 
-def meaning(own: Mapping[str, Any], sweep: Mapping[str, Any], compute: Mapping[str, Any]) -> dict[str, Any]:
+def meaning(own: Experiment) -> dict[str, Any]:
     """The settings on which a row's weights depend, without those that have their default.
 
     A setting that is added later, with a default, is therefore in no earlier row's.
 
     Args:
-        own: `GROUPS`, parsed, of the row.
-        sweep: with the row as `index`; row 0 is the initialisation, of which training's settings are left out. The seed
-            names random streams, and `imported` says that weights are read, not trained.
-        compute: the precision of training's forward passes, and that of evaluation's, by which the probe is made and
-            recipes sort; and how training images are read, which counts where it is not the default.
+        own: of the row, which is `sweep.index`. Row 0 is the initialisation, without training's settings. The sweep's
+            seed names random streams, and `imported` says that weights are read, not trained. Precisions are that of
+            training's forward passes, and that of evaluation's, by which the probe is made and recipes sort. How
+            training images are read counts where it is not the default.
     """
-    row, tf32 = sweep["index"] or 0, compute.get("tf32", False)
-    precision = arithmetic(compute["precision"], tf32=tf32)
-    evaluated = arithmetic(compute.get("eval_precision") or compute["precision"], tf32=tf32)
+    row, compute = own.sweep.index or 0, own.compute
+    precision, evaluated = (arithmetic(each, tf32=compute.tf32) for each in (compute.precision, compute.evaluates_in))
     parts: dict[str, Any] = {}
     for group in GROUPS if row else ("task", "model"):
-        dumped = TypeAdapter(type(own[group])).dump_python(own[group], mode="json", exclude_defaults=True)
+        settings = getattr(own, group)
+        dumped = TypeAdapter(type(settings)).dump_python(settings, mode="json", exclude_defaults=True)
         parts[group] = {name: value for name, value in dumped.items() if name not in LEFT_OUT.get(group, ())}
-    task, used = parts["task"], (own["task"].train, own["task"].held_out)
+    task, used = parts["task"], (own.task.train, own.task.held_out)
     for name in BY_SPLIT:
         found = {split: value for split, value in task.pop(name, {}).items() if split in used}
         task |= {name: found} if found else {}
     for group, names in FILES.items():
         parts[group] |= {name: Path(parts[group][name]).name for name in names if name in parts[group]}
     if row:
-        parts |= {"precision": precision, "seed": sweep["seed"], "row": row}
-        if compute.get("resized") is not None:
-            parts["resized"] = [compute["resized"], compute["resized_quality"]]
-        if compute.get("decoder", "pillow") != "pillow":
-            parts["decoder"] = compute["decoder"]
+        parts |= {"precision": precision, "seed": own.sweep.seed, "row": row}
+        if compute.resized is not None:
+            parts["resized"] = [compute.resized, compute.resized_quality]
+        if compute.decoder != "pillow":
+            parts["decoder"] = compute.decoder
     parts |= {"evaluated": evaluated} if evaluated != precision else {}
-    return parts | ({"imported": True, "row": row} if sweep.get("imported") is not None else {})
+    return parts | ({"imported": True, "row": row} if own.sweep.imported is not None else {})
 
 
 def identity(config: Experiment, row: int) -> str:
@@ -240,24 +220,4 @@ def identity(config: Experiment, row: int) -> str:
     Settings that cannot change its weights on one machine (where it runs and where its data lie, how many rows there
     are, which splits report, recipes, tables) are left out, so that a sweep can grow and move.
     """
-    own = row_config(config, row)
-    return digest_of(meaning({group: getattr(own, group) for group in GROUPS}, vars(own.sweep), vars(own.compute)))
-
-
-def recorded_identity(folder: Path) -> str | None:
-    """The identity of a finished row by the config.json in its folder, whatever version of the project wrote it.
-
-    None where the file is missing, or has settings that there are not any more.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        return None
-    values = read_json(path)
-    try:
-        own = {group: checked(kind, values[group]) for group, kind in GROUPS.items()}
-        return digest_of(meaning(own, values["sweep"], values["compute"]))
-    except (UserError, KeyError):
-        return None
+    return digest_of(meaning(row_config(config, row)))

@@ -29,7 +29,7 @@ from configs.errors import UserError
 from configs.schema import Experiment
 from soups.files.atomic import read_json, replacing
 from soups.files.weights import load_weights
-from store.rows import identity, recorded_identity, score_of
+from store.rows import identity, score_of
 
 RAW = "raw"  # weights as the optimiser leaves them
 WEIGHTS = "weights.safetensors"
@@ -172,7 +172,7 @@ def finished(folder: Path, identity: str, record: str = DONE) -> dict[str, Any] 
     if not path.exists():
         return None
     done = read_json(path)
-    if not _is_of(folder, done, identity):
+    if done["identity"] != identity:
         raise _foreign(f"{folder} was")
     return done
 
@@ -182,11 +182,6 @@ def _foreign(what: str) -> UserError:
         f"{what} made with other settings than these (config.json beside the weights has them): give this experiment "
         "another name, e.g. name=demo_mine, or delete what is there"
     )
-
-
-def _is_of(folder: Path, done: dict[str, Any], identity: str) -> bool:
-    """Whether a finished row is of these settings; earlier versions named the same settings in other ways."""
-    return done["identity"] == identity or recorded_identity(folder) == identity
 
 
 def done_row(config: Experiment, row: int) -> dict[str, Any] | None:
@@ -201,11 +196,11 @@ def done_rows(config: Experiment) -> dict[int, dict[str, Any]]:
         UserError: some of them were made with other settings; the message lists all.
     """
     run = RunFolder.of(config)
-    folders = {row: run.ingredient(row) for row in range(config.sweep.size + 1) if run.is_done(row)}
-    done = {row: read_json(folder / "done.json") for row, folder in folders.items()}
-    foreign = [row for row in done if not _is_of(folders[row], done[row], identity(config, row))]
+    rows = [row for row in range(config.sweep.size + 1) if run.is_done(row)]
+    done = {row: read_json(run.ingredient(row) / DONE) for row in rows}
+    foreign = [row for row in rows if done[row]["identity"] != identity(config, row)]
     if len(foreign) == 1:
-        raise _foreign(f"{folders[foreign[0]]} was")
+        raise _foreign(f"{run.ingredient(foreign[0])} was")
     if foreign:
         raise _foreign(f"rows {', '.join(map(str, foreign))} of {run.root} were")
     return done

@@ -4,6 +4,7 @@ import io
 import re
 from dataclasses import field, fields, replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,11 @@ from soups.experiment.soups import make_soup
 from soups.files.atomic import digest_of, read_json, write_json
 from soups.files.weights import load_weights, save_weights
 from store.rows import draw, identity, inverse, meaning, require_trainable, row_config
-from store.runs import RunFolder, done_row, read_pool
+from store.runs import RunFolder, read_pool
 from tasks.load import load_split
 from tests.commands import here
 from tests.experiments import TYPED
-from tests.pools import finished_pool, record, recorded_pool
+from tests.pools import finished_pool, recorded_pool
 
 
 def test_the_keyed_numbers_are_the_ones_of_every_earlier_run():
@@ -170,19 +171,18 @@ GROWN["regularizer"] = grown(Regularizer, (1,), swa=grown(Swa), sam=grown(Sam, F
 @pytest.mark.parametrize(
     ("name", "row"), [("demo", 1), ("demo_text", 2), ("figurel1_clip", 1), ("tablel1_distill", 7), ("tablel3_sam", 3)]
 )
-def test_a_setting_that_is_added_with_a_default_makes_no_finished_row_foreign(name, row, monkeypatch):
+def test_a_setting_that_is_added_with_a_default_makes_no_finished_row_foreign(name, row):
     config = load(name)
     own, before = row_config(config, row), identity(config, row)
     kinds = {"task": grown(type(own.task))} | GROWN
-    monkeypatch.setattr("store.rows.GROUPS", kinds)
     values = {
         group: {each.name: dump(own)[group][each.name] for each in fields(getattr(own, group))} for group in kinds
     }
     more = {group: kind(**values[group]) for group, kind in kinds.items()}
-    given = vars(own.sweep), vars(own.compute)
-    assert digest_of(meaning(more, *given)) == before
+    more |= {"sweep": own.sweep, "compute": own.compute}
+    assert digest_of(meaning(SimpleNamespace(**more))) == before
     set_otherwise = more | {"optim": GROWN["optim"](**values["optim"], added={"x": 1})}
-    assert digest_of(meaning(set_otherwise, *given)) != before
+    assert digest_of(meaning(SimpleNamespace(**set_otherwise))) != before
 
 
 PINNED = {  # of rows as they have been named from the first version on that leaves defaults out
@@ -244,34 +244,6 @@ def test_defaults_which_identities_leave_out_never_change():
     assert needed == {"kind", "folder", "num_classes", *roles, "subset", "template", "options"}  # always in an identity
 
 
-def as_before(config, row):
-    """The identity that rows had when it was a digest of all settings, defaults and places too."""
-    values = dump(row_config(config, row))
-    parts = {name: values[name] for name in ("task", "model", "optim", "augment", "regularizer")}
-    return digest_of(parts | {"precision": values["compute"]["precision"], "seed": config.sweep.seed, "row": row})
-
-
-def test_rows_of_earlier_versions_are_known_by_their_config_json_and_others_refused(tmp_path):
-    config = load("demo", f"paths.runs={tmp_path}", "sweep.rows=2")
-    run = RunFolder.of(config)
-    for row in range(3):
-        record(config, row, str(row))
-        done = read_json(run.ingredient(row) / "done.json")
-        write_json(run.ingredient(row) / "done.json", done | {"identity": as_before(config, row)})
-        values = dump(row_config(config, row))
-        values["task"]["folder"] = "elsewhere"
-        del values["optim"]["cutmix"], values["analysis"]  # not known yet
-        write_json(run.ingredient(row) / "config.json", values)
-    assert [each.row for each in read_pool(config)] == [0, 1, 2]
-    assert done_row(config, 1)["digest"] == "1"
-    other = load("demo", f"paths.runs={tmp_path}", "sweep.rows=2", "optim.clip_norm=9")
-    with pytest.raises(UserError, match=r"rows 1, 2 of .*demo were made with other settings.*name=demo_mine"):
-        read_pool(other)
-    with pytest.raises(UserError, match=r"001 was made with other settings"):
-        done_row(other, 1)
-    assert done_row(other, 0)["digest"] == "0"
-
-
 def test_data_that_moved_are_the_same_and_other_data_under_the_same_name_are_refused(tmp_path):
     for place, words in (("one", "text"), ("moved", "text"), ("other", "word")):
         for split in ("train", "held_out", "test"):
@@ -286,7 +258,6 @@ def test_data_that_moved_are_the_same_and_other_data_under_the_same_name_are_ref
     done = {"data": {split: load_split(one.task, split).digest for split in ("train", "held_out")}}
     for same in (one, moved):
         refuse_other_data(same, done)
-    refuse_other_data(other, {})  # of an earlier version, which recorded no digests
     with pytest.raises(UserError, match=r"made from other examples than those of task\.folder=.*other.*name=demo_mine"):
         refuse_other_data(other, done)
 
