@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +22,7 @@ from soups.errors import first_line
 from soups.files.atomic import replacing
 from store.processes import Processes, first_decides
 
-Place = tuple[str, ...]  # the keys of the nested dicts that lead to a tensor in the file
-TENSORS = ("model", "optimizer", "averages")  # the keys under which training changes tensors
+Place = tuple[str, ...]  # names a tensor in the file: what training changes, and its names there
 
 
 @dataclass
@@ -62,22 +61,24 @@ class State:
 
     def tensors(self) -> dict[Place, Tensor]:
         """All tensors that training changes, by their place in the file, as this process has them; all must ask."""
-        moments = get_optimizer_state_dict(self.model, self.optimizer)["state"]
-        averages = self.averages.tensors()
-        return _flat({"model": self.model.state_dict(), "optimizer": {"state": moments}, "averages": averages})
+        found: dict[Place, Tensor] = {("model", name): tensor for name, tensor in self.model.state_dict().items()}
+        optimizer: Any = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+        for name, moments in optimizer.items():
+            for key, each in moments.items():
+                if isinstance(each, Tensor):  # not a momentum of None
+                    found["optimizer", name, key] = each
+        for kind, average in self.averages.tensors().items():
+            for name, tensor in average.items():
+                found["averages", kind, name] = tensor
+        return found
 
     def save(self, path: Path) -> None:
         """Write everything; all processes must call it, one writes, and the others wait until it has."""
         now = time.monotonic()
         self.progress.seconds += now - self.saved
         self.saved = now
-        state: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}, "averages": {}}
-        for (*groups, name), tensor in gathered(self.tensors(), keep=self.processes.is_main).items():
-            group = state
-            for key in groups:
-                group = group.setdefault(key, {})
-            group[name] = tensor
-        state |= {
+        state = {
+            "tensors": gathered(self.tensors(), keep=self.processes.is_main),
             "averaged": self.averages.taken,
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
@@ -102,7 +103,7 @@ class State:
         for *_, name in rest["unused"]:  # by the forward pass, so that the optimiser has seen no gradient of it
             del self.optimizer.state[parameters[name]]
         known = {place: tensor for place, tensor in targets.items() if place[:-1] not in rest["unused"]}
-        spread(_flat({name: state.get(name, {}) for name in TENSORS}), known, self.processes)
+        spread(state.get("tensors", {}), known, self.processes)
         self.averages.taken = rest["averaged"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(rest["scaler"])
@@ -111,17 +112,6 @@ class State:
         for kind, values in rest["best"].items():
             weights = state["best"][kind]["weights"] if self.processes.is_main else {}
             self.best[kind] = Checkpoint(weights={name: tensor.clone() for name, tensor in weights.items()}, **values)
-
-
-def _flat(nested: Mapping[str, Any], *place: str) -> dict[Place, Tensor]:
-    """The tensors in nested dicts by their place; other values, such as a momentum of None, are left out."""
-    found: dict[Place, Tensor] = {}
-    for name, value in nested.items():
-        if isinstance(value, Tensor):
-            found[(*place, name)] = value
-        elif isinstance(value, Mapping):
-            found |= _flat(value, *place, name)
-    return found
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -153,7 +143,7 @@ def _checked(path: Path, state: dict[str, Any], targets: dict[Place, Tensor]) ->
         UserError: the state is of another training.
     """
     try:
-        saved = _flat({name: state[name] for name in TENSORS})
+        saved = state["tensors"]
         with_moments = {place[:-1] for place in saved}
         unused = {place[:-1] for place in targets if place[0] == "optimizer"} - with_moments
         needed = {place: tensor for place, tensor in targets.items() if place[:-1] not in unused}
