@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,11 +28,16 @@ KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
 RETURN = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**23, M_TRIM_THRESHOLD: 2**28}
 
 
-def _leave_with(parent: int) -> None:
-    """End this process when its parent is gone, even by kill -9, so that a restart finds no lock held."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def leave_with_parent() -> None:
+    """Have this process end when the one that asked for it is gone, even by kill -9: a restart finds no lock held."""
+
+    def wait_for_end() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def _set_allocator(settings: dict[int, int]) -> None:
@@ -87,11 +91,11 @@ def gpus_of_workers(workers: int, gpus: int, visible: str | None) -> list[str]:
     return [names[i % gpus] for i in range(workers)]
 
 
-def _start(parent: int, threads: int, gpus: "SimpleQueue[str] | None") -> None:
+def _start(threads: int, gpus: "SimpleQueue[str] | None") -> None:
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()  # read when CUDA is first used, which is later
     use_threads(threads)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    leave_with_parent()
 
 
 @lru_cache(maxsize=1)
@@ -106,7 +110,7 @@ def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
     for name in names:
         assert gpus is not None
         gpus.put(name)
-    return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads, gpus))
+    return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(threads, gpus))
 
 
 def spread(

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from configs.data import ImageFolder
 from configs.errors import UserError
-from tasks import objectnet
-from tasks.files import ROOT, Files, content_digest, is_data
+from tasks.files import ROOT, Files, content_digest, is_data, lines, read_json
 from tasks.held_out import check_count, is_parted, own_name, rows_of, source
 from tasks.label_space import LabelSpace
 from tasks.scan import scanned
 from tasks.split import ImageSplit
 
 WNID = re.compile(r"n\d{8}")  # ImageNet's name of a class
+BORDER = 2  # pixels at each edge of ObjectNet's images that its authors marked, to be cut before any use
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def _reported(task: ImageFolder, name: str, root: Path) -> tuple[tuple[str, ...]
     space: LabelSpace | None = None
     own = _class_folders(root, "set task.folder, or task.folders for a split whose folder has another name")
     if name == task.objectnet:
-        ids, others = objectnet.overlap(root.parent / "mappings", task.num_classes)
+        ids, others = objectnet_classes(root.parent / "mappings", task.num_classes)
         _refuse_unlike([folder for folder in own if folder not in others], tuple(ids), root, "its mapping")
         folders, space = tuple(ids), LabelSpace(tuple(ids.values()), len(classes))
     elif name in task.numbered:
@@ -106,6 +106,48 @@ def _indexed(path: Path, root: Path, labels: NDArray[np.int64], folders: Sequenc
     return values == 1
 
 
+def objectnet_classes(mappings: Path, size: int) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Folders of ObjectNet's images whose objects are ImageNet classes, with the ids of these; and the other folders.
+
+    Four files are chained: folder -> ObjectNet's label -> names of ImageNet classes, separated by semicolons -> line,
+    from 0, in the list of names -> class id of PyTorch. The published files give 113 folders and 125 class ids. The
+    order of the folders, which is by name, is the order of the reported classes.
+
+    Args:
+        mappings: the folder `mappings` of ObjectNet's archive.
+        size: how many classes the network has; they must be ImageNet's 1,000.
+
+    Raises:
+        UserError: a file is missing or does not fit the others, or the network is not over 1,000 classes.
+
+    Source: Barbu et al. 2019 and the README of its archive.
+    """
+    if size != 1000:
+        raise UserError(f"ObjectNet's mapping is onto ImageNet's 1,000 classes, but task.num_classes={size}")
+    labels_path, names_path = mappings / "folder_to_objectnet_label.json", mappings / "imagenet_to_label_2012_v2"
+    imagenet_path, ids_path = mappings / "objectnet_to_imagenet_1k.json", mappings / "pytorch_to_imagenet_2012_id.json"
+    label_of_folder, imagenet_of_label = read_json(labels_path), read_json(imagenet_path)
+    id_of_line = {line: int(number) for number, line in read_json(ids_path).items()}
+    if sorted(id_of_line.values()) != list(range(size)):
+        raise UserError(f"{ids_path} does not number 1,000 classes: restore ObjectNet's mappings from its archive")
+    lines_of_name: dict[str, list[int]] = {}
+    for line, name in enumerate(lines(names_path)):
+        lines_of_name.setdefault(name, []).append(line)
+    folder_of_label = {label: folder for folder, label in label_of_folder.items()}
+    found = {}
+    for label, names in imagenet_of_label.items():
+        ids = []
+        for name in (name.strip() for name in names.split(";")):
+            places = lines_of_name.get(name, [])
+            if len(places) != 1:
+                raise UserError(f"{imagenet_path}: {name!r} of {label!r} stands {len(places)} times in {names_path}")
+            ids.append(id_of_line[places[0]])
+        if label not in folder_of_label:
+            raise UserError(f"{labels_path} has no entry {label!r}: restore ObjectNet's mappings from its archive")
+        found[folder_of_label[label]] = tuple(ids)
+    return {folder: found[folder] for folder in sorted(found)}, set(label_of_folder) - set(found)
+
+
 def load_split(task: ImageFolder, name: str) -> ImageSplit:
     """The images and labels of one split.
 
@@ -132,7 +174,7 @@ def load_split(task: ImageFolder, name: str) -> ImageSplit:
     else:
         files = [file.decode().partition("/")[2] for file in listing.names]
         rows = rows_of(task, name, labels, folders, key=files.__getitem__, where=root)
-    border = objectnet.BORDER if own == task.objectnet and task.objectnet_border else 0
+    border = BORDER if own == task.objectnet and task.objectnet_border else 0
     stored = Files(root, listing.names[rows], listing.sizes[rows], f"{root.name}/", border)
     described = [name, folder, f"border {border}", *(file.decode() for file in stored.names)]
     digest = content_digest(described, stored.sizes, stored.content)

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
 from configs.slurm import SIGNALS
-from store.workers import use_threads
+from store.workers import leave_with_parent, use_threads
 
 T = TypeVar("T")
 PER_WORKER = 2  # batches that each worker makes before they are asked for
@@ -44,14 +43,6 @@ def _default_next_time(signum: int, frame: object) -> None:
     signal.signal(signum, signal.SIG_DFL)
 
 
-def _leave_with_parent() -> None:
-    """End when the process that uses the batches is gone, even by kill -9; DataLoader watches the one that forks."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _start_worker(worker: int) -> None:
     """Images are freed and asked for again all the time, in a worker too.
 
@@ -59,7 +50,7 @@ def _start_worker(worker: int) -> None:
     step that it is in. A second SIGTERM is DataLoader's, which wants the worker gone.
     """
     use_threads(1)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()  # which uses the batches; DataLoader watches the one that forks
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _default_next_time)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

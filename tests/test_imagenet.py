@@ -12,9 +12,9 @@ from pictures import rgb
 
 from configs.errors import UserError
 from configs.schema import load
+from tasks.image_folder import objectnet_classes
 from tasks.label_space import LabelSpace
 from tasks.load import load_annotations, load_split
-from tasks.objectnet import overlap
 
 PUBLISHED = Path(__file__).resolve().parents[1].parent / "shared/reference/objectnet"
 INFO = files("timm.data._info")
@@ -121,7 +121,7 @@ def test_a_network_of_some_classes_is_evaluated_on_theirs(whole):
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published mapping is not here")
 def test_the_published_mapping_has_113_classes_over_125_ids():
-    found, others = overlap(PUBLISHED, 1000)
+    found, others = objectnet_classes(PUBLISHED, 1000)
     assert len(others) == 200
     assert len(found) == 113
     ids = [i for several in found.values() for i in several]
@@ -182,12 +182,12 @@ def test_a_mapping_that_does_not_fit_is_named(tmp_path, file, text, words):
     save_mappings(folder)
     (folder / file).unlink() if text is None else (folder / file).write_text(text)
     with pytest.raises(UserError, match=words):
-        overlap(folder, 1000)
+        objectnet_classes(folder, 1000)
 
 
 def test_objectnet_is_for_networks_over_imagenet(tmp_path):
     with pytest.raises(UserError, match=r"onto ImageNet's 1,000 classes, but task.num_classes=620"):
-        overlap(tmp_path, 620)
+        objectnet_classes(tmp_path, 620)
 
 
 def annotated(root, answers):

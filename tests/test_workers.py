@@ -39,7 +39,7 @@ def test_a_worker_computes_with_the_threads_it_is_given(monkeypatch):
     monkeypatch.setattr(multiprocessing.spawn, "get_executable", lambda: os.fsencode(sys.executable))
     context = multiprocessing.get_context("spawn")
     for threads in (1, 2):
-        with ProcessPoolExecutor(1, context, initializer=_start, initargs=(os.getpid(), threads, None)) as pool:
+        with ProcessPoolExecutor(1, context, initializer=_start, initargs=(threads, None)) as pool:
             of_torch, found = pool.submit(pools, None).result()
         assert of_torch == threads
         assert len(found) >= 3  # torch's OpenMP, and an OpenBLAS each of NumPy and SciPy
@@ -70,6 +70,6 @@ def test_each_of_two_worker_processes_sees_one_of_two_gpus(tmp_path):
     gpus = context.SimpleQueue()
     for name in ("4", "6"):
         gpus.put(name)
-    with ProcessPoolExecutor(2, context, initializer=_start, initargs=(os.getpid(), 1, gpus)) as pool:
+    with ProcessPoolExecutor(2, context, initializer=_start, initargs=(1, gpus)) as pool:
         assert sorted(pool.map(seen, [tmp_path, tmp_path])) == ["4", "6"]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") not in ("4", "6")
