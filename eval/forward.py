@@ -39,7 +39,7 @@ from tasks.label_space import project
 from tasks.load import load_annotations, load_split
 from tasks.overlaps import refuse_overlaps
 from tasks.split import Examples, ImageSplit
-from tasks.texts import TextSplit, pieces_of
+from tasks.texts import TextRows, pieces_of
 
 if TYPE_CHECKING:
     from models.classifier import Classifier, Network
@@ -92,13 +92,14 @@ def token_split(model: Model, task: Task, name: str) -> TokenSplit:
     """
     from models.hub import source, tokenizer_of  # noqa: PLC0415  # seconds that images need not wait for
 
-    texts = load_split(task, name)
-    assert isinstance(texts, TextSplit)
+    split = load_split(task, name)
+    texts = split.stored
+    assert isinstance(texts, TextRows)
     words, pieces = tokenizer_of(model, task.answers), pieces_of(task.template)
     # The kind of model is part of the key, and where its tokenizer is from: another one may split the same text alike.
     parts = {"pieces": pieces, "before": words.before, "after": words.after, "max_length": words.max_length}
     key = digest_of(parts | {"kind": model.kind, "source": source(model) if model.kind != "minilm" else "minilm"})
-    return TokenSplit(words.encode(pieces, texts.stored.columns, texts.fields), texts.labels, words.pad, key)
+    return TokenSplit(words.encode(pieces, texts.columns, texts.fields), split.labels, words.pad, key)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tasks.held_out import noun
 from tasks.load import class_names, load_annotations, load_split
 from tasks.overlaps import overlaps, refused
 from tasks.split import ImageSplit
-from tasks.texts import TextSplit
+from tasks.texts import TextRows
 
 
 def _reported_classes(task: Task, images: ImageSplit) -> str:
@@ -43,10 +43,10 @@ def describe(task: Task, name: str) -> str:
     n, digest = len(split), split.digest[:12]
     if n == 0:
         raise UserError(f"split {name!r} has no example")
-    if isinstance(split, TextSplit):
+    if isinstance(split.stored, TextRows):
         counts = torch.bincount(split.labels, minlength=task.size).tolist()
         of_each = ", ".join(f"{count:,} {option}" for count, option in zip(counts, class_names(task), strict=True))
-        first = " | ".join(split.fields[0])
+        first = " | ".join(split.stored.fields[0])
         return f"{name}: {n:,} texts ({of_each}), e.g. {first[:80]!r}, digest {digest}"
     assert isinstance(split, ImageSplit)  # of every other kind
     sizes = sorted({"{}x{}".format(*split.pil(row).size) for row in sorted({0, n // 2, n - 1})})

@@ -12,7 +12,8 @@ from configs.errors import UserError
 from soups.errors import first_line
 from tasks.files import ROOT
 from tasks.held_out import own_name
-from tasks.texts import Rows, TextSplit, read_tsv, text_split
+from tasks.split import Examples
+from tasks.texts import Rows, read_tsv, text_split
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_hub(name: str, subset: str, split: str) -> Rows:
     return Rows(columns, fields, list(table["label"]), Path(name) / subset / split)
 
 
-def load_split(task: Glue, name: str) -> TextSplit:
+def load_split(task: Glue, name: str) -> Examples:
     """One split of a task of kind glue; raises as `read_local`, `read_hub` and `tasks.texts.text_split`."""
     folder, split = ROOT / task.folder, own_name(task, name)
     if (folder / LAYOUTS[task.subset].folder).is_dir():

@@ -15,13 +15,13 @@ from tasks.emoji import load as emoji
 from tasks.files import ROOT, Files
 from tasks.sentiment import load as sentiment
 from tasks.split import Examples, ImageSplit
-from tasks.texts import TextSplit, load_sentences
+from tasks.texts import load_sentences
 
 
 class Loader(NamedTuple):
     """The readers of a kind of task."""
 
-    split: Callable[[Any, str], ImageSplit | TextSplit]  # a task of this kind, a split -> its examples of all classes
+    split: Callable[[Any, str], Examples]  # a task of this kind, a split -> its examples of all classes
     names: Callable[[Any], tuple[str, ...]]  # a task of this kind -> the data's names of its classes
 
 

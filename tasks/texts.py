@@ -51,18 +51,6 @@ class TextRows:
         return TextRows(self.columns, tuple(self.fields[row] for row in rows.tolist()))
 
 
-@dataclass(frozen=True, eq=False)
-class TextSplit(Examples):
-    """Texts and labels."""
-
-    stored: TextRows
-
-    @property
-    def fields(self) -> tuple[tuple[str, ...], ...]:
-        """N texts, one for each column."""
-        return self.stored.fields
-
-
 def words_of(fields: Sequence[str]) -> str:
     r"""A text as it is compared with others: its fields, with one space between words.
 
@@ -90,7 +78,7 @@ def pieces_of(template: str) -> list[tuple[str, str | None]]:
     return [(words, column) for words, column, _, _ in parsed]
 
 
-def text_split(task: Texts, name: str, rows: Rows) -> TextSplit:
+def text_split(task: Texts, name: str, rows: Rows) -> Examples:
     """A split of the examples of its file: all rows, the part of train that is or is not held out, or some of them.
 
     A text has the columns that the template reads; others, such as numbers of lines, are left out. Whether a text is
@@ -125,7 +113,7 @@ def text_split(task: Texts, name: str, rows: Rows) -> TextSplit:
     for row in chosen:
         content.update(f"{key(row)}\0{labels[row]}\n".encode())
     texts = TextRows(columns, tuple(fields[row] for row in chosen))
-    return TextSplit(name, texts, torch.from_numpy(labels[chosen]), content.hexdigest())
+    return Examples(name, texts, torch.from_numpy(labels[chosen]), content.hexdigest())
 
 
 def read_tsv(
@@ -181,7 +169,7 @@ def read_tsv(
     return Rows(columns[:place] + columns[place + 1 :], fields, [ids[row[place]] for row in table], path)
 
 
-def load_sentences(task: Sentences, name: str) -> TextSplit:
+def load_sentences(task: Sentences, name: str) -> Examples:
     """One split of texts of your own, from <folder>/<split>.tsv; labels are class ids or names of the options.
 
     Raises:

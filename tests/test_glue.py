@@ -112,7 +112,9 @@ def test_held_out_is_a_share_of_each_class_and_the_rest_of_train(tmp_path):
     train, held_out = (load_split(task, name) for name in ("train", "held_out"))
     shares = held_out.labels.bincount() / torch.tensor([300, 100])
     assert ((shares > 0.15) & (shares < 0.35)).all()
-    assert sorted(row[0] for row in train.fields + held_out.fields) == sorted(f"text {i}" for i in range(400))
+    assert sorted(row[0] for row in train.stored.fields + held_out.stored.fields) == sorted(
+        f"text {i}" for i in range(400)
+    )
     assert class_names(task) == ("x", "y")
 
 
@@ -130,7 +132,7 @@ def test_the_hub_s_tables_say_the_same_as_the_files(tmp_path):
     template = "{sentence1} | {sentence2}"
     splits = [load_split(settings("mrpc", folder, template=template), "train") for folder in (hub, local)]
     assert len(splits[0]) == 9 - 1 - 2  # a quarter of each class is held out, rounded
-    assert splits[0].fields == splits[1].fields
+    assert splits[0].stored.fields == splits[1].stored.fields
     assert splits[0].labels.tolist() == splits[1].labels.tolist()
     assert splits[0].digest == splits[1].digest
 

@@ -130,7 +130,7 @@ def texts(folder="x", **own):
 def parted(task, contents, labels=None):
     labels = labels or [0, 1] * (len(contents) // 2)
     rows = Rows(("id", "t"), [(str(i), text) for i, text in enumerate(contents)], labels, Path("x"))
-    return [{field for (field,) in text_split(task, name, rows).fields} for name in ("held_out", "train")]
+    return [{field for (field,) in text_split(task, name, rows).stored.fields} for name in ("held_out", "train")]
 
 
 @pytest.mark.parametrize("rule", [{"held_out_share": 0.25}, {"held_out_per_class": 10}], ids=str)

@@ -38,13 +38,13 @@ def test_its_sizes_are_those_of_its_page(task):
 
 
 def test_no_sentence_is_in_two_splits(task):
-    seen = [{row[0] for row in load_split(replace(task, take=None), name).fields} for name in SPLITS[:3]]
+    seen = [{row[0] for row in load_split(replace(task, take=None), name).stored.fields} for name in SPLITS[:3]]
     assert sum(map(len, seen)) == len(set.union(*seen))
 
 
 def test_a_smaller_part_is_within_a_larger_one_and_another_task_s_splits_do_not_move(task):
     small = replace(task, take={"train": 50})
-    assert set(load_split(small, "train").fields) < set(load_split(task, "train").fields)
+    assert set(load_split(small, "train").stored.fields) < set(load_split(task, "train").stored.fields)
     assert len(load_split(small, "test")) == 2007
     with pytest.raises(UserError, match=r"task\.take\.nyt=9999, but .* has 2751 texts"):
         load_split(replace(task, take={"nyt": 9999}), "nyt")

@@ -14,7 +14,8 @@ from configs.errors import UserError
 from soups.chance import uniform
 from tasks.files import ROOT
 from tasks.sentiment.fetch import COMMAND, FILE, FOLDER, is_whole
-from tasks.texts import Rows, TextSplit, text_split
+from tasks.split import Examples
+from tasks.texts import Rows, text_split
 
 OUTER = f"{FILE.removesuffix('.tar.gz')}/additional_resources/hutto_ICWSM_2014.tar.gz"
 INNER = "hutto_ICWSM_2014/{}_GroundTruth.txt"
@@ -69,7 +70,7 @@ def read(archive: Path, source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return tuple(found), tuple(found.values())
 
 
-def load_split(task: Sentiment, name: str) -> TextSplit:
+def load_split(task: Sentiment, name: str) -> Examples:
     """One split of the task: train, held_out and test are of movie reviews, the shifts are named by their source.
 
     Raises:
