@@ -72,10 +72,10 @@ def typed_right(main: Callable[[], None], document: str = "") -> Callable[[], No
         try:
             if document:
                 sys.argv[1:] = with_run(sys.argv[1:])
+                if not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+                    print(helped(sys.argv[1:], document))
+                    return
                 refuse_bare_words(sys.argv[1:])
-            if document and not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
-                print(helped(sys.argv[1:], document))
-                return
             main()
         except UserError as error:
             refuse(str(error))
@@ -131,16 +131,10 @@ def record_words(config: Experiment, typed: Sequence[str]) -> None:
 
 
 def refuse_bare_words(words: Sequence[str]) -> None:
-    """A word without a value is no setting, and perhaps the name of an experiment.
-
-    Raises:
-        UserError: there is one, beside --help, whose words are topics.
-    """
-    if any(word in ("--help", "-h") for word in words):
-        return
-    after_flag = {place + 1 for place, word in enumerate(words) if word.startswith("-") and "=" not in word}
-    for place, word in enumerate(words):
-        if "=" in word or word.startswith(("-", "~")) or place in after_flag:
+    """Raise a `UserError` for a word without a value, which is no setting, and perhaps the name of an experiment."""
+    for before, word in zip(["", *words], words, strict=False):
+        is_of_flag = before.startswith("-") and "=" not in before
+        if "=" in word or word.startswith(("-", "~")) or is_of_flag:
             continue
         if word in GROUPS or any(word == each.name for each in settings_of(Experiment)):
             raise UserError(f"{word} has no value: type {word}=VALUE")

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -208,15 +208,13 @@ register(Experiment)
 Root = TypeVar("Root")
 
 
-def _named(places: Sequence[int | str]) -> list[str]:
-    """The parts of a setting's name, without a task's kind, which pydantic puts behind "task"."""
-    return [str(part) for i, part in enumerate(places) if not (part in KINDS and i and places[i - 1] == "task")]
-
-
 def _explain(error: ValidationError, root: type) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(_named(problem["loc"]))
+        places = list(problem["loc"])
+        if len(places) > 1 and places[0] == "task" and places[1] in KINDS:
+            del places[1]  # pydantic names the kind there, which nobody types
+        where = ".".join(map(str, places))
         if problem["type"] == "unexpected_keyword_argument":
             near = nearest_setting(where, root)
             lines.append(f"{where}: there is no such setting" + (f"; near is {near}" if near else ""))
@@ -274,10 +272,7 @@ def parse_task(cfg: DictConfig, typed: Iterable[str]) -> AnyTask:
 def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
     """Check Hydra's answer and freeze it.
 
-    Args:
-        cfg: the composed config.
-        typed: the overrides of the command line; a field both typed there and drawn by the sweep is an error,
-            because one of the two would be ignored.
+    A field that is both typed on the command line and drawn by the sweep is an error: one of the two would be ignored.
 
     Raises:
         UserError: an unknown key, a missing value, a wrong type or a value out of range, named as in `optim.lr`; a

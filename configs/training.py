@@ -5,7 +5,7 @@ The comment beside a setting, or in the lines above it, is what --help prints.
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -13,8 +13,9 @@ from configs.data import KINDS, ImageFiles, Parquet
 from configs.fields import Count, Fraction, Natural, Needs, NonNegative, Positive, Probability, closed
 from configs.sweep_csv import read_table
 
-EMBEDDED = ("emoji_clip", "imagenet_lite0", "minilm")  # from files of the project or of a package
-PROMPTED = ("masked_lm", "seq2seq_lm")  # language models that answer a prompt, by transformers
+Embedded = Literal["emoji_clip", "imagenet_lite0", "minilm"]  # from files of the project or of a package
+Prompted = Literal["masked_lm", "seq2seq_lm"]  # language models that answer a prompt, by transformers
+EMBEDDED, PROMPTED = get_args(Embedded), get_args(Prompted)
 READERS = ("minilm", "text_encoder", *PROMPTED)  # kinds of models that read texts
 SEERS = ("emoji_clip", "imagenet_lite0", "open_clip", "timm", "transformers")  # kinds that see images
 FROM_FILES = ("emoji_clip", *SEERS[2:], *READERS)  # kinds whose weights can be a local file
@@ -35,17 +36,7 @@ class Model:
     language model that answers prompts.
     """
 
-    kind: Literal[
-        "emoji_clip",
-        "imagenet_lite0",
-        "minilm",
-        "open_clip",
-        "timm",
-        "transformers",
-        "text_encoder",
-        "masked_lm",
-        "seq2seq_lm",
-    ]
+    kind: Literal[Embedded, "open_clip", "timm", "transformers", "text_encoder", Prompted]
     name: str | None = None  # the library's name of it, transformers' for the last four; null for the embedded kinds
     pretrained: str | None = None  # which of the weights that open_clip knows for `name`
     # a local file or folder, in place of the library's download

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.schema import Cooking, Experiment
+from configs.schema import Cooking, Experiment, Single
 from eval.calibration import fit_beta
 from eval.forward import Evaluator
 from eval.metrics import correct
@@ -41,7 +41,7 @@ from soups.stock import model_stock
 from store.runs import Ingredient, RunFolder, read_pool
 from store.workers import little_memory
 
-SINGLE = ("best", "second_best")  # recipes that give one of the models
+SINGLE = get_args(Single)  # recipes that give one of the models
 
 
 @dataclass(frozen=True)

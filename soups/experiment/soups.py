@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from configs.errors import UserError
-from configs.schema import Cooking, Experiment, Recipe
+from configs.schema import Cooking, Ensemble, Experiment, Recipe
 from eval.forward import Evaluator
 from soups.experiment.pool import Mixed, member_logits, mix, pool_of, usable_pool
 from soups.files.atomic import digest_of, read_json, replacing, write_json
@@ -22,7 +22,7 @@ from store.runs import Ingredient, RunFolder, sole_writer
 from store.workers import spread
 
 # Kept as lists of members; their logits are means of cached ones.
-ENSEMBLES = ("ensemble", "calibrated_ensemble", "greedy_ensemble", "ensemble_with_replacement")
+ENSEMBLES = get_args(Ensemble)
 GREEDY = ("ties", "shortcut", "ahead", "chunk", "significance", "min_sigma")
 SETTINGS = {  # what of `cooking` each recipe depends on
     "subset": ("rows",),
