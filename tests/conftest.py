@@ -120,6 +120,26 @@ def in_process():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def made_up(tmp_path_factory):
+    """A folder with all of soups.made_up, which nobody writes into."""
+    from soups.made_up import make
+
+    folder = tmp_path_factory.mktemp("made_up")
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hugging_face(tmp_path_factory):
+    """A folder with its images and texts alone, networks of transformers; nobody writes into it either."""
+    from soups.made_up import make_hugging_face
+
+    folder = tmp_path_factory.mktemp("hugging_face")
+    make_hugging_face(folder / "images", folder / "texts")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def foreign_runs(tmp_path_factory):
     """Work in a folder whose runs/ has rows of other settings under the name of every experiment.

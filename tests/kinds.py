@@ -47,8 +47,7 @@ def as_kind(state, dtype):
 def optimizer():
     made = network()
     found = torch.optim.AdamW(made.parameters())
-    for parameter in made.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    made(torch.zeros(1, 3, 9, 9)).sum().backward()
     found.step()
     return found.state_dict()
 
@@ -58,7 +57,7 @@ def held(key, **beside):
     return lambda i: {key: model(i), **beside}
 
 
-def lightning(**hyperparameters):
+def lightning(hyperparameters):
     callbacks = {"ModelCheckpoint": {"best": torch.tensor(1.0)}}
     known = {"epoch": 1, "pytorch-lightning_version": "2.1", "callbacks": callbacks}
     return lambda i: known | {"state_dict": prefixed("model.", i), "hyper_parameters": hyperparameters}
@@ -186,53 +185,33 @@ def _strides(i):
 
 
 ARGS = argparse.Namespace(lr=1e-3)
+STATE = {"optimizer": optimizer(), "epoch": 1, "lr_scheduler": {"x": 1}}
 SCALARS = {"none": torch.zeros(0, 4), "scale": torch.tensor(1.5)}
-HALVES = (torch.bfloat16, torch.float16)
+RAW, HALVES, WHOLE = ("--key", "state_dict"), (torch.bfloat16, torch.float16), (torch.float32, torch.float16)
 # what it is, a name for its folder, how it is made, what is typed besides the files
 KINDS = [
     ("state dict", "plain", pickles(".pt", model)),
     ("state dict, `.pth.tar`", "tar", pickles(".pth.tar", model)),
     ("state dict without a suffix", "no_suffix", pickles("", model)),
     ("safetensors", "safetensors", safe(model)),
-    (
-        "`state_dict` beside an optimizer",
-        "optimizer_beside",
-        pickles(".pt", held("state_dict", optimizer=optimizer(), epoch=1, arch="net")),
-    ),
-    (
-        "`model` beside an optimizer and a schedule",
-        "schedule",
-        pickles(".pth", held("model", optimizer=optimizer(), lr_scheduler={"x": 1})),
-    ),
+    ("`state_dict` beside an optimizer", "optimizer_beside", pickles(".pt", held("state_dict", **STATE, arch="net"))),
+    ("`model` beside an optimizer and a schedule", "schedule", pickles(".pth", held("model", **STATE))),
     ("`model.` before all names, and no key", "named_model", pickles(".ckpt", lambda i: prefixed("model.", i))),
-    ("Lightning, `epoch=0-step=100.ckpt`", "lightning", pickles("-epoch=0-step=100.ckpt", lightning(lr=0.1))),
-    (
-        "Lightning with omegaconf hyperparameters",
-        "omegaconf",
-        pickles(".ckpt", lambda i: lightning()(i) | {"hyper_parameters": OmegaConf.create({"lr": 0.1})}),
-    ),
-    ("Lightning with a Path in its hyperparameters", "path", pickles(".ckpt", lightning(p=pathlib.Path("x")))),
-    ("DeiT: `model`, `args`, optimizer", "deit", pickles(".pth", held("model", optimizer=optimizer(), args=ARGS))),
+    ("Lightning, `epoch=0-step=100.ckpt`", "lightning", pickles("-epoch=0-step=100.ckpt", lightning({"lr": 0.1}))),
+    ("Lightning with omegaconf hyperparameters", "omegaconf", pickles(".ckpt", lightning(OmegaConf.create({"lr": 1})))),
+    ("Lightning with a Path in its hyperparameters", "path", pickles(".ckpt", lightning({"p": pathlib.Path("x")}))),
+    ("DeiT: `model`, `args`, optimizer", "deit", pickles(".pth", held("model", **STATE, args=ARGS))),
     ("numpy scalars beside the weights", "numpy", pickles(".pt", held("state_dict", best=np.float64(0.5)))),
     ("timm: `state_dict` and `state_dict_ema`", "timm", pickles(".pth.tar", timm(args=ARGS, metric=77.1))),
     ("the same with `--key ema`", "timm_ema", pickles(".pth.tar", timm(args=ARGS)), *("--key", "ema")),
-    (
-        "`state_dict` and `state_dict_ema` with `--key state_dict`",
-        "timm_raw",
-        pickles(".pth", timm()),
-        *("--key", "state_dict"),
-    ),
+    ("`state_dict` and `state_dict_ema` with `--key state_dict`", "timm_raw", pickles(".pth", timm()), *RAW),
     ("`model` and `model_ema`", "model_ema", pickles(".pt", lambda i: {"model_ema": model(i + 10), "model": model(i)})),
     ("`ema` alone", "ema_alone", pickles(".pt", held("ema", epoch=1))),
     ("`net`", "net", pickles(".pt", held("net", acc=1))),
     ("`model_state`", "model_state", pickles(".pt", held("model_state"))),
     ("DeepSpeed: `module`", "module", pickles(".pt", held("module", epoch=3))),
     ("DDP and compile, `_orig_mod.module.`", "wrapped", pickles(".pt", lambda i: prefixed("_orig_mod.module.", i))),
-    (
-        "DDP around compile, `module._orig_mod.`",
-        "wrapped_again",
-        pickles(".pt", lambda i: prefixed("module._orig_mod.", i)),
-    ),
+    ("DDP around compile, `module._orig_mod.`", "around", pickles(".pt", lambda i: prefixed("module._orig_mod.", i))),
     ("prefixes mixed within a pool", "mixed", _mixed),
     ("SWA: `n_averaged`", "swa", pickles(".pt", lambda i: prefixed("module.", i) | {"n_averaged": torch.tensor(i)})),
     ("`_extra_state` is None", "extra_state", pickles(".pt", lambda i: model(i) | {"fc._extra_state": None})),
@@ -245,13 +224,8 @@ KINDS = [
         each(lambda i, folder: save_distributed({"model": model(i), "optim": optimizer()}, checkpoint_id=folder)),
     ),
     ("one shard without its index", "lone_shard", each(_lone_shard)),
-    (
-        "float32 and float16 in one pool",
-        "mixed_kinds",
-        safe(lambda i: as_kind(model(i), (torch.float32, torch.float16)[i])),
-        *("--dtype", "F32"),
-    ),
-    ("bfloat16 and float16 in one pool", "halves", safe(lambda i: as_kind(model(i), HALVES[i])), *("--dtype", "F32")),
+    ("float32 and float16 in one pool", "mixed_kinds", safe(lambda i: as_kind(model(i), WHOLE[i])), "--dtype", "F32"),
+    ("bfloat16 and float16 in one pool", "halves", safe(lambda i: as_kind(model(i), HALVES[i])), "--dtype", "F32"),
     ("`position_ids` in some files", "position_ids", safe(_ids)),
     ("the same with `--only-common`", "only_common", safe(_ids), "--only-common"),
     ("heads of different classes", "heads", safe(_heads)),

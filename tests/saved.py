@@ -1,8 +1,9 @@
-"""Weight files for tests, in each of the formats that are read."""
+"""Weight files for tests, in each of the formats that are read, and what a soup's file says of itself."""
 
 import json
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from soups.files.folders import INDEX
@@ -26,3 +27,9 @@ def save(folder, name, state, how="safetensors"):
     place = {key: f"part-{i}.safetensors" for i in range(2) for key in names[i::2]}
     (shards / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": place}))
     return shards
+
+
+def record_in(path):
+    """How a soup was made, as its safetensors file says."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["soup"])

@@ -15,25 +15,17 @@ from soups.cli import main
 from soups.doctor import examine
 from soups.errors import UserError
 from soups.files.aligned import tokens
-from soups.made_up import make_hugging_face
 from soups.verify import answer
 
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 BIAS = "final_logits_bias"
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    make_hugging_face(folder / "images", folder / "texts")
-    return folder / "texts"
-
-
 @pytest.fixture
-def pool(texts, tmp_path, monkeypatch):
+def pool(hugging_face, tmp_path, monkeypatch):
     """Two classifiers of texts with two classes, in the current folder."""
     for i in range(2):
-        shutil.copytree(texts / f"checkpoint-{i}", tmp_path / f"m{i}")
+        shutil.copytree(hugging_face / f"texts/checkpoint-{i}", tmp_path / f"m{i}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -135,27 +127,34 @@ def test_heads_whose_names_are_not_known_are_refused_where_classes_are_in_anothe
     assert "it has no head with a row for each" in examine([Path("m0"), Path("m1")]).models[1].problem
 
 
-def resize(folder, more, drop=()):
-    """Add tokens before all others, and leave some out, with their rows."""
-    path = folder / "tokenizer.json"
-    values = json.loads(path.read_text())
-    known = [token for token in values["model"]["vocab"] if token not in drop]
-    rows = [values["model"]["vocab"][token] for token in known]
-    values["model"]["vocab"] = {token: i for i, token in enumerate([*more, *known])}
-    values["added_tokens"] = [
-        each | {"id": values["model"]["vocab"][each["content"]]} for each in values["added_tokens"]
-    ]
+def give(folder, known, name=EMBEDDING):
+    """Give a model these tokens in this order, each with the row that it had, or a random one."""
+    path, state = folder / "tokenizer.json", weights_of(folder)
+    values, config = json.loads(path.read_text()), json.loads((folder / "config.json").read_text())
+    rows = [values["model"]["vocab"].get(token) for token in known]
+    values["model"]["vocab"] = {token: i for i, token in enumerate(known)}
+    values["added_tokens"] = [each | {"id": known.index(each["content"])} for each in values["added_tokens"]]
     path.write_text(json.dumps(values))
-    state = weights_of(folder)
-    new = torch.randn(len(more), state[EMBEDDING].shape[1], generator=torch.Generator().manual_seed(5))
-    state[EMBEDDING] = torch.cat([new, state[EMBEDDING][rows]])
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(known)}))
+    new = torch.randn(len(known), state[name].shape[1], generator=torch.Generator().manual_seed(5))
+    state[name] = torch.stack([new[i] if row is None else state[name][row] for i, row in enumerate(rows)])
+    if BIAS in state:
+        state[BIAS] = state[BIAS][:, rows].contiguous()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(state[EMBEDDING])}))
+
+
+def without_film(folder):
+    return [token for token in tokens(folder) if token != "film"]
+
+
+def turned(folder):
+    """The tokens after the special ones in the reverse order."""
+    known = list(tokens(folder))
+    return [*known[:4], *reversed(known[4:])]
 
 
 def test_tokens_that_both_have_are_averaged_by_their_names_and_others_are_the_first_models(pool):
-    resize(pool / "m1", ["zebra", "yak", "quagga"], drop=("film",))
+    give(pool / "m1", ["zebra", "yak", "quagga", *without_film(pool / "m1")])
     first, other = weights_of(pool / "m0")[EMBEDDING], weights_of(pool / "m1")[EMBEDDING]
     rows, others = tokens(pool / "m0"), tokens(pool / "m1")
     soup = soups.uniform(["m0", "m1"]).save("soup")
@@ -172,28 +171,13 @@ def test_tokens_that_both_have_are_averaged_by_their_names_and_others_are_the_fi
     assert torch.equal(larger[others["good"]], found[rows["good"]])
 
 
-def exchange(folder, name=EMBEDDING):
-    """Turn round the rows of the tokens after the special ones, in the tokenizer and in the weights."""
-    path = folder / "tokenizer.json"
-    values = json.loads(path.read_text())
-    known = values["model"]["vocab"]
-    rows = [*range(4), *reversed(range(4, len(known)))]
-    values["model"]["vocab"] = {token: rows[row] for token, row in known.items()}
-    path.write_text(json.dumps(values))
-    state = weights_of(folder)
-    state[name] = state[name][rows].contiguous()
-    if BIAS in state:
-        state[BIAS] = state[BIAS][:, rows].contiguous()
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-
-
 def test_as_many_tokens_in_other_rows_are_averaged_by_their_names(pool):
     for i in range(2):  # the shape that BART's bias of tokens has
         state = weights_of(pool / f"m{i}")
         state[BIAS] = torch.randn(1, len(state[EMBEDDING]))
         save_file(state, pool / f"m{i}/model.safetensors", {"format": "pt"})
     expected = load_file(soups.uniform(["m0", "m1"]).save("expected.safetensors"))
-    exchange(pool / "m1")
+    give(pool / "m1", turned(pool / "m1"))
     assert tokens(pool / "m0") != tokens(pool / "m1")
     soup = soups.uniform(["m0", "m1"]).save("soup")
     found = weights_of(soup)
@@ -212,7 +196,7 @@ def test_a_tokenizer_written_in_another_form_leaves_rows_where_they_are(pool):
 
 def test_a_token_that_one_of_as_many_lacks_has_the_first_models_row_in_its_place(pool):
     first, other = weights_of(pool / "m0")[EMBEDDING], weights_of(pool / "m1")[EMBEDDING]
-    resize(pool / "m1", ["zebra"], drop=("film",))
+    give(pool / "m1", ["zebra", *without_film(pool / "m1")])
     assert len(weights_of(pool / "m1")[EMBEDDING]) == len(first)
     found, rows = weights_of(soups.uniform(["m0", "m1"]).save("soup"))[EMBEDDING], tokens(pool / "m0")
     for token, row in rows.items():
@@ -226,7 +210,7 @@ def test_tokens_in_other_rows_are_refused_where_it_is_not_known_what_to_match(po
         state["my_table"] = state.pop(EMBEDDING)
         save_file(state, folder / "model.safetensors", {"format": "pt"})
     soups.uniform(["m0", "m1"])  # the same tokenizer
-    exchange(pool / "m1", "my_table")
+    give(pool / "m1", turned(pool / "m1"), "my_table")
     with pytest.raises(UserError, match=r"m1.*tokens are not in the rows of .*m0.*'my_table' has as many rows"):
         soups.uniform(["m0", "m1"])
 
@@ -242,7 +226,7 @@ def test_other_tokenizers_that_are_not_read_are_refused_and_equal_ones_are_not(p
 
 
 def test_another_vocabulary_without_a_tokenizer_is_refused_and_its_rows_can_be_kept(pool):
-    resize(pool / "m1", ["zebra"])
+    give(pool / "m1", ["zebra", *tokens(pool / "m1")])
     (pool / "m1/tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokens are matched where each model has its config\.json and tokenizer"):
         soups.uniform(["m0", "m1"])
@@ -251,8 +235,8 @@ def test_another_vocabulary_without_a_tokenizer_is_refused_and_its_rows_can_be_k
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_head_is_kept_from_a_model_of_the_pool_or_another_one(inside, pool, texts):
-    shutil.copytree(texts / "checkpoint-2", pool / "other")
+def test_a_head_is_kept_from_a_model_of_the_pool_or_another_one(inside, pool, hugging_face):
+    shutil.copytree(hugging_face / "texts/checkpoint-2", pool / "other")
     kept = "m1" if inside else "other"
     words = ["uniform", "m0", "m1", "--keep", "^classifier", "--from", kept, "--out", "soup.safetensors"]
     main(words)
@@ -266,10 +250,10 @@ def test_a_head_is_kept_from_a_model_of_the_pool_or_another_one(inside, pool, te
     assert (pool / "soup.safetensors").read_bytes() == before
 
 
-def test_from_without_keep_and_from_another_model_on_task_vectors_are_refused(pool, texts):
+def test_from_without_keep_and_from_another_model_on_task_vectors_are_refused(pool, hugging_face):
     with pytest.raises(UserError, match="--from FILE needs --keep REGEX"):
         soups.uniform(["m0", "m1"], kept_from="m1")
-    start = texts / "checkpoint-2"
+    start = hugging_face / "texts/checkpoint-2"
     with pytest.raises(UserError, match="of ties it is one of the models or the initialisation"):
         soups.ties(start, ["m0"], exclude="^classifier", kept_from="m1")
     soup = soups.ties(start, ["m0", "m1"], exclude="^classifier", kept_from=start).save("soup.safetensors")

@@ -13,45 +13,33 @@ from soups.mean import average_files
 from tests.saved import save
 
 
-def damage(path, how):
-    content = path.read_bytes()
-    match how:
-        case "truncated":
-            path.write_bytes(content[:-3])
-        case "longer":
-            path.write_bytes(content + b"abc")
-        case "header":
-            path.write_bytes(content[:8] + b"}" + content[9:])
-        case "length":
-            path.write_bytes(b"\xff" * 8 + content[8:])
-        case "empty":
-            path.write_bytes(b"")
-        case "missing":
-            path.unlink()
-        case "offset":
-            path.write_bytes(content.replace(b"[0,8]", b"[1,9]"))
-        case "shape":
-            path.write_bytes(content.replace(b'"shape":[2]', b'"shape":[3]'))
-        case "twice":
-            write_header(path, '{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"w":ENTRY}')
-        case "overlap":
-            write_header(path, '{"v":ENTRY,"w":ENTRY}')
+def with_header(text):
+    """A file of zeros whose header says what its tensors are."""
+    header = text.replace(b"ENTRY", b'{"dtype":"F32","shape":[2],"data_offsets":[0,8]}')
+    return len(header).to_bytes(8, "little") + header + bytes(8)
 
 
-def write_header(path, text):
-    header = text.replace("ENTRY", '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}').encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+WHOLE = with_header(b'{"w":ENTRY}')
+DAMAGED = {
+    "truncated": WHOLE[:-3],
+    "longer": WHOLE + b"abc",
+    "header": WHOLE[:8] + b"}" + WHOLE[9:],
+    "length": b"\xff" * 8 + WHOLE[8:],
+    "offset": WHOLE.replace(b"[0,8]", b"[1,9]"),
+    "shape": WHOLE.replace(b'"shape":[2]', b'"shape":[3]'),
+    "twice": with_header(b'{"w":ENTRY,"w":ENTRY}'),
+    "overlap": with_header(b'{"v":ENTRY,"w":ENTRY}'),
+}
 
 
-@pytest.mark.parametrize(
-    "how", ["truncated", "longer", "header", "length", "empty", "missing", "offset", "shape", "twice", "overlap"]
-)
+@pytest.mark.parametrize("how", DAMAGED)
 def test_a_damaged_file_is_named(tmp_path, how):
-    path = save(tmp_path, "a", {"w": torch.zeros(2)})
-    damage(path, how)
-    with pytest.raises(UserError, match=r"a.safetensors (is truncated|is damaged|is empty|does not exist)") as error:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(WHOLE)
+    average_files([path], tmp_path / "soup.safetensors")
+    path.write_bytes(DAMAGED[how])
+    with pytest.raises(UserError, match=r"a.safetensors (is truncated|is damaged)[^\n]*$"):
         average_files([path], tmp_path / "soup.safetensors")
-    assert "\n" not in str(error.value)
 
 
 def test_a_file_cut_while_it_is_read_is_named(tmp_path):
@@ -89,7 +77,6 @@ def test_shards_are_checked_against_their_index(tmp_path):
         ({"optimizer": {"state": {"w": torch.ones(2)}, "param_groups": []}}, "'optimizer' is a dict, not a tensor"),
         ([1, 2], "holds a list, not a state dict"),
         ({}, "it is empty"),
-        ({"w": torch.ones(2).to_sparse()}, "'w' is sparse"),
     ],
 )
 def test_what_is_not_a_state_dict_is_refused(tmp_path, content, words):
@@ -98,14 +85,10 @@ def test_what_is_not_a_state_dict_is_refused(tmp_path, content, words):
         average_files([tmp_path / "a.pt"], tmp_path / "soup.safetensors")
 
 
-def test_old_and_truncated_archives_are_refused_in_one_line(tmp_path):
+def test_an_archive_of_an_old_torch_is_refused_in_one_line(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    torch.save({"w": torch.ones(2)}, tmp_path / "cut.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-50])
-    for name, words in (("old.pt", "load it with torch and save it again"), ("cut.pt", "truncated, damaged")):
-        with pytest.raises(UserError, match=words) as error:
-            average_files([tmp_path / name], tmp_path / "soup.safetensors")
-        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"^.*load it with torch and save it again.*$"):
+        average_files([tmp_path / "old.pt"], tmp_path / "soup.safetensors")
 
 
 def test_a_digest_names_the_content_and_not_the_format(tmp_path):

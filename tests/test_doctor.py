@@ -107,43 +107,29 @@ def test_distances_of_models_that_hardly_moved_keep_their_digits(tmp_path):
     assert found.distances[1] / found.distances[0] == pytest.approx(ratio, rel=1e-12)
 
 
-def planted(pool, kind):
-    match kind:
-        case "duplicate":
-            save_file(tuned(2), pool / "x.safetensors", metadata={"other": "metadata"})
-        case "nan":
-            save_file(tuned(7) | {"h": torch.full((30,), float("nan")).bfloat16()}, pool / "x.safetensors")
-        case "shape":
-            save_file(tuned(7) | {"h": torch.zeros(31).bfloat16()}, pool / "x.safetensors")
-        case "key":
-            save_file(tuned(7) | {"extra": torch.zeros(1)}, pool / "x.safetensors")
-        case "damaged":
-            (pool / "x.safetensors").write_bytes(b"nothing")
-        case "stranger":
-            save_file(state(99), pool / "x.safetensors")
-        case "far":
-            save_file(tuned(7, 0.4), pool / "x.safetensors")
-
-
 @pytest.mark.parametrize("with_init", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("made", "sound", "words"),
     [
-        ("duplicate", "x.safetensors and m2.safetensors are the same model"),
-        ("nan", "x.safetensors: tensor 'h' holds NaN or infinity"),
-        ("shape", "x.safetensors: tensor 'h' is BF16 (31,), but BF16 (30,) in "),
-        ("key", "x.safetensors: tensor 'extra' is not in "),
-        ("damaged", "x.safetensors is truncated, damaged or not a safetensors file"),
-        ("stranger", "x.safetensors: not fine-tuned from the same checkpoint; its weights have a cosine of "),
-        ("far", "x.safetensors went far: "),
+        (tuned(2), 5, "x.safetensors and m2.safetensors are the same model"),
+        (tuned(7) | {"h": torch.full((30,), torch.nan).bfloat16()}, 4, "x.safetensors: tensor 'h' holds NaN or inf"),
+        (tuned(7) | {"h": torch.zeros(31).bfloat16()}, 4, "x.safetensors: tensor 'h' is BF16 (31,), but BF16 (30,)"),
+        (tuned(7) | {"extra": torch.zeros(1)}, 4, "x.safetensors: tensor 'extra' is not in "),
+        (None, 4, "x.safetensors is truncated, damaged or not a safetensors file"),
+        (state(99), 5, "x.safetensors: not fine-tuned from the same checkpoint; its weights have a cosine of "),
+        (tuned(7, 0.4), 5, "x.safetensors went far: "),
     ],
+    ids=["duplicate", "nan", "shape", "key", "damaged", "stranger", "far"],
 )
-def test_what_is_planted_is_found_and_nothing_else(pool, kind, words, with_init):
-    planted(pool, kind)
+def test_what_is_planted_is_found_and_nothing_else(pool, made, sound, words, with_init):
+    if made is None:
+        (pool / "x.safetensors").write_bytes(b"nothing")
+    else:
+        save_file(made, pool / "x.safetensors", metadata={"other": "metadata"})
     report = examine(files(pool), pool / "init.safetensors" if with_init else None)
     assert len(report.findings) == 1
     assert words in report.findings[0]
-    assert len(report.sound) == (4 if kind in ("nan", "shape", "key", "damaged") else 5)
+    assert len(report.sound) == sound
 
 
 def test_two_models_of_different_origin_are_both_named(tmp_path):
@@ -165,7 +151,7 @@ def test_weak_models_and_models_that_are_all_the_same_explain_a_soup(pool):
 
 
 def test_the_command_prints_a_table_and_writes_nothing(pool):
-    planted(pool, "stranger")
+    save_file(state(99), pool / "x.safetensors")
     (pool / "scores.json").write_text(json.dumps({"m1.safetensors": 0.8123}))
     before = sorted(pool.iterdir())
     arguments = [*files(pool), "--init", pool / "init.safetensors", "--scores", pool / "scores.json", "--held-out", 600]
@@ -177,39 +163,17 @@ def test_the_command_prints_a_table_and_writes_nothing(pool):
 
 
 def test_wrong_scores_and_an_empty_pool_are_refused(pool):
-    with pytest.raises(UserError, match="scores: 'z' is none of the models, which are m1"):
-        examine(files(pool), None, {"z": 0.5})
     with pytest.raises(UserError, match="no models"):
         examine([])
-    with pytest.raises(UserError, match="does not exist"):
-        examine(files(pool), None, pool / "none.json")
     for content, words in (
         ('{"m1.safetensors": 81.2}', r"m1.safetensors is 81.2, and the doctor needs accuracies in \[0, 1\]"),
         ('{"m1.safetensors": -0.1}', r"m1.safetensors is -0.1, and the doctor needs accuracies in \[0, 1\]"),
-        ('{"m1.safetensors": NaN}', "m1.safetensors is NaN"),
         ("[1]", r"need numbers by file name, as in \{\"a.pt\": 0.81\}"),
         ("{", "need numbers by file name"),
-        ('{"m1.safetensors": "b"}', "m1.safetensors is 'b', not a number"),
     ):
         (pool / "scores.json").write_text(content)
         with pytest.raises(UserError, match=rf"^[^\n]*scores\.json: [^\n]*{words}[^\n]*$"):
             examine(files(pool), None, pool / "scores.json")
-
-
-@pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
-def test_scores_are_read_from_each_kind_of_file_that_greedy_reads(kind, pool):
-    scores = {f"m{i}.safetensors": 0.6 + i / 100 for i in range(1, 5)}
-    rows = [{"file": str(pool / name), "score": score} for name, score in scores.items()]
-    text = {
-        "json": json.dumps(scores),
-        "jsonl": "\n".join(map(json.dumps, rows)),
-        "csv": "\n".join(["file,score", *(f"{row['file']},{row['score']}" for row in rows)]),
-    }
-    (pool / f"scores.{kind}").write_text(text[kind])
-    report = examine(files(pool), pool / "init.safetensors", pool / f"scores.{kind}")
-    assert report.scores == scores
-    assert "3 of 4 models are more than 2 points" not in " ".join(report.findings)
-    assert "1 of 4 models are more than 2 points below m4.safetensors" in " ".join(report.findings)
 
 
 def test_a_pool_without_a_sound_model_is_shown(pool):

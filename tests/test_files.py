@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from fractions import Fraction
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -125,28 +124,15 @@ def test_files_and_the_running_average_in_memory_agree(tmp_path, pool):
         assert soup[name].dtype == memory[name].dtype
 
 
-def test_order_decides_no_bit_even_where_float64_sums_depend_on_it(tmp_path):
+def test_neither_order_nor_names_of_files_decide_a_bit_even_where_float64_sums_depend_on_it(tmp_path):
     # (2**60 + 1) - 2**60 is 0 in float64, (2**60 - 2**60) + 1 is 1; the first bytes of all files are equal, so that
     # only the digest of the whole content can order them.
-    common = torch.zeros(2000)
-    values = [2.0**60, 1.0, -(2.0**60), 3.0]
-    # All files have one name, so that their names cannot order them either.
-    states = [{"w": torch.cat([common, torch.tensor([v])])} for v in values]
-    paths = [save(tmp_path / str(i), "model", state) for i, state in enumerate(states)]
-    soups = set()
-    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
-        average_files([paths[i] for i in order], tmp_path / "soup.safetensors")
-        soups.add((tmp_path / "soup.safetensors").read_bytes())
-    assert len(soups) == 1
-
-
-def test_neither_names_nor_places_of_files_decide_a_bit(tmp_path):
-    states = [{"w": torch.tensor([value])} for value in (2.0**60, 1.0, -(2.0**60), 3.0)]
+    states = [{"w": torch.tensor([0.0] * 2000 + [value])} for value in (2.0**60, 1.0, -(2.0**60), 3.0)]
     found = set()
-    for names in permutations("abcd"):
-        folder = tmp_path / "".join(names)
-        average_files([save(folder, n, s) for n, s in zip(names, states, strict=True)], folder / "soup.safetensors")
-        found.add(load_file(folder / "soup.safetensors")["w"].item())
+    for names in ("abcd", "acbd", "dcba", "bdac"):
+        paths = [save(tmp_path, name, state) for name, state in zip(names, states, strict=True)]
+        average_files(sorted(paths), tmp_path / "soup.safetensors")
+        found.add(load_file(tmp_path / "soup.safetensors")["w"][-1].item())
     assert len(found) == 1
 
 
@@ -163,8 +149,8 @@ def test_the_same_model_with_two_weights_is_summed_in_one_order(tmp_path):
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
+@QUICK
 @given(st.lists(st.floats(-1e5, 1e5) | st.floats(-1e-6, 1e-6), min_size=1, max_size=20), st.integers(-40, -7))
-@settings(deadline=None)
 def test_float64_is_rounded_to_16_bits_once(values, exponent):
     # Numbers just beside the middle of two neighbours, where a rounding on the way would tell.
     middles = [v.item() * (1 + 2.0**-8) for v in torch.tensor(values, dtype=torch.bfloat16)]
@@ -276,16 +262,6 @@ def test_a_sum_past_float64_and_a_mean_past_the_output_kind_are_refused(tmp_path
         average_files(huge[:1], tmp_path / "soup.safetensors", dtype="F16")
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
-@pytest.mark.parametrize("how", ["safetensors", "pt"])
-def test_kinds_without_a_meaningful_mean_are_refused(tmp_path, dtype, how):
-    path = save(tmp_path, "a", {"w": torch.zeros(2).to(dtype)}, how)
-    with pytest.raises(UserError, match=r"tensor .w. is .*, which cannot be averaged: convert it"):
-        average_files([path], tmp_path / "soup.safetensors")
-    with pytest.raises(UserError, match=r"model 0: tensor 'w' is .*, which cannot be averaged"):
-        Average().plus({"w": torch.zeros(2).to(dtype)})
-
-
 def test_wrong_weights_and_wrong_names_are_refused(tmp_path):
     path = save(tmp_path, "a", {"w": torch.ones(2)})
     for weights in ([1, 1], [0], [-1], [float("nan")]):
@@ -297,9 +273,6 @@ def test_wrong_weights_and_wrong_names_are_refused(tmp_path):
         average_files([path], tmp_path / "soup.pt")
     with pytest.raises(UserError, match="no ingredients"):
         average_files([], tmp_path / "soup.safetensors")
-    (tmp_path / "a.onnx").write_bytes(b"\x08\x07 of another library")
-    with pytest.raises(UserError, match=r"a.onnx: not a weight file"):
-        average_files([tmp_path / "a.onnx"], tmp_path / "soup.safetensors")
 
 
 PEAK = """

@@ -51,11 +51,11 @@ LANGUAGE = [
 INPUTS = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 
-def save_language(make, dtype, folder, number=4):
-    """Folders m0, m1, ... of networks fine-tuned from one."""
+def save_language(make, dtype, folder):
+    """Folders m0 and m1 of networks fine-tuned from one."""
     torch.manual_seed(1)
     start = make().state_dict()
-    for i in range(number):
+    for i in range(2):
         generator = torch.Generator().manual_seed(i)
         network = make()
         network.load_state_dict(start)

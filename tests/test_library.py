@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +17,7 @@ from soups.scores import reduced
 from soups.scoring import Gain, Scored, Scorer, gain_of, mean_of_answers, scored
 from soups.sources import in_natural_order
 from soups.verify import verify
+from tests.saved import record_in
 
 VALUES = {"run1": 1.0, "run2": 2.0, "run10": 6.0}
 
@@ -43,11 +43,6 @@ def distance(weights):
 
 def greedy(pool, **settings):
     return soups.greedy("run*.safetensors", distance, "min", quiet=True, **settings)
-
-
-def note_of(path):
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["soup"])["note"]
 
 
 def test_a_pattern_is_sorted_as_people_count(pool):
@@ -87,16 +82,13 @@ def test_each_recipe_is_what_it_says_and_its_file_can_be_verified(pool, make, ex
     assert found == pytest.approx(soup.weights["w"].item())
     assert expected is None or found == pytest.approx(expected)
     assert verify(path) == ""
-    assert note_of(path)["recipe"] == soup.recipe
+    assert record_in(path)["note"]["recipe"] == soup.recipe
 
 
 def test_batch_norms_of_the_initialisation_are_kept_by_every_recipe_that_is_told_to(pool):
     settings = {"batch_norm": "keep", "init": "init.safetensors"}
     for soup in (soups.uniform("run*.safetensors", **settings), greedy(pool, **settings)):
         assert soup.weights["bn.running_mean"].item() == 7.0
-    assert (
-        soups.wise_ft("init.safetensors", "run*.safetensors", batch_norm="keep").weights["bn.running_mean"].item() == 7
-    )
     with pytest.raises(UserError, match="belong together"):
         soups.uniform("run*.safetensors", init="init.safetensors")
     with pytest.raises(TypeError, match="alpha"):
@@ -255,6 +247,11 @@ def test_a_model_with_nan_is_one_line_before_anything_is_scored(pool):
         (lambda: soups.weighted("run*.safetensors", [1, 2]), "need one for each of 3 models, got 2"),
         (lambda: soups.weighted("run*.safetensors", [1, -1, 1]), "of at least 0"),
         (lambda: soups.wise_ft("init.safetensors", "run*.safetensors", 1.5), "alpha is in"),
+        (lambda: soups.slerp("run1.safetensors"), "between two models, and these are 1"),
+        (lambda: soups.slerp(["run1.safetensors", "run2.safetensors"], 1.5), r"t is in \[0, 1\]"),
+        (lambda: soups.arithmetic("init.safetensors", "run*.safetensors", [1.0]), "one for each of 3 models, got 1"),
+        (lambda: soups.arithmetic("init.safetensors", "run1.safetensors", [float("inf")]), "need finite numbers"),
+        (lambda: soups.ties("init.safetensors", "run*.safetensors", density=0), r"a share in \(0, 1\], got 0"),
         (lambda: soups.wise_ft("run1.safetensors", "run*.safetensors"), "is the initialisation and one of the models"),
         (lambda: soups.model_stock("init.safetensors", "run1.safetensors"), "at least two"),
         (lambda: soups.greedy("run*.safetensors", distance), "--goal max or --goal min"),
@@ -270,20 +267,6 @@ def test_what_is_wrong_is_one_line(pool, make, words):
     with pytest.raises(UserError, match=words) as caught:
         make()
     assert "\n" not in str(caught.value)
-
-
-def test_a_soup_of_files_of_torch_is_saved_under_their_key_and_loads_as_they_do(pool):
-    tied = torch.tensor([1.0, 2.0])
-    for i in range(2):
-        state = {"a": tied + i, "n": torch.tensor(3)}
-        torch.save({"state_dict": state | {"b": state["a"]}, "epoch": i}, pool / f"m{i}.pt")
-    path = soups.uniform("m*.pt").save("soup.pt")
-    found = torch.load(path)["state_dict"]
-    assert found["a"].tolist() == found["b"].tolist() == [1.5, 2.5]
-    assert found["a"].data_ptr() == found["b"].data_ptr()
-    assert found["n"].item() == 3
-    plain = soups.uniform("run*.safetensors").save("plain.pth")
-    assert torch.load(plain)["w"].item() == 3.0
 
 
 def test_a_learned_soup_takes_a_loss_of_ones_own_and_goes_on_where_it_was_stopped(pool):
@@ -308,8 +291,6 @@ def test_heads_that_differ_are_the_first_models_and_keys_say_which_weights(pool)
     for i, size in enumerate((2, 3)):
         state = {"w": torch.tensor([float(i)]), "head": torch.full((size,), float(i))}
         torch.save({"state_dict": state, "ema": {"w": torch.tensor([i + 5.0])}}, pool / f"m{i}.pt")
-    with pytest.raises(UserError, match="ema"):
-        soups.uniform("m*.pt")
     assert soups.uniform("m*.pt", key="ema").weights["w"].item() == 5.5
     soup = soups.uniform(["m1.pt", "m0.pt"], key="state_dict", exclude="head").weights
     assert (soup["w"].item(), soup["head"].tolist()) == (0.5, [1.0, 1.0, 1.0])
@@ -342,17 +323,18 @@ def test_what_all_models_have_is_decided_over_the_whole_pool(pool):
 
 
 @pytest.mark.parametrize("name", ["soup.pt", "soup.ckpt"])
-def test_a_soup_of_torch_save_carries_its_record_beside_it_and_can_be_verified(pool, name):
+def test_a_soup_of_torch_save_loads_as_its_models_do_and_can_be_verified_by_the_record_beside_it(pool, name):
     for i in range(2):
         tied = torch.tensor([[i + 1.0, 2.0]])
         torch.save({"net": {"module.a": tied, "module.b": tied, "module.n": 3}, "epoch": i}, pool / f"m{i}.pt")
     soup = soups.weighted("m?.pt", [3, 1])
     path = soup.save(name)
-    written = path.read_bytes()
+    written, state = path.read_bytes(), torch.load(path)
     assert verify(path) == ""
+    assert state["net"]["module.a"].tolist() == [[1.25, 2.0]] and state["net"]["module.n"] == 3
+    assert state["net"]["module.a"].data_ptr() == state["net"]["module.b"].data_ptr()
     soup.save(name)
     assert path.read_bytes() == written
-    state = torch.load(path)
     state["net"]["module.a"] += 1
     torch.save(state, path)
     assert "it differs" in verify(path)
@@ -365,6 +347,8 @@ def test_a_soup_of_torch_save_carries_its_record_beside_it_and_can_be_verified(p
     before.unlink()
     with pytest.raises(UserError, match="no whole record"):
         verify(path)
+    plain = soups.uniform("run*.safetensors").save("plain.pth")  # of files that have no key
+    assert torch.load(plain)["w"].item() == 3.0
 
 
 @pytest.mark.parametrize("init", ["init.safetensors", {"w": torch.zeros(1), "bn.running_mean": torch.tensor([7.0])}])

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from soups.cli import main
 from soups.errors import UserError
-from soups.files import folders
 from soups.files.checkpoints import digest_file
 from soups.files.folders import INDEX
 from soups.files.names import short_names
@@ -69,26 +68,20 @@ def test_a_malicious_pickle_does_nothing_wherever_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("content", "key", "found"),
     [
-        ({"net": STATE, "acc": 1}, None, "net"),
-        ({"ema": STATE}, None, "ema"),
         ({"state": {"model": {"module": STATE}}}, None, "state.model.module"),
         ({"model": {"b": STATE["b"]}, "model_ema": STATE}, "ema", "model_ema"),
-        ({"state_dict": {"b": STATE["b"]}, "state_dict_ema": STATE}, "ema", "state_dict_ema"),
-        ({"state_dict": STATE, "state_dict_ema": {"b": STATE["b"]}}, "state_dict", "state_dict"),
         ({"trainer": {"model": STATE}, "ema": {"b": STATE["b"]}}, "model", "trainer.model"),
     ],
 )
-def test_the_weights_that_are_meant_are_found(tmp_path, content, key, found):
+def test_the_weights_that_are_meant_are_found(tmp_path, content, key, found):  # more: tests/kinds.py
     torch.save(content, tmp_path / "a.pt")
     weights, checkpoint = read(tmp_path / "a.pt", key=key)
     assert same(weights)
     assert checkpoint.unwrapped == found
 
 
-def test_raw_and_averaged_weights_are_never_chosen_between_in_silence(tmp_path):
+def test_a_key_that_means_nothing_is_refused(tmp_path):
     torch.save({"state_dict": STATE, "state_dict_ema": STATE}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"several sets of weights .*with --key state_dict or --key state_dict_ema"):
-        read(tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"no weights that --key model means; there are state_dict, state_dict_ema"):
         read(tmp_path / "a.pt", key="model")
     torch.save(STATE, tmp_path / "b.pt")
@@ -99,10 +92,8 @@ def test_raw_and_averaged_weights_are_never_chosen_between_in_silence(tmp_path):
         read(tmp_path / "c.safetensors", key="ema")
 
 
-@pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "module.module."]
-)
-def test_names_are_those_of_the_network_and_not_of_its_wrappers(tmp_path, prefix):
+def test_names_are_those_of_the_network_and_not_of_its_wrappers(tmp_path):
+    prefix = "_orig_mod.module.module."
     torch.save({prefix + name: tensor for name, tensor in STATE.items()}, tmp_path / "a.pt")
     weights, checkpoint = read(tmp_path / "a.pt")
     assert same(weights)
@@ -119,8 +110,6 @@ def test_a_lightning_module_is_a_wrapper_where_a_network_of_transformers_is_none
     compiled = {"model._orig_mod." + name: tensor for name, tensor in STATE.items()}
     torch.save({"state_dict": compiled}, tmp_path / "b.ckpt")
     assert same(read(tmp_path / "b.ckpt")[0])
-    torch.save({"module." + n: t for n, t in STATE.items()} | {"n_averaged": torch.tensor(3)}, tmp_path / "swa.pt")
-    assert read(tmp_path / "swa.pt")[0].keys() == {*STATE, "n_averaged"}
 
 
 def test_prefixes_may_be_mixed_within_a_pool(tmp_path):
@@ -161,14 +150,11 @@ def test_views_of_any_layout_are_read_to_the_bit(tmp_path):
 
 
 def test_what_a_file_is_its_first_bytes_say(tmp_path):
-    torch.save(STATE, tmp_path / "model_3")
     save_file(STATE, tmp_path / "plain")
-    assert same(read(tmp_path / "model_3")[0])
     assert same(read(tmp_path / "plain")[0])
-    for content, words in ((b"", "is empty"), (b"some text that is long", "not a weight file")):
-        (tmp_path / "x").write_bytes(content)
-        with pytest.raises(UserError, match=words):
-            read(tmp_path / "x")
+    (tmp_path / "x.onnx").write_bytes(b"some text that is long")
+    with pytest.raises(UserError, match=r"x\.onnx: not a weight file"):
+        read(tmp_path / "x.onnx")
 
 
 def test_whole_objects_among_other_things_are_refused_with_what_to_do(tmp_path):  # alone: tests/test_kinds.py
@@ -206,12 +192,7 @@ def test_a_folder_is_the_model_that_transformers_would_load(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"its shard gone.safetensors is missing"):
         read(tmp_path)
-    (tmp_path / INDEX).unlink()
-    with pytest.raises(UserError, match="holds an adapter, not a model: type `soups lora`"):
-        read(tmp_path)
     save_file(STATE, tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match=r"has the shard model-00001-of-00002.safetensors without its index"):
-        read(tmp_path)
     with pytest.raises(UserError, match="is one shard of a model: name its folder"):
         read(tmp_path / "model-00001-of-00002.safetensors")
 
@@ -225,22 +206,6 @@ def test_shards_of_pickles_are_read(tmp_path):
     weights, checkpoint = read(tmp_path)
     assert same(weights, STATE | {"w": w, "v": w})
     assert checkpoint.ties == {"w": "v"}
-
-
-def test_a_model_of_the_hub_is_a_folder_or_one_line(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    def snapshot(repository, revision, allow_patterns):
-        if repository != "org/model" or revision not in (None, "v2"):
-            raise OSError(f"no {repository}\nat all")
-        return tmp_path
-
-    save_file(STATE, tmp_path / "model.safetensors")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert same(read(Path("hf:org/model@v2"))[0])
-    assert folders.from_hub("hf:org/model") == tmp_path
-    with pytest.raises(UserError, match=r"hf:org/other cannot be had from the hub: no org/other$"):
-        read(Path("hf:org/other"))
 
 
 def test_two_files_of_one_name_are_told_apart(tmp_path):

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import open_clip.factory
@@ -32,9 +30,8 @@ from soups.experiment.released.files import (
     looked_through,
 )
 from store.rows import identity
-from tests.commands import python
+from tests.commands import here
 
-ROOT = Path(__file__).resolve().parents[1]
 QUIET = Console(file=io.StringIO())
 
 
@@ -190,21 +187,12 @@ def test_damage_is_seen_by_its_checksum(tmp_path, files):
         looked_through(tmp_path / SPLIT)
 
 
-def command(*words, **how):
-    return subprocess.Popen(
-        [python(), "-m", "soups.experiment.released", *words],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_offline_it_is_one_line(tmp_path):
     words = ["--folder", str(tmp_path), "--models-url", "http://127.0.0.1:9", "--split-url", "http://127.0.0.1:9"]
-    process = command("download", *words)
-    _, err = process.communicate()
-    assert process.returncode == 2
-    assert err.count("\n") == 1
-    assert "cannot be downloaded" in err
+    answer = here(["-m", "soups.experiment.released", "download", *words])
+    assert (answer.returncode, answer.stderr.count("\n")) == (2, 1), answer.stderr
+    assert "cannot be downloaded" in answer.stderr
 
 
 def test_missing_files_are_said_before_anything_is_done(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import binomtest, permutation_test
-from test_cli import ended, note_of
+from test_cli import ended
 
 import soups
 from soups.averaging import Averaging
@@ -22,6 +22,7 @@ from soups.scorers.outside import of_command, results_in
 from soups.scoring import Scored, Scorer, gain_of, mean_of_answers
 from soups.sources import pool_of
 from soups.verify import verify
+from tests.saved import record_in
 
 # A model is a row of numbers, a logit for each of 400 examples; an example is right where its logit is above 0.
 LOGITS = np.random.default_rng(0).normal(0.8, 1, 400) + np.random.default_rng(1).normal(0, 1.2, (4, 400))
@@ -114,7 +115,7 @@ def test_no_model_enters_whose_gain_is_below_the_minimum_of_sigma(pool, recipe):
 
 def test_the_gain_on_other_examples_is_that_of_the_soup_over_the_model_that_was_best_on_the_held_out_ones(pool, capsys):
     printed = greedy(*HELD_OUT, *REPORT, capsys=capsys).splitlines()
-    note = note_of("soup.safetensors")
+    note = record_in("soup.safetensors")["note"]
     weights = torch.tensor(LOGITS, dtype=torch.float32)
     best = max(range(4), key=lambda i: hits({"w": weights[i]}).mean())
     chosen = [int(each["file"][1]) for each in note["decisions"] if each["accepted"]]

@@ -10,17 +10,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BertForMaskedLM,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 import soups
@@ -29,19 +25,13 @@ from soups.batch_norm import recompute_batch_norm
 from soups.candidates import Candidate
 from soups.cli import main
 from soups.errors import UserError
-from soups.made_up import CLASSES, make, moved
+from soups.made_up import CLASSES, moved
 from soups.scorers.images import class_folders, files_of, labels_of
 from soups.scorers.outside import number_in, of_command
 from soups.scores import reduced
 from soups.sources import pool_of
 from soups.verify import answer
-
-
-@pytest.fixture(scope="module")
-def pools(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pools")
-    make(folder)
-    return folder
+from tests.readers import bert_folder
 
 
 def alone(held_out, paths):
@@ -59,29 +49,29 @@ def pictures(folder):
 
 
 @torch.no_grad()
-def share_right(pools, answer):
-    found = [int(answer(image).argmax()) == label for image, label in pictures(pools)]
+def share_right(made_up, answer):
+    found = [int(answer(image).argmax()) == label for image, label in pictures(made_up)]
     return sum(found) / len(found)
 
 
-def test_a_timm_pool_is_scored_as_timm_does(pools):
-    paths, theirs = sorted((pools / "timm").glob("run*")), []
+def test_a_timm_pool_is_scored_as_timm_does(made_up):
+    paths, theirs = sorted((made_up / "timm").glob("run*")), []
     for path in paths:
         network = timm.create_model("test_vit", num_classes=3).eval()
         network.load_state_dict(load_file(path))
         see = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
-        theirs.append(share_right(pools, lambda image, n=network, s=see: n(s(image)[None])))
-    assert alone(soups.images(pools / "held_out", "timm:test_vit"), paths) == theirs
-    assert alone(soups.images(pools / "held_out", "timm:test_vit", workers=2, batch_size=5), paths) == theirs
+        theirs.append(share_right(made_up, lambda image, n=network, s=see: n(s(image)[None])))
+    assert alone(soups.images(made_up / "held_out", "timm:test_vit"), paths) == theirs
+    assert alone(soups.images(made_up / "held_out", "timm:test_vit", workers=2, batch_size=5), paths) == theirs
 
 
-def test_image_models_of_transformers_are_scored_as_transformers_does_and_by_names_of_classes(pools, tmp_path):
-    paths, theirs = sorted((pools / "images").iterdir()), []
+def test_image_models_of_transformers_are_scored_as_transformers_does_and_by_names_of_classes(made_up, tmp_path):
+    paths, theirs = sorted((made_up / "images").iterdir()), []
     for path in paths:
         network = AutoModelForImageClassification.from_pretrained(path).eval()
         reader = AutoImageProcessor.from_pretrained(path)
-        theirs.append(share_right(pools, lambda image, n=network, r=reader: n(**r(image, return_tensors="pt")).logits))
-    assert alone(soups.images(pools / "held_out", "transformers"), paths) == theirs
+        theirs.append(share_right(made_up, lambda each, n=network, r=reader: n(**r(each, return_tensors="pt")).logits))
+    assert alone(soups.images(made_up / "held_out", "transformers"), paths) == theirs
     shutil.copytree(paths[0], tmp_path / "other")
     order, weights = [2, 0, 1], load_file(paths[0] / "model.safetensors")
     for name in ("classifier.weight", "classifier.bias"):
@@ -91,19 +81,19 @@ def test_image_models_of_transformers_are_scored_as_transformers_does_and_by_nam
     config["id2label"] = {str(i): CLASSES[j] for i, j in enumerate(order)}
     config["label2id"] = {CLASSES[j]: i for i, j in enumerate(order)}
     (tmp_path / "other/config.json").write_text(json.dumps(config))
-    assert alone(soups.images(pools / "held_out", "transformers"), [tmp_path / "other"]) == theirs[:1]
+    assert alone(soups.images(made_up / "held_out", "transformers"), [tmp_path / "other"]) == theirs[:1]
 
 
-def test_an_open_clip_pool_and_a_function_are_scored(pools):
-    clip = soups.images(pools / "held_out", "open_clip", templates="name")
-    assert all(0 <= score <= 1 for score in alone(clip, sorted((pools / "open_clip").iterdir())))
-    plain = soups.images(pools / "held_out", "function:torchvision.models:squeezenet1_1", image_size=64)
-    assert all(0 <= score <= 1 for score in alone(plain, sorted((pools / "plain").iterdir())))
+def test_an_open_clip_pool_and_a_function_are_scored(made_up):
+    clip = soups.images(made_up / "held_out", "open_clip", templates="name")
+    assert all(0 <= score <= 1 for score in alone(clip, sorted((made_up / "open_clip").iterdir())))
+    plain = soups.images(made_up / "held_out", "function:torchvision.models:squeezenet1_1", image_size=64)
+    assert all(0 <= score <= 1 for score in alone(plain, sorted((made_up / "plain").iterdir())))
 
 
-def test_text_models_are_scored_as_transformers_does_from_every_kind_of_table(pools, tmp_path):
-    paths = sorted((pools / "texts").iterdir())
-    lines = [line.split("\t") for line in (pools / "held_out.tsv").read_text().splitlines()[1:]]
+def test_text_models_are_scored_as_transformers_does_from_every_kind_of_table(made_up, tmp_path):
+    paths = sorted((made_up / "texts").iterdir())
+    lines = [line.split("\t") for line in (made_up / "held_out.tsv").read_text().splitlines()[1:]]
     theirs = []
     for path in paths:
         network = AutoModelForSequenceClassification.from_pretrained(path).eval()
@@ -114,81 +104,49 @@ def test_text_models_are_scored_as_transformers_does_from_every_kind_of_table(po
     (tmp_path / "t.csv").write_text("text,label\n" + "\n".join(f'"{text}",{label}' for text, label in lines) + "\n")
     rows = [json.dumps({"text": text, "label": label}) for text, label in lines]
     (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    for file in (pools / "held_out.tsv", tmp_path / "t.csv", tmp_path / "t.jsonl"):
+    for file in (made_up / "held_out.tsv", tmp_path / "t.csv", tmp_path / "t.jsonl"):
         assert alone(soups.texts(file), paths) == theirs
 
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away", "red", "blue", "green"]
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    """Two small Llamas and two small BERTs with a tokenizer of words."""
-    folder = tmp_path_factory.mktemp("language")
-    special = {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "mask_token": "[MASK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-    }
-    known = {word: i for i, word in enumerate([*special.values(), *WORDS])}
-    words = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    small = {"vocab_size": len(known), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    small |= {"intermediate_size": 16, "max_position_embeddings": 32, "initializer_range": 0.5}
-    torch.manual_seed(0)
-    for kind, network in (
-        ("llama", LlamaForCausalLM(LlamaConfig(**small))),
-        ("bert", BertForMaskedLM(BertConfig(**small))),
-    ):
-        for i in range(2):
-            with torch.no_grad():
-                for weight in network.parameters():
-                    weight.add_(0.02 * torch.randn_like(weight))
-            network.save_pretrained(folder / f"{kind}{i}")
-            tokenizer.save_pretrained(folder / f"{kind}{i}")
-    (folder / "text.txt").write_text("the cat sat on a mat and the dog ran far away\n" * 5)
-    questions = [{"prompt": "the cat", "choices": ["sat", "ran far away"], "answer": 0}] * 2
-    questions += [{"question": "a dog", "choices": ["red", "blue", "green"], "answer": "blue"}]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    return folder
-
-
 @torch.no_grad()
-def test_perplexity_of_a_causal_model_is_exp_of_its_loss_over_windows(language):
-    network = LlamaForCausalLM.from_pretrained(language / "llama0").eval()
-    tokens = AutoTokenizer.from_pretrained(language / "llama0")((language / "text.txt").read_text())["input_ids"]
+def test_perplexity_of_a_causal_model_is_exp_of_its_loss_over_windows(made_up):
+    llama = made_up / "language/checkpoint-0"
+    network = LlamaForCausalLM.from_pretrained(llama).eval()
+    tokens = AutoTokenizer.from_pretrained(llama)((made_up / "held_out.txt").read_text())["input_ids"]
     total = count = 0
-    for start in range(0, len(tokens), 10):
-        window = torch.tensor([tokens[start : start + 10]])
+    for start in range(0, len(tokens), 8):
+        window = torch.tensor([tokens[start : start + 8]])
         if window.shape[1] > 1:
             total += network(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
             count += window.shape[1] - 1
-    held_out = soups.perplexity(language / "text.txt", max_length=10, batch_size=3)
-    assert alone(held_out, [language / "llama0"]) == pytest.approx([np.exp(total / count)], rel=1e-4)
+    held_out = soups.perplexity(made_up / "held_out.txt", max_length=8, batch_size=2)
+    assert alone(held_out, [llama]) == pytest.approx([np.exp(total / count)], rel=1e-4)
 
 
 @torch.no_grad()
-def test_perplexity_of_a_masked_model_masks_each_token_once(language, tmp_path):
-    network = BertForMaskedLM.from_pretrained(language / "bert0").eval()
-    words = AutoTokenizer.from_pretrained(language / "bert0")
-    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "the cat sat on"}))
-    tokens, total = words("the cat sat on", return_tensors="pt")["input_ids"], 0.0
+def test_perplexity_of_a_masked_model_masks_each_token_once(tmp_path):
+    bert = bert_folder(tmp_path / "bert")
+    network, words = BertForMaskedLM.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "the film is good"}))
+    tokens, total = words("the film is good", return_tensors="pt")["input_ids"], 0.0
     for place in range(4):
         masked = tokens.clone()
         masked[0, place] = words.mask_token_id
         total += network(input_ids=masked).logits[0, place].log_softmax(-1)[tokens[0, place]].item()
-    found = alone(soups.perplexity(tmp_path / "one.jsonl"), [language / "bert0"])
-    assert found == pytest.approx([np.exp(-total / 4)], rel=1e-4)
+    held_out = soups.perplexity(tmp_path / "one.jsonl")
+    assert alone(held_out, [bert]) == pytest.approx([np.exp(-total / 4)], rel=1e-4)
+    with pytest.raises(UserError, match="learned takes causal language models"):
+        soups.learned([bert, bert_folder(tmp_path / "other", seed=1)], held_out, allow_unrelated=True)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("per_token", [False, True])
-def test_multiple_choice_takes_the_most_likely_text_behind_the_prompt(language, per_token):
-    network = LlamaForCausalLM.from_pretrained(language / "llama0").eval()
-    words = AutoTokenizer.from_pretrained(language / "llama0")
+def test_multiple_choice_takes_the_most_likely_text_behind_the_prompt(made_up, tmp_path, per_token):
+    llama = made_up / "language/checkpoint-0"
+    network, words = LlamaForCausalLM.from_pretrained(llama).eval(), AutoTokenizer.from_pretrained(llama)
+    questions = [{"prompt": "a good", "choices": ["film", "day of"], "answer": 0}] * 2
+    questions += [{"question": "not", "choices": ["good", "bad", "day"], "answer": "bad"}]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 
     def likelihood(prompt, choice):
         tokens, before = words(f"{prompt} {choice}", return_tensors="pt")["input_ids"], len(words(prompt)["input_ids"])
@@ -196,28 +154,22 @@ def test_multiple_choice_takes_the_most_likely_text_behind_the_prompt(language, 
         found = [seen[i - 1, tokens[0, i]].item() for i in range(before, tokens.shape[1])]
         return sum(found) / (len(found) if per_token else 1)
 
-    first = max(range(2), key=lambda i: likelihood("the cat", ["sat", "ran far away"][i])) == 0
-    second = max(range(3), key=lambda i: likelihood("a dog", ["red", "blue", "green"][i])) == 1
-    held_out = soups.choices(language / "questions.jsonl", per_token=per_token)
-    assert alone(held_out, [language / "llama0"]) == [(2 * first + second) / 3]
-    assert all(0 <= score <= 1 for score in alone(held_out, [language / "bert0"]))
+    first = max(["film", "day of"], key=lambda choice: likelihood("a good", choice)) == "film"
+    second = max(["good", "bad", "day"], key=lambda choice: likelihood("not", choice)) == "bad"
+    held_out = soups.choices(tmp_path / "questions.jsonl", per_token=per_token)
+    assert alone(held_out, [llama]) == [(2 * first + second) / 3]
+    assert all(0 <= score <= 1 for score in alone(held_out, [bert_folder(tmp_path / "bert")]))
 
 
-def test_a_soup_is_learned_on_a_causal_language_model(language):
-    held_out = soups.perplexity(language / "text.txt", batch_size=4, max_length=12)
-    soup = soups.learned([language / "llama0", language / "llama1"], held_out, lr=0.5, epochs=2)
-    assert soup.record["last_loss"] < soup.record["first_loss"]
-    assert sum(soup.shares.values()) == pytest.approx(1)
-    with pytest.raises(UserError, match="learned takes causal language models"):
-        soups.learned([language / "bert0", language / "bert1"], soups.perplexity(language / "text.txt"))
-
-
-def test_a_soup_is_learned_on_images_and_on_texts(pools):
-    images = soups.images(pools / "held_out", "timm:test_vit")
-    soup = soups.learned(sorted((pools / "timm").glob("run*")), images, epochs=1, per="layer")
-    assert set(soup.shares) == {"run0.safetensors", "run1.safetensors", "run2.safetensors"}
-    texts = soups.learned(sorted((pools / "texts").iterdir()), soups.texts(pools / "held_out.tsv"), epochs=1)
-    assert sum(texts.shares.values()) == pytest.approx(1)
+def test_a_soup_is_learned_on_images_texts_and_a_causal_language_model(made_up):
+    for models, held_out, how in (
+        ("timm/run*", soups.images(made_up / "held_out", "timm:test_vit"), {"per": "layer"}),
+        ("texts/*", soups.texts(made_up / "held_out.tsv"), {}),
+        ("language/*", soups.perplexity(made_up / "held_out.txt", batch_size=4, max_length=12), {"lr": 0.5}),
+    ):
+        soup = soups.learned(sorted(made_up.glob(models)), held_out, epochs=2, **how)
+        assert soup.record["last_loss"] < soup.record["first_loss"]
+        assert len(soup.shares) == 3 and sum(soup.shares.values()) == pytest.approx(1)
 
 
 # Labels, and what is wrong with examples.
@@ -249,12 +201,12 @@ def test_wordnet_ids_get_imagenets_names_and_numbers_or_are_refused(tmp_path):
         labels_of(folders(tmp_path / "b", "n00000001", "n01440764"), None)
 
 
-def test_a_damaged_picture_is_one_line_with_its_file_before_any_network_runs(pools, tmp_path, monkeypatch):
-    shutil.copytree(pools / "held_out", tmp_path / "held_out")
+def test_a_damaged_picture_is_one_line_with_its_file_before_any_network_runs(made_up, tmp_path, monkeypatch):
+    shutil.copytree(made_up / "held_out", tmp_path / "held_out")
     (tmp_path / "held_out/green/2.png").write_bytes(b"no picture")
     monkeypatch.setattr("soups.scorers.networks.ImageNetwork.load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"green/2\.png is damaged or no image") as caught:
-        alone(soups.images(tmp_path / "held_out", "timm:test_vit", workers=2), sorted((pools / "timm").glob("run*")))
+        alone(soups.images(tmp_path / "held_out", "timm:test_vit", workers=2), sorted((made_up / "timm").glob("run*")))
     assert "\n" not in str(caught.value)
 
 
@@ -269,17 +221,17 @@ def test_a_damaged_picture_is_one_line_with_its_file_before_any_network_runs(poo
         ("function:torchvision.models:nothing", "has no attribute 'nothing'"),
     ],
 )
-def test_a_network_that_does_not_fit_is_one_line(pools, network, words):
+def test_a_network_that_does_not_fit_is_one_line(made_up, network, words):
     with pytest.raises(UserError, match=words) as caught:
-        alone(soups.images(pools / "held_out", network), [pools / "timm/run0.safetensors"])
+        alone(soups.images(made_up / "held_out", network), [made_up / "timm/run0.safetensors"])
     assert "\n" not in str(caught.value)
 
 
-def test_another_number_of_classes_is_refused_by_shape(pools, tmp_path):
-    shutil.copytree(pools / "held_out", tmp_path / "held_out")
+def test_another_number_of_classes_is_refused_by_shape(made_up, tmp_path):
+    shutil.copytree(made_up / "held_out", tmp_path / "held_out")
     folders(tmp_path / "held_out", "white")
     with pytest.raises(UserError, match=r"'head\.weight' is \(3, 64\), the network has \(4, 64\)"):
-        alone(soups.images(tmp_path / "held_out", "timm:test_vit"), [pools / "timm/run0.safetensors"])
+        alone(soups.images(tmp_path / "held_out", "timm:test_vit"), [made_up / "timm/run0.safetensors"])
 
 
 @pytest.mark.parametrize(
@@ -330,12 +282,12 @@ def test_the_key_of_a_command_knows_the_files_that_it_names(tmp_path, monkeypatc
     assert of_command("python eval.py {soup}", "max").key != before
 
 
-def test_the_key_of_texts_knows_how_long_they_may_be_and_that_of_images_every_picture(pools, tmp_path):
-    pool = pool_of(sorted((pools / "texts").iterdir()))
-    keys = {soups.texts(pools / "held_out.tsv", max_length=n).scorer(pool).key for n in (8, 16, 16)}
+def test_the_key_of_texts_knows_how_long_they_may_be_and_that_of_images_every_picture(made_up, tmp_path):
+    pool = pool_of(sorted((made_up / "texts").iterdir()))
+    keys = {soups.texts(made_up / "held_out.tsv", max_length=n).scorer(pool).key for n in (8, 16, 16)}
     assert len(keys) == 2
-    shutil.copytree(pools / "held_out", tmp_path / "held_out")
-    vits = pool_of(sorted((pools / "timm").glob("run*")))
+    shutil.copytree(made_up / "held_out", tmp_path / "held_out")
+    vits = pool_of(sorted((made_up / "timm").glob("run*")))
 
     def key():
         return soups.images(tmp_path / "held_out", "timm:test_vit").scorer(vits).key
@@ -346,36 +298,35 @@ def test_the_key_of_texts_knows_how_long_they_may_be_and_that_of_images_every_pi
     assert key() != before
 
 
-def test_statistics_of_batch_norms_are_measured_anew_for_every_mixture_and_saved(pools, tmp_path):
+def test_statistics_of_batch_norms_are_measured_anew_for_every_mixture_and_saved(made_up, tmp_path):
     torch.manual_seed(0)
     start = timm.create_model("test_resnet", num_classes=3).state_dict()
     for i in range(2):
         save_file(moved(start, i), tmp_path / f"{i}.safetensors")
-    held_out, paths = soups.images(pools / "held_out", "timm:test_resnet"), sorted(tmp_path.glob("*.safetensors"))
+    held_out, paths = soups.images(made_up / "held_out", "timm:test_resnet"), sorted(tmp_path.glob("*.safetensors"))
     soup = soups.greedy(paths, held_out, batch_norm="recompute", scores={path.name: 0.0 for path in paths}, quiet=True)
     assert len(soup.shares) == 2  # the mixture is no worse than 0
     network = timm.create_model("test_resnet", num_classes=3)
     plain = soups.uniform(paths).weights
     network.load_state_dict(dict(plain))
     see = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
-    recompute_batch_norm(network, [torch.stack([see(image) for image, _ in pictures(pools)])])
+    recompute_batch_norm(network, [torch.stack([see(image) for image, _ in pictures(made_up)])])
     saved = load_file(soup.save(tmp_path / "soup/s.safetensors"))
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-6)
     assert not torch.equal(saved["stem.bn.running_mean"] if "stem.bn.running_mean" in saved else
                            saved["bn1.running_mean"], plain["bn1.running_mean"])  # fmt: skip
     network.eval()
-    assert soup.score == share_right(pools, lambda image: network(see(image)[None]))
+    assert soup.score == share_right(made_up, lambda image: network(see(image)[None]))
     with pytest.raises(UserError, match="has no batch norm"):
-        vits = sorted((pools / "timm").glob("run*"))
-        soups.greedy(vits, soups.images(pools / "held_out", "timm:test_vit"), batch_norm="recompute", quiet=True)
+        vits = sorted((made_up / "timm").glob("run*"))
+        soups.greedy(vits, soups.images(made_up / "held_out", "timm:test_vit"), batch_norm="recompute", quiet=True)
     with pytest.raises(UserError, match="batch_norm=recompute measures the statistics on images: type --images DIR"):
         soups.greedy(vits, lambda weights: 0.0, "max", batch_norm="recompute", quiet=True)
 
 
-@pytest.mark.slow
 def test_statistics_are_measured_anew_by_recipes_that_score_nothing_and_verify_says_what_it_cannot_prove(
-    pools, tmp_path, monkeypatch, capsys
+    made_up, tmp_path, monkeypatch, capsys
 ):
     torch.manual_seed(0)
     start = timm.create_model("test_resnet", num_classes=3).state_dict()
@@ -383,21 +334,12 @@ def test_statistics_are_measured_anew_by_recipes_that_score_nothing_and_verify_s
     for i in range(2):
         save_file(moved(start, i), tmp_path / f"m{i}.safetensors")
     monkeypatch.chdir(tmp_path)
-    images = soups.images(pools / "held_out", "timm:test_resnet")
+    images = soups.images(made_up / "held_out", "timm:test_resnet")
     network = timm.create_model("test_resnet", num_classes=3)
     see = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
-    batch = torch.stack([see(image) for image, _ in pictures(pools)])
-    recipes = {
-        "uniform": [],
-        "weighted": ["--weights", "3,1"],
-        "wise-ft": ["--init", "start.safetensors"],
-        "model-stock": ["--init", "start.safetensors"],
-        "arithmetic": ["--init", "start.safetensors", "--scales", "0.5,0.25"],
-        "ties": ["--init", "start.safetensors"],
-        "dare": ["--init", "start.safetensors"],
-        "learned": ["--epochs", "1"],
-    }
-    for recipe, more in recipes.items():
+    batch = torch.stack([see(image) for image, _ in pictures(made_up)])
+    init = ["--init", "start.safetensors"]
+    for recipe, more in (("uniform", []), ("wise-ft", init), ("dare", init), ("learned", ["--epochs", "1"])):
         words = [recipe, "m0.safetensors", "m1.safetensors", *more, "--images", str(images.path)]
         words += ["--network", images.network, "--batch-norm"]
         main([*words, "recompute", "--out", f"{recipe}.safetensors"])

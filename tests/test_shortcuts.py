@@ -49,7 +49,7 @@ def decisions(soup):
 TIES = st.sampled_from(["keep", "drop"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), TIES, st.integers(1, 50))
 def test_early_rejection_takes_every_decision_of_the_plain_loop(seed, ties, chunk):
     problem = Problem(seed)
@@ -63,7 +63,7 @@ def test_early_rejection_takes_every_decision_of_the_plain_loop(seed, ties, chun
         assert quick.exact or not quick.accepted
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), TIES, st.integers(1, 10))
 def test_speculation_takes_every_decision_of_the_plain_loop(seed, ties, ahead):
     problem = Problem(seed)
@@ -74,20 +74,6 @@ def test_speculation_takes_every_decision_of_the_plain_loop(seed, ties, ahead):
     assert soup.rounds <= 7 <= soup.evaluations
     if ahead == 1:
         assert soup.rounds == soup.evaluations == 7
-
-
-def test_an_early_stop_looks_at_little_more_than_as_many_images_as_the_soup_gets_wrong():
-    # A fifth of 2000 images nobody gets right; the others the first model does, and candidates not all.
-    problem = Problem(0, models=20, images=2000)
-    problem.models = [model(0.5)] + [model(0.6 + i / 50) for i in range(19)]
-    problem.low, problem.high = torch.zeros(2000), torch.linspace(0.52, 0.7, 2000)
-    problem.high[::5] = 0.0
-    problem.correct = torch.stack([problem.right(load()) for load in problem.models])
-    problem.held_out = [row.sum().item() / 2000 for row in problem.correct]
-    quick, forwards = greedy_counted(problem.models, problem.correct, problem.images_correct, chunk=50)
-    assert decisions(quick) == decisions(problem.plain("keep"))
-    assert 19 * 400 < forwards < 19 * 600
-    assert [trial.exact for trial in quick.trials] == [True] + [False] * 19
 
 
 def test_hard_images_are_those_that_few_get_right_and_neither_the_soup_nor_the_candidate():
@@ -126,7 +112,7 @@ def test_a_tie_is_seen_to_the_end_when_kept_and_not_when_dropped():
     assert (dropped.ingredients, forwards) == ((0,), 1)
 
 
-def test_an_accept_reports_gains_losses_z_and_p_against_the_soup_it_replaced():
+def test_an_accept_reports_gains_losses_and_z_against_the_soup_it_replaced_and_may_need_a_minimum_of_sigma():
     # Against the first model the candidate gains images 0 to 3 and loses image 4.
     correct = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
     candidate = torch.tensor([1, 1, 1, 1, 0, 1], dtype=torch.bool)
@@ -136,12 +122,6 @@ def test_an_accept_reports_gains_losses_z_and_p_against_the_soup_it_replaced():
     assert soup.trials[1].versus.z == pytest.approx(3 / 5**0.5)
     assert soup.trials[0].versus is None
     assert greedy_counted(*arguments)[0].trials[1].versus is None
-
-
-def test_a_minimum_of_sigma_refuses_accepts_that_luck_explains():
-    correct = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
-    candidate = torch.tensor([1, 1, 1, 1, 0, 1], dtype=torch.bool)
-    arguments = ([model(0.0), model(1.0)], correct, lambda w, images: candidate[images])  # z is 1.34
     assert greedy_counted(*arguments, min_sigma=1.3)[0].ingredients == (0, 1)
     assert greedy_counted(*arguments, min_sigma=1.4)[0].ingredients == (0,)
 

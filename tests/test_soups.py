@@ -14,17 +14,15 @@ from analysis.measure.methods import measure
 from configs.errors import UserError
 from configs.schema import Recipe, load
 from eval.forward import Evaluator
-from finetune.start import initialise
 from soups.experiment.doctor import examine_experiment
 from soups.experiment.pool import RECIPES, mix, usable_pool
 from soups.experiment.soups import ENSEMBLES, logits_of, make_soup, outputs_of
 from soups.files.atomic import read_json, write_json
-from soups.files.weights import load_weights, save_weights
+from soups.files.weights import load_weights
 from soups.journal import Journal
-from store.rows import identity
 from store.runs import RunFolder
 from tests.commands import in_two
-from tests.pools import finished_pool, small_network
+from tests.pools import finished_pool, moved_pool, small_network
 
 ROWS = 4
 ORDER = [2, 4, 0, 1, 3]  # best first on held-out, as planted below
@@ -32,26 +30,14 @@ ORDER = [2, 4, 0, 1, 3]  # best first on held-out, as planted below
 
 @pytest.fixture(scope="module")
 def pool_config(tmp_path_factory):
-    """A pool of the initialisation and four noisy copies of it, with planted held-out scores."""
+    """A pool of the initialisation and four that were moved away from it, with planted held-out scores."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     config = load("demo_tiny", "task.classes=20", f"sweep.rows={ROWS}", f"paths.runs={folder}", *small_network(folder))
-    done = initialise(config)
-    run = RunFolder.of(config)
-    start = load_weights(run.ingredient(0) / "weights.safetensors")
-    for row in range(1, ROWS + 1):
-        generator = torch.Generator().manual_seed(row)
-        head = start["head.weight"]
-        noisy = start | {"head.weight": head + head.std() * torch.randn(head.shape, generator=generator)}
-        digest = save_weights(run.ingredient(row) / "weights.safetensors", noisy)
-        write_json(
-            run.ingredient(row) / "done.json", done | {"row": row, "digest": digest, "identity": identity(config, row)}
-        )
+    moved_pool(config)
     for place, row in enumerate(ORDER):
-        path = run.ingredient(row) / "done.json"
-        record = read_json(path)
-        score = {"split": "held_out", "correct": 30 - place, "n": 40}
-        write_json(path, record | {"held_out": score})
+        path = RunFolder.of(config).ingredient(row) / "done.json"
+        write_json(path, read_json(path) | {"held_out": {"split": "held_out", "correct": 30 - place, "n": 40}})
     return config
 
 
@@ -74,14 +60,11 @@ def config(pool_config):
     return pool_config
 
 
-def all_outputs(config):
-    return [name for recipe in config.recipes for name in outputs_of(config, recipe)]
-
-
 def test_no_recipe_looks_at_any_split_but_held_out_and_a_table_of_all_is_measured_once_and_refuses_a_leak(config):
     config = replace(config, cooking=replace(config.cooking, rows=(1, 3)))
     evaluator = Watched(config)
-    names = [*all_outputs(config), *(set(RECIPES) - set(config.recipes))]
+    usual = [name for recipe in config.recipes for name in outputs_of(config, recipe)]
+    names = [*usual, *(set(RECIPES) - set(config.recipes))]
     assert "wise_ft" in names
     for name in names:
         evaluator.asked.clear()
