@@ -106,18 +106,24 @@ def same_path():
 
 
 @pytest.fixture(scope="module")
-def in_process():
-    """What commands would spread over processes is done in that of the tests, where patches hold, in a whole module."""
+def one_thread():
+    """Small products wait for each other in several, where sums have other last digits."""
     import torch  # not loaded where no test runs
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def in_process(one_thread):  # as a worker has
+    """What commands would spread over processes is done in that of the tests, where patches hold, in a whole module."""
     from tests.pools import Here
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker has: in several, sums have other last digits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("store.workers._pool", lambda workers, threads: Here())
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

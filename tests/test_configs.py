@@ -31,7 +31,7 @@ from models.prompts import question
 from slurm.plan import paper_experiments
 from store.rows import identity, row_config
 from tasks.held_out import own_name
-from tests.experiments import EXPERIMENTS, ROOT, hub_folders, loaded, loaded_locally
+from tests.experiments import EXPERIMENTS, ROOT, hub_folders, loaded
 
 PUBLISHED = ROOT.parent / "shared/reference/released/hparam_info.json"
 
@@ -43,18 +43,13 @@ def rows(name):
 
 
 @pytest.mark.slow
-def test_every_experiment_composes_and_parses():
+def test_every_experiment_composes_and_the_augmentation_and_optimiser_of_each_row_build():
+    model = nn.Linear(2, 2)
+    start = model.state_dict()
     for name in EXPERIMENTS:
         assert loaded(name).name == name
         assert checked(Experiment, dump(loaded(name))) == loaded(name)
         assert set(loaded(name).parts) <= set(EXPERIMENTS), name
-
-
-@pytest.mark.slow
-def test_every_row_parses_and_its_augmentation_and_optimiser_build():
-    model = nn.Linear(2, 2)
-    start = model.state_dict()
-    for name in EXPERIMENTS:
         for augment in {row.augment for row in rows(name)}:
             augmentation(augment, loaded(name).model.image_size)
         for optim in {row.optim for row in rows(name)}:
@@ -63,6 +58,9 @@ def test_every_row_parses_and_its_augmentation_and_optimiser_build():
             averages = Averages(start, regularizer, 10)
             averages.update(start, 9)
             assert set(averages.decays) == {f"ema_{decay}" for decay in regularizer.ema}, name
+        if loaded(name).sweep.listed or loaded(name).sweep.grid:  # whose rows all differ
+            own = [(row.task, row.model, row.optim, row.augment, row.regularizer) for row in rows(name)]
+            assert len({repr(one) for one in own}) == len(own), name
 
 
 @cache
@@ -84,14 +82,14 @@ TWO_AVERAGES = ("table4_vitg", "tablec1_basic")
 def test_the_network_and_the_optimiser_of_every_row_are_built(tmp_path):
     folders = hub_folders(tmp_path)
     for name in EXPERIMENTS:
-        config = loaded_locally(name, folders)
+        config = loaded(name)
         if not name.startswith(("demo", "own_")) and not config.parts:  # Sections 3.3.2, J.2; Appendix H
             assert config.cooking.initialisation == (name in WITH_START), name
             assert len(config.cooking.individuals) == (2 if name in TWO_AVERAGES else 0), name
-        local = [row_config(config, row) for row in range(1, config.sweep.size + 1)]
-        optims = {(row.optim.kind, row.optim.decay): row.optim for row in local}.values()
-        for model, classes, answers in {(row.model, row.task.size, row.task.answers) for row in local}:
-            built = network(model, classes, answers)
+        optims = {(row.optim.kind, row.optim.decay): row.optim for row in rows(name)}.values()
+        for model, classes, answers in {(row.model, row.task.size, row.task.answers) for row in rows(name)}:
+            local = replace(model, weights=folders[model.kind]) if model.kind in folders else model
+            built = network(local, classes, answers)
             parameters = list(built.parameters())
             assert all(parameter.is_meta for parameter in parameters), name
             assert built.num_classes == classes, name
@@ -273,29 +271,20 @@ def test_a_prompt_lists_options_in_the_order_of_the_paper_and_answers_keep_their
 
 
 def test_answers_have_the_letters_of_the_order_in_which_they_are_asked():
-    few = load("own_text", "task.folder=x", "task.num_classes=3", "task.options=[a,b,c]", "task.asked=[2,1,0]", *PROMPT)
-    assert few.task.answers == ("C) a", "B) b", "A) c")
-    assert load_like(few, classes=2).task.answers == ("B) a", "A) b")
-
-
-def load_like(config, **task):
-    """The same with other settings of the task."""
-    return replace(config, task=replace(config.task, **task))
-
-
-PROMPT = ("task.template='{text}'", "model=bert_base", "optim=text_prompt")
+    prompt = ("task.template='{text}'", "model=bert_base", "optim=text_prompt", "task.asked=[2,1,0]")
+    task = load("own_text", "task.folder=x", "task.num_classes=3", "task.options=[a,b,c]", *prompt).task
+    assert task.answers == ("C) a", "B) b", "A) c")
+    assert replace(task, classes=2).answers == ("B) a", "A) b")
 
 
 def test_by_the_papers_protocol_for_glue_held_out_is_what_reports_and_names_say_so():
-    ours, paper = loaded("tablej1_bert_base_cola"), load("tablej1_bert_base_cola", *PROTOCOL)
+    protocol = ("task.protocol=paper", "task.held_out_share=null")
+    ours, paper = loaded("tablej1_bert_base_cola"), load("tablej1_bert_base_cola", *protocol)
     for task, held_out in ((ours.task, "train"), (paper.task, "validation")):
         assert [own_name(task, split) for split in ("train", "held_out", "test")] == ["train", held_out, "validation"]
     assert "selected on" not in note(ours) and "(selected on the reported split)" in note(paper)
     assert paper.task.split_title("test") == "Test (selected on it)"
     assert identity(ours, 1) != identity(paper, 1)
-
-
-PROTOCOL = ("task.protocol=paper", "task.held_out_share=null")
 
 
 def test_table_3_is_evaluated_in_float32_with_one_coefficient_a_tensor_beside_one_a_layer():
@@ -361,14 +350,6 @@ def test_a_text_experiment_has_32_runs_as_in_appendix_j5_and_soups_of_them_alone
         assert metrics.get("held_out") == metrics.get("test"), name  # what selects is what is reported
         assert config.task.subset == name.rsplit("_", 1)[1]
         assert config.model.name.split("/")[1].startswith(name.split("_")[1]), name
-
-
-@pytest.mark.slow
-def test_no_two_rows_of_a_list_or_grid_are_the_same():
-    for name in EXPERIMENTS:
-        if loaded(name).sweep.listed or loaded(name).sweep.grid:
-            own = [(row.task, row.model, row.optim, row.augment, row.regularizer) for row in rows(name)]
-            assert len({repr(one) for one in own}) == len(own), name
 
 
 def test_a_grid_over_levels_gives_the_crops_and_strengths_of_appendix_j():
@@ -465,8 +446,6 @@ def test_the_released_rows_are_the_authors_own():
 
 
 def test_splits_without_titles_are_spelled_as_words_beside_those_with():
-    task = load(
-        "own_images", "task.folder=pacs", "task.num_classes=7", "task.shifts=[art_painting,sketch,v2]",
-        "+task.titles.v2=V2",
-    ).task  # fmt: skip
+    shifts = ("task.shifts=[art_painting,sketch,v2]", "+task.titles.v2=V2")
+    task = load("own_images", "task.folder=pacs", "task.num_classes=7", *shifts).task
     assert [task.split_title(split) for split in task.reported] == ["Test", "Art painting", "Sketch", "V2"]

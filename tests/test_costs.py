@@ -25,6 +25,7 @@ from slurm.plan import overview, paper_experiments, show_all
 from store.rows import row_config
 from tests.commands import here
 from tests.experiments import hub_folders, loaded, loaded_locally
+from tests.test_slurm_jobs import assert_shared
 
 TRACE = ROOT.parent / "shared/reference/released/greedy_trace.json"
 B32 = 88_362_216  # parameters: the tower of CLIP ViT-B/32 and a head of 512 x 1,000 and 1,000
@@ -48,10 +49,8 @@ def test_a_row_trains_on_whole_batches_and_regularisers_add_their_passes(work):
         return work.flops(replace(config, regularizer=regularizer, compute=compute)) / once
 
     sam = Sam(rho=0.05, synchronised=True)
-    assert passes(Regularizer()) == 3
-    assert passes(Regularizer(), checkpointing=True) == 4
-    assert passes(Regularizer(sam=sam)) == 6
-    assert passes(Regularizer(sam=sam), checkpointing=True) == 8
+    assert (passes(Regularizer()), passes(Regularizer(), checkpointing=True)) == (3, 4)
+    assert (passes(Regularizer(sam=sam)), passes(Regularizer(sam=sam), checkpointing=True)) == (6, 8)
     assert passes(Regularizer(distill=Distill(rows=(1, 2)))) == 5
 
 
@@ -68,31 +67,26 @@ def test_steps_replace_epochs_and_evaluations_are_of_every_kind_of_weights(work)
 
 def test_images_are_counted_from_settings_or_from_the_data():
     images = images_of(loaded("table3_clip_b32").task)
-    assert images["held_out"] == 26_000
-    assert images["train"] == 1_281_167 - 26_000
-    assert images["sketch"] == 50_889
+    assert (images["held_out"], images["train"], images["sketch"]) == (26_000, 1_281_167 - 26_000, 50_889)
     assert images_of(loaded("demo").task)["held_out"] == 616
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("name", "words", "message"),
     [
         (
+            "table3_clip_b32",
             "task.held_out_index=x.npy task.held_out_per_class=null",
-            r"task\.held_out_index=null task\.held_out_per_class",
+            r"task\.held_out_index=null task",
         ),
-        ("~task.counts.a", r"\+task\.counts\.a=N"),
-        ("plan.gpu=h101", "gpu=h101 .*h100"),
+        ("table3_clip_b32", "~task.counts.a", r"\+task\.counts\.a=N"),
+        ("table3_clip_b32", "plan.gpu=h101", "gpu=h101 .*h100"),
+        ("released", "", "its rows are imported"),
     ],
 )
-def test_what_is_not_known_is_said_and_not_guessed(words, message):
+def test_what_is_not_known_is_said_and_not_guessed(name, words, message):
     with pytest.raises(UserError, match=message):
-        costs(load("table3_clip_b32", *words.split()))
-
-
-def test_rows_that_are_imported_have_no_training_to_estimate():
-    with pytest.raises(UserError, match="its rows are imported"):
-        costs(loaded("released"))
+        costs(load(name, *words.split()))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +225,7 @@ def test_every_experiment_of_the_paper_has_a_plan(name, folders, clusters):
             limit = seconds_of(own.cluster.slurm.time)
             assert asked == limit or asked > longest  # in one go, or in some that each have all that they may
             assert asked <= limit and longest <= limit * (own.cluster.restarts + 1)
-        assert sum(len(job.tasks) for job in trained) == config.sweep.size
+        assert_shared(own, trained, name)
 
 
 def test_a_plan_takes_short_words_and_says_what_it_assumes():

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from analysis.catalogue import ARTEFACTS
 from benchmarks.all import table
 from tests.commands import python
+from tests.faults import copy_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "tasks/README.md", ROOT / "slurm/README.md"])
@@ -116,17 +116,7 @@ def test_the_tests_and_experiments_that_stand_beside_the_papers_text_exist():
 def clone(tmp_path_factory):
     """The project's files, tracked or new, in a folder of their own, so that runs/ is not the user's."""
     folder = tmp_path_factory.mktemp("clone") / "model-soups"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    for name in listed:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_tree(folder)
     tiny = folder / "configs/experiment/demo_tiny.yaml"  # smaller still: pages show commands, not numbers
     text = tiny.read_text(encoding="utf-8")
     for shipped, smaller in SMALLER.items():
@@ -145,14 +135,8 @@ def clone(tmp_path_factory):
 def test_the_commands_of_a_page_run(page, clone):
     places = [clone.parent / "bin", Path(python()).parent, Path(sys.executable).parent, os.environ["PATH"]]
     environment = os.environ | {"PATH": os.pathsep.join(map(str, places))}
+    how = {"cwd": clone, "env": environment | {"HF_HUB_OFFLINE": "1"}, "timeout": 900}
     for script in blocks(page)[0]:
-        answer = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", in_small(script)],
-            cwd=clone,
-            env=environment | {"HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
+        call = ["bash", "-euo", "pipefail", "-c", in_small(script)]
+        answer = subprocess.run(call, capture_output=True, text=True, check=False, **how)
         assert answer.returncode == 0, f"{script}\n{answer.stdout[-2000:]}\n{answer.stderr[-2000:]}"

@@ -18,7 +18,7 @@ from finetune.data import TrainingBatches, augmentation, epoch_order, mixed_batc
 from finetune.dist import DivergedError, LateLosses
 from finetune.length import Length
 from finetune.train import ONE_PROCESS, held_out_correct
-from models.classifier import Classifier, pretrained, zero_shot_head
+from models.classifier import pretrained, zero_shot_head
 from store.processes import Processes, use_kernels
 from tasks.load import class_names
 from tasks.prefetch import prefetch
@@ -41,12 +41,6 @@ def train():
 @pytest.fixture
 def model(config):
     return network(config)
-
-
-@pytest.fixture
-def clip():
-    """The network of demo_tiny itself: with unit features, and stages that are not trained."""
-    return network(load("demo_tiny"))
 
 
 def batches_of(train, augment, **settings):
@@ -109,10 +103,10 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
     assert torch.equal(first, epoch_order(50, 1, 0))
 
 
-def test_training_lowers_the_loss_and_moves_only_what_has_a_gradient(clip, train, tmp_path):
+def test_training_lowers_the_loss_and_moves_only_what_has_a_gradient(train, tmp_path):
+    config, losses = replace(load("demo_tiny"), augment=MINIMAL), []
+    clip = network(config)  # with unit features, and stages that are not trained
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
-    losses = []
-    config = replace(load("demo_tiny"), augment=MINIMAL)
     assert trained(config, train, tmp_path, clip, epochs=2, log=lambda row: losses.append(row["loss"])).finite
     assert losses[-1] < losses[0]
     moved = {name for name, tensor in clip.state_dict().items() if not torch.equal(before[name], tensor)}
@@ -230,11 +224,8 @@ def test_a_teacher_computes_in_the_precision_of_its_student(train, config, tmp_p
         precisions.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         return torch.zeros(len(images), config.task.size, dtype=torch.bfloat16)
 
-    groups = {
-        "regularizer": Regularizer(distill=Distill(rows=(1,))),
-        "compute": replace(config.compute, precision="bf16"),
-    }
-    assert trained(config, train, tmp_path, steps=1, teacher=teacher, **groups).finite
+    taught, bf16 = Regularizer(distill=Distill(rows=(1,))), replace(config.compute, precision="bf16")
+    assert trained(config, train, tmp_path, steps=1, teacher=teacher, regularizer=taught, compute=bf16).finite
     assert precisions == [torch.bfloat16]
 
 
@@ -276,12 +267,6 @@ def test_a_batch_larger_than_the_training_set_is_refused(train, config, tmp_path
         trained(config, train, tmp_path, steps=None, batch_size=5000)
 
 
-def test_uint8_and_float_images_are_normalised_alike(model, train):
-    model.eval()
-    with torch.inference_mode():
-        torch.testing.assert_close(model(train.images[:2]), model(train.images[:2].float()))
-
-
 def test_the_zero_shot_head_is_the_normalised_mean_over_templates():
     # Two templates at right angles average to the diagonal.
     weight, bias = zero_shot_head(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), scale=10.0)
@@ -289,8 +274,9 @@ def test_the_zero_shot_head_is_the_normalised_mean_over_templates():
     assert bias.tolist() == [0]
 
 
-def test_zero_frozen_stages_leave_the_model_whole():
+def test_zero_frozen_stages_leave_the_model_whole_and_uint8_and_float_images_are_normalised_alike(train):
     config = load("demo_tiny")
-    whole = pretrained(replace(config.model, frozen_stages=0), class_names(config.task))
+    whole = pretrained(replace(config.model, frozen_stages=0), class_names(config.task)).eval()
     assert all(parameter.requires_grad for parameter in whole.parameters())
-    assert isinstance(whole, Classifier)
+    with torch.inference_mode():
+        torch.testing.assert_close(whole(train.images[:2]), whole(train.images[:2].float()))

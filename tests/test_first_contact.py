@@ -2,7 +2,6 @@
 
 import ast
 import errno
-import io
 import os
 import re
 import shutil
@@ -11,7 +10,8 @@ import subprocess
 import sys
 import time
 import venv
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,11 +105,6 @@ def test_the_first_file_is_read_by_old_versions_of_python():
             ast.parse(path.read_text(), feature_version=(3, 6))
 
 
-def test_versions_of_python():
-    assert python_problem((3, 10, 0)) == python_problem((3, 13, 5)) == ""
-    assert "this is 3.9" in python_problem((3, 9, 18))
-
-
 def test_what_is_needed_is_what_is_imported():
     standard = sys.stdlib_module_names
     found = set()
@@ -124,12 +119,11 @@ def test_what_is_needed_is_what_is_imported():
     assert "lacks nothing_like_it" in missing_packages(("torch", "nothing_like_it"))
 
 
-def test_importing_a_package_is_no_command():
+def test_an_environment_that_does_not_fit_is_refused_by_commands_alone(tmp_path):
     assert is_command(["-m", "x"]) and is_command(["/a/reproduce.py", "experiment=demo"])
     assert not is_command(["/a/pytest"]) and not is_command([])
-
-
-def test_an_environment_that_does_not_fit_is_refused(tmp_path):
+    assert python_problem((3, 10, 0)) == python_problem((3, 13, 5)) == ""
+    assert "this is 3.9" in python_problem((3, 9, 18))
     assert room_problem(".venv", ROOM) == ""
     assert "takes 8 GB, and the disk of .venv has 0.5 GB left" in room_problem(".venv", ROOM // 16)
     assert free_bytes(str(tmp_path / "not/there")) > 0
@@ -200,43 +194,30 @@ def test_missing_data_are_one_line(tmp_path):
     assert "nowhere" in line and "task.folder" in line and "Traceback" not in answer.stderr
 
 
-def ended_by(error):
-    """How a command ends whose work raises an error, here, and what it prints."""
-    printed = io.StringIO()
-    with redirect_stderr(printed):
-        status = status_of(lambda: one_line_errors(lambda: raising(error)))
-    return status, printed.getvalue()
-
-
-def raising(error):
-    raise error
-
-
-def test_a_place_that_may_not_be_written_is_one_line():
-    message = "/a/b cannot be read or written (Permission denied): name another place, or change that"
-    assert ended_by(PermissionError(errno.EACCES, "Permission denied", "/a/b")) == (2, f"error: {message}\n")
-
-
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [(KeyboardInterrupt(), 130), (UserError("no"), 2), (ModuleNotFoundError(name="torchdata"), 2), (KeyError(1), 1)],
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "run the same command again to continue"),
+        (UserError("no"), 2, "error: no\n"),
+        (ModuleNotFoundError(name="torchdata"), 2, "torchdata"),
+        (PermissionError(errno.EACCES, "Denied", "/a/b"), 2, "error: /a/b cannot be read or written (Denied): name an"),
+        (KeyError(1), 1, "Traceback"),
+    ],
 )
-def test_exit_statuses(error, status):
-    ended, printed = ended_by(error)
-    assert ended == status
-    assert ("Traceback" in printed) == (status == 1)
+def test_exit_statuses_and_a_line(error, status, words, capsys):
+    def raising():
+        raise error
+
+    assert status_of(lambda: one_line_errors(raising)) == status
+    printed = capsys.readouterr().err
+    assert words in printed and ("Traceback" in printed) == (status == 1) == (printed.count("\n") > 1)
 
 
 def test_ctrl_c_ends_a_stage_with_130(tmp_path):
     words = ["-m", "finetune", "experiment=demo_tiny", "sweep.index=0", f"paths.runs={tmp_path}"]
-    process = subprocess.Popen(
-        [python(), *words],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # background jobs ignore it
-    )
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which jobs in the background ignore
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True, "preexec_fn": heed}
+    process = subprocess.Popen([python(), *words], cwd=ROOT, **pipes)
     deadline = time.monotonic() + 60
     while not (tmp_path / "demo_tiny").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)

@@ -38,17 +38,9 @@ def settings(tmp_path_factory):
     network = ["model=timm", "model.name=test_vit.r160_in1k", "model.image_size=160", "model.probe_c=[1]"]
     small = ["optim.batch_size=6", "~sweep.draw.optim.epochs", "optim.epochs=1", "sweep.rows=2", "compute=cpu"]
     small += ["cluster=local", "cluster.workers=1"]  # the shipped eight threads wait for each other on two cores
-    shorter = ["recipes=[best,uniform,greedy,learned,greedy_ensemble]", "analysis.resamples=200"]
-    return [
-        "experiment=own_images",
-        f"task.folder={folder / 'data'}",
-        f"model.weights={folder / 'model.safetensors'}",
-        f"paths.runs={folder / 'runs'}",
-        *data,
-        *network,
-        *small,
-        *shorter,
-    ], folder
+    small += ["recipes=[best,uniform,greedy,learned,greedy_ensemble]", "analysis.resamples=200"]
+    places = [f"task.folder={folder / 'data'}", f"model.weights={folder / 'model.safetensors'}"]
+    return ["experiment=own_images", *places, f"paths.runs={folder / 'runs'}", *data, *network, *small], folder
 
 
 @pytest.mark.slow

@@ -13,14 +13,7 @@ from configs.errors import InterruptedBySignalError, UserError
 from models import probe as probes
 from models.probe import linear_probe
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small wait for each other in several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def features_of(n: int, width: int, classes: int, *, spread: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -39,9 +32,8 @@ def objective(weight: Tensor, bias: Tensor, data: tuple[Tensor, Tensor], c: floa
     squares = weight.double().square().sum() / features.shape[1]
     if len(weight) == 2:  # coef_ is the difference of the two
         squares = (weight[1] - weight[0]).double().square().sum() / features.shape[1]
-    return (
-        cross_entropy(features @ weight.double().T + bias.double(), labels) + squares / (2 * c * len(labels))
-    ).item()
+    loss = cross_entropy(features @ weight.double().T + bias.double(), labels)
+    return (loss + squares / (2 * c * len(labels))).item()
 
 
 def scikit_learn(data: tuple[Tensor, Tensor], c: float) -> float:
@@ -150,19 +142,12 @@ def test_a_fit_that_lasts_is_kept_now_and_then_and_a_damaged_file_of_it_is_named
     (state,) = tmp_path.glob("*.pt")
     assert torch.load(state, weights_only=True)["taken"] > 3
     state.write_bytes(state.read_bytes()[:-100])
-    seen.clear()
-    linear_probe(data, data, 5, [1], tmp_path)
-    assert re.search(r"\.pt is damaged \(\w+\): this part of the linear probe begins anew", capsys.readouterr().out)
-
-
-def test_a_head_is_computed_anew_where_its_file_is_not_what_was_written(tmp_path, capsys):
-    data = features_of(200, 8, 5)
     whole = linear_probe(data, data, 5, [1], tmp_path)
-    (path,) = tmp_path.glob("*.npy")
-    np.save(path, np.load(path)[::-1])
-    again = linear_probe(data, data, 5, [1], tmp_path)
-    assert torch.equal(again.weight, whole.weight)
-    assert "is damaged" in capsys.readouterr().out
+    assert re.search(r"\.pt is damaged \(\w+\): this part of the linear probe begins anew", capsys.readouterr().out)
+    (head,) = tmp_path.glob("*.npy")
+    np.save(head, np.load(head)[::-1])  # not what was written
+    assert torch.equal(linear_probe(data, data, 5, [1], tmp_path).weight, whole.weight)
+    assert f"{head} is damaged" in capsys.readouterr().out
 
 
 def test_what_float32_leaves_is_mended_in_float64(tmp_path, monkeypatch):
@@ -195,7 +180,6 @@ def test_it_separates_what_is_separable_and_chooses_on_held_out(tmp_path):
 
 
 def test_a_class_without_examples_is_refused(tmp_path):
+    data = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"classes \[2\] have no training example"):
-        linear_probe(
-            (torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(1, 3), torch.tensor([0])), 3, [1], tmp_path
-        )
+        linear_probe(data, data, 3, [1], tmp_path)
