@@ -19,8 +19,7 @@ from scipy import stats
 from benchmarks.run import ROOT, Options, benchmark
 from configs.schema import Experiment, load
 from finetune.sweep import train_sweep
-from soups.files.atomic import read_json
-from store.runs import RunFolder
+from store.runs import read_pool
 from tasks.emoji.load import load_split
 
 WAYS = {
@@ -54,9 +53,7 @@ def experiment(folder: Path, way: str, classes: int, seeds: int, epochs: int) ->
 def accuracies(config: Experiment) -> list[float]:
     """Percent right of each row, in the order of the seeds."""
     train_sweep(config)
-    run = RunFolder.of(config)
-    found = [read_json(run.ingredient(row) / "done.json")["held_out"] for row in range(1, config.sweep.size + 1)]
-    return [100 * each["correct"] / each["n"] for each in found]
+    return [100 * row.held_out_score for row in read_pool(config)[1:]]
 
 
 def row(way: str, found: dict[str, list[float]], images: int) -> dict[str, Any]:
