@@ -65,11 +65,12 @@ def test_an_artefact_that_is_none_is_refused():
 
 
 def test_what_was_not_measured_says_what_to_run_and_is_not_drawn(tmp_path):
-    assert "python reproduce.py experiment=demo_align, then python -m analysis artefact=figure5" in state("figure5")
-    with pytest.raises(UserError, match=r"figure5 is not measured yet: python reproduce\.py experiment=demo_align"):
-        redraw("figure5", tmp_path)
+    command = "python reproduce.py experiment=demo_align, then python -m analysis artefact=figure5"
+    assert command in state("figure5", tmp_path)
+    with pytest.raises(UserError, match=f"figure5 is not measured yet: {command}"):
+        redraw("figure5", tmp_path / "out", tmp_path)
     with pytest.raises(UserError, match="artefact=reliability experiment=NAME"):
-        redraw("reliability", tmp_path)
+        redraw("reliability", tmp_path / "out", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from analysis.figures.style import COLUMN, STYLE, legend, panels, styled
+from analysis.figures.style import COLUMN, STYLE, legend, panels, styled, two_lines
 from analysis.measure.methods import NAN, SHIFT_MEAN, Method, measure, need_shifts, tidy
 from analysis.measure.mixtures import axis_labels
 from analysis.tables.cells import NAMES
@@ -231,7 +231,7 @@ def draw_subgroups(config: Experiment, numbers: pd.DataFrame) -> Figure:
     for axes, metric in zip(line, metrics, strict=True):
         _panel(axes, numbers[numbers["metric"] == metric], STYLE)
         x, y = axis_labels(_with(config, metrics=dict.fromkeys(config.task.reported, metric))).values()
-        axes.set(xlabel=x, ylabel=y)
+        axes.set(xlabel=x, ylabel=two_lines(y))
     legend(figure, line[0], 4)
     return figure
 
