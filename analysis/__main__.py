@@ -22,18 +22,20 @@ from importlib import import_module
 from configs.cli import entry_point
 from soups.errors import one_line_errors
 
-ALONE = {"list": "list_artefacts", "claims": "claims", "will_it_help": "will_it_help"}  # need no experiment
-OF_EXPERIMENTS = {"report": "report_all", "predictions": "predictions_of_all"}
+# module:function of each. The first need no experiment.
+ALONE = {"list": "artefacts:list_artefacts", "claims": "commands:claims", "will_it_help": "commands:will_it_help"}
+OF_EXPERIMENTS = {"report": "commands:report_all", "predictions": "commands:predictions_of_all"}
 
 
 def command(name: str, *given: str) -> Callable[..., None]:
-    """A function of `analysis.commands`, which is imported when it is called.
+    """A function of a module of analysis, which is imported when it is called.
 
     So --help and mistyped settings are answered at once: torch and the models take seconds.
     """
 
     def call(*arguments: object) -> None:
-        getattr(import_module("analysis.commands"), name)(*given, *arguments)
+        module, _, function = name.partition(":")
+        getattr(import_module(f"analysis.{module}"), function)(*given, *arguments)
 
     return call
 
@@ -43,8 +45,8 @@ if __name__ == "__main__":
     if is_alone and first in ALONE:
         one_line_errors(command(ALONE[first]))
     elif is_alone and first.startswith("artefact="):
-        one_line_errors(command("redraw_measured", first.removeprefix("artefact=")))
+        one_line_errors(command("artefacts:redraw_measured", first.removeprefix("artefact=")))
     elif first in OF_EXPERIMENTS:
         entry_point(command(OF_EXPERIMENTS[sys.argv.pop(1)]))()
     else:
-        entry_point(command("analyse_all"))()
+        entry_point(command("commands:analyse_all"))()

@@ -1,25 +1,22 @@
 """Make the paper's tables and figures: from finished runs, or again from the numbers that were measured and kept."""
 
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
+from rich import get_console
 
 from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED, NUMBERS
+from analysis.released import published_instead, write_instead
 from analysis.tables.paper import paper_table
 from analysis.tables.table3 import publish, write_provenance
 from configs.errors import UserError
 from configs.schema import Experiment, load, replicate
 from store.runs import RunFolder
 
-FORWARD = "forward"  # artefact=forward means all of NEED_FORWARD
-NEED_FORWARD = (  # those that evaluate soups or points of a plane which no recipe made, and keep what they answer
-    *("figure2", "figure3", "figure4", "figureb1", "figureb2", "figured1", "figuree1", "figuref1", "figureg4"),
-    *("figureh1", "figureh2", "figureh3", "figureh4", "figurej1", "figurek1", "figurel1", "figurel2"),
-    *("tablel1", "tablel2", "tablel3"),
-)
+FORWARD = "forward"  # artefact=forward means all that need forward passes of their own
 
 
 def forward_artefacts(experiment: str) -> list[str]:
@@ -28,7 +25,7 @@ def forward_artefacts(experiment: str) -> list[str]:
     >>> forward_artefacts("table3_clip_b32")
     ['figure4', 'figureb1', 'figured1']
     """
-    return [name for name in NEED_FORWARD if ARTEFACTS[name].is_of(experiment)]
+    return [name for name in named(FORWARD) if ARTEFACTS[name].is_of(experiment)]
 
 
 def named(name: str) -> list[str]:
@@ -38,7 +35,7 @@ def named(name: str) -> list[str]:
         UserError: there is none of this name.
     """
     if name == FORWARD:
-        return list(NEED_FORWARD)
+        return [each for each, artefact in ARTEFACTS.items() if artefact.forward]
     if name != "all" and name not in DRAWN:
         raise UserError(f"artefact={name}: there is no such table or figure; python -m analysis list names all")
     return list(ARTEFACTS) if name == "all" else [name]
@@ -51,7 +48,7 @@ def parts_of(name: str, configs: Sequence[Experiment]) -> list[Experiment]:
     return [by_name[each] for each in (*artefact.paper, *artefact.embedded) if each in by_name]
 
 
-def write_artefact(name: str, configs: Sequence[Experiment], console: Console | None = None) -> list[Path]:
+def write_artefact(name: str, configs: Sequence[Experiment]) -> list[Path]:
     """Make an artefact of finished experiments, in their analysis folders; returns the files.
 
     Raises:
@@ -60,23 +57,17 @@ def write_artefact(name: str, configs: Sequence[Experiment], console: Console | 
     artefact, files = DRAWN[name], []
     for group in [configs] if artefact.made.is_one else [[config] for config in configs]:
         stem = RunFolder.of(group[0]).analysis / f"{name}{artefact.made.ending}"
-        files += artefact.write(group, artefact.measure(group, console), stem)
+        files += artefact.write(group, artefact.made.measure(group if artefact.made.is_one else group[0]), stem)
     return files
 
 
-def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: Console) -> list[Path]:
-    """Make an artefact, record where it comes from, and publish it where `paths.results` is set.
-
-    Args:
-        config: that was asked for; says where results go.
-        name: of the artefact.
-        configs: finished experiments it is made of.
-        console: for progress.
+def draw(config: Experiment, name: str, configs: Sequence[Experiment]) -> list[Path]:
+    """Make an artefact of finished experiments, record where it comes from, and publish it in `config.paths.results`.
 
     Raises:
         UserError: as `write_artefact`.
     """
-    files = write_artefact(name, configs, console)
+    files = write_artefact(name, configs)
     homes = {RunFolder.of(each).analysis: each for each in configs}
     for folder, each in homes.items():
         if any(file.parent == folder for file in files):
@@ -87,20 +78,15 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment], console: 
     return [publish(file, config.paths.results, homes[file.parent].name) for file in files]
 
 
-def redraw(name: str, out: Path, folder: Path = MEASURED) -> list[Path]:
-    """Make an artefact again from the numbers that were measured and kept, without runs.
-
-    Args:
-        name: of the artefact.
-        out: folder of the files.
-        folder: where <experiment>_<artefact>.csv are.
+def redraw(name: str, out: Path) -> list[Path]:
+    """Make an artefact again from the numbers that were measured and kept, without runs, in the folder `out`.
 
     Raises:
         UserError: it was not measured yet; says what to run.
     """
-    measured = measured_files(name, folder)
+    measured = measured_files(name)
     if not measured:
-        raise UserError(f"{name} is {state(name, folder)}")
+        raise UserError(f"{name} is {state(name)}")
     files = []
     for experiment, file in measured.items():
         config, numbers = measured_experiment(experiment), pd.read_csv(file)
@@ -129,18 +115,73 @@ def paper_numbers(name: str) -> str:
     return ", ".join(found)
 
 
-def measured_files(name: str, folder: Path = MEASURED) -> dict[str, Path]:
-    """Experiment -> its numbers of an artefact, of those that were measured and kept in a folder."""
+def measured_files(name: str) -> dict[str, Path]:
+    """Experiment -> its numbers of an artefact, of those that were measured and kept."""
     ending = f"_{name}{DRAWN[name].made.ending}.csv"
-    return {file.name.removesuffix(ending): file for file in sorted(folder.glob(f"*{ending}"))}
+    return {file.name.removesuffix(ending): file for file in sorted(MEASURED.glob(f"*{ending}"))}
 
 
-def state(name: str, folder: Path = MEASURED) -> str:
+def state(name: str) -> str:
     """Which numbers of an artefact there are, or what to run for some."""
-    files = measured_files(name, folder)
+    files = measured_files(name)
     if files:
         return "measured: " + ", ".join(file.name for file in files.values())
     command, embedded = f"python -m analysis artefact={name} experiment=", DRAWN[name].embedded
     if not embedded:
         return f"not measured yet: {command}NAME, of a finished run"
     return f"not measured yet: python reproduce.py experiment={embedded[0]}, then {command}{embedded[0]}"
+
+
+def artefacts(config: Experiment, parts: list[Experiment]) -> list[Path]:
+    """Make what `artefact` names: of `all`, each that one of the experiments belongs to.
+
+    Raises:
+        UserError: no such artefact, or one that these experiments are not made for.
+    """
+    assert config.artefact is not None
+    names, files = named(config.artefact), []
+    wanted = {name: parts_of(name, parts) for name in names}
+    if len(names) > 1:
+        wanted = {name: chosen for name, chosen in wanted.items() if chosen}
+        wanted = {name: wanted[name] for name in list(wanted)[config.share.index :: config.share.of]}
+    elif not wanted[names[0]] and not config.parts:
+        wanted[names[0]] = parts  # your own experiment
+    if published_instead(config):
+        return write_instead(config)
+    for name, chosen in wanted.items():
+        if not chosen:
+            needs = ", ".join((*DRAWN[name].paper, *DRAWN[name].embedded))
+            raise UserError(f"artefact={name} is made of {needs}, none of which {config.name} has")
+        started = time.monotonic()
+        made = draw(config, name, chosen)
+        get_console().print(f"{name}: {DRAWN[name].shows}, {time.monotonic() - started:.0f} s")
+        files += made
+    if not wanted:
+        raise UserError(f"{config.name} belongs to no table or figure of the paper; name one: python -m analysis list")
+    return files
+
+
+def list_artefacts() -> None:
+    """Of each of the paper's tables and figures: what it shows, what is measured of it, and which functions make it."""
+    for name, artefact in ARTEFACTS.items():
+        paper = paper_numbers(name)
+        print(f"{name:<8}  {artefact.shows}" + (f"; the paper's: {paper}" if paper else ""))
+        print(f"          {state(name)}")
+        print(f"          made by {artefact.functions}\n")
+    print(f"{len(ARTEFACTS)} tables and figures. Each from a finished run: artefact=NAME experiment=NAME; from")
+    print("results/measured, without runs: python -m analysis artefact=NAME, or artefact=all.")
+
+
+def redraw_measured(name: str, out: Path = Path("runs/measured")) -> None:
+    """Make an artefact, or all, from results/measured alone; says which were not measured yet.
+
+    Raises:
+        UserError: there is none of this name, or the one that is named was not measured yet.
+    """
+    files, names = [], list(DRAWN) if name == "all" else named(name)
+    for each in names:
+        if len(names) > 1 and not measured_files(each):
+            print(f"{each}: {state(each)}")
+        else:
+            files += redraw(each, out)
+    print(*files, sep="\n")

@@ -5,14 +5,14 @@ import time
 from collections.abc import Sequence
 
 import pandas as pd
+from rich import get_console, reconfigure
 from rich.console import Console
 from rich.table import Table
 
 from analysis.artefacts import draw
 from analysis.ending import ending, reminder
 from analysis.page.write import write_report
-from analysis.tables.sweep_seeds import over_seeds
-from analysis.tables.table3 import Report, analyse
+from analysis.tables.table3 import Report, analyse, over_seeds
 from configs.cli import record_words
 from configs.schema import Experiment, replicate
 from eval.pool import evaluate_all, model_folders
@@ -59,18 +59,14 @@ def _show(table: pd.DataFrame, caption: str, console: Console) -> None:
 
 
 def run_here(config: Experiment, words: Sequence[str]) -> None:
-    """All stages, for every replicate where the experiment has some; then a sentence, where to look and what is next.
-
-    Args:
-        config: the experiment.
-        words: that make it.
-    """
+    """All stages, for every replicate where there are some; then a sentence, where to look and what is next."""
     # A log may be wider than the usual terminal.
-    console = Console(width=None if sys.stdout.isatty() else 110, record=True)
+    reconfigure(width=None if sys.stdout.isatty() else 110, record=True)
+    console = get_console()
     started = time.monotonic()
     use_threads(config.cluster.threads)
     if config.towers:  # made of other experiments' rows, so that there is nothing to train
-        print(*draw(config, "figuree1", [config], console), sep="\n")
+        print(*draw(config, "figuree1", [config]), sep="\n")
         return
     record_words(config, words)
     if config.replicates:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
+from rich import get_console
 
 from analysis.figures.style import write_csv
 from analysis.tables.table3 import published, write_provenance
@@ -30,7 +30,7 @@ def directions(config: Experiment) -> tuple[tuple[str, str], ...]:
     return (task.held_out, task.test), (task.test, task.held_out)
 
 
-def predictions(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def predictions(config: Experiment) -> pd.DataFrame:
     """Which images each method gets right, whichever of held-out and test selects; what is not made yet is made.
 
     Returns one row for each direction and image of the splits that report: selects, split, image (its number in the
@@ -47,7 +47,7 @@ def predictions(config: Experiment, console: Console | None = None) -> pd.DataFr
         )
     evaluator, frames = Evaluator(config), []
     for selects, reports in directions(config):
-        make_soups(config, METHODS, console, selects)
+        make_soups(config, METHODS, get_console(), selects)
         soups = {method: make_soup(method, evaluator, selects) for method in METHODS}
         for split in (reports, *config.task.shifts):
             labels = evaluator.split(split).labels.tolist()
@@ -72,10 +72,10 @@ def models(config: Experiment) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def write_pool(config: Experiment, console: Console | None = None) -> list[Path]:
+def write_pool(config: Experiment) -> list[Path]:
     """Write predictions.csv and models.csv of a pool, with where they come from; returns the files."""
     folder = RunFolder.of(config).analysis
-    frames = {"predictions": predictions(config, console), "models": models(config)}
+    frames = {"predictions": predictions(config), "models": models(config)}
     files = [write_csv(frame, folder / f"{name}.csv", "%.6g") for name, frame in frames.items()]
     files.append(write_provenance(config, folder / "predictions_provenance.json"))
     return published(files, config) or files

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich import get_console
 
 from analysis.figures.style import STYLE, save_with_numbers, styled, write_csv
 from analysis.measure.methods import logits_of_model
@@ -40,12 +40,15 @@ from store.rows import row_config
 from store.runs import Ingredient, RunFolder
 from store.workers import spread
 
-DRAWN = {  # kind of sub-pool -> its sizes, how many of each, and the share of held-out images that choose
-    "any": ((12, 20, 1.0), (24, 20, 1.0)),
-    "short trainings": ((12, 10, 1.0),),
-    "long trainings": ((12, 10, 1.0),),
-    "near learning rates": ((12, 10, 1.0),),
-    "few held-out": ((12, 10, 0.5), (12, 10, 0.25), (12, 10, 0.125)),
+KINDS = {  # (kind, models, share of the held-out images that choose) -> how many are drawn, and the kind in words
+    ("any", 12, 1.0): (20, "12 models"),
+    ("any", 24, 1.0): (20, "24 models"),
+    ("short trainings", 12, 1.0): (10, "12 of the third trained shortest"),
+    ("long trainings", 12, 1.0): (10, "12 of the third trained longest"),
+    ("near learning rates", 12, 1.0): (10, "12 of the third with near rates"),
+    ("few held-out", 12, 0.5): (10, "12 models, half of held-out"),
+    ("few held-out", 12, 0.25): (10, "12 models, a quarter of held-out"),
+    ("few held-out", 12, 0.125): (10, "12 models, an eighth of held-out"),
 }
 
 
@@ -69,7 +72,7 @@ def candidates(kind: str, lengths: Sequence[int], rates: Sequence[float]) -> lis
     """The places of models that a kind of sub-pool draws from: all, or a third of them.
 
     Args:
-        kind: of `DRAWN`.
+        kind: of `KINDS`.
         lengths: epochs of each model.
         rates: learning rate of each.
 
@@ -98,16 +101,15 @@ def subpools(config: Experiment, pool: Sequence[Ingredient], num_held_out: int) 
     settings = [row_config(config, pool[place].row).optim for place in tuned]
     lengths, rates = [each.epochs for each in settings], [each.lr for each in settings]
     found = []
-    for kind, sizes in DRAWN.items():
+    for (kind, size, share), (draws, _) in KINDS.items():
         among = [tuned[i] for i in candidates(kind, lengths, rates)]
-        for size, draws, share in sizes:
-            for number in range(draws if size <= len(among) else 0):
-                # The same models where only the held-out images differ.
-                drawn_as = "any" if share < 1 else kind
-                members = first_by_chance(among, size, config.sweep.seed, drawn_as, size, number)
-                chosen = round(share * num_held_out)
-                held_out = first_by_chance(range(num_held_out), chosen, config.sweep.seed, "held-out", number)
-                found.append(Subpool(kind, number, share, members, held_out))
+        for number in range(draws if size <= len(among) else 0):
+            # The same models where only the held-out images differ.
+            drawn_as = "any" if share < 1 else kind
+            members = first_by_chance(among, size, config.sweep.seed, drawn_as, size, number)
+            chosen = round(share * num_held_out)
+            held_out = first_by_chance(range(num_held_out), chosen, config.sweep.seed, "held-out", number)
+            found.append(Subpool(kind, number, share, members, held_out))
     return found
 
 
@@ -176,21 +178,9 @@ def described(config: Experiment, pool: Sequence[Ingredient], subpool: Subpool, 
     }
 
 
-TITLES = {  # (kind, models, share of held-out), in the order of the figure
-    ("any", 12, 1.0): "12 models",
-    ("any", 24, 1.0): "24 models",
-    ("short trainings", 12, 1.0): "12 of the third trained shortest",
-    ("long trainings", 12, 1.0): "12 of the third trained longest",
-    ("near learning rates", 12, 1.0): "12 of the third with near rates",
-    ("few held-out", 12, 0.5): "12 models, half of held-out",
-    ("few held-out", 12, 0.25): "12 models, a quarter of held-out",
-    ("few held-out", 12, 0.125): "12 models, an eighth of held-out",
-}
-
-
 def _by_kind(lines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The title of each kind of sub-pool, and its lines."""
-    for (kind, models, share), title in TITLES.items():
+    for (kind, models, share), (_, title) in KINDS.items():
         yield title, lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
 
 
@@ -250,8 +240,8 @@ def figure_of(lines: pd.DataFrame, table: pd.DataFrame) -> Figure:
                 axes.text(1.01, place + aside, better, **words)
         axes.axvline(0, color="black", lw=0.8)
         axes.set_title("Test" if on == "test" else "Mean of the five shifts", fontsize=8)
-        axes.set_yticks(range(len(TITLES)), list(TITLES.values()))
-    panels[0].set_ylim(len(TITLES) - 0.5, -0.5)
+        axes.set_yticks(range(len(KINDS)), [title for _, title in KINDS.values()])
+    panels[0].set_ylim(len(KINDS) - 0.5, -0.5)
     panels[0].set_ylabel("sub-pools, by kind")
     figure.supxlabel("soup − best model of its sub-pool (percentage points)", fontsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -288,7 +278,7 @@ def write_pays(folder: Path, names: Sequence[str]) -> list[Path]:
     return save_with_numbers(figure_of(lines, table), table, folder / "subpools_gain")
 
 
-def write_subpools(config: Experiment, console: Console | None = None) -> list[Path]:
+def write_subpools(config: Experiment) -> list[Path]:
     """Write subpools.csv: a line for each sub-pool of a finished pool, with what its soups reach; returns the file."""
     pool = usable_pool(config)
     drawn = subpools(config, pool, len(Evaluator(config).split(config.task.held_out)))
@@ -301,7 +291,7 @@ def write_subpools(config: Experiment, console: Console | None = None) -> list[P
         units=len({each.key for each in drawn}),
         done_units=lambda: len(list(kept.glob("*.json"))),
         report=lambda each: f"greedy {each['greedy test']:.3f}, best {each['best test']:.3f}",
-        console=console or Console(),
+        console=get_console(),
     )
     where = geometry_of(pool)
     lines = [described(config, pool, each, where) | result for each, result in zip(drawn, found, strict=True)]

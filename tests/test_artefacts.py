@@ -74,14 +74,12 @@ def test_what_was_not_measured_says_what_to_run_and_is_not_drawn(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["table3", "tablel1", "figured1", "figureg4"])
+@pytest.mark.parametrize("name", ["table3", "tablel1", "figureg4"])
 def test_what_was_measured_is_made_again_without_runs(tmp_path, name):
     files = redraw(name, tmp_path)
     kept = {file.name: file for file in measured_files(name).values()}
     assert {file.name for file in files if file.suffix == ".csv"} == set(kept)
-    assert all(file.stat().st_size for file in files)
-    if name.startswith("figure"):
-        assert all((tmp_path / each).read_bytes() == file.read_bytes() for each, file in kept.items())
+    assert all((tmp_path / each).read_bytes() == file.read_bytes() for each, file in kept.items())
 
 
 def committed_figures():
@@ -139,7 +137,7 @@ def test_an_artefact_is_drawn_recorded_and_published(tmp_path, in_process):
         tmp_path / "runs", "recipes=[best]", "model.templates=null", "cluster.workers=1", f"paths.results={tmp_path}"
     )
     make_soups(config, config.recipes, Console(quiet=True))
-    files = draw(config, "figure1", [config], Console(quiet=True))
+    files = draw(config, "figure1", [config])
     assert [file.name for file in files] == [
         f"demo_tiny_figure1{end}" for end in (".pdf", ".png", ".csv", "_provenance.json")
     ]

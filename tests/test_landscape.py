@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import rich
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 
 from analysis.artefacts import write_artefact
 from analysis.figures.contours import LEVELS, draw_landscape, levels
-from analysis.figures.landscape import slices, training_rows
-from analysis.figures.plane import Plane, axes_of, moving, plane_through, set_between
+from analysis.figures.landscape import Plane, axes_of, moving, plane_through, set_between, slices, training_rows
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
@@ -161,9 +160,11 @@ def configured(network):
 def measured(configured, tmp_path_factory):
     config = configured(tmp_path_factory.mktemp("runs"))
     weights = moved_pool(config)
-    log = Console(file=StringIO(), width=200)
-    files = write_artefact("figure2", [config], log)
-    assert re.match(r"\d+ planes? of \d+ points: [\d,]+ forward passes, about \d+ s", log.file.getvalue())
+    log = StringIO()
+    rich.reconfigure(file=log, width=200)
+    files = write_artefact("figure2", [config])
+    rich.reconfigure()
+    assert re.match(r"\d+ planes? of \d+ points: [\d,]+ forward passes, about \d+ s", log.getvalue())
     return config, weights, files
 
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from analysis.artefacts import write_artefact
 from analysis.catalogue import ARTEFACTS
 from analysis.measure.methods import measure
-from analysis.tables.paper import paper_table
-from analysis.tables.paper_tables import (
+from analysis.tables.paper import (
     cells_beside_paper,
     measure_beside_paper,
     measure_rows_beside_paper,
+    network_of,
+    paper_table,
     with_significance,
 )
-from analysis.tables.text_tables import network_of
 from configs.errors import UserError
 from configs.schema import load
 from eval.pool import evaluate, is_scored

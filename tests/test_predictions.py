@@ -9,7 +9,7 @@ import torch
 from analysis import subpools as module
 from analysis.claims import SHIFTS
 from analysis.predictions import METHODS, models, predictions, write_pool
-from analysis.subpools import TITLES, Subpool, candidates, measured, pays, subpools, write_pays, write_subpools
+from analysis.subpools import KINDS, Subpool, candidates, measured, pays, subpools, write_pays, write_subpools
 from analysis.will_it_help import NOISE
 from configs.errors import UserError
 from configs.schema import load
@@ -119,13 +119,9 @@ def test_a_pool_that_held_out_had_a_say_in_is_refused(words):
 
 @pytest.mark.slow
 def test_sub_pools_are_drawn_by_key_from_those_that_their_kind_names(pool, monkeypatch):
-    drawn = {
-        "any": ((3, 2, 1.0), (7, 1, 1.0)),
-        "short trainings": ((2, 1, 1.0),),
-        "long trainings": ((2, 1, 1.0),),
-        "few held-out": ((3, 2, 0.5),),
-    }
-    monkeypatch.setattr(module, "DRAWN", drawn)
+    drawn = {("any", 3, 1.0): 2, ("any", 7, 1.0): 1, ("short trainings", 2, 1.0): 1}
+    drawn |= {("long trainings", 2, 1.0): 1, ("few held-out", 3, 0.5): 2}
+    monkeypatch.setattr(module, "KINDS", {kind: (number, "") for kind, number in drawn.items()})
     config, members = pool.config, usable_pool(pool.config)
     found = subpools(config, members, 10)
     assert found == subpools(config, members, 10)
@@ -176,7 +172,7 @@ def averaged(name, tensor):
 
 @pytest.mark.slow
 def test_all_sub_pools_come_in_one_table(pool, monkeypatch):
-    monkeypatch.setattr(module, "DRAWN", {"any": ((2, 2, 1.0),), "few held-out": ((2, 1, 0.5),)})
+    monkeypatch.setattr(module, "KINDS", {("any", 2, 1.0): (2, ""), ("few held-out", 2, 0.5): (1, "")})
     (file,) = write_subpools(pool.config)
     table = pd.read_csv(file)
     assert table["kind"].tolist() == ["any", "any", "few held-out"] and set(table["models"]) == {2}
@@ -195,7 +191,7 @@ def test_all_sub_pools_come_in_one_table(pool, monkeypatch):
 
 def lines_of_sub_pools():
     rows = []
-    for kind, size, share in TITLES:
+    for kind, size, share in KINDS:
         for number, (gain, of_uniform) in enumerate([(0.02, 0.01), (0.0, -0.02), (-0.01, -0.05), (0.03, 0.0)]):
             row = {"kind": kind, "models": size, "share": share, "number": number, "held_out": 600 * share}
             row |= {"epochs": 8 + number, "lr spread": 0.3}

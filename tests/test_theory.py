@@ -125,13 +125,6 @@ def test_a_quadratic_network_has_its_closed_form():
     assert found["soup_error"] == pytest.approx(1 / 3)  # 1.56 > 1.25 and -3.12 < 1.25 are right, 0.78 < 1.25 is not
 
 
-def test_of_quadratic_logits_the_integral_is_a_constant_times_the_second_derivative():
-    for alpha in ALPHAS:
-        found = logit_difference(lambda t: line_at(Square(), PAIR, t, [X])[2], alpha, nodes=1)
-        first = alpha * (1 - alpha) / 2 * 2 * X * 0.5**2
-        torch.testing.assert_close(found, torch.stack([first, torch.zeros(3).double()], dim=1))
-
-
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_ensemble_minus_soup_is_the_integral_of_the_second_derivative_to_1e_8(alpha):
     network, pair, inputs, _ = perceptron(nn.GELU())

@@ -9,7 +9,6 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.console import Console
 from scipy.stats import spearmanr
 
 from analysis.figures.style import COLUMN, legend, panels, styled
@@ -106,7 +105,7 @@ def pool_geometry(config: Experiment, rows: Sequence[int]) -> Geometry:
         return geometry(tuned, layout, start)
 
 
-def measure_angles(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_angles(config: Experiment) -> pd.DataFrame:
     """The numbers of Figure 3, one row per pair; evaluates the means of two models that are not on disk.
 
     Columns: first, second (rows of the sweep), series, larger_lr; angle (degrees, at the initialisation), distance
@@ -118,7 +117,7 @@ def measure_angles(config: Experiment, console: Console | None = None) -> pd.Dat
         UserError: the sweep is not finished, or has no pairs to draw.
     """
     pairs, splits = chosen_pairs(config), config.task.reported
-    evaluator = measure_midpoints(config, [pair for pair, _ in pairs], console)
+    evaluator = measure_midpoints(config, [pair for pair, _ in pairs])
     members = {each.row: each for pair, _ in pairs for each in (pair.first, pair.second)}
     rows = sorted(members)
     found = pool_geometry(config, rows)

@@ -2,7 +2,6 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from analysis.figures.style import panels, styled
 from analysis.measure.methods import soup_record
@@ -10,13 +9,12 @@ from configs.schema import Experiment, Recipe
 from store.runs import RunFolder
 
 
-def measure_coefficients(config: Experiment, console: Console | None = None, *, recipe: Recipe) -> pd.DataFrame:
+def measure_coefficients(config: Experiment, *, recipe: Recipe) -> pd.DataFrame:
     """Column `group`, then one column for each model; rows sum to 1.
 
     Raises:
-        UserError: the recipe is not cooked.
+        UserError: there is no soup of this recipe.
     """
-    del console  # nothing is evaluated
     soup_record(config, recipe)
     return pd.read_csv(RunFolder.of(config).soup(recipe) / "coefficients.csv")
 

@@ -15,7 +15,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.console import Console
 from torch import Tensor
 
 from analysis.figures.pool_size import orders_of
@@ -113,7 +112,7 @@ def soup_of(config: Experiment, towers: Sequence[Tower], chosen: Sequence[int]) 
     return Mixture(key, partial(_sum_up, config, towers, chosen))
 
 
-def measure_backbones(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_backbones(config: Experiment) -> pd.DataFrame:
     """The numbers of Figure E.1: one row per order, number of backbones added (0 is zero-shot) and column.
 
     It costs an evaluation of each distinct set of backbones. Columns of the figure are test and the mean of shifts.
@@ -127,7 +126,7 @@ def measure_backbones(config: Experiment, console: Console | None = None) -> pd.
     towers = towers_of(config)
     orders = orders_of(config, len(towers))
     soups = {chosen: soup_of(config, towers, chosen) for chosen in sets_along(orders)}
-    evaluator = measure_mixtures(config, "soups of backbones", list(soups.values()), console)
+    evaluator = measure_mixtures(config, "soups of backbones", list(soups.values()))
     methods = {chosen: method_of_mixture("soup", soup, evaluator) for chosen, soup in soups.items()}
     rows: list[dict[str, Any]] = []
     for place, order in enumerate(orders):

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from rich.console import Console
 
 from analysis.figures.style import panels, styled
 from analysis.measure.methods import method_of_model, numbers_of, titled
@@ -115,7 +114,7 @@ def best_in_range(accuracies: Sequence[float], i: int, j: int) -> int:
     return max(range(i, j + 1), key=lambda place: (accuracies[place], -place))
 
 
-def measure_grids(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_grids(config: Experiment) -> pd.DataFrame:
     """The numbers of Figure F.1: one row per grid, pair of ends and column (test, mean of shifts).
 
     It costs n (n - 1) / 2 evaluations of a grid of n models.
@@ -131,7 +130,7 @@ def measure_grids(config: Experiment, console: Console | None = None) -> pd.Data
     """
     grids = grids_of(config)
     averages = [grid.average(i, j) for grid in grids for i, j in grid.ends]
-    evaluator = measure_mixtures(config, "averages of ends", averages, console)
+    evaluator = measure_mixtures(config, "averages of ends", averages)
     rows: list[dict[str, Any]] = []
     for grid in grids:
         singles = [method_of_model(name, e, evaluator) for name, e in zip(grid.labels, grid.members, strict=True)]

@@ -10,7 +10,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
-from rich.console import Console
 
 from analysis.figures.style import panels, styled
 from analysis.measure.methods import columns_of, method_of, numbers_of
@@ -42,7 +41,7 @@ def random_pairs(config: Experiment, pool: Sequence[Ingredient]) -> list[Pair]:
     return sorted(chosen, key=lambda pair: (pair.first.row, pair.second.row))
 
 
-def measure_pairs(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_pairs(config: Experiment) -> pd.DataFrame:
     """The numbers of Figure 4: one row per pair and column (each test and shift split, and the mean of the shifts).
 
     Evaluates the means of two models that are not on disk.
@@ -54,7 +53,7 @@ def measure_pairs(config: Experiment, console: Console | None = None) -> pd.Data
         UserError: the sweep is not finished, or has fewer than two fine-tuned models.
     """
     pairs, columns = random_pairs(config, usable_pool(config)), columns_of(config)
-    evaluator = measure_midpoints(config, pairs, console)
+    evaluator = measure_midpoints(config, pairs)
     table = []
     for pair in pairs:
         soup = method_of_mixture("soup", pair.mean, evaluator)

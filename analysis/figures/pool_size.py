@@ -16,7 +16,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.console import Console
 from torch import Tensor
 
 from analysis.figures.style import STYLE, legend, panels, styled, two_lines
@@ -170,7 +169,7 @@ def _measure_order(config: Experiment, order: Sequence[int]) -> str:
     return f"soups of the first 1 to {len(order)} models of an order: evaluated"
 
 
-def measure_pool_size(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_pool_size(config: Experiment) -> pd.DataFrame:
     """The numbers of Figures B.1 and H.1 to H.4; evaluates what is not on disk.
 
     One row per order, method, number of models considered, and column (test, mean of shifts).
@@ -185,7 +184,7 @@ def measure_pool_size(config: Experiment, console: Console | None = None) -> pd.
     orders = orders_of(config, len(pool))
     soups = [mean_mixture([pool[i] for i in order[:k]]) for order in orders for k in range(2, len(pool) + 1)]
     calls = [partial(_measure_order, config, order) for order in orders]
-    evaluator = measure_mixtures(config, "uniform soups, and greedy ones", soups, console, calls)
+    evaluator = measure_mixtures(config, "uniform soups, and greedy ones", soups, calls)
     found: dict[tuple[str, int], list[Method]] = {}
     for order in orders:
         for name, k, method in (

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from analysis.figures.style import legend, panels, styled
 from analysis.measure.calibration import calibration_of
@@ -101,7 +100,7 @@ def _diagram(above: Axes, below: Axes, bins: pd.DataFrame) -> None:
     below.bar(confidence, count, widths, color="#666666", linewidth=0, zorder=2)
 
 
-def measure_reliability(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_reliability(config: Experiment) -> pd.DataFrame:
     """One row per model, stage and bin, from cached logits: `reliability_rows`, with those of `calibration_of`.
 
     Models are the best individual, the uniform and greedy soup and the ensemble, those that the experiment has, by
@@ -110,7 +109,6 @@ def measure_reliability(config: Experiment, console: Console | None = None) -> p
     Raises:
         UserError: a soup is missing, or was selected on a test or shift split.
     """
-    del console  # nothing is evaluated
     evaluator, held_out, test = Evaluator(config), config.task.held_out, config.task.test
     labels = {split: evaluator.split(split).labels for split in (held_out, test)}
     found, scores = {}, []

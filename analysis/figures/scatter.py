@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor
 
 from analysis.figures.style import COLUMN, STYLE, legend, panels, styled, two_lines
@@ -124,19 +123,19 @@ def scatter_points(
     return points
 
 
-def measure_scatter(config: Experiment, console: Console | None = None, *, one_shift: bool = False) -> pd.DataFrame:
+def measure_scatter(config: Experiment, *, one_shift: bool = False, bars: bool = True) -> pd.DataFrame:
     """The numbers of Figure 1's scatter of models, soups and ensembles, from cached logits.
 
-    With `one_shift`, of the first shift in place of the mean of all, as in Figure G.2.
+    With `one_shift`, of the first shift in place of the mean of all, as in Figure G.2; without `bars`, no intervals.
 
     Raises:
         UserError: a stage before this one is not finished, or a task without shifts.
     """
-    del console  # nothing is evaluated
     need_shifts(config)
     evaluator = Evaluator(config)
     pool, methods = measure(evaluator)
-    return scatter_points(config, pool, methods, tidy(methods, evaluator), one_shift=one_shift)
+    scores = tidy(methods, evaluator) if bars else None
+    return scatter_points(config, pool, methods, scores, one_shift=one_shift)
 
 
 def _with(config: Experiment, **settings: object) -> Experiment:
@@ -190,7 +189,7 @@ def subgroups(evaluator: Evaluator, split: str) -> Tensor:
     return torch.tensor([names.index(of_class[i]) for i in task.ids])[images.labels]
 
 
-def measure_subgroups(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_subgroups(config: Experiment) -> pd.DataFrame:
     """The numbers of Figure G.1, from cached logits.
 
     Of a task that is scored by groups or classes itself (FMoW, iWildCam), those of Figure 1. Of others `scatter_points`
@@ -201,7 +200,7 @@ def measure_subgroups(config: Experiment, console: Console | None = None) -> pd.
     """
     task = config.task
     if any(metric != "top1" for metric in task.metrics.values()):
-        return measure_scatter(config, console)
+        return measure_scatter(config)
     need_shifts(config)
     evaluator = Evaluator(config)
     pool, methods = measure(evaluator)
@@ -234,14 +233,3 @@ def draw_subgroups(config: Experiment, numbers: pd.DataFrame) -> Figure:
         axes.set(xlabel=x, ylabel=two_lines(y))
     legend(figure, line[0], 4)
     return figure
-
-
-def measure_methods(config: Experiment, console: Console | None = None) -> pd.DataFrame:
-    """The numbers of Figure L.3: Figure 1 with all methods of Table 3 that the experiment has, from cached logits.
-
-    Raises:
-        UserError: a stage before this one is not finished, or the task has no shifts.
-    """
-    del console  # nothing is evaluated
-    need_shifts(config)
-    return scatter_points(config, *measure(Evaluator(config)))

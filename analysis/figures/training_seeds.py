@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.console import Console
+from rich import get_console
 from torch import Tensor
 
 from analysis.figures.style import STYLE, legend, panels, styled, two_lines
@@ -209,7 +209,7 @@ def draw_budget(config: Experiment, numbers: pd.DataFrame) -> Figure:
     return figure
 
 
-def measure_seeds(config: Experiment, console: Console | None = None, *, calibrated: bool) -> pd.DataFrame:
+def measure_seeds(config: Experiment, *, calibrated: bool) -> pd.DataFrame:
     """The numbers of Figure B.2 (`calibrated`), of all seeds, or of Figure G.4, of the first five: `seeds_table`.
 
     B.2 costs two evaluations for each seed, held-out included: of the soup so far, as it is and with calibrated heads.
@@ -219,5 +219,5 @@ def measure_seeds(config: Experiment, console: Console | None = None, *, calibra
         UserError: the sweep is not finished, no two models differ by their seed alone, or B.2's have no linear head.
     """
     members = seed_group(config, usable_pool(config))[: None if calibrated else FIGURE_G4]
-    evaluate_all(config, [each.folder for each in members], console)
+    evaluate_all(config, [each.folder for each in members], get_console())
     return seeds_table(Evaluator(config), members, calibrated=calibrated)

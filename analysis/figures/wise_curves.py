@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from analysis.figures.style import COLUMN, STYLE, legend, panels, styled
 from analysis.measure.methods import SHIFT_MEAN, Method, method_of, need_shifts, numbers_of, soup_record
@@ -71,7 +70,7 @@ def point(evaluator: Evaluator, start: Ingredient, end: End, alpha: float) -> Me
     return method_of(end.name, 1, partial(evaluator.logits, model.digest, model.load), evaluator)
 
 
-def measure_wise(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_wise(config: Experiment) -> pd.DataFrame:
     """The numbers of Figure D.1: one row per end, alpha and column (test, mean of shifts).
 
     It costs 9 evaluations for each fine-tuned model and soup.
@@ -85,7 +84,7 @@ def measure_wise(config: Experiment, console: Console | None = None) -> pd.DataF
     need_shifts(config)
     start, ends = usable_pool(config)[0], ends_of(config)
     mixtures = [mixture_at(start, end, alpha) for end in ends for alpha in ALPHAS[1:-1]]
-    evaluator = measure_mixtures(config, "points of WiSE-FT curves", mixtures, console)
+    evaluator = measure_mixtures(config, "points of WiSE-FT curves", mixtures)
     rows: list[dict[str, Any]] = []
     for end in ends:
         at_end = point(evaluator, start, end, 1.0)

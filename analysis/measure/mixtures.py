@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
-from rich.console import Console
+from rich import get_console
 from torch import Tensor
 
 from analysis.measure.methods import SHIFT_MEAN, Method, columns_of, logits_of_model, method_of_answers, titled
@@ -117,7 +117,6 @@ def do_missing(
     call: Callable[[Sequence[T]], str],
     is_done: Callable[[T], bool],
     *,
-    console: Console | None,
     calls: Sequence[Callable[[], str]] = (),
 ) -> None:
     """Let the cluster's worker processes do what is not on disk yet.
@@ -128,7 +127,6 @@ def do_missing(
         units: what there is to do.
         call: picklable; does some units and returns a line.
         is_done: whether a unit is on disk.
-        console: where the bar goes.
         calls: what workers do instead, where units follow from one another.
 
     Raises:
@@ -145,7 +143,7 @@ def do_missing(
         units=len(missing),
         done_units=lambda: sum(map(is_done, missing)),
         report=str,
-        console=console or Console(),
+        console=get_console(),
     )
 
 
@@ -153,17 +151,11 @@ def measure_mixtures(
     config: Experiment,
     title: str,
     mixtures: Sequence[Mixture],
-    console: Console | None,
     calls: Sequence[Callable[[], str]] = (),
 ) -> Evaluator:
     """Let the cluster's worker processes evaluate mixtures on every test and shift split; what is on disk is kept.
 
-    Args:
-        config: of the experiment.
-        title: of the progress bar.
-        mixtures: which.
-        console: where the bar goes.
-        calls: as for `do_missing`, where mixtures follow from one another.
+    Arguments are those of `do_missing`; `calls` are for mixtures that follow from one another.
 
     Returns:
         An evaluator, with which `method_of_mixture` reads what they answer.
@@ -178,7 +170,7 @@ def measure_mixtures(
 
     distinct = list({each.key: each for each in mixtures}.values())
     title, call = f"evaluating {{}} {title}", partial(_answer, config)
-    do_missing(config, title, distinct, call, is_done, console=console, calls=calls)
+    do_missing(config, title, distinct, call, is_done, calls=calls)
     return evaluator
 
 
@@ -227,19 +219,19 @@ class Pair:
         return max(row_config(config, each.row).optim.lr for each in (self.first, self.second))
 
 
-def evaluate_models(config: Experiment, pairs: Sequence[Pair], console: Console | None) -> None:
+def evaluate_models(config: Experiment, pairs: Sequence[Pair]) -> None:
     """Evaluate the models of pairs on every split; what is on disk is kept."""
     members = {each.row: each.folder for pair in pairs for each in (pair.first, pair.second)}
-    evaluate_all(config, [members[row] for row in sorted(members)], console or Console())
+    evaluate_all(config, [members[row] for row in sorted(members)], get_console())
 
 
-def measure_midpoints(config: Experiment, pairs: Sequence[Pair], console: Console | None) -> Evaluator:
+def measure_midpoints(config: Experiment, pairs: Sequence[Pair]) -> Evaluator:
     """Evaluate the models of all pairs, and each pair's mean, on the test and shift splits; what is on disk is kept.
 
     Returns and raises as `measure_mixtures`.
     """
-    evaluate_models(config, pairs, console)
-    return measure_mixtures(config, "means of two models", [pair.mean for pair in pairs], console)
+    evaluate_models(config, pairs)
+    return measure_mixtures(config, "means of two models", [pair.mean for pair in pairs])
 
 
 def drawn_settings(config: Experiment, row: int) -> str:

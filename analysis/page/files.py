@@ -1,7 +1,6 @@
 """What the page shows, read from a run folder; nothing here computes a result."""
 
 import base64
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ import pandas as pd
 from configs.cli import COMMAND
 from configs.errors import UserError
 from configs.schema import Experiment
+from soups.experiment.soups import outputs_of
 from soups.files.atomic import read_json
 from store.runs import RunFolder, done_rows
-
-IMAGES = 2_000_000  # bytes of pictures on one page, before base64 makes them a third larger
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Results:
     points: pd.DataFrame  # figure1.csv
     manifest: pd.DataFrame
     done: dict[int, dict[str, Any]]  # row -> done.json
-    soups: dict[str, dict[str, Any]]  # dish -> soup.json, in the order of the recipes
+    soups: dict[str, dict[str, Any]]  # output -> soup.json, in the order of the recipes
     shares: dict[str, pd.DataFrame]  # recipe -> coefficients.csv
     provenance: dict[str, Any]
 
@@ -68,11 +66,9 @@ class Results:
         return read_csv(path) if path.exists() else None
 
     def picture(self, stem: str) -> str | None:
-        """analysis/<stem>.png as a data URI, where it was made and is not too large."""
+        """analysis/<stem>.png as a data URI, where it was made."""
         path = self.run.analysis / f"{stem}.png"
-        if not path.exists() or path.stat().st_size > IMAGES:
-            return None
-        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.exists() else None
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -93,11 +89,6 @@ def _needed(path: Path, command: str) -> Path:
     return path
 
 
-def _natural(path: Path) -> list[int | str]:
-    """Sorts order 10 behind order 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
-
-
 def read_results(config: Experiment, typed: Sequence[str] = ()) -> Results:
     """Everything the page is made of.
 
@@ -111,7 +102,7 @@ def read_results(config: Experiment, typed: Sequence[str] = ()) -> Results:
     if config.replicates:
         raise UserError(f"{config.name} is {len(config.replicates)} sweeps, each with a page of its own")
     run, commands, done = RunFolder.of(config), Commands.of(config, typed), done_rows(config)
-    records = [p for recipe in config.recipes for p in sorted(run.soup(recipe).rglob("soup.json"), key=_natural)]
+    records = {name: run.soup(name) / "soup.json" for each in config.recipes for name in outputs_of(config, each)}
     coefficients = {recipe: run.soup(recipe) / "coefficients.csv" for recipe in config.recipes}
 
     def of_analysis(name: str) -> Path:
@@ -125,7 +116,7 @@ def read_results(config: Experiment, typed: Sequence[str] = ()) -> Results:
         scores=read_csv(of_analysis("table5.csv" if config.task.is_text else "table3.csv")),
         points=read_csv(of_analysis("figure1.csv")),
         done=done,
-        soups={str(path.parent.relative_to(run.root / "soups")): read_json(path) for path in records},
+        soups={name: read_json(path) for name, path in records.items() if path.exists()},
         shares={recipe: read_csv(path) for recipe, path in coefficients.items() if path.exists()},
         provenance=read_json(of_analysis("provenance.json")),
     )

@@ -93,7 +93,7 @@ def plain(id_: str, words: pd.DataFrame, said: str) -> Table:
 
 
 def method_name(config: Experiment, method: str) -> str:
-    """What a method or dish is called; of several random orders with its number."""
+    """What a method or output is called; of several random orders with its number."""
     if method == "initialisation":
         return f"Initialisation ({HEADS[config.model.head]})"
     recipe, _, order = method.partition("/")
@@ -201,8 +201,8 @@ def _map(id_: str, said: str, heads: Sequence[str], lines: Iterable[tuple[Sequen
 def composition(results: Results) -> Table:
     """Which share every soup and ensemble takes of each model, in per cent."""
     lines = []
-    for dish, soup in results.soups.items():
-        of_what = text(method_name(results.config, dish)), text("weights" if soup["digest"] else "answers")
+    for output, soup in results.soups.items():
+        of_what = text(method_name(results.config, output)), text("weights" if soup["digest"] else "answers")
         lines.append((of_what, {str(member["row"]): repr(member["weight"]) for member in soup["ingredients"]}))
     said = "Share of each row in % of the mixture; row 0 is the initialisation. An empty cell takes nothing."
     return _map("composition", said, ["Soup or ensemble", "Mean of", *results.manifest["row"]], lines)
@@ -216,7 +216,7 @@ def coefficients(recipe: str, shares: pd.DataFrame) -> Table:
     return _map(f"coefficients-{recipe}", said, ["Group", "", *names], lines)
 
 
-def decisions(config: Experiment, dish: str, soup: Mapping[str, Any]) -> Table:
+def decisions(config: Experiment, output: str, soup: Mapping[str, Any]) -> Table:
     """Every model that a greedy recipe tried, in order."""
     n, lines = soup["held_out"]["n"], []
     for place, trial in enumerate(soup["trials"], 1):
@@ -228,7 +228,7 @@ def decisions(config: Experiment, dish: str, soup: Mapping[str, Any]) -> Table:
     size = 5 if any(trial["versus"] for trial in soup["trials"]) else 4
     heads = ["Step", "Model tried", "Decision", "Held-out with it (%)", "Against the soup before"][:size]
     said = f"Selected on {soup['selected_on']['split']}, n = {n}."
-    return Table(f"log-{dish}", said, heads, [line[:size] for line in lines])
+    return Table(f"log-{output}", said, heads, [line[:size] for line in lines])
 
 
 def calibration(reliability: pd.DataFrame) -> Table:

@@ -96,7 +96,7 @@ def page(results: Results) -> str:
         marks=marks,
         settings={name: {m.key: m.drawn[name] for m in marks if name in m.drawn} for name in sorted(varied)},
         chosen=next(key for key in ("greedy", "uniform", "best") if key in keys),
-        logs=[_log(results, dish, soup) for dish, soup in results.soups.items() if soup["trials"]],
+        logs=[_log(results, output, soup) for output, soup in results.soups.items() if soup["trials"]],
         maps={recipe: shares for recipe, shares in results.shares.items() if shares.size <= MOST_CELLS},
         reliability=reliability,
         diagrams=None if reliability is None else _reliability(results),
@@ -112,13 +112,13 @@ def _reliability(results: Results) -> Markup:
     return inline_svg(draw_reliability(results.config, numbers), "diagrams", "Reliability diagrams; a table follows")
 
 
-def _log(results: Results, dish: str, soup: dict[str, Any]) -> dict[str, Any]:
+def _log(results: Results, output: str, soup: dict[str, Any]) -> dict[str, Any]:
     drawing = None
     if 1 < len(soup["trials"]) <= MOST_STEPS:
         says = "Held-out score with each model that was tried; the table after it has the numbers"
-        drawing = inline_svg(draw_decisions(decisions(soup)), f"drawn-{dish.replace('/', '-')}", says)
-    table = tables.decisions(results.config, dish, soup)
-    return {"dish": dish, "soup": soup, "drawing": drawing, "table": table}
+        drawing = inline_svg(draw_decisions(decisions(soup)), f"drawn-{output.replace('/', '-')}", says)
+    table = tables.decisions(results.config, output, soup)
+    return {"output": output, "soup": soup, "drawing": drawing, "table": table}
 
 
 def scatter(results: Results) -> tuple[Markup, list[Mark]]:
@@ -155,8 +155,8 @@ def _mark(results: Results, point: pd.Series, x: float, y: float) -> Mark:
         drawn = {setting: value for setting, value in drawn.items() if "." in setting and value}
         lines += [(setting, tables.short(value)) for setting, value in drawn.items()]
         lines += [
-            (f"in {tables.method_name(config, dish)}", f"{100 * member['weight']:.0f} %")
-            for dish, soup in results.soups.items()
+            (f"in {tables.method_name(config, output)}", f"{100 * member['weight']:.0f} %")
+            for output, soup in results.soups.items()
             for member in soup["ingredients"]
             if member["row"] == row and len(soup["ingredients"]) < len(results.done) - 1
         ]
@@ -166,14 +166,14 @@ def _mark(results: Results, point: pd.Series, x: float, y: float) -> Mark:
     lines += [(f"{tables.column_title(config.task, c)} − best", tables.gain(cells[c])) for c in columns if c in cells]
     lines.append(("Models at inference", cells[config.task.test]["models"]))
     members: dict[str, None] = {}
-    for dish, soup in results.soups.items():
-        if dish.partition("/")[0] == name:
+    for output, soup in results.soups.items():
+        if output.partition("/")[0] == name:
             made_of = sorted(soup["ingredients"], key=lambda member: -member["weight"])
             members |= dict.fromkeys(_key(f"row {member['row']}") for member in made_of)
-            shown = made_of[:MOST_MEMBERS] if dish == name else []
+            shown = made_of[:MOST_MEMBERS] if output == name else []
             lines += [(f"of {tables.row_name(config, each['row'])}", f"{100 * each['weight']:.0f} %") for each in shown]
             rest = len(made_of) - len(shown)
-            lines += [(f"{tables.method_name(config, dish) if not shown else 'and'}", f"{rest} models")] * (rest > 0)
+            lines += [(f"{tables.method_name(config, output) if not shown else 'and'}", f"{rest} models")] * (rest > 0)
     what = {"initialisation": "What fine-tuning starts from", "best": "Chosen on held-out"}.get(name)
     what = what or ("Mean of answers" if "ensemble" in name else "Mean of weights")
     return Mark(_key(name), tables.method_name(config, name), x, y, what, lines, list(members), {})

@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from analysis.figures.style import COLUMN, PAGE, STYLE, legend, panels, save, styled
 from analysis.measure.methods import (
@@ -105,13 +104,12 @@ def named_rows_table(tidy: pd.DataFrame, task: Task) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def measure_rows(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_rows(config: Experiment) -> pd.DataFrame:
     """The numbers of Figures L.1 and L.2: rows as trained, their EMA and SWA, and soups and ensembles of each kind.
 
     Raises:
         UserError: rows without names in `analysis.labels`, a sweep that is not finished, or a task without shifts.
     """
-    del console  # a few soups, evaluated here
     need_shifts(config)
     return tidy_named_rows(Evaluator(config))
 

@@ -1,13 +1,35 @@
-"""The paper's numbers, from results/paper, and ours beside them."""
+"""Tables with the paper's numbers, from results/paper, beside ours; bold is what is not significantly below the best.
 
-from collections.abc import Mapping
+Tables 1, 3, 4 and C.1 are of an experiment's recipes, L.1 to L.3 of its named rows, and 5 and J.1 of several text
+models on several tasks, an experiment for each model and task.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor
 
-from analysis.measure.methods import NAN
-from analysis.tables.cells import NAMES
-from configs.errors import UserError
+from analysis.measure.methods import (
+    NAN,
+    SHIFT_MEAN,
+    Method,
+    best_of,
+    bootstrap_groups,
+    columns_of,
+    difference_in,
+    measure,
+    tidy,
+)
+from analysis.tables.cells import BEST, HEADS, METRICS, NAMES, column_title, counts, gain, measured, points
+from analysis.tables.named_rows import measure_named_rows
+from analysis.tables.table3 import note
+from configs.schema import Experiment
+from eval.forward import Evaluator
+from eval.significance import paired_permutation
 
 PAPER = Path(__file__).resolve().parents[2] / "results/paper"
 MARKS = {"H": "", "M": "†", "L": "‡"}  # confidence -> the mark that the table puts at a number
@@ -19,15 +41,14 @@ OTHER_METHODS = {  # rows of the paper's tables that are no method of this proje
     "coca": "CoCa (Yu et al. 2022)",
 }
 MARKED = {"M": "† medium confidence", "L": "‡ low confidence"}
-
-
-def paper_tables() -> tuple[str, ...]:
-    """The tables that there are numbers of.
-
-    >>> "table3" in paper_tables()
-    True
-    """
-    return tuple(sorted(path.stem for path in PAPER.glob("*.csv")))
+LEVEL = 0.05
+ORACLE = "oracle"
+RATE = re.compile(r", (\d+e-\d+)$")  # at the end of a row's name in Tables L.1 and L.2
+PAPER_ONLY = "paper only"  # ends the name of a row without numbers of ours
+DEMO_RATE = "3e-5"  # the paper has two; rows that name none stand beside this one
+RECIPES = {"table5": ("best", "greedy"), "tablej1": ("best", "uniform", "greedy")}
+MODELS = {"bert_base": "BERT-base", "bert_large": "BERT-large", "t5_small": "T5-small"}
+MODELS |= {"t5_base": "T5-base", "t5_large": "T5-large"}
 
 
 def paper_table(name: str) -> pd.DataFrame:
@@ -40,17 +61,9 @@ def paper_table(name: str) -> pd.DataFrame:
         Columns table, row, column, value (as printed: per cent or points, see unit), spread (standard deviation, NaN
         where none is given), unit, source, confidence (H, M or L). A cell that is not known has no row.
 
-    Raises:
-        UserError: there is no such table.
-
     >>> paper_table("table3").query("row == 'greedy' and column == 'test'")["value"].item()
     81.03
     """
-    if name not in paper_tables():
-        raise UserError(
-            f"no numbers of {name!r} in {PAPER}: there are {', '.join(paper_tables()) or 'none'}"
-            "; git checkout results/paper brings back what is missing"
-        )
     return pd.read_csv(PAPER / f"{name}.csv", float_precision="round_trip")
 
 
@@ -68,9 +81,6 @@ def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapp
         `ours`, in its order and with its columns, and six more: `ours` and `paper` (per cent), `paper_spread`
         (standard deviation, points), `minus_paper` (points), `confidence` and `source` (empty where the paper has no
         known number).
-
-    Raises:
-        UserError: no such table.
     """
     wanted = pd.MultiIndex.from_arrays([ours["method"].map(rows), ours["column"].map(columns)])
     cells = paper_table(name).set_index(["row", "column"]).reindex(wanted).set_axis(ours.index)
@@ -142,3 +152,222 @@ def legend(compared: pd.DataFrame) -> str:
     there = set(compared["confidence"])
     marks = [meaning for confidence, meaning in MARKED.items() if confidence in there]
     return "; ".join([LEGEND, *marks]) + "."
+
+
+def _hits(evaluator: Evaluator, method: Method, column: str) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Per-image results of a column and the groups that are swapped together; None where top-1 does not score it."""
+    if column in method.annotated:
+        found = method.annotated[column]
+        everything = torch.arange(len(found.right))
+        if found.classes is None:
+            return [found.right], [everything]
+        by_class = [everything[found.classes == label] for label in found.classes.unique()]  # classes weigh alike
+        return [found.right[images] for images in by_class], by_class
+    splits = columns_of(evaluator.config)[column]
+    if any(split in method.scores for split in splits):
+        return None
+    return [method.hits[split] for split in splits], bootstrap_groups(evaluator, splits)
+
+
+def _p_to_best(evaluator: Evaluator, method: Method, best: Method, column: str) -> tuple[bool, float]:
+    """Whether `method` is significantly worse than `best`, and the p-value where a permutation test gives one."""
+    ours, theirs = _hits(evaluator, method, column), _hits(evaluator, best, column)
+    if ours is None or theirs is None:  # scored by no mean over images: by the bootstrap interval of the difference
+        gain = difference_in(evaluator, method, best, columns_of(evaluator.config)[column], redraw=True)
+        return gain.high < 0, NAN
+    p = paired_permutation(ours[0], theirs[0], ours[1], seed=evaluator.config.analysis.seed)
+    return p < LEVEL, p
+
+
+def with_significance(evaluator: Evaluator, methods: Sequence[Method], baseline: Method) -> pd.DataFrame:
+    """One row per method and column: accuracy, n, difference to the baseline and its interval, and whether it is bold.
+
+    Bold is the best of a column and what is not significantly different from it by a paired permutation test at 0.05,
+    in which images of a `task.bootstrap_unit` are swapped together. An oracle is never bold: it was not chosen fairly.
+
+    Columns: method, models, held_out, column, n, accuracy, spread, difference, low, high, p_to_best, bold; fractions.
+    """
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        head = {"method": method.name, "models": method.models, "held_out": method.held_out}
+        for name in methods[0].annotated:
+            seen = method.of(name).annotated[name]
+            rows.append(head | {"column": name, "n": len(seen.right), "accuracy": seen.accuracy})
+        rows += tidy([method], evaluator, baseline).to_dict("records")
+    for column in dict.fromkeys(row["column"] for row in rows):
+        pairs = list(zip(methods, (row for row in rows if row["column"] == column), strict=True))
+        best, _ = max((each for each in pairs if each[0].name != ORACLE), key=lambda each: each[1]["accuracy"])
+        for method, row in pairs:
+            ours = method.of(column), best, column
+            is_worse, p = _p_to_best(evaluator, *ours) if method is not best else (False, 1.0)
+            row |= {"p_to_best": p, "bold": not is_worse and method.name != ORACLE}
+    numbers = ["accuracy", "spread", "n", "p_to_best", "bold", "difference", "low", "high"]
+    return pd.DataFrame(rows)[["method", "models", "held_out", "column", *numbers]]
+
+
+def _cells(
+    config: Experiment, compared: pd.DataFrame, names: Mapping[str, str], baseline: str
+) -> tuple[pd.DataFrame, str]:
+    """Text cells and caption of numbers beside the paper's."""
+    task = config.task
+    titles = {column: column_title(task, column) for column in compared["column"]}
+    methods = compared["method"].unique()
+    cells = beside_table(compared, titles, names)
+    for column in (task.test, SHIFT_MEAN):
+        rows = compared[compared["column"] == column].set_index("method").reindex(methods)
+        if rows["ours"].isna().all():
+            continue
+        title = f"{titles[column]} − {baseline.split()[1]}"
+        ends = zip(rows["difference"], rows["low"], rows["high"], strict=True)
+        cells[title] = [points(*each) if any(each) and pd.notna(each[0]) else "" for each in ends]
+        gains = rows["paper"] - (rows.loc["best"] if baseline == BEST else rows.iloc[0])["paper"]
+        if gains.notna().sum() > 1:
+            cells[f"{title}, paper"] = ["" if pd.isna(gain) or not gain else f"{gain:+.2f}" for gain in gains]
+    missing = f" Rows marked {PAPER_ONLY} have no number of ours." if compared["ours"].isna().any() else ""
+    minus = ", and ours minus the paper's in points" if compared["minus_paper"].notna().any() else ""
+    text = (
+        f"{measured(task, columns_of(config))} in %, n: {counts(compared.dropna(subset='ours'), task)}. "
+        f"Ours beside the paper's{minus}. Bold: the best of a column, and what is not significantly "
+        f"different from it (paired permutation test, p >= {LEVEL}). Last columns: points to "
+        f"{baseline}, with 95 % paired-bootstrap intervals, and the paper's.{missing} {note(config)} {legend(compared)}"
+    )
+    return cells, text
+
+
+def measure_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
+    """The numbers of Table 1, 3, 4 or C.1: an experiment's recipes in every column, with the paper's beside them.
+
+    Columns: those of `with_significance` and of `beside`. Rows that only the paper has follow, without numbers of ours.
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    evaluator = Evaluator(config)
+    _, methods = measure(evaluator, with_oracle=ORACLE in set(paper_table(table)["row"]))
+    tidy = with_significance(evaluator, methods, best_of(methods))
+    if table == "table1":
+        tidy = tidy[tidy["column"].isin([config.task.test, SHIFT_MEAN])]
+    columns = {column: column for column in tidy["column"]} | {config.task.test: "test"}
+    compared = beside(tidy, table, {name: name for name in tidy["method"]}, columns)
+    return pd.concat([compared, only_in_paper(compared, table, columns)], ignore_index=True)
+
+
+def cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Table 1, 3, 4 or C.1 as text cells, and its caption; `numbers` are from `measure_beside_paper`."""
+    names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"} | OTHER_METHODS
+    has_ours = numbers.groupby("method")["ours"].count() > 0
+    names |= {row: f"{names[row]}, {PAPER_ONLY}" for row in has_ours.index[~has_ours]}
+    return _cells(config, numbers, names, BEST)
+
+
+def measure_rows_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
+    """The numbers of Table L.1, L.2 or L.3: named rows, soups and ensembles of sets of them, beside the paper's.
+
+    Names that end in a learning rate stand beside the paper's number at that rate, others beside those at 3e-5.
+
+    Raises:
+        UserError: rows without names in `analysis.labels`, or a sweep that is not finished.
+    """
+    evaluator = Evaluator(config)
+    methods, _ = measure_named_rows(evaluator)
+    tidy = with_significance(evaluator, methods, methods[0])
+    rates = tidy["method"].str.extract(RATE, expand=False).fillna(DEMO_RATE)
+    has_rates = paper_table(table)["column"].str.contains("@").any()
+    parts = []
+    for rate, group in tidy.groupby(rates, sort=False):
+        rows = {method: RATE.sub("", method) for method in group["method"]}
+        ending = f"@{rate}" if has_rates else ""
+        columns = {config.task.test: f"test{ending}", SHIFT_MEAN: f"{SHIFT_MEAN}{ending}"}
+        parts.append(beside(group, table, rows, columns))
+    return pd.concat(parts)
+
+
+def row_cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Table L.1, L.2 or L.3 as text cells, and its caption; `numbers` are from `measure_rows_beside_paper`."""
+    return _cells(config, numbers, {}, "the first row")
+
+
+def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
+    """One row per experiment and recipe, on its test split, beside the paper's number where it has one.
+
+    Columns: network, task, protocol (apart, or paper: selected on the reported split), n, metric and those of
+    `with_significance`; ours and paper (per cent),
+    minus_paper (points), confidence, source.
+
+    Raises:
+        UserError: a stage before this one is not finished.
+    """
+    parts = []
+    for config in configs:
+        evaluator, task = Evaluator(config), config.task
+        _, methods = measure(evaluator)
+        chosen = [method for method in methods if method.name in RECIPES[table]]
+        tidy = with_significance(evaluator, chosen, best_of(methods))
+        network, name, metric = network_of(config), task.subset or task.name, task.metrics.get(task.test, "top1")
+        tidy = tidy[tidy["column"] == task.test].assign(
+            network=network, task=name, protocol=task.protocol, metric=metric
+        )
+        rows = {method: f"{network}/{method}" for method in RECIPES[table]}
+        parts.append(beside(tidy, table, rows, {task.test: name}).drop(columns="paper_spread"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def network_of(config: Experiment) -> str:
+    """The network of an experiment as results/paper calls it, e.g. bert_base; other networks by their names."""
+    name = config.model.name or config.model.kind
+    key = name.rpartition("/")[2].removesuffix("-uncased").replace("-", "_")
+    return key if key in MODELS else name
+
+
+def text_table(numbers: pd.DataFrame) -> pd.DataFrame:
+    """One row per network, task and recipe, all cells text."""
+    rows = []
+    for cell in numbers.to_dict("records"):
+        ours = f"{cell['ours']:.1f}"
+        known = not pd.isna(cell["paper"])
+        rows.append(
+            {
+                "Model": MODELS.get(cell["network"], cell["network"]),
+                "Task": cell["task"],
+                "Metric": METRICS[cell["metric"]],
+                "n": str(cell["n"]),
+                "Method": NAMES[cell["method"]],
+                "Ours": f"**{ours}**" if cell["bold"] else ours,
+                "Paper": f"{cell['paper']:.1f}{MARKS[cell['confidence']]}" if known else "",
+                "Ours − paper": "" if pd.isna(cell["minus_paper"]) else f"{cell['minus_paper']:+.1f}",
+                "Ours − best": gain(cell) if cell["method"] != "best" else "",
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table if table["Ours − paper"].any() else table.drop(columns="Ours − paper")
+
+
+def paper_rows(table: str, there: pd.DataFrame) -> pd.DataFrame:
+    """The paper's numbers of models and tasks that were not run, as rows of `text_table`."""
+    ran = set(there[["network", "method", "task"]].itertuples(index=False, name=None))
+    rows = []
+    for cell in paper_table(table).to_dict("records"):
+        network, method = cell["row"].split("/")
+        if method in NAMES and (network, method, cell["column"]) not in ran:
+            paper = f"{cell['value']:.1f}{MARKS[cell['confidence']]}"
+            rows.append((MODELS[network], cell["column"], NAMES[method], paper))
+    return pd.DataFrame(rows, columns=["Model", "Task", "Method", "Paper"])
+
+
+def text_cells(configs: Sequence[Experiment], numbers: pd.DataFrame, table: str) -> tuple[pd.DataFrame, str]:
+    """Table 5 or J.1 as text cells, and its caption.
+
+    Args:
+        configs: one for each model and task.
+        numbers: from `text_numbers`.
+        table: table5 or tablej1.
+    """
+    cells = pd.concat([text_table(numbers), paper_rows(table, numbers)], ignore_index=True).fillna("")
+    notes = " ".join(dict.fromkeys(note(config) for config in configs))
+    text = (
+        "Scores in %, on the test split. Bold: the better of an experiment's recipes, and what is not "
+        f"significantly different from it (p >= {LEVEL}). Ours − best: points to {BEST}, with 95 % paired-bootstrap "
+        "intervals. Rows without a number of ours are the paper's alone. "
+        f"{notes} {legend(pd.concat([numbers, paper_table(table)]))}"
+    )
+    return cells, text

@@ -1,4 +1,4 @@
-"""The analysis of one experiment: Table 3, Figure 1, and the files behind them."""
+"""The analysis of one experiment: Table 3, Figure 1, and the files behind them; and of its sweep seeds together."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ import pandas as pd
 from analysis.figures.coefficients import draw_coefficients, measure_coefficients
 from analysis.figures.scatter import draw_scatter, scatter_points
 from analysis.figures.style import save_with_numbers, write_csv
-from analysis.measure.methods import measure, tidy
-from analysis.tables.cells import BEST, caption, table3, write_cells
+from analysis.measure.methods import SHIFT_MEAN, measure, tidy
+from analysis.tables.cells import BEST, NAMES, caption, column_title, percent, table3, write_cells
 from analysis.tables.named_rows import write_named_rows
+from configs.data import Task
 from configs.schema import Experiment, Recipe
 from eval.forward import Evaluator
-from soups.files.atomic import replacing, write_json
+from soups.files.atomic import replacing, write_json, write_text
 from store.provenance import provenance
 from store.runs import RunFolder
 
@@ -81,6 +82,44 @@ def analyse(config: Experiment) -> Report:
         files += write_named_rows(evaluator, folder, note(config))
     files += published(files, config)
     return Report(table, scores, tuple(files), text)
+
+
+def seeds_table(tidy: dict[int, pd.DataFrame], task: Task) -> pd.DataFrame:
+    """One row per method: accuracy mean (standard deviation) over sweep seeds, difference to best individual per seed.
+
+    Args:
+        tidy: sweep seed -> `analysis.measure.methods.tidy` of that replicate.
+        task: that they are of.
+    """
+    everything = pd.concat(frame.assign(seed=seed) for seed, frame in tidy.items())
+    rows = []
+    for method in everything["method"].unique():
+        row = {"Method": NAMES.get(method, method)}
+        for column in (task.test, SHIFT_MEAN):
+            title = column_title(task, column)
+            cells = everything[(everything["method"] == method) & (everything["column"] == column)]
+            row[title] = f"{percent(cells['accuracy'].mean())} ({100 * cells['accuracy'].std(ddof=1):.1f})"
+            per_seed = ", ".join(f"{100 * difference:+.1f}" for difference in cells["difference"])
+            significant = int((cells["low"] > 0).sum())
+            row[f"{title} − best, per seed"] = "" if method == "best" else per_seed
+            row[f"{title}: interval above 0"] = "" if method == "best" else f"{significant} of {len(cells)}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def over_seeds(config: Experiment, tidy: dict[int, pd.DataFrame]) -> Report:
+    """Write seeds.{md,csv} for all replicates of an experiment."""
+    folder = RunFolder.of(config).analysis
+    table = seeds_table(tidy, config.task)
+    everything = pd.concat([frame.assign(seed=seed) for seed, frame in tidy.items()], ignore_index=True)
+    text = (
+        f"Top-1 accuracy in %, mean (standard deviation) over sweep seeds {', '.join(map(str, tidy))}; differences to "
+        "each seed's best individual model in percentage points; intervals are 95 % paired bootstrap."
+    )
+    files = [folder / f"seeds{suffix}" for suffix in (".md", ".csv")]
+    write_text(files[0], f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
+    write_csv(everything, files[1])
+    return Report(table, everything, (*files, *published(files, config)), text)
 
 
 def write_provenance(config: Experiment, path: Path, **more: str) -> Path:

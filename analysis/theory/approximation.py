@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
-from rich.console import Console
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -133,7 +132,7 @@ def _measure(config: Experiment, pairs: Sequence[Pair]) -> str:
     return f"{len(pairs)} segments between two models: measured"
 
 
-def measure_approximation(config: Experiment, console: Console | None = None) -> pd.DataFrame:
+def measure_approximation(config: Experiment) -> pd.DataFrame:
     """The numbers of Figure K.1: one row per pair, split, alpha and beta (calibrated, plain).
 
     It costs, for each pair and split that is not on disk, a forward pass at every alpha (curvature=differences), or
@@ -149,14 +148,14 @@ def measure_approximation(config: Experiment, console: Console | None = None) ->
     """
     related, splits = related_pairs(config, usable_pool(config)), config.task.reported
     pairs = [each.pair for each in related]
-    evaluate_models(config, pairs, console)
+    evaluate_models(config, pairs)
     evaluator = Evaluator(config)
 
     def is_done(pair: Pair) -> bool:
         return all(_place(evaluator, pair, split).exists() for split in splits)
 
     title, call = "measuring {} segments between two models", partial(_measure, config)
-    do_missing(config, title, pairs, call, is_done, console=console)
+    do_missing(config, title, pairs, call, is_done)
     rows = []
     for each, split in product(related, splits):
         head: dict[str, Any] = {"first": each.pair.first.row, "second": each.pair.second.row}
