@@ -129,7 +129,7 @@ def test_transformers_loads_what_answers_prompts(kind, exported):
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("emoji_clip", ("model.eval_resize=73", "model.squash=false")),
+        ("open_clip", ("model.eval_resize=41", "model.squash=false")),
         ("timm", ("model.eval_resize=170", "model.squash=true")),
         ("dual", ()),
         ("text_encoder", ()),
