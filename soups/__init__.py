@@ -5,7 +5,7 @@
 >>> print(soup)  # doctest: +SKIP
 >>> soup.save("soup/")  # doctest: +SKIP
 
-The functions are in soups/api.py; each module is loaded when it is needed, so that files are averaged without torch.
+The functions are in soups/api.py, which is loaded when one of them is asked for; files are averaged without torch.
 """
 
 import sys
@@ -14,48 +14,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from soups.api import (
-        choices,
-        greedy,
-        images,
-        load,
-        model_stock,
-        perplexity,
-        random_order,
-        slerp,
-        texts,
-        uniform,
-        weighted,
-        wise_ft,
-        with_replacement,
-    )
-    from soups.coefficients import learned, user_loss
-    from soups.errors import UserError
-    from soups.soup import Soup
-    from soups.task_vectors import arithmetic, dare, ties
+    from soups.api import *  # noqa: F403
 
-__all__ = [
-    "Soup",
-    "UserError",
-    "arithmetic",
-    "choices",
-    "dare",
-    "greedy",
-    "images",
-    "learned",
-    "load",
-    "model_stock",
-    "perplexity",
-    "random_order",
-    "slerp",
-    "texts",
-    "ties",
-    "uniform",
-    "user_loss",
-    "weighted",
-    "wise_ft",
-    "with_replacement",
-]
 NEEDED = ("numpy", "torch", "safetensors", "xxhash", "yaml")
 
 if sys.argv[:1] == ["-m"]:  # while `python -m soups...` imports the package: say in one line what is not installed
@@ -71,10 +31,7 @@ if sys.argv[:1] == ["-m"]:  # while `python -m soups...` imports the package: sa
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        now = ": it is called user_loss now" if name == "own_loss" else ""
-        raise AttributeError(f"module 'soups' has no attribute {name!r}{now}")
-    elsewhere = {"Soup": "soup", "UserError": "errors", "learned": "coefficients", "user_loss": "coefficients"}
-    elsewhere |= dict.fromkeys(("arithmetic", "dare", "ties"), "task_vectors")
-    module = f"soups.{elsewhere.get(name, 'api')}"
-    return getattr(import_module(module), name)
+    api = import_module("soups.api")
+    if name not in api.__all__:
+        raise AttributeError(f"module 'soups' has no attribute {name!r}")
+    return getattr(api, name)

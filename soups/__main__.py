@@ -1,12 +1,6 @@
-"""The command `soups` (soups/cli.py); and the soups and ensembles of a finished sweep:
+"""The command `soups` (soups/cli.py); with experiment=NAME soups of a finished sweep (soups/experiment/stage.py).
 
-    python -m soups experiment=demo [recipe=greedy]
-
-Reads   runs/<name>/ingredients, the held-out split
-Writes  runs/<name>/soups/<recipe>/{weights.safetensors, soup.json}; skipped where made from the same pool.
-        An ensemble has no weights of its own: soup.json lists its members.
-
-Several jobs share the recipes by share.of=N and share.index=0, ..., N - 1; the processes of torchrun share one
+Several jobs share a sweep's recipes by share.of=N and share.index=0, ..., N - 1; the processes of torchrun share one
 recipe=greedy with cooking.shortcut=speculative.
 """
 

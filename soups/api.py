@@ -7,9 +7,10 @@ threads and base; and `images=soups.images(...)`, on which batch_norm="recompute
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import fsum, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from soups.along import shares
 from soups.averaging import Averaging, Models, by_tensor, open_pool, writer
@@ -20,10 +21,11 @@ from soups.files.reading import Reading
 from soups.geometry import slerp_weights
 from soups.heldout import HeldOut
 from soups.journal import Journal
-from soups.merging import undivided
+from soups.mean import Mixing
+from soups.merging import Merging, undivided
 from soups.ranks import this_rank
 from soups.scores import Given, Scores, digests_of, given_scores, reduced, to_stderr
-from soups.scoring import Scorer, gain_of
+from soups.scoring import Learning, Scorer, gain_of, key_of
 from soups.selection import Goal, Mixture, Selection, Ties, add_in_order, add_with_replacement, best_first
 from soups.selection import random_order as random_places
 from soups.soup import Decision, Report, Soup
@@ -32,6 +34,10 @@ from soups.sources import Pool, Source
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = ["Soup", "UserError", "load"]
+__all__ += ["arithmetic", "dare", "model_stock", "slerp", "ties", "uniform", "weighted", "wise_ft"]
+__all__ += ["greedy", "learned", "random_order", "user_loss", "with_replacement"]
+__all__ += ["choices", "images", "perplexity", "texts"]  # held-out examples
 Score = str | Callable[..., Any] | Scorer | HeldOut
 
 
@@ -144,7 +150,7 @@ def model_stock(start: Source, models: Models, **settings: Any) -> Soup:
     Source: Jang et al. 2024, Section 4.
     """
     from soups.files.tensors import LazyWeights  # noqa: PLC0415
-    from soups.stock import ratio, stock_cosines  # noqa: PLC0415
+    from soups.stock import ratio, stock_cosines, stock_row  # noqa: PLC0415
 
     pool, how, first = open_pool(models, settings, start)
     assert first is not None  # start is one
@@ -153,15 +159,134 @@ def model_stock(start: Source, models: Models, **settings: Any) -> Soup:
     with opened([*first.paths, *pool.paths], pool.reading) as checkpoints:
         begin, *ends = [LazyWeights(checkpoint) for checkpoint in checkpoints]
         ratios = {name: ratio(cosine, len(pool)) for name, cosine in stock_cosines(begin, ends, pool.reading).items()}
-
-    def row(name: str) -> list[float]:
-        share = ratios.get(name, 1.0)
-        return [1 - share, *[share / len(pool)] * len(pool)]
-
-    weights = by_tensor(pool, first.paths, row)
+    weights = by_tensor(pool, first.paths, lambda name: stock_row(ratios.get(name, 1.0), len(pool)))
     shares: dict[str, float | None] = dict.fromkeys([first.names[0], *pool.names])
     note = {"init": first.names[0], "mean_ratio": fsum(ratios.values()) / max(1, len(ratios))}
     return Soup("model_stock", pool, writer(pool, weights, how, start=first), shares, note)
+
+
+def arithmetic(start: Source, models: Models, scales: Sequence[float], **settings: Any) -> Soup:
+    """The initialisation plus scaled changes of the models from it; a negative scale takes a task away.
+
+    Args:
+        start: the initialisation.
+        models: fine-tuned from it, in the order of `scales`.
+        scales: one finite number for each model.
+        settings: of the averaging.
+
+    Source: Ilharco et al. 2023, Section 2.
+    """
+    return _merged("arithmetic", start, models, settings, scales=[float(scale) for scale in scales])
+
+
+def ties(
+    start: Source,
+    models: Models,
+    density: float | Sequence[float] = 0.2,
+    scale: float = 1.0,
+    *,
+    weights: Sequence[float] | None = None,
+    per: str = "model",
+    normalize: bool = True,
+    **settings: Any,
+) -> Soup:
+    """Of each model's changes from the initialisation the largest; where their signs agree, the mean of those.
+
+    Args:
+        start: the initialisation.
+        models: fine-tuned from it.
+        density: share of each model's changes that is kept, in (0, 1]; one number, or one for each model.
+        scale: what the merged changes are multiplied by.
+        weights: of the models, in their order; equal if None.
+        per: "model" ranks all changes of a model together; "tensor" those of each tensor, as mergekit does: exactly the
+            share is kept, and where the changes sum to zero the positive ones are taken.
+        normalize: divide by the weights of those that agree; else they are summed.
+        settings: of the averaging.
+
+    Source: Yadav et al. 2023, Algorithm 1.
+    """
+    more: dict[str, Any] = {"weights": weights, "per": per, "normalize": normalize}
+    return _merged("ties", start, models, settings, scale=scale, density=density, **more)
+
+
+def dare(
+    start: Source,
+    models: Models,
+    density: float | Sequence[float] = 0.1,
+    scale: float = 1.0,
+    seed: int = 0,
+    *,
+    scales: Sequence[float] | None = None,
+    rescale: str = "density",
+    **settings: Any,
+) -> Soup:
+    """The initialisation plus the mean of the models' changes, of which chance leaves a share, scaled up.
+
+    Args:
+        start: the initialisation.
+        models: fine-tuned from it.
+        density: share of each model's changes that is kept, in (0, 1]; 1 - p of the paper. One, or one for each model.
+        scale: what the mean change is multiplied by.
+        seed: of the choice.
+        scales: what each model's change is multiplied by, in their order, for their sum in place of the mean.
+        rescale: how what is left is scaled up: "density" divides by it; "l1" gives each tensor's changes the sum of
+            magnitudes that they had, as mergekit does; "none" leaves them.
+        settings: of the averaging.
+
+    Source: Yu et al. 2024, equation 3.
+    """
+    if rescale not in ("density", "l1", "none"):
+        raise UserError(f"rescale={rescale!r}: write density, l1 or none")
+    more: dict[str, Any] = {"scales": scales, "seed": seed, "rescale": rescale}
+    return _merged("dare", start, models, settings, scale=scale, density=density, **more)
+
+
+def _merged(
+    recipe: str,
+    start: Source,
+    models: Models,
+    settings: Mapping[str, Any],
+    *,
+    scales: Sequence[float] | None = None,
+    scale: float = 1.0,
+    density: float | Sequence[float] = 1.0,
+    weights: Sequence[float] | None = None,
+    per: str = "model",
+    **more: Any,
+) -> Soup:
+    """A soup on changes from the initialisation; `more` are fields of `Merging`."""
+    pool, how, first = open_pool(models, settings, start)
+    assert first is not None  # start is one
+    begin, names = first.names[0], pool.names
+    if how.kept_from is not None and how.kept_from not in [*first.paths, *pool.paths]:
+        raise UserError(f"--from {how.kept_from}: of {recipe} it is one of the models or the initialisation")
+
+    def for_each(name: str, values: Sequence[float]) -> dict[str, float]:
+        if len(values) != len(pool):
+            raise UserError(f"{name}: need one for each of {len(pool)} models, got {len(values)}")
+        if not all(map(isfinite, values)):
+            raise UserError(f"{name}: need finite numbers, got {list(values)}")
+        return dict(zip(names, map(float, values), strict=True))
+
+    kept = for_each("density", density) if isinstance(density, Sequence) else density
+    for share in kept.values() if isinstance(kept, dict) else [kept]:
+        if not 0 < share <= 1:
+            raise UserError(f"density is a share in (0, 1], got {share}")
+    if per not in ("model", "tensor"):
+        raise UserError(f"per={per!r}: write model or tensor")
+    equal = [scale / len(pool) if recipe == "dare" else scale] * len(pool)
+    each = equal if scales is None else [scale * one for one in scales]
+    factors, shares_of = for_each("scales", each), {} if weights is None else for_each("weights", weights)
+    merging = Merging(recipe, factors, kept, weights=shares_of, per=per, **more)
+    usual, always = Merging("", {}), {"arithmetic": (), "ties": ("density",), "dare": ("density", "seed")}[recipe]
+    values = {name: value for name, value in vars(merging).items() if name in always or value != getattr(usual, name)}
+    note = {"init": begin, **values}
+    note.pop("recipe")  # which stands in every note
+    shares: dict[str, float | None] = dict.fromkeys([begin, *names])
+    if recipe == "arithmetic":
+        shares = {begin: 1 - fsum(each), **merging.scales}
+    rest = [0.0, *[1.0] * len(pool)]  # weights of what is no task vector
+    return Soup(recipe, pool, writer(pool, rest, how, start=first, merging=merging), shares, note)
 
 
 def _scores(
@@ -329,6 +454,93 @@ def with_replacement(
     alone = _alone(found)
     chosen = add_with_replacement(list(alone.values()), found.results, rounds=rounds, goal=found.scorer.goal)
     return _chosen("with_replacement", found, chosen, alone, rounds=rounds)
+
+
+def learned(
+    models: Models,
+    held_out: HeldOut | str | Learning,
+    *,
+    per: Literal["model", "layer", "tensor"] = "model",
+    lr: float = 0.1,
+    epochs: int = 3,
+    weight_decay: float = 0.0,
+    place: Literal["stream", "host", "device"] = "stream",
+    state: str | Path | None = None,
+    **settings: Any,
+) -> Soup:
+    """Learn how much each model weighs by gradient descent on held-out examples (Appendix I).
+
+    Under torchrun each process holds every W-th model and works on its part of each minibatch. Their sums are rounded
+    in another order than one process's, so the coefficients agree to about 5 digits and not in every bit.
+
+    Args:
+        models: of one network.
+        held_out: `soups.images(...)`, `soups.texts(...)`, `soups.perplexity(...)`; or your loss, as
+            `soups.user_loss(network, batches, loss)` or as "module:function", a function without arguments that returns
+            these three.
+        per: what shares one coefficient of a model.
+        lr: of AdamW, constant.
+        epochs: over the examples.
+        weight_decay: decoupled.
+        place: where models live: read from files at each step, or held on host or device.
+        state: a file from which a killed run continues.
+        settings: of the averaging.
+
+    Raises:
+        UserError: models that do not fit the network, or a loss that is not finite.
+    """
+    from soups.descent import LearnedSettings, learn  # noqa: PLC0415
+    from soups.files.tensors import LazyWeights  # noqa: PLC0415
+    from soups.scorers.networks import places  # noqa: PLC0415
+    from soups.scorers.outside import code_of, function_named  # noqa: PLC0415
+
+    pool, how, _ = open_pool(models, settings, score=held_out if isinstance(held_out, HeldOut) else None)
+    digests, size = digests_of(pool, pool.paths), held_out.batch_size if isinstance(held_out, HeldOut) else None
+    if isinstance(held_out, HeldOut):
+        scorer = held_out.scorer(pool)
+        if scorer.learning is None:
+            raise UserError(f"--{held_out.kind} has no loss whose gradient a soup could be learned by")
+        learning, key = scorer.learning(size), scorer.key
+        if how.batch_norm == "recompute" and how.measured_on is None:
+            how = replace(how, measured_on=scorer)
+    elif isinstance(held_out, str):
+        build = function_named(held_out)
+        learning, key = user_loss(*build()), code_of(build)
+    else:
+        learning, key = held_out, code_of(held_out.loss)
+    with opened(pool.paths, pool.reading) as checkpoints:
+        state_dict = learning.module.state_dict(keep_vars=True)
+        try:
+            found = learn(
+                learning.module,
+                [partial(LazyWeights, checkpoint) for checkpoint in checkpoints],
+                learning.batches,
+                LearnedSettings(per=per, lr=lr, epochs=epochs, weight_decay=weight_decay, place=place),
+                state_path=None if state is None else Path(state),
+                identity=key_of(key, digests, size),
+                loss=learning.loss,
+                names=places(checkpoints[0].names, state_dict, pool.names[0], learning.rename),
+            )
+        except ValueError as error:
+            raise UserError(f"learned: {error}") from None
+    mean = found.coefficients.mean(dim=0).tolist()
+    note = {"per": per, "lr": lr, "epochs": epochs, "first_loss": found.losses[0], "last_loss": found.losses[-1]}
+    mixing: Mixing = mean if per == "model" else by_tensor(pool, [], found.of)
+    return Soup("learned", pool, writer(pool, mixing, how), dict(zip(pool.names, mean, strict=True)), note)
+
+
+def user_loss(network: Any, batches: Any, loss: Any = None) -> Learning:
+    """What a soup is learned by.
+
+    Args:
+        network: a module of torch, on its device; its weights do not matter.
+        batches: a function of the epoch to batches, or a list of batches: tensors, or dicts and tuples of tensors.
+        loss: of network and batch, a mean over its examples; None: cross-entropy of (inputs, labels).
+    """
+    from soups.descent import cross_entropy, mean_of  # noqa: PLC0415
+
+    each = batches if callable(batches) else (lambda epoch: batches)
+    return Learning(network, each, cross_entropy if loss is None else mean_of(loss))
 
 
 def images(root: str | Path, network: str, **settings: Any) -> HeldOut:

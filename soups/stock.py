@@ -1,27 +1,22 @@
-"""Model Stock: how far to go from the initialisation to the mean, told by the angles between fine-tuned models."""
+"""Model Stock: how far to go from the initialisation to the mean, told by the angles between fine-tuned models.
+
+It looks at no data: where the models' changes point the same way the mean is taken, where they are orthogonal the
+start. A cosine below 0, which the geometry behind the formula excludes and noise may give, counts as 0.
+
+Source: Jang et al. 2024, Section 4: t = k cos / ((k - 1) cos + 1). Theirs is for layers; a layer here is a tensor, as
+in their code, and for k > 2 the cosine is the mean over pairs.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from soups.average import Loader, mixture
 from soups.conformance import common_layout
 from soups.files.reading import Reading
 from soups.files.tensors import checkpoint_of
 from soups.files.weights import Weights
 
 BLOCK = 1 << 16  # elements of each model looked at together
-
-
-@dataclass(frozen=True)
-class Stock:
-    """The mixture, and for each floating-point tensor what it came from."""
-
-    weights: dict[str, Tensor]
-    ratios: dict[str, float]  # share in [0, 1] of the mean of the fine-tuned models; the rest is the start's
-    cosines: dict[str, float]  # mean over the pairs of models, in [-1, 1]; 1 where fewer than two models moved
 
 
 def ratio(cosine: float, models: int) -> float:
@@ -31,6 +26,11 @@ def ratio(cosine: float, models: int) -> float:
     (0.6666666666666666, 1.0, 0.0)
     """
     return models * cosine / ((models - 1) * cosine + 1) if cosine > 0 else 0.0
+
+
+def stock_row(ratio: float, models: int) -> list[float]:
+    """Weights of the start and of k models, whose mean has this share."""
+    return [1 - ratio, *[ratio / models] * models]
 
 
 def _mean_cosine(name: str, start: Weights, models: Sequence[Weights]) -> float:
@@ -53,6 +53,8 @@ def _mean_cosine(name: str, start: Weights, models: Sequence[Weights]) -> float:
 def stock_cosines(start: Weights, models: Sequence[Weights], reading: Reading | None = None) -> dict[str, float]:
     """Of each floating-point tensor that is averaged the mean cosine over pairs of models' changes from the start.
 
+    In [-1, 1]; 1 where fewer than two models moved. All models are read tensor by tensor.
+
     Raises:
         UserError: models that do not fit together.
     """
@@ -61,29 +63,3 @@ def stock_cosines(start: Weights, models: Sequence[Weights], reading: Reading | 
     averaged = layout.entries.keys() - set(layout.kept)
     names = [name for name in start if layout.ties.get(name, name) in averaged]
     return {name: _mean_cosine(name, start, models) for name in names if start[name].is_floating_point()}
-
-
-def model_stock(start: Loader, models: Sequence[Loader]) -> Stock:
-    """Interpolate, tensor by tensor, between the initialisation and the mean of k fine-tuned models.
-
-    It looks at no data: where the models' changes point the same way the mean is taken, where they are orthogonal
-    the start. A cosine below 0, which the geometry behind the formula excludes and noise may give, counts as 0.
-
-    Args:
-        start: the initialisation that all were fine-tuned from.
-        models: k >= 2 loaders. All are open at once and read tensor by tensor; see `soups.files.tensors.LazyWeights`.
-
-    Raises:
-        ValueError: fewer than two models.
-        UserError: models that do not fit together.
-
-    Source: Jang et al. 2024, Section 4: t = k cos / ((k - 1) cos + 1). Theirs is for layers; a layer here is a
-    tensor, as in their code, and for k > 2 the cosine is the mean over pairs.
-    """
-    if len(models) < 2:
-        raise ValueError(f"an angle needs at least two fine-tuned models, got {len(models)}")
-    begin, ends = start(), [load() for load in models]
-    cosines = stock_cosines(begin, ends)
-    ratios = {name: ratio(cosine, len(ends)) for name, cosine in cosines.items()}
-    mixed = mixture([begin, *ends], lambda name: (1 - ratios[name], *[ratios[name] / len(ends)] * len(ends)))
-    return Stock(mixed, ratios, cosines)

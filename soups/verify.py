@@ -8,7 +8,6 @@ import filecmp
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from soups.files.adapters import CONFIG
 from soups.files.atomic import read_json
 from soups.files.checkpoints import PICKLED, Checkpoint, Entry, digest_file, tensor_digests
 from soups.files.folders import ADAPTER, HUB, INDEX, from_hub, is_adapter
-from soups.files.opening import open_checkpoint, opened
+from soups.files.opening import opened
 from soups.files.reading import COUNTERS, Reading
 from soups.mean import STATISTICS, Mean, average_files
 from soups.merging import Merging, undivided
@@ -27,7 +26,7 @@ from soups.record import FileSoup, Record, metadata_beside, record_in
 if TYPE_CHECKING:
     from soups.lora import LoraSoup
 
-MERGED = ("arithmetic", "ties", "dare")  # recipes of `soups.task_vectors`
+MERGED = ("arithmetic", "ties", "dare")  # recipes on task vectors
 
 
 def record_of(soup: Path) -> Record:
@@ -38,8 +37,8 @@ def record_of(soup: Path) -> Record:
     """
     metadata = metadata_beside(soup) if soup.suffix in PICKLED else None
     if metadata is None:
-        with ExitStack() as stack:
-            metadata = open_checkpoint(soup / ADAPTER if is_adapter(soup) else soup, stack).metadata
+        with opened([soup / ADAPTER if is_adapter(soup) else soup]) as (checkpoint,):
+            metadata = checkpoint.metadata
     return record_in(metadata)
 
 
@@ -49,8 +48,8 @@ def _digest(path: Path, record: Record) -> str | None:
             from soups.lora import digest_of_folder  # noqa: PLC0415  # torch takes seconds
 
             return digest_of_folder(path)
-        with ExitStack() as stack:
-            return digest_file(open_checkpoint(path, stack, record.reading))
+        with opened([path], record.reading) as (checkpoint,):
+            return digest_file(checkpoint)
     except UserError:
         return None  # something else that lies in the folder
 
@@ -129,9 +128,14 @@ def verify(soup: Path, folder: Path | None = None) -> str:
         again = Path(temporary) / ("soup" if is_lora else "soup.safetensors")
         make_again(record, paths, again)
         if is_lora:
-            return _compared_lora(record, soup, again)
-        renewed = record.note.get("batch_norm") == "recompute"
-        return "" if _same(soup, again, renewed=renewed) else "made again from its ingredients, it differs"
+            same = _same(soup / ADAPTER, again / ADAPTER) and read_json(soup / CONFIG) == read_json(again / CONFIG)
+        else:
+            same = _same(soup, again, renewed=record.note.get("batch_norm") == "recompute")
+    if same:
+        return ""
+    cut = "; factors cut to a rank are equal only on the machine and with the torch that made them"
+    is_cut = is_lora and record.note["lora"]["rank"] is not None
+    return f"made again from its ingredients, it differs{cut if is_cut else ''}"
 
 
 def answer(soup: Path, folder: Path | None = None) -> tuple[bool, str]:
@@ -147,14 +151,6 @@ def answer(soup: Path, folder: Path | None = None) -> tuple[bool, str]:
     if note.get("batch_norm") == "recompute":
         equal += ", but for its batch-norm statistics: they were measured on images, and nothing here proves them"
     return True, equal
-
-
-def _compared_lora(record: Record, soup: Path, again: Path) -> str:
-    """What `verify` answers of a soup of adapters."""
-    if _same(soup / ADAPTER, again / ADAPTER, renewed=False) and read_json(soup / CONFIG) == read_json(again / CONFIG):
-        return ""
-    cut = "; factors cut to a rank are equal only on the machine and with the torch that made them"
-    return f"made again from its ingredients, it differs{'' if record.note['lora']['rank'] is None else cut}"
 
 
 def make_again(record: Record, paths: Sequence[Path], out: Path) -> "FileSoup | LoraSoup":
@@ -190,7 +186,7 @@ def make_again(record: Record, paths: Sequence[Path], out: Path) -> "FileSoup | 
     )
 
 
-def _same(soup: Path, again: Path, *, renewed: bool) -> bool:
+def _same(soup: Path, again: Path, *, renewed: bool = False) -> bool:
     """Whether two soups are equal to the byte; those of several files or of torch.save by their tensors and record.
 
     Args:

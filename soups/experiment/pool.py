@@ -17,7 +17,7 @@ from configs.schema import Cooking, Experiment, Single
 from eval.calibration import fit_beta
 from eval.forward import Evaluator
 from eval.metrics import correct
-from soups.average import Loader
+from soups.average import Loader, mixture
 from soups.descent import LearnedSettings, learned, shuffled
 from soups.files.tensors import LazyWeights
 from soups.files.weights import Weights, load_weights
@@ -37,7 +37,7 @@ from soups.recipes import (
 )
 from soups.selection import random_order
 from soups.shortcuts import greedy_counted
-from soups.stock import model_stock
+from soups.stock import ratio, stock_cosines, stock_row
 from store.runs import Ingredient, RunFolder, read_pool
 from store.workers import little_memory
 
@@ -237,10 +237,14 @@ def _learned(per: Literal["model", "layer", "tensor"], context: PoolContext) -> 
 def _model_stock(context: PoolContext) -> Mixed:
     """Of the fine-tuned models and the initialisation, row 0."""
     tuned = [place for place, ingredient in enumerate(context.pool) if ingredient.row]
-    stock = model_stock(context.start.load, [context.pool[place].load for place in tuned])
-    moved = [ratio for name, ratio in stock.ratios.items() if stock.cosines[name] < 1]
-    soup = Soup(stock.weights, tuple(tuned), equal(len(tuned)))
-    return Mixed(soup, {"mean_ratio": sum(moved) / max(1, len(moved))})
+    if len(tuned) < 2:
+        raise ValueError(f"an angle needs at least two fine-tuned models, got {len(tuned)}")
+    start, models = context.start.load(), [context.pool[place].load() for place in tuned]
+    cosines = stock_cosines(start, models)
+    ratios = {name: ratio(cosine, len(models)) for name, cosine in cosines.items()}
+    weights = mixture([start, *models], lambda name: stock_row(ratios[name], len(models)))
+    moved = [ratios[name] for name, cosine in cosines.items() if cosine < 1]
+    return Mixed(Soup(weights, tuple(tuned), equal(len(tuned))), {"mean_ratio": sum(moved) / max(1, len(moved))})
 
 
 def _wise_ft(context: PoolContext) -> Mixed:
