@@ -18,7 +18,7 @@ from typing import Any
 
 from soups.errors import UserError, one_line_errors, refuse
 from soups.ranks import end, start, this_rank
-from soups.words import COMMANDS, METRICS, OTHERS, parser_of
+from soups.words import COMMANDS, HAVE_START, METRICS, OTHERS, SCORED, parser_of
 
 KINDS = ("score", "loss", "images", "texts", "perplexity", "choices")  # of held-out examples
 USES = {  # settings of held-out examples -> the kinds of them where they mean something
@@ -104,7 +104,7 @@ def _soup(arguments: argparse.Namespace) -> None:
     kept = None  # what is known so far, from which a killed command continues
     if name not in SCORED:
         settings |= {} if held_out is None else {"images": held_out}
-        before = (files,) if name in ("uniform", "weighted", "slerp") else (settings.pop("init"), files)
+        before = (settings.pop("init"), files) if name in HAVE_START else (files,)
     elif name == "learned":
         kept = settings["state"] = out.with_name(f"{out.name}.state.pt")
     else:
@@ -177,7 +177,6 @@ def _export(arguments: argparse.Namespace) -> None:
 _parser = partial(parser_of, __doc__)
 RUN: dict[str, Callable[[argparse.Namespace], None]] = dict.fromkeys(COMMANDS, _soup)
 RUN |= {"lora": _lora, "export": _export, "doctor": _doctor, "make": _make, "verify": _verify}
-SCORED = ("greedy", "random-order", "with-replacement", "learned")  # by held-out examples; processes share the work
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -98,12 +98,19 @@ soups make mergekit.yaml --out merged --allow-unrelated""",
     ),
 }
 OTHERS = ("export", "doctor", "make", "verify")  # which are no recipes
+SCORED = ("greedy", "random-order", "with-replacement", "learned")  # by held-out examples; processes share the work
+HAVE_START = ("wise-ft", "model-stock", "arithmetic", "ties", "dare")  # an initialisation
 FILES = "weight files, folders of save_pretrained, or patterns in quotes; run2 comes before run10"
 METRICS = ("top1", "macro_f1", "matthews", "accuracy_and_f1")
 REPORT = (
     "examples that select nothing, by which the soup is compared with the best single model: of the kind of the "
     "held-out ones, a command, folder or file"
 )
+SCORE = (
+    "prints a number as its last line for {soup}, and may write that of each example to {soup}.jsonl; or "
+    "module:function"
+)
+FORCE = "overwrite --out if it is a file that is there"
 BASE = "of LoRA adapters: the model, file or folder, into which each is merged, so that the soup is a whole model"
 
 
@@ -147,40 +154,35 @@ def _one_or_more(text: str) -> float | list[float]:
 
 
 def _with_files(parser: Parser, *, top: bool = True) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
-    parser.add_argument("--last", type=int, metavar="N", help="of one run: its last N files, by the numbers in names")
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help=FILES)
+    add("--last", type=int, metavar="N", help="of one run: its last N files, by the numbers in names")
     if top:
-        parser.add_argument("--top", type=int, metavar="N", help="of one run: its best N files, by --by")
-        parser.add_argument(
-            "--by", metavar="SCORES", help="a .json, .jsonl or .csv by file, or a metric of trainer_state.json"
-        )
-        parser.add_argument("--goal", dest="by_goal", choices=("max", "min"), default="", help="of --by")
-    parser.add_argument("--out", type=Path, required=True, help="a .safetensors, .pt, .pth or .ckpt file, or a folder")
-    parser.add_argument("--force", action="store_true", help="overwrite --out if it is a file that is there")
+        add("--top", type=int, metavar="N", help="of one run: its best N files, by --by")
+        add("--by", metavar="SCORES", help="a .json, .jsonl or .csv by file, or a metric of trainer_state.json")
+        add("--goal", dest="by_goal", choices=("max", "min"), default="", help="of --by")
+    add("--out", type=Path, required=True, help="a .safetensors, .pt, .pth or .ckpt file, or a folder")
+    add("--force", action="store_true", help=FORCE)
 
 
 def _with_tensors(parser: Parser) -> "argparse._ArgumentGroup":
     group = parser.add_argument_group("what is averaged")
     group.add_argument("--key", help="which state dict, where a file has several: state_dict, ema, ...")
-    group.add_argument(
-        "--keep", "--exclude", dest="exclude", metavar="REGEX", help="tensors with such names are those of --from"
-    )
-    group.add_argument(
-        "--only-common",
-        action="store_true",
-        help="average what all models have; other tensors are the first model's, or dropped",
-    )
+    names = "tensors with such names are those of --from"
+    group.add_argument("--keep", "--exclude", dest="exclude", metavar="REGEX", help=names)
+    common = "average what all models have; other tensors are the first model's, or dropped"
+    group.add_argument("--only-common", action="store_true", help=common)
     return group
 
 
 def _with_reading(parser: Parser) -> None:
-    group = _with_tensors(parser)
+    add = _with_tensors(parser).add_argument
     kept = "the model whose tensors are kept where they are not averaged; by default the first"
-    group.add_argument("--from", type=Path, dest="kept_from", metavar="FILE", help=kept)
-    group.add_argument("--dtype", default="keep", choices=("keep", "F64", "F32", "F16", "BF16"), help="that is written")
-    group.add_argument("--allow-unrelated", action="store_true", help="models not fine-tuned from one checkpoint, too")
-    group.add_argument("--threads", type=int, default=2, choices=range(1, 65), metavar="N", help="that read and add")
-    group.add_argument("--base", metavar="MODEL", help=BASE)
+    add("--from", type=Path, dest="kept_from", metavar="FILE", help=kept)
+    add("--dtype", default="keep", choices=("keep", "F64", "F32", "F16", "BF16"), help="that is written")
+    add("--allow-unrelated", action="store_true", help="models not fine-tuned from one checkpoint, too")
+    add("--threads", type=int, default=2, choices=range(1, 65), metavar="N", help="that read and add")
+    add("--base", metavar="MODEL", help=BASE)
 
 
 def _with_batch_norm(parser: Parser, *, init: bool = True, images: bool = True) -> None:
@@ -203,46 +205,35 @@ def _with_network(group: "argparse._ArgumentGroup") -> None:
 
 def _with_examples(parser: Parser, *, scored: bool) -> None:
     group = parser.add_argument_group("held-out examples, which neither trained the models nor will test the soup")
-    one = group.add_mutually_exclusive_group(required=True)
+    one, add = group.add_mutually_exclusive_group(required=True), group.add_argument
     if scored:
-        one.add_argument(
-            "--score",
-            metavar="COMMAND",
-            help="prints a number as its last line for {soup}, and may write that of each example to {soup}.jsonl; "
-            "or module:function",
-        )
+        one.add_argument("--score", metavar="COMMAND", help=SCORE)
     else:
         one.add_argument("--loss", metavar="MODULE:FUNCTION", help="a function; returns network, batches, loss")
     one.add_argument("--images", type=Path, metavar="DIR", help="a folder of images for each class")
     one.add_argument("--texts", type=Path, metavar="FILE", help="labelled texts: .tsv, .csv or .jsonl")
     one.add_argument("--perplexity", type=Path, metavar="FILE", help="a text, or a .jsonl with a text in each line")
     if scored:
-        one.add_argument(
-            "--choices", type=Path, metavar="FILE", help="multiple choice: a .jsonl with prompt, choices, answer"
-        )
-        group.add_argument("--goal", choices=("max", "min"), help="of --score: whether it is to be high or low")
-        group.add_argument("--journal", type=Path, help="a file of scores as they come; by default beside --out")
-        group.add_argument(
-            "--metric", help=f"of classes: {', '.join(METRICS)}; of {{soup}}.jsonl: which of its metrics"
-        )
-        group.add_argument("--report", metavar="WHAT", help=REPORT)
-        group.add_argument(
-            "--min-sigma", type=float, default=0.0, metavar="Z", help="add a model only if its gain is Z or more sigma"
-        )
-        group.add_argument(
-            "--per-token", action="store_true", help="of --choices: mean likelihoods of a token, not sums"
-        )
+        lines = "multiple choice: a .jsonl with prompt, choices, answer"
+        one.add_argument("--choices", type=Path, metavar="FILE", help=lines)
+        add("--goal", choices=("max", "min"), help="of --score: whether it is to be high or low")
+        add("--journal", type=Path, help="a file of scores as they come; by default beside --out")
+        add("--metric", help=f"of classes: {', '.join(METRICS)}; of {{soup}}.jsonl: which of its metrics")
+        add("--report", metavar="WHAT", help=REPORT)
+        sigma = "add a model only if its gain is Z or more sigma"
+        add("--min-sigma", type=float, default=0.0, metavar="Z", help=sigma)
+        add("--per-token", action="store_true", help="of --choices: mean likelihoods of a token, not sums")
     _with_network(group)
-    group.add_argument(
-        "--templates", choices=("openai", "name"), help="of open_clip without a head: around class names"
-    )
-    group.add_argument("--columns", help="of --texts: what is read, such as text or premise,hypothesis")
-    group.add_argument("--label", help="of --texts: the column of class numbers or names")
-    group.add_argument("--max-length", type=int, help="of texts: tokens")
+    add("--templates", choices=("openai", "name"), help="of open_clip without a head: around class names")
+    add("--columns", help="of --texts: what is read, such as text or premise,hypothesis")
+    add("--label", help="of --texts: the column of class numbers or names")
+    add("--max-length", type=int, help="of texts: tokens")
 
 
-def _with_changes(made: dict[str, Parser]) -> None:
-    """Settings of recipes on changes from the initialisation, and how weights count."""
+def _with_settings(made: dict[str, Parser]) -> None:
+    """What a recipe has beside the settings of all."""
+    along = "one for each file, as typed: 3,1,1; of one run 1-sqrt, ema:0.9"
+    made["weighted"].add_argument("--weights", type=_weights, required=True, help=along)
     made["arithmetic"].add_argument("--scales", type=_numbers, required=True, help="one for each file: 0.5,-0.2")
     share = "share of the changes that is kept; or one for each file, as typed: 0.2,0.5"
     for name, density in (("ties", 0.2), ("dare", 0.1)):
@@ -258,33 +249,52 @@ def _with_changes(made: dict[str, Parser]) -> None:
     divided = "divide by the sum of weights, or leave the weighted sum"
     for name in ("weighted", "ties"):
         made[name].add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help=divided)
+    made["slerp"].add_argument("--t", type=float, default=0.5, help="0 is the first file, 1 the second")
+    made["wise-ft"].add_argument("--alpha", type=float, default=0.5, help="0 is the initialisation, 1 the models' mean")
+    for name in ("greedy", "random-order"):
+        ties = ("keep", "drop")
+        made[name].add_argument("--ties", default="keep", choices=ties, help="a model that changes nothing")
+    for name in ("greedy", "with-replacement"):
+        known = "scores of single models that are known: .json, .jsonl or .csv"
+        made[name].add_argument("--scores", help=known)
+    made["random-order"].add_argument("--seed", type=int, default=0, help="of the order")
+    made["with-replacement"].add_argument("--rounds", type=int, default=20, help="the most models that are added")
+    add = made["learned"].add_argument
+    add("--per", default="model", choices=("model", "layer", "tensor"), help="what shares a coefficient")
+    add("--lr", type=float, default=0.1, help="of AdamW")
+    add("--epochs", type=int, default=3)
+    add("--weight-decay", type=float, default=0.0)
+    add("--place", default="stream", choices=("stream", "host", "device"), help="of the models")
 
 
-def _with_learning(learned: Parser) -> None:
-    _with_files(learned)
-    _with_examples(learned, scored=False)
-    _with_batch_norm(learned, images=False)
-    learned.add_argument(
-        "--per", default="model", choices=("model", "layer", "tensor"), help="what shares a coefficient"
-    )
-    learned.add_argument("--lr", type=float, default=0.1, help="of AdamW")
-    learned.add_argument("--epochs", type=int, default=3)
-    learned.add_argument("--weight-decay", type=float, default=0.0)
-    learned.add_argument("--place", default="stream", choices=("stream", "host", "device"), help="of the models")
-
-
-def _with_folders(lora: Parser, export: Parser) -> None:
-    _with_files(lora)
-    lora.add_argument("--weights", type=_numbers, help="one for each folder, as typed; equal if left out")
-    lora.add_argument("--rank", type=int, help="of the soup; left out it is the sum of theirs, which is exact")
-    lora.add_argument("--base", metavar="MODEL", help=f"{BASE}; DoRA needs it")
-    export.add_argument("soup", type=Path, help="a file or a folder that a recipe wrote, or any weights")
-    export.add_argument("--to", required=True, choices=("timm", "open_clip", "transformers", "onnx"))
-    export.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+def _with_others(made: dict[str, Parser]) -> None:
+    """Commands that average no files, or in another way."""
+    add = made["lora"].add_argument
+    _with_files(made["lora"])
+    add("--weights", type=_numbers, help="one for each folder, as typed; equal if left out")
+    add("--rank", type=int, help="of the soup; left out it is the sum of theirs, which is exact")
+    add("--base", metavar="MODEL", help=f"{BASE}; DoRA needs it")
+    add = made["export"].add_argument
+    add("soup", type=Path, help="a file or a folder that a recipe wrote, or any weights")
+    add("--to", required=True, choices=("timm", "open_clip", "transformers", "onnx"))
+    add("--out", type=Path, required=True, help="a folder that is not there yet")
     network = "timm:NAME, open_clip:NAME or transformers:FOLDER; not needed where a config lies beside the soup"
-    export.add_argument("--network", help=network)
-    export.add_argument("--classes", metavar="NAMES", help="of the head, in its order, with commas between them")
-    export.add_argument("--license", default="other", help="of the weights, as the hub names licences")
+    add("--network", help=network)
+    add("--classes", metavar="NAMES", help="of the head, in its order, with commas between them")
+    add("--license", default="other", help="of the weights, as the hub names licences")
+    add = made["doctor"].add_argument
+    add("files", nargs="+", metavar="FILE", help=FILES)
+    add("--init", type=Path, help="the weights that the models were fine-tuned from")
+    add("--scores", type=Path, help="held-out accuracies: .json, .jsonl or .csv")
+    add("--held-out", type=int, metavar="N", help="number of examples that --scores are of")
+    _with_tensors(made["doctor"])
+    add = made["make"].add_argument
+    add("recipe", type=Path, help="a yaml; more settings of its recipe may be typed behind it")
+    add("--out", type=Path, help="as of the recipe; needed where the file names none")
+    add("--folder", type=Path, help="where the models are; by default beside the file")
+    add("--force", action="store_true", help=FORCE)
+    made["verify"].add_argument("soup", type=Path)
+    made["verify"].add_argument("--folder", type=Path, help="where the ingredients are; by default beside the soup")
 
 
 def parser_of(description: str | None) -> Parser:
@@ -295,52 +305,21 @@ def parser_of(description: str | None) -> Parser:
     made = {}
     for name, (title, examples) in COMMANDS.items():
         lines = "\n".join(f"  {line}" for line in examples.splitlines())
+        about, more = f"{title[0].upper()}{title[1:]}.", f"examples:\n{lines}"
         made[name] = kinds.add_parser(
-            name,
-            help=title,
-            description=f"{title[0].upper()}{title[1:]}.",
-            epilog=f"examples:\n{lines}",
-            formatter_class=raw,
-            allow_abbrev=False,
+            name, help=title, description=about, epilog=more, formatter_class=raw, allow_abbrev=False
         )
-    for name in ("uniform", "weighted", "slerp"):
-        _with_files(made[name])
-        _with_batch_norm(made[name])
-    made["weighted"].add_argument(
-        "--weights", type=_weights, required=True, help="one for each file, as typed: 3,1,1; of one run 1-sqrt, ema:0.9"
-    )
-    for name in ("wise-ft", "model-stock", "arithmetic", "ties", "dare"):
-        _with_files(made[name])
-        made[name].add_argument("--init", type=Path, required=True, help="the initialisation of the models")
-        _with_batch_norm(made[name], init=False)
-    _with_changes(made)
-    made["slerp"].add_argument("--t", type=float, default=0.5, help="0 is the first file, 1 the second")
-    made["wise-ft"].add_argument("--alpha", type=float, default=0.5, help="0 is the initialisation, 1 the models' mean")
-    for name in ("greedy", "random-order", "with-replacement"):
-        _with_files(made[name], top=False)
-        _with_examples(made[name], scored=True)
-        _with_batch_norm(made[name], images=False)
-        if name != "with-replacement":
-            made[name].add_argument(
-                "--ties", default="keep", choices=("keep", "drop"), help="a model that changes nothing"
-            )
-        if name != "random-order":
-            made[name].add_argument("--scores", help="scores of single models that are known: .json, .jsonl or .csv")
-    made["random-order"].add_argument("--seed", type=int, default=0, help="of the order")
-    made["with-replacement"].add_argument("--rounds", type=int, default=20, help="the most models that are added")
-    _with_learning(made["learned"])
-    for name in made.keys() - {"lora", *OTHERS}:
+    recipes = made.keys() - {"lora", *OTHERS}
+    for name in recipes:
+        has_start, scored = name in HAVE_START, name in SCORED
+        _with_files(made[name], top=not scored or name == "learned")
+        if has_start:
+            made[name].add_argument("--init", type=Path, required=True, help="the initialisation of the models")
+        if scored:
+            _with_examples(made[name], scored=name != "learned")
+        _with_batch_norm(made[name], init=not has_start, images=not scored)
+    _with_settings(made)
+    for name in recipes:
         _with_reading(made[name])
-    _with_folders(made["lora"], made["export"])
-    made["doctor"].add_argument("files", nargs="+", metavar="FILE", help=FILES)
-    made["doctor"].add_argument("--init", type=Path, help="the weights that the models were fine-tuned from")
-    made["doctor"].add_argument("--scores", type=Path, help="held-out accuracies: .json, .jsonl or .csv")
-    made["doctor"].add_argument("--held-out", type=int, metavar="N", help="number of examples that --scores are of")
-    _with_tensors(made["doctor"])
-    made["make"].add_argument("recipe", type=Path, help="a yaml; more settings of its recipe may be typed behind it")
-    made["make"].add_argument("--out", type=Path, help="as of the recipe; needed where the file names none")
-    made["make"].add_argument("--folder", type=Path, help="where the models are; by default beside the file")
-    made["make"].add_argument("--force", action="store_true", help="overwrite --out if it is a file that is there")
-    made["verify"].add_argument("soup", type=Path)
-    made["verify"].add_argument("--folder", type=Path, help="where the ingredients are; by default beside the soup")
+    _with_others(made)
     return top
