@@ -21,7 +21,7 @@ from soups.files.reading import Reading
 from soups.mean import Mean, Mixing, average_files
 from soups.ranks import this_rank
 from soups.record import FileSoup
-from soups.scoring import Scorer, Statistics
+from soups.scoring import Scorer
 from soups.sources import Pool, Source, pool_of
 
 if TYPE_CHECKING:
@@ -61,32 +61,18 @@ class Averaging:
             raise UserError("batch_norm=keep and the initialisation, init=FILE, belong together")
 
 
-def average(
+def _average(
     pool: Pool,
     weights: Mixing,
     how: Averaging,
     out: Path,
-    note: Mapping[str, Any] | None = None,
+    note: Mapping[str, Any],
     *,
-    start: Pool | None = None,
-    merging: Callable[[Mean, Sequence[int]], Mean] | None = None,
-    sync: bool = True,
+    start: Pool | None,
+    merging: Callable[[Mean, Sequence[int]], Mean] | None,
+    sync: bool,
 ) -> FileSoup:
-    """Write the weighted mean of a pool's files.
-
-    Args:
-        pool: the models.
-        weights: of `start` and the models, in this order.
-        how: they are averaged.
-        out: a .safetensors file.
-        note: what its metadata says beside.
-        start: the initialisation, where the recipe has one.
-        merging: what takes the place of the mean, as in `average_files`.
-        sync: as in `average_files`.
-
-    Raises:
-        UserError: as `average_files`.
-    """
+    """Write what `writer` says."""
     begin = start or Pool([], [], pool.reading, pool.temporary)
     paths, names = [*begin.paths, *pool.paths], [*begin.names, *pool.names]
     for path in dict.fromkeys(each for each in (how.init, how.kept_from) if each is not None and each not in paths):
@@ -99,7 +85,7 @@ def average(
         paths, names, weights = [paths[i] for i in used], [names[i] for i in used], [weights[i] for i in used]
     keep_from = None if how.init is None else paths.index(how.init)
     stands_in = [how.kept_from] if how.kept_from is not None else pool.paths  # for what is not averaged
-    facts: dict[str, Any] = {"batch_norm": how.batch_norm, **(note or {})}
+    facts: dict[str, Any] = {"batch_norm": how.batch_norm, **note}
     if how.allow_unrelated:
         facts["unrelated"] = "average"
     write = partial(
@@ -118,19 +104,14 @@ def average(
     )
     if how.measured_on is None or how.measured_on.statistics is None or len(paths) < 2:
         return write(out)  # a model by itself keeps its own statistics
+    from soups.files.tensors import LazyWeights, mapped  # noqa: PLC0415  # torch takes seconds
+
     with replacing(out) as temporary:
         soup = write(temporary)
-        renew(temporary, how.measured_on.statistics)
+        fresh, stored = how.measured_on.statistics(LazyWeights(temporary)), mapped(temporary, "r+")
+        for name, tensor in fresh.items():  # those that were measured with these weights
+            stored[name].copy_(tensor)
     return replace(soup, path=out)
-
-
-def renew(path: Path, statistics: Statistics) -> None:
-    """Overwrite batch-norm statistics in a .safetensors file by those that were measured with its weights."""
-    from soups.files.tensors import LazyWeights, mapped  # noqa: PLC0415
-
-    fresh, stored = statistics(LazyWeights(path)), mapped(path, "r+")
-    for name, tensor in fresh.items():
-        stored[name].copy_(tensor)
 
 
 def open_pool(
@@ -282,10 +263,23 @@ def writer(
     *,
     start: Pool | None = None,
     merging: Callable[[Mean, Sequence[int]], Mean] | None = None,
+    sync: bool = True,
 ) -> Writer:
-    """The soup of such weights as a function that writes it."""
+    """The soup of such weights as a function that writes it.
+
+    Args:
+        pool: the models.
+        weights: of `start` and the models, in this order.
+        how: they are averaged.
+        start: the initialisation, where the recipe has one.
+        merging: what takes the place of the mean, as in `average_files`.
+        sync: as in `average_files`.
+
+    Raises:
+        UserError: when it writes, as `average_files`.
+    """
     if not pool.adapters:
-        return lambda out, note: average(pool, weights, how, out, note, start=start, merging=merging)
+        return partial(_average, pool, weights, how, start=start, merging=merging, sync=sync)
     from soups.lora import soup_folders  # noqa: PLC0415  # torch takes seconds
 
     assert not isinstance(weights, Mapping)  # recipes of adapters have one weight a model

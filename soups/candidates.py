@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soups.averaging import Averaging, average, writer
+from soups.averaging import Averaging, writer
 from soups.files.atomic import replacing
-from soups.files.checkpoints import PICKLED, Checkpoint
+from soups.files.checkpoints import PICKLED
 from soups.files.folders import ADAPTER
 from soups.files.opening import opened
 from soups.files.reading import Reading
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_pickled(weights: Path, out: Path, like: Checkpoint | None) -> None:
-    """A .safetensors file as torch.save writes it, under the key and the names that `like` has in its file."""
+def write_pickled(weights: Path, out: Path, pool: Pool) -> None:
+    """A .safetensors file as torch.save writes it, under the key and the names that it has in the pool's first file."""
     import torch  # noqa: PLC0415
 
     from soups.files.tensors import mapped  # noqa: PLC0415
 
     state: dict[str, Any] = mapped(weights)
-    if like is not None:
-        state = {like.original.get(name, name): tensor for name, tensor in state.items()} | like.others
-        for key in reversed(like.unwrapped.split(".") if like.unwrapped else []):
-            state = {key: state}
+    if pool.like.is_file() and pool.like.suffix in PICKLED:
+        with opened([pool.like], pool.reading) as (like,):
+            state = {like.original.get(name, name): tensor for name, tensor in state.items()} | like.others
+            for key in reversed(like.unwrapped.split(".") if like.unwrapped else []):
+                state = {key: state}
     with replacing(out) as temporary, temporary.open("wb") as file:  # an archive is called as its file, this as none
         torch.save(state, file)
 
@@ -62,33 +63,21 @@ class Candidate:
         return self.pool.paths[next(iter(self.weights_of))] if single else None
 
     @cached_property
-    def averaged(self) -> Path:
-        """A .safetensors file of it."""
+    def made(self) -> Path:
+        """A .safetensors file of it; of adapters a folder of peft, whose scaling is 1."""
         self.place.mkdir(exist_ok=True)
-        out = self.place / "soup.safetensors"
-        how = self.how
+        out, how = self.place / ("adapter" if self.pool.adapters else "soup.safetensors"), self.how
         if len(self.weights_of) == 1:  # a model by itself keeps its own statistics
             how = replace(how, batch_norm="average", init=None, measured_on=None)
-        average(self.pool, self._shares, how, out, sync=False)
+        shares = [self.weights_of.get(i, 0.0) for i in range(len(self.pool))]
+        writer(self.pool, shares, how, sync=False)(out, {})
         return out
-
-    @property
-    def _shares(self) -> list[float]:
-        return [self.weights_of.get(i, 0.0) for i in range(len(self.pool))]
-
-    @cached_property
-    def adapter(self) -> Path:
-        """A folder of peft of it, whose scaling is 1."""
-        self.place.mkdir(exist_ok=True)
-        return writer(self.pool, self._shares, self.how)(self.place / "adapter", {}).path
 
     def weights(self) -> "Mapping[str, Tensor]":
         """Its tensors, each read when it is asked for; of an adapter the factors, whose product is the whole update."""
         from soups.files.tensors import LazyWeights  # noqa: PLC0415
 
-        if self.pool.adapters:
-            return LazyWeights(self.adapter / ADAPTER)
-        return LazyWeights(self.original or self.averaged)
+        return LazyWeights(self.made / ADAPTER if self.pool.adapters else self.original or self.made)
 
     def file(self) -> Path:
         """A file or folder of it, in the form that the ingredients have.
@@ -102,17 +91,14 @@ class Candidate:
             if not link.is_symlink():
                 link.symlink_to(self.original.absolute())
             return link
-        if self.pool.adapters:
-            return self.adapter
         like = self.pool.like
-        if like.is_dir():
+        if like.is_dir() and not self.pool.adapters:
             return self.folder(like)
-        if like.suffix not in PICKLED:
-            return self.averaged
-        with opened([like], self.pool.reading) as checkpoints:
-            out = self.place / f"soup{like.suffix}"
-            if not out.exists():
-                write_pickled(self.averaged, out, checkpoints[0])
+        if like.suffix not in PICKLED or self.pool.adapters:
+            return self.made
+        out = self.place / f"soup{like.suffix}"
+        if not out.exists():
+            write_pickled(self.made, out, self.pool)
         return out
 
     def folder(self, like: Path) -> Path:
@@ -124,12 +110,11 @@ class Candidate:
             folder.mkdir(parents=True)
             for file in companions(like):
                 (folder / file.name).symlink_to(file.resolve())
-            source = self.original if self.original and self.original.suffix == ".safetensors" else self.averaged
+            source = self.original if self.original and self.original.suffix == ".safetensors" else self.made
             (folder / WEIGHTS).symlink_to(source.resolve())
         return folder
 
     def forget(self) -> None:
         """Delete what was written."""
         shutil.rmtree(self.place, ignore_errors=True)
-        for made in ("averaged", "adapter"):
-            self.__dict__.pop(made, None)
+        self.__dict__.pop("made", None)

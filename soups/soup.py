@@ -124,11 +124,7 @@ class Soup:
             self.pool.workplace.mkdir(exist_ok=True)
             between = self.pool.workplace / "to-pickle.safetensors"
             self._write(between, path, like=self.pool.names[0])
-            if like.is_file() and like.suffix in PICKLED:
-                with opened([like], self.pool.reading) as checkpoints:
-                    write_pickled(between, path, checkpoints[0])
-            else:
-                write_pickled(between, path, None)
+            write_pickled(between, path, self.pool)
             between.unlink()
         else:
             with replacing(path, folder=True) as folder:
