@@ -20,8 +20,8 @@ from analysis.figures.style import save, styled, write_csv
 from analysis.predictions import read_pools
 from analysis.tables.cells import write_cells
 from configs.errors import UserError
+from soups.doctor import TABLE, features
 from soups.files.atomic import write_json
-from soups.will_it_help import TABLE, features
 from store.provenance import provenance
 
 OUTCOMES = tuple((soup, on) for soup in ("greedy", "uniform") for on in ("test", "shifts"))

@@ -6,12 +6,14 @@ Reads each file twice and writes nothing. scores.json is {"a.safetensors": 0.81,
 a .jsonl or .csv has them as "file" and "score".
 """
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +30,12 @@ from soups.files.opening import alike, open_checkpoint
 from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, Geometry, geometry, medians_of_others
 from soups.scores import Given, given_scores
-from soups.will_it_help import answer, features
 
 FAR = 3.0  # times the pool's median distance
 ALIKE = 0.95  # cosine of task vectors
 WEAK = 0.02  # below the best accuracy
+# Shares of pools in which soups were better, which `python -m analysis will_it_help` of the repository writes.
+TABLE = Path(__file__).with_name("will_it_help.json")
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _likely(
     unlike = [] if images else ["no tensor is a convolution of images, and there the models are image classifiers"]
     if found is not None and (_cosines_of_weights(found, has_init=has_init) < ANOTHER_ORIGIN).any():
         unlike.append("models are not fine-tuned from the same checkpoint")
-    return answer(features([scores[name] for name in sound.values()], held_out), unlike)
+    return base_rates(features([scores[name] for name in sound.values()], held_out), unlike)
 
 
 def _cosines_of_weights(found: Geometry, *, has_init: bool) -> NDArray[np.float64]:
@@ -224,6 +227,63 @@ def _of_scores(scores: Mapping[str, float]) -> list[str]:
         f"({100 * scores[best]:.1f} %): {', '.join(weak[:8])}{', ...' if len(weak) > 8 else ''}; a uniform soup counts "
         "them in full, a greedy one leaves out those that lower it"
     ]
+
+
+def features(scores: Sequence[float], held_out: int) -> dict[str, float]:
+    """What is known of a pool before anything is averaged; the calibration pools have a range of each.
+
+    Args:
+        scores: held-out accuracies in [0, 1], one a model.
+        held_out: number of examples that they are measured on.
+
+    >>> features([0.5, 0.75, 0.625], 600)
+    {'models': 3, 'held-out examples': 600, 'best score': 0.75, 'best minus median score': 0.125}
+    """
+    best = max(scores)
+    return {
+        "models": len(scores),
+        "held-out examples": held_out,
+        "best score": best,
+        "best minus median score": best - float(np.median(scores)),
+    }
+
+
+def outside(found: Mapping[str, float], ranges: Mapping[str, Sequence[float]]) -> list[str]:
+    """What of a pool lies outside the calibration pools, with their range: a phrase for each feature.
+
+    >>> outside({"models": 3, "best score": 0.5}, {"models": (12, 72), "best score": (0.4, 0.7)})
+    ['models is 3, there 12 to 72']
+    """
+    return [
+        f"{name} is {round(found[name], 3):g}, there {round(low, 3):g} to {round(high, 3):g}"
+        for name, (low, high) in ranges.items()
+        if not low <= found[name] <= high
+    ]
+
+
+def base_rates(found: Mapping[str, float], unlike: Sequence[str] = (), table: Path = TABLE) -> list[str]:
+    """Shares of the calibration pools in which soups were better and worse; first of all how this pool is unlike them.
+
+    Args:
+        found: of `features`.
+        unlike: what else sets this pool apart from the calibration pools.
+        table: the calibration.
+
+    Returns one sentence a line.
+    """
+    known: dict[str, Any] = json.loads(table.read_text(encoding="utf-8"))
+    apart = [*unlike, *outside(found, known["ranges"])]
+    lines = [f"not calibrated for pools like yours: {'; '.join(apart)}"] if apart else []
+    lines.append(
+        f"shares of {len(known['pools'])} pools of {known['kind']} in which a soup differs from the best model by more "
+        f"than noise ({known['noise']}), with 95 % intervals that count a pool once:"
+    )
+    for each in known["soups"]:
+        better, worse = (
+            f"{100 * p:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" for p, low, high in (each["better"], each["worse"])
+        )
+        lines.append(f"- {each['soup']} soup, {each['on']}: better {better}, worse {worse}")
+    return [*lines, known["note"]]
 
 
 def show(report: Report, console: Console) -> None:
