@@ -93,12 +93,12 @@ def make_model(folder: Path, width: int, seed: int) -> None:
         before += entries[name].size
     files = [f"model-{i + 1:05d}-of-{SHARDS:05d}.safetensors" for i in range(SHARDS)]
     for file, part in zip(files, shards, strict=True):
-        with streamed(folder / file, part, lambda: {"format": "pt"}) as out:
+        with streamed(folder / file, part, lambda: {"format": "pt"}) as write:
             for name, entry in part.items():
                 for first in range(0, entry.size, 1 << 22):
                     size = 2 * min(1 << 22, entry.size - first)
                     same = np.frombuffer(start.bytes(size), np.uint16) & 0x8078  # sign and the first of 7 fraction bits
-                    out.write(name, first, same | np.frombuffer(moved.bytes(size), np.uint16) & 7 | 0x3C00)
+                    write(name, first, same | np.frombuffer(moved.bytes(size), np.uint16) & 7 | 0x3C00)
     places = {name: file for file, part in zip(files, shards, strict=True) for name in part}
     write_json(folder / INDEX, {"metadata": {"total_size": 2 * total}, "weight_map": places})
     write_json(folder / "config.json", config(width))  # last: what has one is whole

@@ -57,12 +57,12 @@ def make_pool(folder: Path, models: int, width: int, files: int) -> list[Path]:
             path.hardlink_to(paths[i % files])
             continue
         start, moved = np.random.default_rng(0), np.random.default_rng(i + 1)
-        with streamed(path, entries, dict) as file:
+        with streamed(path, entries, dict) as write:
             for name, entry in entries.items():
                 for first in range(0, entry.size, BLOCK):
                     count = min(BLOCK, entry.size - first)
                     values = start.standard_normal(count, np.float32)
-                    file.write(name, first, values + np.float32(0.01) * moved.standard_normal(count, np.float32))
+                    write(name, first, values + np.float32(0.01) * moved.standard_normal(count, np.float32))
     return paths
 
 

@@ -99,20 +99,6 @@ def mixture(models: Sequence[Weights], coefficients: Callable[[str], Sequence[fl
     }
 
 
-def check_names(models: Sequence[Weights]) -> None:
-    """Refuse models that do not have the same names of tensors, whatever their shapes.
-
-    Raises:
-        ValueError: no models, or one lacks a tensor that another has.
-    """
-    if not models:
-        raise ValueError("a recipe needs at least one model")
-    for model in models[1:]:
-        only = sorted(models[0].keys() ^ model.keys())
-        if only:
-            raise ValueError(f"models with different parameters cannot be averaged; {only[0]!r} is not in all of them")
-
-
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Float64 to another dtype in one rounding; torch itself goes to 16 bits over float32, and rounds twice."""
     if dtype not in (torch.bfloat16, torch.float16):

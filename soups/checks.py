@@ -60,28 +60,21 @@ def _is_mask(checkpoint: Checkpoint, name: str, buffer: NDArray[Any]) -> bool:
     return all(bool((np.isinf(values) | (values == 0)).all()) for values in blocks)
 
 
-def refuse_adapters(checkpoints: Sequence[Checkpoint]) -> None:
-    """Factors of low rank are not averaged one by one.
+def refuse_factors_and_codes(checkpoints: Sequence[Checkpoint]) -> None:
+    """Factors of low rank are not averaged one by one, and codes of quantised weights have no mean.
 
     Raises:
-        UserError: an ingredient is an adapter.
-    """
-    for checkpoint in checkpoints:
-        for name in filter(ADAPTER.search, checkpoint.entries):
-            raise UserError(
-                f"{checkpoint.path} is of an adapter ({name!r}): the mean of factors is not the mean of updates. Type "
-                "`soups lora` and the adapters' folders, or soup the models into which peft's merge_and_unload merges"
-            )
-
-
-def refuse_quantised(checkpoints: Sequence[Checkpoint]) -> None:
-    """Codes of quantised weights have no mean.
-
-    Raises:
-        UserError: an ingredient has tensors that only quantised models have, or matrices of integers as weights.
+        UserError: an ingredient is an adapter, or has tensors that only quantised models have, or matrices of integers
+            as weights.
     """
     for checkpoint in checkpoints:
         for name, entry in checkpoint.entries.items():
+            if ADAPTER.search(name):
+                raise UserError(
+                    f"{checkpoint.path} is of an adapter ({name!r}): the mean of factors is not the mean of updates. "
+                    "Type `soups lora` and the adapters' folders, or soup the models into which peft's "
+                    "merge_and_unload merges"
+                )
             is_code = entry.dtype not in FLOATS and name.endswith("weight") and len(entry.shape) > 1
             if is_code or QUANTISED.search(name):
                 raise UserError(
@@ -182,7 +175,7 @@ def refuse_unrelated(checkpoints: Sequence[Checkpoint], layout: Layout) -> None:
 
 
 def refuse_unsuitable(
-    sources: Sequence[Path | Checkpoint], *, allow_unrelated: bool = False, reading: Reading | None = None
+    sources: Sequence[Path], *, allow_unrelated: bool = False, reading: Reading | None = None
 ) -> Layout:
     """Every refusal, before anything is averaged; returns what is averaged.
 
@@ -195,10 +188,9 @@ def refuse_unsuitable(
         UserError: as the functions above, or as `common_layout`.
     """
     in_order = reading is None or reading.like is None
-    refuse_other_configs([source for source in sources if isinstance(source, Path)], in_order=in_order)
+    refuse_other_configs(sources, in_order=in_order)
     with opened(sources, reading) as checkpoints:
-        refuse_adapters(checkpoints)
-        refuse_quantised(checkpoints)
+        refuse_factors_and_codes(checkpoints)
         layout = common_layout(checkpoints, reading or Reading())
         if not allow_unrelated:
             refuse_unrelated(checkpoints, layout)

@@ -107,9 +107,8 @@ class Layout:
     """The network's floating-point tensors and the row of the coefficients that mixes each."""
 
     targets: dict[str, Tensor]  # tied tensors stand here once
-    owner: dict[str, str]  # every name of the state dict -> the name in `targets` of the same tensor
     groups: tuple[str, ...]
-    row: dict[str, int]  # name in `targets` -> index into `groups`
+    row: dict[str, int]  # every name of the state dict -> index into `groups`
 
     @classmethod
     def of(
@@ -122,18 +121,16 @@ class Layout:
             per: what shares a group.
             names: the network's names -> those of the same tensors in the models; a tied tensor may have one alone.
         """
-        targets: dict[str, Tensor] = {}
-        first: dict[int, str] = {}
-        owner: dict[str, str] = {}
+        label: dict[str, Callable[[str], str]] = {"model": lambda name: "all", "layer": layer_of, "tensor": str}
+        targets, first = dict[str, Tensor](), dict[int, str]()
+        labels = {}
         for own, tensor in module.state_dict(keep_vars=True).items():
             name = own if names is None else names.get(own)
             if name is not None and tensor.is_floating_point():
-                owner[name] = first.setdefault(id(tensor), name)
-                targets[owner[name]] = tensor
-        by: dict[str, Callable[[str], str]] = {"model": lambda name: "all", "layer": layer_of, "tensor": str}
-        labels = {name: by[per](name) for name in targets}
+                kept = first.setdefault(id(tensor), name)
+                targets[kept], labels[name] = tensor, label[per](kept)
         groups = tuple(dict.fromkeys(labels.values()))
-        return cls(targets, owner, groups, {name: groups.index(labels[name]) for name in targets})
+        return cls(targets, groups, {name: groups.index(group) for name, group in labels.items()})
 
 
 @dataclass
@@ -337,5 +334,4 @@ def learn(
     state.resume(state_path)
     _descend((module, layout, placement, state), batches, settings, state_path, loss)
     shares = state.logits.detach().softmax(dim=1)
-    place = {name: layout.row[owner] for name, owner in layout.owner.items()}
-    return LearnedSoup(shares, layout.groups, place, state.beta.item(), tuple(state.losses))
+    return LearnedSoup(shares, layout.groups, layout.row, state.beta.item(), tuple(state.losses))

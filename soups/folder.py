@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from soups.files.atomic import write_json
 from soups.files.checkpoints import BLOCK, Checkpoint, Entry
 from soups.files.dtypes import FLOATS, KINDS, STORED
 from soups.files.folders import INDEX, config_beside
-from soups.files.opening import open_checkpoint
+from soups.files.opening import opened
 from soups.files.streamed import streamed
 
 if TYPE_CHECKING:
@@ -83,9 +82,8 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 def _renew_dtype(folder: Path, config: dict[str, Any]) -> None:
     """config.json names the kind of number that most elements of the soup are; transformers loads them as that."""
-    with ExitStack() as stack:
-        entries = open_checkpoint(folder / WEIGHTS, stack).entries.values()
-        sizes = {kind: sum(entry.size for entry in entries if entry.dtype == kind) for kind in FLOATS}
+    with opened([folder / WEIGHTS]) as (soup,):
+        sizes = {kind: sum(e.size for e in soup.entries.values() if e.dtype == kind) for kind in FLOATS}
     usual = KINDS[max(sizes, key=lambda kind: sizes[kind])][0]
     keys = [key for key in ("dtype", "torch_dtype") if config.get(key) not in (None, usual)]
     if keys:
@@ -100,8 +98,7 @@ def split(weights: Path, places: dict[str, str]) -> None:
         places: tensor -> the file that it goes to; what is not named goes to the last.
     """
     last = max(places.values())
-    with ExitStack() as stack:
-        checkpoint = open_checkpoint(weights, stack)
+    with opened([weights]) as (checkpoint,):
         files = sorted({places.get(name, last) for name in checkpoint.entries})
         shards = {file: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files)}
         where = {name: shards[places.get(name, last)] for name in checkpoint.entries}
@@ -117,11 +114,11 @@ def split(weights: Path, places: dict[str, str]) -> None:
 
 def _copy(checkpoint: Checkpoint, entries: dict[str, Entry], path: Path, metadata: dict[str, str]) -> None:
     buffer = np.empty(8 * BLOCK, np.uint8)
-    with streamed(path, entries, lambda: metadata) as file:
+    with streamed(path, entries, lambda: metadata) as write:
         for name in entries:
             start = 0
             for block in checkpoint.blocks(name, buffer):
-                file.write(name, start, block)
+                write(name, start, block)
                 start += len(block)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from soups.average import check_names, mixture
+from soups.average import mixture
 from soups.card import Card
 from soups.checks import sound_digest
 from soups.errors import UserError
@@ -68,22 +68,18 @@ def soup_lora(
     the factors alone. Averaging A and B each by itself gives cross terms B_i A_j that no ingredient has.
 
     Args:
-        adapters: K adapters with keys `*.lora_A.weight` (r_i, in) and `*.lora_B.weight` (out, r_i), or those of
-            embeddings and convolutions; ranks may differ. `*.lora_B.bias` is scaled as B is; other tensors (trained
+        adapters: K adapters of the same keys, `*.lora_A.weight` (r_i, in) and `*.lora_B.weight` (out, r_i), or those
+            of embeddings and convolutions; ranks may differ. `*.lora_B.bias` is scaled as B is; other tensors (trained
             heads and biases) are averaged.
         scalings: K numbers, or functions of a module's name; see `scaling_of`.
         mixing: c, K numbers that sum to 1; equal when None.
         rank: at most the sum of the ranks; None keeps the mean exact. Modules whose ranks sum to less stay exact.
 
     Raises:
-        ValueError: adapters of different modules or shapes, a DoRA adapter, NaN or infinity, or settings that do not
-            fit.
+        ValueError: adapters of different shapes, a DoRA adapter, NaN or infinity, or a rank that does not fit.
         UserError: other tensors do not fit together.
     """
-    check_names(adapters)
     shares = list(mixing) if mixing is not None else [1 / len(adapters)] * len(adapters)
-    if len(scalings) != len(adapters) or len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"need a scaling and a share of 1 for each of {len(adapters)}; got {scalings} and {shares}")
     pairs = factors(adapters[0])
     dora = next((name for name in adapters[0] if name.endswith("lora_magnitude_vector")), None)
     if dora:

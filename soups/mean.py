@@ -205,16 +205,6 @@ class Mean:
         return kept
 
 
-def _checked(weights: Sequence[float], models: int, where: str) -> list[float]:
-    """Weights as they are given: dividing the sum once by theirs is rounded less than dividing each."""
-    if len(weights) != models:
-        raise UserError(f"weights{where}: need one per model, got {len(weights)} for {models}")
-    values = [float(weight) for weight in weights]
-    if not all(map(math.isfinite, values)) or math.fsum(values) <= 0:
-        raise UserError(f"weights{where}: need finite numbers whose sum is above 0, got {values}")
-    return values
-
-
 def _terms(
     checkpoints: Sequence[Checkpoint],
     names: Sequence[str],
@@ -222,17 +212,19 @@ def _terms(
     keep_from: int | None,
     layout: Layout,
 ) -> tuple[list[Term], list[int]]:
-    """The models in the order in which they are summed, and their indices as they were named."""
+    """The models in the order in which they are summed, and their indices as they were named.
+
+    Weights are as they were given: dividing the sum once by theirs is rounded less than dividing each.
+    """
     count = len(checkpoints)
     shares: list[Mapping[str, float] | float]
     if isinstance(weights, Mapping):
         odd = sorted(weights.keys() ^ layout.entries.keys())
         if odd:
             raise UserError(f"weights: need a list for every tensor and nothing else, but see {odd[0]!r}")
-        rows = {name: _checked(row, count, f" of {name!r}") for name, row in weights.items()}
-        shares = [{name: row[i] for name, row in rows.items()} for i in range(count)]
+        shares = [{name: float(row[i]) for name, row in weights.items()} for i in range(count)]
     else:
-        shares = list(_checked([1.0] * count if weights is None else weights, count, ""))
+        shares = list(map(float, [1.0] * count if weights is None else weights))
     contents = _contents(checkpoints)
     keys = []
     for i in range(count):
@@ -248,22 +240,14 @@ def _contents(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, str]]:
     of everything in it.
     """
     samples = [sample(checkpoint) for checkpoint in checkpoints]
-    files = [_identity(checkpoint) for checkpoint in checkpoints]
+    status = [checkpoint.path.stat() for checkpoint in checkpoints]  # the same for two names of one file
+    files = [(s.st_dev, s.st_ino, c.unwrapped) for s, c in zip(status, checkpoints, strict=True)]
     distinct = Counter(first for first, _ in set(zip(samples, files, strict=True)))
     digests: dict[Any, str] = {}
     for first, file, checkpoint in zip(samples, files, checkpoints, strict=True):
         if distinct[first] > 1 and file not in digests:
             digests[file] = digest_file(checkpoint)
     return [(first, digests.get(file, "")) for first, file in zip(samples, files, strict=True)]
-
-
-def _identity(checkpoint: Checkpoint) -> Any:
-    """The same for two names of one file."""
-    try:
-        status = checkpoint.path.stat()
-    except OSError:
-        return id(checkpoint)  # in memory
-    return status.st_dev, status.st_ino, checkpoint.unwrapped
 
 
 def _recorded(terms: Sequence[Term]) -> tuple[Ingredient, ...]:
@@ -294,7 +278,7 @@ def _record(mean: Mean, reading: Reading | None, dtype: OutputDtype, note: Mappi
 
 
 def average_files(
-    sources: Sequence[Path | Checkpoint],
+    sources: Sequence[Path],
     out: Path,
     *,
     weights: Mixing | None = None,
@@ -314,10 +298,10 @@ def average_files(
     Every file is read once, in blocks of 2**18 elements, and hashed on the way. Memory: 8 MiB a thread, whatever K is.
 
     Args:
-        sources: K files of any kind that `open_checkpoint` reads, or open checkpoints.
+        sources: K files of any kind that `open_checkpoint` reads.
         out: a .safetensors file; its metadata records ingredients, digests, weights and `note`.
-        weights: of the models, in any scale, with a sum above 0; equal if None. A mapping has a list for each tensor
-            of the soup (by the name under which a tied one is kept), as a learned soup by layer needs.
+        weights: of the models, finite, in any scale, with a sum above 0; equal if None. A mapping has a list for each
+            tensor of the soup (by the name under which a tied one is kept), as a learned soup by layer needs.
         dtype: of the floating-point tensors written; "keep" is the ingredients'.
         keep_from: index of the file whose batch-norm statistics are kept, instead of averaging them.
         threads: that read and add; the result does not depend on them.
@@ -330,25 +314,25 @@ def average_files(
         format: of the record; 1 writes what a soup of that format was.
 
     Raises:
-        UserError: a bad file, models that do not fit together, NaN or infinity, bad weights, or a full disk.
+        UserError: a bad file, models that do not fit together, NaN or infinity, or a full disk.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: a soup is written as .safetensors")
     with opened(sources, reading) as checkpoints:
         layout = common_layout(checkpoints, reading or Reading(), first)
-        names = names or short_names([s.path if isinstance(s, Checkpoint) else s for s in sources])
+        names = names or short_names(sources)
         terms, order = _terms(checkpoints, names, weights, keep_from, layout)
         mean = Mean(terms, layout, dtype, first=order.index(first), format=format)
         mean = mean if merging is None else merging(mean, order)
         written = {name: [name] if format == 1 else layout.names_of(name) for name in layout.entries}
         entries = {other: mean.entry(name) for name, others in written.items() for other in others}
         facts = {"versions": versions()} | dict(note or {})
-        with streamed(out, entries, lambda: _record(mean, reading, dtype, facts), sync=sync) as file:
+        with streamed(out, entries, lambda: _record(mean, reading, dtype, facts), sync=sync) as write:
 
             def mix(name: str) -> None:
                 for start, block in mean.blocks(name):
                     for other in written[name]:
-                        file.write(other, start, block)
+                        write(other, start, block)
 
             def hash_rest(term: Term) -> None:
                 assert term.digests is not None

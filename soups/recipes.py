@@ -144,7 +144,7 @@ class Growing:
     def soup(self, selection: Selection) -> "Soup":
         """What a selection comes to."""
         counts, number = Counter(selection.mixture), len(selection.mixture)
-        shares = equal(len(counts)) if number == len(counts) else tuple(count / number for count in counts.values())
+        shares = tuple(count / number for count in counts.values())
         weights = self.mean(selection.mixture)
         return Soup(weights, tuple(counts), shares, selection.trials, selection.evaluations, selection.rounds)
 

@@ -264,9 +264,6 @@ def test_a_sum_past_float64_and_a_mean_past_the_output_kind_are_refused(tmp_path
 
 def test_wrong_weights_and_wrong_names_are_refused(tmp_path):
     path = save(tmp_path, "a", {"w": torch.ones(2)})
-    for weights in ([1, 1], [0], [-1], [float("nan")]):
-        with pytest.raises(UserError, match="weights: need"):
-            average_files([path], tmp_path / "soup.safetensors", weights=weights)
     with pytest.raises(UserError, match="need a list for every tensor and nothing else, but see 'v'"):
         average_files([path], tmp_path / "soup.safetensors", weights={"w": [1], "v": [1]})
     with pytest.raises(UserError, match=r"a soup is written as .safetensors"):

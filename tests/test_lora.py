@@ -61,8 +61,6 @@ def test_adapters_keep_their_dtype():
 @pytest.mark.parametrize(
     ("adapters", "options", "words"),
     [
-        ([], {}, "at least one model"),
-        ([adapter(0), {}], {}, "is not in all of them"),
         ([adapter(0), adapter(1, inputs=8)], {}, "adapter 1, .*do not fit the others"),
         ([adapter(0), adapter(1, outputs=6)], {}, "adapter 1, .*do not fit the others"),
         ([{A: torch.ones(2, 3), B: torch.ones(4, 3)}], {}, "adapter 0, .*do not fit the others"),
@@ -72,7 +70,6 @@ def test_adapters_keep_their_dtype():
         ([adapter(0) | {f"{MODULE}.lora_magnitude_vector": torch.ones(5)}], {}, "is of DoRA"),
         ([adapter(0) | {f"{MODULE}.lora_sparse": torch.ones(5)}], {}, "no factor of a LoRA update"),
         ([adapter(0), adapter(1)], {"rank": 5}, r"must be in \[1, 4\].*got 5"),
-        ([adapter(0), adapter(1)], {"mixing": [0.5, 0.6]}, "a share of 1"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused_by_name(adapters, options, words):
@@ -80,9 +77,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(adapters, options, words):
         soup_lora(adapters, [1.0] * len(adapters), **options)
 
 
-def test_one_scaling_per_adapter_is_needed():
-    with pytest.raises(ValueError, match="a scaling"):
-        soup_lora([adapter(0), adapter(1)], [1.0])
+def test_adapters_of_rslora_are_scaled_by_the_root_of_their_rank():
     assert scaling_of({"r": 16, "lora_alpha": 32, "use_rslora": True}) == 32 / 4  # the root of the rank
 
 

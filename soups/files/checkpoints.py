@@ -93,6 +93,12 @@ class Checkpoint:
             yield part
 
 
+def first_names(keys: Mapping[str, Any]) -> dict[str, str]:
+    """Every further name of what has several, by equal keys -> its first name in alphabetical order."""
+    first: dict[Any, str] = {}
+    return {name: kept for name in sorted(keys) if (kept := first.setdefault(keys[name], name)) != name}
+
+
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """The checkpoint with other names for some of its tensors; `original` says what they are in the file."""
     if not names:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from soups.errors import UserError
-from soups.files.checkpoints import Checkpoint, Entry, pread
+from soups.files.checkpoints import Checkpoint, Entry, first_names, pread
 from soups.files.dtypes import FLOATS, KINDS, STORED
 from soups.files.reading import Reading, is_ema
 
@@ -276,7 +276,7 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
             if isinstance(tensor, Unreadable):
                 raise UserError(f"{path}: tensor {name!r} is sparse or quantized, which cannot be averaged")
         names = {name: tensor for name, tensor in sorted(tensors.items()) if isinstance(tensor, Tensor)}
-        ties = _ties(names)
+        ties = first_names({name: tensor for name, tensor in names.items() if tensor.size})
         kept = {name: tensor for name, tensor in names.items() if name not in ties}
         entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
         places = {
@@ -293,14 +293,3 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
     inert = tuple(name for name, item in state.items() if isinstance(item, Inert))
     fill = partial(fill_tensor, places)
     return Checkpoint(path, entries, ties, fill, unwrapped, others=others, dropped=(*dropped, *inert))
-
-
-def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    first: dict[Tensor, str] = {}
-    ties = {}
-    for name, tensor in tensors.items():
-        if tensor.size:
-            kept = first.setdefault(tensor, name)
-            if kept != name:
-                ties[name] = kept
-    return ties

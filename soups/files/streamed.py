@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +40,14 @@ def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-@dataclass(frozen=True)
-class StreamedFile:
-    """A file being written."""
-
-    descriptor: int
-    offsets: dict[str, int]
-
-    def write(self, name: str, start: int, stored: NDArray[Any]) -> None:
-        """Put stored elements of a tensor from element `start` on; threads may write different blocks."""
-        _pwrite(self.descriptor, stored.view(np.uint8).data, self.offsets[name] + start * stored.itemsize)
-
-
 @contextmanager
 def streamed(
     path: Path, entries: Mapping[str, Entry], metadata: Callable[[], Mapping[str, str]], *, sync: bool = True
-) -> Iterator[StreamedFile]:
+) -> Iterator[Callable[[str, int, NDArray[Any]], None]]:
     """A safetensors file that appears under `path` when the block ends well.
+
+    The block gets a function that puts stored elements of a tensor into the file, from the element of a number on;
+    threads may write different blocks.
 
     Args:
         path: of the file; its space is taken at once, so that a full disk is known before the work.
@@ -73,7 +63,9 @@ def streamed(
     with replacing(path, sync=sync) as temporary, temporary.open("wb") as file:
         if hasattr(os, "posix_fallocate"):  # not on macOS, where a full disk is known only when it is full
             os.posix_fallocate(file.fileno(), 0, size)
-        yield StreamedFile(file.fileno(), offsets)
+        yield lambda name, start, stored: _pwrite(
+            file.fileno(), stored.view(np.uint8).data, offsets[name] + start * stored.itemsize
+        )
         final, _, same_size = _header(entries, metadata())
         if (len(final), same_size) != (len(header), size):
             raise ValueError("the metadata of a streamed file changed its length")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soups.errors import UserError
-from soups.files.checkpoints import Checkpoint, Entry, read_header, supported
+from soups.files.checkpoints import Checkpoint, Entry, first_names, read_header, supported
 from soups.files.dtypes import KINDS, STORED
 from soups.files.opening import open_checkpoint
 from soups.files.reading import Reading
@@ -33,14 +33,8 @@ def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     >>> tied_names({"head": w, "embedding": w, "bias": torch.zeros(2)})
     {'head': 'embedding'}
     """
-    first: dict[tuple[Any, ...], str] = {}
-    ties = {}
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        kept = first.setdefault((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()), name)
-        if kept != name and tensor.numel():
-            ties[name] = kept
-    return ties
+    filled = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+    return first_names({name: (t.data_ptr(), t.dtype, tuple(t.shape), t.stride()) for name, t in filled.items()})
 
 
 def _bits(tensor: Tensor) -> NDArray[Any]:

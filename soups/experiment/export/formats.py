@@ -94,14 +94,11 @@ def graph_of(source: Source) -> Network:
 
 def facts(source: Source) -> dict[str, Any]:
     """What one who feeds the graph must know; JSON."""
-    known: dict[str, Any] = {"class_names": list(source.class_names)}
     if not source.model.is_reader:
-        images = _network_of(source, source.network).images
-        assert images is not None
-        return known | images.facts()
+        return to_onnx.facts_of(_network_of(source, source.network))
     words = source.tokenizer
-    known |= {"template": source.task.template, "before": words.before, "after": words.after, "pad": words.pad}
-    return known | {"max_length": words.max_length}
+    known: dict[str, Any] = {"class_names": list(source.class_names), "template": source.task.template}
+    return known | {"before": words.before, "after": words.after, "pad": words.pad, "max_length": words.max_length}
 
 
 def write_onnx(source: Source, folder: Path) -> None:

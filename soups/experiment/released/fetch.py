@@ -63,7 +63,16 @@ def _once(wanted: Download, stop: threading.Event) -> int | None:
     """Ask for what is missing and append it; returns how long the whole file should be."""
     have = wanted.part.stat().st_size if wanted.part.exists() else 0
     request = Request(wanted.url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urlopen(request, timeout=PATIENCE) as answer:
+    try:
+        answer = urlopen(request, timeout=PATIENCE)
+    except HTTPError as error:
+        stated = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+        if error.code == 416 and stated == str(have):
+            return have  # nothing is missing
+        if error.code == 416:
+            wanted.part.unlink(missing_ok=True)  # it is too long
+        raise
+    with answer:
         kept = have if _continued(answer, have) else 0
         total = _total(answer, kept)
         with wanted.part.open("r+b" if kept else "wb") as file:
@@ -75,15 +84,6 @@ def _once(wanted: Download, stop: threading.Event) -> int | None:
             file.flush()
             os.fsync(file.fileno())
     return total
-
-
-def _finished_range(error: HTTPError, part: Path) -> bool:
-    """Whether a refused range means that nothing is missing; a part that is too long is deleted."""
-    stated = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-    if stated.isdigit() and part.exists() and part.stat().st_size == int(stated):
-        return True
-    part.unlink(missing_ok=True)
-    return False
 
 
 def fetch(wanted: Download, stop: threading.Event) -> None:
@@ -109,9 +109,6 @@ def fetch(wanted: Download, stop: threading.Event) -> None:
             if size > total:
                 wanted.part.unlink()
         except HTTPError as error:
-            if error.code == 416 and _finished_range(error, wanted.part):
-                wanted.part.replace(wanted.path)
-                return
             if error.code < 500 and error.code not in (408, 416, 429):
                 raise UserError(f"{wanted.url}: the server answers {error.code} {error.reason}") from None
             trouble = f"the server answers {error.code} {error.reason}"

@@ -4,7 +4,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from models.released import LEFTOVERS, check_released, convert
 from soups.experiment.released.fetch import Download, fetch_all
 from soups.files.atomic import read_json, write_json
 from soups.files.checkpoints import digest_file
-from soups.files.opening import open_checkpoint
+from soups.files.opening import opened
 from soups.files.weights import save_weights
 from store.runs import sole_writer
 
@@ -61,8 +60,7 @@ def looked_through(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is not the authors' split: need {TRAIN_IMAGES:,} values of 0 and 1")
         return {"bytes": size, "digest": ""}
     check_archive(path)
-    with ExitStack() as stack:
-        checkpoint = open_checkpoint(path, stack)
+    with opened([path]) as (checkpoint,):
         check_released(checkpoint)
         return {"bytes": size, "digest": digest_file(checkpoint)}
 
