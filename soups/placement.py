@@ -1,6 +1,8 @@
 """Where the ingredients of a learned soup live while it is learned, and the two passes over them that a step takes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,16 +19,26 @@ from soups.files.weights import Weights
 from soups.ranks import sum_over_ranks, this_rank
 
 Place = Literal["stream", "host", "device"]
-BLOCK = 1 << 20  # elements that are read at once, and whose products are summed in float32 before a float64 sum
-Buffer = NDArray[np.uint8]
+# Elements that are read at once, and whose products are summed in float32 before a float64 sum: few enough to stay in a
+# core's cache, or of a GPU enough to be worth a kernel.
+BLOCK, GPU_BLOCK = 1 << 18, 1 << 20
 
 
-def blocks_of(weights: Weights, name: str, buffer: Buffer) -> Iterator[Tensor]:
-    """The elements of a tensor in order, `BLOCK` at a time, read into `buffer` where the weights are a file."""
+class Buffers(threading.local):
+    """Of each thread: what blocks of files are read into, and what those of another kind of number are converted in."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block  # elements
+        self.read: NDArray[np.uint8] = np.empty(8 * block, np.uint8)
+        self.scratch = torch.empty(block, dtype=torch.float64)
+
+
+def blocks_of(weights: Weights, name: str, buffers: Buffers) -> Iterator[Tensor]:
+    """The elements of a tensor in order, a block at a time, read into a buffer where the weights are a file."""
     if isinstance(weights, LazyWeights):
-        yield from weights.blocks(name, buffer, BLOCK)
+        yield from weights.blocks(name, buffers.read, buffers.block)
     else:
-        yield from weights[name].reshape(-1).split(BLOCK)
+        yield from weights[name].reshape(-1).split(buffers.block)
 
 
 def _as(block: Tensor, like: Tensor, scratch: Tensor) -> Tensor:
@@ -44,13 +56,17 @@ class Placement:
     own: tuple[int, ...]  # which of the K are here
     held: tuple[Weights, ...]  # one for each of `own`
     mean: Weights | None  # what the differences are to; None where ingredients are held as they are
-    buffer: Buffer  # what blocks of files are read into
-    scratch: Tensor  # what blocks of another kind of number are converted in
+    buffers: Buffers
 
-    def blocks(self, name: str) -> Iterator[tuple[int, Iterator[Tensor]]]:
-        """Each ingredient's number in [0, K) and the blocks of its tensor of this name, to be used in turn."""
-        for i, weights in zip(self.own, self.held, strict=True):
-            yield i, blocks_of(weights, name, self.buffer)
+    def blocks(self, name: str, like: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each block of the flat `like`, each ingredient's number in [0, K) and its block there, to be used in turn.
+
+        A block of `like` is in the processor's cache from one ingredient to the next.
+        """
+        found = [(i, blocks_of(held, name, self.buffers)) for i, held in zip(self.own, self.held, strict=True)]
+        for part in like.split(self.buffers.block):
+            for i, blocks in found:
+                yield i, part, _as(next(blocks), part, self.buffers.scratch)
 
 
 def settle(
@@ -84,14 +100,14 @@ def settle(
         raise ValueError("a recipe needs at least one model")
     rank, world = this_rank()
     own = tuple(range(rank, len(models), world))
-    sources, buffer = [models[i]() for i in own], np.empty(8 * BLOCK, np.uint8)
-    scratch = torch.empty(BLOCK, dtype=torch.float64)
+    sources = [models[i]() for i in own]
+    buffers = Buffers(BLOCK if device is None or device.type == "cpu" else GPU_BLOCK)
     checkpoints = [checkpoint_of(f"ingredient {i}", source) for i, source in zip(own, sources, strict=True)]
     common_layout([checkpoint_of("the network", network), *checkpoints])
     for checkpoint in checkpoints:
         sound_digest(checkpoint)
     if place == "stream":
-        return Placement(len(models), own, tuple(sources), None, buffer, scratch)
+        return Placement(len(models), own, tuple(sources), None, buffers)
     where = torch.device("cpu") if place == "host" else device
     held: list[dict[str, Tensor]] = [{} for _ in own]
     mean: dict[str, Tensor] = {}
@@ -99,59 +115,91 @@ def settle(
         centre = torch.zeros(target.numel(), dtype=torch.float64)
         if differences:
             for source in sources:
-                for part, block in zip(centre.split(BLOCK), blocks_of(source, name, buffer), strict=True):
-                    part.add_(_as(block, part, scratch))
+                for part, block in zip(centre.split(buffers.block), blocks_of(source, name, buffers), strict=True):
+                    part.add_(_as(block, part, buffers.scratch))
             centre = sum_over_ranks(centre) / len(models)
             mean[name] = centre.to(where, _wide(target.dtype)).reshape(target.shape)
         for kept, source in zip(held, sources, strict=True):
             if differences:
                 kept[name] = torch.empty(target.shape, dtype=torch.bfloat16, device=where)
-                _subtract(blocks_of(source, name, buffer), centre, kept[name], scratch)
+                _subtract(blocks_of(source, name, buffers), centre, kept[name], buffers)
             else:
                 kept[name] = source[name].to(where, copy=True)
-    return Placement(len(models), own, tuple(held), mean if differences else None, buffer, scratch)
+    return Placement(len(models), own, tuple(held), mean if differences else None, buffers)
 
 
-def _subtract(blocks: Iterator[Tensor], centre: Tensor, into: Tensor, scratch: Tensor) -> None:
+def _subtract(blocks: Iterator[Tensor], centre: Tensor, into: Tensor, buffers: Buffers) -> None:
     """Write a tensor that comes in blocks, less the flat float64 `centre`, into another."""
-    for part, block, middle in zip(into.view(-1).split(BLOCK), blocks, centre.split(BLOCK), strict=True):
-        part.copy_(torch.sub(_as(block, middle, scratch), middle, out=scratch[: len(block)]))
+    for part, block, middle in zip(
+        into.view(-1).split(buffers.block), blocks, centre.split(buffers.block), strict=True
+    ):
+        part.copy_(torch.sub(_as(block, middle, buffers.scratch), middle, out=buffers.scratch[: len(block)]))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.no_grad()
+def _for_each(names: Iterable[str], work: Callable[[str], None], threads: int) -> None:
+    """Work on each tensor, on as many threads, which compute alone.
+
+    Two threads that share every small sum wait for each other longer than they sum.
+    """
+    if threads == 1:
+        for name in names:
+            work(name)
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, names))
+    finally:
+        torch.set_num_threads(before)  # of threads that are yet to come, as those of autograd
+
+
 def mix_into(targets: Mapping[str, Tensor], placement: Placement, shares: Callable[[str], Sequence[float]]) -> None:
-    """Overwrite each target with the sum of shares x ingredients, in float32 or wider, one tensor at a time.
+    """Overwrite each target with the sum of shares x ingredients, in float32 or wider, a tensor a thread at a time.
 
     Args:
         targets: tensors of the network, by name.
         placement: the ingredients.
         shares: the K numbers, summing to 1, of a tensor of this name.
     """
-    for name, target in targets.items():
+    rank, world = this_rank()
+
+    @torch.no_grad()  # which is a thread's own
+    def mix(name: str) -> None:
+        target, numbers = targets[name], shares(name)
         total = torch.zeros(target.shape, dtype=_wide(target.dtype), device=target.device)
-        if placement.mean is not None and this_rank()[0] == 0:  # once, whatever the number of ranks
+        if placement.mean is not None and rank == 0:  # once, whatever the number of ranks
             total += placement.mean[name].to(total.device)
-        numbers = shares(name)
-        for i, blocks in placement.blocks(name):
-            for part, block in zip(total.view(-1).split(BLOCK), blocks, strict=True):
-                part.add_(_as(block, part, placement.scratch), alpha=numbers[i])
+        for i, part, block in placement.blocks(name, total.view(-1)):
+            part.add_(block, alpha=numbers[i])
         target.copy_(sum_over_ranks(total))
 
+    # Ranks sum tensors in one order.
+    _for_each(targets, mix, torch.get_num_threads() if world == 1 and _on_cpu(targets) else 1)
 
-@torch.no_grad()
+
 def inner_products(gradients: Mapping[str, Tensor], placement: Placement) -> Tensor:
     """(T, K) float64 products of each of T gradients with each ingredient's tensor of the same name.
 
     Of differences to the mean they are smaller by the same number for all K, which a softmax does not see.
     """
     products = torch.zeros(len(gradients), placement.number, dtype=torch.float64)
-    for row, (name, gradient) in enumerate(gradients.items()):
-        flat = gradient.reshape(-1).to(_wide(gradient.dtype))
-        for i, blocks in placement.blocks(name):
-            pairs = zip(flat.split(BLOCK), blocks, strict=True)
-            products[row, i] = sum(torch.dot(g, _as(t, g, placement.scratch)).double() for g, t in pairs)
+    rows = {name: row for row, name in enumerate(gradients)}
+
+    @torch.no_grad()
+    def multiply(name: str) -> None:
+        gradient = gradients[name]
+        found = torch.zeros(placement.number, dtype=torch.float64, device=gradient.device)
+        for i, part, block in placement.blocks(name, gradient.reshape(-1).to(_wide(gradient.dtype))):
+            found[i] += torch.dot(part, block)
+        products[rows[name]] = found
+
+    _for_each(gradients, multiply, torch.get_num_threads() if _on_cpu(gradients) else 1)
     return sum_over_ranks(products)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors.values())

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from soups.descent import Layout, LearnedSettings, State, learned, shuffled, step
 from soups.files.tensors import LazyWeights
 from soups.files.weights import save_weights
-from soups.placement import settle
+from soups.placement import BLOCK, inner_products, mix_into, settle
 from soups.recipes import mean_of
 
 EVERY = ["model", "layer", "tensor"]
@@ -170,6 +170,30 @@ def test_where_ingredients_live_changes_no_bit_and_rounded_differences_little():
         else:
             assert (soup.coefficients - exact.coefficients).abs().max() < 0.01
             assert not torch.equal(soup.coefficients, exact.coefficients)
+
+
+def test_the_number_of_threads_changes_no_bit_of_mixes_and_products_and_stays_as_it_was():
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"large": 2 * BLOCK + 12_345, "small": 7, "half": BLOCK // 2 + 1}
+    models = [{name: torch.randn(size, generator=generator) for name, size in sizes.items()} for _ in range(3)]
+    shares, before, found = [0.5, 0.3, 0.2], torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        targets = {name: torch.zeros(size, requires_grad=True) for name, size in sizes.items()}
+        placement = settle(loaders(models), targets, models[0], place="stream")
+        mix_into(targets, placement, lambda name: shares)
+        gradients = {name: target.detach().clone() for name, target in targets.items()}
+        found.append((gradients, inner_products(gradients, placement)))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    (one, products), (other, others) = found
+    assert torch.equal(products, others)
+    for row, name in enumerate(sizes):
+        assert torch.equal(one[name], other[name])
+        mixed = sum(share * model[name].double() for share, model in zip(shares, models, strict=True))
+        torch.testing.assert_close(one[name], mixed.float())
+        expected = torch.stack([mixed @ model[name].double() for model in models])
+        torch.testing.assert_close(products[row], expected, rtol=1e-3, atol=1e-2)
 
 
 def test_the_network_keeps_its_mode_and_frozen_parameters_and_drops_its_gradients():
