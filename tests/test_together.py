@@ -14,7 +14,7 @@ from eval.batch_size import found_by_all
 from finetune.start import initialise
 from finetune.train import evaluation_settings, train_row
 from soups.errors import one_line_errors
-from soups.files.atomic import read_json, read_jsonl, write_json
+from soups.files.atomic import read_json, write_json
 from soups.files.weights import load_weights
 from store.processes import COLLECTIVE_TIMEOUT, Processes, single_process, start_processes
 from tests.commands import here, in_two
@@ -30,10 +30,6 @@ def settings(runs):
 
 def row(runs, number=1):
     return runs / "demo_tiny/ingredients" / f"{number:03d}"
-
-
-def losses(folder):
-    return [line["loss"] for line in read_jsonl(folder / "metrics.jsonl") if "epoch" not in line and "loss" in line]
 
 
 def begin_alone(runs):
@@ -108,20 +104,15 @@ def test_a_state_of_one_process_is_continued_by_two_and_the_other_way_round(toge
     folder, seen = together
     # To the bit: moments, averages and counters too.
     assert equal(torch.load(row(folder / "alone") / "state.pt"), torch.load(folder / "again.pt"))
+    assert seen[0]["from one"] == seen[1]["from one"] == ""  # tests/test_parallel.py has the losses and weights
+    state = row(folder / "begun") / "state.pt"
+    written = torch.load(state)
+    written["progress"]["seconds"] = 1000.0
+    torch.save(written, state)
     with saved_again(tmp_path / "again.pt"):
-        begun = folder / "begun"
-        written = torch.load(row(begun) / "state.pt")
-        train_row(settings(begun), 1)
+        seconds = train_row(settings(folder / "begun"), 1)["seconds"]
     assert equal(written, torch.load(tmp_path / "again.pt"))
-    assert seen[0]["from one"] == seen[1]["from one"] == ""
-    state = torch.load(row(folder / "alone") / "state.pt")
-    state["progress"]["seconds"] = 1000.0
-    torch.save(state, row(folder / "alone") / "state.pt")
-    assert 1000 < train_row(settings(folder / "alone"), 1)["seconds"] < 2000  # of all processes that trained the row
-    expected = losses(row(folder / "alone"))
-    assert len(expected) == 6
-    for runs in ("one", "two", "begun"):
-        assert losses(row(folder / runs)) == pytest.approx(expected, rel=1e-3)
+    assert 1000 < seconds < 2000  # of all processes that trained the row
 
 
 @pytest.mark.slow
@@ -160,18 +151,15 @@ def test_torchrun_is_refused_by_commands_that_are_one_process(monkeypatch, capsy
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["-m", "soups"], "without MASTER_ADDR, MASTER_PORT"),
-        (["-m", "analysis"], "this command is one process"),
-        (["reproduce.py"], "this command is one process"),
+        ("-m soups", "without MASTER_ADDR, MASTER_PORT"),
+        ("-m analysis", "this command is one process"),
+        ("reproduce.py", "this command is one process"),
     ],
-    ids=["soups", "analysis", "reproduce"],
 )
-def test_several_processes_are_refused_where_they_cannot_meet_or_have_nothing_to_share(
-    command, message, tmp_path, monkeypatch
-):
+def test_several_processes_are_refused_that_cannot_meet_or_share_nothing(command, message, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    ended = here([*command, "experiment=demo_tiny", f"paths.runs={tmp_path}"])
+    ended = here([*command.split(), "experiment=demo_tiny", f"paths.runs={tmp_path}"])
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert message in ended.stderr
     assert not list(tmp_path.iterdir())
