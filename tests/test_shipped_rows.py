@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -263,12 +264,11 @@ def ends(config, folder):
     short = replace(config.optim, steps=1, keep="last", evaluate_every=0)
     large = replace(short, lr=1e30, warmup_steps=0)
     optims = {"slow": short, "diverged": large, "diverged at an evaluation": replace(large, evaluate_every=1)}
-    compute = replace(config.compute, eval_batch=24)
-    found = {
-        name: replace(config, optim=optim, compute=compute, paths=replace(config.paths, runs=folder / name))
-        for name, optim in optims.items()
-    }
-    return {name: (each, {"timeout": 6, "slow": 3} if name == "slow" else {}) for name, each in found.items()}
+    compute, found = replace(config.compute, eval_batch=24), {}
+    for name, optim in optims.items():
+        own = replace(config, optim=optim, compute=compute, paths=replace(config.paths, runs=folder / name))
+        found[name] = (own, {"timeout": 6, "slow": 3} if name == "slow" else {})
+    return found
 
 
 def losses(config):
@@ -342,17 +342,11 @@ def assert_close(found, expected, one, shown):
     assert apart < TOLERANCE[one.precision][1], f"{shown}: {apart}"
 
 
-def test_a_row_ends_although_its_scoring_takes_longer_than_processes_wait(trained):
-    config = trained.ended["slow"]
-    assert trained.pair.outcomes(config) == ["ended"] * WORLD
-    assert train_row(by_one(config), 1)["status"] == "done"  # it is, already
-
-
-@pytest.mark.parametrize("name", ["diverged", "diverged at an evaluation"])
-def test_a_row_that_diverges_ends_so_in_all_processes(name, trained):
+@pytest.mark.parametrize("name", ["slow", "diverged", "diverged at an evaluation"])
+def test_a_row_ends_in_all_processes_that_diverges_or_is_scored_for_longer_than_they_wait(name, trained):
     config = trained.ended[name]
     assert trained.pair.outcomes(config) == ["ended"] * WORLD
-    assert train_row(by_one(config), 1)["status"] == "diverged"
+    assert train_row(by_one(config), 1)["status"] == ("done" if name == "slow" else "diverged")  # already
 
 
 def measured(model: Model, options, config: Experiment, *, batch: int, steps: int = 10):
@@ -377,22 +371,18 @@ def measured(model: Model, options, config: Experiment, *, batch: int, steps: in
     example = largest_input(model, training=True).repeat(batch, *[1] * (1 if model.is_reader else 3))
     inputs = example.to(processes.device) if model.is_reader else example.to(processes.device).float()
     targets = torch.full((batch, len(options)), 1 / len(options), device=processes.device)
+    settle = partial(torch.cuda.synchronize, processes.device) if processes.device.type == "cuda" else lambda: None
     for step in range(2 * steps):
         if step == steps:
-            _settle(processes.device)
+            settle()
             began = time.monotonic()
         objective.backward(inputs, targets, processes)
         scaler.step(optimizer)
         scaler.update()
-    _settle(processes.device)
+    settle()
     seconds = time.monotonic() - began
     peak = torch.cuda.max_memory_allocated() if processes.device.type == "cuda" else 0
     return steps * batch / seconds, peak
-
-
-def _settle(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def test_the_speed_of_a_miniature_is_measured(tmp_path):
