@@ -78,15 +78,15 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment]) -> list[P
     return [publish(file, config.paths.results, homes[file.parent].name) for file in files]
 
 
-def redraw(name: str, out: Path) -> list[Path]:
-    """Make an artefact again from the numbers that were measured and kept, without runs, in the folder `out`.
+def redraw(name: str, out: Path, folder: Path = MEASURED) -> list[Path]:
+    """Make an artefact again in `out` from the numbers that were measured and kept in a folder, without runs.
 
     Raises:
         UserError: it was not measured yet; says what to run.
     """
-    measured = measured_files(name)
+    measured = measured_files(name, folder)
     if not measured:
-        raise UserError(f"{name} is {state(name)}")
+        raise UserError(f"{name} is {state(name, folder)}")
     files = []
     for experiment, file in measured.items():
         config, numbers = measured_experiment(experiment), pd.read_csv(file)
@@ -115,15 +115,15 @@ def paper_numbers(name: str) -> str:
     return ", ".join(found)
 
 
-def measured_files(name: str) -> dict[str, Path]:
-    """Experiment -> its numbers of an artefact, of those that were measured and kept."""
+def measured_files(name: str, folder: Path = MEASURED) -> dict[str, Path]:
+    """Experiment -> its numbers of an artefact, of those that were measured and kept in a folder."""
     ending = f"_{name}{DRAWN[name].made.ending}.csv"
-    return {file.name.removesuffix(ending): file for file in sorted(MEASURED.glob(f"*{ending}"))}
+    return {file.name.removesuffix(ending): file for file in sorted(folder.glob(f"*{ending}"))}
 
 
-def state(name: str) -> str:
+def state(name: str, folder: Path = MEASURED) -> str:
     """Which numbers of an artefact there are, or what to run for some."""
-    files = measured_files(name)
+    files = measured_files(name, folder)
     if files:
         return "measured: " + ", ".join(file.name for file in files.values())
     command, embedded = f"python -m analysis artefact={name} experiment=", DRAWN[name].embedded
