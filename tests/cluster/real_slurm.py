@@ -1,8 +1,5 @@
 """A real Slurm on this machine: two emulated nodes, two partitions, and its accounting where that is installed.
 
-python tests/cluster/real_slurm.py start    by hand; prints the line that lets sbatch and squeue find it
-python tests/cluster/real_slurm.py stop     cancels what runs and ends every process of it
-
 Needs Debian's slurmctld, slurmd, slurm-client and munge (slurmdbd and mariadb-server-core for sacct), and root. No
 systemd. Partition `high` preempts `main`, whose jobs go back into the queue. There is one such cluster on a machine.
 """
@@ -13,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -345,14 +341,3 @@ def running() -> Iterator[Cluster]:
             yield start()
         finally:
             stop()
-
-
-if __name__ == "__main__":
-    if reason := obstacle():
-        sys.exit(f"error: {reason}")
-    if sys.argv[1:] == ["start"]:
-        print(f"export SLURM_CONF={start().folder / 'slurm.conf'}")
-    elif sys.argv[1:] == ["stop"]:
-        stop()
-    else:
-        sys.exit("usage: real_slurm.py start|stop")
