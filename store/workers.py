@@ -25,7 +25,7 @@ T = TypeVar("T")
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names of glibc's malloc.h
 KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
-RETURN = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**23, M_TRIM_THRESHOLD: 2**28}
+RETURN = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**27}
 
 
 def leave_with_parent() -> None:
@@ -63,7 +63,7 @@ def use_threads(threads: int) -> None:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Give freed blocks of 8 MiB and more back to the system at once, and of smaller ones all but 256 MiB.
+    """Give freed blocks of 32 MiB and more back to the system at once, and of smaller ones all but 128 MiB.
 
     Where memory is scarcer than time; a step of the embedded model with every block given back took a third longer.
     """
