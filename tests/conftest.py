@@ -14,6 +14,7 @@ from xdist.scheduler import LoadFileScheduling
 # Two files of tests run side by side, each of which starts processes: with a thread a core in all of them, they would
 # wait for each other. Before anything loads torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # as store.workers has them
 ROOM = 6 * 10**9  # bytes; all tests at once have been seen to hold 3.8e9
 ROOT = Path(__file__).resolve().parents[1]
 IN_RUNS = {
@@ -89,6 +90,21 @@ def kept_answers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("configs.schema.composed", composed)
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A stage that a test calls in its own process leaves no more threads to the next: scipy's BLAS has crashed so."""
+    before = {name: os.environ.get(name) for name in POOLS}
+    yield
+    if {name: os.environ.get(name) for name in POOLS} != before:
+        for name, threads in before.items():
+            os.environ.pop(name, None) if threads is None else os.environ.update({name: threads})
+        import threadpoolctl
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        threadpoolctl.threadpool_limits(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
