@@ -300,7 +300,8 @@ def learn(
     Args:
         module: the network, on its device, from inputs to (n, C) logits; its weights are overwritten by mixes.
         models: K loaders of the same tensors as `module.state_dict()`. Each is called at most once, and its answer
-            is read tensor by tensor: `lambda: LazyWeights(path)` keeps memory under 4 models, whatever K.
+            is read tensor by tensor: `lambda: LazyWeights(path)` keeps memory under 4 models beside the
+            libraries', whatever K.
         batches: minibatches of an epoch, the same at every call and on every rank, on the module's device; inputs
             are a tensor or a dict of tensors whose first dimension is the image. See `shuffled`.
         settings: of the descent, and where ingredients live.
