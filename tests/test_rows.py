@@ -97,11 +97,11 @@ def test_each_field_of_a_row_has_a_draw_of_its_own():
 
 def test_a_grid_has_a_row_for_every_combination_with_each_line_of_a_list():
     listed = ({"optim": {"lr": 1e-3}}, {"optim": {"lr": 1e-2}})
-    sweep = Sweep(listed=listed, grid={"optim": {"mixup": (0.0, 0.5), "seed": (0, 1)}})
-    assert sweep.size == 8
-    rows = [draw(replace(load("demo"), sweep=sweep), row) for row in range(1, 9)]
+    sweep = Sweep(listed=listed, grid={"optim": {"mixup": (0.0, 0.5), "seed": (0, 1, 2)}})
+    assert sweep.size == 12
+    rows = [draw(replace(load("demo"), sweep=sweep), row) for row in range(1, 13)]
     assert [(row["optim.lr"], row["optim.mixup"], row["optim.seed"]) for row in rows] == list(
-        product((1e-3, 1e-2), (0.0, 0.5), (0, 1))
+        product((1e-3, 1e-2), (0.0, 0.5), (0, 1, 2))
     )
 
 
