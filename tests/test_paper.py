@@ -7,6 +7,7 @@ import pytest
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.cells import NAMES, write_cells
 from analysis.tables.paper import PAPER, beside, beside_table, legend, paper_table
+from configs.errors import UserError
 from configs.schema import load
 
 TABLES = ("headlines", *(f"table{name}" for name in ("1", "3", "4", "5", "c1", "j1", "l1", "l2", "l3")))
@@ -143,3 +144,9 @@ def test_the_readme_explains_every_source():
         for source in paper_table(name)["source"]:
             first = source.removeprefix("as in Table 5: ").removeprefix("as in Table L.1: ").split("; ")[0]
             assert any(first.startswith(known) for known in explained), source
+
+
+def test_a_table_that_is_missing_is_told_with_what_brings_it_back(monkeypatch, tmp_path):
+    monkeypatch.setattr("analysis.tables.paper.PAPER", tmp_path)
+    with pytest.raises(UserError, match=r"table3\.csv is missing: git checkout results/paper"):
+        paper_table("table3")

@@ -27,6 +27,7 @@ from analysis.measure.methods import (
 from analysis.tables.cells import BEST, HEADS, METRICS, NAMES, column_title, counts, gain, measured, points
 from analysis.tables.named_rows import measure_named_rows
 from analysis.tables.table3 import note
+from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.significance import paired_permutation
@@ -61,10 +62,16 @@ def paper_table(name: str) -> pd.DataFrame:
         Columns table, row, column, value (as printed: per cent or points, see unit), spread (standard deviation, NaN
         where none is given), unit, source, confidence (H, M or L). A cell that is not known has no row.
 
+    Raises:
+        UserError: the file is missing.
+
     >>> paper_table("table3").query("row == 'greedy' and column == 'test'")["value"].item()
     81.03
     """
-    return pd.read_csv(PAPER / f"{name}.csv", float_precision="round_trip")
+    file = PAPER / f"{name}.csv"
+    if not file.exists():
+        raise UserError(f"{file} is missing: git checkout results/paper brings it back")
+    return pd.read_csv(file, float_precision="round_trip")
 
 
 def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapping[str, str]) -> pd.DataFrame:
