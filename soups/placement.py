@@ -22,6 +22,7 @@ Place = Literal["stream", "host", "device"]
 # Elements that are read at once, and whose products are summed in float32 before a float64 sum: few enough to stay in a
 # core's cache, or of a GPU enough to be worth a kernel.
 BLOCK, GPU_BLOCK = 1 << 18, 1 << 20
+AT_ONCE = 8  # threads at most, since each holds the sum of a whole tensor
 
 
 class Buffers(threading.local):
@@ -178,7 +179,7 @@ def mix_into(targets: Mapping[str, Tensor], placement: Placement, shares: Callab
         target.copy_(sum_over_ranks(total))
 
     # Ranks sum tensors in one order.
-    _for_each(targets, mix, torch.get_num_threads() if world == 1 and _on_cpu(targets) else 1)
+    _for_each(targets, mix, min(torch.get_num_threads(), AT_ONCE) if world == 1 and _on_cpu(targets) else 1)
 
 
 def inner_products(gradients: Mapping[str, Tensor], placement: Placement) -> Tensor:
@@ -197,7 +198,7 @@ def inner_products(gradients: Mapping[str, Tensor], placement: Placement) -> Ten
             found[i] += torch.dot(part, block)
         products[rows[name]] = found
 
-    _for_each(gradients, multiply, torch.get_num_threads() if _on_cpu(gradients) else 1)
+    _for_each(gradients, multiply, min(torch.get_num_threads(), AT_ONCE) if _on_cpu(gradients) else 1)
     return sum_over_ranks(products)
 
 
