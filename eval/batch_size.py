@@ -14,15 +14,9 @@ ON_CPU = 128  # memory is no question there
 
 
 def largest_that_fits(attempt: Callable[[int], None]) -> int:
-    """A power of two from 4 to 1024: half of the largest with which `attempt` runs, or 1024 where that runs.
+    """A power of two from 4 to 1024: half of the largest with which `attempt` has enough memory, or 1024.
 
-    The half leaves room for what fragments and other processes may need on top.
-
-    Args:
-        attempt: raises torch.OutOfMemoryError where so many examples are too many.
-
-    Raises:
-        UserError: not even 4 fit.
+    The half leaves room for what fragments and other processes may need on top; a UserError where not even 4 fit.
     """
     size = SMALLEST
     while size <= LARGEST:
@@ -39,11 +33,7 @@ def largest_that_fits(attempt: Callable[[int], None]) -> int:
 
 
 def found_by_all(find: Callable[[], int], processes: Processes) -> int:
-    """The smallest of the numbers that the processes find, each by itself: a forward pass of one may not need others.
-
-    Raises:
-        UserError: as `find`, in all processes where it does so in one.
-    """
+    """The smallest of the numbers that the processes find; where one's `find` raises a UserError, all raise one."""
     refused = UserError("another process found no memory for a forward pass: set compute.eval_batch lower")
     try:
         found = find()
@@ -56,12 +46,7 @@ def found_by_all(find: Callable[[], int], processes: Processes) -> int:
 
 
 def largest_input(model: Model, training: bool = False) -> Tensor:
-    """(1, 3, S, S) uint8, or (1, L) token ids: an example that no other needs more memory than.
-
-    Args:
-        model: the settings of the network that sees it.
-        training: an image as it is seen in training, which may be of another size.
-    """
+    """(1, 3, S, S) uint8, or (1, L) token ids: an example that no other needs more memory than."""
     if model.is_reader:
         return torch.ones(1, model.max_length, dtype=torch.int64)
     size = model.image_size if training else model.evaluated_at
@@ -69,13 +54,7 @@ def largest_input(model: Model, training: bool = False) -> Tensor:
 
 
 def found_batch_size(outputs: Callable[[Tensor], Tensor], example: Tensor, device: torch.device) -> int:
-    """Examples a forward pass, by trying on the GPU; on the CPU a fixed number.
-
-    Args:
-        outputs: the forward pass, in the precision of the evaluation.
-        example: from `largest_input`.
-        device: of the network.
-    """
+    """Examples a forward pass by `outputs` of inputs like `example`, by trying on a GPU; on the CPU a fixed number."""
     if device.type == "cpu":
         return ON_CPU
 

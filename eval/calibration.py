@@ -15,7 +15,6 @@ def fit_beta(logits: Tensor, labels: Tensor) -> float:
 
     Args:
         logits: (N, C), any float dtype.
-        labels: (N,) class ids in [0, C), of the held-out split.
 
     Returns:
         beta in [1e-3, 1e3]; above 1 sharpens, below 1 softens. Accuracy does not depend on it.
@@ -38,7 +37,7 @@ def fit_beta(logits: Tensor, labels: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Bins:
-    """Examples sorted by confidence into B bins: what a reliability diagram draws."""
+    """Examples sorted by confidence into B bins, each a tensor of (B,)."""
 
     count: Tensor  # (B,) int64, examples
     confidence: Tensor  # (B,) float64, their mean confidence; NaN where there are none
@@ -52,15 +51,10 @@ class Bins:
 
 
 def reliability_bins(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Bins:
-    """Sort examples into bins of equal mass by confidence, the largest probability of the softmax in float64.
+    """Sort examples into B bins of equal mass by confidence, the largest probability of the softmax in float64.
 
-    Each bin has as many examples, up to one. Examples of equal confidence share the bin that the first of them falls
-    in, so the order of examples does not matter, and with many ties bins are uneven or empty.
-
-    Args:
-        logits: (N, C), any float dtype.
-        labels: (N,) class ids in [0, C).
-        bins: B > 0. How many the paper used for Figure B.2 is not known; 15 is Guo's.
+    Examples of equal confidence share the bin that the first of them falls in, so their order does not matter, and with
+    many ties bins are uneven or empty. How many bins the paper used for Figure B.2 is not known; 15 is Guo's.
 
     Raises:
         ValueError: as `eval.metrics.check` and `log_probabilities`, or bins is less than 1.
@@ -88,16 +82,7 @@ class Calibration:
 
 
 def calibrate(held_out: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, bins: int = 15) -> Calibration:
-    """Fit the temperature on held-out logits and labels, and bin the test's before and after.
-
-    Args:
-        held_out: (N, C) logits and (N,) labels of the split that selects.
-        test: (M, C) logits and (M,) labels of a split that reports.
-        bins: as in `reliability_bins`.
-
-    Raises:
-        ValueError: as `fit_beta` and `reliability_bins`.
-    """
+    """Fit the temperature on held-out logits and labels, and bin the test's before and after; raises as these."""
     beta = fit_beta(*held_out)
     logits, labels = test
     before = reliability_bins(logits, labels, bins=bins)

@@ -1,7 +1,4 @@
-"""Forward passes, once for each model and example.
-
-Networks are imported where one is built: their libraries take seconds, and cached logits need none of them.
-"""
+"""Forward passes, once for each model and example. Networks are imported where one is built, which takes seconds."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -55,13 +52,9 @@ def forward(
     precision: str = "fp32",
     outputs: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """(N, C) float32 logits on the CPU, or other outputs; (0, C) where there are no batches.
+    """(N, C) float32 logits on the CPU, or other `outputs`, of uint8 images or token ids; (0, C) without batches.
 
-    Args:
-        model: in any mode; it is left in eval mode.
-        batches: (b, 3, H, W) uint8 images or (b, L) token ids.
-        precision: fp32, or bf16 or fp16 for autocast.
-        outputs: for features, the model's `features`.
+    The model is left in eval mode; bf16 and fp16 are those of autocast.
     """
     model.eval()
     found = [_outputs(model, outputs or model, batch, precision).cpu() for batch in batches]
@@ -85,11 +78,7 @@ def shares_of_batches(order: Tensor, batch: int, world: int) -> list[Tensor]:
 
 @lru_cache(maxsize=16)
 def token_split(model: Model, task: Task, name: str) -> TokenSplit:
-    """One split of texts as token ids, read once in a process.
-
-    Raises:
-        UserError: as `load_split`, `tokenizer_of` and `Tokenizer.encode`.
-    """
+    """One split of texts as token ids, read once in a process."""
     from models.hub import source, tokenizer_of  # noqa: PLC0415  # seconds that images need not wait for
 
     split = load_split(task, name)
@@ -158,12 +147,7 @@ class Evaluator:
         return longest_first(inputs.lengths) if isinstance(inputs, TokenSplit) else torch.arange(len(inputs))
 
     def batches(self, split: str, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """(b, 3, S, S) uint8 images of a split under the model's evaluation transform, or (b, L) token ids.
-
-        Args:
-            split: its name.
-            rows: (N,) which examples, in which order; all, as in `order`, where None.
-        """
+        """(b, 3, S, S) uint8 images under the model's evaluation transform, or (b, L) token ids, of `rows`."""
         compute, inputs = self.config.compute, self.inputs(split)
         rows = self.order(split) if rows is None else rows
         if isinstance(inputs, TokenSplit):
@@ -209,7 +193,7 @@ class Evaluator:
         return self.model
 
     def _feature_shards(self, split: str) -> list[tuple[Path, Tensor]]:
-        """The files of a split's features, each with the examples in it, in the order of `order`."""
+        """The files of a split's features, each with the examples in it."""
         shards = self.order(split).split(FEATURES_SHARD)
         return [(self.features_place(split) / f"{i:05d}.npy", rows) for i, rows in enumerate(shards)]
 
@@ -242,12 +226,9 @@ class Evaluator:
         return whole
 
     def place(self, what: str, split: str, weights: str) -> Path:
-        """The file of an array with a number or more for each example of a split, named by all that it depends on.
+        """The file of an array with numbers for each example of a split, named by all that they depend on.
 
-        Args:
-            what: a folder for arrays of this kind, such as logits.
-            split: its name.
-            weights: their digest, and whatever else the numbers depend on beside the examples and their transform.
+        `weights` is their digest, and whatever else counts beside the examples and their transform.
         """
         inputs, compute = self.inputs(split), self.config.compute
         precision = arithmetic(compute.evaluates_in, tf32=compute.tf32)
@@ -256,23 +237,14 @@ class Evaluator:
         return self.run.root / what / split / f"{digest_of(parts)}.npy"
 
     def fresh_logits(self, weights: Weights, split: str, rows: Tensor | None = None) -> Tensor:
-        """(N, C) float32 logits by a forward pass, not kept; for candidates that are tried once.
-
-        The logits are in the order of `rows`, (N,) examples, or in that of the split, where None.
-        """
+        """(N, C) float32 logits by a forward pass, not kept, in the order of the split; of `rows` alone, in theirs."""
         self.model.load_state_dict(dict(weights), strict=True)
         order = self.order(split) if rows is None else rows
         found = forward(self.model, self.batches(split, order), self.config.compute.evaluates_in)
         return found if rows is not None else torch.empty_like(found).index_copy_(0, order, found)
 
     def logits(self, name: str, load: Callable[[], Weights], split: str) -> Tensor:
-        """(N, C) float32 logits from the cache, or by a forward pass that fills it.
-
-        Args:
-            name: the digest of the weights.
-            load: called only when a forward pass is needed.
-            split: its name.
-        """
+        """(N, C) float32 logits of weights with the digest `name`, from the cache or by a pass that fills it."""
         shape, path = (len(self.split(split)), self.config.task.size), self.place("logits", split, name)
         if self.processes.world == 1:
             return cached_array(path, shape, lambda: self.fresh_logits(load(), split))
@@ -285,10 +257,9 @@ class Evaluator:
         return from_the_first(kept, shape, self.processes)
 
     def _filled_together(self, shape: tuple[int, int], split: str) -> list[Tensor]:
-        """Logits of the model as it is, in a list on the first process; each of W processes computes every W-th batch.
+        """Logits of the model as it is, on the first process; each of W processes computes every W-th batch.
 
-        The batches, and so the bits, are those of one process alone. No file goes between processes, since file systems
-        show files late to other nodes.
+        The batches, and so the bits, are those of one process alone; no file, which others see late, goes between them.
         """
         rows = shares_of_batches(self.order(split), self.batch_size, self.processes.world)
         batches = self.batches(split, rows[self.processes.rank])
@@ -336,10 +307,7 @@ class Evaluator:
         return load_annotations(self.config.task)
 
     def annotated(self, logits: Tensor) -> dict[str, Annotated]:
-        """Results by each annotation of the test split: which predictions are among the answers that count as right.
-
-        Source: Beyer et al. 2020, Section 3; Shankar et al. 2020, Section 2.
-        """
+        """Results by each annotation of the test split (Beyer et al. 2020, Section 3; Shankar et al. 2020, 2)."""
         if not self.annotations:
             return {}
         test = self.config.task.test

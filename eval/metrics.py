@@ -8,11 +8,7 @@ from torch import Tensor
 
 
 def check(logits: Tensor, labels: Tensor) -> None:
-    """Refuse logits and labels that have no metric.
-
-    Raises:
-        ValueError: N is 0, the shapes do not agree, a logit is not a number, or a label is not a class id.
-    """
+    """Raise a ValueError for no examples, shapes that do not agree, NaN, or labels that are no class ids."""
     _check_labels(logits, labels)
     _refuse_nan(logits.amax(dim=1))  # the largest of some numbers is NaN where one of them is
 
@@ -54,12 +50,9 @@ def top1(logits: Tensor, labels: Tensor) -> float:
 
 
 def topk(logits: Tensor, labels: Tensor, k: int = 5) -> float:
-    """The share of examples, in [0, 1], whose label is among the k largest logits.
+    """The share of examples, in [0, 1], whose label is among the k largest logits; raises as `check`.
 
     Of equal logits the smaller class id comes first, so that k = 1 is `top1`.
-
-    Raises:
-        ValueError: as `check`, or k is not in [1, C].
     """
     check(logits, labels)
     if not 1 <= k <= logits.shape[1]:
@@ -72,11 +65,7 @@ def topk(logits: Tensor, labels: Tensor, k: int = 5) -> float:
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """(N, C) float64 log-softmax; a logit of -inf masks its class out.
-
-    Raises:
-        ValueError: a row has +inf, or nothing but -inf, and hence no softmax.
-    """
+    """(N, C) float64 log-softmax; -inf masks a class out, and a ValueError tells a row that has no softmax."""
     found = logits.double().log_softmax(dim=1)
     if torch.isnan(found).any():
         raise ValueError("some logits have no softmax: a row holds +inf, or -inf for every class")
@@ -84,26 +73,13 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def nll(logits: Tensor, labels: Tensor) -> float:
-    """Negative log-likelihood of the labels: the mean cross-entropy in nats, >= 0; inf where a label is masked out.
-
-    Raises:
-        ValueError: as `check` and `log_probabilities`.
-    """
+    """Mean cross-entropy of the labels in nats, >= 0; inf where a label is masked out; raises as `check`."""
     check(logits, labels)
     return -log_probabilities(logits).gather(1, labels.long().unsqueeze(1)).mean().item()
 
 
 def correct_in_sets(logits: Tensor, sets: Tensor) -> Tensor:
-    """(M,) bool: whether each prediction is one of the image's labels; the N - M images without labels are left out.
-
-    Two models leave out the same images, so their results stay paired.
-
-    Args:
-        logits: (N, C).
-        sets: (N, C) bool: which classes are right for each image.
-
-    Raises:
-        ValueError: N is 0, the shapes do not agree, a logit is not a number, or no image has a label.
+    """(M,) bool: whether each prediction is among the image's labels, (N, C) bool; images without any are left out.
 
     Source: Beyer et al. 2020, Section 3: images on which the raters agreed on no label are not counted.
     """

@@ -20,16 +20,7 @@ from store.workers import spread
 
 
 def evaluate(config: Experiment, folder: Path, processes: Processes | None = None) -> str:
-    """Logits of one model on the held-out, test and shift splits, and scores.jsonl beside it; returns one line.
-
-    Args:
-        config: the experiment.
-        folder: where the model is.
-        processes: these do it together; the first one writes the scores.
-
-    Raises:
-        UserError: missing or damaged weights, logits or data.
-    """
+    """Logits of one model on the held-out, test and shift splits, and scores.jsonl beside it; returns one line."""
     evaluator, task = Evaluator(config, processes), config.task
     weights = first_decides(lambda: recorded_weights(config, folder), evaluator.processes)
     if not weights:
@@ -45,7 +36,6 @@ def evaluate(config: Experiment, folder: Path, processes: Processes | None = Non
 
 
 def _scores(evaluator: Evaluator, file: Path, digest: str) -> list[dict[str, Any]]:
-    """One row a split, and one an annotation of the test split, for one file of weights."""
     task, rows, annotated = evaluator.config.task, [], {}
     _ = evaluator.annotations  # damaged ones are refused before any forward pass
     for split in (task.held_out, *task.reported):
@@ -66,10 +56,7 @@ def _scores(evaluator: Evaluator, file: Path, digest: str) -> list[dict[str, Any
 
 
 def recorded_weights(config: Experiment, folder: Path) -> dict[str, str]:
-    """File -> digest of a finished model's weights, and of those beside them that single models are chosen from.
-
-    It is read from the record that is written last, and empty where there are no weights.
-    """
+    """File -> digest of a finished model's weights, and of those beside them that single models are chosen from."""
     record = next((path for path in (folder / "done.json", folder / "soup.json") if path.exists()), None)
     done = read_json(record) if record else {}
     if not done.get("digest"):
@@ -87,10 +74,7 @@ def is_scored(config: Experiment, folder: Path) -> bool:
 def model_folders(config: Experiment) -> list[Path]:
     """Folders of all finished models with weights: rows, the zero-shot model, soups; only this job's, where jobs share.
 
-    A row has its place among them whether or not it is finished, so that jobs that share them agree on who has which.
-
-    Raises:
-        UserError: rows or the zero-shot model were made with other settings.
+    An unfinished row keeps its place among them, so that jobs that share them agree on who has which.
     """
     run, share = RunFolder.of(config), config.share
     done_rows(config)

@@ -7,15 +7,10 @@ from configs.errors import UserError
 
 
 def best_on_held_out(scores: Sequence[float], held_out: str, reported: Collection[str]) -> int:
-    """The place of the model with the highest score on the held-out split, the first of equals.
-
-    Args:
-        scores: one per model, on that split.
-        held_out: its name.
-        reported: the splits whose results are shown, of which it must not be one.
+    """The place of the model with the highest score on the split `held_out`, the first of equals.
 
     Raises:
-        UserError: the held-out split is one that reports.
+        UserError: that split is among those whose results are reported.
         ValueError: there are no scores, or one is not a number.
     """
     if held_out in reported:
@@ -28,9 +23,6 @@ def oracle(scores: Sequence[float], split: str) -> int:
 
     Without held-out labels no one could choose so: only for rows that say so. In Table 4 each column has an oracle of
     its own, also that of the mean of the shifts, so the cells of the shifts may average to more than it.
-
-    Raises:
-        ValueError: there are no scores, or one is not a number.
     """
     if not scores or any(isnan(score) for score in scores):
         raise ValueError(f"the best on {split!r} needs one number per model and at least one, got {list(scores)}")

@@ -65,15 +65,13 @@ def paired_bootstrap(
 ) -> Difference:
     """Accuracy of `model` minus that of `baseline`, averaged over splits, with a percentile bootstrap interval.
 
-    Both are measured on the same images, so groups of images are resampled with both results. Groups span the splits:
+    Both are measured on the same images, and groups of images are resampled with both results. Groups span the splits:
     a class that shows up in several shifts is drawn, or not, in all of them at once.
 
     Args:
-        model: one (N_s,) tensor per split: whether each image was classified correctly, or in how many of several runs.
-        baseline: the same for the model compared with.
-        groups: one (N_s,) integer tensor per split, in [0, G); `arange` offsets make each image its own group.
-        resamples: number of bootstrap draws.
-        seed: of those draws.
+        model, baseline: one (N_s,) tensor a split: whether an image is right, or in how many of several runs.
+        groups: one (N_s,) integer tensor a split, in [0, G).
+        resamples, seed: of the draws.
 
     Raises:
         ValueError: no splits or images, tensors of a split differ in length, or a result is NaN.
@@ -105,14 +103,7 @@ class Answers:
 
 
 def bootstrap_scores(splits: Sequence[Answers], *, resamples: int, seed: int) -> Difference:
-    """The mean over splits of a model's score minus the baseline's, with a percentile bootstrap interval.
-
-    The arguments are those of `paired_bootstrap`, for scores that are no mean over images: each draw computes them
-    anew. Several models of one recipe count with the mean of their scores.
-
-    Raises:
-        ValueError: no splits, or as `score`.
-    """
+    """As `paired_bootstrap`, for scores that are no mean over images: each draw computes them anew."""
     if not splits:
         raise ValueError("need the answers on at least one split")
     drawn = _times_drawn([split.units for split in splits], resamples, seed)
@@ -139,20 +130,9 @@ def paired_permutation(
     permutations: int = 100_000,
     seed: int = 0,
 ) -> float:
-    """The two-sided p-value, in (0, 1], of the difference of two models, when each pair is swapped by a coin.
+    """The two-sided p-value, in (0, 1], of `paired_bootstrap`'s difference, when each pair is swapped by a coin.
 
-    The statistic is the mean over splits of each split's mean difference, as in `paired_bootstrap`. A metric that
-    averages over classes, such as multi-label accuracy, is tested with one split for each class.
-
-    Args:
-        model: one (N_s,) tensor of per-image scores per split, bool or float.
-        baseline: the same for the model compared with.
-        groups: one (N_s,) integer tensor per split, in [0, G): images that are swapped together, across splits.
-        permutations: how many are drawn, where they are too many to be gone through; see `sign_flip_p`.
-        seed: of the draws.
-
-    Raises:
-        ValueError: no splits or images, tensors of a split differ in length, a score is NaN, or permutations < 1.
+    Arguments and errors are those of `paired_bootstrap`; the images of a group are swapped together.
     """
     if permutations < 1:
         raise ValueError(f"need at least one permutation, got {permutations}")

@@ -18,11 +18,6 @@ class Averages:
 
     A copy is float32, or float64 where a step's share of it would be lost in float32: 1e-7 x (weights - average) is
     less than half of a last place, and the average would never move. All start as the initial weights.
-
-    Args:
-        tensors: the model's state dict before the first step.
-        regularizer: says which averages there are.
-        steps: number of steps of the whole training.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], regularizer: Regularizer, steps: int):
@@ -54,7 +49,7 @@ class Averages:
         """Take in the weights after a step, counted from 0. Integer tensors are the latest.
 
         EMA: average <- decay x average + (1 - decay) x weights, where a ramp holds the decay of step t = 1, 2, ...
-        below (1 + t) / (10 + t). SWA: every `every` steps from `start` on.
+        below (1 + t) / (10 + t).
         """
         for name, full in self.decays.items():
             decay = min(full, (step + 2) / (step + 11)) if self.regularizer.ema_ramp else full
@@ -101,7 +96,6 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def _copy(tensor: Tensor, *, wide: bool) -> Tensor:
-    """A copy, in float64 where `wide` and where it is a floating-point tensor."""
     return tensor.detach().to(torch.float64 if wide and tensor.is_floating_point() else tensor.dtype, copy=True)
 
 

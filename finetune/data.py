@@ -41,10 +41,7 @@ Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs and labels to 
 
 
 def seed_sample(*key: object) -> None:
-    """Seed the three global generators of the CPU that timm's and torchvision's augmentations draw from.
-
-    Called before every sample, so that sample j of epoch e looks the same whichever process or restart makes it.
-    """
+    """Seed the CPU's three global generators, from which augmentations draw: a sample depends on its key alone."""
     number = bits(*key)
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
@@ -72,10 +69,7 @@ def augmentation_of_epoch(augment: Augment, epoch: int, epochs: int) -> Augment:
 def pixels_of(images: Pictures, index: int) -> Tensor:
     """(3, H, W) uint8 pixels of an image, RGB, those of Pillow in less time (of CMYK files, to two levels).
 
-    Pillow decodes what is not a JPEG file, or one that simplejpeg does not read without a warning.
-
-    Raises:
-        UserError: the image is missing, or cannot be decoded to its end.
+    Pillow decodes what is no JPEG file, or one that simplejpeg does not read without a warning.
     """
     if isinstance(images, Pixels):
         return images.images[index]
@@ -88,9 +82,7 @@ def pixels_of(images: Pictures, index: int) -> Tensor:
 
 
 class _CropOfPixels(RandomResizedCropAndInterpolation):
-    """timm's random crop of (3, H, W) uint8 pixels: PyTorch resizes as Pillow does, antialiased, in a fifth of the
-    time; a pixel differs by at most one of 256 levels.
-    """
+    """timm's random crop of (3, H, W) uint8 pixels, resized as Pillow does, to one level, in a fifth of the time."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
         top, left, height, width = self.get_params(pixels, self.scale, self.ratio)
@@ -110,13 +102,12 @@ def _to_pil(pixels: Tensor) -> Image.Image:
 
 
 def augmentation(augment: Augment, size: int, mean: Sequence[float] = WHITE, *, from_pixels: bool = False) -> Transform:
-    """An image to (3, size, size) uint8, by timm's and torchvision's augmentations.
+    """An image, PIL's or with `from_pixels` that of `pixels_of`, to (3, size, size) uint8.
 
     All kinds crop at random. `minimal` does nothing else; `medium` adds a flip and colour jitter, timm's default for
     ImageNet; `rand` a flip and RandAugment as timm reads "rand-m{M}-n{N}" (each operation fires with probability 0.5,
     and M acts up to `magnitude_max`); `auto` a flip and AutoAugment's policy for ImageNet; `stochastic` chooses one
-    of several anew for each sample. What comes from beyond the edges is white, or with `fill: mean` the RGB `mean` in
-    [0, 1] that the model subtracts. The image is PIL's, or with `from_pixels` the (3, H, W) uint8 of `pixels_of`.
+    of several anew for each sample. What comes from beyond the edges is white, or with `fill: mean` the RGB `mean`.
 
     Source: Appendices J.2 and L; the released hyperparameters name timm's strings. Cubuk et al. 2019, 2020.
     """
@@ -206,7 +197,7 @@ class TrainingBatches:
 
     @property
     def workers(self) -> int:
-        """Processes that make batches ahead; none of texts, which are in memory and are only padded."""
+        """Processes that make batches ahead; none for texts, which are in memory and are only padded."""
         return 0 if isinstance(self.examples, TokenSplit) else self.config.compute.loader_workers
 
     @property
@@ -245,7 +236,7 @@ def mixed_batch(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and (b, C) targets of a step on this process's device; uint8 pixels become float32 and are mixed.
 
-    Mixing is seeded by run and step, so all processes mix alike; what is drawn later, as by dropout, by process too.
+    All processes mix alike; what is drawn later, as by dropout, is seeded by process too.
     """
     seed_globals(run_seed, "mixup", step)
     inputs = batch.to(processes.device, non_blocking=True)

@@ -1,7 +1,6 @@
 """Training over one process or several: parameters are copied or sharded, gradients and losses meet.
 
-A tensor is whole on the first process, as files have it, and sharded or copied on all, as training has it. No process
-but the first ever holds more than its own part of a sharded tensor.
+No process but the first, which has whole tensors as files do, ever holds more than its part of a sharded tensor.
 """
 
 import math
@@ -33,8 +32,7 @@ K = TypeVar("K", bound=Hashable)
 def wrap(model: Network, compute: Compute, processes: Processes) -> nn.Module:
     """The network whose forward pass trains `model`: on its device, copied or sharded over processes, compiled.
 
-    All processes get the weights of the first one, by DDP itself or as shards. With sharding, the models of the others
-    may be without memory, on the meta device.
+    All processes get the weights of the first one; with sharding, the models of the others may be on the meta device.
 
     Raises:
         UserError: sharding without several processes, or settings that this network or device has not.
@@ -66,10 +64,9 @@ def wrap(model: Network, compute: Compute, processes: Processes) -> nn.Module:
 def _shard(model: Network, compute: Compute, processes: Processes) -> None:
     """Shard a model block by block.
 
-    Weights are gathered in the low precision of autocast, which halves what is sent; gradients are summed in float32.
-    Inputs are not cast, so that images are normalised in float32. No kernel takes low-precision weights beside the
-    float32 statistics of batch norms: networks with some are gathered as they are, and so are those that are evaluated
-    on held-out in another precision.
+    Weights are gathered in the low precision of autocast, and gradients summed in float32. Inputs are not cast, so that
+    images are normalised in float32. Networks with batch norms, whose float32 statistics fit no low-precision weights,
+    are gathered as they are, and so are those that are evaluated in another precision.
     """
     model.to(memory_format=torch.contiguous_format)  # no other can be sharded
     whole = {name: tensor.detach() for name, tensor in all_tensors(model).items()} if processes.is_main else {}
@@ -84,10 +81,7 @@ def _shard(model: Network, compute: Compute, processes: Processes) -> None:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network, gathered or computed again one at a time.
-
-    They are the members of its longest lists of modules of one kind; none of them is inside another.
-    """
+    """The members of a network's longest lists of modules of one kind, none inside another: gathered one at a time."""
     lists = [
         module
         for module in model.modules()
@@ -114,9 +108,7 @@ def synchronised(network: nn.Module, on: bool) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up gathered parameters. FSDP keeps those of the root after a forward pass and would use them in the next,
-    although the shards were changed in between.
-    """
+    """Give up gathered parameters: FSDP would use the root's in the next pass, though shards changed in between."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -144,10 +136,7 @@ def give_memory(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def gathered(tensors: Mapping[K, Tensor], *, keep: bool) -> dict[K, Tensor]:
-    """Whole or sharded tensors, whole on the CPU of the first process, and none on the others.
-
-    All processes must ask for the same in the same order; `keep` is true on the first one.
-    """
+    """Whole or sharded tensors, whole on the CPU of the first process (`keep`), none on the others; all must ask."""
     found = {}
     for name, tensor in tensors.items():
         whole = _joined(tensor) if isinstance(tensor, DTensor) and _is_cut(tensor) else local_part(tensor)
@@ -159,13 +148,7 @@ def gathered(tensors: Mapping[K, Tensor], *, keep: bool) -> dict[K, Tensor]:
 
 @torch.no_grad()
 def spread(whole: Mapping[K, Tensor], targets: Mapping[K, Tensor], processes: Processes) -> None:
-    """Copy the first process's whole tensors into those of all, each its part where they are sharded.
-
-    Args:
-        whole: by the names of `targets`; ignored on the other processes.
-        targets: the same names in the same order on all processes, which must all ask.
-        processes: all that share the targets.
-    """
+    """Copy the first process's whole tensors into those of all, each its part where they are sharded; all must ask."""
     for name, target in targets.items():
         own = whole[name] if processes.is_main else None
         if isinstance(target, DTensor) and _is_cut(target):
@@ -197,7 +180,6 @@ def _joined(tensor: DTensor) -> Tensor | None:
 
 
 def _scatter(whole: Tensor | None, target: DTensor) -> None:
-    """Copy each process's rows of the first one's tensor into it."""
     part, parts, local, mesh = _room(target), None, target.to_local(), target.device_mesh
     if whole is not None:
         padded = torch.cat([part] * mesh.size())
@@ -227,9 +209,7 @@ class LateLosses:
         self.unread.append((sums, ready))
 
     def read(self, *, newest: bool) -> list[tuple[float, bool]]:
-        """Loss over all processes, and whether one is asked to stop, of each step not read yet.
-
-        The newest step is left for the next call unless it is wanted.
+        """Loss over all processes, and whether one is asked to stop, of each unread step, the newest only where wanted.
 
         Raises:
             DivergedError: a loss is not a number, or infinite.

@@ -31,17 +31,10 @@ def sole_writers(folder: Path, processes: Processes) -> Iterator[None]:
 def save_trained(
     config: Experiment, folder: Path, base: dict[str, Any], started: float, kinds: dict[str, dict[str, Tensor]]
 ) -> dict[str, Any]:
-    """Write a model's weights, and then trained.json, from which a restart goes on without training again.
+    """Write a model's weights, then trained.json, from which a restart goes on without training again; returns that.
 
-    Args:
-        config: of the experiment.
-        folder: the model's.
-        base: what its done.json says beside weights and scores.
-        started: when this process began with it, by the monotonic clock.
-        kinds: state dicts by kind: the one that is the row's ingredient becomes weights.safetensors, the others stand
-            beside it under their own names. A diverged model has none.
-
-    Returns trained.json: done.json without scores.
+    `base` is what done.json says beside weights and scores, `started` when this process began, by the monotonic clock.
+    Of the state dicts in `kinds` the row's ingredient becomes weights.safetensors; a diverged model has none.
     """
     ingredient = config.regularizer.ingredient if base["row"] else RAW
     digests = {kind: save_weights(_file(folder, kind, ingredient), weights) for kind, weights in kinds.items()}
@@ -60,22 +53,13 @@ def save_trained(
 
 
 def _file(folder: Path, kind: str, ingredient: str) -> Path:
-    """The file of one kind of weights."""
     return folder / f"{'weights' if kind == ingredient else kind}.safetensors"
 
 
 def score(config: Experiment, folder: Path, trained: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """Score a model's weights on held-out, by all processes together, and write done.json last.
+    """Score a model's weights on held-out, by all processes together, and write done.json last, which is returned.
 
     A diverged model, or one with NaN among its logits, has no score: its row counts as tried, and recipes leave it out.
-
-    Args:
-        config: of the experiment.
-        folder: the model's.
-        trained: its trained.json.
-        processes: all of them must call it.
-
-    Returns done.json.
     """
     started, split, ingredient = time.monotonic(), config.task.held_out, trained["ingredient"]
     evaluator = Evaluator(config, processes)
@@ -103,14 +87,9 @@ def score(config: Experiment, folder: Path, trained: dict[str, Any], processes: 
 def complete(
     config: Experiment, folder: Path, name: str, make: Callable[[], dict[str, Any]], processes: Processes
 ) -> dict[str, Any]:
-    """Return a model's done.json, and first do what is missing: make the weights, score them.
+    """Return the done.json of a model with this identity, after what is missing: `make` its weights, score them.
 
-    Args:
-        config: of the experiment.
-        folder: the model's, which these processes hold.
-        name: its identity.
-        make: called by all processes where its weights are not there; returns trained.json.
-        processes: all of them must call it.
+    All processes must call it; `make` returns trained.json.
     """
 
     def found(record: str) -> dict[str, Any] | None:

@@ -49,10 +49,9 @@ def largest_world(optim: Optim, world: int) -> int:
 
 
 def refuse_unequal_shares(optim: Optim, world: int) -> None:
-    """Raise a `UserError` where `world` processes would take unequal parts of a row's batches.
+    """Raise a UserError where `world` processes would take unequal parts of a row's batches.
 
-    Equal parts are cut into equal micro-batches. With unequal ones, sharded parameters would be gathered by one process
-    while another waits for something else, for ever.
+    One would gather sharded parameters while another waits for something else, for ever.
     """
     fits = largest_world(optim, world)
     if fits != world:

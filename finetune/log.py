@@ -62,8 +62,7 @@ PEAKS: dict[tuple[str, ...], dict[str, float]] = {
 def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s of one device by its vendor, dense, in fp32, bf16 or fp16; None where that is not known.
 
-    Convolutions in fp32 may run in TF32, as cuDNN does unless told not to, and then beat this figure. The device's name
-    is that of torch.cuda.get_device_name.
+    The name is that of torch.cuda.get_device_name. Convolutions in fp32 may run in TF32, and then beat this figure.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16") / 1e12
     989.4
@@ -75,13 +74,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 def training_flops(model: nn.Module, example: Tensor) -> int | None:
     """FLOPs of training on an example: three times those of its forward pass, a multiplication and an addition being 2.
 
-    None where the network needs values to know what to do. Nothing is computed: the network sees tensors that have a
-    shape and no values. Matrix products, convolutions and attention count; what is computed again to save memory does
-    not, and frozen parts count like others.
-
-    Args:
-        model: before it is sharded or compiled. It stays as it is.
-        example: (1, 3, S, S) or (1, L); only shape and type count.
+    None where the network needs values to know what to do: it sees tensors without any, of the example's shape. Matrix
+    products, convolutions and attention count; what is computed again to save memory does not, and frozen parts count.
+    The model is one before it is sharded or compiled.
 
     Source: Chowdhery et al. 2022 (PaLM), Appendix B.
     """
@@ -172,8 +167,7 @@ class Meter:
 def show_progress(meter: Meter, title: str, console: Console | None) -> Iterator[Callable[[int, float], None]]:
     """Yield a function to call with the number of steps taken and the loss after each step.
 
-    On a terminal it moves a bar, elsewhere it prints a line every 30 seconds and one at the end; without a console it
-    does nothing.
+    On a terminal it moves a bar, elsewhere it prints a line every 30 seconds and one at the end.
     """
     if console is None:
         yield lambda step, loss: None
@@ -235,17 +229,10 @@ def curves(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def tracked(config: Experiment, row: int, drawn: Mapping[str, Any], folder: Path) -> Iterator[Log]:
-    """Yield a function of each row of metrics, which sends it to W&B; it does nothing where nothing is tracked.
+    """Yield a function that sends a row of metrics to W&B, and does nothing where nothing is tracked.
 
-    A row is a run of W&B with the row's own settings, and the experiment is its group. What is logged last, the row's
-    done.json, becomes the run's summary. W&B's own files stand in folder/wandb. A failure after the start is said once
-    on stderr and ends the tracking, never the training.
-
-    Args:
-        config: of the row, `store.rows.row_config`.
-        row: its number.
-        drawn: what is the row's own, by dotted field name; columns of W&B's table.
-        folder: the row's, which nobody else writes to.
+    A row is a run of W&B with the row's own settings and what it has `drawn`, the experiment its group. What is logged
+    last, the row's done.json, becomes the summary. A failure after the start is said once and ends the tracking alone.
 
     Raises:
         UserError: W&B cannot be reached, or nobody is logged in.
@@ -297,7 +284,6 @@ def scores(done: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(config: Experiment, row: int, drawn: Mapping[str, Any], folder: Path) -> Any:
-    """The run, with its curves over the training step."""
     import wandb  # noqa: PLC0415  # takes a second, and only some experiments use it
 
     tracking = config.tracking

@@ -26,9 +26,8 @@ EPSILON = 1e-30  # added to squares of gradients, as in Big Vision
 class Adafactor(AdafactorBigVision):
     """timm's, with Big Vision's defaults, which also takes the same steps on parameters that FSDP2 shards.
 
-    timm's own code stops at them: DTensor's means change the placement of a tensor of one row, and in-place operations
-    refuse that. Here each process works on its shard, and means over the rows of all shards are summed over processes.
-    States are sharded like the parameter, but for the one that lacks the sharded dimension.
+    timm's code stops at them, since DTensor's means change the placement of a tensor of one row. Here each process
+    works on its shard, means over rows are summed over processes, and states are sharded like the parameter.
 
     Source: Zhai et al. 2022, Section 3.4, and Big Vision's `scale_by_adafactor`: second moments by rows and columns,
     their decay 1 - t^-0.8 at most 0.999; a bfloat16 momentum of updates; no clipping of its own; and steps that do not
@@ -141,10 +140,7 @@ def build(optim: Optim, model: nn.Module) -> torch.optim.Optimizer:
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
     """Linear warm-up from lr / warmup_steps, then the schedule, which all but `constant` bring to 0 at the last step.
 
-    Args:
-        optim: peak, warm-up and schedule; cosine_restarts has `cycles` cosines of equal length, each from the peak.
-        step: from 0.
-        steps: of the whole training.
+    Steps count from 0. cosine_restarts has `cycles` cosines of equal length, each from the peak.
 
     Source: the authors' `cosine_lr`; Appendix J.2.1 gives the cosine, L.3 the restarts (Loshchilov and Hutter 2017).
 
@@ -168,14 +164,11 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 def classification_loss(optim: Optim, logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the batch of the loss against soft labels.
+    """Mean over the batch of the loss of (B, C) logits against (B, C) soft labels.
 
-    Args:
-        optim: `softmax` takes the cross-entropy; `bce` the sum over classes of binary ones, each class a question of
-            its own, as ViT-G/14 was fine-tuned with (Appendix J.2.3); `likelihood` is minus the log-probability of
-            the label's answer over all that a language model may say, its own loss (Appendix J.5), summed over tokens.
-        logits: (B, C) unnormalised; for `likelihood`, log-probabilities of the answers.
-        targets: (B, C) in [0, 1]; smoothing and mixing are in them.
+    `softmax` takes the cross-entropy; `bce` the sum over classes of binary ones, as ViT-G/14 was fine-tuned with
+    (Appendix J.2.3); `likelihood` is minus the log-probability of the label's answer over all that a language model may
+    say, its own loss (Appendix J.5), summed over tokens.
     """
     match optim.loss:
         case "softmax":
@@ -187,11 +180,9 @@ def classification_loss(optim: Optim, logits: Tensor, targets: Tensor) -> Tensor
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of the cross-entropy of the student against the teacher's probabilities, times T^2.
+    """Mean over the batch of the cross-entropy of (B, C) logits against the teacher's, at a temperature T, times T^2.
 
-    Both are (B, C) logits at temperature T. The factor keeps gradients of one size whatever T is.
-
-    Source: Hinton et al. 2015, Section 2.
+    The factor keeps gradients of one size whatever T is. Source: Hinton et al. 2015, Section 2.
     """
     return temperature**2 * F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))
 
@@ -227,11 +218,7 @@ class Objective:
     def backward(self, inputs: Tensor, targets: Tensor, processes: Processes, *, average: bool = True) -> Tensor:
         """Replace the parameters' gradients by those of a batch; returns this process's part of the mean loss.
 
-        Args:
-            inputs: (b, 3, H, W) images or (b, L) token ids: this process's part of the batch.
-            targets: (b, C).
-            processes: all of them together have the batch.
-            average: gradients over processes, hence the factor W; without, each process keeps those of its own part.
+        With `average` gradients are those over processes, hence the factor W; without, those of its own part.
         """
         self.network.zero_grad()
         losses = []
@@ -274,8 +261,7 @@ def _scale(gradients: list[Tensor], rho: float) -> Tensor:
 def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
     """Move parameters uphill by `rho` along their gradient, over all of them together; afterwards back, to the bit.
 
-    Parameters without a gradient stay, and all do where it is zero. Among several processes it is the mean over all of
-    them, or each process's own (m-sharpness).
+    Among several processes it is the mean over all of them, or each process's own (m-sharpness).
 
     Source: Foret et al. 2021, Equation 2 and Section 4.1; Appendix J.2.3 of the paper has both kinds.
     """
@@ -292,10 +278,7 @@ def perturbed(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
 
 @contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Let a model of FSDP2 hold whole weights while the block lasts; what is written into them is forgotten then.
-
-    Gradients of backward passes inside are reduced to shards as ever.
-    """
+    """Let a model of FSDP2 hold whole weights while the block lasts; what is written into them is forgotten then."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     try:
         for module in modules:
@@ -313,15 +296,8 @@ def gathered_weights(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 def backward_at_own_perturbations(model: nn.Module, rho: float, backward: Callable[[bool], Tensor]) -> Tensor:
     """SAM where each process moves along its own gradient (m-sharpness), for a model of FSDP2.
 
-    A process's own gradient and its own perturbed weights are of no use to the others, so both are whole on each for
-    this while: 4 bytes a parameter for the gradient, and the gathered weights, 4 or in low precision 2. Weights between
-    steps, averages and the optimiser stay sharded.
-
-    Args:
-        model: the root of FSDP2.
-        rho: length of the move.
-        backward: computes gradients, averaged over processes or not, and returns this process's part of the loss, which
-            is that before the move.
+    A process's own gradient and perturbed weights are of no use to the others, so both are whole on each for now.
+    `backward` computes gradients, averaged over processes or not; the loss is that before the move.
     """
     shards = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for shard in shards.values():

@@ -24,11 +24,7 @@ All stages: python reproduce.py {typed}"""
 
 
 def differing(config: Experiment) -> tuple[list[str], list[list[Any]]]:
-    """The settings that differ among rows, as in optim.lr, and their values, a list for each row from 1 on.
-
-    Raises:
-        UserError: as `row_config`.
-    """
+    """The settings that differ among rows, as in optim.lr, and their values, a list for each row from 1 on."""
     require_trainable(config)
     rows = [dump(row_config(config, row)) for row in range(1, config.sweep.size + 1)]
     names = [(group, name) for group in GROUPS for name in rows[0][group]]
@@ -77,10 +73,7 @@ def table_of(config: Experiment) -> Table:
 
 
 def print_rows(config: Experiment, typed: str, console: Console | None = None) -> None:
-    """Print the rows of an experiment, or of each of its replicates, and what to run next, with the settings `typed`.
-
-    A file or pipe gets plain text as wide as it needs.
-    """
+    """Print the rows of an experiment, or of each replicate, and what to run next; in a file as wide as needed."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=UNCUT, color_system=None)

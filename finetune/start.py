@@ -32,8 +32,7 @@ HEAD = ("head.weight", "head.bias")
 def initialise(config: Experiment) -> dict[str, Any]:
     """Row 0: the pretrained network with the head that all rows start from; the zero-shot model beside it, if any.
 
-    Skipped where it is done. Started by torchrun, the first process makes it, and all compute features and score it.
-    Returns row 0's done.json.
+    Of several processes the first makes it, and all compute features and score it; returns its done.json.
 
     Raises:
         UserError: missing or damaged data or weights; made before with other settings; being made by another process.
@@ -79,7 +78,6 @@ def initialise(config: Experiment) -> dict[str, Any]:
 
 
 def _learned_from(config: Experiment) -> tuple[str, str]:
-    """The splits that rows are trained on and selected by."""
     return config.task.train, config.task.held_out
 
 
@@ -109,7 +107,6 @@ def _fit_probe(config: Experiment, start: dict[str, Tensor]) -> tuple[dict[str, 
 
 
 def _digests(config: Experiment) -> dict[str, str]:
-    """The digests of the examples that rows are trained on and selected by, wherever they lie."""
     return {split: Evaluator(config).split(split).digest for split in _learned_from(config)}
 
 
@@ -126,7 +123,6 @@ def refuse_other_data(config: Experiment, row_0: dict[str, Any]) -> None:
 
 
 def _released_file(config: Experiment, row: int) -> Path:
-    """A row's checkpoint in the folder `sweep.imported`; a UserError where it is missing."""
     assert config.sweep.imported is not None
     path = ROOT / config.sweep.imported / f"model_{row}.pt"
     if not path.exists():
@@ -137,11 +133,7 @@ def _released_file(config: Experiment, row: int) -> Path:
 
 
 def check_imports(config: Experiment) -> None:
-    """Refuse an import that lacks a checkpoint or the list of held-out images, before anything is done.
-
-    Raises:
-        UserError: names the first one.
-    """
+    """Refuse, before anything is done, an import that lacks a checkpoint or the list of held-out images."""
     for row in range(config.sweep.size + 1) if config.sweep.imported is not None else ():
         _released_file(config, row)
     index = config.task.held_out_index
@@ -152,13 +144,10 @@ def check_imports(config: Experiment) -> None:
 
 
 def import_row(config: Experiment, row: int) -> dict[str, Any]:
-    """A row whose weights are a released checkpoint, scored on held-out; skipped where it is done.
-
-    Returns the row's done.json.
+    """A row whose weights are a released checkpoint, scored on held-out; returns its done.json.
 
     Raises:
-        UserError: the checkpoint is missing, damaged, or of another network than the experiment's; missing data; made
-            before with other settings; being made by another process.
+        UserError: as `initialise`; or the checkpoint is of another network than the experiment's.
     """
     processes, started, model = start_processes(), time.monotonic(), config.model
     folder, name = RunFolder.of(config).ingredient(row), identity(config, row)
@@ -179,11 +168,7 @@ def import_row(config: Experiment, row: int) -> dict[str, Any]:
 
 
 def wait_for_starts(config: Experiment, row: int, processes: Processes) -> None:
-    """Wait for the rows that this one starts from, which other tasks of the job array train; the first process asks.
-
-    Raises:
-        UserError: such a row was made with other settings, or its task ended without it.
-    """
+    """Wait for the rows that this one starts from, which other tasks of the job array train; the first process asks."""
 
     def is_done(needed: int) -> bool:
         return done_row(config, needed) is not None
@@ -196,11 +181,7 @@ def wait_for_starts(config: Experiment, row: int, processes: Processes) -> None:
 
 
 def teacher_of(config: Experiment, row: int, processes: Processes) -> Callable[[Tensor], Tensor] | None:
-    """The mean logits of a row's teachers, or None where it has none.
-
-    Raises:
-        UserError: a teacher is not trained yet, or diverged.
-    """
+    """The mean logits of a row's teachers, or None where it has none; a UserError where one is not trained."""
     rows = teachers(config, row)
     if not rows:
         return None
@@ -230,10 +211,6 @@ def other_head(config: Experiment, settings: Experiment, row: int) -> dict[str, 
     A row that learns a task of its own has the zero-shot head of that task, and is saved with the head of the
     experiment's, from which it saw no image (Appendix E). `model.head_of` takes the head of another run's row 0, such
     as a linear probe at another resolution (Appendix J.2.3).
-
-    Raises:
-        UserError: heads that are trained or have no class names to be made from; a run without row 0, or with another
-            width or number of classes.
     """
     if settings.model.head_of is None:
         if settings.task == config.task:

@@ -87,9 +87,7 @@ class State:
         first_decides(lambda: _write(path, state), self.processes)
 
     def load(self, path: Path) -> None:
-        """Continue from a saved state; stay at the beginning where there is none. All processes must call it.
-
-        The first process reads the file, tensor by tensor as each is asked for, and gives every other its part.
+        """Continue from a saved state, if there is one; the first process reads, all must call it.
 
         Raises:
             UserError: the file is damaged, or of another training; it is left as it is.
@@ -120,11 +118,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _read_into(state: dict[str, Any], path: Path) -> bool:
-    """Whether there is a saved state; its tensors stay on the disk until they are read.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Whether there is a saved state; its tensors stay on the disk until they are read."""
     if not path.exists():
         return False
     try:
@@ -137,11 +131,7 @@ def _read_into(state: dict[str, Any], path: Path) -> bool:
 
 
 def _checked(path: Path, state: dict[str, Any], targets: dict[Place, Tensor]) -> dict[str, Any]:
-    """All that a saved state holds beside the tensors in `targets`, and the places of parameters without moments.
-
-    Raises:
-        UserError: the state is of another training.
-    """
+    """All that a saved state holds beside the tensors in `targets`, and the places of parameters without moments."""
     try:
         saved = state["tensors"]
         with_moments = {place[:-1] for place in saved}
@@ -181,6 +171,6 @@ def interruptions() -> Iterator[list[int]]:
 
 
 def end_if(came: list[int]) -> None:
-    """Raise `InterruptedBySignalError`, which the entry point turns into an exit status, if a signal came."""
+    """Raise the error that the entry point turns into an exit status, if a signal came."""
     if came:
         raise InterruptedBySignalError(came[-1])

@@ -70,10 +70,7 @@ def _in_order(config: Experiment, rows: list[int]) -> tuple[list[int], list[int]
 
 
 def train_together(config: Experiment, processes: Processes, console: Console) -> None:
-    """Train, or import, every row that is not done, one after the other, and write the manifest.
-
-    All processes that torchrun started do each row together; the first one prints what is done.
-    """
+    """The same by all processes that torchrun started, one row after the other; the first one prints what is done."""
     first, distilled = _in_order(config, list(range(1, config.sweep.size + 1)))
     for row in (0, *first, *distilled):
         done = train_row(config, row, console)

@@ -52,17 +52,9 @@ def no_log(metrics: dict[str, Any]) -> None:
 
 
 def train_row(config: Experiment, row: int, console: Console | None = None) -> dict[str, Any]:
-    """Fine-tune one row from row 0's weights, or continue where it stopped; skipped where it is done.
+    """Fine-tune one row, or continue where it stopped; skipped where it is done. Returns its done.json.
 
-    Started by torchrun, all processes train and score the row together; the first one reads, decides and writes. Once
-    trained, the weights are on disk: a row that is stopped while it is scored is only scored again.
-
-    Args:
-        config: of the experiment.
-        row: its number; 0 makes the initialisation.
-        console: where progress is shown, if anywhere.
-
-    Returns the row's done.json.
+    All processes train and score it together; the first one reads, decides and writes. Row 0 makes the initialisation.
 
     Raises:
         UserError: row 0, or a row that this one is distilled from, is not there yet; and whatever `initialise` raises.
@@ -184,21 +176,15 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     Args:
         model: with its initial weights; parameters without gradient stay as they are.
         train: the training images or texts; the last incomplete batch of an epoch is dropped.
-        config: of the row: optimiser, schedule, loss, augmentation, regularisation, how it is computed.
+        config: of the row.
         run_seed: seed of the data order, augmentation and mixup.
-        folder: state.pt is written there at the end of every epoch and every `compute.save_every` steps, and
-            metrics.jsonl, a row for every epoch, every `tracking.every` steps and every evaluation on held-out.
-        processes: this one among those that train the row together.
-        teacher: (b, 3, H, W) images or (b, L) token ids to the (b, C) logits of the ensemble that is distilled.
-        held_out: the model to how many held-out images it gets right, of how many; None where logits are no numbers.
-            For `optim.evaluate_every`. All processes call it together.
-        log: gets each row of metrics as it is made, with images a second and MFU where they are known.
-        console: shows the progress, if there is one, under a title.
+        folder: for state.pt, at the end of every epoch and every `compute.save_every` steps, and metrics.jsonl.
+        teacher: (b, ...) inputs to the (b, C) logits of the ensemble that is distilled.
+        held_out: the model to how many held-out examples it gets right, of how many; None where logits are no numbers.
         after_step: called with the number of steps taken, after what belongs to them is on disk.
 
     Raises:
-        UserError: damaged state, full disk, a batch larger than the training set or one that the processes cannot
-            share equally, or settings this network has not.
+        UserError: damaged state, full disk, or settings that the data, the processes or the network do not allow.
         InterruptedBySignalError: SIGTERM or SIGUSR1 came, and the state is saved.
     """
     # Set-up: data, model, optimiser.
@@ -305,11 +291,7 @@ def meter_of(model: Network, config: Experiment, length: Length, processes: Proc
 def evaluations(
     state: State, held_out: Callable[[Network], tuple[int, int] | None], optim: Optim
 ) -> Iterator[dict[str, Any]]:
-    """Evaluate the weights and their averages on held-out; with `optim.keep=best`, copy those that are the best so far.
-
-    Raises:
-        DivergedError: the logits of an evaluation are no numbers.
-    """
+    """Evaluate the weights and their averages on held-out; with `optim.keep=best`, copy the best so far."""
     step = state.progress.step
     for kind, weights in {RAW: state.model.state_dict(), **state.averages.weights()}.items():
         with holding(state.model, weights if kind != RAW else {}):
@@ -329,9 +311,9 @@ def evaluations(
 def evaluation_settings(settings: Experiment, processes: Processes) -> Experiment:
     """The settings by which a row is evaluated on held-out while it trains.
 
-    Sharded over processes, a forward pass gathers weights. A process that tried how many examples fit would leave the
-    others waiting for ever where its memory ends first. So nothing is tried: as many examples are evaluated at once as
-    are trained on, which fit with all that a backward pass needs; fewer, where images are larger than in training.
+    Sharded over processes, a pass gathers weights, and one that tried how many examples fit would leave the others
+    waiting where its memory ends first. So as many are evaluated at once as are trained on, which fit with all that a
+    backward pass needs; fewer, where images are larger than in training.
     """
     compute, model = settings.compute, settings.model
     if compute.strategy != "fsdp" or compute.eval_batch is not None:
@@ -360,11 +342,7 @@ def held_out_correct(evaluator: Evaluator, processes: Processes, model: Network)
 
 
 def _end(state: State, optim: Optim) -> Trained:
-    """The weights that a training ends with, whole and on the CPU of the first process: raw, then the averages.
-
-    Raises:
-        DivergedError: the last weights, or an average, hold NaN or infinity, which no loss has seen.
-    """
+    """The weights that a training ends with, whole and on the CPU of the first process: raw, then the averages."""
     kinds = {RAW: state.model.state_dict(), **state.averages.weights()}
     if not all(is_finite(weights, state.processes) for weights in kinds.values()):
         raise DivergedError

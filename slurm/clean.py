@@ -43,11 +43,7 @@ def removable(config: Experiment) -> dict[str, list[Path]]:
 
 
 def clean(config: Experiment, kinds: tuple[str, ...], *, delete: bool) -> None:
-    """Print what there is of each kind, all of them where none is named, and delete what is named.
-
-    Raises:
-        UserError: there is no such kind; something is to be deleted and none is named.
-    """
+    """Print what there is of each kind, all of them where none is named, and delete what is named."""
     found = removable(config)
     if unknown := [kind for kind in kinds if kind not in found]:
         raise UserError(f"{unknown[0]} is no kind of files that can be deleted; type one of {', '.join(found)}")

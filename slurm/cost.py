@@ -1,7 +1,6 @@
 """What an experiment takes, estimated from its settings: GPU-hours, wall time and bytes of each stage.
 
-FLOPs, images and bytes are counted; how fast a machine works is assumed in configs/plan/assumed.yaml. `python -m
-slurm.plan` lists what is not counted.
+FLOPs, images and bytes are counted; how fast a machine works is assumed in configs/plan/assumed.yaml.
 """
 
 import heapq
@@ -104,11 +103,7 @@ def _skip_silent_hub() -> None:
 
 
 def images_of(task: Task) -> dict[str, int]:
-    """The number of images of each split: from `task.counts`, or where those are null from the data themselves.
-
-    Raises:
-        UserError: a split that `task.counts` leaves out; a list of held-out images, which is not read; missing data.
-    """
+    """The number of images of each split, from `task.counts`, or from the data; a UserError where it is not known."""
     names = (task.train, task.held_out, *task.reported)
     if task.counts is None:
         return {name: count(task, name) for name in names}
@@ -131,11 +126,7 @@ def images_of(task: Task) -> dict[str, int]:
 
 
 def state_bytes(row: Experiment) -> int:
-    """Bytes of a row's state.pt, which is there while it trains.
-
-    It has the weights, the optimiser's moments, a copy for each EMA (of float64 where it is slow), a float64 sum for
-    SWA, and with optim.keep=best one more copy of each kind of weights.
-    """
+    """Bytes of a row's state.pt: weights, moments, a copy for each EMA, a float64 sum for SWA, the best weights."""
     net, averages = network(row.model, row.task), row.regularizer
     copies = 1 + sum(1 + (1 - decay < FINEST_FLOAT32) for decay in averages.ema) + 2 * (averages.swa is not None)
     copies += len(averages.made) if row.optim.keep == "best" else 0
@@ -165,10 +156,7 @@ class Costs:
 
 
 def total(stages: Sequence[Stage], gpus: Sequence[int]) -> tuple[float, list[float | None], int]:
-    """GPU-hours of stages, their wall time on each number of GPUs, one after the other, and the bytes that they keep.
-
-    There is no wall time, but None, where a job needs more GPUs.
-    """
+    """GPU-hours of stages, their wall time on each number of GPUs (None where a job needs more), and bytes kept."""
 
     def wall(number: int) -> float | None:
         if any(each.gpus_per_job > number for each in stages):
@@ -181,7 +169,7 @@ def total(stages: Sequence[Stage], gpus: Sequence[int]) -> tuple[float, list[flo
 def makespan(jobs: Sequence[float], workers: int) -> float:
     """When the last job ends if each free worker takes the longest one left; at most 4/3 of the best order's time.
 
-    Source: Graham 1969, longest processing time first.
+    Source: Graham 1969.
 
     >>> makespan([3, 3, 2, 2, 2], workers=2)
     7
@@ -219,7 +207,7 @@ class Work:
         return np.array([flops / self.peak, decoding, read_seconds]) / HOUR
 
     def reading(self, size: int, again: int = 0) -> Hours:
-        """Bytes of weights, and those that are read `again`, which a node's memory has kept if it holds the pool."""
+        """Bytes of weights, and those that are read `again`, from a node's memory if it holds the pool."""
         fits = self.pool * self.net.bytes <= self.plan.cache_gigabytes * GIGA
         again_per_second = self.plan.reread_gigabytes if fits else self.plan.read_gigabytes
         return self.hours(read_seconds=(size / self.plan.read_gigabytes + again / again_per_second) / GIGA)
@@ -242,18 +230,14 @@ class Work:
         return Length.of(row.optim, self.images[row.task.train]).steps
 
     def flops(self, row: Experiment) -> float:
-        """FLOPs of a row's training steps.
-
-        A step is a forward pass and a backward one, which costs two; SAM does both twice; gradient checkpointing does
-        the forward pass again; distillation adds a forward pass of each teacher. Frozen parts do not count less.
-        """
+        """FLOPs of a row's training steps; frozen parts do not count less."""
         passes = BACKWARD_TOO + row.compute.gradient_checkpointing
         passes *= 2 if row.regularizer.sam is not None else 1
         passes += len(row.regularizer.distill.rows) if row.regularizer.distill is not None else 0
         return passes * network(row.model, row.task).forward * self.steps(row) * row.optim.batch_size
 
     def row(self, row: Experiment) -> Hours:
-        """Training of a row, its evaluations on held-out on the way, and those of averages that are no ingredient."""
+        """Training of a row, with evaluations on held-out on the way, and of averages that are no ingredient."""
         steps, every, kinds = self.steps(row), row.optim.evaluate_every, len(row.regularizer.made)
         evaluations = kinds * (-(-steps // every) if every else 0) + kinds - 1
         decoding = steps * row.optim.batch_size / self.plan.augmented_per_core
@@ -328,12 +312,7 @@ def stages_of(work: Work, rows: Sequence[Experiment]) -> tuple[Stage, ...]:
 
 
 def costs(config: Experiment) -> Costs:
-    """What an experiment takes.
-
-    Raises:
-        UserError: something cannot be counted, and the message names the setting; or the rows are imported, and nobody
-            trains them.
-    """
+    """What an experiment takes; a UserError names what cannot be counted, or says that rows are imported."""
     if config.sweep.imported is not None:
         raise UserError(f"{config.name}: its rows are imported, not trained, so there is no training to estimate")
     work, copies = Work(config), max(1, len(config.replicates))

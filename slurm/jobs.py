@@ -117,11 +117,7 @@ def compact(indices: Iterable[int]) -> str:
 
 
 def slurm_of(config: Experiment) -> Slurm:
-    """What its jobs ask for.
-
-    Raises:
-        UserError: the experiment's cluster is not one of SLURM.
-    """
+    """What its jobs ask for; a UserError where its cluster is not one of SLURM."""
     if config.cluster.slurm is None:
         raise UserError(
             f"cluster.kind={config.cluster.kind} sends no jobs: choose cluster=slurm_1gpu or a file like it"
@@ -173,11 +169,10 @@ def clock(seconds: int) -> str:
 
 
 def time_limit(config: Experiment, hours: float | None, stage: str) -> str:
-    """What a job of a stage asks for, in the words of sbatch, where its wall time is expected to be so many hours.
+    """What a job of a stage asks for, in the words of sbatch, where it is expected to take so many hours.
 
-    It is the estimate times `cluster.slurm.margin`, and no more than the cluster file's limit, which is asked for where
-    nothing is estimated. What takes longer goes back into the queue when its time is over, and continues, up to
-    `cluster.restarts` times.
+    It is the estimate times `cluster.slurm.margin`, at most the cluster file's limit, which stands where nothing is
+    estimated. What takes longer is requeued, and continues, up to `cluster.restarts` times.
 
     Raises:
         UserError: the work does not fit into all restarts together.
@@ -206,8 +201,7 @@ def left_rows(config: Experiment) -> tuple[int, ...]:
 def jobs_of(config: Experiment, typed: Sequence[str], costs: Costs | None = None) -> list[Job]:
     """The jobs that are left to do, of all replicates, each after those that it needs; nothing is written.
 
-    They get the typed settings of the command line too, and ask for times by the costs of the experiment or of one
-    replicate, or without for the cluster file's longest.
+    They get the typed settings too, and ask for times by the costs of one replicate, or for the cluster file's longest.
 
     Raises:
         UserError: a cluster that is not SLURM; rows that were made with other settings, that this cluster cannot train,
@@ -262,10 +256,7 @@ class _Sweep:
         return [*jobs, *self.figures(waits, anew=bool(jobs)), *last]
 
     def rows(self) -> list[Job]:
-        """The initialisation by one GPU, then rows, then those that are distilled from rows.
-
-        Rows of one stage whose batches are shared by different numbers of processes are arrays of their own.
-        """
+        """The initialisation, rows, and those that are distilled from rows; an array for each number of processes."""
         config, slurm, left = self.config, slurm_of(self.config), set(left_rows(self.config))
         rows = {row: row_config(config, row) for row in range(1, config.sweep.size + 1)}
         taught = {row: own.regularizer.distill.rows for row, own in rows.items() if own.regularizer.distill is not None}

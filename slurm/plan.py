@@ -33,7 +33,7 @@ IMPORTED = "released"  # the experiment whose rows nobody trains here
 
 
 def duration(hours: float | None) -> str:
-    """Hours in a unit that fits; a dash where a job does not fit on so few GPUs.
+    """Hours in a unit that fits; a dash for None.
 
     >>> duration(0.005), duration(0.5), duration(7.53), duration(200), duration(None)
     ('18 s', '30 min', '7.5 h', '8.3 d', '-')
@@ -115,11 +115,7 @@ def overview(names: Sequence[str], typed: Sequence[str]) -> pd.DataFrame:
 
 
 def show_all(typed: Sequence[str], out: Path | None, *, force: bool) -> None:
-    """Print a line for each experiment of the paper, and write them where asked.
-
-    Raises:
-        UserError: a table that is no csv, or that is there already and is not to be overwritten.
-    """
+    """Print a line for each experiment of the paper, and write them where asked."""
     if out is not None and out.suffix != ".csv":
         raise UserError(f"out={out}: the table is written as csv, name a file that ends in .csv")
     if out is not None and out.exists() and not force:

@@ -15,11 +15,7 @@ from slurm.submit import planned, send, sent_jobs, sent_states
 
 
 def retry(config: Experiment) -> None:
-    """Send them and print what was sent, for each experiment that one is made of.
-
-    Raises:
-        UserError: SLURM is not here or refuses.
-    """
+    """Send them and print what was sent, for each experiment that one is made of."""
     for part, typed in parts_as_typed(config, sys.argv[1:]):
         left, before = planned(part, typed).jobs, sent_jobs(part)
         failed = {(each.name, each.stage, each.task) for each in failures(part, left, before, sent_states(before))}

@@ -53,10 +53,7 @@ class Failure:
 
 
 def output_of(config: Experiment, job: str) -> tuple[str, State]:
-    """The last line that a job or a task of an array, as in 12_3, printed, and why it ended by what SLURM wrote there.
-
-    After an error SLURM writes lines of its own; the last line is that of the program, where there is one.
-    """
+    """The last line that a program printed in a job, as in 12_3, and why the job ended by what SLURM wrote there."""
     logs = sorted((RunFolder.of(config).root / "slurm" / "logs").glob(f"*-{job}.out"))
     lines = [line.strip() for log in logs for line in log.read_text(errors="replace").splitlines() if line.strip()]
     program = [line for line in lines if not line.startswith(BY_SLURM)]
@@ -71,8 +68,7 @@ def output_of(config: Experiment, job: str) -> tuple[str, State]:
 def failures(config: Experiment, left: Sequence[Job], sent: Sequence[Sent], states: dict[str, State]) -> list[Failure]:
     """What of the jobs that are left was sent, and will not run by itself: the latest call of each counts.
 
-    A job of models or recipes that ended well although something is left did what it could, since a row was missing; it
-    is no failure, and is sent again with the others.
+    A job of models or recipes that ended well although something is left did what it could, and is no failure.
     """
     queued = active(sent, states)
     latest = {(each.name, each.stage, task): name for each in sent for name, task in each.ids.items()}
@@ -90,7 +86,7 @@ def failures(config: Experiment, left: Sequence[Job], sent: Sequence[Sent], stat
 
 
 def pace(config: Experiment, running: int = 0) -> str:
-    """How many rows are done, what one took, its restarts included, and when the last will end, if that can be said."""
+    """How many rows are done, what one took, restarts included, and when the last will end, if that can be said."""
     left = len([row for row in left_rows(config) if row])
     seconds = [done["seconds"] for row, done in done_rows(config).items() if row]
     if not seconds:

@@ -74,7 +74,7 @@ def active(sent: Sequence[Sent], states: Mapping[str, State]) -> dict[Key, str]:
 
 
 def most_tasks() -> int:
-    """SLURM's MaxArraySize, which every index of an array is below; its default where SLURM is not here to be asked."""
+    """SLURM's MaxArraySize, which every index of an array is below; its default where SLURM is not here."""
     with suppress(UserError):
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer_of(["scontrol", "show", "config"]), re.MULTILINE)
         return int(found[1]) if found else MAX_ARRAY_SIZE
@@ -93,10 +93,7 @@ def cut(jobs: Sequence[Job], most: int) -> list[Job]:
 
 
 def environment_of(config: Experiment) -> dict[str, str]:
-    """The variables that the jobs get, this process's own and the cluster file's.
-
-    What SLURM set for this process is left out, but for where its settings are: sbatch would take it for options.
-    """
+    """The variables that the jobs get: this process's own, without SLURM's options, and the cluster file's."""
     slurm = slurm_of(config)
     foreign = ("SLURM_", "SBATCH_")
     found = {name: value for name, value in os.environ.items() if not name.startswith(foreign) or name == "SLURM_CONF"}
@@ -105,11 +102,7 @@ def environment_of(config: Experiment) -> dict[str, str]:
 
 
 def send(config: Experiment, jobs: Sequence[Job]) -> list[Sent]:
-    """Send jobs in their order, without the tasks that are in the queue already, and record each answer at once.
-
-    Raises:
-        UserError: sbatch is not here or refuses; jobs sent before it stay sent, and are recorded.
-    """
+    """Send jobs in their order, without the tasks that are in the queue already, and record each answer at once."""
     root = RunFolder.of(config).root / "slurm"
     new: list[Sent] = []
     with sole_writer(root):

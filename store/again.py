@@ -1,7 +1,4 @@
-"""A second call of a finished run prints at once what the first one said, where nothing has changed since.
-
-It imports neither torch nor data: what is compared are names, sizes and times of files.
-"""
+"""A second call of a finished run prints what the first one said, without importing torch or reading data."""
 
 import sys
 from collections.abc import Sequence
@@ -25,18 +22,13 @@ def _files(place: Path) -> list[tuple[str, int, int]]:
 
 
 def _state(config: Experiment, words: Sequence[str]) -> str:
-    """A digest of the settings, of the run's files, and of the code and packages that made them."""
+    """A digest of the settings, and of name, size and time of the run's files and of the code that made them."""
     files = [_files(place) for place in (config.paths.runs / config.name, *(ROOT / name for name in CODE))]
     return digest_of([dump(config), list(words), files, sys.version, [version(name) for name in PACKAGES]])
 
 
 def printed_before(config: Experiment, words: Sequence[str]) -> str | None:
-    """What the finished run printed at its end; None where it has to be looked at, or made, in full.
-
-    Args:
-        config: the experiment.
-        words: that it was called with.
-    """
+    """What the finished run printed at its end; None where it has to be looked at, or made, in full."""
     path = config.paths.runs / config.name / PRINTED
     if config.task.kind not in EMBEDDED or not path.exists():
         return None

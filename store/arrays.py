@@ -15,13 +15,7 @@ from soups.files.atomic import replacing
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a .npy file, whole or not at all, in which the array's digest follows the array.
-
-    The digest is in the same file, so that no kill can part them; `numpy.load` reads the array and stops there.
-
-    Raises:
-        UserError: no space is left on the disk.
-    """
+    """Write a .npy file, whole or not at all, with the array's digest behind it, where `numpy.load` has stopped."""
     array = np.ascontiguousarray(array)
     with replacing(path) as temporary, temporary.open("wb") as file:
         write_array_header_1_0(file, header_data_from_array_1_0(array))
@@ -30,7 +24,6 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
 
 
 def _digest(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """16 bytes that depend on type, shape and content; 10 ms for 26,000 x 1,000 float32 numbers."""
     content = xxhash.xxh3_128(f"{array.dtype.str} {array.shape} ".encode())
     content.update(array.data)
     return np.frombuffer(content.digest(), dtype=np.uint8)
@@ -38,10 +31,6 @@ def _digest(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 def read_array(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """The float32 numbers in a file that `write_array` made; changing them leaves the file as it is.
-
-    Args:
-        path: of the file.
-        shape: that they must have.
 
     Raises:
         ValueError: the file is damaged, of another shape or type, or was not made by `write_array`.
@@ -63,10 +52,7 @@ def read_array(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def stored_array(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """Float32 numbers, or None where they have to be computed: the file is absent or, which is printed, damaged.
-
-    A file of an earlier version, without a digest of its content, counts as damaged: nothing says what it held.
-    """
+    """Float32 numbers, or None where they have to be computed: the file is absent or, which is printed, damaged."""
     if not path.exists():
         return None
     try:
@@ -77,13 +63,9 @@ def stored_array(path: Path, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def cached_array(path: Path, shape: tuple[int, ...], compute: Callable[[], Tensor]) -> Tensor:
-    """Read (N, C) float32 numbers, or compute and keep them; also where the file is damaged, which is printed.
+    """Read (N, C) float32 numbers, or compute, round to float32 and keep them; also where the file is damaged.
 
-    Args:
-        path: its name must depend on everything the numbers depend on (weights, images, transform).
-        shape: (N, C).
-        compute: called only when the file is absent or damaged; of another floating-point type, its numbers are
-            rounded, so that the first call returns what later ones read.
+    The name in `path` must depend on everything that the numbers depend on (weights, images, transform).
 
     Raises:
         ValueError: what was computed is not of that shape.

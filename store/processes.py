@@ -49,15 +49,12 @@ def single_process() -> Processes:
 
 
 def started_processes() -> int:
-    """How many processes torchrun started, this one among them; 1 without it. Nobody waits for anybody."""
+    """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_processes() -> Processes:
-    """Join the processes that torchrun started, or be alone.
-
-    Source: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
-    """
+    """Join the processes that torchrun started, or be alone."""
     world, device = started_processes(), device_of_this_process()
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -71,11 +68,10 @@ def start_processes() -> Processes:
 
 
 def use_kernels(compute: Compute, device: torch.device) -> None:
-    """Let a GPU compute as the settings say; on a CPU nothing changes, whose kernels give the same bits each time.
+    """Let a GPU compute as the settings say; a CPU's kernels give the same bits each time anyway.
 
-    Deterministic kernels are those of `torch.use_deterministic_algorithms`: an operation without one is an error. They
-    must be asked for before the first product, since cuBLAS reads its setting once. Otherwise cuDNN tries which kernel
-    is the fastest for each shape, and the choice differs from run to run.
+    With `deterministic` an operation without a deterministic kernel is an error; it must be asked for before the first
+    product, since cuBLAS reads its setting once. Without, cuDNN tries which kernel is the fastest for each shape.
     """
     if device.type != "cuda":
         return
@@ -87,10 +83,7 @@ def use_kernels(compute: Compute, device: torch.device) -> None:
 
 
 def _cpu_group() -> dist.ProcessGroup:
-    """The group in which processes exchange what lies on no GPU: answers, scores, states.
-
-    The default one is NCCL's on GPUs, whose watchdog ends a process that waits longer than COLLECTIVE_TIMEOUT.
-    """
+    """The group in which processes exchange what lies on no GPU: NCCL's watchdog would end one that waits long."""
     return _made_beside(dist.group.WORLD)
 
 
@@ -117,12 +110,8 @@ def wait_for_all(processes: Processes) -> None:
 def first_decides(decide: Callable[[], T], processes: Processes) -> T:
     """The answer of the first process, which alone reads or works; the others wait for it, however long that takes.
 
-    Whether a row is done, or has a state to go on from, is asked so: file systems show files late to other nodes, and
-    processes that disagree wait for each other for ever.
-
-    Args:
-        decide: called by the first process only; its answer must be small, and picklable.
-        processes: that all ask.
+    File systems show files late to other nodes, and processes that disagree on what is there wait for each other for
+    ever. The answer must be small, and picklable.
 
     Raises:
         UserError: as the first process's `decide` raises it, in all.

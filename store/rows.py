@@ -71,8 +71,8 @@ def _listed(sweep: Sweep) -> Sequence[dict[Any, dict[str, Any]]]:
 def draw(config: Experiment, row: int) -> dict[str, Any]:
     """The values that only this row has, by dotted field name; none of row 0, the initialisation.
 
-    Of a random sweep these are draws. Of a list times a grid, row 1 + i x G + j is the i-th of the list with the j-th
-    of the grid's G combinations, whose last field changes fastest.
+    In a list times a grid, row 1 + i x G + j is the i-th of the list with the j-th of the grid's G combinations, whose
+    last field changes fastest.
 
     Raises:
         UserError: the sweep's file is missing, damaged, or has another number of rows than the sweep.
@@ -93,11 +93,7 @@ def draw(config: Experiment, row: int) -> dict[str, Any]:
 
 @cache
 def _best_settings(run: Path) -> dict[str, Any]:
-    """`optim` and `augment` of the row of a finished search that is best on held-out, of equals the first.
-
-    Raises:
-        UserError: no such search, or rows that are not finished or all diverged.
-    """
+    """`optim` and `augment` of the row of a finished search that is best on held-out, of equals the first."""
 
     def read(row: int, name: str) -> Any:
         path = run / "ingredients" / f"{row:03d}" / name
@@ -118,11 +114,7 @@ def _best_settings(run: Path) -> dict[str, Any]:
 
 
 def require_trainable(config: Experiment) -> None:
-    """Refuse an experiment without rows of its own, or whose rows take their settings from an unfinished search.
-
-    Raises:
-        UserError: it is made of other experiments' rows; or as `_best_settings` and `require_head`.
-    """
+    """Refuse, with a UserError, rows that take settings or heads from runs that are not finished, or no rows at all."""
     if config.towers:
         raise UserError(
             f"{config.name} trains nothing, it is made of the rows that `towers` names: python -m analysis "
@@ -138,7 +130,7 @@ def require_trainable(config: Experiment) -> None:
 
 
 def require_head(config: Experiment, run: str) -> None:
-    """Refuse rows with a head of another run that is not there; raises a `UserError`."""
+    """Raise a UserError where rows have the head of another run that is not there."""
     folder = config.paths.runs / run / "ingredients" / "000"
     if not (folder / "done.json").exists():
         raise UserError(
@@ -147,10 +139,7 @@ def require_head(config: Experiment, run: str) -> None:
 
 
 def _settled(config: Experiment) -> dict[str, Any]:
-    """The experiment's settings, with those of the best row of `sweep.best_of` once that search is finished.
-
-    Until then the experiment's own stand for them, so that it can be planned; training asks `require_trainable`.
-    """
+    """The experiment's settings, with those of the best row of `sweep.best_of`, if that search is finished."""
     values = dump(config)
     if config.sweep.best_of is not None:
         with suppress(UserError):
@@ -159,11 +148,7 @@ def _settled(config: Experiment) -> dict[str, Any]:
 
 
 def row_config(config: Experiment, row: int) -> Experiment:
-    """The experiment with a row's own values in place.
-
-    Raises:
-        UserError: a varied field does not exist, or a value is outside its limits.
-    """
+    """The experiment with a row's own values in place; a UserError names a varied field that is wrong."""
     values = _settled(config)
     values["sweep"]["index"] = row
     for field, value in draw(config, row).items():
@@ -181,15 +166,10 @@ def teachers(config: Experiment, row: int) -> tuple[int, ...]:
 
 
 def meaning(own: Experiment) -> dict[str, Any]:
-    """The settings on which a row's weights depend, without those that have their default.
+    """The settings on which a row's weights depend, without defaults, so that a setting added later renames no row.
 
-    A setting that is added later, with a default, is therefore in no earlier row's.
-
-    Args:
-        own: of the row, which is `sweep.index`. Row 0 is the initialisation, without training's settings. The sweep's
-            seed names random streams, and `imported` says that weights are read, not trained. Precisions are that of
-            training's forward passes, and that of evaluation's, by which the probe is made and recipes sort. How
-            training images are read counts where it is not the default.
+    Row 0 is the initialisation, without training's settings. Precisions are those of training's forward passes and of
+    evaluation's, by which the probe is made and recipes sort.
     """
     row, compute = own.sweep.index or 0, own.compute
     precision, evaluated = (arithmetic(each, tf32=compute.tf32) for each in (compute.precision, compute.evaluates_in))
@@ -215,9 +195,5 @@ def meaning(own: Experiment) -> dict[str, Any]:
 
 
 def identity(config: Experiment, row: int) -> str:
-    """32 hex digits that name what training this row means.
-
-    Settings that cannot change its weights on one machine (where it runs and where its data lie, how many rows there
-    are, which splits report, recipes, tables) are left out, so that a sweep can grow and move.
-    """
+    """32 hex digits that name what training this row means; where it runs and what only reports are left out."""
     return digest_of(meaning(row_config(config, row)))

@@ -72,13 +72,7 @@ class RunFolder:
 def lock(file: IO[str], remedy: str, *, wait: bool = False) -> bool:
     """Lock an open file until it is closed or the process dies; False where another has it and nobody waits.
 
-    Args:
-        file: opened for writing.
-        remedy: what to type where its file system has no locks.
-        wait: for a process that has it.
-
-    Raises:
-        UserError: its file system has no locks.
+    Where its file system has no locks, a UserError says `remedy`.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,9 +85,7 @@ def lock(file: IO[str], remedy: str, *, wait: bool = False) -> bool:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process; the lock goes with the process, however it dies.
-
-    What a killed writer left half-written under a temporary name is deleted.
+    """Hold a folder for one process, however it dies; what a killed writer left half-written is deleted.
 
     Raises:
         UserError: another process holds it, or its file system has no locks.
@@ -163,7 +155,7 @@ TRAINED = "trained.json"  # stands between training and scoring: the weights are
 
 
 def finished(folder: Path, identity: str, record: str = DONE) -> dict[str, Any] | None:
-    """The folder's record if it is there, None if it is not: done.json, or trained.json of what is not scored yet.
+    """The record in a folder, if any: done.json, or trained.json of what is not scored yet.
 
     Raises:
         UserError: it is there, but of other settings.
@@ -190,11 +182,7 @@ def done_row(config: Experiment, row: int) -> dict[str, Any] | None:
 
 
 def done_rows(config: Experiment) -> dict[int, dict[str, Any]]:
-    """Row -> done.json of the rows that are finished, from 0 on, in order.
-
-    Raises:
-        UserError: some of them were made with other settings; the message lists all.
-    """
+    """Row -> done.json of the rows that are finished; a UserError lists all that were made with other settings."""
     run = RunFolder.of(config)
     rows = [row for row in range(config.sweep.size + 1) if run.is_done(row)]
     done = {row: read_json(run.ingredient(row) / DONE) for row in rows}
@@ -207,11 +195,7 @@ def done_rows(config: Experiment) -> dict[int, dict[str, Any]]:
 
 
 def read_pool(config: Experiment) -> list[Ingredient]:
-    """Every row of a sweep, from 0 on, in order.
-
-    Raises:
-        UserError: some are not done, or were made with other settings; the message lists them.
-    """
+    """Every row of a sweep, from 0 on; a UserError lists those that are not done, or made with other settings."""
     run, rows, done = RunFolder.of(config), range(config.sweep.size + 1), done_rows(config)
     missing = [row for row in rows if row not in done]
     if missing:

@@ -28,13 +28,9 @@ class Shards:
         return self.folder / f"{number:05d}.arrow"
 
     def write(self, number: int, content: Callable[[int], bytes], remedy: str, *, wait: bool = True) -> None:
-        """Write a shard that is missing, unless another process is writing it.
+        """Write a shard that is missing, unless another process is writing it, which may be waited for.
 
-        Args:
-            number: of the shard.
-            content: the bytes of an example.
-            remedy: what to type where the folder's file system has no locks.
-            wait: for the other process.
+        `content` gives the bytes of an example, `remedy` what to type where the folder's file system has no locks.
 
         Raises:
             UserError: no space on the disk, no locks; or as `content`.
@@ -59,11 +55,7 @@ class Shards:
             path.with_suffix(".lock").unlink(missing_ok=True)  # whoever waits for it looks for the file first
 
     def read(self, index: int) -> pa.Buffer:
-        """The bytes of an example, where they lie in the file.
-
-        Raises:
-            ValueError: the file is missing or damaged.
-        """
+        """The bytes of an example, where they lie in the file; a ValueError where it is missing or damaged."""
         number, place = divmod(index, SHARD)
         try:
             batch = _opened(self.path(number))[place // GROUP]
@@ -83,6 +75,5 @@ class Shards:
 
 @cache
 def _opened(path: Path) -> list[pa.RecordBatch]:
-    """Batches of GROUP examples in a file; an example's bytes are read when they are asked for."""
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     return [reader.get_batch(i) for i in range(reader.num_record_batches)]

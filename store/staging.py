@@ -1,8 +1,6 @@
 """Data on the node's own disk: a shared file system serves one archive to a node, and not a million files to each job.
 
-`cluster.stage` names an archive or folder with what task.folder holds, or `compute.resized_to`, the smaller copies that
-training reads. The first job on a node unpacks it, the others wait for that one or find it done. What a killed job left
-half-unpacked has another name, and is deleted by the next.
+The first job on a node unpacks it, the others wait for that one or find it done.
 """
 
 import os
@@ -23,10 +21,8 @@ ARCHIVES = ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip"
 def staged(config: Experiment) -> Experiment:
     """The experiment with its data, or its smaller copies, on this machine's disk; itself where none are named.
 
-    Neither a row's identity nor the digests of splits depend on the place, so results are those of the shared data.
-
     Raises:
-        UserError: the archive is missing, damaged or of a kind that is not known, or the local disk has no room for it.
+        UserError: the archive is missing, damaged or of an unknown kind, or the local disk has no room for it.
     """
     if config.cluster.stage is None:
         return config

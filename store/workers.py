@@ -49,11 +49,10 @@ def _set_allocator(settings: dict[int, int]) -> None:
 
 
 def use_threads(threads: int) -> None:
-    """Compute with `threads` threads, and let glibc keep freed blocks instead of returning them to the system.
+    """Compute with `threads` threads, of torch and of NumPy's BLAS; glibc keeps freed blocks for the next step.
 
-    They are those of torch and of the BLAS of NumPy and SciPy, which would else take every core in every worker; the
-    linear probe, a long row of small products, is slower with two of them than with one.
-    A training step frees and asks for the same large blocks again; giving each back costs half of the time.
+    The linear probe, a long row of small products, is slower with two BLAS threads than with one; giving blocks back
+    costs half of a training step's time.
     """
     torch.set_num_threads(threads)
     threadpool_limits(threads)
@@ -63,10 +62,7 @@ def use_threads(threads: int) -> None:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Give freed blocks of 32 MiB and more back to the system at once, and of smaller ones all but 128 MiB.
-
-    Where memory is scarcer than time; a step of the embedded model with every block given back took a third longer.
-    """
+    """Give freed blocks of 32 MiB and more back to the system at once, and of smaller ones all but 128 MiB."""
     _set_allocator(RETURN)
     try:
         yield
@@ -75,12 +71,7 @@ def little_memory() -> Iterator[None]:
 
 
 def gpus_of_workers(workers: int, gpus: int, visible: str | None) -> list[str]:
-    """The GPU that each worker may see, in turn; empty where there is one GPU or none.
-
-    Args:
-        workers: how many.
-        gpus: how many this process sees.
-        visible: CUDA_VISIBLE_DEVICES of this process.
+    """The GPU that each worker may see, in turn, by its name in CUDA_VISIBLE_DEVICES; empty where there is one or none.
 
     >>> gpus_of_workers(3, 2, "4,6"), gpus_of_workers(2, 1, None)
     (['4', '6', '4'], [])
@@ -100,10 +91,7 @@ def _start(threads: int, gpus: "SimpleQueue[str] | None") -> None:
 
 @lru_cache(maxsize=1)
 def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
-    """Started once and used by all stages of a command, since each process imports torch for seconds.
-
-    Where there are several GPUs, each worker has one of them.
-    """
+    """Started once and used by all stages of a command, since each process imports torch for seconds."""
     context = multiprocessing.get_context("spawn")
     names = gpus_of_workers(workers, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     gpus: SimpleQueue[str] | None = context.SimpleQueue() if names else None
@@ -124,17 +112,10 @@ def spread(
     report: Callable[[T], str] | None,
     console: Console,
 ) -> list[T]:
-    """Run picklable calls on `workers` processes; results come in the order of the calls.
+    """Run picklable calls, such as `partial(train_row, config, 3)`, on worker processes; results in their order.
 
-    Args:
-        title: of the progress bar.
-        calls: e.g. `functools.partial(train_row, config, 3)`.
-        workers: processes; each imports torch once.
-        threads: in each.
-        units: what the bar counts up to.
-        done_units: how many of them are done, read from the files that the workers write.
-        report: one line for a finished call; None: nothing is said.
-        console: where lines and the bar go.
+    The bar counts `done_units()`, read from the files that workers write, up to `units`; `report` makes a line of each
+    result.
 
     Raises:
         UserError: a call's own, or a worker that was killed. Calls already running finish first.
