@@ -36,9 +36,8 @@ from benchmarks.run import ROOT, Options, benchmark, run
 from benchmarks.soups import MERGEKIT_PYTHON, OURS, version_of_mergekit
 from soups.errors import UserError
 from soups.files.atomic import write_json
-from soups.files.checkpoints import Entry
+from soups.files.checkpoints import Entry, in_file_order, streamed
 from soups.files.folders import INDEX
-from soups.files.streamed import in_file_order, streamed
 
 DROP = Path("/proc/sys/vm/drop_caches")
 SHARDS = 3

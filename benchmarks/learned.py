@@ -29,7 +29,7 @@ from benchmarks.greedy import make_networks
 from benchmarks.run import ROOT, Options, benchmark, process_of, run
 from soups.descent import LearnedSettings, learned
 from soups.files.atomic import write_json
-from soups.files.tensors import LazyWeights
+from soups.files.weights import LazyWeights
 from store.workers import little_memory
 
 NETWORK = "vit_base_patch32_clip_224"

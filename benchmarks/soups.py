@@ -21,8 +21,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 
 from benchmarks.run import ROOT, Options, benchmark, in_turns, middle, process_of, ratio, run
-from soups.files.checkpoints import BLOCK, Entry
-from soups.files.streamed import streamed
+from soups.files.checkpoints import BLOCK, Entry, streamed
 
 PEERS = ("read", "loop", "timm")  # of benchmarks/averaging_peers.py
 OURS = "ours"

@@ -18,7 +18,7 @@ from configs.schema import load
 from soups.files.checkpoints import Checkpoint
 from soups.files.dtypes import FLOATS, STORED
 from soups.files.opening import open_checkpoint
-from soups.files.tensors import DTYPES
+from soups.files.weights import DTYPES
 
 LEFTOVERS = {  # the text tower without its transformer, which the wrapper keeps and never calls
     "model.positional_embedding": (77, 512),

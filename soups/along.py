@@ -9,7 +9,7 @@ from math import isnan, sqrt
 from pathlib import Path
 
 from soups.errors import UserError
-from soups.files.names import short_names
+from soups.files.folders import short_names
 from soups.scores import given_scores
 
 NUMBER = re.compile(r"\d+\.\d+|\d+")

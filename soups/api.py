@@ -45,7 +45,7 @@ def load(path: str | Path, *, key: str | None = None) -> "Mapping[str, Tensor]":
     Raises:
         UserError: it is missing, damaged, or no weights.
     """
-    from soups.files.tensors import LazyWeights  # noqa: PLC0415  # torch takes seconds
+    from soups.files.weights import LazyWeights  # noqa: PLC0415  # torch takes seconds
 
     return LazyWeights(Path(path), reading=Reading(key=key))
 
@@ -139,7 +139,7 @@ def model_stock(start: Source, models: Models, **settings: Any) -> Soup:
 
     Source: Jang et al. 2024, Section 4.
     """
-    from soups.files.tensors import LazyWeights  # noqa: PLC0415
+    from soups.files.weights import LazyWeights  # noqa: PLC0415
     from soups.stock import ratio, stock_cosines, stock_row  # noqa: PLC0415
 
     pool, how, first = open_pool(models, settings, start)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from soups.conformance import common_layout, joint_kind
 from soups.files.dtypes import FLOATS, STORED, round_once
-from soups.files.tensors import DTYPES, NAMES, checkpoint_of
-from soups.files.weights import Weights
+from soups.files.weights import DTYPES, NAMES, Weights, checkpoint_of
 from soups.mean import Mean, Term
 
 Loader = Callable[[], Weights]

@@ -14,8 +14,7 @@ from soups.files.adapters import ORIGIN, common_config
 from soups.files.aligned import differ
 from soups.files.atomic import replacing
 from soups.files.dtypes import OutputDtype
-from soups.files.folders import HUB, from_hub, is_adapter, pinned
-from soups.files.names import name_beside, short_names
+from soups.files.folders import HUB, from_hub, is_adapter, name_beside, pinned, short_names
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.mean import Mean, Mixing, average_files
@@ -104,7 +103,7 @@ def _average(
     )
     if how.measured_on is None or how.measured_on.statistics is None or len(paths) < 2:
         return write(out)  # a model by itself keeps its own statistics
-    from soups.files.tensors import LazyWeights, mapped  # noqa: PLC0415  # torch takes seconds
+    from soups.files.weights import LazyWeights, mapped  # noqa: PLC0415  # torch takes seconds
 
     with replacing(out) as temporary:
         soup = write(temporary)

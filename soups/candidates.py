@@ -25,7 +25,7 @@ def write_pickled(weights: Path, out: Path, pool: Pool) -> None:
     """A .safetensors file as torch.save writes it, under the key and the names that it has in the pool's first file."""
     import torch  # noqa: PLC0415
 
-    from soups.files.tensors import mapped  # noqa: PLC0415
+    from soups.files.weights import mapped  # noqa: PLC0415
 
     state: dict[str, Any] = mapped(weights)
     if pool.like.is_file() and pool.like.suffix in PICKLED:
@@ -75,7 +75,7 @@ class Candidate:
 
     def weights(self) -> "Mapping[str, Tensor]":
         """Its tensors, each read when it is asked for; of an adapter the factors, whose product is the whole update."""
-        from soups.files.tensors import LazyWeights  # noqa: PLC0415
+        from soups.files.weights import LazyWeights  # noqa: PLC0415
 
         return LazyWeights(self.made / ADAPTER if self.pool.adapters else self.original or self.made)
 

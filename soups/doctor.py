@@ -25,7 +25,7 @@ from soups.conformance import common_layout
 from soups.errors import UserError
 from soups.files.aligned import differ
 from soups.files.checkpoints import Checkpoint
-from soups.files.names import short_names
+from soups.files.folders import short_names
 from soups.files.opening import alike, open_checkpoint
 from soups.files.reading import Reading
 from soups.geometry import ANOTHER_ORIGIN, Geometry, geometry, medians_of_others

@@ -10,11 +10,10 @@ import numpy as np
 
 from soups.card import Card, interval
 from soups.files.atomic import write_json
-from soups.files.checkpoints import BLOCK, Checkpoint, Entry
+from soups.files.checkpoints import BLOCK, Checkpoint, Entry, streamed
 from soups.files.dtypes import FLOATS, KINDS, STORED
 from soups.files.folders import INDEX, config_beside
 from soups.files.opening import opened
-from soups.files.streamed import streamed
 
 if TYPE_CHECKING:
     from soups.soup import Soup

@@ -19,12 +19,10 @@ from soups.checks import sound_digest
 from soups.errors import UserError
 from soups.files.adapters import CONFIG, common_config, factors, in_model, read_config, scaling_of, weights_file
 from soups.files.atomic import digest_of, replacing, write_json
-from soups.files.folders import ADAPTER
-from soups.files.names import short_names
+from soups.files.folders import ADAPTER, short_names
 from soups.files.opening import opened
 from soups.files.reading import Reading
-from soups.files.tensors import LazyWeights
-from soups.files.weights import Weights
+from soups.files.weights import LazyWeights, Weights
 from soups.folder import copy_companions
 from soups.record import FORMAT, Ingredient, Record, versions, write_recipe
 

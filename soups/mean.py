@@ -38,13 +38,13 @@ from soups.files.checkpoints import (
     digest_file,
     hash_tensor,
     sample,
+    streamed,
     tensor_digests,
 )
 from soups.files.dtypes import FLOATS, STORED, OutputDtype, round_once, widen
-from soups.files.names import short_names
+from soups.files.folders import short_names
 from soups.files.opening import opened
 from soups.files.reading import COUNTERS, Reading
-from soups.files.streamed import streamed
 from soups.record import FORMAT, NO_DIGEST, FileSoup, Ingredient, Record, versions
 
 STATISTICS = ("running_mean", "running_var")

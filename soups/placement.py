@@ -14,8 +14,7 @@ from torch import Tensor
 from soups.average import Loader
 from soups.checks import sound_digest
 from soups.conformance import common_layout
-from soups.files.tensors import LazyWeights, checkpoint_of
-from soups.files.weights import Weights
+from soups.files.weights import LazyWeights, Weights, checkpoint_of
 from soups.ranks import sum_over_ranks, this_rank
 
 Place = Literal["stream", "host", "device"]

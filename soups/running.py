@@ -22,7 +22,7 @@ from soups.along import factors
 from soups.average import rounded
 from soups.errors import UserError
 from soups.files.checkpoints import BLOCK, SAMPLE
-from soups.files.tensors import tied_names
+from soups.files.weights import tied_names
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def learned(
         UserError: models that do not fit the network, or a loss that is not finite.
     """
     from soups.descent import LearnedSettings, learn  # noqa: PLC0415
-    from soups.files.tensors import LazyWeights  # noqa: PLC0415
+    from soups.files.weights import LazyWeights  # noqa: PLC0415
     from soups.scorers.networks import places  # noqa: PLC0415
     from soups.scorers.outside import code_of, function_named  # noqa: PLC0415
 

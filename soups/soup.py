@@ -96,7 +96,7 @@ class Soup:
     @cached_property
     def weights(self) -> "Mapping[str, Tensor]":
         """Its tensors, each read when it is asked for, from a file that goes when the soup does."""
-        from soups.files.tensors import LazyWeights  # noqa: PLC0415
+        from soups.files.weights import LazyWeights  # noqa: PLC0415
 
         out = self.pool.workplace / ("adapter" if self.pool.adapters else "weights.safetensors")
         self.write(out, self.record)

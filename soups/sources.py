@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from soups.errors import UserError
-from soups.files.folders import HUB, from_hub, pinned
-from soups.files.names import natural, short_names
+from soups.files.folders import HUB, from_hub, natural, pinned, short_names
 from soups.files.reading import Reading
 
 Source = (

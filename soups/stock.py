@@ -13,8 +13,7 @@ import torch
 
 from soups.conformance import common_layout
 from soups.files.reading import Reading
-from soups.files.tensors import checkpoint_of
-from soups.files.weights import Weights
+from soups.files.weights import Weights, checkpoint_of
 
 BLOCK = 1 << 16  # elements of each model looked at together
 

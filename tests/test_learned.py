@@ -10,8 +10,7 @@ from torch.func import functional_call
 
 from configs.errors import UserError
 from soups.descent import Layout, LearnedSettings, State, learned, shuffled, step
-from soups.files.tensors import LazyWeights
-from soups.files.weights import save_weights
+from soups.files.weights import LazyWeights, save_weights
 from soups.placement import BLOCK, inner_products, mix_into, settle
 from soups.recipes import mean_of
 

@@ -106,7 +106,7 @@ import torch
 from torch import nn
 torch.set_num_threads(1)
 from soups.descent import LearnedSettings, learned
-from soups.files.tensors import LazyWeights
+from soups.files.weights import LazyWeights
 from store.workers import little_memory
 network = nn.Sequential(*[nn.Linear(800, 800) for _ in range(12)])
 def anonymous():

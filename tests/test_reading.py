@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from soups.cli import main
 from soups.errors import UserError
 from soups.files.checkpoints import digest_file
-from soups.files.folders import INDEX
-from soups.files.names import short_names
+from soups.files.folders import INDEX, short_names
 from soups.files.opening import open_checkpoint, opened
 from soups.files.reading import Reading
-from soups.files.tensors import LazyWeights, checkpoint_of
+from soups.files.weights import LazyWeights, checkpoint_of
 from soups.mean import average_files
 from soups.verify import verify
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from soups.api import weighted
 from soups.errors import UserError
 from soups.files.atomic import replacing
-from soups.files.names import natural
+from soups.files.folders import natural
 from soups.files.weights import save_weights
 from soups.running import RunningMean, Schedule, sample_of
 

@@ -19,8 +19,7 @@ from eval.forward import Evaluator
 from eval.metrics import correct
 from soups.average import Loader, mixture
 from soups.descent import LearnedSettings, learned, shuffled
-from soups.files.tensors import LazyWeights
-from soups.files.weights import Weights, load_weights
+from soups.files.weights import LazyWeights, Weights, load_weights
 from soups.journal import Journal
 from soups.ranks import this_rank
 from soups.recipes import (

@@ -10,7 +10,7 @@ from soups.errors import UserError
 from soups.export.network import Network, compare
 from soups.files.atomic import replacing
 from soups.files.folders import config_beside, config_of
-from soups.files.tensors import LazyWeights
+from soups.files.weights import LazyWeights
 from soups.folder import copy_companions
 from soups.verify import record_of
 

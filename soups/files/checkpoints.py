@@ -1,15 +1,14 @@
-"""A weight file, read block by block into the caller's buffer: memory does not depend on its size.
+"""A weight file, read and written block by block: memory does not depend on its size.
 
 A block of a tensor is read with preadv into a reused buffer, since a page of a memory map costs a fault each time it is
-first touched. Here are .safetensors; `soups.files.pickled` reads checkpoints of torch.save, and `soups.files.opening`
-says which of them a file is.
+first touched. Here are .safetensors; `soups.files.pickled` reads checkpoints of torch.save.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from soups.errors import UserError
+from soups.files.atomic import replacing
 from soups.files.dtypes import STORED
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -104,27 +104,19 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     if not names:
         return checkpoint
     before = {names.get(name, name): name for name in checkpoint.names}
-
-    def fill(name: str, offset: int, view: memoryview) -> None:
-        checkpoint.fill(before[name], offset, view)
-
     original = {new: checkpoint.original.get(old, old) for new, old in before.items()}
     return replace(
         checkpoint,
         entries=dict(sorted((names.get(name, name), entry) for name, entry in checkpoint.entries.items())),
         ties={names.get(name, name): names.get(kept, kept) for name, kept in checkpoint.ties.items()},
-        fill=fill,
+        fill=lambda name, offset, view: checkpoint.fill(before[name], offset, view),
         original={new: old for new, old in original.items() if new != old},
         absent=frozenset(names.get(name, name) for name in checkpoint.absent),
     )
 
 
 def supported(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself.
-
-    Raises:
-        UserError: a tensor of a kind that cannot be averaged here.
-    """
+    """The checkpoint itself; raises UserError where a tensor is of a kind that cannot be averaged here."""
     for name, entry in checkpoint.entries.items():
         if entry.dtype not in STORED:
             raise UserError(
@@ -161,11 +153,7 @@ def read_header(path: Path, descriptor: int) -> tuple[dict[str, str], dict[str, 
 
 
 def pread(path: Path, name: str, descriptor: int, offset: int, view: memoryview) -> None:
-    """Fill a buffer with bytes of a tensor from a place in its file.
-
-    Raises:
-        UserError: the file ends too early.
-    """
+    """Fill a buffer with bytes of a tensor from a place in its file; raises UserError where the file ends too early."""
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
@@ -198,6 +186,63 @@ def open_safetensors(path: Path, stack: ExitStack) -> Checkpoint:
         pread(path, name, descriptor, found[name][1] + offset, view)
 
     return Checkpoint(path, entries, ties, fill, metadata=metadata, absent=frozenset(ties))
+
+
+def in_file_order(entries: Mapping[str, Entry]) -> list[str]:
+    """Wide kinds first, so that every tensor is aligned; then by name, so that equal contents are equal files."""
+    return sorted(entries, key=lambda name: (-STORED[entries[name].dtype].itemsize, name))
+
+
+def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The header, where each tensor's bytes begin in the file, and the file's length."""
+    described, offsets, end = {}, {}, 0
+    for name in in_file_order(entries):
+        entry = entries[name]
+        offsets[name], end = end, end + entry.size * STORED[entry.dtype].itemsize
+        described[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **described}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in offsets.items()}, start + end
+
+
+def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+@contextmanager
+def streamed(
+    path: Path, entries: Mapping[str, Entry], metadata: Callable[[], Mapping[str, str]], *, sync: bool = True
+) -> Iterator[Callable[[str, int, NDArray[Any]], None]]:
+    """A safetensors file that appears under `path` when the block ends well.
+
+    The block gets a function that puts stored elements of a tensor into the file, from the element of a number on;
+    threads may write different blocks, in any order. The space is taken at once, so that a full disk is known before
+    the work.
+
+    Args:
+        path: of the file.
+        entries: the tensors; every element of them must be written.
+        metadata: asked before and after the block, since digests of what was read are known only then; the second
+            answer must be as long as the first.
+        sync: as in `replacing`.
+
+    Raises:
+        UserError: no space is left on the disk.
+    """
+    header, offsets, size = _header(entries, metadata())
+    with replacing(path, sync=sync) as temporary, temporary.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # not on macOS, where a full disk is known only when it is full
+            os.posix_fallocate(file.fileno(), 0, size)
+        yield lambda name, start, stored: _pwrite(
+            file.fileno(), stored.view(np.uint8).data, offsets[name] + start * stored.itemsize
+        )
+        final, _, same_size = _header(entries, metadata())
+        if (len(final), same_size) != (len(header), size):
+            raise ValueError("the metadata of a streamed file changed its length")
+        _pwrite(file.fileno(), memoryview(final), 0)
 
 
 # A running hash of a tensor's bytes: a hundred times faster than a cryptographic one, and no protection against someone

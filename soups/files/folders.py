@@ -1,11 +1,14 @@
-"""Which file of a folder is the model, and folders of the Hugging Face hub."""
+"""Names of files for people, which file of a folder is the model, and folders of the Hugging Face hub."""
 
 import json
+import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soups.errors import UserError
+from soups.errors import UserError, first_line
 
 INDEX = "model.safetensors.index.json"
 # In the order in which transformers and open_clip look for them.
@@ -23,6 +26,42 @@ _OF_ADAPTER = re.compile(r"^adapter_(model|config)\.")
 HUB = "hf:"
 
 
+def natural(text: str) -> list[tuple[int, str]]:
+    """A key that sorts run2 before run10.
+
+    >>> sorted(["run10", "run2", "run"], key=natural)
+    ['run', 'run2', 'run10']
+    """
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), part) if part.isdigit() else (-1, part) for part in parts if part]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """For each path the last parts of it that no other path ends with, however it was typed; equal paths have equal
+    names.
+
+    >>> short_names([Path("a/best.pt"), Path("b/best.pt"), Path("b/last.pt")])
+    ['a/best.pt', 'b/best.pt', 'last.pt']
+    """
+    whole = {path: Path(os.path.abspath(path)) for path in paths}  # noqa: PTH100  # a link keeps its name
+    found = {path: Path(*each.parts[-1:]) for path, each in whole.items()}
+    for parts in range(2, max((len(path.parts) for path in whole.values()), default=0) + 1):
+        twice = {name for name, count in Counter(found.values()).items() if count > 1}
+        for path, name in found.items():
+            if name in twice:
+                found[path] = Path(*whole[path].parts[-parts:])
+    return [str(found[path]) for path in paths]
+
+
+def name_beside(name: str, path: Path, paths: Sequence[Path], names: Sequence[str]) -> str:
+    """The name of one more path, or where another has it already a longer one.
+
+    >>> name_beside("best.pt", Path("a/best.pt"), [Path("b/best.pt")], ["best.pt"])
+    'a/best.pt'
+    """
+    return name if name not in names else short_names([path, *paths])[0]
+
+
 def is_shard(path: Path) -> bool:
     """Whether a file is one of several that make a model together."""
     return SHARD.search(path.name) is not None
@@ -35,11 +74,7 @@ def config_beside(path: Path, *names: str) -> Path | None:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """What the config.json beside an ingredient says; empty where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """What the config.json beside an ingredient says; empty where there is none. Raises UserError if it is damaged."""
     file = config_beside(path, "config.json")
     try:
         return {} if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
@@ -102,5 +137,4 @@ def from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # of the network, of the hub, of a name: each has a class of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} cannot be had from the hub: {reason}") from None
+        raise UserError(f"{name} cannot be had from the hub: {first_line(error)}") from None
