@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from soups.along import shares
 from soups.averaging import Averaging, Models, by_tensor, open_pool, writer
 from soups.conformance import common_layout
-from soups.errors import UserError
+from soups.errors import UserError, one_of
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.geometry import slerp_weights
@@ -225,8 +225,7 @@ def dare(
 
     Source: Yu et al. 2024, equation 3.
     """
-    if rescale not in ("density", "l1", "none"):
-        raise UserError(f"rescale={rescale!r}: write density, l1 or none")
+    one_of("rescale", rescale, "density", "l1", "none")
     more: dict[str, Any] = {"scales": scales, "seed": seed, "rescale": rescale}
     return _merged("dare", start, models, settings, scale=scale, density=density, **more)
 
@@ -258,12 +257,11 @@ def _merged(
             raise UserError(f"{name}: need finite numbers, got {list(values)}")
         return dict(zip(names, map(float, values), strict=True))
 
-    kept = for_each("density", density) if isinstance(density, Sequence) else density
+    kept = density if isinstance(density, (int, float)) else for_each("density", density)
     for share in kept.values() if isinstance(kept, dict) else [kept]:
         if not 0 < share <= 1:
             raise UserError(f"density is a share in (0, 1], got {share}")
-    if per not in ("model", "tensor"):
-        raise UserError(f"per={per!r}: write model or tensor")
+    one_of("per", per, "model", "tensor")
     equal = [scale / len(pool) if recipe == "dare" else scale] * len(pool)
     each = equal if scales is None else [scale * one for one in scales]
     factors, shares_of = for_each("scales", each), {} if weights is None else for_each("weights", weights)

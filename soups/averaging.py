@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from soups.checks import refuse_unsuitable
 from soups.conformance import common_layout
-from soups.errors import UserError
+from soups.errors import UserError, one_of
 from soups.files.adapters import ORIGIN, common_config
 from soups.files.aligned import differ
 from soups.files.atomic import replacing
-from soups.files.dtypes import OutputDtype
+from soups.files.dtypes import FLOATS, OutputDtype
 from soups.files.folders import HUB, from_hub, is_adapter, name_beside, pinned, short_names
 from soups.files.opening import opened
 from soups.files.reading import Reading
@@ -54,8 +54,8 @@ class Averaging:
     measured_on: "Scorer | None" = None  # of batch_norm="recompute": whose images
 
     def __post_init__(self) -> None:
-        if self.batch_norm not in ("average", "keep", "recompute"):
-            raise UserError(f"batch_norm={self.batch_norm!r}: write average, keep or recompute")
+        one_of("dtype", self.dtype, "keep", *FLOATS)
+        one_of("batch_norm", self.batch_norm, "average", "keep", "recompute")
         if (self.batch_norm == "keep") != (self.init is not None):
             raise UserError("batch_norm=keep and the initialisation, init=FILE, belong together")
 

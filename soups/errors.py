@@ -6,7 +6,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -35,6 +35,12 @@ class InterruptedBySignalError(BaseException):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+def one_of(name: str, value: Any, *known: str) -> None:
+    """Raise UserError where a setting is none of a few words."""
+    if value not in known:
+        raise UserError(f"{name}={value!r}: write {', '.join(known[:-1])} or {known[-1]}")
 
 
 def first_line(error: Exception) -> str:

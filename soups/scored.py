@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soups.averaging import Models, by_tensor, open_pool, writer
-from soups.errors import UserError
+from soups.errors import UserError, one_of
 from soups.files.opening import opened
 from soups.heldout import HeldOut
 from soups.journal import Journal
@@ -48,6 +48,8 @@ def _scores(
     pool, how, _ = open_pool(models, settings, score=score)
     scorer = _scorer(score, goal, pool)
     others = None if report is None else _scorer(report, goal, pool)
+    if others is not None and callable(report) and report != score:
+        others = replace(others, key=key_of("report", others.key))  # its code may be the same, on other examples
     if others is not None and others.key == scorer.key:
         raise UserError("--report is the data that the soup is selected on: name others")
     if others is not None and (others.metric, others.goal) != (scorer.metric, scorer.goal):
@@ -156,6 +158,7 @@ def greedy(
     Source: Wortsman et al. 2022, Recipe 1.
     """
     asked: dict[str, Any] = {"scores": scores, "min_sigma": min_sigma, "report": report, "journal": journal}
+    one_of("ties", ties, "keep", "drop")
     found = _scores(models, score, goal, quiet=quiet, **asked, **settings)
     alone, aim = _alone(found), found.scorer.goal
     order = best_first(list(alone.values()), aim)
@@ -171,6 +174,7 @@ def random_order(
     The first model always enters, so the soup may be worse than the best model; other models are not scored alone.
     Further settings are `min_sigma`, `report`, `journal` and `quiet` of `greedy`, and those of the averaging.
     """
+    one_of("ties", ties, "keep", "drop")
     found = _scores(models, score, goal, **settings)
     order = random_places(len(found.pool), seed, 0)
     (first,) = found.of([(order[0],)])
@@ -229,6 +233,8 @@ def learned(
     from soups.scorers.networks import places  # noqa: PLC0415
     from soups.scorers.outside import code_of, function_named  # noqa: PLC0415
 
+    one_of("per", per, "model", "layer", "tensor")
+    one_of("place", place, "stream", "host", "device")
     pool, how, _ = open_pool(models, settings, score=held_out if isinstance(held_out, HeldOut) else None)
     digests, size = digests_of(pool, pool.paths), held_out.batch_size if isinstance(held_out, HeldOut) else None
     if isinstance(held_out, HeldOut):

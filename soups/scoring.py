@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isnan, sqrt
+from math import isfinite, isnan, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -91,9 +91,8 @@ def scored(value: Any, name: str) -> Scored:
         value = (value.double() if value.is_floating_point() else value).numpy()
     values = np.asarray(value)
     if values.ndim > 1 or values.size == 0 or values.dtype.kind not in "biuf":
-        raise UserError(
-            f"the score of {name} is a {type(value).__name__}, not a number: return a number, or one for each example"
-        )
+        what = f"an array {values.shape}" if values.ndim else f"a {type(value).__name__}"
+        raise UserError(f"the score of {name} is {what}, not a number: return a number, or one for each example")
     values = values.astype(np.float64)
     number = float(values.mean())
     if isnan(number):
@@ -107,8 +106,8 @@ def gain_of(scorer: Scorer, soup: Scored, single: Scored) -> Gain:
     Source: Efron and Tibshirani 1993, chapters 13 and 15; McNemar 1947.
     """
     sign = 1 if scorer.goal == "max" else -1
-    mean, ours, theirs, value = sign * (soup.value - single.value), soup.answers, single.answers, scorer.value
-    if value is None or ours is None or theirs is None or len(ours) < 2:
+    mean, ours, theirs, value = sign * (soup.value - single.value) + 0.0, soup.answers, single.answers, scorer.value
+    if value is None or ours is None or theirs is None or len(ours) < 2 or not isfinite(mean):
         return Gain(mean)
     n, generator = len(ours), np.random.Generator(np.random.PCG64(0))
     if value is mean_of_answers:

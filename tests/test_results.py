@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,7 @@ def test_samples_as_the_harness_logs_them_are_put_in_order_and_their_metric_is_n
         ("1\n0\n", "50", "the command printed 50, and the mean"),
         ("1\n2\n4\n", "2.333", ""),
         ("1\n2\n4\n", "2", "the command printed 2, and the mean of the 3 numbers in m0.safetensors.jsonl is 2.3333333"),
+        ("1\nInfinity\n", "'inf'", ""),
         ("1\nhalf\n", "0.5", "m0.safetensors.jsonl: no JSON in a line"),
         ('"a"\n', "0.5", "need a line for each example: a number, or an object as lm_eval logs samples"),
         ("1\nNaN\n", "0.5", "the score of m0.safetensors is NaN"),
@@ -164,7 +166,8 @@ def test_samples_as_the_harness_logs_them_are_put_in_order_and_their_metric_is_n
     ],
 )
 def test_what_a_command_writes_has_the_mean_that_it_prints(pool, capsys, lines, printed, message):
-    (pool / "eval.py").write_text(f"import sys\nopen(sys.argv[1] + '.jsonl', 'w').write({lines!r})\nprint({printed})\n")
+    code = f"import sys\nopen(sys.argv[1] + '.jsonl', 'w').write({lines!r})\nsys.stdout.buffer.write(b'\\xff\\n')\n"
+    (pool / "eval.py").write_text(f"{code}print({printed})\n")
     found = greedy(*HELD_OUT, capsys=capsys)
     assert message in found and found.startswith("error: " if message else "file")
     assert not message or len(found.splitlines()) == 1
@@ -227,6 +230,20 @@ def test_a_journal_keeps_the_numbers_of_single_examples(pool, capsys):
 def test_a_report_or_a_sigma_without_meaning_is_refused_before_any_work(pool, capsys, words, message):
     assert message in greedy(*HELD_OUT, *words, capsys=capsys)
     assert not (pool / "calls").exists()
+
+
+def test_one_function_made_for_several_sets_of_examples_is_a_score_of_each(pool):
+    def on(split):
+        return lambda weights: hits(weights, split)
+
+    first, second = slice(200), slice(200, 400)
+    expected = soups.greedy("m*.safetensors", hits, "max", report=lambda w: hits(w, second), quiet=True)
+    for score, report in ((on(first), on(second)), (partial(hits, split=first), partial(hits, split=second))):
+        assert str(soups.greedy("m*.safetensors", score, "max", report=report, quiet=True)) == str(expected)
+    with pytest.raises(UserError, match="--report is the data that the soup is selected on"):
+        soups.greedy("m*.safetensors", hits, "max", report=hits, quiet=True)
+    few, all_of_them = (soups.greedy("m*.safetensors", on(slice(n)), "max", journal="j", quiet=True) for n in (9, 400))
+    assert (few.n, all_of_them.n) == (9, 400)  # a journal does not take one for the other
 
 
 def test_a_report_of_another_kind_is_refused(pool, tmp_path):

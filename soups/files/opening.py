@@ -4,10 +4,13 @@ Known are: safetensors; checkpoints of torch.save, never executing a pickle; sha
 or by their folder; folders of torch.distributed.checkpoint; models of the Hugging Face hub.
 """
 
+import errno
 import json
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from soups.errors import UserError
@@ -18,6 +21,8 @@ from soups.files.distributed import METADATA, open_distributed
 from soups.files.folders import HUB, INDEX, from_hub, in_folder, is_adapter, is_shard
 from soups.files.pickled import open_pickled
 from soups.files.reading import Reading, only_here, without_wrappers
+
+MOST_FILES = 1 << 14  # open at once; some systems name no limit and have one
 
 
 def _open_index(index: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
@@ -80,6 +85,15 @@ def _open_file(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
     raise UserError(f"{path}: not a weight file; known are .safetensors, {INDEX} and {' '.join(PICKLED)}")
 
 
+@cache
+def _many_files() -> None:
+    """Let this process open as many files as it may: those of a pool of shards are open together, often thousands."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Reading | None = None) -> Checkpoint:
     """Open a weight file, an index of shards, a folder that holds one of them, or hf:org/model; closed with `stack`.
 
@@ -93,6 +107,7 @@ def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Readin
     """
     if isinstance(source, Checkpoint):
         return source
+    _many_files()
     reading, path = reading or Reading(), source
     try:
         if str(path).startswith(HUB):
@@ -113,7 +128,8 @@ def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Readin
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        remedy = ": `ulimit -n` says how many a process may have" if error.errno == errno.EMFILE else ""
+        raise UserError(f"{path}: {error.strerror}{remedy}") from None
     found = found if reading.as_stored else renamed(found, without_wrappers(found.names, inside=found.unwrapped != ""))
     if reading.like is None:
         return found

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from soups.candidates import Candidate
 from soups.errors import UserError
+from soups.files.tables import read_text
 from soups.scoring import Scored, Scorer, key_of, mean_of_answers, scored
 from soups.selection import Goal
 
@@ -53,7 +55,7 @@ def results_in(path: Path, metric: str | None) -> tuple[list[Any], str]:
     Raises:
         UserError: lines of another kind, or another number of metrics than one.
     """
-    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
     try:
         rows = [json.loads(line) for line in lines]
     except ValueError as error:
@@ -89,8 +91,9 @@ def _with_results(number: float, path: Path, metric: str | None, name: str) -> S
     """
     values, examples = results_in(path, metric)
     found = scored(np.array(values), name)
-    places = min(max(3, -int(Decimal(repr(number)).as_tuple().exponent)), 6)  # it may be rounded, or a sum of float32
-    if not abs(found.value - number) <= 0.5 * 10**-places + 1e-6 * abs(found.value):
+    exponent = Decimal(repr(number)).as_tuple().exponent
+    places = min(max(3, -exponent if isinstance(exponent, int) else 3), 6)  # it may be rounded, or a sum of float32
+    if found.value != number and not abs(found.value - number) <= 0.5 * 10**-places + 1e-6 * abs(found.value):
         raise UserError(
             f"--score on {name}: the command printed {number:.8g}, and the mean of the {len(values)} numbers in "
             f"{path.name} is {found.value:.8g}: print their mean"
@@ -138,7 +141,7 @@ def of_command(command: str, goal: Goal, metric: str | None = None) -> Scorer:
         results = path.with_name(f"{path.name}.jsonl")
         results.unlink(missing_ok=True)  # of an earlier command
         call = ["sh", "-c", _filled(command, path)]
-        ended = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+        ended = subprocess.run(call, capture_output=True, text=True, errors="replace", env=environment, check=False)
         if ended.returncode:
             sys.stderr.write(ended.stderr)
             last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -174,14 +177,27 @@ def function_named(name: str) -> Callable[..., Any]:
     return found
 
 
+def _carried(function: Any) -> list[str]:
+    """What a function or its object has beside code, as numbers, texts and arrays; of other things their kind."""
+    holder = getattr(function, "__self__", function)
+    values = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    values += [*(getattr(function, "__defaults__", None) or ()), *getattr(holder, "__dict__", {}).values()]
+    values += [*function.args, *function.keywords.values()] if isinstance(function, partial) else []
+    told = (str, bytes, int, float, Path, slice, range)
+    return [str(each) if isinstance(each, told) or hasattr(each, "shape") else type(each).__name__ for each in values]
+
+
 def code_of(function: Callable[..., Any]) -> str:
-    """Names a function and the content of the file that it stands in; other files that it uses are not seen."""
+    """Names a function, the file that it stands in and what it was made with; other files that it uses are not seen."""
+    carried = [] if inspect.isbuiltin(function) else _carried(function)
+    if isinstance(function, partial):
+        return key_of(code_of(function.func), carried)
     where = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__qualname__)}"
     try:
         file = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # a class instance or a builtin
         file = inspect.getsourcefile(type(function)) if not inspect.isbuiltin(function) else None
-    return key_of(where, Path(file)) if file and Path(file).is_file() else key_of(where)
+    return key_of(where, *([Path(file)] if file and Path(file).is_file() else []), *([carried] if carried else []))
 
 
 def of_function(function: Callable[..., Any], goal: Goal) -> Scorer:
@@ -206,8 +222,9 @@ def scorer_of(score: str | Callable[..., Any] | Scorer, goal: Goal | None, metri
     """
     if isinstance(score, Scorer):
         return score
-    if goal is None:
-        raise UserError("say whether the score is to be high or low: --goal max or --goal min (goal= in Python)")
+    if goal not in ("max", "min"):
+        got = "" if goal is None else f"; got {goal!r}"
+        raise UserError(f"say whether the score is to be high or low: --goal max or --goal min (goal= in Python){got}")
     if not isinstance(score, str):
         return of_function(score, goal)
     is_name = PLACE not in score and " " not in score.strip() and ":" in score
