@@ -100,7 +100,8 @@ def refuse_other_configs(paths: Sequence[Path], *, in_order: bool = True) -> Non
         if file is None:
             continue
         first = first or (file, values)
-        for key in ("model_type", "architectures", "architecture", "id2label", "problem_type", "quantization_config"):
+        keys = ("model_type", "architectures", "architecture", "id2label", "problem_type", "quantization_config")
+        for key in (*keys, *(["label_names"] if "label_names" in values and "label_names" in first[1] else [])):
             ours, theirs = values.get(key), first[1].get(key)
             if key == "id2label" and ours and theirs and sorted(ours.values()) != sorted(theirs.values()):
                 named = [Counter(each.values()) for each in (ours, theirs)]  # one may have a name twice

@@ -108,6 +108,13 @@ def test_other_classes_are_refused_with_the_difference(names, own, others, pool)
         soups.uniform(["m0", "m1"])
 
 
+def test_classes_without_numbers_are_refused(pool):
+    config = json.loads((pool / "m1/config.json").read_text())
+    (pool / "m1/config.json").write_text(json.dumps(config | {"id2label": ["no", "yes"]}))
+    with pytest.raises(UserError, match=r"m1/config\.json: id2label is not the classes by their numbers"):
+        soups.uniform(["m0", "m1"])
+
+
 def test_the_doctor_compares_models_in_the_same_order_of_classes(pool):
     paths = [Path("m0"), Path("m1")]
     expected = examine(paths)
@@ -220,6 +227,10 @@ def test_other_tokenizers_that_are_not_read_are_refused_and_equal_ones_are_not(p
         (pool / f"m{i}/tokenizer.json").unlink()
         (pool / f"m{i}/tokenizer.model").write_bytes(b"pieces")
     soups.uniform(["m0", "m1"])
+    (pool / "m1/added_tokens.json").write_text('{"<|im_start|>": 7}')
+    with pytest.raises(UserError, match=r"its tokenizer is not that of .*m0"):
+        soups.uniform(["m0", "m1"])
+    (pool / "m0/added_tokens.json").write_text('{"<|im_start|>": 7}')
     (pool / "m1/tokenizer.model").write_bytes(b"other pieces")
     with pytest.raises(UserError, match=r"its tokenizer is not that of .*m0.*tokenizer\.json"):
         soups.uniform(["m0", "m1"])
@@ -265,12 +276,13 @@ def test_from_without_keep_and_from_another_model_on_task_vectors_are_refused(po
 @pytest.mark.parametrize("kind", ["vocab.txt", "vocab.json", "pieces"])
 def test_tokens_are_read_from_each_kind_of_tokenizer(kind, tmp_path):
     if kind == "vocab.txt":
-        (tmp_path / kind).write_text("a\nb\nc\n")
+        (tmp_path / kind).write_text("a\nb\u2028\n", encoding="utf-8")
     elif kind == "vocab.json":
-        (tmp_path / kind).write_text(json.dumps({"a": 0, "b": 1}))
-        (tmp_path / "added_tokens.json").write_text(json.dumps({"c": 2}))
+        (tmp_path / kind).write_text(json.dumps({"a": 0, "b\u2028": 1}))
     else:
-        values = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": [{"id": 2, "content": "c"}]}
+        values = {"model": {"vocab": [["a", -1.0], ["b\u2028", -2.0]]}, "added_tokens": [{"id": 2, "content": "c"}]}
         (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    assert tokens(tmp_path) == {"a": 0, "b": 1, "c": 2}
+    if kind != "pieces":
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"c": 2}))
+    assert tokens(tmp_path) == {"a": 0, "b\u2028": 1, "c": 2}
     assert tokens(tmp_path / "nowhere" / "model.safetensors") == {}

@@ -63,6 +63,10 @@ def test_classes_in_another_order_are_refused_though_all_shapes_agree(hugging_fa
     (tmp_path / "1/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"differ in 'id2label' .*another network or label space"):
         refuse_unsuitable([tmp_path / "0", tmp_path / "1"])
+    for i, names in enumerate((["red", "blue"], ["blue", "red"])):  # as timm has them
+        (tmp_path / str(i) / "config.json").write_text(json.dumps({"architecture": "vit", "label_names": names}))
+    with pytest.raises(UserError, match="differ in 'label_names'"):
+        refuse_unsuitable([tmp_path / "0", tmp_path / "1"])
 
 
 def test_a_folder_with_the_state_of_an_optimizer_has_a_model_beside_it(hugging_face, tmp_path):

@@ -30,7 +30,13 @@ Rows = NDArray[np.int64]
 
 def _labels(path: Path) -> list[str]:
     named = config_of(path).get("id2label") or {}
-    return [str(named[key]) for key in sorted(named, key=int)]
+    try:
+        return [str(named[key]) for key in sorted(named, key=int)]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{config_beside(path, 'config.json')}: id2label is not the classes by their numbers, "
+            'as in {"0": "cat", "1": "dog"}: mend it'
+        ) from None
 
 
 def tokens(path: Path) -> dict[str, int]:
@@ -44,17 +50,23 @@ def tokens(path: Path) -> dict[str, int]:
         return {}
     try:
         text = file.read_text(encoding="utf-8")
-        if file.suffix == ".txt":
-            return {token: row for row, token in enumerate(text.splitlines())}
+        if file.suffix == ".txt":  # a token may be what is elsewhere the end of a line, such as U+2028
+            lines = text.removesuffix("\n").split("\n")
+            return {token: row for row, token in enumerate(lines)} | _added_tokens(file)
         values = json.loads(text)
         if file.name == "vocab.json":
-            added = file.with_name("added_tokens.json")
-            return dict(values) | (json.loads(added.read_text(encoding="utf-8")) if added.exists() else {})
+            return dict(values) | _added_tokens(file)
         known = values["model"]["vocab"]  # a dict, or of sentencepiece a list of pairs
         found = dict(known) if isinstance(known, dict) else {piece: row for row, (piece, _) in enumerate(known)}
         return found | {each["content"]: each["id"] for each in values.get("added_tokens", ())}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no tokenizer that is known here ({type(error).__name__}: {error})") from None
+
+
+def _added_tokens(tokenizer: Path) -> dict[str, int]:
+    """Tokens that a tokenizer of transformers was given later, and their rows."""
+    file = tokenizer.with_name("added_tokens.json")
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def _vocab_size(path: Path) -> int | None:
@@ -80,7 +92,9 @@ def _in_other_rows(path: Path, like: Path, size: int) -> bool:
     one, other = config_beside(path, *READ), config_beside(like, *READ)
     if one is None or other is None:  # of these the bytes alone say whether they are the same
         one, other = config_beside(path, *NOT_READ), config_beside(like, *NOT_READ)
-        return one is not None and other is not None and not filecmp.cmp(one, other, shallow=False)
+        if one is None or other is None:
+            return False
+        return not filecmp.cmp(one, other, shallow=False) or _added_tokens(one) != _added_tokens(other)
     if one.name == other.name == "tokenizer.json" and filecmp.cmp(one, other, shallow=False):
         return False
     ours, theirs = ({token: row for token, row in tokens(each).items() if row < size} for each in (path, like))
