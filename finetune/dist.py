@@ -23,7 +23,7 @@ from configs.errors import UserError
 from configs.training import Compute
 from eval.forward import DTYPES
 from finetune.averages import local_part
-from models.classifier import Classifier, Network, batch_norms, pad_small_images
+from models.classifier import Classifier, Network, batch_norms, speed_up_depthwise
 from store.processes import Processes, any_of, send_tensors, sum_over
 
 K = TypeVar("K", bound=Hashable)
@@ -41,7 +41,7 @@ def wrap(model: Network, compute: Compute, processes: Processes) -> nn.Module:
     if compute.strategy != "fsdp":
         model.to(processes.device)
     if processes.device.type == "cpu":
-        pad_small_images(model)
+        speed_up_depthwise(model)
     if compute.gradient_checkpointing:
         for block in blocks(model):
             checkpoint(block)

@@ -116,14 +116,15 @@ def build(optim: Optim, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of a model's trainable parameters; by `optim.decay`, biases and norms do not decay or do.
 
     In adam, rmsprop and sgd the decay is added to the gradient; adamw and adafactor shrink the weights themselves.
-    On a GPU one kernel takes the whole step of those that have one, which differs in last bits.
+    One kernel takes the whole step of those that have one, but for sharded parameters on a CPU, which have none.
     """
     if optim.decay == "all":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [{"params": trained, "weight_decay": optim.weight_decay}]
     else:
         groups = param_groups_weight_decay(model, optim.weight_decay)
-    fused = True if next(model.parameters()).is_cuda else None
+    first = next(model.parameters())
+    fused = True if first.is_cuda or not isinstance(first, DTensor) else None
     match optim.kind:
         case "adamw":
             return torch.optim.AdamW(groups, lr=optim.lr, fused=fused)

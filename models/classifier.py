@@ -1,11 +1,15 @@
 """The networks that are fine-tuned, souped and evaluated: a tower with a linear head, or a prompted language model."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from configs.errors import UserError
@@ -95,32 +99,75 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
-class PaddedConv2d(nn.Conv2d):
-    """A depthwise convolution that pads images smaller than its kernel itself, and leaves out what meets only zeros.
+FEW_PAIRS = 4096  # of output and input pixels: 8 x 8 with 8 x 8, beyond which oneDNN is faster
 
-    oneDNN has no fast kernel for the gradient of such weights, which took a third of a step of the embedded model: for
-    5 x 5 weights on 64 images of 2 x 2 pixels and 1,152 channels 44 ms, where these 3 x 3 take 2 (docs/log.md).
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution whose weights' gradient on small images is a product of matrices.
+
+    oneDNN has no fast kernel for it where a kernel is larger than 3 x 3 or than the image: these took a third of a step
+    of the embedded model. For 5 x 5 weights on 64 images of 4 x 4 pixels and 672 channels it takes 9 ms, where the
+    product takes 2 (docs/log.md).
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        height, width = input.shape[-2:]
-        if max(height, width) >= weight.shape[-1]:
-            return super()._conv_forward(input, weight, bias)
-        radius = weight.shape[-1] // 2
-        reach = min(radius, max(height, width) - 1)  # pixels from the middle of the kernel to the farthest of the image
-        used = slice(radius - reach, radius + reach + 1)
-        padded = F.pad(input, [reach] * 4)
-        return F.conv2d(padded, weight[..., used, used], bias, self.stride, groups=self.groups)
+        kernel, stride = weight.shape[-1], self.stride[0]
+        pixels = math.prod(input.shape[-2:]) * math.prod(-(-size // stride) for size in input.shape[-2:])
+        if max(input.shape[-2:]) < kernel or (kernel > 3 and pixels <= FEW_PAIRS):
+            return _SmallDepthwise.apply(input, weight, bias, stride)
+        return super()._conv_forward(input, weight, bias)
 
 
-def pad_small_images(model: nn.Module) -> None:
-    """Let depthwise convolutions pad small images themselves, in place; up to rounding, results stay as they are."""
+class _SmallDepthwise(torch.autograd.Function):
+    """A depthwise convolution in float32, under autocast too: in bfloat16 its gradients have no fast kernel at all."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        ctx.stride, ctx.has_bias = stride, bias is not None
+        return F.conv2d(images, weight, bias, stride, weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (images, weight), stride = ctx.saved_tensors, ctx.stride
+        of_images = None
+        if ctx.needs_input_grad[0]:
+            of_images = conv2d_input(images.shape, weight, gradient, stride, weight.shape[-1] // 2, groups=len(weight))
+        # For each channel the products of all pixels of the gradient with all of the image, summed over N images:
+        # (C, P, N) x (C, N, Q). Each pair of pixels then belongs to one number of the kernel, or to none.
+        # The copy, a transposition of a matrix, takes less than the product of what is not laid out for it.
+        flat = (tensor.permute(0, 2, 3, 1).flatten(1).t().contiguous() for tensor in (gradient, images))
+        outputs, inputs = (matrix.view(-1, len(weight), len(images)).transpose(0, 1) for matrix in flat)
+        pairs = torch.bmm(outputs, inputs.transpose(1, 2)).flatten(1)
+        kernel = _kernel_of_pairs(tuple(images.shape[-2:]), weight.shape[-1], stride).to(pairs)
+        return (
+            of_images,
+            (pairs @ kernel).view_as(weight),
+            gradient.sum((0, 2, 3)) if ctx.has_bias else None,
+            None,
+            None,
+        )
+
+
+@lru_cache
+def _kernel_of_pairs(size: tuple[int, int], kernel: int, stride: int) -> Tensor:
+    """(P Q, K) of 0 and 1: which number of a kernel connects each of P output pixels with each of Q of an image."""
+    numbers = torch.arange(1.0, math.prod(size) + 1).view(1, 1, *size)  # 0 is the padding
+    seen = F.unfold(numbers, kernel, padding=kernel // 2, stride=stride)[0].long()  # (K, P): the pixel, by its number
+    return F.one_hot(seen, math.prod(size) + 1)[..., 1:].flatten(1).T.float()
+
+
+def speed_up_depthwise(model: nn.Module) -> None:
+    """Let depthwise convolutions be `DepthwiseConv2d`, in place; up to rounding, results stay as they are."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
-            radius = module.kernel_size[0] // 2
-            sizes = module.kernel_size, module.padding, module.dilation, module.padding_mode
-            if sizes == ((2 * radius + 1,) * 2, (radius,) * 2, (1, 1), "zeros"):
-                module.__class__ = PaddedConv2d
+        if type(module) is nn.Conv2d and module.groups == module.in_channels == module.out_channels > 1:
+            kernel, stride = module.kernel_size, module.stride
+            if kernel[0] % 2 and stride[0] == stride[1] and module.padding_mode == "zeros":
+                sizes = kernel, module.padding, module.dilation
+                if sizes == ((kernel[0],) * 2, (kernel[0] // 2,) * 2, (1, 1)):
+                    module.__class__ = DepthwiseConv2d
 
 
 def zero_shot_head(class_embeddings: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from configs.training import Model
 from finetune.dist import blocks, wrap
 from finetune.train import ONE_PROCESS
 from models.backbones import mean_and_std
-from models.classifier import PaddedConv2d, architecture, pad_small_images, pretrained, random_head
+from models.classifier import DepthwiseConv2d, architecture, pretrained, random_head, speed_up_depthwise
 
 CLIP = "a-clip-of-three-blocks"
 NAMES = ("red fox", "tea pot", "grand piano")
@@ -243,15 +243,17 @@ def test_recomputed_activations_give_the_same_gradients_block_by_block(kind, dep
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 1), (2, 5, 1), (3, 5, 1), (4, 5, 2), (5, 7, 1), (5, 5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 1), (2, 5, 1), (3, 5, 1), (4, 5, 2), (5, 7, 1), (9, 7, 2), (9, 5, 1), (5, 3, 1)]
+)
 @pytest.mark.parametrize("wider", [0, 2])
 def test_depthwise_convolutions_of_small_images_keep_their_results_and_gradients(shape, wider):
     torch.manual_seed(0)
     size, kernel, stride = shape
     first = torch.nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6).double()
     second = copy.deepcopy(first)
-    pad_small_images(second)
-    assert type(second) is PaddedConv2d
+    speed_up_depthwise(second)
+    assert type(second) is DepthwiseConv2d
     images = torch.randn(3, 6, size, size + wider, dtype=torch.float64)
     found = []
     for conv in (first, second):
@@ -262,7 +264,19 @@ def test_depthwise_convolutions_of_small_images_keep_their_results_and_gradients
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
 
-def test_only_depthwise_convolutions_that_keep_an_images_size_pad_it_themselves():
+def test_depthwise_convolutions_of_small_images_are_computed_in_float32_under_autocast():
+    conv = torch.nn.Conv2d(6, 6, 5, padding=2, groups=6)
+    images = torch.randn(3, 6, 4, 4).bfloat16()
+    conv(images.float()).square().sum().backward()
+    expected, conv.weight.grad = conv.weight.grad, None
+    speed_up_depthwise(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(images)
+    out.square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad, expected)
+
+
+def test_only_square_depthwise_convolutions_that_pad_by_their_radius_are_replaced():
     conv = torch.nn.Conv2d
     kept = [
         conv(4, 4, 3, padding=1),
@@ -271,10 +285,12 @@ def test_only_depthwise_convolutions_that_keep_an_images_size_pad_it_themselves(
         conv(4, 4, (3, 5), padding=(1, 2), groups=4),
         conv(4, 4, 3, padding=2, dilation=2, groups=4),
         conv(4, 4, 3, padding=1, padding_mode="reflect", groups=4),
+        conv(4, 4, 3, stride=(1, 2), padding=1, groups=4),
+        conv(4, 8, 3, padding=1, groups=4),
     ]
-    network = torch.nn.Sequential(*kept, conv(4, 8, 3, padding=1, groups=4))
-    pad_small_images(network)
-    assert [type(layer) is PaddedConv2d for layer in network] == [False] * len(kept) + [True]
+    network = torch.nn.Sequential(*kept, conv(4, 4, 3, padding=1, groups=4))
+    speed_up_depthwise(network)
+    assert [type(layer) is DepthwiseConv2d for layer in network] == [False] * len(kept) + [True]
 
 
 @pytest.mark.parametrize("depth", [2, 3])

@@ -210,7 +210,7 @@ def _random_order(context: PoolContext) -> Mixed:
 
 def _learned(per: Literal["model", "layer", "tensor"], context: PoolContext) -> Mixed:
     """Appendix I; the coefficients of all groups are kept, and their mean is what soup.json lists."""
-    from models.classifier import pad_small_images  # noqa: PLC0415  # seconds that other recipes need not wait for
+    from models.classifier import speed_up_depthwise  # noqa: PLC0415  # seconds that other recipes need not wait for
 
     split, settings = context.evaluator.split(context.split), context.cooking.learned
     files: list[Loader] = [partial(LazyWeights, i.folder / "weights.safetensors") for i in context.pool]
@@ -218,7 +218,7 @@ def _learned(per: Literal["model", "layer", "tensor"], context: PoolContext) -> 
     images, labels = context.evaluator.together(context.split), split.labels.to(network.device)
     descent = LearnedSettings(per, **vars(settings))
     if network.device.type == "cpu":
-        pad_small_images(network)
+        speed_up_depthwise(network)
     with little_memory():
         learnt = learned(
             network,
