@@ -18,8 +18,8 @@ import configs.first_contact  # noqa: F401 - says in one line what is not instal
 # isort: split
 from configs.cli import entry_point, parts_as_typed, record_words
 from configs.errors import UserError
+from configs.registered import ROOT
 from configs.schema import Experiment
-from configs.sweep_csv import ROOT
 from store.again import printed_before
 
 

@@ -21,8 +21,8 @@ from finetune.sweep import train_sweep
 from soups.experiment.soups import make_soups, summary
 from store.again import remember
 from store.workers import use_threads
+from tasks.check import refuse_overlaps
 from tasks.load import check_annotations, load_split
-from tasks.overlaps import refuse_overlaps
 
 
 def _run_one(config: Experiment, console: Console) -> Report:

@@ -153,11 +153,7 @@ def command(contender: str, recipe: str, paths: Sequence[Path], out: Path, merge
 
 @contextmanager
 def room(work: Path, width: int, *, keep: bool) -> Iterator[None]:
-    """A folder for what is measured, which is deleted in the end: two models and, while a soup is cut, two more.
-
-    Raises:
-        UserError: the disk has no space for them.
-    """
+    """A folder for what is measured, which is deleted in the end: two models and, while a soup is cut, two more."""
     needed = 4 * 2 * parameters(width)
     there = sum(file.stat().st_size for file in work.rglob(f"width_{width}/run[01]/*.safetensors"))
     free = shutil.disk_usage(next(place for place in (work, *work.parents) if place.exists())).free

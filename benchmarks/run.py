@@ -136,11 +136,7 @@ class Run:
 
 
 def run(call: Sequence[str]) -> Run:
-    """Run a command to its end.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """Run a command to its end; a `RuntimeError` where it failed."""
     started, peak = time.perf_counter(), 0.0
     with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe that nobody reads would stop it
         process = subprocess.Popen(call, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

@@ -41,11 +41,7 @@ def shapes(width: int) -> dict[str, tuple[int, ...]]:
 def make_pool(folder: Path, models: int, width: int, files: int) -> list[Path]:
     """Write the checkpoints that are not there yet: an initialisation of standard normal numbers, moved a little.
 
-    Args:
-        folder: of the checkpoints.
-        models: how many names.
-        width: of the transformer.
-        files: how many of them have content of their own; the others are further names (hard links) of these.
+    Of so many names, `files` have content of their own; the others are further names (hard links) of these.
     """
     entries = {name: Entry("F32", shape) for name, shape in shapes(width).items()}
     paths = [folder / f"model_{i}_of_width_{width}.safetensors" for i in range(models)]

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import UserError
-from configs.exporting import Export, parse_export
 from configs.help import GROUPS, command_help, mentions, nearest, nearest_setting, options_of, settings_of, topic_help
 from configs.registered import CONFIGS
-from configs.schema import Experiment, composed, field_of, fields_of, load, parse
+from configs.schema import Experiment, checked, composed, field_of, fields_of, load, parse
 from configs.slurm import requeueing
+from configs.stages import Export
 from soups.errors import one_line_errors, refuse
 from soups.files.atomic import read_json, write_json
 
@@ -34,10 +35,6 @@ def parts_as_typed(config: Experiment, typed: Sequence[str]) -> list[tuple[Exper
     """The experiments that one is made of, each with the words that make it by itself; or itself with its own words.
 
     All parts get what is typed on the command line, but for what is said of the whole.
-
-    Raises:
-        UserError: a name, which all parts would share, and with it their run folder; an archive of data for parts of
-            several data sets.
     """
     if not config.parts:
         return [(config, list(typed))]
@@ -88,22 +85,13 @@ def typed_right(main: Callable[[], None], document: str = "") -> Callable[[], No
 
 
 def with_run(words: Sequence[str]) -> list[str]:
-    """The words of a command with run=FOLDER replaced by those that this run was made with; typed ones follow, and win.
-
-    Raises:
-        UserError: the folder holds no run, or one without its words.
-    """
+    """The words of a command with run=FOLDER replaced by those that this run was made with; typed ones win."""
     named = [word for word in words if word.startswith("run=")]
     if not named:
         return list(words)
     folder = Path(named[-1].removeprefix("run="))
     folder = folder if folder.name else folder.resolve()
     more = [word for word in words if word not in named]
-    return [*(word for word in words_of_run(folder) if field_of(word) not in fields_of(more)), *more]
-
-
-def words_of_run(folder: Path) -> list[str]:
-    """The words that make a run again, wherever its folder has been moved to, raising as `with_run`."""
     path = folder / COMMAND
     if not path.exists():
         if (folder.parent / COMMAND).exists():
@@ -116,10 +104,11 @@ def words_of_run(folder: Path) -> list[str]:
             f"run={folder} {what}, which python reproduce.py and python -m finetune write: name a run's folder, or "
             f"type experiment=NAME and its settings{beside}"
         )
-    words = read_json(path)["words"]
-    kept = [word for word in words if field_of(word) not in ("name", "paths.runs")]
-    name = [] if f"experiment={folder.name}" in kept else [f"name={folder.name}"]
-    return [*kept, *name, *([] if folder.parent == Path("runs") else [f"paths.runs={folder.parent}"])]
+    # It may have been moved since.
+    made = [word for word in read_json(path)["words"] if field_of(word) not in ("name", "paths.runs")]
+    made += [] if f"experiment={folder.name}" in made else [f"name={folder.name}"]
+    made += [] if folder.parent == Path("runs") else [f"paths.runs={folder.parent}"]
+    return [*(word for word in made if field_of(word) not in fields_of(more)), *more]
 
 
 def record_words(config: Experiment, typed: Sequence[str]) -> None:
@@ -147,15 +136,11 @@ def helped(words: Sequence[str], document: str) -> str:
     """What --help prints: of the command, or of groups of settings or settings beside it; raises as `topic_help`."""
     topics = [word for word in words if "=" not in word and not word.startswith("-")]
     if not topics:
-        return command_help(document, _command())
+        spec = getattr(sys.modules["__main__"], "__spec__", None)  # how this process was started
+        name = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+        return command_help(document, f"python {name}")
     values = OmegaConf.to_container(composed(*(word for word in words if "=" in word)), resolve=False)
     return "\n".join(topic_help(topic, Experiment, values) for topic in topics)  # type: ignore[arg-type]
-
-
-def _command() -> str:
-    """How this process was started, as in "python -m finetune"."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"
 
 
 def _first(message: str) -> str:
@@ -207,7 +192,12 @@ def export_entry_point(stage: Callable[[Export], None]) -> Callable[[], None]:
 
     def work() -> None:
         if {"--help", "-h"}.isdisjoint(sys.argv[1:]):
-            stage(parse_export(sys.argv[1:]))
+            values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
+            missing = [name for name in ("soup", "to", "out") if values.get(name) is None]
+            if missing:
+                typed = "soup=runs/demo/soups/greedy to=onnx out=FOLDER"
+                raise UserError(f"{missing[0]} has no value: type, for example, {typed}")
+            stage(checked(Export, values))
             return
         settings = [f"  {each.name}  {each.meaning} ({each.values})" for each in settings_of(Export)]
         print(inspect.getdoc(inspect.getmodule(stage)), "", *settings, sep="\n")

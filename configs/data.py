@@ -288,7 +288,7 @@ class Parquet(Cut, Images):
 
 @closed
 class Glue(Cut, Texts):
-    """GLUE's tasks of one or two sentences (tasks/glue.py)."""
+    """GLUE's tasks of one or two sentences (tasks/texts.py)."""
 
     kind: Literal["glue"]
     subset: Literal["mrpc", "rte", "cola", "sst2"] = Field()  # which of its tasks

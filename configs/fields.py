@@ -23,8 +23,7 @@ class Needs:
     Args:
         setting: the other one, as in "optim.kind".
         values: those of which some row must have one; none: that setting must be on, which is not null, 0 or empty.
-        typed_only: whether the setting counts as given only where it is typed, because a file gives it a value that
-            others leave as it is.
+        typed_only: it counts as given only where it is typed, because a file gives it a value that others leave.
     """
 
     def __init__(self, setting: str, *values: str | None, typed_only: bool = False) -> None:

@@ -49,9 +49,7 @@ class Setting:
 def settings_of(root: Any, group: str = "") -> list[Setting]:
     """Every setting of a dataclass of the schema and of the dataclasses in it, in their order.
 
-    Args:
-        root: the dataclass, or a union of several with a field `kind`, whose common settings come first.
-        group: the setting that holds it, as in "optim"; empty for the whole experiment.
+    The root may be a union of several with a field `kind`; `group` is the setting that holds it, as in "optim".
     """
     types_of = {kind: typed_fields(kind) for kind in kinds_in(root)}
     found = []
@@ -184,11 +182,7 @@ def command_help(document: str, command: str) -> str:
 
 
 def topic_help(topic: str, root: type, values: Mapping[str, Any]) -> str:
-    """Help on a group of settings, on one setting, or on all experiments, with a composed experiment's values.
-
-    Raises:
-        UserError: there is no such group or setting.
-    """
+    """Help on a group of settings, on one setting, or on all experiments, with a composed experiment's values."""
     if topic == "experiment":
         return "\n".join(_columns([(name, summary_of(name)) for name in options_of(topic)]))
     every = settings_of(root)

@@ -1,7 +1,8 @@
-"""What Hydra composes beside single yaml files: every setting's neutral value, and experiments that share a file."""
+"""What Hydra composes beside single yaml files: neutral values, experiments that share a file; and rows as a table."""
 
+import json
 from dataclasses import is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,8 +11,10 @@ from omegaconf import OmegaConf
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from configs.fields import default_of
+from soups.files import tables
 
 CONFIGS = Path(__file__).resolve().parent
+ROOT = CONFIGS.parent
 # Settings that have a usual value but no default in their dataclass: store/rows.py leaves defaults out of what names a
 # row, and these have always been in it.
 USUAL: dict[str, dict[str, Any]] = {
@@ -79,3 +82,33 @@ def register(settings: type) -> None:
     for file in (CONFIGS / "series").glob("*.yaml"):
         for name, node in _series(file).items():
             store.store(group="experiment", name=name, node=node, package="_global_")
+
+
+def read_table(path: Path) -> list[dict[str, dict[str, Any]]]:
+    """Each line of a csv as group -> field -> value; columns without a dot are notes, and empty cells are left out.
+
+    Cells are JSON values or plain words. The path is from the project's root where it is not absolute.
+    """
+    file = ROOT / path
+    return _table(file, file.stat().st_mtime_ns if file.exists() else 0)
+
+
+@lru_cache(maxsize=4)
+def _table(file: Path, changed: int) -> list[dict[str, dict[str, Any]]]:
+    """`read_table`, once for each state of a file: every row of a sweep is one of its lines."""
+    table: list[dict[str, dict[str, Any]]] = []
+    for line in tables.read_table(file):
+        nested: dict[str, dict[str, Any]] = {}
+        for name, text in line.items():
+            group, dot, field = name.partition(".")
+            if dot and text != "":
+                nested.setdefault(group, {})[field] = _value(text)
+        table.append(nested)
+    return table
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

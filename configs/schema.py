@@ -4,7 +4,8 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,32 +14,37 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
 
-from configs.data import KINDS, NEUTRAL, AnyTask
-from configs.effects import of_no_split, without_effect
+from configs.data import KINDS, NEUTRAL, AnyTask, Task
 from configs.errors import UserError
-from configs.fields import Count, Needs, NonNegative, Positive, Probability, closed
-from configs.figures import Analysis
+from configs.fields import (
+    Count,
+    Needs,
+    NonNegative,
+    Positive,
+    Probability,
+    closed,
+    default_of,
+    kinds_in,
+    needs_in,
+    typed_fields,
+)
 from configs.help import nearest, nearest_setting
-from configs.machines import Cluster, Plan, Share
-from configs.registered import CONFIGS, register
-from configs.training import Augment, Compute, Model, Optim, Regularizer, Sweep
+from configs.registered import CONFIGS, read_table, register
+from configs.stages import Analysis, Cluster, Paths, Plan, Share, Tracking
+from configs.training import Augment, Choice, Compute, Model, Optim, Regularizer, Sweep
 
 SEARCHED = ("optim", "augment")  # groups that `sweep.best_of` takes from another experiment's best row
+TRAINED = ("optim", "augment", "regularizer")  # groups of settings that only training reads
+BY_SPLIT = ("folders", "counts", "take", "subsets", "metrics", "titles")  # settings of a task: split -> value
+OF_SPLITS = ("numbered", "objectnet")  # settings of a task: names of splits
 
 Single = Literal["best", "second_best"]  # recipes that choose a model; others average weights, or logits (Ensemble)
 Average = Literal["uniform", "subset", "greedy", "greedy_random_order", "greedy_with_replacement"]
 Fitted = Literal["learned", "learned_by_layer", "learned_by_tensor", "model_stock", "wise_ft"]
 Ensemble = Literal["ensemble", "calibrated_ensemble", "greedy_ensemble", "ensemble_with_replacement"]
 Recipe = Literal[Single, Average, Fitted, Ensemble]
-
-
-@closed
-class Paths:
-    """Where things are written."""
-
-    runs: Path = Path("runs")  # run folders: runs/<name>/...
-    results: Path | None = None  # also copy tables and scores here (results/measured holds the committed ones)
 
 
 @closed
@@ -85,25 +91,6 @@ class Cooking:
         return self
 
 
-@closed
-class Tracking:
-    """configs/tracking/*.yaml: where metrics go beside metrics.jsonl."""
-
-    kind: Literal["none", "wandb"]
-    every: Count  # steps between two points of the loss curve
-    project: str | None = None  # the project on W&B
-    entity: Annotated[str | None, Needs("tracking.kind", "wandb")] = None  # user or team
-    # offline: `wandb sync` sends it later
-    mode: Annotated[Literal["online", "offline"], Needs("tracking.kind", "wandb")] = "online"
-
-    @model_validator(mode="after")
-    def wandb_has_a_project(self) -> "Tracking":
-        """W&B sorts runs by project."""
-        if (self.kind == "wandb") != (self.project is not None):
-            raise ValueError("tracking.kind=wandb and tracking.project belong together")
-        return self
-
-
 IF_TRAINED = Needs("sweep.imported", None, typed_only=True)  # imported rows have their weights
 
 
@@ -137,22 +124,18 @@ class Experiment:
     replicates: tuple[int, ...] = ()  # repeat the whole experiment with these sweep seeds, under name/seed<n>
 
     @model_validator(mode="after")
-    def index_is_a_row(self) -> "Experiment":
-        """`sweep.index` names a row that exists, and the soups' baseline is there."""
-        if self.sweep.index is not None and self.sweep.index > self.sweep.size:
-            raise ValueError(f"sweep.index={self.sweep.index} is past the last row, {self.sweep.size}")
-        named = set().union(*self.analysis.sets.values()) if self.analysis.sets else set()
-        if self.analysis.labels and len(self.analysis.labels) != self.sweep.size:
-            raise ValueError(f"analysis.labels has {len(self.analysis.labels)} names for {self.sweep.size} rows")
-        if named and (not self.analysis.labels or max(named) > self.sweep.size):
-            raise ValueError(f"analysis.sets needs analysis.labels and rows up to {self.sweep.size}")
+    def what_is_named_is_there(self) -> "Experiment":
+        """Rows, the soups' baseline, and the kinds of weights that single models are chosen among."""
+        sweep, analysis = self.sweep, self.analysis
+        if sweep.index is not None and sweep.index > sweep.size:
+            raise ValueError(f"sweep.index={sweep.index} is past the last row, {sweep.size}")
+        named = set().union(*analysis.sets.values()) if analysis.sets else set()
+        if analysis.labels and len(analysis.labels) != sweep.size:
+            raise ValueError(f"analysis.labels has {len(analysis.labels)} names for {sweep.size} rows")
+        if named and (not analysis.labels or max(named) > sweep.size):
+            raise ValueError(f"analysis.sets needs analysis.labels and rows up to {sweep.size}")
         if "best" not in self.recipes:
             raise ValueError("recipes must contain best: every interval is against the best individual model")
-        return self
-
-    @model_validator(mode="after")
-    def individuals_are_made(self) -> "Experiment":
-        """Single models are chosen among weights that rows leave, those that soups are made of among them."""
         kinds, made = self.cooking.individuals, self.regularizer.made
         unknown = [kind for kind in kinds if kind not in made]
         if unknown:
@@ -162,36 +145,26 @@ class Experiment:
         return self
 
     @model_validator(mode="after")
-    def texts_and_images_do_not_mix(self) -> "Experiment":
-        """Texts meet a model that reads, and none of what is done to images."""
-        if self.task.is_text != self.model.is_reader:
+    def groups_fit_together(self) -> "Experiment":
+        """Texts meet a model that reads, and what is set and would be ignored is an error."""
+        task, model = self.task, self.model
+        if task.is_text != model.is_reader:
             raise ValueError(
-                f"task.kind={self.task.kind} has {'texts' if self.task.is_text else 'images'}, which "
-                f"model.kind={self.model.kind} does not take"
+                f"task.kind={task.kind} has {'texts' if task.is_text else 'images'}, which model.kind={model.kind} "
+                "does not take"
             )
-        if self.task.is_text != (self.augment.kind == "none"):
+        if task.is_text != (self.augment.kind == "none"):
             raise ValueError(f"augment=none is for texts, and for texts alone: got augment.kind={self.augment.kind}")
-        if self.task.is_text and (self.optim.mixup or self.optim.cutmix):
+        if task.is_text and (self.optim.mixup or self.optim.cutmix):
             raise ValueError("mixup and CutMix mix pixels: with texts, optim.mixup=0 and optim.cutmix=0")
-        if (self.optim.loss == "likelihood") != (self.model.head == "prompt"):
+        if (self.optim.loss == "likelihood") != (model.head == "prompt"):
             raise ValueError("optim.loss=likelihood and model.head=prompt belong together: answers to prompts")
-        if self.model.head == "prompt" and not self.task.answers:
-            raise ValueError(f"{len(self.task.options)} task.options are more than a prompt has letters")
-        return self
-
-    @model_validator(mode="after")
-    def copies_are_large_enough(self) -> "Experiment":
-        """Training images are not enlarged from copies that were made too small."""
-        resized, size = self.compute.resized, self.model.image_size
+        if model.head == "prompt" and not task.answers:
+            raise ValueError(f"{len(task.options)} task.options are more than a prompt has letters")
+        resized, size = self.compute.resized, model.image_size
         if resized is not None and resized < size:
             raise ValueError(f"compute.resized={resized} is smaller than the {size} pixels of model.image_size")
-        return self
-
-    @model_validator(mode="after")
-    def settings_have_an_effect(self) -> "Experiment":
-        """What is set and would be ignored is an error."""
-        problem = without_effect(self)
-        if problem:
+        if problem := without_effect(self):
             raise ValueError(problem)
         return self
 
@@ -204,6 +177,88 @@ class OnlyTask:
 
 
 register(Experiment)
+
+
+@cache
+def needs_of(root: Any, group: str = "") -> Mapping[str, Needs]:
+    """What each setting needs that needs something, by its dotted name, or a group's where it is about all of it."""
+    found: dict[str, Needs] = {}
+    for kind in kinds_in(root):
+        for name, annotation in typed_fields(kind).items():
+            dotted = f"{group}.{name}" if group else name
+            if needs := needs_in(annotation):
+                found[dotted] = needs
+            found |= needs_of(annotation, dotted)
+    return found
+
+
+def _possible(config: Experiment, group: str, field: str) -> set[Any]:
+    """Values that a setting has in some row: the experiment's own, and those that its sweep gives it."""
+    sweep, found = config.sweep, {getattr(getattr(config, group), field)}
+    law = sweep.draw.get(group, {}).get(field)  # type: ignore[call-overload]  # names are those of groups
+    found |= set(law.values) if isinstance(law, Choice) else set()
+    found |= set(sweep.grid.get(group, {}).get(field, ()))  # type: ignore[call-overload]
+    lines: Iterable[Any] = sweep.listed if sweep.file is None else read_table(sweep.file)
+    return found | {line[group][field] for line in lines if field in line.get(group, {})}
+
+
+def _has(config: Experiment, needs: Needs) -> bool:
+    """Whether some row has what a setting needs (`Needs` stands beside it)."""
+    if needs.setting == "recipe":
+        return not {*config.recipes, config.recipe}.isdisjoint(needs.values)
+    group, _, field = needs.setting.partition(".")
+    if needs.values:
+        return not _possible(config, group, field).isdisjoint(needs.values)
+    return needs.setting in config.sweep.varied or bool(getattr(getattr(config, group), field))
+
+
+def _is_set(config: Experiment, name: str) -> bool:
+    """Whether a setting has another value than its default; of one without a default, than null, 0 or nothing.
+
+    Where an augmentation's kind is the sweep's business, or another sweep's, settings of all kinds have values
+    (configs/augment/levels.yaml); where rows are imported, no file says how they were trained.
+    """
+    *groups, field = name.split(".")
+    if name.startswith(TRAINED) and config.sweep.imported is not None:
+        return False
+    if groups == ["augment"] and ("augment.kind" in config.sweep.varied or config.sweep.best_of is not None):
+        return False
+    holder: Any = config
+    for group in groups:
+        holder = getattr(holder, group)
+    if field not in holder.__dataclass_fields__:  # another kind of task has it
+        return False
+    default, value = default_of(type(holder), field), getattr(holder, field)
+    return bool(value) if default is PydanticUndefined else bool(value != default)
+
+
+def without_effect(config: Experiment, typed: Iterable[str] = ()) -> str | None:
+    """What is wrong with the first setting that was given and that the others leave without effect, if there is one.
+
+    Settings count as given where their dotted names were typed, or where they do not have their default.
+    """
+    typed = list(typed)
+    for name, needs in needs_of(Experiment).items():
+        given = any(f"{field}.".startswith(f"{name}.") for field in typed)
+        if (given or (not needs.typed_only and _is_set(config, name))) and not _has(config, needs):
+            return f"{name} needs {needs}: here it would have no effect"
+    return of_no_split(config.task, typed)
+
+
+def of_no_split(task: Task, typed: Iterable[str]) -> str | None:
+    """What was typed for a split that the task has not."""
+    splits = (task.train, task.held_out, *task.reported)
+    for field in typed:
+        group, name, split, *_ = [*field.split("."), "", ""]
+        if group != "task" or name not in (*BY_SPLIT, *OF_SPLITS):
+            continue
+        value = getattr(task, name, None) or ()
+        named = [split] if split else [value] if isinstance(value, str) else value
+        unknown = [each for each in named if each not in splits]
+        if unknown:
+            return f"task.{name} names the split {unknown[0]!r}, which the task has not: it has {', '.join(splits)}"
+    return None
+
 
 Root = TypeVar("Root")
 
@@ -256,27 +311,22 @@ def field_of(word: str) -> str:
 
 
 def fields_of(typed: Iterable[str]) -> list[str]:
-    """The dotted names in overrides of the command line."""
+    """The same of several."""
     return [field_of(word) for word in typed]
 
 
 def parse_task(cfg: DictConfig, typed: Iterable[str]) -> AnyTask:
     """The task of Hydra's answer, whatever model and sweep stand beside it; raises as `parse`."""
     task = checked(OnlyTask, {"task": plain(cfg, "name one with task=, as in task=imagenet")["task"]}).task
-    problem = of_no_split(task, fields_of(typed))
-    if problem:
+    if problem := of_no_split(task, fields_of(typed)):
         raise UserError(f"bad config: {problem}")
     return task
 
 
 def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
-    """Check Hydra's answer and freeze it.
+    """Check Hydra's answer and freeze it; a `UserError` names what is wrong as in `optim.lr`.
 
     A field that is both typed on the command line and drawn by the sweep is an error: one of the two would be ignored.
-
-    Raises:
-        UserError: an unknown key, a missing value, a wrong type or a value out of range, named as in `optim.lr`; a
-            field typed and drawn.
     """
     config = checked(Experiment, plain(cfg, "an experiment sets it, e.g. experiment=demo"))
     fields = fields_of(typed)
@@ -288,8 +338,7 @@ def parse(cfg: DictConfig, typed: Iterable[str] = ()) -> Experiment:
             raise UserError(
                 f"{field} is that of the best row of {config.sweep.best_of}: type sweep.best_of=null to set it"
             )
-    problem = without_effect(config, fields)
-    if problem:
+    if problem := without_effect(config, fields):
         raise UserError(f"bad config: {problem}")
     return config
 

@@ -55,11 +55,11 @@ def requeueing(limit: int) -> Iterator[None]:
     """In a SLURM job, let SIGTERM and SIGUSR1 end the block by an exception; after SIGUSR1 the job is requeued.
 
     SIGTERM is SLURM's own: it requeues what it preempts, and does not want back what was cancelled. Outside of SLURM
-    signals stay what they are. A job that was restarted as often as `limit` is not requeued again.
+    signals stay what they are.
 
     Raises:
         InterruptedBySignalError: a signal came; all that was done is on disk.
-        UserError: the limit is reached, or SLURM does not take the job back.
+        UserError: the job was restarted as often as `limit`, or SLURM does not take it back.
     """
     job = this_job()
     if job is None:
@@ -146,11 +146,7 @@ class State:
 
 
 def answer_of(call: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """What a client of SLURM prints.
-
-    Raises:
-        UserError: it is not installed here, or SLURM does not answer or refuses.
-    """
+    """What a client of SLURM prints; a `UserError` where it is not installed, does not answer or refuses."""
     client, sends = call[0], call[0] == "sbatch"
     try:
         seconds = None if sends else CLIENT_SECONDS  # what was sent must be known
@@ -174,9 +170,6 @@ def states_of(parts: Mapping[str, Sequence[str]]) -> dict[str, State]:
 
     Each is asked once, for all jobs, which are given with the ids of their arrays' tasks, or their own. What neither
     knows is not there.
-
-    Raises:
-        UserError: SLURM is not here or does not answer; not where it no longer knows the ids.
     """
     if not parts:
         return {}

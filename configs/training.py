@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from configs.data import KINDS, ImageFiles, Parquet
 from configs.fields import Count, Fraction, Natural, Needs, NonNegative, Positive, Probability, closed
-from configs.sweep_csv import read_table
+from configs.registered import read_table
 
 Embedded = Literal["emoji_clip", "imagenet_lite0", "minilm"]  # from files of the project or of a package
 Prompted = Literal["masked_lm", "seq2seq_lm"]  # language models that answer a prompt, by transformers

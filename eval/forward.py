@@ -31,11 +31,10 @@ from store.processes import (
     wait_for_all,
 )
 from store.runs import RunFolder
+from tasks.check import refuse_overlaps
 from tasks.eval_images import eval_batches, eval_transform
-from tasks.label_space import project
 from tasks.load import load_annotations, load_split
-from tasks.overlaps import refuse_overlaps
-from tasks.split import Examples, ImageSplit
+from tasks.split import Examples, ImageSplit, project
 from tasks.texts import TextRows, pieces_of
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.registered import ROOT
 from configs.schema import Experiment, dump
 from configs.slurm import wait_in_array
-from configs.sweep_csv import ROOT
 from eval.forward import Evaluator
 from finetune.finish import complete, save_trained, sole_writers
 from finetune.state import end_if, interruptions

@@ -25,13 +25,10 @@ from models.hub import ROOT, Backbone, TextTower, in_parts, local_path, not_whol
 
 
 def backbone_of(model: Model, device: torch.device, *, weights: bool) -> tuple[Backbone, TextTower | None]:
-    """The tower, for the caller to train, and its text tower where it has one.
+    """The tower, for the caller to train, and its text tower where it has one; texts are embedded on `device`.
 
-    Args:
-        model: which.
-        device: where texts are embedded.
-        weights: the pretrained ones. Without, they are random (none under torch.device("meta")), no text tower comes
-            with them, and of transformers only the config must be at hand.
+    Without `weights` these are random (none under torch.device("meta")), no text tower comes with them, and of
+    transformers only the config must be at hand.
 
     Raises:
         UserError: what is needed is neither here nor can be downloaded, damaged weights, or an unknown name.
@@ -60,11 +57,7 @@ def backbone_of(model: Model, device: torch.device, *, weights: bool) -> tuple[B
 
 
 def dual_encoder(model: Model) -> Any:
-    """The whole pretrained CLIP of kind open_clip or emoji_clip, text tower included, for the caller to change.
-
-    Raises:
-        UserError: as `backbone_of`.
-    """
+    """The whole pretrained CLIP of kind open_clip or emoji_clip, text tower included, for the caller to change."""
     if model.kind == "emoji_clip":
         return copy.deepcopy(_load_emoji_clip(ROOT / (model.weights or emoji_clip.WEIGHTS)))
     return _open_clip(model, _open_clip_file(model))
@@ -88,10 +81,6 @@ def mean_and_std(name: str, pretrained: str | None = None) -> list[tuple[float, 
 
     Without the weights' name, those of all weights that are published of the model. Where these differ, or none are
     published, they are OpenAI's, as open_clip's own `create_model_and_transforms` takes them.
-
-    Args:
-        name: as open_clip calls the model.
-        pretrained: as open_clip calls the weights.
     """
     tags = [pretrained] if pretrained is not None else open_clip.list_pretrained_tags_by_model(name)
     known = [open_clip.get_pretrained_cfg(name, tag) or {} for tag in tags]

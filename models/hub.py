@@ -54,11 +54,7 @@ class TextTower:
 
 
 def local_path(model: Model) -> Path | None:
-    """`model.weights`, from the project's root where it is not absolute.
-
-    Raises:
-        UserError: it is set, but there is no such file or folder.
-    """
+    """`model.weights`, from the project's root where it is not absolute; a `UserError` where it is not there."""
     if model.weights is None:
         return None
     path = ROOT / model.weights
@@ -95,11 +91,7 @@ def in_parts(embed: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tens
 
 
 def source(model: Model) -> str:
-    """The folder or the name that transformers loads from.
-
-    Raises:
-        UserError: `model.weights` is not there, or the embedded encoder's package is not installed.
-    """
+    """The folder or the name that transformers loads from."""
     if model.kind != "minilm" or model.weights is not None:
         path = local_path(model)
         return str(model.name if path is None else path)
@@ -125,9 +117,7 @@ def _tokenizer(model: Model) -> Any:
 
 
 def load_network(model: Model, *, weights: bool) -> "transformers.PreTrainedModel":
-    """The network with its weights, or from its config alone with random ones, in float32.
-
-    Under torch.device("meta") the random ones are none.
+    """The network in float32, with its weights or, from its config alone, random ones (none on torch.device("meta")).
 
     Raises:
         UserError: it is not here and cannot be downloaded.
@@ -238,21 +228,12 @@ def _words(model: Model, answers: Sequence[str]) -> tuple[Tokenizer, Tensor]:
 
 
 def tokenizer_of(model: Model, answers: Sequence[str]) -> Tokenizer:
-    """The tokenizer of a network, for texts of a task with these `Task.answers`; only prompts ask for answers.
-
-    Raises:
-        UserError: the tokenizer is not here and cannot be downloaded, or lacks a token that is needed.
-    """
+    """The tokenizer of a network, for texts of a task with these `Task.answers`; only prompts ask for answers."""
     return _words(model, answers)[0]
 
 
 def prompted(model: Model, answers: Sequence[str], *, weights: bool) -> Prompted:
-    """A language model that chooses among answers.
-
-    Args:
-        model: of kind masked_lm or seq2seq_lm.
-        answers: by class id, as `Task.answers`.
-        weights: the pretrained ones; else random ones.
+    """A language model that chooses among a task's answers, with its pretrained weights or random ones.
 
     Raises:
         UserError: it is not here and cannot be downloaded; or a masked language model that is not a BERT.

@@ -110,11 +110,7 @@ def _with_ties(model: nn.Module, state: dict[str, Any], prefix: str, *others: ob
 
 
 def masked_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) -> tuple[Tokenizer, Tensor]:
-    """A tokenizer that puts BERT's prompt around a text, and (C, M) ids of the answers at the masks.
-
-    Raises:
-        UserError: a tokenizer without [CLS], [SEP], [MASK] and [PAD].
-    """
+    """A tokenizer that puts BERT's prompt around a text, and (C, M) ids of the answers at the masks."""
     special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id)
     if None in special:
         raise UserError("model.kind=masked_lm needs a tokenizer with [CLS], [SEP], [MASK] and [PAD], as BERT's")
@@ -128,11 +124,7 @@ def masked_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) ->
 
 
 def seq2seq_tokenizer(tokenizer: Any, answers: Sequence[str], max_length: int) -> tuple[Tokenizer, Tensor]:
-    """A tokenizer that puts T5's prompt around a text, and (C, M) ids of the answers that it writes, with their end.
-
-    Raises:
-        UserError: a tokenizer without an end of sequence or a padding token.
-    """
+    """A tokenizer that puts T5's prompt around a text, and (C, M) ids of the answers that it writes, with their end."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is None or pad is None:
         raise UserError("model.kind=seq2seq_lm needs a tokenizer with an end of sequence and a padding token, as T5's")

@@ -46,11 +46,7 @@ def released_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def check_released(checkpoint: Checkpoint) -> None:
-    """Refuse a file that is not one of the authors'.
-
-    Raises:
-        UserError: names the file and the first tensor that is missing, unknown, of another shape or no float.
-    """
+    """Refuse a file that is not one of the authors': it is named, and its first tensor that is unlike."""
     shapes = released_shapes()
     for name in sorted(shapes.keys() | checkpoint.entries.keys()):
         entry = checkpoint.entries.get(name)
@@ -64,13 +60,10 @@ def check_released(checkpoint: Checkpoint) -> None:
 
 
 def convert(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Weights for `models.classifier.architecture` of `model=clip_vit_b32` with 1,000 classes, from a released file.
+    """Weights for `models.classifier.architecture` of `model=clip_vit_b32` with 1,000 classes, from model_<i>.pt.
 
     Never unpickles (`weights_only`); numbers become float32, as their `get_model_from_sd` has it, which is exact for
     float16 and bfloat16.
-
-    Args:
-        path: model_<i>.pt.
 
     Returns:
         The 154 tensors of image tower and head, and how many numbers each dropped tensor had.

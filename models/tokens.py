@@ -92,17 +92,10 @@ def longest_first(lengths: Tensor) -> Tensor:
 
 
 def alike_in_length(order: Tensor, lengths: Tensor, batch: int, window: int, generator: torch.Generator) -> Tensor:
-    """(n,) an order with texts of similar length in each batch, and random in all other respects.
+    """(n,) an order of rows with texts of similar length in each batch, and random in all other respects.
 
-    The texts of every `window` batches of a random order are sorted by length and cut into batches anew, which then
-    come in random order. Texts at the end that fill no whole batch stay there.
-
-    Args:
-        order: (n,) a random order of rows.
-        lengths: (N,) tokens of each row.
-        batch: texts a step.
-        window: how many batches are sorted together.
-        generator: draws the order of batches.
+    The texts of every `window` batches of a random order are sorted by their (N,) lengths and cut into batches anew,
+    which then come in random order. Texts at the end that fill no whole batch stay there.
     """
     whole, found = len(order) // batch * batch, []
     for part in order[:whole].split(window * batch):

@@ -11,9 +11,9 @@ import pandas as pd
 
 from analysis.artefacts import FORWARD, forward_artefacts
 from configs.errors import UserError
-from configs.machines import Slurm
 from configs.schema import Experiment, replicate
 from configs.slurm import FIRST_INDEX
+from configs.stages import Slurm
 from eval.pool import is_scored
 from finetune.length import largest_world
 from slurm.cost import HOUR, Costs, Stage

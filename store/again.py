@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from configs.registered import ROOT
 from configs.schema import Experiment, dump
-from configs.sweep_csv import ROOT
 from soups.files.atomic import digest_of, read_json, write_json
 
 PRINTED = "printed.json"

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from configs.errors import UserError
+from configs.registered import read_table
 from configs.schema import SEARCHED, Experiment, checked, dump
-from configs.sweep_csv import read_table
 from configs.training import Choice, Distribution, Integers, LogUniform, Sweep, ZeroOrUniform, arithmetic
 from soups.chance import uniform
 from soups.files.atomic import digest_of, read_json

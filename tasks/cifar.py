@@ -60,11 +60,7 @@ def _arrays(prefix: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def class_names(task: Cifar) -> tuple[str, ...]:
-    """The names in the data set's own file, with spaces.
-
-    Raises:
-        UserError: the file is missing.
-    """
+    """The names in the data set's own file, with spaces."""
     folder, names, *_ = BINARIES[task.kind]
     return spaced(lines(ROOT / task.folder / folder / names))
 
@@ -74,9 +70,6 @@ def load_split(task: Cifar, name: str) -> ImageSplit:
 
     A split that is neither train nor test is read from <folder>/<name>_data.npy and <folder>/<name>_labels.npy.
     Held-out is drawn by the place of an image in its files.
-
-    Raises:
-        UserError: a file that is missing or cut off, another number of images, or a label past the classes.
     """
     own = own_name(task, name)
     inner, _, label_bytes, files = BINARIES[task.kind]

@@ -26,11 +26,7 @@ LOCKS = "type compute.decoded=FOLDER of a file system with locks"
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Bicubic resize, then centre crop; CLIP's preprocessing before the normalisation.
-
-    Raises:
-        UserError: the crop is larger than the resized image.
-    """
+    """Bicubic resize, then centre crop, which is not larger; CLIP's preprocessing before the normalisation."""
 
     size: int  # pixels, square, of the crop
     resize: int  # pixels to which the shorter side is resized
@@ -57,11 +53,7 @@ class EvalTransform:
 
 
 def eval_transform(model: Model) -> EvalTransform:
-    """The transform of what a network sees at evaluation.
-
-    Raises:
-        UserError: `model.eval_resize` is smaller than what the network sees.
-    """
+    """The transform of what a network sees at evaluation."""
     size = model.evaluated_at
     return EvalTransform(size, model.eval_resize or size, model.squash)
 
@@ -118,15 +110,10 @@ def eval_batches(
 
     Args:
         images: in files or in memory. Images that the transform keeps as they are are given as they are stored.
-        transform: makes an input of each.
-        batch: images at once.
         rows: (N,) int64, which of them; all where None.
         workers: processes that decode before batches are asked for; 0 decodes here. The batches do not depend on it.
         decoded: a folder that keeps transformed images, so that they are decoded once, by whichever process is first;
             the bytes are those of a fresh decoding. Only shards with one of `rows` are made.
-
-    Raises:
-        UserError: an image that cannot be decoded, or a full disk.
     """
     rows = torch.arange(len(images)) if rows is None else rows
     if len(rows) == 0:

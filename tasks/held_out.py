@@ -24,9 +24,7 @@ def noun(task: Task) -> str:
 
 
 def source(task: Task, name: str) -> str:
-    """The split whose files have the images of split `name`: train, where held-out is a part of it, and by the paper's
-    protocol for GLUE the test split for held-out.
-    """
+    """The split whose files have split `name`: train where held-out is a part of it, test by the paper's protocol."""
     if task.protocol == "paper" and name == task.held_out:
         return task.test
     return task.train if is_parted(task, name) else name
@@ -39,11 +37,7 @@ def own_name(task: Task, name: str) -> str:
 
 
 def check_count(task: Task, name: str, where: Path, count: int) -> None:
-    """Refuse a split, as its files have it, with more or fewer examples than `task.counts` says.
-
-    Raises:
-        UserError: it has; the message names the folder or file `where`.
-    """
+    """Refuse a split, whose files are at `where`, with more or fewer examples than `task.counts` says."""
     expected = (task.counts or {}).get(name, count)
     if count != expected:
         raise UserError(
@@ -55,7 +49,7 @@ def check_count(task: Task, name: str, where: Path, count: int) -> None:
 def rows_of(
     task: Task, name: str, labels: NDArray[np.int64], classes: Sequence[str], *, key: Callable[[int], str], where: Path
 ) -> NDArray[np.int64]:
-    """Which examples of `source(task, name)` are split `name`'s; all, or those that are held out, or the others.
+    """Which of N examples of `source(task, name)` are split `name`'s; all, or those that are held out, or the others.
 
     Held-out examples are chosen by keyed draws. Of a share, they are those whose draw is below it, about as many as it
     says and at least one of each class: each example has its place whatever stands beside it. Of a number for each
@@ -111,8 +105,7 @@ def _lowest(keys_of_class: Sequence[Counter[str]], prefixes: Sequence[str], per_
 
     Those that stand in two classes stay in train.
     """
-    owners = Counter(each for own in keys_of_class for each in own)
-    chosen = set()
+    owners, chosen = Counter(each for own in keys_of_class for each in own), set()
     for own, prefix in zip(keys_of_class, prefixes, strict=True):
         left = per_class
         for _, each in sorted((uniform("held_out", f"{prefix}{each}"), each) for each in own):

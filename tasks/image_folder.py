@@ -1,24 +1,31 @@
-"""Labelled images in folders, <folder>/<split>/<class>/<image>, in the order of torchvision's ImageFolder."""
+"""Labelled images in folders, <folder>/<split>/<class>/<image>, in the order of torchvision's ImageFolder.
+
+With what ImageNet has besides: the classes of ObjectNet, and more than one right answer for an image.
+"""
 
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from configs.data import ImageFolder
 from configs.errors import UserError
-from tasks.files import ROOT, Files, content_digest, is_data, lines, read_json
+from tasks.files import ROOT, Files, content_digest, is_data, lines, read_json, scanned
 from tasks.held_out import check_count, is_parted, own_name, rows_of, source
-from tasks.label_space import LabelSpace
-from tasks.scan import scanned
-from tasks.split import ImageSplit
+from tasks.split import ImageSplit, LabelSpace
 
 WNID = re.compile(r"n\d{8}")  # ImageNet's name of a class
 BORDER = 2  # pixels at each edge of ObjectNet's images that its authors marked, to be cut before any use
+SOURCES = ("imagenet2012_multilabel:1.0.0", "imagenet2012_multilabel:2.0.0")  # version 3 has labels corrected in 2022
+REAL = (46_837, 57_553)  # images of ReaL's 50,000 with labels, and their labels (Beyer et al. 2020, Section 3)
+NUMBER = re.compile(r"_val_(\d{8})\.")  # in ILSVRC2012_val_00000001.JPEG, the first image
+RIGHT = ("correct_multi_labels", "unclear_multi_labels")  # both count as right (Shankar et al. 2020)
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -62,11 +69,7 @@ def _refuse_unlike(own: Sequence[str], expected: Sequence[str], root: Path, owne
 
 
 def _reported(task: ImageFolder, name: str, root: Path) -> tuple[tuple[str, ...], LabelSpace | None]:
-    """The class folders of a split in the order of the reported classes, and these where they are not all of train's.
-
-    Raises:
-        UserError: a folder that is missing or unknown, or another number of them than `task.subsets` says.
-    """
+    """The class folders of a split in the order of the reported classes, and these where they are not all of train."""
     classes = _classes(task)
     space: LabelSpace | None = None
     own = _class_folders(root, "set task.folder, or task.folders for a split whose folder has another name")
@@ -113,12 +116,8 @@ def objectnet_classes(mappings: Path, size: int) -> tuple[dict[str, tuple[int, .
     from 0, in the list of names -> class id of PyTorch. The published files give 113 folders and 125 class ids. The
     order of the folders, which is by name, is the order of the reported classes.
 
-    Args:
-        mappings: the folder `mappings` of ObjectNet's archive.
-        size: how many classes the network has; they must be ImageNet's 1,000.
-
     Raises:
-        UserError: a file is missing or does not fit the others, or the network is not over 1,000 classes.
+        UserError: a file of the folder `mappings` is missing or does not fit the others, or `size` is not 1,000.
 
     Source: Barbu et al. 2019 and the README of its archive.
     """
@@ -152,10 +151,8 @@ def load_split(task: ImageFolder, name: str) -> ImageSplit:
     """The images and labels of one split.
 
     Its class folders are those of train; or some of them, where `task.subsets` says so; or numbers from 0, of
-    `task.numbered`; or ObjectNet's, of `task.objectnet`, in the order of their names.
-
-    Held-out is a folder of its own, or a part of train's, of which train is then the rest. Of n images per class, they
-    are those of the lowest keyed draws over class and file name: a file more in one class moves no other class.
+    `task.numbered`; or ObjectNet's, of `task.objectnet`, in the order of their names. Held-out is a folder of its own,
+    or a part of train's, of which train is then the rest: a file more in one class moves no other class.
 
     Raises:
         UserError: no such folder; class folders that are not those that the task says, or not `task.num_classes` of
@@ -182,11 +179,7 @@ def load_split(task: ImageFolder, name: str) -> ImageSplit:
 
 
 def class_names(task: ImageFolder) -> tuple[str, ...]:
-    """Names of the classes: those of their folders, or with `task.names=imagenet` CLIP's of ImageNet.
-
-    Raises:
-        UserError: another number of folders than `task.num_classes`, or folders that are not ImageNet's.
-    """
+    """Names of the classes: those of their folders, or with `task.names=imagenet` CLIP's of ImageNet's folders."""
     classes = _classes(task)
     if task.names != "imagenet":
         return tuple(re.sub("[_-]", " ", folder) for folder in classes)
@@ -197,3 +190,75 @@ def class_names(task: ImageFolder) -> tuple[str, ...]:
         found = f"{strange[0]!r}" if strange else f"{len(classes)} of them"
         raise UserError(f"task.names=imagenet needs 1,000 class folders such as n01440764, but there is {found}")
     return tuple(IMAGENET_CLASSNAMES)
+
+
+def _answers(path: Path, names: list[str]) -> list[Any]:
+    """The answers of a file in the order of the images `names`, if they are those that the paper was scored by."""
+    found = read_json(path)
+    if isinstance(found, list):
+        return _by_number(found, names, path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is neither a list nor an object of file names")
+    answers = found.get("answers", found)
+    if any(isinstance(answer, dict) for answer in answers.values()) and found.get("source") not in SOURCES:
+        raise UserError(
+            f"{path} has multilabel answers of {found.get('source', 'a version that it does not name')}, which are not "
+            f"those of {SOURCES[-1]}: export these as tasks/README.md says"
+        )
+    unknown = sorted(set(answers) - set(names))
+    if unknown or not answers:
+        raise UserError(f"{path} has answers for {unknown[0] if unknown else 'no image'}, which is not in the split")
+    return [answers.get(name, []) for name in names]
+
+
+def _by_number(answers: list[Any], names: list[str], path: Path) -> list[Any]:
+    """The answers of a list, which is in the order of ImageNet's numbered file names."""
+    if len(answers) == 50_000:
+        images, labels = sum(map(bool, answers)), sum(map(len, answers))
+        if (images, labels) != REAL:
+            raise UserError(
+                f"{path} has {labels:,} labels of {images:,} images, and ReaL's real.json of 2020 has {REAL[1]:,} of "
+                f"{REAL[0]:,}: tasks/README.md says where that is"
+            )
+    if len(answers) != len(names):
+        raise UserError(f"{path} has answers for {len(answers):,} images, but the split has {len(names):,}")
+    found = []
+    for name in names:
+        number = NUMBER.search(name)
+        if number is None or not 1 <= int(number[1]) <= len(answers):
+            raise UserError(f"{path} is a list over images such as ILSVRC2012_val_00000001.JPEG, which {name} is not")
+        found.append(answers[int(number[1]) - 1])
+    return found
+
+
+def load_annotations(path: Path, split: ImageSplit, num_classes: int) -> Tensor:
+    """(N, C) bool, which of C classes count as right for each image of a whole split, matched by file name.
+
+    Three forms are read: a list of lists of class ids in the order of ILSVRC2012_val_00000001.JPEG and so on (ReaL's
+    real.json); an object {file name: [class id, ...]}; and {"source": "imagenet2012_multilabel:2.0.0", "answers": {file
+    name: {"correct_multi_labels": [...], "unclear_multi_labels": [...], "is_problematic": ...}}}, the fields of
+    TensorFlow Datasets, where both lists count and problematic images do not. The multilabel authors' own file is a
+    pickle, which could run code and is never read here: tasks/README.md says how to export it. A row without any class
+    is an image that the annotators left out: it is in no denominator.
+
+    Raises:
+        UserError: no such file, answers of another origin, other images than the split's, two images of one name, or
+            ids not in [0, C).
+
+    Source: Beyer et al. 2020 (ReaL); Shankar et al. 2020 (multilabel).
+    """
+    names = [split.stored.called(row).rpartition("/")[2] for row in range(len(split))]
+    if len(set(names)) != len(names):
+        raise UserError(f"{path} is matched by file name, but two images of split {split.name!r} have one name")
+    right = torch.zeros(len(names), num_classes, dtype=torch.bool)
+    for row, (name, ids) in enumerate(zip(names, _answers(path, names), strict=True)):
+        if isinstance(ids, dict):
+            if "is_problematic" not in ids:
+                raise UserError(
+                    f"{path} does not say whether {name} is problematic: export it anew as tasks/README.md says"
+                )
+            ids = [] if ids["is_problematic"] else [i for field in RIGHT for i in ids.get(field, [])]  # noqa: PLW2901
+        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < num_classes for i in ids):
+            raise UserError(f"{path}: {name} has {str(ids)[:60]}, not a list of ids in [0, {num_classes})")
+        right[row, ids] = True
+    return right

@@ -17,10 +17,9 @@ import torch
 
 from configs.data import ImageFiles, ImageTable
 from configs.errors import UserError
-from tasks.files import ROOT, Files, content_digest, first_empty, is_data, lines, read_table, spaced
+from tasks.files import ROOT, Files, content_digest, first_empty, is_data, lines, looked_up, read_table, spaced
 from tasks.held_out import own_name, rows_of
 from tasks.image_folder import in_order
-from tasks.scan import looked_up
 from tasks.split import ImageSplit
 
 
@@ -221,7 +220,7 @@ def _listed(task: ImageFiles, name: str) -> Listed:
 
 
 def class_names(task: ImageFiles) -> tuple[str, ...]:
-    """Names of the classes, as a prompt has them; raises as `load_split`."""
+    """Names of the classes, as a prompt has them."""
     return tuple(_listed(task, task.train).names)
 
 
@@ -229,10 +228,6 @@ def load_split(task: ImageFiles, name: str) -> ImageSplit:
     """One split of a data set whose own files list its images.
 
     Held-out is a split of its own, or a part of train. Hidden files, which a list by `find` has, are left out.
-
-    Raises:
-        UserError: a file, table or column that is missing or does not fit the others; a label of no class; a path out
-            of the folder, or twice in a split; other numbers of images or classes than the task says.
     """
     listed = _listed(task, name)
     if len(listed.classes) != task.num_classes:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from configs.data import Emoji, Task
 from configs.errors import UserError
-from tasks import annotations, cifar, glue, image_folder, image_lists, parquet
+from tasks import cifar, image_folder, image_lists, parquet
 from tasks.emoji import load as emoji
 from tasks.files import ROOT, Files
 from tasks.sentiment import load as sentiment
 from tasks.split import Examples, ImageSplit
-from tasks.texts import load_sentences
+from tasks.texts import load_glue, load_sentences
 
 
 class Loader(NamedTuple):
@@ -35,36 +35,27 @@ LOADERS = {
     "cifar100": Loader(cifar.load_split, cifar.class_names),
     **dict.fromkeys(("image_table", *image_lists.PUBLISHED), Loader(image_lists.load_split, image_lists.class_names)),
     "parquet": Loader(parquet.load_split, parquet.class_names),
-    "glue": Loader(glue.load_split, attrgetter("options")),
+    "glue": Loader(load_glue, attrgetter("options")),
     "sentences": Loader(load_sentences, attrgetter("options")),
     "sentiment": Loader(sentiment.load_split, attrgetter("options")),
 }
 
 
-def _names_in(path: str, count: int) -> tuple[str, ...]:
-    """The class names of a file, one a line."""
-    try:
-        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"task.names={path}: neither folder, imagenet, nor a readable file ({error})") from None
-    names = tuple(line.strip() for line in lines)
-    if len(names) != count or not all(names):
-        raise UserError(f"task.names={path} has {sum(map(bool, names))} names for {count} classes")
-    return names
-
-
 def class_names(task: Task) -> tuple[str, ...]:
-    """The task's label space, C names in the order of the class ids; of the data, or of the file `task.names`.
-
-    Raises:
-        UserError: the data have another number of classes than the settings say, or a file is missing or damaged.
-    """
+    """The task's label space, C names in the order of the class ids; of the data, or of the file `task.names`."""
     if task.names == "folder" or (task.names == "imagenet" and task.kind == "image_folder"):
         names = LOADERS[task.kind].names(task)
         if len(names) != task.num_classes:
             raise UserError(f"task.num_classes={task.num_classes}, but {task.folder} has {len(names)} classes")
     else:
-        names = _names_in(task.names, task.num_classes)
+        try:
+            names = tuple(line.strip() for line in (ROOT / task.names).read_text(encoding="utf-8").splitlines())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"task.names={task.names}: neither folder, imagenet, nor a readable file ({error})"
+            ) from None
+        if len(names) != task.num_classes or not all(names):
+            raise UserError(f"task.names={task.names} has {sum(map(bool, names))} names for {task.num_classes} classes")
     return tuple(names[i] for i in task.ids)
 
 
@@ -95,11 +86,7 @@ def count(task: Task, name: str) -> int:
 
 
 def check_annotations(task: Task) -> None:
-    """Refuse a task whose data are here but whose `annotations` are not, before anything is trained.
-
-    Raises:
-        UserError: a file is missing.
-    """
+    """Refuse a task whose data are here but whose `annotations` are not, before anything is trained."""
     for name, path in task.annotations.items():
         if (ROOT / task.folder).exists() and not (ROOT / path).exists():
             raise UserError(
@@ -112,9 +99,6 @@ def load_annotations(task: Task) -> dict[str, Tensor]:
     """For each of `task.annotations`, (N, C) bool of the test split: which classes count as right for each image.
 
     An image without any is one that the annotators left out; it belongs to no denominator.
-
-    Raises:
-        UserError: a file that is missing, or not of these images and classes; images that have no file names.
     """
     if not task.annotations:
         return {}
@@ -125,6 +109,6 @@ def load_annotations(task: Task) -> dict[str, Tensor]:
     rows, _, _ = whole.rows_of(task.ids)
     found: dict[str, Tensor] = {}
     for name, path in task.annotations.items():
-        answers = annotations.load_annotations(Path(ROOT / path), whole, task.num_classes)
+        answers = image_folder.load_annotations(Path(ROOT / path), whole, task.num_classes)
         found[name] = answers[rows][:, list(task.ids)]
     return found

@@ -43,11 +43,7 @@ class Encoded:
         return f"row {self.rows[index]}"
 
     def pil(self, index: int) -> Image.Image:
-        """One image, RGB.
-
-        Raises:
-            UserError: it cannot be decoded to its end.
-        """
+        """One image, RGB."""
         name = f"{self.rows[index]} of split {self.split!r} in parquet"
         return decoded(io.BytesIO(self.content(index)), name)
 
@@ -121,11 +117,7 @@ def _columns(task: Parquet, own: str) -> tuple["datasets.Dataset", str, Any]:
 
 
 def class_names(task: Parquet) -> tuple[str, ...]:
-    """The names of the label column.
-
-    Raises:
-        UserError: it has none.
-    """
+    """The names of the label column; a `UserError` where it has none."""
     feature = _columns(task, own_name(task, task.train))[2]
     names = getattr(feature, "names", None)
     if names is None:
@@ -134,13 +126,7 @@ def class_names(task: Parquet) -> tuple[str, ...]:
 
 
 def load_split(task: Parquet, name: str) -> ImageSplit:
-    """One split, whose images are decoded when they are asked for; held-out is drawn by the place in the table.
-
-    `task.folders` says what the data call it.
-
-    Raises:
-        UserError: no such data or split, not as many images as `task.counts`, or labels that are no class ids.
-    """
+    """One split, whose images are decoded when they are asked for; held-out is drawn by the place in the table."""
     import pyarrow.compute as pc  # noqa: PLC0415
 
     table, column, _ = _columns(task, own_name(task, name))

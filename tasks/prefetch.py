@@ -67,13 +67,9 @@ def _signals_wait() -> Iterator[None]:
 
 
 def refuse_little_shared_memory(needed: int) -> None:
-    """Refuse batches that do not fit into /dev/shm, which would end a worker by a bus error in the middle of its work.
+    """Refuse batches of `needed` bytes for one process, of all that torchrun started here, that do not fit in /dev/shm.
 
-    Args:
-        needed: bytes of the batches that one process prefetches; those of all that torchrun started here are counted.
-
-    Raises:
-        UserError: /dev/shm has too little room.
+    They would end a worker by a bus error in the middle of its work.
     """
     if not SHARED.exists():  # on other systems than Linux
         return

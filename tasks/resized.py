@@ -40,11 +40,7 @@ class Copies:
     shards: Shards
 
     def content(self, index: int) -> bytes:
-        """The JPEG bytes of a copy.
-
-        Raises:
-            UserError: its file is missing or damaged.
-        """
+        """The JPEG bytes of a copy; a `UserError` where its file is missing or damaged."""
         try:
             return self.shards.read(index).to_pybytes()
         except ValueError as error:
@@ -55,7 +51,7 @@ class Copies:
             ) from None
 
     def pil(self, index: int) -> Image.Image:
-        """A copy, RGB; raises as `content`."""
+        """A copy, RGB."""
         return Image.open(io.BytesIO(self.content(index))).convert("RGB")
 
 
@@ -80,10 +76,6 @@ def with_copies(images: ImageSplit, compute: Compute) -> Pictures:
     """Smaller copies of a split's photographs, made where they are missing; its own images where none are wanted.
 
     Any number of processes may call it at once: each file is written by one of them, and all wait for the last.
-
-    Args:
-        images: in files or tables, with the digest by which their copies are found again.
-        compute: with `resized`, the pixels of the copies' shorter side, and `loader_workers` that make them.
 
     Raises:
         UserError: images in memory, an image that cannot be decoded, or a full disk.
@@ -111,11 +103,7 @@ def with_copies(images: ImageSplit, compute: Compute) -> Pictures:
 
 
 def resize(config: Experiment) -> None:
-    """Make the copies of an experiment's training images.
-
-    Raises:
-        UserError: compute.resized is not set; or as `with_copies`.
-    """
+    """Make the copies of an experiment's training images."""
     if config.compute.resized is None:
         raise UserError("no size is named: type compute.resized=256 for copies with a shorter side of 256 pixels")
     images = load_split(config.task, config.task.train)

@@ -1,4 +1,4 @@
-"""One split of a benchmark: its examples, wherever they are stored, and their labels."""
+"""One split of a benchmark: its examples, wherever they are stored, their labels, and the classes that it reports."""
 
 import io
 from collections.abc import Sequence
@@ -13,9 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from configs.errors import UserError
-from tasks.label_space import LabelSpace
 
 Split = TypeVar("Split", bound="Examples")
+
+
+class Pictures(Protocol):
+    """Images that training reads. They are sent to the processes that load images."""
+
+    def content(self, index: int) -> bytes:
+        """An image as it is stored."""
+
+    def pil(self, index: int) -> Image.Image:
+        """One image, RGB; a `UserError` where it is missing, or cannot be decoded to its end."""
 
 
 class Stored(Protocol):
@@ -33,20 +42,6 @@ class Stored(Protocol):
 
     def of(self, rows: Tensor) -> "Stored":
         """Only the examples `rows`, (n,) int64, in this order."""
-
-
-class Pictures(Protocol):
-    """Images that training reads. They are sent to the processes that load images."""
-
-    def content(self, index: int) -> bytes:
-        """An image as it is stored."""
-
-    def pil(self, index: int) -> Image.Image:
-        """One image, RGB.
-
-        Raises:
-            UserError: it is missing, or cannot be decoded to its end.
-        """
 
 
 class StoredImages(Stored, Pictures, Protocol):
@@ -96,6 +91,56 @@ class Pixels:
         return Pixels(self.images[rows])
 
 
+@dataclass(frozen=True)
+class LabelSpace:
+    """Reported class j is the network's classes `ids[j]`, one or several, whichever of them has the highest logit.
+
+    Source: ImageNet-R and -A are reported over their own 200 classes (Hendrycks et al. 2021), ObjectNet over 113 that
+    are 125 of ImageNet's (Barbu et al. 2019); no other logit takes part.
+    """
+
+    ids: tuple[tuple[int, ...], ...]  # each in [0, size)
+    size: int  # C, how many classes the network has
+
+    @classmethod
+    def subset(cls, ids: Sequence[int], size: int) -> "LabelSpace":
+        """Only the classes `ids`, reported in this order."""
+        return cls(tuple((i,) for i in ids), size)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def project(self, logits: Tensor) -> Tensor:
+        """(N, C) logits of the network to (N, len(ids)) of the reported classes; a `ValueError` for another C.
+
+        >>> LabelSpace(((2, 0), (3,)), 4).project(torch.tensor([[1.0, 9.0, 3.0, 2.0]]))
+        tensor([[3., 2.]])
+        """
+        if logits.ndim != 2 or logits.shape[1] != self.size:
+            raise ValueError(f"need (N, {self.size}) logits, got {tuple(logits.shape)}")
+        most = max(map(len, self.ids))
+        # A class with fewer ids than another names its first again, which does not change a maximum.
+        padded = torch.tensor([[*several, *several[:1] * (most - len(several))] for several in self.ids])
+        return logits[:, padded.to(logits.device)].amax(dim=2)
+
+    def of_classes(self, ids: Sequence[int]) -> tuple["LabelSpace", tuple[int, ...]]:
+        """What is left for a network of the classes `ids` alone, and which reported classes that are.
+
+        A reported class stays while one of its ids does; a `UserError` where none is left.
+        """
+        place = {old: new for new, old in enumerate(ids)}
+        left = [tuple(place[i] for i in several if i in place) for several in self.ids]
+        kept = tuple(j for j, several in enumerate(left) if several)
+        if not kept:
+            raise UserError("task.classes and task.parts leave a split without any class: take more, or drop the split")
+        return LabelSpace(tuple(left[j] for j in kept), len(ids)), kept
+
+
+def project(space: LabelSpace | None, logits: Tensor) -> Tensor:
+    """Logits over what a split reports; without a space of its own, that is the network's classes."""
+    return logits if space is None else space.project(logits)
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Images or texts, and labels."""
@@ -118,7 +163,10 @@ class Examples:
             UserError: the split reports none of them.
         """
         space, kept = (None, tuple(ids)) if self.space is None else self.space.of_classes(ids)
-        return (*renumbered(self.labels, kept), space)
+        places = torch.full((max(int(self.labels.max()), *kept) + 1,), -1)
+        places[list(kept)] = torch.arange(len(kept))
+        rows = (places[self.labels] >= 0).nonzero().flatten()
+        return rows, places[self.labels[rows]], space
 
     def of_classes(self: Split, ids: Sequence[int], digest: str) -> Split:
         """The examples of the task's classes `ids` alone, which are numbered 0, 1, ... in the order of `ids`."""
@@ -140,17 +188,5 @@ class ImageSplit(Examples):
         return self.stored.images
 
     def pil(self, index: int) -> Image.Image:
-        """One image, RGB; raises as `StoredImages.pil`."""
+        """One image, RGB; raises as `Pictures.pil`."""
         return self.stored.pil(index)
-
-
-def renumbered(labels: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which examples are of the classes `ids`, and the place of their class in `ids`.
-
-    >>> renumbered(torch.tensor([5, 2, 0, 2]), [2, 5])
-    (tensor([0, 1, 3]), tensor([1, 0, 0]))
-    """
-    places = torch.full((max(int(labels.max()), *ids) + 1,), -1)
-    places[list(ids)] = torch.arange(len(ids))
-    rows = (places[labels] >= 0).nonzero().flatten()
-    return rows, places[labels[rows]]

@@ -1,6 +1,8 @@
-"""Texts and labels of one split, in memory, and texts of your own in tsv files.
+"""Texts and labels of one split, in memory: texts of your own in tsv files, and four tasks of GLUE (Wang et al. 2018).
 
-Files have one example a line with tabs between fields, as GLUE has them: no quoting, and nothing lost.
+Files have one example a line with tabs between fields, as GLUE has them: no quoting, and nothing lost. GLUE is local
+files in the layout of its download, or Hugging Face's nyu-mll/glue. Of its own splits train has labels, validation
+(dev.tsv) reports, and the labels of test are not public.
 """
 
 import hashlib
@@ -13,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.data import Sentences, Texts
+from configs.data import Glue, Sentences, Texts
 from configs.errors import UserError
 from soups.chance import uniform
+from soups.errors import first_line
 from tasks.files import ROOT
 from tasks.held_out import own_name, rows_of
 from tasks.split import Examples, ending
@@ -83,10 +86,6 @@ def text_split(task: Texts, name: str, rows: Rows) -> Examples:
 
     A text has the columns that the template reads; others, such as numbers of lines, are left out. Whether a text is
     held out by `task.held_out_share` depends on it alone, not on those beside it.
-
-    Raises:
-        UserError: a template without a column, or with one that is not there; other counts than the task's; too few
-            to take.
     """
     read = [column for _, column in pieces_of(task.template) if column]
     unknown = [column for column in read if column not in rows.columns]
@@ -125,15 +124,13 @@ def read_tsv(
     quotes, which mean nothing, and every other character that ends a line for some program.
 
     Args:
-        path: the file.
         label: name of the label column.
         ids: label in the file -> class id.
         header: the columns, where the first line does not name them.
         needed: columns that must be there besides.
 
     Raises:
-        UserError: it is missing, not UTF-8 or empty; a line has more or fewer fields than there are columns; no such
-            column; a label that is none of them; or an example without any text.
+        UserError: a file, line, column, label or text that is missing or cannot be read, by its place.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -170,10 +167,72 @@ def read_tsv(
 
 
 def load_sentences(task: Sentences, name: str) -> Examples:
-    """One split of texts of your own, from <folder>/<split>.tsv; labels are class ids or names of the options.
-
-    Raises:
-        UserError: as `read_tsv` and `text_split`.
-    """
+    """One split of texts of your own, from <folder>/<split>.tsv; labels are class ids or names of the options."""
     ids = {str(i): i for i in range(len(task.options))} | {option: i for i, option in enumerate(task.options)}
     return text_split(task, name, read_tsv(ROOT / task.folder / f"{own_name(task, name)}.tsv", task.label, ids))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of the files of one of GLUE's tasks."""
+
+    folder: str
+    label: str  # column
+    texts: Mapping[str, str]  # column -> its name in nyu-mll/glue
+    ids: Mapping[str, int]  # label in the file -> class id of nyu-mll/glue
+    header: tuple[str, ...] | None = None  # columns of files that do not name them
+
+
+BINARY = {"0": 0, "1": 1}
+ONE, TWO = ({column: column for column in columns} for columns in (["sentence"], ["sentence1", "sentence2"]))
+LAYOUTS = {
+    "mrpc": Layout("MRPC", "Quality", {"#1 String": "sentence1", "#2 String": "sentence2"}, BINARY),
+    "rte": Layout("RTE", "label", TWO, {"entailment": 0, "not_entailment": 1}),
+    "cola": Layout("CoLA", "label", ONE, BINARY, ("source", "label", "star", "sentence")),
+    "sst2": Layout("SST-2", "label", ONE, BINARY),
+}
+FILES = {"train": "train.tsv", "validation": "dev.tsv"}
+
+
+def read_local(folder: Path, subset: str, split: str) -> Rows:
+    """train or validation of one of GLUE's tasks, from <folder>/<TASK>/{train,dev}.tsv; raises as `read_tsv`."""
+    layout = LAYOUTS[subset]
+    if split not in FILES:
+        raise UserError(f"GLUE has labels for {' and '.join(FILES)}, not for {split!r}: set task.folders")
+    path = folder / layout.folder / FILES[split]
+    rows = read_tsv(path, layout.label, layout.ids, layout.header, needed=tuple(layout.texts))
+    places = [rows.columns.index(column) for column in layout.texts]
+    fields = [tuple(row[place] for place in places) for row in rows.fields]
+    return Rows(tuple(layout.texts.values()), fields, rows.labels, path)
+
+
+def _read_hub(name: str, subset: str, split: str) -> Rows:
+    """The same from Hugging Face's hub, or from a local copy of its repository."""
+    import datasets  # noqa: PLC0415  # seconds that other tasks need not wait for
+
+    # The files of a local copy are named one by one: by its own card, `datasets` would answer with the tables of any
+    # other copy that it has seen before.
+    files = [str(path) for path in sorted((Path(name) / subset).glob(f"{split}-*.parquet"))]
+    try:
+        if files:
+            table = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+        else:
+            table = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # of the network, of parquet, of its cache, or of a name
+        raise UserError(
+            f"task.folder={name} is neither a folder with GLUE's files nor a data set that can be had "
+            f"({first_line(error)}): tasks/README.md says where to get them"
+        ) from None
+    columns = tuple(LAYOUTS[subset].texts.values())
+    fields = [tuple(row[column] for column in columns) for row in table]
+    return Rows(columns, fields, list(table["label"]), Path(name) / subset / split)
+
+
+def load_glue(task: Glue, name: str) -> Examples:
+    """One split of a task of kind glue."""
+    folder, split = ROOT / task.folder, own_name(task, name)
+    if (folder / LAYOUTS[task.subset].folder).is_dir():
+        rows = read_local(folder, task.subset, split)
+    else:
+        rows = _read_hub(str(folder if folder.exists() else task.folder), task.subset, split)
+    return text_split(task, name, rows)

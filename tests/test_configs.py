@@ -19,9 +19,9 @@ from torch import nn
 from analysis.catalogue import ARTEFACTS
 from analysis.tables.table3 import note
 from configs.data import KINDS
-from configs.figures import Analysis, Angles, Pairs, Plane, Theory
 from configs.registered import experiments, neutral
 from configs.schema import CONFIGS, Experiment, checked, dump, load, parse
+from configs.stages import Analysis, Angles, Pairs, Plane, Theory
 from configs.training import EMBEDDED, Augment, Compute, Model, Optim, Regularizer
 from finetune.averages import Averages
 from finetune.data import augmentation

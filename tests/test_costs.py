@@ -14,8 +14,8 @@ from torch import nn
 
 from benchmarks.schedule import replay, schedule
 from configs.errors import UserError
+from configs.registered import ROOT
 from configs.schema import Paths, load
-from configs.sweep_csv import ROOT
 from configs.training import Distill, Optim, Regularizer, Sam, Swa
 from finetune.optim import build
 from models.probe import PASSES

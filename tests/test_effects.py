@@ -16,10 +16,9 @@ from pydantic import ValidationError
 from analysis.measure.methods import bootstrap_groups
 from analysis.tables.table3 import note
 from configs.data import KINDS, kinds_with
-from configs.effects import needs_of
 from configs.errors import UserError
 from configs.help import settings_of
-from configs.schema import Experiment, checked, dump, load
+from configs.schema import Experiment, checked, dump, load, needs_of
 from configs.training import Distribution
 from eval.forward import Evaluator
 from store.rows import row_config

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from configs.errors import UserError
-from configs.exporting import Export
+from configs.stages import Export
 from soups.experiment.export.formats import export, loaded_back
 from soups.experiment.export.source import read_source
 from soups.experiment.export.usage import usage

@@ -9,8 +9,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from configs.errors import UserError
 from configs.schema import load
-from tasks.glue import read_local
 from tasks.load import class_names, load_split
+from tasks.texts import read_local
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/reference/glue"
 REAL = pytest.mark.skipif(not SHARED.exists(), reason="GLUE's files are not here")

@@ -7,9 +7,8 @@ from PIL import Image
 from configs.errors import UserError
 from configs.schema import load
 from store.rows import identity
-from tasks.check import describe
+from tasks.check import describe, overlaps
 from tasks.load import class_names, load_split
-from tasks.overlaps import overlaps
 
 LINES = [("train", "dog"), ("train", "cat"), ("train", "dog"), ("train", "cat"), ("val", "cat"), ("test", "dog")]
 

@@ -13,8 +13,8 @@ from pictures import rgb
 from configs.errors import UserError
 from configs.schema import load
 from tasks.image_folder import objectnet_classes
-from tasks.label_space import LabelSpace
 from tasks.load import load_annotations, load_split
+from tasks.split import LabelSpace
 
 PUBLISHED = Path(__file__).resolve().parents[1].parent / "shared/reference/objectnet"
 INFO = files("timm.data._info")

@@ -11,11 +11,10 @@ from pictures import save_tree, task
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
-from tasks import overlaps as module
-from tasks.check import check
+from tasks import check as module
+from tasks.check import check, overlaps, refuse_overlaps, refused
+from tasks.files import scanned
 from tasks.load import load_split
-from tasks.overlaps import overlaps, refuse_overlaps, refused
-from tasks.scan import scanned
 from tasks.split import ImageSplit, Pixels
 from tasks.texts import Rows, text_split
 

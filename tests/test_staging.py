@@ -17,7 +17,7 @@ from slurm.clean import clean, removable
 from store import staging
 from store.rows import identity
 from store.staging import staged
-from tasks import prefetch, scan
+from tasks import files, prefetch
 from tasks.load import load_split
 
 
@@ -121,10 +121,10 @@ def test_a_data_set_is_listed_once_and_again_when_a_file_is_added_deleted_or_of_
     task = experiment(data).task
     assert task.listings is not None
     calls = []
-    monkeypatch.setattr(scan, "_scan", lambda *words: calls.append(words) or found(*words))
+    monkeypatch.setattr(files, "_scan", lambda *words: calls.append(words) or found(*words))
 
     def listed():
-        scan.scanned.cache_clear()
+        files.scanned.cache_clear()
         load_split.cache_clear()
         calls.clear()
         return len(load_split(task, "train")), load_split(task, "train").digest, len(calls)
@@ -151,7 +151,7 @@ def test_a_data_set_is_listed_once_and_again_when_a_file_is_added_deleted_or_of_
     assert listed() == (n, digest, 1)
 
 
-found = scan._scan
+found = files._scan
 
 
 def test_sizes_of_listed_files_are_asked_for_once(tmp_path, monkeypatch):
@@ -161,11 +161,11 @@ def test_sizes_of_listed_files_are_asked_for_once(tmp_path, monkeypatch):
     names = ("a/y", "a/x")
 
     def sizes():
-        return scan.looked_up(tmp_path, names, tmp_path / "list.txt", tmp_path / "keep").sizes.tolist()
+        return files.looked_up(tmp_path, names, tmp_path / "list.txt", tmp_path / "keep").sizes.tolist()
 
     assert sizes() == [3, 3]
     with monkeypatch.context() as patched:
-        patched.setattr(scan, "_look_up", lambda *words: pytest.fail("listed again"))
+        patched.setattr(files, "packed", lambda *words: pytest.fail("listed again"))
         assert sizes() == [3, 3]
     (tmp_path / "a/x").write_text("longer")
     assert sizes() == [3, 6]

@@ -45,7 +45,7 @@ from models.classifier import Classifier
 from models.emoji_clip import model as emoji_clip
 from models.hub import HubTower, SentenceTower
 from models.prompts import MaskedPrompt, Seq2SeqPrompt
-from tasks.label_space import LabelSpace
+from tasks.split import LabelSpace
 
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 

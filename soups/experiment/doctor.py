@@ -21,11 +21,7 @@ from soups.files.weights import Weights
 
 
 def examine_experiment(experiment: str, runs: Path, *, barriers: bool, console: Console) -> None:
-    """The pool of a finished sweep: files, initialisation and held-out accuracies are known, and the network too.
-
-    Raises:
-        UserError: rows are missing.
-    """
+    """The pool of a finished sweep: files, initialisation and held-out accuracies are known, and the network too."""
     config = load(experiment, f"paths.runs={runs}")
     start, *tuned = usable_pool(config)
     scores = {i.folder.name: i.held_out_score for i in tuned}
@@ -45,16 +41,10 @@ def examine_experiment(experiment: str, runs: Path, *, barriers: bool, console: 
 
 
 def midpoint_barriers(models: Sequence[Loader], accuracy: Callable[[Weights], float]) -> list[tuple[float, int, int]]:
-    """How far the midpoint of each pair of models is below the mean of both, highest first, and the pair.
+    """How far the midpoint of each pair of K models is below the mean of both, highest first, and the pair.
 
-    Where accuracy drops half way between two models they are not in one basin, and their soup is bad.
-
-    Args:
-        models: K loaders; each is called K times, and two models are in memory.
-        accuracy: on the held-out split, in [0, 1]; called K (K + 1) / 2 times.
-
-    Raises:
-        UserError: models that do not fit together.
+    Where accuracy drops half way between two models they are not in one basin, and their soup is bad. Each model is
+    loaded K times, two are in memory, and the accuracy, in [0, 1] on held-out, is asked for K (K + 1) / 2 times.
     """
     ends = [accuracy(load()) for load in models]
     found = []

@@ -78,7 +78,7 @@ def place_of(config: Experiment, name: str, split: str) -> Path:
 
 
 def make_soup(name: str, evaluator: Evaluator, split: str | None = None) -> dict[str, Any]:
-    """Make one soup or ensemble, or find it made from the same pool with the same settings; returns its soup.json.
+    """Make one of `outputs_of`, or find it made from the same pool with the same settings; returns its soup.json.
 
     Args:
         name: one of `outputs_of`.
@@ -117,11 +117,7 @@ def _clear(folder: Path) -> None:
 
 
 def make_soup_together(config: Experiment) -> None:
-    """Recipe 1 by the processes that torchrun started: each scores its part of the next candidates, the first writes.
-
-    Raises:
-        UserError: another recipe, whose work is not shared; or as `make_soup`.
-    """
+    """Recipe 1 by the processes of torchrun: each scores its part of the next candidates, the first writes."""
     if config.recipe != "greedy" or config.cooking.shortcut != "speculative":
         raise UserError(
             "processes of torchrun share recipe=greedy with cooking.shortcut=speculative and no other recipe: type "
@@ -184,13 +180,7 @@ def _record(
 
 
 def logits_of(soup: dict[str, Any], split: str, evaluator: Evaluator) -> torch.Tensor:
-    """(N, C) logits of what a recipe made: its own forward pass, or for an ensemble the mean of its members'.
-
-    Args:
-        soup: a soup.json.
-        split: any split of the task.
-        evaluator: of the experiment.
-    """
+    """(N, C) logits of what a recipe made, by its soup.json: its own forward pass, or the mean of its members'."""
     if soup["digest"] is not None:
         folder = place_of(evaluator.config, soup["recipe"], soup["selected_on"]["split"])
         from_file = folder / "weights.safetensors"
@@ -241,11 +231,7 @@ def make_soups(
 ) -> None:
     """Make what is not made yet, over the cluster's worker processes; interpolations come after their soups.
 
-    Args:
-        config: of the experiment.
-        recipes: recipes whose outputs are made.
-        console: where progress is shown.
-        split: selects; held-out where None.
+    The console shows progress; `split` selects, held-out where None.
     """
     split = split or config.task.held_out
     names = [name for recipe in recipes for name in outputs_of(config, recipe)]

@@ -18,11 +18,7 @@ LIBRARIES = ("timm", "open_clip", "transformers", "onnx")
 
 
 def library_of(soup: Path, network: str | None) -> tuple[str, str]:
-    """Library and name of a soup's network: what was typed, or what a config beside the soup says.
-
-    Raises:
-        UserError: neither says it.
-    """
+    """Library and name of a soup's network: what was typed, or what a config beside the soup says."""
     if network is not None:
         library, _, name = network.partition(":")
         if library not in LIBRARIES[:3] or not name:
@@ -40,11 +36,7 @@ def library_of(soup: Path, network: str | None) -> tuple[str, str]:
 
 
 def build(soup: Path, network: str | None, classes: Sequence[str]) -> tuple[str, Network]:
-    """The library, and its network with the soup's weights.
-
-    Raises:
-        UserError: the soup or the network cannot be read, or they do not fit together.
-    """
+    """The library, and its network with the soup's weights."""
     library, name = library_of(soup, network)
     weights = dict(LazyWeights(soup))
     made: Any = _module(library)
@@ -80,8 +72,9 @@ def export_soup(
         licence: of the weights, as the hub names licences.
 
     Raises:
-        UserError: as above; a library that has no such network, or is not installed; a folder that is there
-            already; or outputs that differ by more than 1e-4 from the soup's.
+        UserError: the soup or the network cannot be read, or they do not fit together; a library that has no such
+            network, or is not installed; a folder that is there; or outputs that differ by more than 1e-4 from the
+            soup's.
     """
     if library not in LIBRARIES:
         raise UserError(f"--to {library}: known are {', '.join(LIBRARIES)}")

@@ -48,11 +48,7 @@ class Network:
 
 
 def loaded(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> nn.Module:
-    """The network with all of these weights and no others, in evaluation mode.
-
-    Raises:
-        UserError: names or shapes differ.
-    """
+    """The network with all of these weights and no others, in evaluation mode; a `UserError` where they differ."""
     wanted = module.state_dict()
     for name in [*wanted, *weights]:  # in the network's order, so that a head's weight comes before its bias
         if name not in weights or name not in wanted:

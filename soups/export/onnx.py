@@ -49,11 +49,7 @@ print(seen["class_names"][logits.argmax()])
 
 
 def need_packages() -> None:
-    """Say what to install.
-
-    Raises:
-        UserError: a package that writes or runs graphs is missing.
-    """
+    """A `UserError` says what to install where a package that writes or runs graphs is missing."""
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"onnx needs {', '.join(missing)}: pip install {' '.join(PACKAGES)}")
@@ -85,11 +81,7 @@ class _Texts(nn.Module):
 
 
 def graph_of(network: Network) -> Network:
-    """The network as it is written: of pictures as bytes, or of token ids alone.
-
-    Raises:
-        UserError: it has no classes, so that a single output would say nothing.
-    """
+    """The network as it is written: of pictures as bytes, or of token ids alone; a `UserError` without classes."""
     if not network.class_names:
         raise UserError(f"onnx: {network.name} is no classifier; pictures and texts with classes can be written")
     if network.images is not None:
@@ -122,13 +114,8 @@ def facts_of(network: Network) -> dict[str, Any]:
 def write(graph: Network, folder: Path, facts: Mapping[str, Any]) -> None:
     """model.onnx: `images` (N, 3, S, S) uint8 or `input_ids` (N, L) int64 to `logits` (N, C) float32; any N and L.
 
-    Args:
-        graph: a network of one input, see `graph_of`.
-        folder: where it goes.
-        facts: what images or texts look like before; in preprocessing.json and in the graph's metadata.
-
-    Raises:
-        UserError: packages are missing, or torch cannot write the network as a graph.
+    The graph is one of `graph_of`; `facts`, what its inputs look like before, go to preprocessing.json and its
+    metadata.
     """
     need_packages()
     onnx: Any = importlib.import_module("onnx")

@@ -31,11 +31,7 @@ print((100 * image @ text.T).softmax(dim=-1))
 
 
 def build(name: str, weights: Mapping[str, Tensor]) -> Network:
-    """The dual encoder of this name, or of the open_clip_config.json in a folder, with the weights.
-
-    Raises:
-        UserError: no such network, or the weights are another's.
-    """
+    """The dual encoder of this name, or of the open_clip_config.json in a folder, with the weights."""
     folder = Path(name) if Path(name).is_dir() else None
     logging.disable(logging.WARNING)  # of random weights, which are overwritten
     try:

@@ -26,11 +26,7 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
 
 
 def build(name: str, weights: Mapping[str, Tensor], class_names: Sequence[str]) -> Network:
-    """The network of this name with a head of as many classes as the weights have.
-
-    Raises:
-        UserError: timm has no such network, or the weights are another's.
-    """
+    """The network of this name with a head of as many classes as the weights have."""
     if not timm.is_model(name):
         raise UserError(f"timm knows no network {name!r}; timm.list_models() has the names")
     recorded = timm.get_pretrained_cfg(name)

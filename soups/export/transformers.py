@@ -24,12 +24,7 @@ LENGTH = 6  # tokens of a random text
 
 
 def build(name: str, weights: Mapping[str, Tensor], class_names: Sequence[str]) -> Network:
-    """The network that a folder's config.json describes (or that of a name on the hub), with the weights.
-
-    Raises:
-        UserError: no config, an architecture that transformers lacks, other weights, or as many names as it has no
-            classes.
-    """
+    """The network that a folder's config.json describes (or that of a name on the hub), with the weights."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

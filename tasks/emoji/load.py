@@ -31,11 +31,9 @@ class DataError(UserError):
 
 
 def load_split(name: str, folder: Path = DATA, classes: Container[int] | None = None, fold: int = 0) -> ImageSplit:
-    """The images of one split, (N, 3, 64, 64) uint8, and their labels, (N,) int64.
+    """The images of one split, one of `SPLITS`, (N, 3, 64, 64) uint8, and their labels, (N,) int64.
 
     Args:
-        name: one of `SPLITS`. `held_out` selects, `test` and the shifts report.
-        folder: the folder of the files.
         classes: ids of the classes whose images are decoded and returned; all where None.
         fold: decides which drawings are train, held-out and test, see `deal`.
 
@@ -51,11 +49,7 @@ def load_split(name: str, folder: Path = DATA, classes: Container[int] | None = 
 
 
 def decoded(table: pa.Table, folder: Path = DATA) -> NDArray[np.uint8]:
-    """The pictures of a table: (N, 64, 64, 3) uint8.
-
-    Raises:
-        DataError: they have another size.
-    """
+    """The pictures of a table: (N, 64, 64, 3) uint8."""
     pictures = (Image.open(io.BytesIO(picture["bytes"])) for picture in table["image"].to_pylist())
     images = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
     if images.shape[1:] != (SIZE, SIZE, 3):
@@ -64,11 +58,7 @@ def decoded(table: pa.Table, folder: Path = DATA) -> NDArray[np.uint8]:
 
 
 def read_split(name: str, folder: Path = DATA, fold: int = 0) -> tuple[pa.Table, str]:
-    """The checked table of a split (columns as README.md says), and a digest of what is in it.
-
-    Raises:
-        DataError: see `load_split`.
-    """
+    """The checked table of a split (columns as README.md says), and a digest of what is in it."""
     if name not in SPLITS:
         raise DataError(f"split {name!r} is not one of {', '.join(SPLITS)}")
     if name in SHIFTS:
@@ -94,11 +84,7 @@ def deal(table: pa.Table, fold: int) -> NDArray[np.str_]:
 
 
 def read_table(name: str, folder: Path = DATA) -> tuple[pa.Table, str]:
-    """The checked table of one of `FILES` and the sha256 of its file.
-
-    Raises:
-        DataError: see `load_split`.
-    """
+    """The checked table of one of `FILES` and the sha256 of its file."""
     manifest, path = read_manifest(folder), folder / f"{name}.parquet"
     entry = manifest["files"].get(name)
     if entry is None:
@@ -122,11 +108,7 @@ def read_table(name: str, folder: Path = DATA) -> tuple[pa.Table, str]:
 
 
 def read_manifest(folder: Path = DATA) -> Mapping:
-    """The manifest: counts, digests, sources, classes.
-
-    Raises:
-        DataError: it is missing or is not JSON.
-    """
+    """The manifest: counts, digests, sources, classes."""
     path = folder / "manifest.json"
     try:
         return json.loads(_read(path))

@@ -30,11 +30,7 @@ SHARES = {"test": (0.0, 0.2), "held_out": (0.2, 0.4), "train": (0.4, 1.0)}  # of
 
 
 def located(folder: Path) -> Path:
-    """The archive, in the environment where the task's folder says so.
-
-    Raises:
-        UserError: it is missing, or another file.
-    """
+    """The archive, in the environment where the task's folder says so; a `UserError` where it is missing or damaged."""
     path = (FOLDER if folder == Path("environment") else ROOT / folder) / FILE
     if not is_whole(path):
         reason = "is missing" if not path.exists() else "is damaged"
@@ -44,11 +40,7 @@ def located(folder: Path) -> Path:
 
 @lru_cache(maxsize=2)
 def read(archive: Path, source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Sentences of a source whose rating is clear, and whether it is above 0; of equal sentences the first.
-
-    Raises:
-        UserError: a line that is not a number, a rating and a sentence.
-    """
+    """Sentences of a source whose rating is clear, and whether it is above 0; of equal sentences the first."""
     with tarfile.open(archive) as outer:
         packed = outer.extractfile(OUTER)
         assert packed is not None  # the digest of the whole was checked
@@ -71,11 +63,7 @@ def read(archive: Path, source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 def load_split(task: Sentiment, name: str) -> Examples:
-    """One split of the task: train, held_out and test are of movie reviews, the shifts are named by their source.
-
-    Raises:
-        UserError: a missing or damaged archive, or a split that there is not.
-    """
+    """One split of the task: train, held_out and test are of movie reviews, the shifts are named by their source."""
     archive = located(task.folder)
     source = "movie" if name in SHARES else name
     if source not in SOURCES or name == "movie":

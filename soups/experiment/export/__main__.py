@@ -13,7 +13,7 @@ Soups of your own files:  soups export soup.safetensors --to timm --network timm
 """
 
 from configs.cli import export_entry_point
-from configs.exporting import Export
+from configs.stages import Export
 
 
 def run(settings: Export) -> None:

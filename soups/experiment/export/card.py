@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.exporting import Target
+from configs.stages import Target
 from soups.card import Card, interval
 from soups.experiment.export.source import Part, Source
 
@@ -84,15 +84,7 @@ def _licence(source: Source, licence: str) -> str:
 
 
 def write_card(source: Source, to: Target, licence: str, use: str, folder: Path) -> None:
-    """README.md: front matter, how to load it, recipe, ingredients, scores, proxies, licence, provenance.
-
-    Args:
-        source: what was exported.
-        to: the library.
-        licence: of the weights, as the hub names licences.
-        use: Python that loads the folder and computes logits.
-        folder: where it goes.
-    """
+    """README.md: front matter, Python to load it by, recipe, ingredients, scores, proxies, licence, provenance."""
     name = source.model.name or source.model.kind
     is_on_hub = source.model.kind not in ("timm", "open_clip") and "/" in name
     Card(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, CLIPImageProcessor
 
-from configs.exporting import Export, Target
+from configs.stages import Export, Target
 from models import hub
 from models.backbones import dual_encoder
 from models.emoji_clip.model import VOCABULARY, clip_config
@@ -43,11 +43,7 @@ def _normalised(source: Source, images: Tensor) -> Tensor:
 
 
 def write_timm(source: Source, folder: Path) -> None:
-    """config.json and model.safetensors, as timm pushes them to the hub.
-
-    Raises:
-        UserError: features are normalised before the head, or a head that timm's network has not.
-    """
+    """config.json and model.safetensors, as timm pushes them to the hub."""
     model, classifier = source.model, source.classifier
     if classifier.normalize:
         raise UserError(
@@ -130,9 +126,6 @@ def write_open_clip(source: Source, folder: Path) -> None:
     """open_clip_config.json and open_clip_model.safetensors: the soup's image tower beside the pretrained text tower.
 
     The head is in classifier.safetensors, since open_clip's models have none; classes.json has its names.
-
-    Raises:
-        UserError: the pretrained weights, which have the text tower, are not here.
     """
     model = source.model
     clip = dual_encoder(model)
@@ -161,9 +154,6 @@ def write_transformers(source: Source, folder: Path) -> None:
     """config.json, model.safetensors and the preprocessor or tokenizer, as transformers saves them.
 
     A network that answers prompts is whole; of others the head is in classifier.safetensors.
-
-    Raises:
-        UserError: of a dual encoder, the pretrained weights, which have the text tower, are not here.
     """
     names = dict(enumerate(source.class_names))
     network: Any = source.network.network if source.model.head == "prompt" else _network(source)
@@ -235,11 +225,7 @@ FORMATS: dict[Target, tuple[Callable[[Source, Path], None], Reader]] = {
 
 
 def loaded_back(source: Source, to: Target, folder: Path) -> float:
-    """The largest difference between the folder's logits and the soup's, on random inputs.
-
-    Raises:
-        UserError: as `soups.export.network.compare`.
-    """
+    """The largest difference between the folder's logits and the soup's, on random inputs."""
     try:
         read = FORMATS[to][1](source, folder)
         return compare(graph_of(source), lambda inputs: read(*inputs.values()), to)

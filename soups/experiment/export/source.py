@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from configs.data import AnyTask, Task
-from configs.exporting import Export
+from configs.stages import Export
 from configs.training import Model
 from models.classifier import Classifier, Network, architecture
 from models.hub import tokenizer_of
@@ -110,11 +110,7 @@ def _names(settings: Export, task: Task) -> tuple[str, ...]:
 
 
 def read_source(settings: Export) -> Source:
-    """The soup that is meant.
-
-    Raises:
-        UserError: no such soup, an ensemble, damaged weights, or class names that are nowhere.
-    """
+    """The soup that is meant; a `UserError` for none, an ensemble, damaged weights, or class names that are nowhere."""
     soup = settings.soup
     if not soup.exists():
         raise UserError(f"soup={soup}: no such file or folder; e.g. soup=runs/demo/soups/greedy")

@@ -1,6 +1,6 @@
 """What a model card tells its reader to type."""
 
-from configs.exporting import Target
+from configs.stages import Target
 from soups.experiment.export.source import Source
 from soups.export import onnx, timm
 

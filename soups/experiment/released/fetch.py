@@ -87,11 +87,9 @@ def _once(wanted: Download, stop: threading.Event) -> int | None:
 
 
 def fetch(wanted: Download, stop: threading.Event) -> None:
-    """Download a file, from where an earlier call stopped if the server can.
+    """Download a file, from where an earlier call stopped if the server can; it gets its name when it is whole.
 
-    Args:
-        wanted: the file; it appears under its path when it is as long as the server says.
-        stop: set from outside to end early; what came so far is continued by the next call.
+    What came before `stop` was set is continued by the next call.
 
     Raises:
         UserError: the server cannot be reached, has no such file, or ends too early again and again; or a full disk.
@@ -134,14 +132,8 @@ def fetch_all(
 ) -> None:
     """Download several files at a time.
 
-    Args:
-        wanted: the files.
-        workers: how many at a time.
-        done: called with each that is there, in this thread.
-        progress: called about twice a second with the bytes that are there.
-
-    Raises:
-        UserError: as `fetch` and `done`; the first one stops the others, whose parts stay.
+    `done` is called with each that is there, `progress` about twice a second with the bytes that are there, both in
+    this thread. The first `UserError`, of `fetch` or `done`, stops the others, whose parts stay.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:

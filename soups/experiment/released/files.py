@@ -30,11 +30,7 @@ TRAIN_IMAGES = 1_281_167
 
 
 def check_archive(path: Path) -> None:
-    """Compare every byte with the checksums in an archive of torch.save, which a mixed-up download fails.
-
-    Raises:
-        UserError: damaged.
-    """
+    """Compare every byte with the checksums in an archive of torch.save, which a mixed-up download fails."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -45,11 +41,7 @@ def check_archive(path: Path) -> None:
 
 
 def looked_through(path: Path) -> dict[str, Any]:
-    """Bytes and digest of a file that is whole.
-
-    Raises:
-        UserError: damaged, or not one of the released files.
-    """
+    """Bytes and digest of a file that is whole; a `UserError` where it is damaged, or not one of the released files."""
     size = path.stat().st_size
     if path.name == SPLIT:
         try:
@@ -92,14 +84,6 @@ def download(
     What is there is kept, cut-off files are continued, and every file is looked through once: its length, its
     checksums, its tensors. Only what is new needs a network.
 
-    Args:
-        folder: for model_<i>.pt, the split and files.json.
-        rows: 0 to 71.
-        console: for progress.
-        workers: files at a time.
-        models_url: where model_<i>.pt are.
-        split_url: where the split is.
-
     Raises:
         UserError: the server cannot be reached, a file is damaged or not one of theirs, or the disk is full.
     """
@@ -135,11 +119,7 @@ def download(
 
 
 def convert_all(folder: Path, rows: Sequence[int], out: Path, console: Console) -> None:
-    """Write out/model_<i>.safetensors of image tower and head, under the names of our network; what is there is kept.
-
-    Raises:
-        UserError: as `models.released.convert`.
-    """
+    """Write out/model_<i>.safetensors: image tower and head, under the names of our network; what is there is kept."""
     for row in rows:
         target = out / f"model_{row}.safetensors"
         if target.exists():
