@@ -30,7 +30,7 @@ WAYS = {
 }
 
 
-def make_folder(root: Path, classes: int) -> None:
+def _make_folder(root: Path, classes: int) -> None:
     """<root>/<split>/<class>/<image>: the drawings of train, and those of held-out and test as one split."""
     for name, folder in (("train", "train"), ("held_out", "unseen"), ("test", "unseen")):
         split = load_split(name, classes=range(classes))
@@ -40,7 +40,7 @@ def make_folder(root: Path, classes: int) -> None:
             split.pil(index).resize((256, 256), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def experiment(folder: Path, way: str, classes: int, seeds: int, epochs: int) -> Experiment:
+def _experiment(folder: Path, way: str, classes: int, seeds: int, epochs: int) -> Experiment:
     """A row for each seed, all with the same settings, in a run folder of its own."""
     data = ["task=image_folder", f"task.folder={folder / 'images'}", f"task.num_classes={classes}", "task.shifts=[]"]
     data += ["+task.folders.held_out=unseen", "+task.folders.test=unseen", "task.overlap_allowed=1"]  # nothing selects
@@ -50,14 +50,8 @@ def experiment(folder: Path, way: str, classes: int, seeds: int, epochs: int) ->
     return load("demo", *data, *sweep, *training, *place, *WAYS[way])
 
 
-def accuracies(config: Experiment) -> list[float]:
-    """Percent right of each row, in the order of the seeds."""
-    train_sweep(config)
-    return [100 * row.held_out_score for row in read_pool(config)[1:]]
-
-
-def row(way: str, found: dict[str, list[float]], images: int) -> dict[str, Any]:
-    """One line of the table: means over seeds, and the paired difference to Pillow with its 95 % interval."""
+def _row(way: str, found: dict[str, list[float]], images: int) -> dict[str, Any]:
+    """Means over seeds, and the paired difference to Pillow with its 95 % interval."""
     differences = np.subtract(found[way], found["pillow"])
     half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences) if way != "pillow" else 0.0
     return {
@@ -73,11 +67,15 @@ def row(way: str, found: dict[str, list[float]], images: int) -> dict[str, Any]:
 def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each way."""
     folder = options.folder.resolve()
-    make_folder(folder / "images", options.classes)
+    _make_folder(folder / "images", options.classes)
     images = len(list((folder / "images/unseen").rglob("*.jpg")))
     sizes = (options.classes, options.seeds, options.epochs)
-    found = {way: accuracies(experiment(folder, way, *sizes)) for way in WAYS}
-    return [row(way, found, images) for way in WAYS]
+    found: dict[str, list[float]] = {}
+    for way in WAYS:
+        config = _experiment(folder, way, *sizes)
+        train_sweep(config)
+        found[way] = [100 * row.held_out_score for row in read_pool(config)[1:]]
+    return [_row(way, found, images) for way in WAYS]
 
 
 if __name__ == "__main__":

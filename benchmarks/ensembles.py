@@ -29,12 +29,11 @@ CLASSES = 1000
 KINDS = ("read", "ensemble", "greedy_ensemble")
 
 
-def labels_of(images: int) -> Tensor:
-    """(N,) class ids, every class as often as every other."""
+def _labels(images: int) -> Tensor:
     return torch.arange(images) % CLASSES
 
 
-def make_pool(folder: Path, models: int, images: int) -> list[Path]:
+def _make_pool(folder: Path, models: int, images: int) -> list[Path]:
     """Write the logits that are not there yet, and the accuracy of each model beside it."""
     paths = [folder / f"logits_{images}_{i}.npy" for i in range(models)]
     missing = [(i, path) for i, path in enumerate(paths) if not path.exists()]
@@ -43,41 +42,40 @@ def make_pool(folder: Path, models: int, images: int) -> list[Path]:
         common, own = (numbers.standard_normal((images, CLASSES), np.float32) for _ in range(2))
     for i, path in missing:
         logits = common + np.roll(own, int(np.random.default_rng(i).integers(own.size)))
-        logits[np.arange(images), labels_of(images).numpy()] += 3.5 + 0.5 * np.random.default_rng(i).random()
-        write_json(path.with_suffix(".json"), accuracy({"logits": torch.from_numpy(logits)}))
+        logits[np.arange(images), _labels(images).numpy()] += 3.5 + 0.5 * np.random.default_rng(i).random()
+        write_json(path.with_suffix(".json"), _accuracy({"logits": torch.from_numpy(logits)}))
         write_array(path, logits)
     return paths
 
 
-def accuracy(logits: dict[str, Tensor]) -> float:
-    """The share of examples whose largest logit is their label's."""
-    labels = labels_of(len(logits["logits"]))
+def _accuracy(logits: dict[str, Tensor]) -> float:
+    labels = _labels(len(logits["logits"]))
     return int(correct(logits["logits"], labels).sum()) / len(labels)
-
-
-def _load(path: Path, images: int) -> dict[str, Tensor]:
-    return {"logits": cached_array(path, (images, CLASSES), lambda: torch.empty(0))}
 
 
 def contender(kind: str, folder: str, models: int, images: int) -> None:
     """One of `KINDS`, of a pool that is there."""
     torch.set_num_threads(2)
-    paths = make_pool(Path(folder), models, images)
-    loaders = [partial(_load, path, images) for path in paths]
+    paths = _make_pool(Path(folder), models, images)
+
+    def load(path: Path) -> dict[str, Tensor]:
+        return {"logits": cached_array(path, (images, CLASSES), lambda: torch.empty(0))}
+
+    loaders = [partial(load, path) for path in paths]
     if kind == "read":
         read("", [str(path) for path in paths])
     elif kind == "ensemble":
-        accuracy(uniform_ensemble(loaders, [0.0] * len(paths)).weights)
+        _accuracy(uniform_ensemble(loaders, [0.0] * len(paths)).weights)
     else:
         held_out = [json.loads(path.with_suffix(".json").read_text("utf-8")) for path in paths]
-        print(f"{len(greedy(loaders, held_out, accuracy, grow=GrowingLogits).ingredients)} members")
+        print(f"{len(greedy(loaders, held_out, _accuracy, grow=GrowingLogits).ingredients)} members")
 
 
 def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: medians over rounds."""
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    paths = make_pool(folder, options.models, options.images)
+    paths = _make_pool(folder, options.models, options.images)
     own = (str(folder), options.models, options.images)
     runs = in_turns(
         {kind: partial(run, process_of("ensembles", "contender", kind, *own)) for kind in KINDS}, options.rounds

@@ -34,8 +34,7 @@ CLASSES, BATCH = 10, 64
 HALF = (0.5, 0.5, 0.5)
 
 
-def networks(count: int) -> list[Classifier]:
-    """Small classifiers with random weights."""
+def _networks(count: int) -> list[Classifier]:
     found = []
     for i in range(count):
         torch.manual_seed(i)
@@ -44,8 +43,7 @@ def networks(count: int) -> list[Classifier]:
     return found
 
 
-def ours(models: list[Classifier], folder: Path) -> list[Tensor]:
-    """Logits of all models, each image decoded once."""
+def _ours(models: list[Classifier], folder: Path) -> list[Tensor]:
     transform = eval_transform(
         Model(kind="timm", name=NETWORK, image_size=224, normalize=False, head="random", probe_c=(1.0,))
     )
@@ -55,8 +53,7 @@ def ours(models: list[Classifier], folder: Path) -> list[Tensor]:
 
 
 @torch.no_grad()
-def one_pass_each(models: list[Classifier], folder: Path) -> list[Tensor]:
-    """Logits of all models, each with a loader of its own."""
+def _one_pass_each(models: list[Classifier], folder: Path) -> list[Tensor]:
     steps = [transforms.Resize(224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
     images = ImageFolder(str(folder / "test"), transforms.Compose([*steps, transforms.PILToTensor()]))
     return [torch.cat([model(batch) for batch, _ in DataLoader(images, BATCH)]) for model in models]
@@ -65,15 +62,15 @@ def one_pass_each(models: list[Classifier], folder: Path) -> list[Tensor]:
 def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: median seconds and the ratio to ours."""
     use_threads(1)
-    models = networks(options.models)
+    models = _networks(options.models)
     ready = torch.randint(0, 256, (options.images, 3, 224, 224), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for split, images in (("train", CLASSES), ("test", options.images)):
             save_photographs(folder / split, images, CLASSES)
         contenders = {
-            "ours": partial(ours, models, folder),
-            "a pass each": partial(one_pass_each, models, folder),
+            "ours": partial(_ours, models, folder),
+            "a pass each": partial(_one_pass_each, models, folder),
             "floor": lambda: [forward(model, ready.split(BATCH)) for model in models],
         }
         calls = in_turns({each: partial(timed, contender) for each, contender in contenders.items()}, options.rounds)

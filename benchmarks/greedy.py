@@ -45,7 +45,7 @@ def make_networks(folder: Path, name: str, models: int, classes: int) -> list[Pa
     return paths
 
 
-def forward_passes(name: str, classes: int, number: int, passes: int, batch_size: int) -> float:
+def _forward_passes(name: str, classes: int, number: int, passes: int, batch_size: int) -> float:
     """Seconds that a network takes for so many pictures, so many times, without decoding."""
     network = timm.create_model(name, num_classes=classes).eval()
     size = timm.data.resolve_data_config({}, model=network)["input_size"]
@@ -61,8 +61,7 @@ def forward_passes(name: str, classes: int, number: int, passes: int, batch_size
         return timed(work).seconds
 
 
-def greedy_command(paths: list[Path], out: Path, *words: str) -> list[str]:
-    """How a greedy soup is made."""
+def _command(paths: list[Path], out: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "soups", "greedy", *map(str, paths), "--out", str(out), "--force", *words]
 
 
@@ -76,13 +75,13 @@ def measured(options: Options) -> list[dict[str, Any]]:
     words = ["--images", str(pictures), "--network", f"timm:{options.network}", "--batch-size", str(BATCH)]
     passes = (options.network, CLASSES, options.pictures, 2 * options.models - 1, BATCH)
     calls = {
-        "forward": partial(forward_passes, *passes),
-        "greedy": lambda: run(greedy_command(paths, out, *words)).seconds,
+        "forward": partial(_forward_passes, *passes),
+        "greedy": lambda: run(_command(paths, out, *words)).seconds,
     }
     seconds = in_turns(calls, options.rounds)
     large = make_pool(folder, options.large_models, options.large_width, options.large_models)
     score = f"{sys.executable} -c 'import sys, os; print(os.path.getsize(sys.argv[1]) % 7)' {{soup}}"
-    memory = run(greedy_command(large, out, "--score", score, "--goal", "max"))
+    memory = run(_command(large, out, "--score", score, "--goal", "max"))
     row = {
         "seconds": round(statistics.median(seconds["greedy"]), 2),
         "times_forward_passes": ratio(seconds["greedy"], seconds["forward"], 3),

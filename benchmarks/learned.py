@@ -38,8 +38,8 @@ TIMES = "times.json"
 CONTENDERS = ("read", "stream", "host", "autograd")
 
 
-def make_pool(folder: Path, models: int) -> list[Path]:
-    """`models` names for a few files, written where they are not there yet."""
+def _make_pool(folder: Path, models: int) -> list[Path]:
+    """So many names for a few files, written where they are not there yet."""
     originals = make_networks(folder, NETWORK, FILES, 1000)
     links = [folder / f"link_{i}.safetensors" for i in range(models)]
     for i, link in enumerate(links):
@@ -48,7 +48,7 @@ def make_pool(folder: Path, models: int) -> list[Path]:
     return links
 
 
-def batches(steps: int, times: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(steps: int, times: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Minibatches of noise; notes when each is asked for."""
     for step in range(steps + 1):
         times.append(time.perf_counter())
@@ -57,12 +57,11 @@ def batches(steps: int, times: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
             yield torch.randn(BATCH, 3, 224, 224, generator=generator), torch.arange(BATCH)
 
 
-def autograd(paths: list[Path], steps: int, times: list[float]) -> None:
-    """All models in memory, and autograd through their sum."""
+def _autograd(paths: list[Path], steps: int, times: list[float]) -> None:
     module = timm.create_model(NETWORK, num_classes=1000).eval()
     states = [load_file(path) for path in paths]
     logits = torch.zeros(len(paths), requires_grad=True)
-    for images, labels in batches(steps, times):
+    for images, labels in _batches(steps, times):
         shares = logits.softmax(dim=0)
         mixed = {name: sum(s * state[name] for s, state in zip(shares, states, strict=True)) for name in states[0]}
         F.cross_entropy(torch.func.functional_call(module, mixed, (images,)), labels).backward()
@@ -71,28 +70,28 @@ def autograd(paths: list[Path], steps: int, times: list[float]) -> None:
 def contender(kind: str, folder: str, models: int, steps: int) -> None:
     """One of `CONTENDERS`; writes the times at which minibatches were asked for."""
     torch.set_num_threads(2)
-    paths = make_pool(Path(folder), models)
+    paths = _make_pool(Path(folder), models)
     times: list[float] = []
     if kind == "read":
-        for _ in batches(steps, times):
+        for _ in _batches(steps, times):
             for _ in range(2):
                 read("", [str(path) for path in paths])
     elif kind == "autograd":
-        autograd(paths, steps, times)
+        _autograd(paths, steps, times)
     else:
         place = "stream" if kind == "stream" else "host"
         settings = LearnedSettings(place=place, differences=kind == "host", epochs=1, batch_size=BATCH)
         module = timm.create_model(NETWORK, num_classes=1000)
         files = [lambda path=path: LazyWeights(path) for path in paths]
         with little_memory():
-            learned(module, files, lambda epoch: batches(steps, times), settings)  # type: ignore[arg-type]
+            learned(module, files, lambda epoch: _batches(steps, times), settings)  # type: ignore[arg-type]
     write_json(Path(folder) / TIMES, times)
 
 
 def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender."""
     folder = options.folder.resolve()
-    size = make_pool(folder, options.models)[0].stat().st_size / 2**20
+    size = _make_pool(folder, options.models)[0].stat().st_size / 2**20
     rows = []
     for kind in CONTENDERS:
         models = options.autograd if kind == "autograd" else options.models

@@ -29,8 +29,9 @@ WEIGHED = [
 ]
 MERGED = {"base_model": BASE, "models": WEIGHED}
 SUM = {"models": [{"model": each["model"], "parameters": {"weight": each["parameters"]["weight"]}} for each in WEIGHED]}
+BASED_SUM = {"base_model": BASE, **SUM}
 WHOLE = [each | {"parameters": each["parameters"] | {"density": 1.0}} for each in WEIGHED]
-EQUAL = {"models": [{"model": ONE}, {"model": OTHER}]}
+SLERP = {"merge_method": "slerp", "models": [{"model": ONE}, {"model": OTHER}], "parameters": {"t": 0.3}}
 MERGEKIT = """
 import sys
 import yaml
@@ -46,31 +47,18 @@ for number in range(int(sys.argv[1])):
 CASES: dict[str, dict[str, object]] = {
     "linear": {"merge_method": "linear", **SUM},
     "linear, not normalized": {"merge_method": "linear", **SUM, "parameters": {"normalize": False}},
-    "task_arithmetic": {"merge_method": "task_arithmetic", "base_model": BASE, **SUM, "parameters": {"lambda": 0.9}},
-    "task_arithmetic, normalized": {
-        "merge_method": "task_arithmetic",
-        "base_model": BASE,
-        **SUM,
-        "parameters": {"normalize": True},
-    },
+    "task_arithmetic": {"merge_method": "task_arithmetic", **BASED_SUM, "parameters": {"lambda": 0.9}},
+    "task_arithmetic, normalized": {"merge_method": "task_arithmetic", **BASED_SUM, "parameters": {"normalize": True}},
     "ties": {"merge_method": "ties", **MERGED, "parameters": {"int8_mask": True, "lambda": 1.5}},
     "ties, in float32": {"merge_method": "ties", **MERGED, "dtype": "float32", "out_dtype": "bfloat16"},
     "ties, not normalized": {"merge_method": "ties", **MERGED, "parameters": {"normalize": False}},
     "dare_linear, density 1": {"merge_method": "dare_linear", **MERGED, "models": WHOLE},
-    "slerp": {"merge_method": "slerp", "base_model": ONE, **EQUAL, "parameters": {"t": 0.3}},
-    "slerp, another dtype": {
-        "merge_method": "slerp",
-        "base_model": OTHER,
-        **EQUAL,
-        "parameters": {"t": 0.3},
-        "dtype": "float32",
-        "out_dtype": "float16",
-    },
+    "slerp": {"base_model": ONE, **SLERP},
+    "slerp, another dtype": {"base_model": OTHER, **SLERP, "dtype": "float32", "out_dtype": "float16"},
 }
 
 
-def make_models(folder: Path, kind: torch.dtype) -> None:
-    """Three folders of save_pretrained."""
+def _make_models(folder: Path, kind: torch.dtype) -> None:
     torch.manual_seed(0)
     network = LlamaForCausalLM(LlamaConfig(vocab_size=128, **SMALL)).to(kind)
     start = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -79,7 +67,7 @@ def make_models(folder: Path, kind: torch.dtype) -> None:
         network.save_pretrained(folder / name)
 
 
-def distances(one: Path, other: Path) -> dict[str, float | str]:
+def _distances(one: Path, other: Path) -> dict[str, float | str]:
     """Of two folders the kind of numbers, and how far they lie apart."""
     ours, theirs = load_file(one / "model.safetensors"), load_file(next(other.glob("*.safetensors")))
     worst, equal, beyond, count = 0.0, 0, 0, 0
@@ -101,7 +89,7 @@ def measured(options: Options) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for kind in (torch.float32, torch.bfloat16):
             place = Path(folder) / str(kind)
-            make_models(place, kind)
+            _make_models(place, kind)
             for number, values in enumerate(CASES.values()):
                 write_text(place / f"{number}.yaml", yaml.safe_dump(values))
             call = [str(options.python), "-c", MERGEKIT, str(len(CASES))]
@@ -110,7 +98,7 @@ def measured(options: Options) -> list[dict[str, Any]]:
                 raise RuntimeError(f"mergekit failed: {answer.stderr[-1000:]}")
             for number, case in enumerate(CASES):
                 soups(["make", str(place / f"{number}.yaml"), "--out", str(place / f"ours{number}")])
-                found = distances(place / f"ours{number}", place / f"theirs{number}")
+                found = _distances(place / f"ours{number}", place / f"theirs{number}")
                 rows.append({"method": case, "models": str(kind).removeprefix("torch."), **found})
     return rows
 

@@ -27,8 +27,7 @@ TOLERANCES = (1e-4, 1e-6)  # of scikit-learn, on the largest slope: its default,
 ITERATIONS = 10_000  # scikit-learn's at most
 
 
-def features_of(examples: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
-    """(N, width) features and (N,) labels."""
+def _features(examples: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(examples) % classes
     scale = torch.arange(1, width + 1) ** -0.5
@@ -37,22 +36,20 @@ def features_of(examples: int, width: int, classes: int) -> tuple[Tensor, Tensor
     return normalize(centres[labels] + noise + 2 * scale, dim=1), labels
 
 
-def objective(weight: Tensor, bias: Tensor, data: tuple[Tensor, Tensor], c: float) -> float:
+def _objective(weight: Tensor, bias: Tensor, data: tuple[Tensor, Tensor], c: float) -> float:
     """Mean cross-entropy and penalty of a head of more than two classes."""
     features, labels = data[0].double(), data[1]
     penalty = weight.double().square().sum() / (2 * c * len(labels) * features.shape[1])
     return (cross_entropy(features @ weight.double().T + bias.double(), labels) + penalty).item()
 
 
-def ours(data: tuple[Tensor, Tensor], classes: int, c: float) -> tuple[Tensor, Tensor]:
-    """The head of our fit, files of it included."""
+def _ours(data: tuple[Tensor, Tensor], classes: int, c: float) -> tuple[Tensor, Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         probe = linear_probe(data, (data[0][:1], data[1][:1]), classes, [c], Path(folder))
     return probe.weight, probe.bias
 
 
-def theirs(data: tuple[Tensor, Tensor], c: float, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The head of scikit-learn's fit."""
+def _theirs(data: tuple[Tensor, Tensor], c: float, tolerance: float) -> tuple[Tensor, Tensor]:
     scale = data[0].shape[1] ** 0.5
     fit = LogisticRegression(C=c, tol=tolerance, max_iter=ITERATIONS)
     fit.fit(scale * data[0].double().numpy(), data[1].numpy())
@@ -62,12 +59,12 @@ def theirs(data: tuple[Tensor, Tensor], c: float, tolerance: float) -> tuple[Ten
 def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each contender: median seconds, the ratio to ours, and how far it ends above the best."""
     use_threads(options.threads)
-    data = features_of(options.examples, options.width, options.classes)
-    contenders = {"ours": partial(ours, data, options.classes, options.c)}
-    contenders |= {f"scikit-learn, tol={each:g}": partial(theirs, data, options.c, each) for each in TOLERANCES}
+    data = _features(options.examples, options.width, options.classes)
+    contenders = {"ours": partial(_ours, data, options.classes, options.c)}
+    contenders |= {f"scikit-learn, tol={each:g}": partial(_theirs, data, options.c, each) for each in TOLERANCES}
     calls = in_turns({name: partial(timed, fit) for name, fit in contenders.items()}, options.rounds)
     seconds = {name: statistics.median(call.seconds for call in made) for name, made in calls.items()}
-    ends = {name: objective(*made[-1].answer, data, options.c) for name, made in calls.items()}
+    ends = {name: _objective(*made[-1].answer, data, options.c) for name, made in calls.items()}
     return [
         {
             "contender": name,

@@ -20,8 +20,7 @@ import torch
 from embedded.icons import check_tools
 from embedded.pairs import CACHE, benchmark_images, collect, overlap, read_sources, render_pairs
 from embedded.training import Settings, export, train
-from models.emoji_clip.imagenet import imagenet_file
-from models.emoji_clip.model import HERE
+from models.emoji_clip.model import HERE, imagenet_file
 from soups.errors import one_line_errors
 from soups.files.atomic import write_text
 from tasks.emoji.load import class_names

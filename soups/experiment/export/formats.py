@@ -24,9 +24,8 @@ from models.backbones import dual_encoder
 from models.emoji_clip.model import VOCABULARY, clip_config
 from models.hub import SentenceTower
 from soups.errors import UserError
-from soups.experiment.export.card import write_card
+from soups.experiment.export.card import usage, write_card
 from soups.experiment.export.source import Source, read_source
-from soups.experiment.export.usage import usage
 from soups.export import onnx as to_onnx
 from soups.export import open_clip as to_open_clip
 from soups.export import timm as to_timm
