@@ -123,6 +123,8 @@ def test_the_figures_of_several_pools_are_what_todays_code_draws_from_their_csvs
 def test_no_two_artefacts_are_the_same_picture_of_the_same_runs():
     seen = [(artefact.made, artefact.embedded) for artefact in ARTEFACTS.values()]
     assert not [each for each in seen if seen.count(each) > 1]
+    files = [path for path in MEASURED.iterdir() if path.suffix in (".png", ".csv")]
+    assert len({path.read_bytes() for path in files}) == len(files)
 
 
 def test_every_function_behind_an_artefact_is_where_the_list_says():
