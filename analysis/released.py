@@ -19,7 +19,7 @@ from analysis.tables.paper import beside, beside_table, legend
 from analysis.tables.table3 import published
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval.selection import best_on_held_out
+from eval.significance import best_on_held_out
 from soups.errors import one_line_errors
 from store.runs import RunFolder
 

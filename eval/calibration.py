@@ -13,14 +13,7 @@ from eval.metrics import check, correct, log_probabilities
 def fit_beta(logits: Tensor, labels: Tensor) -> float:
     """The inverse temperature beta > 0 that minimises the cross-entropy of beta x logits, taken in float64.
 
-    Args:
-        logits: (N, C), any float dtype.
-
-    Returns:
-        beta in [1e-3, 1e3]; above 1 sharpens, below 1 softens. Accuracy does not depend on it.
-
-    Raises:
-        ValueError: as `eval.metrics.check`.
+    beta is in [1e-3, 1e3]; above 1 it sharpens, below 1 softens. Accuracy does not depend on it.
 
     Source: Guo et al. 2017, Section 4.2, whose T is 1 / beta.
     """
@@ -55,9 +48,6 @@ def reliability_bins(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Bins:
 
     Examples of equal confidence share the bin that the first of them falls in, so their order does not matter, and with
     many ties bins are uneven or empty. How many bins the paper used for Figure B.2 is not known; 15 is Guo's.
-
-    Raises:
-        ValueError: as `eval.metrics.check` and `log_probabilities`, or bins is less than 1.
 
     Source: Guo et al. 2017, eq. 3; Roelofs et al. 2022, Section 3.
     """

@@ -106,9 +106,7 @@ class Annotated:
 class Evaluator:
     """Logits of any weights of one experiment on any of its splits; images and the module are loaded once.
 
-    Args:
-        config: the experiment.
-        processes: these fill the cache together; all of them must ask for the same logits in the same order.
+    Several processes fill the cache together; all of them must ask for the same logits in the same order.
     """
 
     def __init__(self, config: Experiment, processes: Processes | None = None):
@@ -192,7 +190,6 @@ class Evaluator:
         return self.model
 
     def _feature_shards(self, split: str) -> list[tuple[Path, Tensor]]:
-        """The files of a split's features, each with the examples in it."""
         shards = self.order(split).split(FEATURES_SHARD)
         return [(self.features_place(split) / f"{i:05d}.npy", rows) for i, rows in enumerate(shards)]
 
@@ -256,10 +253,7 @@ class Evaluator:
         return from_the_first(kept, shape, self.processes)
 
     def _filled_together(self, shape: tuple[int, int], split: str) -> list[Tensor]:
-        """Logits of the model as it is, on the first process; each of W processes computes every W-th batch.
-
-        The batches, and so the bits, are those of one process alone; no file, which others see late, goes between them.
-        """
+        """Logits of the model as it is, on the first process; each of W processes computes every W-th batch."""
         rows = shares_of_batches(self.order(split), self.batch_size, self.processes.world)
         batches = self.batches(split, rows[self.processes.rank])
         parts = on_the_first(forward(self.model, batches, self.config.compute.evaluates_in), self.processes)

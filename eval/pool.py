@@ -13,10 +13,11 @@ from eval.calibration import reliability_bins
 from eval.forward import Evaluator
 from eval.metrics import nll, topk
 from soups.files.atomic import read_json, read_jsonl, write_jsonl
-from store.processes import Processes, first_decides
+from store.processes import Processes, end_processes, first_decides, start_processes
 from store.rows import identity
 from store.runs import WEIGHTS, RunFolder, done_rows, finished, weights_of
-from store.workers import spread
+from store.staging import staged
+from store.workers import spread, use_threads
 
 
 def evaluate(config: Experiment, folder: Path, processes: Processes | None = None) -> str:
@@ -100,9 +101,21 @@ def evaluate_all(config: Experiment, folders: Sequence[Path], console: Console |
     )
 
 
-def evaluate_together(config: Experiment, folders: Sequence[Path], processes: Processes) -> None:
-    """Evaluate the models without scores yet, one after the other, each by all processes that torchrun started."""
-    for folder in first_decides(lambda: [each for each in folders if not is_scored(config, each)], processes):
-        line = evaluate(config, folder, processes)
-        if processes.is_main:
-            print(line, flush=True)
+def evaluate_here(config: Experiment) -> None:
+    """Evaluate all finished models over worker processes, or one by one by all processes that torchrun started."""
+    use_threads(config.cluster.threads)
+    config, processes = staged(config), start_processes()
+    folders = first_decides(lambda: model_folders(config), processes)
+    root = RunFolder.of(config).root
+    if not folders and config.share.of == 1:
+        raise UserError(f"no finished model in {root}: run python -m finetune first")
+    if processes.world == 1:
+        evaluate_all(config, folders)
+    else:
+        for folder in first_decides(lambda: [each for each in folders if not is_scored(config, each)], processes):
+            line = evaluate(config, folder, processes)
+            if processes.is_main:
+                print(line, flush=True)
+        end_processes()
+    if processes.is_main:
+        print(f"{len(folders)} models evaluated. Next: python -m soups run={root}, then python -m analysis run={root}")

@@ -1,18 +1,38 @@
-"""Whether the difference between two models is more than the luck of the test images."""
+"""Which of several models is the best, and whether a difference is more than the luck of the test images."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isnan
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from soups.paired import sign_flip_p
 from soups.scorers.metrics import score
 from soups.scoring import Metric
 
 LEVEL = 0.95  # coverage of the intervals
+
+
+def best_on_held_out(scores: Sequence[float], held_out: str, reported: Collection[str]) -> int:
+    """The place of the model with the highest score on the split `held_out`; a UserError where that one is reported."""
+    if held_out in reported:
+        raise UserError(f"{held_out!r} reports results, so models cannot be chosen on it: choose on a held-out split")
+    return oracle(scores, held_out)
+
+
+def oracle(scores: Sequence[float], split: str) -> int:
+    """The place of the model with the highest score on any split, or average of splits; the first of equals.
+
+    Only for rows that say so. In Table 4 each column has an oracle of its own, also that of the mean of the shifts, so
+    the cells of the shifts may average to more than it. A ValueError tells of no scores, or one that is not a number.
+    """
+    if not scores or any(isnan(score) for score in scores):
+        raise ValueError(f"the best on {split!r} needs one number per model and at least one, got {list(scores)}")
+    return max(range(len(scores)), key=lambda i: (scores[i], -i))
 
 
 @dataclass(frozen=True)
@@ -25,12 +45,9 @@ class Difference:
 
 
 def _check_splits(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequence[Tensor]) -> None:
-    if not model or not (len(model) == len(baseline) == len(groups)):
-        raise ValueError(f"need as many splits of each; got {len(model)}, {len(baseline)}, {len(groups)}")
-    if any(not len(m) == len(b) == len(g) for m, b, g in zip(model, baseline, groups, strict=True)):
-        raise ValueError("results and groups of a split differ in length")
-    if any(not len(m) for m in model):
-        raise ValueError("a split has no images (N > 0 is needed)")
+    sizes = [[len(split) for split in splits] for splits in (model, baseline, groups)]
+    if not sizes[0] or not all(sizes[0]) or not sizes[0] == sizes[1] == sizes[2]:
+        raise ValueError(f"need N > 0 results and groups on each split, as many of each; got {sizes}")
     if any(torch.isnan(scores.double()).any() for scores in (*model, *baseline)):
         raise ValueError("a result is NaN, which has no difference to another")
 
@@ -56,22 +73,16 @@ def _with_interval(mean: float, draws: Tensor) -> Difference:
 
 
 def paired_bootstrap(
-    model: Sequence[Tensor],
-    baseline: Sequence[Tensor],
-    groups: Sequence[Tensor],
-    *,
-    resamples: int,
-    seed: int,
+    model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequence[Tensor], *, resamples: int, seed: int
 ) -> Difference:
     """Accuracy of `model` minus that of `baseline`, averaged over splits, with a percentile bootstrap interval.
 
-    Both are measured on the same images, and groups of images are resampled with both results. Groups span the splits:
-    a class that shows up in several shifts is drawn, or not, in all of them at once.
+    Groups of images are resampled with both results. Groups span the splits: a class that shows up in several shifts is
+    drawn, or not, in all of them at once.
 
     Args:
         model, baseline: one (N_s,) tensor a split: whether an image is right, or in how many of several runs.
         groups: one (N_s,) integer tensor a split, in [0, G).
-        resamples, seed: of the draws.
 
     Raises:
         ValueError: no splits or images, tensors of a split differ in length, or a result is NaN.
@@ -137,13 +148,8 @@ def paired_permutation(
     if permutations < 1:
         raise ValueError(f"need at least one permutation, got {permutations}")
     _check_splits(model, baseline, groups)
-    return sign_flip_p(_effects(model, baseline, groups), permutations=permutations, seed=seed)
-
-
-def _effects(model: Sequence[Tensor], baseline: Sequence[Tensor], groups: Sequence[Tensor]) -> np.ndarray:
-    """(G,) what the images of each group add to the mean over splits of mean differences."""
-    found = torch.zeros(1 + max(int(group.max()) for group in groups), dtype=torch.float64)
+    effects = torch.zeros(1 + max(int(group.max()) for group in groups), dtype=torch.float64)  # (G,)
     for ours, theirs, group in zip(model, baseline, groups, strict=True):
-        gains = torch.zeros_like(found).index_add_(0, group.cpu(), ours.cpu().double() - theirs.cpu().double())
-        found += gains / (len(ours) * len(model))  # after the sum, so that equal gains of hits stay equal numbers
-    return found.numpy()
+        gains = torch.zeros_like(effects).index_add_(0, group.cpu(), ours.cpu().double() - theirs.cpu().double())
+        effects += gains / (len(ours) * len(model))  # after the sum, so that equal gains of hits stay equal numbers
+    return sign_flip_p(effects.numpy(), permutations=permutations, seed=seed)

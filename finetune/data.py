@@ -55,12 +55,7 @@ def seed_globals(*key: object) -> None:
 
 
 def augmentation_of_epoch(augment: Augment, epoch: int, epochs: int) -> Augment:
-    """The augmentation of an epoch, counted from 0: fix-aug ends with epochs of minimal augmentation (Table L.2).
-
-    >>> strong = Augment(kind="rand", layers=2, magnitude=15, last_epochs_minimal=1)
-    >>> [augmentation_of_epoch(strong, epoch, 3).kind for epoch in range(3)]
-    ['rand', 'rand', 'minimal']
-    """
+    """The augmentation of an epoch, counted from 0: fix-aug ends with epochs of minimal augmentation (Table L.2)."""
     if epoch < epochs - augment.last_epochs_minimal:
         return augment
     return Augment(kind="minimal", crop=MINIMAL_CROP)  # type: ignore[call-arg]  # mypy sees no dataclass in `closed`

@@ -24,7 +24,7 @@ from configs.training import Compute
 from eval.forward import DTYPES
 from finetune.averages import local_part
 from models.classifier import Classifier, Network, batch_norms, speed_up_depthwise
-from store.processes import Processes, any_of, send_tensors, sum_over
+from store.processes import Processes, send_tensors, sum_over
 
 K = TypeVar("K", bound=Hashable)
 
@@ -171,7 +171,6 @@ def _room(tensor: DTensor) -> Tensor:
 
 
 def _joined(tensor: DTensor) -> Tensor | None:
-    """The whole tensor on the first process, None on the others."""
     part, local, mesh = _room(tensor), tensor.to_local(), tensor.device_mesh
     part[: len(local)] = local
     parts = [torch.empty_like(part) for _ in range(mesh.size())] if mesh.get_rank() == 0 else None
@@ -209,7 +208,7 @@ class LateLosses:
         self.unread.append((sums, ready))
 
     def read(self, *, newest: bool) -> list[tuple[float, bool]]:
-        """Loss over all processes, and whether one is asked to stop, of each unread step, the newest only where wanted.
+        """Loss and whether any process is asked to stop, of each unread step, the newest only where wanted.
 
         Raises:
             DivergedError: a loss is not a number, or infinite.
@@ -225,9 +224,3 @@ class LateLosses:
                 raise DivergedError
             found.append((loss, stop > 0))
         return found
-
-
-def is_finite(tensors: Mapping[str, Tensor], processes: Processes) -> bool:
-    """Whether all numbers of a state dict are finite, in all shards; all processes must ask."""
-    own = all(bool(local_part(tensor).isfinite().all()) for tensor in tensors.values())
-    return not any_of(not own, processes)

@@ -38,11 +38,6 @@ def largest_world(optim: Optim, world: int) -> int:
     """The largest number of processes up to `world` that share each batch of a row equally; at least 1.
 
     A batch is divided by whole pairs of mixup (`finetune.data.local_batch`), so it must divide the B / 2 pairs.
-
-    >>> optim = Optim(lr=1.0, weight_decay=0, epochs=1, batch_size=24, warmup_steps=0, clip_norm=1, label_smoothing=0,
-    ...               mixup=0)
-    >>> [largest_world(optim, world) for world in (1, 4, 8, 64)]
-    [1, 4, 6, 12]
     """
     pairs = optim.batch_size // 2
     return next(size for size in range(min(world, pairs), 0, -1) if pairs % size == 0)

@@ -105,7 +105,6 @@ def _zeros_of_mean(parameter: DTensor, dim: int) -> DTensor:
 
 
 def _mean(shard: Tensor, dim: int, parameter: DTensor) -> Tensor:
-    """The mean over a dimension of the whole tensor of which this process has a shard."""
     total = shard.sum(dim, keepdim=True)
     if dim == 0:
         dist.all_reduce(total, group=parameter.device_mesh.get_group())
@@ -144,11 +143,6 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     Steps count from 0. cosine_restarts has `cycles` cosines of equal length, each from the peak.
 
     Source: the authors' `cosine_lr`; Appendix J.2.1 gives the cosine, L.3 the restarts (Loshchilov and Hutter 2017).
-
-    >>> o = Optim(lr=1.0, weight_decay=0, epochs=1, batch_size=2, warmup_steps=2, clip_norm=1, label_smoothing=0,
-    ...           mixup=0)
-    >>> [round(learning_rate(o, step, 6), 3) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps

@@ -1,7 +1,9 @@
-"""The weights that rows of a sweep start from: row 0, checkpoints trained elsewhere, other heads, and teachers."""
+"""What rows start from (row 0, released checkpoints, other heads, teachers), and how all end, with done.json last."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,36 +14,108 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.registered import ROOT
 from configs.schema import Experiment, dump
-from configs.slurm import wait_in_array
+from configs.slurm import this_job, wait_in_array
 from eval.forward import Evaluator
-from finetune.finish import complete, save_trained, sole_writers
 from finetune.state import end_if, interruptions
 from models.classifier import Classifier, pretrained, pretrained_network, set_head
 from models.probe import linear_probe
 from models.released import convert
 from soups.files.atomic import digest_of, read_json, write_json
-from soups.files.weights import load_weights
+from soups.files.weights import load_weights, save_weights
 from store.processes import Processes, first_decides, start_processes
+from store.provenance import provenance
 from store.rows import draw, identity, require_head, row_config, teachers
-from store.runs import RAW, WEIGHTS, RunFolder, done_row
+from store.runs import DONE, RAW, TRAINED, WEIGHTS, RunFolder, done_row, finished, sole_writer
 from tasks.load import class_names
 
 HEAD = ("head.weight", "head.bias")
+
+
+@contextmanager
+def sole_writers(folder: Path, processes: Processes) -> Iterator[None]:
+    """Hold a folder for the processes that write it together, of which the first has the lock; raises in all."""
+    with ExitStack() as held:
+        first_decides(lambda: held.enter_context(sole_writer(folder)), processes)
+        yield
+
+
+def save_trained(
+    config: Experiment, folder: Path, base: dict[str, Any], started: float, kinds: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """Write a model's weights, then trained.json, from which a restart goes on without training again; returns that.
+
+    `base` is what done.json says beside weights and scores, `started` when this process began, by the monotonic clock.
+    Of the state dicts in `kinds` the row's ingredient becomes weights.safetensors; a diverged model has none.
+    """
+    ingredient = config.regularizer.ingredient if base["row"] else RAW
+    digests = {kind: save_weights(_file(folder, kind, ingredient), weights) for kind, weights in kinds.items()}
+    seconds = base.get("seconds", 0.0) + time.monotonic() - started
+    trained = base | {"ingredient": ingredient, "digests": digests, "seconds": seconds}
+    trained |= {"threads": torch.get_num_threads(), "provenance": provenance()}
+    job = this_job()
+    trained |= {"slurm": asdict(job)} if job else {}
+    write_json(folder / TRAINED, trained)
+    (folder / "state.pt").unlink(missing_ok=True)
+    return trained
+
+
+def _file(folder: Path, kind: str, ingredient: str) -> Path:
+    return folder / f"{'weights' if kind == ingredient else kind}.safetensors"
+
+
+def score(config: Experiment, folder: Path, trained: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """Score a model's weights on held-out, by all processes together, and write done.json last, which is returned.
+
+    A diverged model, or one with NaN among its logits, has no score: its row counts as tried, and recipes leave it out.
+    """
+    started, split, ingredient = time.monotonic(), config.task.held_out, trained["ingredient"]
+    evaluator = Evaluator(config, processes)
+    n = len(evaluator.split(split).labels)
+    scores: dict[str, dict[str, Any]] = {}
+    for kind, digest in trained["digests"].items():
+        logits = evaluator.logits_of_file(digest, _file(folder, kind, ingredient), split)
+        if logits.isnan().any():  # the weights are numbers, but too large to compute with
+            scores, trained = {}, trained | {"status": "diverged"}
+            break
+        scores[kind] = {"digest": digest, "held_out": evaluator.scored(logits, split)}
+    done = {name: value for name, value in trained.items() if name != "digests"}
+    nothing = {"digest": None, "held_out": {"split": split, "correct": 0, "n": n}}
+    done |= scores.pop(ingredient, nothing) | {"variants": scores}
+    done["seconds"] = round(done["seconds"] + time.monotonic() - started, 2)
+
+    def save() -> dict[str, Any]:
+        write_json(folder / DONE, done)
+        (folder / TRAINED).unlink(missing_ok=True)
+        return done
+
+    return first_decides(save, processes)
+
+
+def complete(
+    config: Experiment, folder: Path, name: str, make: Callable[[], dict[str, Any]], processes: Processes
+) -> dict[str, Any]:
+    """Return the done.json of a model with this identity, after what is missing: `make` its weights, score them.
+
+    All processes must call it; `make` returns trained.json.
+    """
+
+    def found(record: str) -> dict[str, Any] | None:
+        return first_decides(lambda: finished(folder, name, record), processes)
+
+    done = found(DONE)
+    return done if done is not None else score(config, folder, found(TRAINED) or make(), processes)
 
 
 def initialise(config: Experiment) -> dict[str, Any]:
     """Row 0: the pretrained network with the head that all rows start from; the zero-shot model beside it, if any.
 
     Of several processes the first makes it, and all compute features and score it; returns its done.json.
-
-    Raises:
-        UserError: missing or damaged data or weights; made before with other settings; being made by another process.
     """
     if config.sweep.imported is not None:
         return import_row(config, 0)
     processes, run, name = start_processes(), RunFolder.of(config), identity(config, 0)
-    base, folder, splits = {"identity": name, "status": "done", "drawn": {}}, run.ingredient(0), _learned_from(config)
-    is_probed = config.model.head == "linear_probe"
+    base, folder = {"identity": name, "status": "done", "drawn": {}}, run.ingredient(0)
+    is_probed, splits = config.model.head == "linear_probe", (config.task.train, config.task.held_out)
 
     @cache
     def start() -> dict[str, Tensor]:
@@ -77,15 +151,11 @@ def initialise(config: Experiment) -> dict[str, Any]:
     return done
 
 
-def _learned_from(config: Experiment) -> tuple[str, str]:
-    return config.task.train, config.task.held_out
-
-
 def _fit_probe(config: Experiment, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights with a linear probe in the place of their head, and what row 0's done.json says of it."""
     evaluator = Evaluator(config)
     evaluator.model.load_state_dict(start)
-    splits = _learned_from(config)
+    splits = (config.task.train, config.task.held_out)
     # Relative, so that a run may be moved.
     places = [str(evaluator.features_place(split).relative_to(evaluator.run.root)) for split in splits]
     train, held_out = ((evaluator.features(split), evaluator.split(split).labels) for split in splits)
@@ -107,7 +177,7 @@ def _fit_probe(config: Experiment, start: dict[str, Tensor]) -> tuple[dict[str, 
 
 
 def _digests(config: Experiment) -> dict[str, str]:
-    return {split: Evaluator(config).split(split).digest for split in _learned_from(config)}
+    return {split: Evaluator(config).split(split).digest for split in (config.task.train, config.task.held_out)}
 
 
 def refuse_other_data(config: Experiment, row_0: dict[str, Any]) -> None:
@@ -144,11 +214,7 @@ def check_imports(config: Experiment) -> None:
 
 
 def import_row(config: Experiment, row: int) -> dict[str, Any]:
-    """A row whose weights are a released checkpoint, scored on held-out; returns its done.json.
-
-    Raises:
-        UserError: as `initialise`; or the checkpoint is of another network than the experiment's.
-    """
+    """A row whose weights are a released checkpoint, scored on held-out; returns its done.json."""
     processes, started, model = start_processes(), time.monotonic(), config.model
     folder, name = RunFolder.of(config).ingredient(row), identity(config, row)
 
@@ -170,12 +236,9 @@ def import_row(config: Experiment, row: int) -> dict[str, Any]:
 def wait_for_starts(config: Experiment, row: int, processes: Processes) -> None:
     """Wait for the rows that this one starts from, which other tasks of the job array train; the first process asks."""
 
-    def is_done(needed: int) -> bool:
-        return done_row(config, needed) is not None
-
     def wait() -> None:
         for needed in (0, *teachers(config, row)) if row else ():
-            wait_in_array(partial(is_done, needed), needed, f"row {needed}")
+            wait_in_array(lambda: done_row(config, needed) is not None, needed, f"row {needed}")  # noqa: B023 - at once
 
     first_decides(wait, processes)
 

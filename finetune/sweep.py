@@ -6,12 +6,14 @@ from typing import Any
 from rich.console import Console
 
 from configs.schema import Experiment
-from finetune.start import initialise
+from finetune.length import refuse_unequal_shares
+from finetune.start import initialise, wait_for_starts
 from finetune.train import train_row
 from soups.files.atomic import read_jsonl
-from store.processes import Processes, first_decides
+from store.processes import Processes, end_processes, first_decides, start_processes, started_processes
 from store.rows import require_trainable, row_config, score_of, teachers
 from store.runs import RunFolder, done_row, write_manifest
+from store.staging import staged
 from store.workers import spread, use_threads
 
 
@@ -22,6 +24,28 @@ def describe(done: dict[str, Any]) -> str:
     if done["status"] == "diverged":
         return f"{name}: diverged after {done['seconds']:.0f} s; recipes leave it out"
     return f"{name}: held-out {100 * score_of(score):.1f} % (n = {score['n']}), {done['seconds']:.0f} s"
+
+
+def train_here(config: Experiment) -> None:
+    """The row `sweep.index`, or all rows: over worker processes, or together by those that torchrun started."""
+    use_threads(config.cluster.threads)
+    config, index = staged(config), config.sweep.index
+    rows = range(1, config.sweep.size + 1) if index is None else [index] if index else []
+    for row in rows if started_processes() > 1 and config.sweep.imported is None else ():
+        # Said by each process alone: later, one would wait for another that has ended.
+        refuse_unequal_shares(row_config(config, row).optim, started_processes())
+    if index is None and started_processes() == 1:
+        train_sweep(config)
+        return
+    processes, console = start_processes(), Console()
+    if index is None:
+        train_together(config, processes, console)
+    else:
+        wait_for_starts(config, index, processes)
+        done = train_row(config, index, console)
+        if processes.is_main:
+            print(describe(done))
+    end_processes()
 
 
 def train_sweep(config: Experiment, console: Console | None = None) -> None:

@@ -23,32 +23,27 @@ from configs.training import Optim
 from eval.batch_size import largest_input
 from eval.forward import Evaluator, forward
 from eval.metrics import correct
-from finetune.averages import Averages, holding
+from finetune.averages import Averages, holding, local_part
 from finetune.data import TrainingBatches, mixed_batch, mixing
-from finetune.dist import DTYPES, DivergedError, LateLosses, gathered, is_finite, reshard, wrap
-from finetune.finish import complete, save_trained, sole_writers
+from finetune.dist import DTYPES, DivergedError, LateLosses, gathered, reshard, wrap
 from finetune.length import Length, refuse_unequal_shares
-from finetune.log import Log, Meter, peak_flops, show_progress, tracked, training_flops
+from finetune.log import Log, Meter, peak_flops, show_progress, tracked, training_flops, untracked
 from finetune.optim import Objective, backward_with_sam, build, learning_rate
-from finetune.start import HEAD, import_row, initialise, other_head, refuse_other_data, teacher_of
+from finetune.start import complete, import_row, initialise, other_head, refuse_other_data, save_trained, teacher_of
 from finetune.state import Checkpoint, State, interruptions
 from models.classifier import Network, architecture
 from models.tokens import TokenSplit
 from soups.chance import seed
 from soups.files.atomic import write_json, write_jsonl
 from soups.files.weights import load_weights
-from store.processes import Processes, first_decides, start_processes, sum_over, use_kernels
+from store.processes import Processes, any_of, first_decides, start_processes, sum_over, use_kernels
 from store.rows import draw, identity, require_trainable, row_config
-from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished
+from store.runs import RAW, WEIGHTS, RunFolder, done_row, finished, sole_writer
 from tasks.prefetch import prefetch
 from tasks.resized import with_copies
 from tasks.split import ImageSplit
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
-
-
-def no_log(metrics: dict[str, Any]) -> None:
-    """Take the metrics of a training that nobody tracks."""
 
 
 def train_row(config: Experiment, row: int, console: Console | None = None) -> dict[str, Any]:
@@ -57,7 +52,6 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
     All processes train and score it together; the first one reads, decides and writes. Row 0 makes the initialisation.
 
     Raises:
-        UserError: row 0, or a row that this one is distilled from, is not there yet; and whatever `initialise` raises.
         InterruptedBySignalError: a signal came, and the state is saved.
     """
     processes, run = start_processes(), RunFolder.of(config)
@@ -69,7 +63,6 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
     settings, folder, name = row_config(config, row), run.ingredient(row), identity(config, row)
     # A row that learns a task of its own is scored on the experiment's.
     scored = replace(settings, task=config.task)  # type: ignore[type-var]  # mypy does not know pydantic's
-    log: Log = no_log
 
     def begin() -> str:
         row_0 = done_row(config, 0)
@@ -79,40 +72,40 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
         write_json(folder / "config.json", dump(settings))
         return row_0["digest"]
 
-    with sole_writers(folder, processes), ExitStack() as tracking:
+    with ExitStack() as held:
+        first_decides(lambda: held.enter_context(sole_writer(folder)), processes)
         done = first_decides(lambda: finished(folder, name), processes)
         if done is not None:
             return done
         start = first_decides(begin, processes)
-
-        def track() -> None:
-            nonlocal log
-            log = tracking.enter_context(tracked(settings, row, draw(config, row), folder))
-
-        first_decides(track, processes)
+        logs: list[Log] = [untracked]
+        track = tracked(settings, row, draw(config, row), folder)
+        first_decides(lambda: logs.append(held.enter_context(track)), processes)
         shown = console if processes.is_main else None
-        train = partial(_train, config, row, start, processes=processes, console=shown, log=log)
+        train = partial(_train, config, row, start, processes=processes, console=shown, log=logs[-1])
         done = complete(scored, folder, name, train, processes)
-        log(done)
+        logs[-1](done)
         return done
 
 
 def _train(
     config: Experiment, row: int, start: str, *, processes: Processes, console: Console | None, log: Log
 ) -> dict[str, Any]:
-    """Train a row from row 0's weights, whose digest is `start`, and save what it ends with; returns trained.json."""
     settings, run, began = row_config(config, row), RunFolder.of(config), time.monotonic()
+    folder = run.ingredient(row)
     evaluator = Evaluator(evaluation_settings(settings, processes), processes)
     # Shards come from the first process: the others need no memory for whole weights.
     has_memory = processes.is_main or settings.compute.strategy != "fsdp"
     with nullcontext() if has_memory else torch.device("meta"):
         model = architecture(settings.model, settings.task.size, settings.task.answers)
     evaluator.model = model
-    initial: dict[str, Tensor] = {}
+    initial: dict[str, Tensor] = {}  # like the next, of the first process alone
+    head: dict[str, Tensor] = {}
 
     def load() -> None:
         initial.update(load_weights(run.ingredient(0) / WEIGHTS, start))
-        model.load_state_dict(initial | other_head(config, settings, row))
+        head.update(other_head(config, settings, row))
+        model.load_state_dict(initial | head)
 
     first_decides(load, processes)
     stream = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
@@ -122,7 +115,7 @@ def _train(
         evaluator.inputs(settings.task.train),
         settings,
         run_seed=run_seed,
-        folder=run.ingredient(row),
+        folder=folder,
         processes=processes,
         teacher=teacher_of(config, row, processes),
         held_out=partial(held_out_correct, evaluator, processes),
@@ -131,18 +124,10 @@ def _train(
         title=f"row {row}",
     )
     for weights in trained.weights.values() if settings.task != config.task else ():
-        weights.update({name: initial[name] for name in HEAD if processes.is_main})  # the others have no weights
-    base = {
-        "identity": identity(config, row),
-        "status": "done" if trained.finite else "diverged",
-        "row": row,
-        "drawn": draw(config, row),
-        "seed": run_seed,
-        "start": start,
-        "best": trained.best,
-        "seconds": trained.earlier,
-    }
-    folder = run.ingredient(row)
+        weights.update({name: initial[name] for name in head})
+    status = "done" if trained.finite else "diverged"
+    base = {"identity": identity(config, row), "status": status, "row": row, "drawn": draw(config, row)}
+    base |= {"seed": run_seed, "start": start, "best": trained.best, "seconds": trained.earlier}
     return first_decides(lambda: save_trained(settings, folder, base, began, trained.weights), processes)
 
 
@@ -156,7 +141,7 @@ class Trained:
     earlier: float  # seconds that earlier processes trained before this one went on
 
 
-def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
+def fine_tune(  # noqa: PLR0912, PLR0915 - a training, from top to bottom
     model: Network,
     train: ImageSplit | TokenSplit,
     config: Experiment,
@@ -166,7 +151,7 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     processes: Processes = ONE_PROCESS,
     teacher: Callable[[Tensor], Tensor] | None = None,
     held_out: Callable[[Network], tuple[int, int] | None] | None = None,
-    log: Log = no_log,
+    log: Log = untracked,
     console: Console | None = None,
     title: str = "",
     after_step: Callable[[int], None] = lambda step: None,
@@ -176,7 +161,6 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     Args:
         model: with its initial weights; parameters without gradient stay as they are.
         train: the training images or texts; the last incomplete batch of an epoch is dropped.
-        config: of the row.
         run_seed: seed of the data order, augmentation and mixup.
         folder: for state.pt, at the end of every epoch and every `compute.save_every` steps, and metrics.jsonl.
         teacher: (b, ...) inputs to the (b, C) logits of the ensemble that is distilled.
@@ -184,7 +168,6 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
         after_step: called with the number of steps taken, after what belongs to them is on disk.
 
     Raises:
-        UserError: damaged state, full disk, or settings that the data, the processes or the network do not allow.
         InterruptedBySignalError: SIGTERM or SIGUSR1 came, and the state is saved.
     """
     # Set-up: data, model, optimiser.
@@ -192,7 +175,9 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
     refuse_unequal_shares(optim, processes.world)
     length = Length.of(optim, len(train))
     use_kernels(compute, device)
-    meter = meter_of(model, config, length, processes)
+    peak = peak_flops(torch.cuda.get_device_name(device), compute.precision) if device.type == "cuda" else None
+    flops = training_flops(model, largest_input(config.model, training=True)) if peak else None
+    meter = Meter(length.steps, flops=flops, peak=peak * processes.world if peak else None)
     network = wrap(model, compute, processes)
     trainable = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=compute.precision == "fp16")
@@ -269,7 +254,16 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
                 after_step(taken)
                 meter.resume()
 
-        return _end(state, optim)
+        # The end: the last weights and their averages, or the best, whole and on the CPU of the first process.
+        kinds = {RAW: model.state_dict(), **averages.weights()}
+        tensors = (local_part(tensor) for weights in kinds.values() for tensor in weights.values())
+        if any_of(not all(bool(tensor.isfinite().all()) for tensor in tensors), processes):  # which no loss has seen
+            raise DivergedError
+        if optim.keep == "best":
+            best = {k: {"step": c.step, "correct": c.correct, "n": c.n} for k, c in state.best.items()}
+            return Trained(True, {kind: kept.weights for kind, kept in state.best.items()}, best, state.earlier)
+        whole = {kind: gathered(weights, keep=processes.is_main) for kind, weights in kinds.items()}
+        return Trained(True, whole, {}, state.earlier)
     except DivergedError:
         return Trained(False, {}, {}, state.earlier)
 
@@ -277,15 +271,6 @@ def fine_tune(  # noqa: PLR0915 - a training, from top to bottom
 def is_every(interval: int, step: int) -> bool:
     """Whether something that happens every so many steps, or never where that is 0, happens after this one."""
     return interval > 0 and step % interval == 0
-
-
-def meter_of(model: Network, config: Experiment, length: Length, processes: Processes) -> Meter:
-    """A meter of the training, with what is needed for MFU where the devices' peak is known."""
-    if processes.device.type != "cuda":
-        return Meter(length.steps)
-    peak = peak_flops(torch.cuda.get_device_name(processes.device), config.compute.precision)
-    flops = training_flops(model, largest_input(config.model, training=True)) if peak else None
-    return Meter(length.steps, flops=flops, peak=peak * processes.world if peak else None)
 
 
 def evaluations(
@@ -325,10 +310,7 @@ def evaluation_settings(settings: Experiment, processes: Processes) -> Experimen
 
 
 def held_out_correct(evaluator: Evaluator, processes: Processes, model: Network) -> tuple[int, int] | None:
-    """How many held-out images a model gets right, of how many; each process evaluates every W-th of them.
-
-    None for all processes where a logit is not a number.
-    """
+    """How many held-out images a model gets right, of how many; None in all processes where a logit is not a number."""
     split = evaluator.config.task.held_out
     labels = evaluator.split(split).labels
     own = torch.arange(processes.rank, len(labels), processes.world)
@@ -339,15 +321,3 @@ def held_out_correct(evaluator: Evaluator, processes: Processes, model: Network)
     right = 0 if lost else int(correct(logits, labels[rows])[: len(own)].sum())
     both = sum_over(torch.tensor([right, int(lost)], device=processes.device))
     return None if both[1] else (int(both[0]), len(labels))
-
-
-def _end(state: State, optim: Optim) -> Trained:
-    """The weights that a training ends with, whole and on the CPU of the first process: raw, then the averages."""
-    kinds = {RAW: state.model.state_dict(), **state.averages.weights()}
-    if not all(is_finite(weights, state.processes) for weights in kinds.values()):
-        raise DivergedError
-    if optim.keep == "best":
-        best = {k: {"step": c.step, "correct": c.correct, "n": c.n} for k, c in state.best.items()}
-        return Trained(True, {kind: checkpoint.weights for kind, checkpoint in state.best.items()}, best, state.earlier)
-    whole = {kind: gathered(weights, keep=state.processes.is_main) for kind, weights in kinds.items()}
-    return Trained(True, whole, {}, state.earlier)

@@ -11,7 +11,6 @@ logits    of finished tables: evaluation makes them again, for hours where model
 variants  EMA, SWA and other weights beside the row's ingredient, of finished tables: only training makes them again
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rich.filesize import decimal
 from configs.cli import entry_point, parts_of
 from configs.errors import UserError
 from configs.schema import Experiment
-from store.runs import WEIGHTS, RunFolder
+from store.runs import WEIGHTS, RunFolder, delete_path
 
 AFTER_TABLES = ("logits", "variants")  # which the tables are made from
 
@@ -53,10 +52,7 @@ def clean(config: Experiment, kinds: tuple[str, ...], *, delete: bool) -> None:
         files = [file for path in found[kind] for file in (path, *path.rglob("*")) if file.is_file()]
         size = decimal(sum(file.stat().st_size for file in files))
         for path in found[kind] if delete else ():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            delete_path(path)
         is_early = not found[kind] and kind in AFTER_TABLES
         hint = " (none before the tables are there: python -m analysis)" if is_early else ""
         print(f"{config.name}: {kind}: {size}{' deleted' if delete else ''}{hint}")

@@ -63,11 +63,7 @@ class Network:
 
 @lru_cache(maxsize=64)
 def network(model: Model, task: Task) -> Network:
-    """Sizes and FLOPs of a network; each text counts as `model.max_length` tokens, the most it may have.
-
-    Raises:
-        UserError: a network that needs values to know what to do, or whose config is not here.
-    """
+    """Sizes and FLOPs of a network, for the longest text there may be; a UserError where it needs values."""
     from models.classifier import architecture  # noqa: PLC0415  # seconds that other commands need not wait for
 
     if model.kind in HUB_KINDS and model.weights is None:
@@ -181,11 +177,7 @@ def makespan(jobs: Sequence[float], workers: int) -> float:
 
 
 class Work:
-    """Hours of the jobs of one sweep, each (3,): computing, decoding and reading, on one GPU and its share of cores.
-
-    Raises:
-        UserError: a GPU that is not in the table, or one without the experiment's precision; as `images_of`, `network`.
-    """
+    """Hours of the jobs of one sweep, each (3,): computing, decoding and reading, on one GPU and its share of cores."""
 
     def __init__(self, config: Experiment):
         self.config, self.plan, self.images = config, config.plan, images_of(config.task)

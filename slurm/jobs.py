@@ -126,11 +126,7 @@ def slurm_of(config: Experiment) -> Slurm:
 
 
 def shape_of(row: Experiment, slurm: Slurm) -> Shape:
-    """The machines that train a row together: as many GPUs as the cluster file says, and as can share the row's batch.
-
-    Raises:
-        UserError: a network that is sharded over GPUs, of which the cluster or the batch allows one only.
-    """
+    """The machines that train a row together: as many GPUs as the cluster file says, and as can share its batch."""
     if row.sweep.imported is not None:  # read and scored, not trained
         return Shape(1, min(1, slurm.gpus))
     is_sharded = row.compute.strategy == "fsdp"
@@ -150,20 +146,12 @@ def shape_of(row: Experiment, slurm: Slurm) -> Shape:
 
 
 def seconds_of(limit: str) -> int:
-    """A time as SLURM writes it, in seconds.
-
-    >>> seconds_of("08:00:00"), seconds_of("1-00:30:00")
-    (28800, 88200)
-    """
+    """A time as SLURM writes it, in seconds, as 88200 of 1-00:30:00."""
     return int(pd.Timedelta(limit.replace("-", " days ")).total_seconds())
 
 
 def clock(seconds: int) -> str:
-    """The inverse of `seconds_of`.
-
-    >>> clock(300), clock(88200)
-    ('00:05:00', '1-00:30:00')
-    """
+    """The inverse of `seconds_of`."""
     days, rest = divmod(seconds, 86400)
     return (f"{days}-" if days else "") + time.strftime("%H:%M:%S", time.gmtime(rest))
 
@@ -202,10 +190,6 @@ def jobs_of(config: Experiment, typed: Sequence[str], costs: Costs | None = None
     """The jobs that are left to do, of all replicates, each after those that it needs; nothing is written.
 
     They get the typed settings too, and ask for times by the costs of one replicate, or for the cluster file's longest.
-
-    Raises:
-        UserError: a cluster that is not SLURM; rows that were made with other settings, that this cluster cannot train,
-            or that would not end within all restarts.
     """
     settings = tuple(word for word in typed if word.split("=")[0].lstrip("+~") not in NOT_OF_JOBS and word[:2] != "--")
     stages = {stage.name: stage for stage in costs.stages} if costs is not None else {}

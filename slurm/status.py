@@ -101,13 +101,6 @@ def pace(config: Experiment, running: int = 0) -> str:
     return f"{line}; {rate:.1f} rows an hour with {at_once} at once, about {rest} for the {left} left"
 
 
-def _steps(config: Experiment, row: int) -> str:
-    """How far a row is that trains, by the last point of its loss curve."""
-    file = RunFolder.of(config).ingredient(row) / "metrics.jsonl"
-    points = [point for point in read_jsonl(file) if "loss" in point] if file.exists() else []
-    return f"step {points[-1]['step']}, loss {points[-1]['loss']:.4g}" if points else "no step on disk yet"
-
-
 def show(config: Experiment, typed: Sequence[str]) -> None:
     """Print the state of every stage."""
     left, sent = jobs_of(config, typed), sent_jobs(config)
@@ -140,7 +133,10 @@ def show(config: Experiment, typed: Sequence[str]) -> None:
             if name == once.name and stage in TRAINING and task is not None and states[job].is_running
         ]
         for row in training:
-            print(f"{once.name}: row {row} runs, {_steps(once, row)}")
+            file = RunFolder.of(once).ingredient(row) / "metrics.jsonl"
+            points = [point for point in read_jsonl(file) if "loss" in point] if file.exists() else []
+            last = f"step {points[-1]['step']}, loss {points[-1]['loss']:.4g}" if points else "no step on disk yet"
+            print(f"{once.name}: row {row} runs, {last}")
         print(pace(once, len(training)))
     for each in failed:
         print(each.line)

@@ -92,19 +92,14 @@ def cut(jobs: Sequence[Job], most: int) -> list[Job]:
     return found
 
 
-def environment_of(config: Experiment) -> dict[str, str]:
-    """The variables that the jobs get: this process's own, without SLURM's options, and the cluster file's."""
-    slurm = slurm_of(config)
-    foreign = ("SLURM_", "SBATCH_")
-    found = {name: value for name, value in os.environ.items() if not name.startswith(foreign) or name == "SLURM_CONF"}
-    setup = {} if slurm.setup is None else {"MODEL_SOUPS_SETUP": str(slurm.setup)}
-    return found | setup | slurm.environment
-
-
 def send(config: Experiment, jobs: Sequence[Job]) -> list[Sent]:
     """Send jobs in their order, without the tasks that are in the queue already, and record each answer at once."""
-    root = RunFolder.of(config).root / "slurm"
+    root, slurm = RunFolder.of(config).root / "slurm", slurm_of(config)
     new: list[Sent] = []
+    # The jobs get this process's variables, without what sbatch would take for options, and the cluster file's.
+    kept = [name for name in os.environ if not name.startswith(("SLURM_", "SBATCH_")) or name == "SLURM_CONF"]
+    setup = {} if slurm.setup is None else {"MODEL_SOUPS_SETUP": str(slurm.setup)}
+    environment = {name: os.environ[name] for name in kept} | setup | slurm.environment
     with sole_writer(root):
         (root / "logs").mkdir(exist_ok=True)
         before = sent_jobs(config)
@@ -117,7 +112,7 @@ def send(config: Experiment, jobs: Sequence[Job]) -> list[Sent]:
                 continue
             own = replace(job, tasks=tuple(task for task in wanted if task is not None))
             words = sbatch_words(own, _waits(own, new, queued))
-            answer = answer_of(words, environment_of(config)).strip().partition(";")[0]
+            answer = answer_of(words, environment).strip().partition(";")[0]
             now, line = round(time.time(), 3), shlex.join(words)
             new.append(Sent(answer, job.name, job.stage, own.tasks, job.of, now, line, job.first))
             write_jsonl(root / "sent.jsonl", [asdict(each) for each in [*before, *new]])
@@ -161,11 +156,7 @@ class Planned:
 
 
 def planned(config: Experiment, typed: Sequence[str]) -> Planned:
-    """The jobs that are left of an experiment, with what they ask for by `slurm.cost`, where that can be counted.
-
-    Raises:
-        UserError: as `jobs_of`; rows whose batch is larger than the training set, which no job could train.
-    """
+    """The jobs that are left of an experiment, with what they ask for by `slurm.cost`, where that can be counted."""
     slurm_of(config)
     check_annotations(config.task)
     found: Costs | None = None
@@ -181,7 +172,6 @@ def planned(config: Experiment, typed: Sequence[str]) -> Planned:
 
 
 def _show_plan(plan: Planned) -> None:
-    """What would be sent, what it is expected to take, and the sbatch lines, dependencies by the names of stages."""
     columns = ("experiment", "stage", "jobs left", "of", "array", "each", "GPU-hours")
     rows = []
     for job in plan.jobs:
@@ -237,7 +227,12 @@ def reproduce(parts: Sequence[tuple[Experiment, Sequence[str]]]) -> None:
                 "type paths.runs=FOLDER on another disk, or send it all the same by cluster.slurm.check_space=false"
             )
         for plan in left:
-            _send(plan)
+            sent = send(plan.config, plan.jobs)
+            for each in sent:
+                print(each.line)
+            queued = "" if len(sent) == len(plan.jobs) else " What is still in the queue was not sent again."
+            words = [word for word in plan.typed if word != "submit=true"]
+            print(f"{len(sent)} sent.{queued} Next: {shlex.join(['python', '-m', 'slurm.status', *words])}")
         return
     for plan in left:
         if len(plans) > 1:
@@ -254,12 +249,3 @@ def reproduce(parts: Sequence[tuple[Experiment, Sequence[str]]]) -> None:
         )
     print(f"\n{'' if needed <= free else 'TOO LITTLE SPACE: '}{space}")
     print("Nothing was sent. Next: the same with submit=true")
-
-
-def _send(plan: Planned) -> None:
-    sent = send(plan.config, plan.jobs)
-    for each in sent:
-        print(each.line)
-    queued = "" if len(sent) == len(plan.jobs) else " What is still in the queue was not sent again."
-    watch = shlex.join(["python", "-m", "slurm.status", *(word for word in plan.typed if word != "submit=true")])
-    print(f"{len(sent)} sent.{queued} Next: {watch}")

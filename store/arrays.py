@@ -30,11 +30,7 @@ def _digest(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def read_array(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The float32 numbers in a file that `write_array` made; changing them leaves the file as it is.
-
-    Raises:
-        ValueError: the file is damaged, of another shape or type, or was not made by `write_array`.
-    """
+    """The float32 numbers in a file that `write_array` made; a ValueError where it is damaged or of another shape."""
     try:
         stored = np.load(path, mmap_mode="c", allow_pickle=False)  # kept in memory only while it is used
         if stored.shape != shape or stored.dtype != np.float32:
@@ -66,9 +62,6 @@ def cached_array(path: Path, shape: tuple[int, ...], compute: Callable[[], Tenso
     """Read (N, C) float32 numbers, or compute, round to float32 and keep them; also where the file is damaged.
 
     The name in `path` must depend on everything that the numbers depend on (weights, images, transform).
-
-    Raises:
-        ValueError: what was computed is not of that shape.
     """
     stored = stored_array(path, shape)
     if stored is not None:

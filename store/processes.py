@@ -162,9 +162,7 @@ def sum_over(value: Tensor) -> Tensor:
 
 def any_of(flag: bool, processes: Processes) -> bool:
     """Whether it is so on some process; all must ask."""
-    if processes.world == 1:
-        return flag
-    return bool(sum_over(torch.tensor(float(flag), device=processes.device)).item())
+    return least_of_all(not flag, processes) == 0
 
 
 def least_of_all(number: int, processes: Processes) -> int:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,18 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "open_clip_torch",
-    "transformers",
-    "numpy",
-    "scikit-learn",
-    "safetensors",
-    "datasets",
-    "wandb",
-)
+PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "numpy", "scikit-learn", "safetensors")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -31,13 +21,6 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # W&B and transformers are needed by some experiments only
-        return None
 
 
 def _processor() -> str:
@@ -57,15 +40,11 @@ def provenance() -> dict[str, Any]:
     """
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain") if commit else None
-    return {
-        "commit": commit,
-        "modified": None if changes is None else bool(changes),
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
-        "machine": {
-            "system": platform.system(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-    }
+    versions: dict[str, str | None] = dict.fromkeys((*PACKAGES, "datasets", "wandb"))
+    for package in versions:
+        with suppress(PackageNotFoundError):  # W&B and transformers are needed by some experiments only
+            versions[package] = version(package)
+    machine = {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
+    machine["capability"] = torch.backends.cpu.get_cpu_capability()
+    known = {"commit": commit, "modified": None if changes is None else bool(changes)}
+    return known | {"python": platform.python_version(), "versions": versions, "machine": machine}

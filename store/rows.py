@@ -58,24 +58,11 @@ def inverse(distribution: Distribution, u: float) -> float | int | str:
             return distribution.values[math.floor(u * len(distribution.values))]
 
 
-def _listed(sweep: Sweep) -> Sequence[dict[Any, dict[str, Any]]]:
-    """The nested values of each line of the sweep's file, or its own list."""
-    if sweep.file is None:
-        return sweep.listed or ({},)
-    table = read_table(sweep.file)
-    if len(table) != sweep.rows:
-        raise UserError(f"{sweep.file} has {len(table)} rows, but sweep.rows={sweep.rows}")
-    return table
-
-
 def draw(config: Experiment, row: int) -> dict[str, Any]:
     """The values that only this row has, by dotted field name; none of row 0, the initialisation.
 
     In a list times a grid, row 1 + i x G + j is the i-th of the list with the j-th of the grid's G combinations, whose
     last field changes fastest.
-
-    Raises:
-        UserError: the sweep's file is missing, damaged, or has another number of rows than the sweep.
     """
     if row == 0:
         return {}
@@ -84,7 +71,12 @@ def draw(config: Experiment, row: int) -> dict[str, Any]:
     if laws:
         return {field: inverse(law, uniform(sweep.seed, row, field)) for field, law in laws.items()}
     axes = {f"{group}.{field}": values for group, fields in sweep.grid.items() for field, values in fields.items()}
-    listed, combinations = _listed(sweep), list(product(*axes.values()))
+    listed: Sequence[dict[Any, dict[str, Any]]] = (
+        sweep.listed or ({},) if sweep.file is None else read_table(sweep.file)
+    )
+    if sweep.file is not None and len(listed) != sweep.rows:
+        raise UserError(f"{sweep.file} has {len(listed)} rows, but sweep.rows={sweep.rows}")
+    combinations = list(product(*axes.values()))
     i, j = divmod(row - 1, len(combinations))
     line = listed[i % len(listed)]  # rows that differ by their random stream alone share one empty line
     own = {f"{group}.{field}": value for group, fields in line.items() for field, value in fields.items()}
@@ -138,18 +130,12 @@ def require_head(config: Experiment, run: str) -> None:
         )
 
 
-def _settled(config: Experiment) -> dict[str, Any]:
-    """The experiment's settings, with those of the best row of `sweep.best_of`, if that search is finished."""
-    values = dump(config)
-    if config.sweep.best_of is not None:
-        with suppress(UserError):
-            values |= _best_settings(config.sweep.best_of)
-    return values
-
-
 def row_config(config: Experiment, row: int) -> Experiment:
     """The experiment with a row's own values in place; a UserError names a varied field that is wrong."""
-    values = _settled(config)
+    values = dump(config)
+    if config.sweep.best_of is not None:
+        with suppress(UserError):  # until that search is finished, its own settings let it be planned
+            values |= _best_settings(config.sweep.best_of)
     values["sweep"]["index"] = row
     for field, value in draw(config, row).items():
         group, _, name = field.partition(".")

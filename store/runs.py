@@ -85,11 +85,7 @@ def lock(file: IO[str], remedy: str, *, wait: bool = False) -> bool:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process, however it dies; what a killed writer left half-written is deleted.
-
-    Raises:
-        UserError: another process holds it, or its file system has no locks.
-    """
+    """Hold a folder for one process, however it dies; a UserError where another holds it or no file can be locked."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
         if not lock(file, "type paths.runs=FOLDER of a file system with locks, or have this one mounted with flock"):
@@ -100,11 +96,16 @@ def sole_writer(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         for half_written in folder.glob(".*.tmp*"):
-            if half_written.is_dir():
-                shutil.rmtree(half_written)
-            else:
-                half_written.unlink()
+            delete_path(half_written)
         yield
+
+
+def delete_path(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def weights_of(done: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -155,11 +156,7 @@ TRAINED = "trained.json"  # stands between training and scoring: the weights are
 
 
 def finished(folder: Path, identity: str, record: str = DONE) -> dict[str, Any] | None:
-    """The record in a folder, if any: done.json, or trained.json of what is not scored yet.
-
-    Raises:
-        UserError: it is there, but of other settings.
-    """
+    """The folder's done.json, or another `record`; None where it is not there, a UserError if of other settings."""
     path = folder / record
     if not path.exists():
         return None
@@ -187,33 +184,25 @@ def done_rows(config: Experiment) -> dict[int, dict[str, Any]]:
     rows = [row for row in range(config.sweep.size + 1) if run.is_done(row)]
     done = {row: read_json(run.ingredient(row) / DONE) for row in rows}
     foreign = [row for row in rows if done[row]["identity"] != identity(config, row)]
-    if len(foreign) == 1:
-        raise _foreign(f"{run.ingredient(foreign[0])} was")
     if foreign:
-        raise _foreign(f"rows {', '.join(map(str, foreign))} of {run.root} were")
+        many = f"rows {', '.join(map(str, foreign))} of {run.root} were"
+        raise _foreign(many if len(foreign) > 1 else f"{run.ingredient(foreign[0])} was")
     return done
 
 
 def read_pool(config: Experiment) -> list[Ingredient]:
     """Every row of a sweep, from 0 on; a UserError lists those that are not done, or made with other settings."""
-    run, rows, done = RunFolder.of(config), range(config.sweep.size + 1), done_rows(config)
-    missing = [row for row in rows if row not in done]
+    run, done = RunFolder.of(config), done_rows(config)
+    missing = [row for row in range(config.sweep.size + 1) if row not in done]
     if missing:
         listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise UserError(f"rows {listed} of {run.root} are not finished: run python -m finetune for them first")
-    return [
-        Ingredient(
-            row=row,
-            folder=run.ingredient(row),
-            digest=done[row]["digest"] or "",
-            drawn=done[row]["drawn"],
-            held_out=done[row]["held_out"],
-            status=done[row]["status"],
-            seconds=done[row]["seconds"],
-            kind=done[row].get("ingredient", RAW),
-        )
-        for row in rows
-    ]
+    pool = []
+    for row, each in done.items():
+        digest, kind = each["digest"] or "", each.get("ingredient", RAW)
+        recorded = {name: each[name] for name in ("drawn", "held_out", "status", "seconds")}
+        pool.append(Ingredient(row, run.ingredient(row), digest, kind=kind, **recorded))
+    return pool
 
 
 def write_manifest(config: Experiment) -> None:

@@ -31,9 +31,6 @@ class Shards:
         """Write a shard that is missing, unless another process is writing it, which may be waited for.
 
         `content` gives the bytes of an example, `remedy` what to type where the folder's file system has no locks.
-
-        Raises:
-            UserError: no space on the disk, no locks; or as `content`.
         """
         path = self.path(number)
         if path.exists():

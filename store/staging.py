@@ -19,11 +19,7 @@ ARCHIVES = ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip"
 
 
 def staged(config: Experiment) -> Experiment:
-    """The experiment with its data, or its smaller copies, on this machine's disk; itself where none are named.
-
-    Raises:
-        UserError: the archive is missing, damaged or of an unknown kind, or the local disk has no room for it.
-    """
+    """The experiment with its data, or its smaller copies, on this machine's disk; itself where none are named."""
     if config.cluster.stage is None:
         return config
     source = config.cluster.stage.resolve()

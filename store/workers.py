@@ -51,8 +51,7 @@ def _set_allocator(settings: dict[int, int]) -> None:
 def use_threads(threads: int) -> None:
     """Compute with `threads` threads, of torch and of NumPy's BLAS; glibc keeps freed blocks for the next step.
 
-    The linear probe, a long row of small products, is slower with two BLAS threads than with one; giving blocks back
-    costs half of a training step's time.
+    Giving blocks back costs half of a training step's time.
     """
     torch.set_num_threads(threads)
     threadpool_limits(threads)

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 import eval.batch_size
 import eval.forward
-import finetune.finish
 import finetune.start
 import finetune.state
 import finetune.train
@@ -164,7 +163,7 @@ def main(folder):
     if RANK == 1:
         for name in COLLECTIVES:
             noted(name, folder)
-        finetune.finish.finished = finetune.train.finished = forbidden
+        finetune.start.finished = finetune.train.finished = forbidden
         finetune.train.load_weights = finetune.start.load_weights = finetune.start.pretrained_network = forbidden
         torch.load = finetune.state._read_into = eval.forward.load_weights = forbidden
     else:
@@ -177,8 +176,8 @@ def main(folder):
         seen["first"] = sweep(folder / "two", processes)
     if processes.is_main:
         shutil.copytree(folder / "two", folder / "begun")
-    score = finetune.finish.score
-    with patch.object(finetune.finish, "score", lambda *a: score(*a) if a[2]["row"] != 1 else stop()):
+    score = finetune.start.score
+    with patch.object(finetune.start, "score", lambda *a: score(*a) if a[2]["row"] != 1 else stop()):
         seen["second"] = sweep(folder / "two", processes)
     seen["unscored"] = sorted(path.name for path in (folder / "two/demo_tiny/ingredients/001").iterdir())
     with patch.object(finetune.train, "fine_tune", forbidden):

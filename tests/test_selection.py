@@ -10,7 +10,7 @@ from analysis.tables.cells import NAMES
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Annotated
-from eval.selection import best_on_held_out, oracle
+from eval.significance import best_on_held_out, oracle
 
 REPORTED = ("test", "v2", "sketch")
 

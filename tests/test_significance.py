@@ -86,14 +86,15 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 def test_scores_without_a_difference_are_refused():
     none = torch.zeros(0, dtype=torch.bool)
     for compare in (lambda *x: paired_bootstrap(*x, resamples=10, seed=0), paired_permutation):
-        with pytest.raises(ValueError, match="N > 0"):
-            compare([none], [none], [torch.arange(0)])
+        for refused in (
+            ([none], [none], [torch.arange(0)]),
+            ([hits(1, 0)], [hits(1)], [torch.arange(2)]),
+            ([], [], []),
+        ):
+            with pytest.raises(ValueError, match="N > 0"):
+                compare(*refused)
         with pytest.raises(ValueError, match="NaN"):
             compare([torch.tensor([float("nan")])], [torch.tensor([1.0])], [torch.arange(1)])
-        with pytest.raises(ValueError, match="differ in length"):
-            compare([hits(1, 0)], [hits(1)], [torch.arange(2)])
-        with pytest.raises(ValueError, match="as many splits"):
-            compare([], [], [])
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(4, 1), (1, 4), (3, 3), (0, 1), (10, 2), (0, 0)])

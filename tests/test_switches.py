@@ -445,6 +445,6 @@ def test_processes_share_a_batch_exactly_where_their_shares_are_of_one_size(batc
 
 def test_a_row_that_its_processes_cannot_share_is_refused_before_one_waits_for_another(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("store.processes.start_processes", lambda: pytest.fail("a process waits for the others"))
+    monkeypatch.setattr("finetune.sweep.start_processes", lambda: pytest.fail("a process waits for the others"))
     with pytest.raises(UserError, match=r"4 processes cannot share optim.batch_size=6 equally.*: start 3, or make"):
         finetune(load("demo_tiny", "sweep.index=1", "optim.batch_size=6", "optim.steps=1", f"paths.runs={tmp_path}"))

@@ -13,8 +13,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Annotated, Evaluator
-from eval.selection import oracle
-from eval.significance import Answers, Difference, bootstrap_scores, paired_bootstrap
+from eval.significance import Answers, Difference, bootstrap_scores, oracle, paired_bootstrap
 from soups.experiment.pool import individuals_of, usable_pool
 from soups.experiment.soups import logits_of, outputs_of
 from soups.files.atomic import read_json
