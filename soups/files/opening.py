@@ -6,7 +6,6 @@ or by their folder; folders of torch.distributed.checkpoint; models of the Huggi
 
 import errno
 import json
-import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -88,6 +87,10 @@ def _open_file(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
 @cache
 def _many_files() -> None:
     """Let this process open as many files as it may: those of a pool of shards are open together, often thousands."""
+    try:
+        import resource  # noqa: PLC0415
+    except ImportError:  # Windows has neither the module nor the limit
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
