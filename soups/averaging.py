@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from soups.checks import refuse_unsuitable
 from soups.conformance import common_layout
 from soups.errors import UserError, one_of
-from soups.files.adapters import ORIGIN, common_config
+from soups.files.adapters import ORIGIN, common_configs
 from soups.files.aligned import differ
 from soups.files.atomic import replacing
 from soups.files.dtypes import FLOATS, OutputDtype
@@ -156,7 +156,7 @@ def open_pool(
     if base is not None:
         if not adapters:
             raise UserError(f"--base is for folders of LoRA adapters, and {pool.paths[0]} is none")
-        common_config(adapters, ORIGIN)
+        common_configs(adapters, ORIGIN)
     elif score is not None and len(adapters) == len(pool):
         _as_adapters(pool, how, score)
         _with_statistics(how, pool, images, score)

@@ -132,7 +132,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 def _make(arguments: argparse.Namespace) -> None:
     """Make the soup of a recipe in a file; settings that are typed beside win over those in it."""
-    from soups.make import make  # noqa: PLC0415
+    from soups.verify import make  # noqa: PLC0415
 
     def run(words: list[str]) -> None:
         inner = _parser().parse_args([*words, *(["--force"] if arguments.force else []), *arguments.more])

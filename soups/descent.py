@@ -6,6 +6,7 @@ own tensors, one backward pass of an ordinary network, and K inner products; mem
 
 import hashlib
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,10 +23,14 @@ from soups.average import Loader, mixture
 from soups.chance import seed as keyed_seed
 from soups.errors import UserError
 from soups.files.atomic import replacing
-from soups.groups import layer_of
 from soups.placement import Place, Placement, inner_products, mix_into, settle
 from soups.ranks import from_first, sum_over_ranks, this_rank
 
+_BLOCK = re.compile(r"^(?:.+?\.)??(?:(?:res)?blocks?|layers?|stages|h|layer\d+)\.\d+(?:(?:\.blocks)?\.\d+)*(?=\.)")
+_BEFORE = re.compile(
+    r"(?:^|\.)(?:\w*embed\w*|\w+_token|ln_pre|norm_pre|stem|conv_stem|conv1|bn1|shared|wte|wpe)(?:\.|$)"
+)
+_TOWER = re.compile(r"(?:^|\.)(visual|text)\.")
 Batches = Callable[[int], Iterable[Any]]  # epoch -> batches: tensors, or dicts and tuples of tensors
 # a network, a batch and the temperature -> the sum of a loss, and of how many examples or tokens it is the sum
 Loss = Callable[[nn.Module, Any, Tensor], tuple[Tensor, int]]
@@ -102,6 +107,25 @@ def shuffled(inputs: Tensor, labels: Tensor, batch_size: int, *key: object) -> B
     return batches
 
 
+def layer_of(name: str) -> str:
+    """The block that a tensor belongs to, by the path up to its index; else `embedding` or `head`.
+
+    What stands before the first block (patch, position and token embeddings, stem) is the embedding and what comes
+    after the last (final norm, projection, classifier, logit scale) the head; those of a tower keep its name.
+
+    >>> layer_of("visual.transformer.resblocks.3.mlp.c_fc.weight"), layer_of("trunk.blocks.2.1.conv_pw.weight")
+    ('visual.transformer.resblocks.3', 'trunk.blocks.2.1')
+    >>> layer_of("visual.class_embedding"), layer_of("visual.proj"), layer_of("classification_head.weight")
+    ('visual.embedding', 'visual.head', 'head')
+    """
+    block = _BLOCK.match(name)
+    if block:
+        return block.group()
+    tower = _TOWER.search(name)
+    place = "embedding" if _BEFORE.search(name) else "head"
+    return f"{tower.group(1)}.{place}" if tower else place
+
+
 @dataclass(frozen=True)
 class Layout:
     """The network's floating-point tensors and the row of the coefficients that mixes each."""
@@ -116,10 +140,7 @@ class Layout:
     ) -> "Layout":
         """One group for all tensors, for each layer as `layer_of` names it, or for each tensor.
 
-        Args:
-            module: the network.
-            per: what shares a group.
-            names: the network's names -> those of the same tensors in the models; a tied tensor may have one alone.
+        `names` are the network's -> those of the same tensors in the models; a tied tensor may have one alone.
         """
         label: dict[str, Callable[[str], str]] = {"model": lambda name: "all", "layer": layer_of, "tensor": str}
         targets, first = dict[str, Tensor](), dict[int, str]()
@@ -160,29 +181,25 @@ class State:
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(values | {"moments": self.optimizer.state_dict()["state"]}, file)
 
-    def load(self, path: Path) -> None:
-        """Become what was saved.
+    def resume(self, path: Path | None) -> None:
+        """Become what was saved; rank 0 decides whether there is something, since it may write while others read.
 
         Raises:
             UserError: the file is damaged or another run's.
         """
-        try:
-            saved = torch.load(path, weights_only=True)
-            run = saved.pop("run")
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({error}): delete it to learn the soup from the start") from None
-        if run != self.run:
-            raise UserError(f"{path} belongs to other ingredients or settings: delete it to learn this soup")
-        with torch.no_grad():
-            self.logits.copy_(saved["logits"])
-            self.beta.copy_(saved["beta"])
-        self.epoch, self.taken, self.losses = saved["epoch"], saved["taken"], saved["losses"]
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["moments"]})
-
-    def resume(self, path: Path | None) -> None:
-        """Take up what is on disk; rank 0 decides whether there is something, since it may write while others read."""
         if from_first(path is not None and path.exists()) and path is not None:
-            self.load(path)
+            try:
+                saved = torch.load(path, weights_only=True)
+                run = saved.pop("run")
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
+                raise UserError(f"{path} is damaged ({error}): delete it to learn the soup from the start") from None
+            if run != self.run:
+                raise UserError(f"{path} belongs to other ingredients or settings: delete it to learn this soup")
+            with torch.no_grad():
+                self.logits.copy_(saved["logits"])
+                self.beta.copy_(saved["beta"])
+            self.epoch, self.taken, self.losses = saved["epoch"], saved["taken"], saved["losses"]
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["moments"]})
         if dist.is_initialized():
             dist.barrier()  # rank 0 replaces the file only after all have read it
 
@@ -249,28 +266,6 @@ def step(
     state.losses.append(total)
 
 
-def _descend(
-    run: tuple[nn.Module, Layout, Placement, State],
-    batches: Batches,
-    settings: LearnedSettings,
-    path: Path | None,
-    loss: Loss,
-) -> None:
-    """All steps that are left, with a state on disk every few."""
-    module, layout, placement, state = run
-    path = path if this_rank()[0] == 0 else None  # one writer
-    with _learning(module):
-        while state.epoch < settings.epochs:
-            for batch in islice(batches(state.epoch), state.taken, None):
-                step(module, layout, placement, state, batch, loss=loss)
-                state.taken += 1
-                if path is not None and len(state.losses) % settings.save_every == 0:
-                    state.save(path)
-            state.epoch, state.taken = state.epoch + 1, 0
-    if path is not None:
-        state.save(path)
-
-
 def learned(
     module: nn.Module, models: Sequence[Loader], batches: Batches, settings: LearnedSettings, **more: Any
 ) -> LearnedSoup:
@@ -300,13 +295,12 @@ def learn(
     Args:
         module: the network, on its device, from inputs to (n, C) logits; its weights are overwritten by mixes.
         models: K loaders of the same tensors as `module.state_dict()`. Each is called at most once, and its answer
-            is read tensor by tensor: `lambda: LazyWeights(path)` keeps memory under 4 models beside the
-            libraries', whatever K.
-        batches: minibatches of an epoch, the same at every call and on every rank, on the module's device; inputs
-            are a tensor or a dict of tensors whose first dimension is the image. See `shuffled`.
+            is read tensor by tensor: `lambda: LazyWeights(path)` keeps memory under 4 models, whatever K.
+        batches: of an epoch, the same at every call and on every rank, on the module's device; inputs are a tensor or
+            a dict of tensors whose first dimension is the image. See `shuffled`.
         settings: of the descent, and where ingredients live.
         state_path: where the state is kept every few steps; a run that finds it goes on from there and ends with
-            the same bits as one that was never stopped. None keeps none.
+            the same bits as one that was never stopped.
         identity: names ingredients, data and loss (their digests), so that no other run's state is taken up.
         loss: what is minimised.
         names: the network's names -> the models'; None where they are equal.
@@ -333,6 +327,16 @@ def learn(
     run = hashlib.blake2b(f"{identity}/{len(models)}/{layout.groups}/{same}".encode(), digest_size=16).hexdigest()
     state = State.fresh(run, len(layout.groups), len(models), settings)
     state.resume(state_path)
-    _descend((module, layout, placement, state), batches, settings, state_path, loss)
+    path = state_path if this_rank()[0] == 0 else None  # one writer
+    with _learning(module):
+        while state.epoch < settings.epochs:
+            for batch in islice(batches(state.epoch), state.taken, None):
+                step(module, layout, placement, state, batch, loss=loss)
+                state.taken += 1
+                if path is not None and len(state.losses) % settings.save_every == 0:
+                    state.save(path)
+            state.epoch, state.taken = state.epoch + 1, 0
+    if path is not None:
+        state.save(path)
     shares = state.logits.detach().softmax(dim=1)
     return LearnedSoup(shares, layout.groups, layout.row, state.beta.item(), tuple(state.losses))

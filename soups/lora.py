@@ -17,7 +17,7 @@ from soups.average import mixture
 from soups.card import Card
 from soups.checks import sound_digest
 from soups.errors import UserError
-from soups.files.adapters import CONFIG, common_config, factors, in_model, read_config, scaling_of, weights_file
+from soups.files.adapters import CONFIG, common_configs, factors, in_model, read_config, scaling_of, weights_file
 from soups.files.atomic import digest_of, replacing, write_json
 from soups.files.folders import ADAPTER, short_names
 from soups.files.opening import opened
@@ -66,12 +66,11 @@ def soup_lora(
     the factors alone. Averaging A and B each by itself gives cross terms B_i A_j that no ingredient has.
 
     Args:
-        adapters: K adapters of the same keys, `*.lora_A.weight` (r_i, in) and `*.lora_B.weight` (out, r_i), or those
-            of embeddings and convolutions; ranks may differ. `*.lora_B.bias` is scaled as B is; other tensors (trained
-            heads and biases) are averaged.
-        scalings: K numbers, or functions of a module's name; see `scaling_of`.
+        adapters: of the same keys, `*.lora_A.weight` (r_i, in) and `*.lora_B.weight` (out, r_i), or those of embeddings
+            and convolutions; ranks may differ. Other tensors (trained heads and biases) are averaged.
+        scalings: s, numbers or functions of a module's name; see `scaling_of`. `*.lora_B.bias` is scaled as B is.
         mixing: c, K numbers that sum to 1; equal when None.
-        rank: at most the sum of the ranks; None keeps the mean exact. Modules whose ranks sum to less stay exact.
+        rank: at most the sum of the ranks; modules whose ranks sum to less stay exact.
 
     Raises:
         ValueError: adapters of different shapes, a DoRA adapter, NaN or infinity, or a rank that does not fit.
@@ -111,126 +110,13 @@ def _without(adapter: Weights, names: set[str]) -> Weights:
     return LazyWeights(replace(adapter.checkpoint, entries=entries))
 
 
-def soup_folders(
-    folders: Sequence[Path],
-    out: Path,
-    *,
-    weights: Sequence[float] | None = None,
-    rank: int | None = None,
-    note: Mapping[str, Any] | None = None,
-    names: Sequence[str] | None = None,
-) -> LoraSoup:
-    """Write the weighted mean of adapters' updates as a folder that peft loads.
-
-    Args:
-        folders: K folders of peft's save_pretrained.
-        out: a folder that is not there yet.
-        weights: K numbers of at least 0, in any scale; equal when None.
-        rank: of the soup, as in `soup_lora`; None keeps the mean exact.
-        note: what its record says beside.
-        names: what it calls the adapters; by default the shortest ends of their paths that tell them apart.
-
-    Raises:
-        UserError: folders that are no LoRA adapters, or do not fit together; `out` is there already.
-    """
-    shares = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
-    if not folders or len(shares) != len(folders) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise UserError(f"weights: need one of at least 0 for each of {len(folders)} adapters, got {shares}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already: name another folder, or delete it")
-    config = check_folders(folders)
-    mixing = [share / sum(shares) for share in shares]
-    try:
-        soup = soup_lora(
-            [LazyWeights(weights_file(folder)) for folder in folders],
-            [partial(scaling_of, read_config(folder)) for folder in folders],
-            mixing=mixing,
-            rank=rank,
-        )
-    except ValueError as error:
-        raise UserError(f"adapters {', '.join(map(str, folders[:3]))}: {error}") from None
-    usual = soup.rank
-    other = {f"^{re.escape(in_model(module))}": r for module, r in soup.ranks.items() if r != usual}
-    config |= {"r": usual, "lora_alpha": usual, "use_rslora": False, "rank_pattern": other, "alpha_pattern": other}
-    config |= {"inference_mode": True, "init_lora_weights": True}
-    names = short_names(folders) if names is None else names
-    known = versions() | {"torch": torch.__version__}
-    facts: dict[str, Any] = {"recipe": "lora", "lora": {"rank": rank}, "versions": known, **(note or {})}
-    parts = [
-        Ingredient(name, digest_of_folder(folder), share)
-        for name, folder, share in zip(names, folders, mixing, strict=True)
-    ]
-    record = Record(FORMAT, tuple(parts), shares, "keep", {}, facts)
-    with replacing(out, folder=True) as folder:
-        save_file(soup.weights, folder / ADAPTER, record.metadata())
-        write_json(folder / CONFIG, config)
-        copy_companions(folders[0], folder)
-        _card(config, facts["recipe"], names, mixing, soup).write(folder)
-        write_recipe(folder, record.metadata())
-    return replace(soup, path=out)
-
-
-def check_folders(folders: Sequence[Path]) -> dict[str, Any]:
-    """The first folder's config, of adapters whose updates have a mean as far as configs and names of tensors tell.
-
-    Raises:
-        UserError: names the folder.
-    """
-    first_config = common_config(folders)
-    first, *others = [LazyWeights(weights_file(folder)) for folder in folders]
-    for folder, adapter in zip(folders, (first, *others), strict=True):
-        config = read_config(folder)
-        if config.get("use_dora"):
-            raise UserError(
-                f"{folder / CONFIG}: use_dora is set, and a mean of DoRA updates is no adapter: type --base MODEL, a "
-                f"folder or file of {config.get('base_model_name_or_path')!r}, for a soup that is the whole model"
-            )
-        only = sorted(first.keys() ^ adapter.keys())
-        if only:
-            raise UserError(f"{folder}: tensor {only[0]!r} is in this adapter or in {folders[0]}, and not in both")
-    return first_config
-
-
-def digest_of_folder(folder: Path) -> str:
-    """A name for what an adapter is: its tensors and its config.
-
-    Raises:
-        UserError: no adapter, or a tensor of it holds NaN or infinity.
-    """
-    with opened([weights_file(folder)], Reading(as_stored=True)) as (checkpoint,):
-        return digest_of([sound_digest(checkpoint), read_config(folder)])
-
-
-def _card(
-    config: Mapping[str, Any], recipe: str, names: Sequence[str], mixing: Sequence[float], soup: LoraSoup
-) -> Card:
-    base = config.get("base_model_name_or_path") or ""
-    return Card(
-        title=f"LoRA soup of {len(names)} adapters",
-        library="peft",
-        recipe=recipe,
-        about="The update of this adapter is the mean of theirs; it is joined along the rank, not averaged by factor.",
-        use=f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("FOLDER")  # on {base}',
-        sections={
-            "Ingredients": ["| adapter | share |", "|---|---|"]
-            + [f"| {name} | {share:.4g} |" for name, share in zip(names, mixing, strict=True)],
-            "Rank": [f"{soup.rank}; largest relative error of a module: {soup.largest_error:.2%}."],
-        },
-        more={"base_model": base} if base and not Path(base).is_absolute() else {},
-    )
-
-
 def _joined(name: str, other: str, adapters: Sequence[Weights], factors: Sequence[float]) -> tuple[Tensor, Tensor]:
     """(R, in, ...) and (out, R, ...) in float64, of the sum of the ranks R."""
     tops, sides = [], []
     for i, adapter in enumerate(adapters):
         top, side = adapter[name].double(), adapter[other].double()
-        if (
-            min(top.ndim, side.ndim) < 2
-            or len(top) != side.shape[1]
-            or top.shape[1:] != adapters[0][name].shape[1:]
-            or len(side) != len(adapters[0][other])
-        ):
+        fits = min(top.ndim, side.ndim) > 1 and len(top) == side.shape[1] and len(side) == len(adapters[0][other])
+        if not fits or top.shape[1:] != adapters[0][name].shape[1:]:
             raise ValueError(f"adapter {i}, {name!r}: {tuple(top.shape)} and {tuple(side.shape)} do not fit the others")
         if not (torch.isfinite(top).all() and torch.isfinite(side).all()):
             raise ValueError(f"adapter {i}, {name!r} or {other!r} holds NaN or infinity")
@@ -262,3 +148,95 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     down = F.pad(root[:, None] * (vt[:rank] @ q_a.T), (0, 0, 0, missing))
     up = F.pad((q_b @ u[:, :rank]) * root, (0, missing))
     return down.view(rank, *a.shape[1:]), up.view(len(b), rank, *b.shape[2:]), lost / total if total else 0.0
+
+
+def soup_folders(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    note: Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+) -> LoraSoup:
+    """Write the weighted mean of adapters' updates as a folder that peft loads.
+
+    Args:
+        folders: of peft's save_pretrained.
+        out: a folder that is not there yet.
+        weights: of at least 0, in any scale; equal when None.
+        rank: of the soup, as in `soup_lora`.
+        note: what its record says beside.
+        names: what it calls the adapters; as `short_names` when None.
+
+    Raises:
+        UserError: folders that are no LoRA adapters, or do not fit together; `out` is there already.
+    """
+    shares = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
+    if not folders or len(shares) != len(folders) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise UserError(f"weights: need one of at least 0 for each of {len(folders)} adapters, got {shares}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: name another folder, or delete it")
+    configs, mixing = check_folders(folders), [share / sum(shares) for share in shares]
+    try:
+        adapters = [LazyWeights(weights_file(folder)) for folder in folders]
+        soup = soup_lora(adapters, [partial(scaling_of, each) for each in configs], mixing=mixing, rank=rank)
+    except ValueError as error:
+        raise UserError(f"adapters {', '.join(map(str, folders[:3]))}: {error}") from None
+    usual = soup.rank
+    other = {f"^{re.escape(in_model(module))}": r for module, r in soup.ranks.items() if r != usual}
+    config = configs[0] | {"r": usual, "lora_alpha": usual, "use_rslora": False, "inference_mode": True}
+    config |= {"rank_pattern": other, "alpha_pattern": other, "init_lora_weights": True}
+    names = short_names(folders) if names is None else names
+    known = versions() | {"torch": torch.__version__}
+    facts: dict[str, Any] = {"recipe": "lora", "lora": {"rank": rank}, "versions": known, **(note or {})}
+    digests = map(digest_of_folder, folders)
+    metadata = Record(FORMAT, tuple(map(Ingredient, names, digests, mixing)), shares, "keep", {}, facts).metadata()
+    with replacing(out, folder=True) as folder:
+        save_file(soup.weights, folder / ADAPTER, metadata)
+        write_json(folder / CONFIG, config)
+        copy_companions(folders[0], folder)
+        _card(config, facts["recipe"], names, mixing, soup).write(folder)
+        write_recipe(folder, metadata)
+    return replace(soup, path=out)
+
+
+def check_folders(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The configs of adapters whose updates have a mean as far as these and names of tensors tell; else a UserError."""
+    configs = common_configs(folders)
+    first, *others = [LazyWeights(weights_file(folder)) for folder in folders]
+    for folder, config, adapter in zip(folders, configs, (first, *others), strict=True):
+        if config.get("use_dora"):
+            raise UserError(
+                f"{folder / CONFIG}: use_dora is set, and a mean of DoRA updates is no adapter: type --base MODEL, a "
+                f"folder or file of {config.get('base_model_name_or_path')!r}, for a soup that is the whole model"
+            )
+        only = sorted(first.keys() ^ adapter.keys())
+        if only:
+            raise UserError(f"{folder}: tensor {only[0]!r} is in this adapter or in {folders[0]}, and not in both")
+    return configs
+
+
+def digest_of_folder(folder: Path) -> str:
+    """A name for an adapter's tensors and config; raises UserError where it is none, or a tensor is not finite."""
+    with opened([weights_file(folder)], Reading(as_stored=True)) as (checkpoint,):
+        return digest_of([sound_digest(checkpoint), read_config(folder)])
+
+
+def _card(
+    config: Mapping[str, Any], recipe: str, names: Sequence[str], mixing: Sequence[float], soup: LoraSoup
+) -> Card:
+    base = config.get("base_model_name_or_path") or ""
+    table = [f"| {name} | {share:.4g} |" for name, share in zip(names, mixing, strict=True)]
+    return Card(
+        title=f"LoRA soup of {len(names)} adapters",
+        library="peft",
+        recipe=recipe,
+        about="The update of this adapter is the mean of theirs; it is joined along the rank, not averaged by factor.",
+        use=f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("FOLDER")  # on {base}',
+        sections={
+            "Ingredients": ["| adapter | share |", "|---|---|", *table],
+            "Rank": [f"{soup.rank}; largest relative error of a module: {soup.largest_error:.2%}."],
+        },
+        more={"base_model": base} if base and not Path(base).is_absolute() else {},
+    )

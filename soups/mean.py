@@ -45,7 +45,7 @@ from soups.files.dtypes import FLOATS, STORED, OutputDtype, round_once, widen
 from soups.files.folders import short_names
 from soups.files.opening import opened
 from soups.files.reading import COUNTERS, Reading
-from soups.record import FORMAT, NO_DIGEST, FileSoup, Ingredient, Record, versions
+from soups.record import FORMAT, FileSoup, Ingredient, Record, versions
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -113,10 +113,8 @@ class Mean:
                 ((_, stored),) = self._stored(name, start, count, [self.terms[self.first]], None)
                 kind = self.terms[self.first].kind(name)
                 yield start, self._rounded(name, widen(stored, kind)) if kind in FLOATS else stored
-            elif entry.dtype in FLOATS:
-                yield start, self._mean(name, start, count, hashes)
             else:
-                yield start, self._equal(name, start, count, hashes)
+                yield start, (self._mean if entry.dtype in FLOATS else self._equal)(name, start, count, hashes)
         if name not in self.layout.kept:
             for term, running in zip(self.terms, hashes, strict=True):
                 if term.digests is not None:
@@ -216,23 +214,22 @@ def _terms(
 
     Weights are as they were given: dividing the sum once by theirs is rounded less than dividing each.
     """
-    count = len(checkpoints)
-    shares: list[Mapping[str, float] | float]
-    if isinstance(weights, Mapping):
-        odd = sorted(weights.keys() ^ layout.entries.keys())
-        if odd:
-            raise UserError(f"weights: need a list for every tensor and nothing else, but see {odd[0]!r}")
-        shares = [{name: float(row[i]) for name, row in weights.items()} for i in range(count)]
-    else:
-        shares = list(map(float, [1.0] * count if weights is None else weights))
-    contents = _contents(checkpoints)
-    keys = []
-    for i in range(count):
-        share = shares[i]
-        weight = [share] if isinstance(share, float) else [share[name] for name in layout.entries]
-        keys.append((*contents[i], weight, names[i], i == keep_from))
-    order = sorted(range(count), key=keys.__getitem__)
-    return [Term(checkpoints[i], shares[i], names[i], i == keep_from, {}) for i in order], order
+    terms, keys = [], []
+    for i, (checkpoint, content) in enumerate(zip(checkpoints, _contents(checkpoints), strict=True)):
+        share: Mapping[str, float] | float
+        if isinstance(weights, Mapping):
+            odd = sorted(weights.keys() ^ layout.entries.keys())
+            if odd:
+                raise UserError(f"weights: need a list for every tensor and nothing else, but see {odd[0]!r}")
+            share = {name: float(row[i]) for name, row in weights.items()}
+            row = [share[name] for name in layout.entries]
+        else:
+            share = 1.0 if weights is None else float(weights[i])
+            row = [share]
+        terms.append(Term(checkpoint, share, names[i], i == keep_from, {}))
+        keys.append((*content, row, names[i], i == keep_from))
+    order = sorted(range(len(terms)), key=keys.__getitem__)
+    return [terms[i] for i in order], order
 
 
 def _contents(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, str]]:
@@ -250,31 +247,24 @@ def _contents(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, str]]:
     return [(first, digests.get(file, "")) for first, file in zip(samples, files, strict=True)]
 
 
-def _recorded(terms: Sequence[Term]) -> tuple[Ingredient, ...]:
-    """Each ingredient; its digest is zeros until all of its tensors were read."""
-    total = math.fsum(term.weights for term in terms if isinstance(term.weights, float))
-    found = []
-    for term in terms:
-        digests = term.digests or {}
-        complete = digests.keys() == term.checkpoint.entries.keys()
-        digest = content_digest(term.checkpoint, digests) if complete else NO_DIGEST
-        share = term.weights / total if isinstance(term.weights, float) else None
-        found.append(Ingredient(term.name, digest, share, term.keeps))
-    return tuple(found)
-
-
-def _record(mean: Mean, reading: Reading | None, dtype: OutputDtype, note: Mapping[str, Any]) -> dict[str, str]:
-    """The soup's metadata."""
+def _record(mean: Mean, reading: Reading | None, dtype: OutputDtype, note: Mapping[str, Any]) -> Record:
+    """What is known of the soup; an ingredient's digest is zeros until all of its tensors were read."""
     weights: list[float] | dict[str, list[float]]
-    if all(isinstance(term.weights, float) for term in mean.terms):
+    one_each = all(isinstance(term.weights, float) for term in mean.terms)
+    if one_each:
         weights = [term.weight("") for term in mean.terms]
     else:
         weights = {name: [term.weight(name) for term in mean.terms] for name in mean.layout.entries}
-    first = mean.first if mean.layout.kept or mean.layout.dropped else None
-    record = Record(
-        mean.format, _recorded(mean.terms), weights, dtype, mean.layout.ties, dict(note), reading or Reading(), first
-    )
-    return record.metadata()
+    ingredients = []
+    for term in mean.terms:
+        digests = term.digests or {}
+        complete = digests.keys() == term.checkpoint.entries.keys()
+        digest = content_digest(term.checkpoint, digests) if complete else "0" * 32
+        share = term.weight("") / math.fsum(weights) if one_each else None
+        ingredients.append(Ingredient(term.name, digest, share, term.keeps))
+    ties, kept = mean.layout.ties, mean.layout.kept or mean.layout.dropped
+    first = mean.first if kept else None
+    return Record(mean.format, tuple(ingredients), weights, dtype, ties, dict(note), reading or Reading(), first)
 
 
 def average_files(
@@ -299,14 +289,14 @@ def average_files(
 
     Args:
         sources: K files of any kind that `open_checkpoint` reads.
-        out: a .safetensors file; its metadata records ingredients, digests, weights and `note`.
-        weights: of the models, finite, in any scale, with a sum above 0; equal if None. A mapping has a list for each
-            tensor of the soup (by the name under which a tied one is kept), as a learned soup by layer needs.
+        out: a .safetensors file; its metadata is the `Record`.
+        weights: finite, in any scale, with a sum above 0; equal if None. A mapping has a list for each tensor of the
+            soup, by the name under which a tied one is kept.
         dtype: of the floating-point tensors written; "keep" is the ingredients'.
         keep_from: index of the file whose batch-norm statistics are kept, instead of averaging them.
         threads: that read and add; the result does not depend on them.
         note: JSON values to record beside, such as the recipe and its decisions.
-        names: to record for the files; by default the shortest ends of their paths that tell them apart.
+        names: to record for the files; as `short_names` if None.
         reading: which weights of the files, and which tensors of them.
         first: index of the file whose tensors stand in for those that are not averaged.
         sync: as in `replacing`.
@@ -320,14 +310,17 @@ def average_files(
         raise UserError(f"{out}: a soup is written as .safetensors")
     with opened(sources, reading) as checkpoints:
         layout = common_layout(checkpoints, reading or Reading(), first)
-        names = names or short_names(sources)
-        terms, order = _terms(checkpoints, names, weights, keep_from, layout)
+        terms, order = _terms(checkpoints, names or short_names(sources), weights, keep_from, layout)
         mean = Mean(terms, layout, dtype, first=order.index(first), format=format)
         mean = mean if merging is None else merging(mean, order)
         written = {name: [name] if format == 1 else layout.names_of(name) for name in layout.entries}
         entries = {other: mean.entry(name) for name, others in written.items() for other in others}
         facts = {"versions": versions()} | dict(note or {})
-        with streamed(out, entries, lambda: _record(mean, reading, dtype, facts), sync=sync) as write:
+
+        def record() -> Record:
+            return _record(mean, reading, dtype, facts)
+
+        with streamed(out, entries, lambda: record().metadata(), sync=sync) as write:
 
             def mix(name: str) -> None:
                 for start, block in mean.blocks(name):
@@ -344,17 +337,13 @@ def average_files(
                 list(pool.map(mix, largest_first))  # where one fails, those that have not begun are left out
                 list(pool.map(hash_rest, terms))  # copies of tied tensors, and what is not averaged
         floats = {entries[name].dtype for name in layout.entries if entries[name].dtype in FLOATS}
-        several = dtype == "keep" and any(
-            checkpoint.entry(name).dtype != entry.dtype
-            for name, entry in layout.entries.items()
-            if name not in layout.kept
-            for checkpoint in checkpoints
-        )
+        averaged = {name: entry.dtype for name, entry in layout.entries.items() if name not in layout.kept}
+        several = any(c.entry(name).dtype != kind for name, kind in averaged.items() for c in checkpoints)
         return FileSoup(
             out,
             layout,
-            _recorded(terms),
+            record().ingredients,
             {term.name: term.checkpoint.unwrapped for term in terms if term.checkpoint.unwrapped},
             {term.name: term.checkpoint.dropped for term in terms if term.checkpoint.dropped},
-            " and ".join(sorted(floats)) if several else "",
+            " and ".join(sorted(floats)) if several and dtype == "keep" else "",
         )

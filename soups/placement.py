@@ -1,7 +1,7 @@
 """Where the ingredients of a learned soup live while it is learned, and the two passes over them that a step takes."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -86,8 +86,8 @@ def settle(
         network: all tensors of the network by the ingredients' names, which are to have the same.
         place: `stream` keeps the loaders' answers and reads them again at every step, so a loader should answer with
             `LazyWeights`; `host` and `device` hold copies in memory.
-        differences: hold bfloat16 differences to the mean (half the memory of float32). The differences are small
-            beside the weights, and so is what their rounding does to the mix.
+        differences: hold bfloat16 differences to the mean, half the memory of float32; they are small beside the
+            weights, and so is what their rounding does to the mix.
         device: where `device` is.
 
     Raises:
@@ -120,39 +120,35 @@ def settle(
             centre = sum_over_ranks(centre) / len(models)
             mean[name] = centre.to(where, _wide(target.dtype)).reshape(target.shape)
         for kept, source in zip(held, sources, strict=True):
-            if differences:
-                kept[name] = torch.empty(target.shape, dtype=torch.bfloat16, device=where)
-                _subtract(blocks_of(source, name, buffers), centre, kept[name], buffers)
-            else:
+            if not differences:
                 kept[name] = source[name].to(where, copy=True)
+                continue
+            kept[name] = torch.empty(target.shape, dtype=torch.bfloat16, device=where)
+            parts, middles = kept[name].view(-1).split(buffers.block), centre.split(buffers.block)
+            for part, middle, block in zip(parts, middles, blocks_of(source, name, buffers), strict=True):
+                part.copy_(torch.sub(_as(block, middle, buffers.scratch), middle, out=buffers.scratch[: len(block)]))
     return Placement(len(models), own, tuple(held), mean if differences else None, buffers)
-
-
-def _subtract(blocks: Iterator[Tensor], centre: Tensor, into: Tensor, buffers: Buffers) -> None:
-    """Write a tensor that comes in blocks, less the flat float64 `centre`, into another."""
-    for part, block, middle in zip(
-        into.view(-1).split(buffers.block), blocks, centre.split(buffers.block), strict=True
-    ):
-        part.copy_(torch.sub(_as(block, middle, buffers.scratch), middle, out=buffers.scratch[: len(block)]))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _for_each(names: Iterable[str], work: Callable[[str], None], threads: int) -> None:
-    """Work on each tensor, on as many threads, which compute alone.
+def _for_each(tensors: Mapping[str, Tensor], work: Callable[[str], None], *, in_order: bool = False) -> None:
+    """Work on each tensor, on several threads where tensors are on the host; each computes alone.
 
     Two threads that share every small sum wait for each other longer than they sum.
     """
+    on_host = all(tensor.device.type == "cpu" for tensor in tensors.values())
+    threads = min(torch.get_num_threads(), AT_ONCE) if on_host and not in_order else 1
     if threads == 1:
-        for name in names:
+        for name in tensors:
             work(name)
         return
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, names))
+            list(pool.map(work, tensors))
     finally:
         torch.set_num_threads(before)  # of threads that are yet to come, as those of autograd
 
@@ -160,10 +156,7 @@ def _for_each(names: Iterable[str], work: Callable[[str], None], threads: int) -
 def mix_into(targets: Mapping[str, Tensor], placement: Placement, shares: Callable[[str], Sequence[float]]) -> None:
     """Overwrite each target with the sum of shares x ingredients, in float32 or wider, a tensor a thread at a time.
 
-    Args:
-        targets: tensors of the network, by name.
-        placement: the ingredients.
-        shares: the K numbers, summing to 1, of a tensor of this name.
+    `shares` gives the K numbers, summing to 1, of a tensor of a name.
     """
     rank, world = this_rank()
 
@@ -177,8 +170,7 @@ def mix_into(targets: Mapping[str, Tensor], placement: Placement, shares: Callab
             part.add_(block, alpha=numbers[i])
         target.copy_(sum_over_ranks(total))
 
-    # Ranks sum tensors in one order.
-    _for_each(targets, mix, min(torch.get_num_threads(), AT_ONCE) if world == 1 and _on_cpu(targets) else 1)
+    _for_each(targets, mix, in_order=world > 1)  # ranks sum tensors in one order
 
 
 def inner_products(gradients: Mapping[str, Tensor], placement: Placement) -> Tensor:
@@ -197,9 +189,5 @@ def inner_products(gradients: Mapping[str, Tensor], placement: Placement) -> Ten
             found[i] += torch.dot(part, block)
         products[rows[name]] = found
 
-    _for_each(gradients, multiply, min(torch.get_num_threads(), AT_ONCE) if _on_cpu(gradients) else 1)
+    _for_each(gradients, multiply)
     return sum_over_ranks(products)
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in tensors.values())

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,6 @@ from soups.files.dtypes import OutputDtype
 from soups.files.reading import Reading
 
 FORMAT: Literal[2] = 2  # of `Record`
-NO_DIGEST = "0" * 32
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,36 @@ class Record:
         values = asdict(self)
         if self.reading is not None:
             del values["reading"]["near"]  # where the models lie now
-        for name in ("set_aside", "base", "like"):  # records have them where they say something
-            if self.reading is not None and not values["reading"][name]:
-                del values["reading"][name]
+            for name in ("set_aside", "base", "like"):  # records have them where they say something
+                if not values["reading"][name]:
+                    del values["reading"][name]
         if self.format == 1:
             del values["reading"], values["first"]
         text = json.dumps(values, sort_keys=True)
-        return {"format": "pt", "soup": text, "soup_check": check_of(text)}
+        return {"format": "pt", "soup": text, "soup_check": _check_of(text)}
 
 
-def parsed(text: str) -> Record:
-    """A record from its JSON.
+def record_in(metadata: Mapping[str, str]) -> Record:
+    """The record in a soup's metadata; raises UserError where it has none, or one that was changed."""
+    with suppress(KeyError, TypeError, ValueError):
+        values = json.loads(metadata["soup"])
+        if metadata["soup_check"] == _check_of(metadata["soup"]) and values["format"] in (1, 2):
+            values["ingredients"] = tuple(Ingredient(**each) for each in values["ingredients"])
+            if values.get("reading") is not None:
+                reading = Reading(**values["reading"])
+                values["reading"] = replace(reading, set_aside=tuple(reading.set_aside))
+            return Record(**values)
+    raise UserError("it carries no whole record of how it was made")
 
-    Raises:
-        ValueError, KeyError, TypeError: it is none.
-    """
-    values = json.loads(text)
-    values["ingredients"] = tuple(Ingredient(**each) for each in values["ingredients"])
-    if values.get("reading") is not None:
-        values["reading"] = Reading(**values["reading"])
-        values["reading"] = replace(values["reading"], set_aside=tuple(values["reading"].set_aside))
-    if values["format"] not in (1, 2):
-        raise ValueError(f"a record of format {values['format']}, which a newer version wrote")
-    return Record(**values)
+
+def _check_of(record: str) -> str:
+    """Tells a damaged record, whose names and notes no making it again could prove wrong."""
+    return hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What the soup's bytes could depend on."""
+    return {"numpy": version("numpy")}
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,13 @@ class FileSoup:
     def remarks(self) -> list[str]:
         """What a reader would not guess about how it was made, a line each."""
         lines = []
-        for keys, what in ((self.unwrapped, "reads {}"), (self.dropped, "leaves out {}")):
-            texts = {file: key if isinstance(key, str) else ", ".join(key) for file, key in keys.items()}
+        for texts, what in (
+            (self.unwrapped, "reads"),
+            ({file: ", ".join(names) for file, names in self.dropped.items()}, "leaves out"),
+        ):
             for text in dict.fromkeys(texts.values()):
                 files = [file for file in texts if texts[file] == text]
-                lines.append(f"{what.format(text)} of {files[0] if len(files) == 1 else f'{len(files)} files'}")
+                lines.append(f"{what} {text} of {files[0] if len(files) == 1 else f'{len(files)} files'}")
         seen: dict[str, str] = {}
         for ingredient in self.ingredients:
             same = seen.setdefault(ingredient.digest, ingredient.file)
@@ -102,12 +111,10 @@ class FileSoup:
                 lines.append(f"{ingredient.file} and {same} are the same model, which counts twice")
         lines += [f"{name} is not averaged: it is the first model's" for name in self.layout.kept]
         lines += [f"{name} is dropped: the first model does not have it" for name in self.layout.dropped]
-        if self.kind:
-            lines.append(f"files have several kinds of numbers; the soup is {self.kind}")
-        return lines
+        return lines + ([f"files have several kinds of numbers; the soup is {self.kind}"] if self.kind else [])
 
 
-def recipe_beside(soup: Path) -> Path:
+def _beside(soup: Path) -> Path:
     """Where the record of a soup lies as yaml: in its folder, or beside its file."""
     return soup / "recipe.yaml" if soup.is_dir() else soup.with_name(f"{soup.name}.recipe.yaml")
 
@@ -116,15 +123,11 @@ def write_recipe(soup: Path, metadata: Mapping[str, str]) -> None:
     """Put the record that a soup's metadata holds beside it, which `soups make` reads."""
     values = {"check": metadata["soup_check"], **json.loads(metadata["soup"])}
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
-    write_text(recipe_beside(soup), f"# A soup's recipe, which `soups make` reads: not to be changed by hand.\n{text}")
+    write_text(_beside(soup), f"# A soup's recipe, which `soups make` reads: not to be changed by hand.\n{text}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Settings by name.
-
-    Raises:
-        UserError: there is no such file, or it is no yaml with names.
-    """
+    """Settings by name; raises UserError where there is no such file, or it is no yaml with names."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -138,8 +141,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def metadata_beside(soup: Path) -> dict[str, str] | None:
     """What a soup's metadata says, from the yaml beside it, or the json as which it lay there before; or None."""
-    if recipe_beside(soup).exists():
-        return metadata_of(read_yaml(recipe_beside(soup)))
+    if _beside(soup).exists():
+        return metadata_of(read_yaml(_beside(soup)))
     before = soup.with_name(f"{soup.name}.soup.json")
     return dict(read_json(before)) if before.exists() else None
 
@@ -148,27 +151,3 @@ def metadata_of(recipe: Mapping[str, Any]) -> dict[str, str]:
     """What the metadata of the soup says that this recipe lay beside."""
     values = {name: value for name, value in recipe.items() if name != "check"}
     return {"soup": json.dumps(values, sort_keys=True), "soup_check": recipe.get("check", "")}
-
-
-def record_in(metadata: Mapping[str, str]) -> Record:
-    """The record in a soup's metadata.
-
-    Raises:
-        UserError: it has none, or one that was changed.
-    """
-    try:
-        if metadata["soup_check"] == check_of(metadata["soup"]):
-            return parsed(metadata["soup"])
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise UserError("it carries no whole record of how it was made")
-
-
-def check_of(record: str) -> str:
-    """Tells a damaged record, whose names and notes no making it again could prove wrong."""
-    return hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """What the soup's bytes could depend on."""
-    return {"numpy": version("numpy")}

@@ -1,16 +1,19 @@
-"""Whether a soup is what its metadata says:  python -m soups.verify soup.safetensors [--folder DIR]
+"""Soups from recipes: whether one is what its metadata says, and those of files, written by hand or by mergekit.
 
-Finds the recorded ingredients in a folder (the soup's own, by default) by the digests of their content, makes the soup
+    python -m soups.verify soup.safetensors [--folder DIR]
+
+finds the recorded ingredients in a folder (the soup's own, by default) by the digests of their content, makes the soup
 again and compares every byte. Prints one line; exit status 0 if equal, 1 if not.
 """
 
 import filecmp
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import fsum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from soups.errors import UserError
 from soups.files.adapters import CONFIG
@@ -21,20 +24,32 @@ from soups.files.opening import opened
 from soups.files.reading import COUNTERS, Reading
 from soups.mean import STATISTICS, Mean, average_files
 from soups.merging import Merging, undivided
-from soups.record import FileSoup, Record, metadata_beside, record_in
+from soups.record import FileSoup, Record, metadata_beside, metadata_of, read_yaml, record_in
+from soups.scoring import Gain
+from soups.soup import Decision, Report, Soup, refuse_out
+from soups.sources import Pool
 
 if TYPE_CHECKING:
     from soups.lora import LoraSoup
 
 MERGED = ("arithmetic", "ties", "dare")  # recipes on task vectors
+# Settings that name a file.
+FILES = ("init", "from", "base", "out", "scores", "images", "texts", "perplexity", "choices", "journal")
+# Of mergekit's yaml: kinds of numbers, keys, and methods -> the recipe, the parameters of each model, and the method's.
+KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
+_CHANGES = ("normalize", "lambda", "int8_mask")
+METHODS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ("weighted", ("weight",), ("normalize",)),
+    "task_arithmetic": ("arithmetic", ("weight",), _CHANGES),
+    "ties": ("ties", ("weight", "density"), _CHANGES),
+    "dare_linear": ("dare", ("weight", "density"), (*_CHANGES, "rescale")),
+    "slerp": ("slerp", (), ("t",)),
+}
 
 
 def record_of(soup: Path) -> Record:
-    """What a soup's metadata says about it.
-
-    Raises:
-        UserError: the file is missing, damaged or not a soup of ours.
-    """
+    """What a soup's metadata says about it; raises UserError where it is missing, damaged or not a soup of ours."""
     metadata = metadata_beside(soup) if soup.suffix in PICKLED else None
     if metadata is None:
         with opened([soup / ADAPTER if is_adapter(soup) else soup]) as (checkpoint,):
@@ -54,58 +69,48 @@ def _digest(path: Path, record: Record) -> str | None:
         return None  # something else that lies in the folder
 
 
-def _candidates(folder: Path, soup: Path, names: list[str]) -> list[Path]:
-    """Weight files of the folder, the recorded names first."""
-    files = [path for name in names for path in _called(folder, name)]
-    files += [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", *PICKLED)]
-    files += [path for path in sorted(folder.iterdir()) if path.name == INDEX or path.is_dir()]
-    return [path for path in dict.fromkeys(files) if path.resolve() != soup.resolve()]
-
-
 def _called(folder: Path, name: str) -> list[Path]:
     """What lies in the folder under a recorded name, of which it may be a folder itself."""
     parts = Path(name).parts
     return [path for i in range(len(parts)) if (path := folder.joinpath(*parts[i:])).exists()]
 
 
-def find(record: Record, folder: Path, soup: Path) -> tuple[list[Path], list[str]]:
+def find(record: Record, folder: Path, soup: Path) -> tuple[Record, list[Path], list[str]]:
     """The recorded ingredients' files, in the folder or of the hub, and what is wrong with those that were not found.
 
     Args:
-        record: as `located` in this folder.
+        record: given back with the folder from which its models of classes and of adapters are looked for.
         folder: in which they are.
         soup: which is not looked at.
 
     Raises:
         UserError: a model of the hub is in no folder and cannot be had.
     """
-    wanted = {ingredient.digest for ingredient in record.ingredients}
-    found: dict[str, Path] = {}
-    for path in _candidates(folder, soup, [ingredient.file for ingredient in record.ingredients]):
-        digest = None if wanted <= found.keys() else _digest(path, record)
-        if digest in wanted:
-            found.setdefault(digest, path)
-    problems, reading = [], record.reading or Reading()
+    reading = record.reading or Reading()
+    if reading.base is not None or reading.like is not None:
+        reading = replace(reading, near=str(folder.resolve()))
+        record = replace(record, reading=reading)
+    files, beside = record.ingredients, sorted(folder.iterdir())
+    candidates = [path for each in files for path in _called(folder, each.file)]
+    candidates += [path for path in beside if path.suffix in (".safetensors", *PICKLED)]
+    candidates += [path for path in beside if path.name == INDEX or path.is_dir()]
+    wanted, found, problems = {each.digest for each in files}, dict[str, Path](), []
+    for path in dict.fromkeys(candidates):
+        if path.resolve() != soup.resolve():
+            digest = None if wanted <= found.keys() else _digest(path, record)
+            if digest in wanted:
+                found.setdefault(digest, path)
     for model, what in ((reading.base, "into which its adapters are merged"), (reading.like, "whose classes it has")):
         if model is not None and not model.startswith(HUB) and not reading.place(model).exists():
-            return [], [f"the model {what}, {model}, is missing"]
-    for ingredient in record.ingredients:
-        is_hub = ingredient.file.startswith(HUB)
-        if is_hub and ingredient.digest not in found:
-            path = from_hub(ingredient.file)
-            found |= {ingredient.digest: path} if _digest(path, record) == ingredient.digest else {}
-        if ingredient.digest not in found:
-            what = "was changed" if is_hub or _called(folder, ingredient.file) else "is missing"
-            problems.append(f"{ingredient.file} {what}")
-    return [found[i.digest] for i in record.ingredients if i.digest in found], problems
-
-
-def located(record: Record, folder: Path) -> Record:
-    """The record, whose models of classes and of adapters are looked for from this folder on."""
-    reading = record.reading
-    if reading is None or (reading.base is None and reading.like is None):
-        return record
-    return replace(record, reading=replace(reading, near=str(folder.resolve())))
+            return record, [], [f"the model {what}, {model}, is missing"]
+    for each in files:
+        is_hub = each.file.startswith(HUB)
+        if is_hub and each.digest not in found:
+            path = from_hub(each.file)
+            found |= {each.digest: path} if _digest(path, record) == each.digest else {}
+        if each.digest not in found:
+            problems.append(f"{each.file} {'was changed' if is_hub or _called(folder, each.file) else 'is missing'}")
+    return record, [found[each.digest] for each in files if each.digest in found], problems
 
 
 def verify(soup: Path, folder: Path | None = None) -> str:
@@ -118,8 +123,7 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     folder = folder or soup.resolve().parent
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    record = located(record_of(soup), folder)
-    paths, problems = find(record, folder, soup)
+    record, paths, problems = find(record_of(soup), folder, soup)
     if problems:
         elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""
         return f"of its ingredients in {folder}, {', '.join(problems)}{elsewhere}"
@@ -177,7 +181,7 @@ def make_again(record: Record, paths: Sequence[Path], out: Path) -> "FileSoup | 
         weights=weights,
         dtype=record.dtype,
         keep_from=keeps[0] if keeps else None,
-        note=record.note,
+        note=note,
         names=names,
         reading=record.reading if record.format > 1 else Reading(as_stored=True),
         first=first,
@@ -209,6 +213,197 @@ def _content(checkpoint: Checkpoint, *, renewed: bool) -> dict[str, tuple[Entry,
     own = {name: checkpoint.own(name) for name in checkpoint.names if not name.endswith(left_out)}
     digests = tensor_digests(checkpoint, set(own.values()))
     return {name: (checkpoint.entries[kept], digests[kept]) for name, kept in own.items()}
+
+
+def make(
+    path: Path, out: Path | None, folder: Path | None, run: Callable[[list[str]], None], *, force: bool, more: list[str]
+) -> None:
+    """Make the soup of a recipe in a file, and print what it is.
+
+    Args:
+        path: the file.
+        out: in place of what the recipe says.
+        folder: where the models are; beside the file, or the folder of the soup that it lies in, if None.
+        run: a command's words.
+        force: overwrite `out` if it is a file that is there.
+        more: settings that `run` adds, which only a recipe that was written has.
+
+    Raises:
+        UserError: names the file.
+    """
+    recipe, beside = read_yaml(path), path.name.removesuffix(".recipe.yaml")
+    in_folder = "ingredients" in recipe and beside == path.name
+    folder = (folder or (path.resolve().parent if in_folder else path).parent).resolve()
+    try:
+        if "ingredients" not in recipe:
+            return run(typed(recipe, folder) + ([f"--out={out}"] if out else []))
+        if more:
+            raise UserError(f"it lay beside a soup and has all settings: leave out {more[0]}")
+        if in_folder and out is None:
+            raise UserError("it lies in a soup's folder: --out DIR names the one that is to be written")
+        soup = _soup_again(recipe, folder)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    out = out or path.with_name(beside)
+    refuse_out(out, soup.pool.paths, force=force)
+    print(soup, soup.save(out), sep="\n")
+    return None
+
+
+def _soup_again(recipe: Mapping[str, Any], folder: Path) -> Soup:
+    """The soup that a recipe lay beside, of the models in a folder whose digests it has; the same byte for byte."""
+    record, paths, problems = find(record_in(metadata_of(recipe)), folder, folder)
+    if problems:
+        raise UserError(f"of its ingredients in {folder}, {', '.join(problems)}; --folder DIR says where they are")
+    note = record.note
+    like = sorted(range(len(paths)), key=lambda i: record.ingredients[i].file != note.get("like"))  # it comes first
+    names = [record.ingredients[i].file for i in like]
+    pool = Pool([paths[i] for i in like], names, record.reading or Reading(), tempfile.TemporaryDirectory())
+    pool.adapters = "lora" in note
+    held_out, report = note.get("held_out", {}), note.get("report")
+
+    def gain(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {"gain": Gain(**values["gain"]) if values.get("gain") else None}
+
+    return Soup(
+        note.get("recipe", "weighted"),
+        pool,
+        lambda out, _: make_again(record, paths, out),
+        {each.file: each.weight for each in record.ingredients},
+        decisions=tuple(Decision(**{"alone": None, **each, **gain(each)}) for each in note.get("decisions", ())),
+        score=held_out.get("score"),
+        metric=held_out.get("metric", ""),
+        goal=held_out.get("goal", "max"),
+        n=held_out.get("n"),
+        **gain(note),
+        report=report and Report(**report | gain(report)),
+    )
+
+
+def typed(recipe: Mapping[str, Any], folder: Path) -> list[str]:
+    """A recipe that was written by hand, or for mergekit, as words of the command line.
+
+    Args:
+        recipe: `recipe`, `models`, and settings under the names that they have on the command line.
+        folder: where files are that it names.
+
+    Raises:
+        UserError: what stands in it is no recipe.
+
+    >>> typed({"recipe": "ties", "models": ["a.pt", "hf:org/b"], "init": "c.pt", "density": 0.2}, Path("/run"))
+    ['ties', '/run/a.pt', 'hf:org/b', '--init=/run/c.pt', '--density=0.2']
+    >>> typed({"recipe": "weighted", "models": "*.pt", "weights": [1, 3], "only_common": True}, Path("/run"))
+    ['weighted', '/run/*.pt', '--weights=1,3', '--only-common']
+    """
+    values = _of_mergekit(recipe, folder) if "merge_method" in recipe else dict(recipe)
+    name, models = values.pop("recipe", None), values.pop("models", None)
+    models = [models] if isinstance(models, str) else models
+    if not isinstance(name, str) or not isinstance(models, list) or not all(isinstance(each, str) for each in models):
+        raise UserError("a recipe has `recipe: NAME` and `models: [FILE, ...]`, and settings of `soups NAME --help`")
+
+    def place(file: str) -> str:
+        return file if file.startswith(HUB) else str(folder / file)
+
+    words = [name.replace("_", "-"), *map(place, models)]
+    files = FILES if "score" in values else (*FILES, "report")
+    for key, value in values.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, (str, int, float)):
+            words.append(f"--{flag}={place(str(value)) if key in files else value}")
+        elif isinstance(value, list) and not any(isinstance(each, (list, dict, type(None))) for each in value):
+            words.append(f"--{flag}={','.join(map(str, value))}")
+        else:
+            raise UserError(f"{key}: write a number, a word or a list of them, not {value!r}")
+    return words
+
+
+def _of_mergekit(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A yaml of mergekit 0.1.5 as a recipe of ours; raises UserError where it asks for what is not done here."""
+    method, base = values["merge_method"], values.get("base_model")
+    if method not in METHODS:
+        raise UserError(f"merge_method: {method} is not made here; known are {', '.join(METHODS)}")
+    _refuse_others(values, KEYS, f"merge_method: {method}")
+    recipe, of_models, of_all = METHODS[method]
+    models, more = _list_of_models(values.get("models")), values.get("parameters") or {}
+    _refuse_others(more, (*of_models, *of_all), f"parameters of {method}")
+    for model, own in models.items():
+        _refuse_others(own, of_models, f"parameters of {model}")
+    if (base is None) != (method == "linear") and not (method == "linear" and base in models):
+        need = "needs a base_model" if base is None else f"has no base_model but one of the models, and {base} is none"
+        raise UserError(f"merge_method: {method} {need}")
+    order = ([base] if method in ("linear", "slerp") and base is not None else []) + [m for m in models if m != base]
+    kind = str(values.get("out_dtype") or values.get("dtype") or "").removeprefix("torch.")
+    if kind and kind not in KINDS:
+        raise UserError(f"dtype: {kind} is not made here; known are {', '.join(KINDS)}")
+    found: dict[str, Any] = {"recipe": recipe, "models": [_known(model, folder) for model in order]}
+    found |= {"dtype": KINDS[kind]} if kind else {}
+    if method == "slerp":
+        return found | {"t": _number("t", more.get("t"))}
+    weights = [_number(f"weight of {model}", models[model].get("weight", more.get("weight"))) for model in order]
+    normalize = _flag("normalize", more.get("normalize", method in ("linear", "ties")))
+    if method == "linear":
+        if normalize and min(weights) < 0 < fsum(weights):  # as a sum, in which weights may be negative
+            weights, normalize = [weight / fsum(weights) for weight in weights], False
+        return found | {"weights": weights, "normalize": normalize}
+    found["init"], scale = _known(base, folder), _number("lambda", more.get("lambda", 1))
+    _flag("int8_mask", more.get("int8_mask", False))  # how masks are held in memory; it changes no number
+    densities = [_number(f"density of {m}", models[m].get("density", more.get("density", 1))) for m in order]
+    if method == "ties":
+        shares = {"weights": weights, "density": densities, "per": "tensor"}
+        return found | shares | {"scale": scale, "normalize": normalize}
+    total = fsum(weights) if normalize and abs(fsum(weights)) >= 1e-8 else 1.0
+    found["scales"] = [scale * weight / total for weight in weights]
+    if method == "task_arithmetic":
+        return found
+    return found | {"density": densities, "rescale": "l1" if _flag("rescale", more.get("rescale", True)) else "none"}
+
+
+def _list_of_models(listed: Any) -> dict[str, dict[str, Any]]:
+    """Each model of mergekit's list and its parameters."""
+    if not isinstance(listed, list) or not all(isinstance(each, dict) and "model" in each for each in listed):
+        raise UserError("models: write a list of `- model: NAME`, with its parameters below")
+    found: dict[str, dict[str, Any]] = {}
+    for each in listed:
+        _refuse_others(each, ("model", "parameters"), "models")
+        if each["model"] in found:
+            raise UserError(f"models: {each['model']} is named twice; add its weights instead")
+        found[each["model"]] = each.get("parameters") or {}
+    return found
+
+
+def _known(model: Any, folder: Path) -> str:
+    """A model of mergekit's yaml as a file, or where there is none as one of the hub."""
+    if not isinstance(model, str) or "+" in model:
+        raise UserError(f"model: {model} is not a file, a folder or org/name; a LoRA is merged into its model first")
+    on_hub = model.count("/") == 1 and model[0] not in "./~" and not (folder / model).exists()
+    return f"{HUB}{model}" if on_hub else model
+
+
+def _refuse_others(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}: {name} is not read here, and would be ignored: leave it out, or use mergekit")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, (str, int, float)):
+            return float(value)  # 1e-3 is text to yaml
+    except ValueError:
+        pass
+    if isinstance(value, (list, dict)):
+        raise UserError(
+            f"{name}: gradients and filters, which differ from layer to layer, are not read: write a number"
+        )
+    raise UserError(f"{name}: write a number, not {value!r}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{name}: write true or false, not {value!r}")
+    return value
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from soups.groups import layer_of
+from soups.descent import layer_of
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from analysis.measure.mixtures import Pair, measure_midpoints, method_of_mixture
 from configs.errors import UserError
 from configs.schema import Experiment, dump
 from soups.conformance import Layout, common_layout
+from soups.descent import layer_of
 from soups.experiment.pool import usable_pool
 from soups.files.opening import opened
 from soups.geometry import Geometry, geometry
-from soups.groups import layer_of
 from store.rows import row_config
 from store.runs import RunFolder
 

@@ -38,11 +38,7 @@ _DOWN = re.compile(r"((?P<module>.*)\.lora_(?:embedding_)?)A((?:\..*)?)")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's adapter_config.json.
-
-    Raises:
-        UserError: it is not there or damaged, or has a setting that is not known here.
-    """
+    """A folder's adapter_config.json; raises UserError where it is missing, damaged or has an unknown setting."""
     path = folder / CONFIG
     elsewhere = "merge each adapter into its model with peft's merge_and_unload, and soup those"
     try:
@@ -66,13 +62,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def common_config(folders: Sequence[Path], settings: Sequence[str] = SAME) -> dict[str, Any]:
-    """The first folder's config.
-
-    Raises:
-        UserError: another has one of the settings in another way, so that the mean of updates is none.
-    """
-    first, *others = map(read_config, folders)
+def common_configs(folders: Sequence[Path], settings: Sequence[str] = SAME) -> list[dict[str, Any]]:
+    """Each folder's config; raises UserError where one differs in a setting from the first, so there is no mean."""
+    first, *others = configs = [read_config(folder) for folder in folders]
     for folder, config in zip(folders[1:], others, strict=True):
         for key in settings:
             one, other = (each.get(key) or None for each in (config, first))
@@ -81,34 +73,27 @@ def common_config(folders: Sequence[Path], settings: Sequence[str] = SAME) -> di
                     f"{folder / CONFIG}: {key} is {config.get(key)!r}, but {first.get(key)!r} in {folders[0]}: "
                     "only changes to the same model have a mean (where it is the same under two names, edit the file)"
                 )
-    return first
+    return configs
 
 
 def scaling_of(config: Mapping[str, Any], module: str = "") -> float:
     """What B A is multiplied by, from peft's adapter_config.json: alpha / r, or alpha / sqrt(r) for rsLoRA.
 
-    Args:
-        config: adapter_config.json.
-        module: name of the adapted module, in the adapter or in its model; `rank_pattern` and `alpha_pattern` may give
-            it numbers of its own.
+    `rank_pattern` and `alpha_pattern` may give a module, named as in the adapter or in its model, numbers of its own.
 
     >>> scaling_of({"r": 16, "lora_alpha": 32}), scaling_of({"r": 16, "lora_alpha": 32, "use_rslora": True})
     (2.0, 8.0)
     >>> scaling_of({"r": 16, "lora_alpha": 32, "alpha_pattern": {"v_proj": 8}}, "layers.0.self_attn.v_proj")
     0.5
     """
-    module = in_model(module)
-    rank = _patterned(config.get("rank_pattern"), module, config["r"])
-    alpha = _patterned(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
+    def number(patterns: str, otherwise: str) -> Any:
+        """Of the first pattern that the end of the module's name matches, as peft reads them."""
+        own = (config.get(patterns) or {}).items()
+        return next((n for pattern, n in own if re.match(rf"(.*\.)?({pattern})$", in_model(module))), config[otherwise])
 
-def _patterned(patterns: Mapping[str, int] | None, module: str, otherwise: int) -> int:
-    """The number of the first pattern that the end of a module's name matches, as peft reads them."""
-    for pattern, number in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return number
-    return otherwise
+    rank = number("rank_pattern", "r")
+    return float(number("alpha_pattern", "lora_alpha") / (sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def in_model(name: str) -> str:
@@ -118,11 +103,7 @@ def in_model(name: str) -> str:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file with an adapter's tensors.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The file with an adapter's tensors; raises UserError where there is none."""
     for name in (ADAPTER, "adapter_model.bin"):
         if (folder / name).exists():
             return folder / name
@@ -136,8 +117,7 @@ def factors(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         ValueError: none, one without the other, or a tensor of another kind of adapter.
     """
     names = list(names)
-    found = [match for match in map(_DOWN.fullmatch, names) if match]
-    pairs = {match["module"]: (match[0], f"{match[1]}B{match[3]}") for match in found}
+    pairs = {match["module"]: (match[0], f"{match[1]}B{match[3]}") for match in map(_DOWN.fullmatch, names) if match}
     known = {name for pair in pairs.values() for name in pair}
     for a, b in pairs.values():
         if b not in names:
@@ -150,7 +130,6 @@ def factors(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _floats(checkpoint: Checkpoint, name: str, start: int = 0, count: int | None = None) -> NDArray[np.float64]:
-    """Elements of a tensor, in float64."""
     return widen(checkpoint.elements(name, start, count), checkpoint.entry(name).dtype).astype(np.float64)
 
 
@@ -201,12 +180,7 @@ def _ratio(magnitude: NDArray[np.float64], squares: NDArray[np.float64]) -> NDAr
 
 
 def merged(folder: Path, adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """The base model with an adapter merged into it, whose numbers are computed when they are read.
-
-    Args:
-        folder: with the adapter's config.
-        adapter: its tensors.
-        base: the model that it changes; its kinds of numbers are those of the merged model.
+    """The base model with the adapter of a folder merged into it, computed when it is read, in the base's kinds.
 
     Raises:
         UserError: a tensor of the adapter has no place in the model, or does not fit there.

@@ -16,9 +16,8 @@ from soups.errors import UserError
 from soups.files.adapters import merged, weights_file
 from soups.files.aligned import aligned
 from soups.files.checkpoints import PICKLED, Checkpoint, open_safetensors, recorded_ties, renamed, supported
-from soups.files.distributed import METADATA, open_distributed
 from soups.files.folders import HUB, INDEX, from_hub, in_folder, is_adapter, is_shard
-from soups.files.pickled import open_pickled
+from soups.files.pickled import METADATA, open_distributed, open_pickled
 from soups.files.reading import Reading, only_here, without_wrappers
 
 MOST_FILES = 1 << 14  # open at once; some systems name no limit and have one

@@ -1,8 +1,9 @@
-"""Checkpoints that torch.save wrote, read without torch and without running anything in them.
+"""Checkpoints of torch.save and torch.distributed.checkpoint, read without torch, and nothing in them is run.
 
-The archive is a zip of a pickle and of tensors' bytes, uncompressed. The pickle is read with a few functions of our own
-in place of torch's; every other class or function that it names becomes an inert stand-in, so a checkpoint may hold
-an argparse.Namespace or the settings of a Lightning module, and a malicious one does nothing.
+The first are a zip of a pickle and of tensors' bytes, uncompressed. The second are folders: .metadata is a pickle, and
+each chunk of a tensor a zip of the first kind within a .distcp file. Of what a pickle names a few functions are read by
+our own; every other becomes an inert stand-in. So a checkpoint may hold an argparse.Namespace or the settings of a
+Lightning module, and a malicious one does nothing.
 """
 
 import io
@@ -13,13 +14,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from soups.errors import UserError
+from soups.errors import UserError, first_line
 from soups.files.checkpoints import Checkpoint, Entry, first_names, pread
 from soups.files.dtypes import FLOATS, KINDS, STORED
 from soups.files.reading import Reading, is_ema
@@ -28,32 +30,28 @@ NAMED = {name: kind for kind, names in KINDS.items() for name in names[:2]}  # t
 NAMED |= {"ComplexFloatStorage": "torch.complex64", "ComplexDoubleStorage": "torch.complex128"}
 PLAIN = (type(None), bool, int, float, str, bytes)
 DEPTH = 3  # dicts within dicts that are looked through for weights
+METADATA = ".metadata"
+RECORDS = (  # dataclasses of torch.distributed.checkpoint
+    *("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+    *("MetadataIndex", "_StorageInfo"),
+)
 
 
 class Inert:
-    """What stands for an object of a class that is not read: it takes whatever a pickle does to it and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
+    """Stands for an object of a class that is not read: it takes whatever a pickle does to it and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":  # noqa: D102
         # copyreg._reconstructor and numpy's _reconstruct make an object of the class that is their first argument.
         of_class = args[0] if args and isinstance(args[0], type) and issubclass(args[0], Inert) else cls
         return object.__new__(of_class)
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
     def __call__(self, *args: Any, **kwargs: Any) -> "Inert":  # noqa: D102
         return self
 
-    def _ignore(self, item: Any) -> None:
+    def _ignore(self, *items: Any) -> None:
         pass
 
-    append = extend = add = _ignore  # of a list, of a set
+    __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
 @dataclass(frozen=True)
@@ -68,19 +66,15 @@ class Tensor:
     stride: tuple[int, ...]
 
     @property
-    def size(self) -> int:
-        """How many elements."""
-        return Entry(self.dtype, self.shape).size
+    def entry(self) -> Entry:
+        """Its kind and shape."""
+        return Entry(self.dtype, self.shape)
 
     @property
     def is_contiguous(self) -> bool:
         """Whether its elements follow each other in memory."""
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != step:
-                return False
-            step *= size
-        return True
+        usual = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        return all(n == 1 or a == b for n, a, b in zip(self.shape, self.stride, usual, strict=True))
 
 
 class Unreadable(Inert):
@@ -88,13 +82,13 @@ class Unreadable(Inert):
 
 
 def _tensor(storage: tuple[str, str, int], start: int, shape: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
-    dtype, name, numel = storage
-    return Tensor(dtype, name, numel, start, tuple(shape), tuple(stride))
+    return Tensor(*storage, start, tuple(shape), tuple(stride))
 
 
 def _typed_tensor(storage: tuple[str, str, int], *more: Any) -> Tensor:
-    dtype = more[-1]  # the storage is of bytes
-    return _tensor((dtype, storage[1], storage[2] // (STORED[dtype].itemsize if dtype in STORED else 1)), *more)
+    _, name, size = storage  # in bytes
+    dtype = more[-1]
+    return _tensor((dtype, name, size // (STORED[dtype].itemsize if dtype in STORED else 1)), *more)
 
 
 READ: dict[tuple[str, str], Any] = {
@@ -121,9 +115,11 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:  # noqa: D102
         if (module, name) in READ:
             return READ[module, name]
-        unknown = name.endswith("Storage") or name.startswith(("complex", "float8", "float4"))
-        if module == "torch" and (name in NAMED or unknown):
-            return NAMED.get(name, f"torch.{name}")
+        if module == "torch":
+            if name in NAMED:
+                return NAMED[name]
+            if name.endswith("Storage") or name.startswith(("complex", "float8", "float4")):
+                return f"torch.{name}"
         return type(name, (Inert,), {"__module__": module})
 
     def persistent_load(self, pid: Any) -> tuple[str, str, int]:  # noqa: D102
@@ -133,7 +129,7 @@ class Unpickler(pickle.Unpickler):
         return dtype, name, numel
 
 
-def unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
+def _unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
     """What the archive holds, and its top folder."""
     names = archive.namelist()
     root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
@@ -146,34 +142,30 @@ def unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
     return Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8").load(), root
 
 
-def _is_number(name: str, value: Any) -> bool:
-    """Whether it may stand in a state dict."""
-    return isinstance(value, (Tensor, Unreadable, *PLAIN)) or name.endswith("_extra_state")
-
-
 def _is_state_dict(value: Any) -> bool:
+    """Whether a dict has tensors, and beside them numbers, texts and None alone."""
     return (
         isinstance(value, Mapping)
-        and all(isinstance(name, str) and _is_number(name, item) for name, item in value.items())
+        and all(
+            isinstance(name, str) and (isinstance(item, (Tensor, Unreadable, *PLAIN)) or name.endswith("_extra_state"))
+            for name, item in value.items()
+        )
         and any(isinstance(item, (Tensor, Unreadable)) for item in value.values())
     )
 
 
-def _is_network(value: Any) -> bool:
-    """Whether numbers in a state dict are a network's, not those of a random generator or a metric."""
-    return _is_state_dict(value) and any(
-        isinstance(item, Unreadable) or (isinstance(item, Tensor) and item.shape and item.dtype in FLOATS)
-        for item in value.values()
-    )
-
-
 def _state_dicts(value: Mapping[Any, Any], depth: int = DEPTH) -> dict[str, Mapping[str, Any]]:
-    """Every state dict of a network within a dict, by its path of keys; an optimizer's is none."""
+    """Every state dict of a network within a dict, by its path of keys; an optimizer's is none, nor is one of the
+    numbers of a random generator or a metric.
+    """
     found: dict[str, Mapping[str, Any]] = {}
     for key, item in value.items():
         if not isinstance(key, str) or not isinstance(item, Mapping) or "param_groups" in item:
             continue
-        if _is_network(item):
+        if _is_state_dict(item) and any(
+            isinstance(each, Unreadable) or (isinstance(each, Tensor) and each.shape and each.dtype in FLOATS)
+            for each in item.values()
+        ):
             found[key] = item
         elif depth > 1:
             found |= {f"{key}.{name}": state for name, state in _state_dicts(item, depth - 1).items()}
@@ -195,7 +187,7 @@ def _choose(path: Path, found: Mapping[str, Any], key: str | None) -> str:
     return fitting[0]
 
 
-def unwrap(path: Path, value: Any, key: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
+def _unwrap(path: Path, value: Any, key: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
     """The state dict, the path of keys it was under or an empty string, and what else the file holds."""
     if isinstance(value, Inert):
         raise UserError(f"{path} holds {_object(value)}")
@@ -211,11 +203,13 @@ def unwrap(path: Path, value: Any, key: str | None) -> tuple[Mapping[str, Any], 
         return found[chosen], chosen, tuple(str(name) for name in value if name != chosen.split(".")[0])
     if "param_groups" in value:
         raise UserError(f"{path} holds the state of an optimizer, not a model: name the file with the weights")
+    what = "it is empty"
     for name, item in value.items():
         if isinstance(item, Inert):
-            raise UserError(f"{path} is not a state dict, nor does it hold one: {name!r} is {_object(item)}")
-    culprit = next((name for name, item in value.items() if not isinstance(item, Tensor)), None)
-    what = "it is empty" if culprit is None else f"{culprit!r} is a {type(value[culprit]).__name__}, not a tensor"
+            what = f"{name!r} is {_object(item)}"
+            break
+        if what == "it is empty" and not isinstance(item, Tensor):
+            what = f"{name!r} is a {type(item).__name__}, not a tensor"
     raise UserError(f"{path} is not a state dict, nor does it hold one: {what}")
 
 
@@ -229,12 +223,12 @@ def _object(value: Inert) -> str:
     )
 
 
-def start_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor, base: int = 0) -> int:
+def _begin_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor, base: int = 0) -> int:
     """Where a storage's bytes begin in the file, which has the archive from byte `base` on; the tensor lies within."""
     info = archive.getinfo(f"{root}data/{tensor.storage}")
     last = tensor.start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
     fits = info.file_size == tensor.numel * STORED[tensor.dtype].itemsize and min(tensor.stride, default=0) >= 0
-    if info.compress_type != zipfile.ZIP_STORED or not fits or (tensor.size and not 0 <= last < tensor.numel):
+    if info.compress_type != zipfile.ZIP_STORED or not fits or (tensor.entry.size and not 0 <= last < tensor.numel):
         raise ValueError(f"storage {tensor.storage} does not hold what it should")
     header = os.pread(descriptor, 30, base + info.header_offset)
     if header[:4] != b"PK\x03\x04":
@@ -243,18 +237,26 @@ def start_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tenso
     return base + info.header_offset + 30 + name + extra
 
 
-def fill_tensor(places: dict[str, tuple[Path, int, Tensor, int]], name: str, offset: int, view: memoryview) -> None:
-    """Copy a tensor's bytes from an offset on; a place is an open file, the tensor, and where its storage begins."""
-    path, descriptor, tensor, begin = places[name]
-    width = STORED[tensor.dtype].itemsize
-    if tensor.is_contiguous:
-        pread(path, name, descriptor, begin + tensor.start * width + offset, view)
-        return
-    # A transposed or channels-last tensor is gathered element by element.
-    numbers = np.memmap(path, f"V{width}", "r", begin + tensor.start * width, tensor.numel - tensor.start)
-    strided = np.lib.stride_tricks.as_strided(numbers, tensor.shape, [stride * width for stride in tensor.stride])
-    flat = np.frombuffer(view, f"V{width}")
-    flat[:] = strided.flat[offset // width : offset // width + len(flat)]
+@dataclass(frozen=True)
+class _Place:
+    """A tensor in an open file, and where its storage begins there."""
+
+    path: Path
+    descriptor: int
+    tensor: Tensor
+    begin: int
+
+    def fill(self, name: str, offset: int, view: memoryview) -> None:
+        """Copy the tensor's bytes from an offset on; `name` is for messages."""
+        tensor, begin, width = self.tensor, self.begin, STORED[self.tensor.dtype].itemsize
+        if tensor.is_contiguous:
+            pread(self.path, name, self.descriptor, begin + tensor.start * width + offset, view)
+            return
+        # A transposed or channels-last tensor is gathered element by element.
+        numbers = np.memmap(self.path, f"V{width}", "r", begin + tensor.start * width, tensor.numel - tensor.start)
+        strided = np.lib.stride_tricks.as_strided(numbers, tensor.shape, [stride * width for stride in tensor.stride])
+        flat = np.frombuffer(view, f"V{width}")
+        flat[:] = strided.flat[offset // width : offset // width + len(flat)]
 
 
 def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
@@ -269,27 +271,172 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         raise UserError(f"{path} is not an archive of torch.save as of 1.6: load it with torch and save it again")
     try:
         archive = stack.enter_context(zipfile.ZipFile(file))
-        value, root = unpickled(path, archive)
-        state, unwrapped, dropped = unwrap(path, value, reading.key)
-        tensors = {name: item for name, item in state.items() if isinstance(item, (Tensor, Unreadable))}
-        for name, tensor in tensors.items():
-            if isinstance(tensor, Unreadable):
-                raise UserError(f"{path}: tensor {name!r} is sparse or quantized, which cannot be averaged")
-        names = {name: tensor for name, tensor in sorted(tensors.items()) if isinstance(tensor, Tensor)}
-        ties = first_names({name: tensor for name, tensor in names.items() if tensor.size})
-        kept = {name: tensor for name, tensor in names.items() if name not in ties}
-        entries = {name: Entry(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
+        value, root = _unpickled(path, archive)
+        state, unwrapped, dropped = _unwrap(path, value, reading.key)
+        unreadable = [name for name, item in state.items() if isinstance(item, Unreadable)]
+        if unreadable:
+            raise UserError(f"{path}: tensor {unreadable[0]!r} is sparse or quantized, which cannot be averaged")
+        tensors = {name: item for name, item in sorted(state.items()) if isinstance(item, Tensor)}
+        ties = first_names({name: tensor for name, tensor in tensors.items() if tensor.entry.size})
+        entries = {name: tensor.entry for name, tensor in tensors.items() if name not in ties}
         places = {
-            name: (path, file.fileno(), tensor, start_of(file.fileno(), archive, root, tensor))
-            for name, tensor in kept.items()
-            if tensor.dtype in STORED
+            name: _Place(path, file.fileno(), tensors[name], _begin_of(file.fileno(), archive, root, tensors[name]))
+            for name, entry in entries.items()
+            if entry.dtype in STORED
         }
     except UserError:
         raise
     except Exception as error:  # a damaged archive or pickle may fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is truncated, damaged or not a state dict: {reason}") from None
+        raise UserError(f"{path} is truncated, damaged or not a state dict: {first_line(error)}") from None
+
+    def fill(name: str, offset: int, view: memoryview) -> None:
+        places[name].fill(name, offset, view)
+
     others = {name: item for name, item in state.items() if isinstance(item, PLAIN)}
     inert = tuple(name for name, item in state.items() if isinstance(item, Inert))
-    fill = partial(fill_tensor, places)
     return Checkpoint(path, entries, ties, fill, unwrapped, others=others, dropped=(*dropped, *inert))
+
+
+class _Record:
+    """Stands for a dataclass of torch.distributed.checkpoint: it has the fields, and nothing else of it."""
+
+    def __setstate__(self, state: Any) -> None:
+        # TensorProperties alone has a tuple, whose first item is the dtype.
+        self.__dict__.update(state if isinstance(state, dict) else {"dtype": state[0]})
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)  # a field that a damaged file lacks
+
+
+class _MetadataUnpickler(Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_record = module.startswith("torch.distributed.") and name in RECORDS
+        return _Record if is_record else super().find_class(module, name)
+
+
+class _Slice(io.RawIOBase):
+    """A part of an open file as a file of its own."""
+
+    def __init__(self, descriptor: int, start: int, length: int):
+        self.descriptor, self.start, self.length, self.place = descriptor, start, length, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.length}[whence])
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self.length - self.place))
+        done = os.preadv(self.descriptor, [memoryview(buffer)[:count]], self.start + self.place)
+        self.place += done
+        return done
+
+
+@dataclass
+class _Chunk:
+    """A box of a tensor, and where it is stored."""
+
+    path: Path
+    descriptor: int
+    info: Any  # `offset` and `length` in the file, in bytes
+    whole: Tensor
+    offsets: tuple[int, ...]  # of the box in it
+    sizes: tuple[int, ...]  # of the box
+
+    @cached_property
+    def place(self) -> _Place:
+        """The stored box; raises UserError where there is no such tensor."""
+        start = self.info.offset
+        try:
+            with zipfile.ZipFile(_Slice(self.descriptor, start, self.info.length)) as archive:
+                tensor, root = _unpickled(self.path, archive)
+                if tensor.entry != Entry(self.whole.dtype, self.sizes):
+                    raise ValueError(f"{tensor.dtype} {tensor.shape} in place of {self.whole.dtype} {self.sizes}")
+                begin = _begin_of(self.descriptor, archive, root, tensor, start)
+                return _Place(self.path, self.descriptor, tensor, begin)
+        except Exception as error:  # a damaged archive may fail in any way
+            raise UserError(f"{self.path} is damaged at byte {start}: {error}") from None
+
+    def fill(self, name: str, first: int, last: int, view: memoryview) -> int:
+        """Copy those of the tensor's elements `first` to `last` that it holds into their places; how many they are."""
+        shape, strides = self.whole.shape, self.whole.stride
+        cut = [i for i, size in enumerate(self.sizes) if size != shape[i]]
+        axis = cut[-1] if cut else 0  # a run of following elements goes over this axis and those after it
+        starts = np.array([sum(offset * stride for offset, stride in zip(self.offsets, strides, strict=True))])
+        for i in range(axis):
+            starts = (starts[:, None] + np.arange(self.sizes[i]) * strides[i]).reshape(-1)
+        run, width, done = prod(self.sizes[axis:]), STORED[self.whole.dtype].itemsize, 0
+        for i in range(*np.searchsorted(starts, [first - run + 1, last]).tolist()):
+            begin = int(starts[i])
+            low, high = max(first, begin), min(last, begin + run)
+            part = view[(low - first) * width : (high - first) * width]
+            self.place.fill(name, (i * run + low - begin) * width, part)
+            done += high - low
+        return done
+
+
+def _read_metadata(folder: Path, stack: ExitStack) -> tuple[dict[str, Any], dict[str, list[_Chunk]]]:
+    """The nested dict that was saved, with what its tensors are in their places, and chunks by a tensor's full name."""
+    with (folder / METADATA).open("rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+    stored = {(index.fqn, index.__dict__.get("offset")): info for index, info in metadata.storage_data.items()}
+    descriptors: dict[str, int] = {}
+    nested: dict[str, Any] = {}
+    chunks: dict[str, list[_Chunk]] = {}
+    for name, what in metadata.state_dict_metadata.items():
+        # As torch: the keys that lead to it, or without them a flat dict.
+        *outer, last = map(str, (metadata.planner_data or {}).get(name, (name,)))
+        node = nested
+        for key in outer:
+            node = node.setdefault(key, {})
+        if last.startswith("param_groups."):
+            node["param_groups"] = None  # the flattened state of an optimizer
+        if not isinstance(what, _Record):
+            node[last] = None  # a pickled value, which is not read
+            continue
+        strides = tuple(prod(what.size[i + 1 :]) for i in range(len(what.size)))
+        whole = node[last] = Tensor(what.properties.dtype, name, prod(what.size), 0, what.size, strides)
+        chunks[name] = []
+        for box in what.chunks:
+            info = stored[name, box.offsets]
+            path = folder / info.relative_path
+            if path.parent != folder or "transform_descriptors" in info.__dict__:
+                raise UserError(f"{path}: a chunk outside the folder, or compressed by an extension, cannot be read")
+            if path.name not in descriptors:
+                descriptors[path.name] = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, descriptors[path.name])
+            size = os.fstat(descriptors[path.name]).st_size
+            if not 0 <= info.offset <= info.offset + info.length <= size:
+                raise UserError(f"{path} is truncated: {size} bytes, and a chunk of {name!r} ends after them")
+            chunks[name].append(_Chunk(path, descriptors[path.name], info, whole, box.offsets, box.sizes))
+        if sum(prod(chunk.sizes) for chunk in chunks[name]) != whole.numel:
+            raise UserError(f"{folder}: the chunks of tensor {name!r} are not all of it")
+    return nested, chunks
+
+
+def open_distributed(folder: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
+    """Open a folder of torch.distributed.checkpoint. Elements are copied from the chunks that hold them, whatever the
+    sharding, so no tensor is put together in memory.
+
+    Raises:
+        UserError: damaged, files that are missing, several sets of weights, or no state dict in it.
+    """
+    try:
+        nested, chunks = _read_metadata(folder, stack)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: its file {Path(error.filename).name} is missing") from None
+    except Exception as error:  # a damaged pickle may fail in any way
+        raise UserError(f"{folder / METADATA} is damaged: {type(error).__name__}: {error}") from None
+    state, unwrapped, dropped = _unwrap(folder, nested, reading.key)
+    tensors = {name: item for name, item in sorted(state.items()) if isinstance(item, Tensor)}
+
+    def fill(name: str, offset: int, view: memoryview) -> None:
+        width = STORED[tensors[name].dtype].itemsize
+        first, last = offset // width, (offset + len(view)) // width
+        if sum(chunk.fill(name, first, last, view) for chunk in chunks[tensors[name].storage]) != last - first:
+            raise UserError(f"{folder}: the chunks of tensor {name!r} overlap or leave gaps")
+
+    values = tuple(name for name, item in state.items() if not isinstance(item, Tensor))
+    entries = {name: tensor.entry for name, tensor in tensors.items()}
+    return Checkpoint(folder, entries, {}, fill, unwrapped, dropped=(*dropped, *values))
