@@ -68,16 +68,12 @@ class Average:
 
 
 def mixture(models: Sequence[Weights], coefficients: Callable[[str], Sequence[float]]) -> dict[str, Tensor]:
-    """The weighted sum of K models, tensor by tensor.
+    """The weighted sum of K models, tensor by tensor, in float64 and rounded once: to the kind it came in, or the
+    narrowest that holds several. Tied tensors come out equal, each with memory of its own.
 
     Args:
-        models: K models; of a `LazyWeights` a block is in memory, of a dict all of it is.
+        models: of a `LazyWeights` a block is in memory, of a dict all of it is.
         coefficients: the K numbers of a tensor of this name, which sum to 1; not asked for integer and bool tensors.
-
-    Returns:
-        Every tensor summed in float64 and rounded once, to the kind it came in, or of several kinds the narrowest
-        that holds them all. Tied tensors come out equal, each
-        with memory of its own.
 
     Raises:
         UserError: no models; names, shapes, kinds or integers differ; a tensor holds NaN or infinity.

@@ -60,65 +60,8 @@ class Averaging:
             raise UserError("batch_norm=keep and the initialisation, init=FILE, belong together")
 
 
-def _average(
-    pool: Pool,
-    weights: Mixing,
-    how: Averaging,
-    out: Path,
-    note: Mapping[str, Any],
-    *,
-    start: Pool | None,
-    merging: Callable[[Mean, Sequence[int]], Mean] | None,
-    sync: bool,
-) -> FileSoup:
-    """Write what `writer` says."""
-    begin = start or Pool([], [], pool.reading, pool.temporary)
-    paths, names = [*begin.paths, *pool.paths], [*begin.names, *pool.names]
-    for path in dict.fromkeys(each for each in (how.init, how.kept_from) if each is not None and each not in paths):
-        paths, names = [*paths, path], [*names, name_beside(short_names([path])[0], path, paths, names)]
-        weights = (
-            {name: [*row, 0.0] for name, row in weights.items()} if isinstance(weights, Mapping) else [*weights, 0.0]
-        )
-    if merging is None and not isinstance(weights, Mapping):
-        used = [i for i, weight in enumerate(weights) if weight or paths[i] in (how.init, how.kept_from)]
-        paths, names, weights = [paths[i] for i in used], [names[i] for i in used], [weights[i] for i in used]
-    keep_from = None if how.init is None else paths.index(how.init)
-    stands_in = [how.kept_from] if how.kept_from is not None else pool.paths  # for what is not averaged
-    facts: dict[str, Any] = {"batch_norm": how.batch_norm, **note}
-    if how.allow_unrelated:
-        facts["unrelated"] = "average"
-    write = partial(
-        average_files,
-        paths,
-        weights=weights,
-        dtype=how.dtype,
-        keep_from=keep_from,
-        threads=how.threads,
-        note=facts,
-        names=names,
-        reading=pool.reading,
-        first=next((i for i, path in enumerate(paths) if path in stands_in), 0),
-        sync=sync,
-        merging=merging,
-    )
-    if how.measured_on is None or how.measured_on.statistics is None or len(paths) < 2:
-        return write(out)  # a model by itself keeps its own statistics
-    from soups.files.weights import LazyWeights, mapped  # noqa: PLC0415  # torch takes seconds
-
-    with replacing(out) as temporary:
-        soup = write(temporary)
-        fresh, stored = how.measured_on.statistics(LazyWeights(temporary)), mapped(temporary, "r+")
-        for name, tensor in fresh.items():  # those that were measured with these weights
-            stored[name].copy_(tensor)
-    return replace(soup, path=out)
-
-
 def open_pool(
-    models: Models,
-    settings: Mapping[str, Any],
-    start: Source | None = None,
-    *,
-    score: Any = None,
+    models: Models, settings: Mapping[str, Any], start: Source | None = None, *, score: Any = None
 ) -> tuple[Pool, Averaging, Pool | None]:
     """The models with how they are read, how they are averaged, and the initialisation as a pool of one.
 
@@ -142,12 +85,12 @@ def open_pool(
     named, near = _named(pool, base)
     pool.reading = replace(pool.reading, base=named, near=near)
     first = None if start is None else pool_of(start, pool.reading)
-    if first is not None and values.get("batch_norm") == "keep":
-        values["init"] = first.paths[0]
+    ends = [] if first is None else first.paths
+    if ends and values.get("batch_norm") == "keep":
+        values["init"] = ends[0]
     elif values.get("init") is not None:
         values["init"] = _one_beside(pool, [], values["init"], "init")
     if values.get("kept_from") is not None:
-        ends = [] if first is None else first.paths
         values["kept_from"] = _one_beside(pool, ends, values["kept_from"], "--from")
     how = Averaging(**values)
     if how.kept_from is not None and pool.reading.exclude is None and not pool.reading.only_common:
@@ -161,7 +104,6 @@ def open_pool(
         _as_adapters(pool, how, score)
         _with_statistics(how, pool, images, score)
         return pool, how, first
-    ends = [] if first is None else first.paths
     if len(ends) > 1:
         raise UserError(f"the initialisation is one model, not {len(ends)}: {', '.join(map(str, ends[:3]))}")
     starts = list({path.resolve(): path for path in [*ends, *([how.init] if how.init else [])]}.values())
@@ -208,17 +150,13 @@ def _one_beside(pool: Pool, ends: Sequence[Path], model: Source, what: str) -> P
     found = pool_of(model, pool.reading)
     if len(found) > 1:
         raise UserError(f"{what} is one model, not {len(found)}: {', '.join(found.names[:3])}")
-    same = [path for path in [*pool.paths, *ends] if path.resolve() == found.paths[0].resolve()]
     pool.beside.append(found)
-    return same[0] if same else found.paths[0]
+    same = (path for path in [*pool.paths, *ends] if path.resolve() == found.paths[0].resolve())
+    return next(same, found.paths[0])
 
 
 def _with_statistics(how: Averaging, pool: Pool, images: Any, score: Any) -> Averaging:
-    """The averaging with what measures batch-norm statistics, where `images` are given for it.
-
-    Raises:
-        UserError: there are no images to measure on, or nobody asked for it.
-    """
+    """The averaging with what measures batch-norm statistics, where `images` are given for it."""
     if how.batch_norm != "recompute":
         if images is not None:
             raise UserError("--images is for --batch-norm recompute (batch_norm='recompute'), and would be ignored")
@@ -234,11 +172,7 @@ def _with_statistics(how: Averaging, pool: Pool, images: Any, score: Any) -> Ave
 
 
 def _as_adapters(pool: Pool, how: Averaging, score: Any) -> None:
-    """Take the folders of a pool for LoRA adapters.
-
-    Raises:
-        UserError: adapters that do not fit together, a setting or a score that is for whole models.
-    """
+    """Take the folders of a pool for LoRA adapters, and refuse settings and scores that are for whole models."""
     from soups.lora import check_folders  # noqa: PLC0415  # torch takes seconds
 
     usual = vars(Reading()) | vars(Averaging())
@@ -264,19 +198,7 @@ def writer(
     merging: Callable[[Mean, Sequence[int]], Mean] | None = None,
     sync: bool = True,
 ) -> Writer:
-    """The soup of such weights as a function that writes it.
-
-    Args:
-        pool: the models.
-        weights: of `start` and the models, in this order.
-        how: they are averaged.
-        start: the initialisation, where the recipe has one.
-        merging: what takes the place of the mean, as in `average_files`.
-        sync: as in `average_files`.
-
-    Raises:
-        UserError: when it writes, as `average_files`.
-    """
+    """The soup of such weights, those of `start` first, as a function that writes it; see `average_files`."""
     if not pool.adapters:
         return partial(_average, pool, weights, how, start=start, merging=merging, sync=sync)
     from soups.lora import soup_folders  # noqa: PLC0415  # torch takes seconds
@@ -285,6 +207,37 @@ def writer(
     used = [i for i, weight in enumerate(weights) if weight]
     folders, names, shares = zip(*((pool.paths[i], pool.names[i], weights[i]) for i in used), strict=True)
     return lambda out, note: soup_folders(folders, out, weights=shares, note=note, names=names)
+
+
+def _average(
+    pool: Pool, weights: Mixing, how: Averaging, out: Path, note: Mapping[str, Any], *, start: Pool | None, **more: Any
+) -> FileSoup:
+    """Write what `writer` says; `more` is of `average_files`."""
+    begin = start or Pool([], [], pool.reading, pool.temporary)
+    paths, names = [*begin.paths, *pool.paths], [*begin.names, *pool.names]
+    for path in dict.fromkeys(each for each in (how.init, how.kept_from) if each is not None and each not in paths):
+        paths, names = [*paths, path], [*names, name_beside(short_names([path])[0], path, paths, names)]
+        weights = {n: [*row, 0.0] for n, row in weights.items()} if isinstance(weights, Mapping) else [*weights, 0.0]
+    if more["merging"] is None and not isinstance(weights, Mapping):
+        used = [i for i, weight in enumerate(weights) if weight or paths[i] in (how.init, how.kept_from)]
+        paths, names, weights = [paths[i] for i in used], [names[i] for i in used], [weights[i] for i in used]
+    stands_in = [how.kept_from] if how.kept_from is not None else pool.paths  # for what is not averaged
+    more |= {"weights": weights, "names": names, "dtype": how.dtype, "threads": how.threads, "reading": pool.reading}
+    more["keep_from"] = None if how.init is None else paths.index(how.init)
+    more["first"] = next((i for i, path in enumerate(paths) if path in stands_in), 0)
+    more["note"] = {"batch_norm": how.batch_norm, **note}
+    if how.allow_unrelated:
+        more["note"]["unrelated"] = "average"
+    if how.measured_on is None or how.measured_on.statistics is None or len(paths) < 2:
+        return average_files(paths, out, **more)  # a model by itself keeps its own statistics
+    from soups.files.weights import LazyWeights, mapped  # noqa: PLC0415  # torch takes seconds
+
+    with replacing(out) as temporary:
+        soup = average_files(paths, temporary, **more)
+        fresh, stored = how.measured_on.statistics(LazyWeights(temporary)), mapped(temporary, "r+")
+        for name, tensor in fresh.items():  # those that were measured with these weights
+            stored[name].copy_(tensor)
+    return replace(soup, path=out)
 
 
 def by_tensor(pool: Pool, more: Sequence[Path], row: Callable[[str], list[float]]) -> dict[str, list[float]]:

@@ -249,18 +249,14 @@ def _contents(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, str]]:
 
 def _record(mean: Mean, reading: Reading | None, dtype: OutputDtype, note: Mapping[str, Any]) -> Record:
     """What is known of the soup; an ingredient's digest is zeros until all of its tensors were read."""
-    weights: list[float] | dict[str, list[float]]
-    one_each = all(isinstance(term.weights, float) for term in mean.terms)
-    if one_each:
-        weights = [term.weight("") for term in mean.terms]
-    else:
-        weights = {name: [term.weight(name) for term in mean.terms] for name in mean.layout.entries}
+    shares = [term.weights for term in mean.terms if isinstance(term.weights, float)]
+    weights = shares or {name: [term.weight(name) for term in mean.terms] for name in mean.layout.entries}
     ingredients = []
     for term in mean.terms:
         digests = term.digests or {}
         complete = digests.keys() == term.checkpoint.entries.keys()
         digest = content_digest(term.checkpoint, digests) if complete else "0" * 32
-        share = term.weight("") / math.fsum(weights) if one_each else None
+        share = term.weight("") / math.fsum(shares) if shares else None
         ingredients.append(Ingredient(term.name, digest, share, term.keeps))
     ties, kept = mean.layout.ties, mean.layout.kept or mean.layout.dropped
     first = mean.first if kept else None

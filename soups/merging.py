@@ -20,8 +20,7 @@ from soups.mean import STATISTICS, Mean
 SMALLEST_SUM = 1e-7  # of magnitudes, of which a share is taken
 Floats = NDArray[np.float64]
 Changes = Callable[[], Iterable[Floats]]
-
-
+Numbered = Iterable[tuple[int, Floats]]  # blocks of changes with the number of the model
 # What is added to the initialisation at some elements of a tensor: of its name, the number of the first element, and a
 # function that gives each model's (n,) difference to the initialisation in turn; it may be asked several times, and an
 # array is good until the next one.
@@ -43,15 +42,12 @@ class Kept:
         return np.where((sizes > least) | equals, change, 0)
 
 
-def smallest_kept(changes: Callable[[], Iterable[tuple[int, Floats]]], densities: Sequence[float]) -> tuple[Kept, ...]:
+def smallest_kept(changes: Callable[[], Numbered], densities: Sequence[float]) -> tuple[Kept, ...]:
     """For each model the magnitude from which on a share of its numbers lies; at least one number is kept.
 
     Magnitudes are ranked as float32, by two readings that count the upper and then the lower half of their bits, so
-    that memory does not depend on how many there are. Equal magnitudes are kept together.
-
-    Args:
-        changes: gives all numbers of all models, in blocks with the number of the model; called twice.
-        densities: the share of each model, in (0, 1].
+    that memory does not depend on how many there are. Equal magnitudes are kept together. `changes` gives all numbers
+    of all models and is called twice; `densities` are in (0, 1].
 
     >>> smallest_kept(lambda: [(0, np.array([1.0, -4.0])), (0, np.array([3.0, 2.0]))], [0.5])
     (Kept(least=3.0, equals=1, last=inf),)
@@ -60,20 +56,29 @@ def smallest_kept(changes: Callable[[], Iterable[tuple[int, Floats]]], densities
     for i, block in changes():
         counts[i] += np.bincount(_bits(block) >> np.uint32(16), minlength=1 << 16)
     wanted = [max(1, int(density * row.sum())) for density, row in zip(densities, counts, strict=True)]
-    upper = [_last_with(row, keep) for row, keep in zip(counts, wanted, strict=True)]
-    left = [keep - int(row[half + 1 :].sum()) for row, keep, half in zip(counts, wanted, upper, strict=True)]
+    upper, left = _from_the_top(counts, wanted)
     counts[:] = 0
     for i, block in changes():
         bits = _bits(block)
         inside = bits[bits >> np.uint32(16) == upper[i]]
         counts[i] += np.bincount(inside & np.uint32(0xFFFF), minlength=1 << 16)
-    lower = [_last_with(row, keep) for row, keep in zip(counts, left, strict=True)]
+    lower, equals = _from_the_top(counts, left)
     found = np.array([high << 16 | low for high, low in zip(upper, lower, strict=True)], dtype=np.uint32)
-    equals = [keep - int(row[low + 1 :].sum()) for row, keep, low in zip(counts, left, lower, strict=True)]
     return tuple(map(Kept, found.view(np.float32).tolist(), equals))
 
 
-def exactly_kept(changes: Callable[[], Iterable[tuple[int, Floats]]], densities: Sequence[float]) -> tuple[Kept, ...]:
+def _from_the_top(counts: NDArray[np.int64], wanted: Sequence[int]) -> tuple[list[int], list[int]]:
+    """For each row of counts the last index from which on there are as many as wanted, and how many it is to give."""
+    at = [int(np.flatnonzero(row[::-1].cumsum()[::-1] >= n)[-1]) for row, n in zip(counts, wanted, strict=True)]
+    return at, [n - int(row[i + 1 :].sum()) for row, n, i in zip(counts, wanted, at, strict=True)]
+
+
+def _bits(block: Floats) -> NDArray[np.uint32]:
+    """Magnitudes as float32, whose bits are ordered as they are."""
+    return np.abs(block).astype(np.float32).view(np.uint32)
+
+
+def exactly_kept(changes: Callable[[], Numbered], densities: Sequence[float]) -> tuple[Kept, ...]:
     """The same with no more numbers than the share: of those equal to the magnitude the first; reads three times.
 
     >>> [kept] = exactly_kept(lambda: [(0, np.array([2.0, -2.0])), (0, np.array([3.0, 2.0]))], [0.5])
@@ -89,16 +94,6 @@ def exactly_kept(changes: Callable[[], Iterable[tuple[int, Floats]]], densities:
             found[i] = replace(found[i], last=read[i] + int(equals[missing - 1]))
         read[i], seen[i] = read[i] + len(block), seen[i] + len(equals)
     return tuple(found)
-
-
-def _last_with(counts: NDArray[np.int64], keep: int) -> int:
-    """The largest index from which on there are `keep` counts."""
-    return int(np.flatnonzero(counts[::-1].cumsum()[::-1] >= keep)[-1])
-
-
-def _bits(block: Floats) -> NDArray[np.uint32]:
-    """Magnitudes as float32, whose bits are ordered as they are."""
-    return np.abs(block).astype(np.float32).view(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,7 @@ class Ties:
         """The mean of those trimmed changes whose sign is that of their sum."""
         sign: Floats = np.sign(sum(change for _, change in self._trimmed(name, start, changes)))
         sign[sign == 0] = self.zero
-        total: Floats = np.zeros_like(sign)
-        count: Floats = np.zeros_like(sign)
+        total, count = np.zeros_like(sign), np.zeros_like(sign)
         for weight, change in self._trimmed(name, start, changes):
             agrees = np.sign(change) * sign > 0
             total += np.where(agrees, change, 0)
@@ -170,7 +164,7 @@ class Scaled:
         return np.where(kept, change, 0)
 
 
-def left_of_sums(rule: Scaled, changes: Callable[[str], Iterable[tuple[int, Floats]]], name: str) -> list[float]:
+def left_of_sums(rule: Scaled, changes: Callable[[str], Numbered], name: str) -> list[float]:
     """For each model the sum of magnitudes of what is left of a tensor's changes, as a share of that of all."""
     before, after, read = [0.0] * len(rule.scales), [0.0] * len(rule.scales), [0] * len(rule.scales)
     for i, block in changes(name):

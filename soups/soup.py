@@ -105,20 +105,18 @@ class Soup:
     def save(self, out: str | Path) -> Path:
         """Write it: a .safetensors file, a file of torch.save (.pt, .pth, .bin, .ckpt), or else a folder.
 
-        A file of torch.save has the names and the outer key of the first model's file. A folder has the config, the
-        tokenizer and a model card beside the weights, so that its library loads it. A soup of adapters is a folder that
-        peft loads. Beside a file lies <out>.recipe.yaml, which makes it again; in a folder, recipe.yaml.
+        A file of torch.save has the names and the outer key of the first model's file; a folder the config, the
+        tokenizer and a model card beside the weights, so that its library loads it. Beside a file lies
+        <out>.recipe.yaml, which makes it again; in a folder, recipe.yaml.
 
         Raises:
             UserError: `out` is one of the models, or a folder that is there; or as the averaging.
         """
         path, like = Path(out), self.pool.like
         refuse_out(path, self.pool.paths, force=True)
-        if self.pool.adapters:
-            if path.suffix in (".safetensors", *PICKLED):
-                raise UserError(f"--out {path}: a soup of LoRA adapters is a folder: leave out {path.suffix}")
-            self._write(path, path)
-        elif path.suffix == ".safetensors":
+        if self.pool.adapters and path.suffix in (".safetensors", *PICKLED):
+            raise UserError(f"--out {path}: a soup of LoRA adapters is a folder: leave out {path.suffix}")
+        if self.pool.adapters or path.suffix == ".safetensors":
             self._write(path, path)
         elif path.suffix in PICKLED:
             self.pool.workplace.mkdir(exist_ok=True)
@@ -144,15 +142,8 @@ class Soup:
 
 
 def refuse_out(path: Path, models: Sequence[Path], *, force: bool = False) -> None:
-    """Before any work: a soup overwrites no model, no folder, and another soup only if it is told to.
-
-    Args:
-        path: where the soup is to be written.
-        models: that it is made of.
-        force: whether a file that is there is overwritten.
-
-    Raises:
-        UserError: it would; or the name ends as no file of weights does.
+    """Before any work: a soup overwrites no model, no folder, and another soup only with `force`; else a UserError, as
+    where the name ends as no file of weights does.
     """
     resolved = path.resolve()
     if any(resolved == each.resolve() or resolved in each.resolve().parents for each in models):
@@ -186,8 +177,7 @@ def decimals(values: Iterable[float]) -> int:
 def _numbers(soup: Soup) -> Callable[[float | None], str]:
     """How the scores of a soup are printed, all with as many decimals."""
     known = [*soup.alone.values(), *(each.score for each in soup.decisions)]
-    known += [] if soup.score is None else [soup.score]
-    places = decimals(known)
+    places = decimals(known if soup.score is None else [*known, soup.score])
     return lambda value: "" if value is None else f"{value:.{places}f}"
 
 
@@ -201,9 +191,8 @@ def _table(soup: Soup) -> list[str]:
         for each in soup.decisions:
             share = soup.shares.get(each.file) if each.accepted and each.file not in kept else None
             kept |= {each.file} if each.accepted else set()
-            decision = "kept" if each.accepted else "left out"
-            weight = "" if share is None else f"{share:.4g}"
             numbers = [number(each.alone), number(each.score), *(_columns(each.gain) if paired else [])]
+            weight, decision = "" if share is None else f"{share:.4g}", "kept" if each.accepted else "left out"
             rows.append([each.file, weight, *numbers, decision])
     else:
         rows = [["file", "weight", *(["alone"] if soup.alone else [])]]
@@ -211,8 +200,12 @@ def _table(soup: Soup) -> list[str]:
             share = soup.shares.get(name, 0.0)
             weight = "by tensor" if share is None else f"{share:.4g}"
             rows.append([name, weight, *([number(soup.alone.get(name))] if soup.alone else [])])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    words = (0, len(rows[0]) - 1 if len(rows[0]) > 3 else 0)  # the columns that are not of numbers
+    columns = []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.ljust(width) if i in words else cell.rjust(width) for cell in column])
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
 def _columns(gain: Gain | None) -> list[str]:
@@ -221,23 +214,18 @@ def _columns(gain: Gain | None) -> list[str]:
         return ["", "", ""]
     if _is_nothing(gain):
         return ["0", "", "1"]
-    return [_signed(gain)[0], " ".join(_signed(gain)[1:]), f"{gain.p:.2g}"]
+    return [*_signed(gain).split(" ", 1), f"{gain.p:.2g}"]
 
 
 def _is_nothing(gain: Gain) -> bool:
     return gain.mean == gain.low == gain.high == 0
 
 
-def _signed(gain: Gain) -> list[str]:
-    """Mean, [low and high] with their signs and as many decimals as they need."""
+def _signed(gain: Gain) -> str:
+    """Mean [low, high] with their signs and as many decimals as they need."""
     assert gain.low is not None and gain.high is not None  # answers are known
     places = decimals([gain.mean, gain.low, gain.high])
-    return [f"{gain.mean:+.{places}f}", f"[{gain.low:+.{places}f},", f"{gain.high:+.{places}f}]"]
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    words = (0, len(row) - 1 if len(row) > 3 else 0)  # the columns that are not of numbers
-    return [cell.ljust(widths[i]) if i in words else cell.rjust(widths[i]) for i, cell in enumerate(row)]
+    return f"{gain.mean:+.{places}f} [{gain.low:+.{places}f}, {gain.high:+.{places}f}]"
 
 
 def _summary(soup: Soup) -> list[str]:
@@ -266,8 +254,8 @@ def _summary(soup: Soup) -> list[str]:
 
 def _reported(report: Report, soup: Soup) -> str:
     """One line of what examples say that selected nothing."""
-    known = [report.score, *([] if report.single is None else [report.single])]
-    places, counted = decimals(known), f" (n = {report.n})" if report.n else ""
+    places = decimals([report.score] if report.single is None else [report.score, report.single])
+    counted = f" (n = {report.n})" if report.n else ""
     line = f"on --report, whose examples selected nothing{counted}: {soup.metric} {report.score:.{places}f}"
     if report.single is None or report.gain is None or list(soup.shares) == [soup.best]:
         return line
@@ -281,7 +269,7 @@ def _gained(gain: Gain) -> str:
         return f"{line} (no interval: it needs the answer to each example, and a score alone is known)"
     if _is_nothing(gain):
         return "gains nothing: both answer every example equally well"
-    line = f"gains {' '.join(_signed(gain))}, p = {gain.p:.2g}"
+    line = f"gains {_signed(gain)}, p = {gain.p:.2g}"
     return line + (", which is not significantly different from 0" if gain.low <= 0 <= gain.high else "")
 
 
@@ -294,14 +282,12 @@ def _why_alone(soup: Soup) -> str:
     nearest = max(tried, key=lambda each: sign * each.score)
     assert soup.score is not None  # it was tried
     lost = sign * (soup.score - nearest.score)
+    by = f"{abs(lost):.{decimals([lost])}f}"
     if lost < 0:
-        return (
-            f"the nearest, {nearest.file}, gains {-lost:.{decimals([lost])}f}, which is less than --min-sigma asks for"
-        )
-    by = f"{lost:.{decimals([lost])}f}"
-    how = f"the nearest, {nearest.file}, by {by}" if lost else f"the nearest, {nearest.file}, left it as it was"
+        return f"the nearest, {nearest.file}, gains {by}, which is less than --min-sigma asks for"
+    how = f"by {by}" if lost else "left it as it was"
     return (
-        f"each of the other {len({each.file for each in tried})} made the score worse ({how}). Usual reasons: they "
-        "are not fine-tuned from the same checkpoint, went too far (a high learning rate), or there are too few "
-        "examples to tell. `soups doctor FILES` says which; docs/worse.md has what to do"
+        f"each of the other {len({each.file for each in tried})} made the score worse (the nearest, {nearest.file}, "
+        f"{how}). Usual reasons: they are not fine-tuned from the same checkpoint, went too far (a high learning rate)"
+        ", or there are too few examples to tell. `soups doctor FILES` says which; docs/worse.md has what to do"
     )

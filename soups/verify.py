@@ -78,10 +78,7 @@ def _called(folder: Path, name: str) -> list[Path]:
 def find(record: Record, folder: Path, soup: Path) -> tuple[Record, list[Path], list[str]]:
     """The recorded ingredients' files, in the folder or of the hub, and what is wrong with those that were not found.
 
-    Args:
-        record: given back with the folder from which its models of classes and of adapters are looked for.
-        folder: in which they are.
-        soup: which is not looked at.
+    The record is given back with the folder from which its models of classes and of adapters are looked for.
 
     Raises:
         UserError: a model of the hub is in no folder and cannot be had.
@@ -174,13 +171,13 @@ def make_again(record: Record, paths: Sequence[Path], out: Path) -> "FileSoup | 
         first = order.index(first)
     elif note.get("normalize") is False:
         merging = undivided
-    keeps = [names.index(ingredient.file) for ingredient in record.ingredients if ingredient.keeps_batch_norm]
+    keeps = [names.index(each.file) for each in record.ingredients if each.keeps_batch_norm]
     return average_files(
         paths,
         out,
         weights=weights,
         dtype=record.dtype,
-        keep_from=keeps[0] if keeps else None,
+        keep_from=next(iter(keeps), None),
         note=note,
         names=names,
         reading=record.reading if record.format > 1 else Reading(as_stored=True),
@@ -193,10 +190,7 @@ def make_again(record: Record, paths: Sequence[Path], out: Path) -> "FileSoup | 
 def _same(soup: Path, again: Path, *, renewed: bool = False) -> bool:
     """Whether two soups are equal to the byte; those of several files or of torch.save by their tensors and record.
 
-    Args:
-        soup: a file or a folder.
-        again: a .safetensors file.
-        renewed: the first one has batch-norm statistics measured on data, which are left out.
+    Where the first has `renewed` batch-norm statistics, measured on data, they are left out.
     """
     pickled = soup.suffix in PICKLED
     if soup.is_file() and not pickled and not renewed and soup.name != ADAPTER:
@@ -224,9 +218,9 @@ def make(
         path: the file.
         out: in place of what the recipe says.
         folder: where the models are; beside the file, or the folder of the soup that it lies in, if None.
-        run: a command's words.
+        run: runs a command's words, and adds the settings `more`, which only a recipe that was written has.
         force: overwrite `out` if it is a file that is there.
-        more: settings that `run` adds, which only a recipe that was written has.
+        more: words.
 
     Raises:
         UserError: names the file.
@@ -283,12 +277,7 @@ def _soup_again(recipe: Mapping[str, Any], folder: Path) -> Soup:
 def typed(recipe: Mapping[str, Any], folder: Path) -> list[str]:
     """A recipe that was written by hand, or for mergekit, as words of the command line.
 
-    Args:
-        recipe: `recipe`, `models`, and settings under the names that they have on the command line.
-        folder: where files are that it names.
-
-    Raises:
-        UserError: what stands in it is no recipe.
+    `folder` is where files are that it names; raises UserError where it is no recipe.
 
     >>> typed({"recipe": "ties", "models": ["a.pt", "hf:org/b"], "init": "c.pt", "density": 0.2}, Path("/run"))
     ['ties', '/run/a.pt', 'hf:org/b', '--init=/run/c.pt', '--density=0.2']
@@ -393,11 +382,8 @@ def _number(name: str, value: Any) -> float:
             return float(value)  # 1e-3 is text to yaml
     except ValueError:
         pass
-    if isinstance(value, (list, dict)):
-        raise UserError(
-            f"{name}: gradients and filters, which differ from layer to layer, are not read: write a number"
-        )
-    raise UserError(f"{name}: write a number, not {value!r}")
+    layers = "gradients and filters, which differ from layer to layer, are not read: write a number"
+    raise UserError(f"{name}: {layers if isinstance(value, (list, dict)) else f'write a number, not {value!r}'}")
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -1,7 +1,5 @@
-"""Opens weights, whatever they are: a file's first bytes say which reader it needs.
-
-Known are: safetensors; checkpoints of torch.save, never executing a pickle; shards of either, named by their index json
-or by their folder; folders of torch.distributed.checkpoint; models of the Hugging Face hub.
+"""Opens weights, whatever they are: .safetensors; checkpoints of torch.save, never executing a pickle; shards of
+either; folders of torch.distributed.checkpoint; LoRA adapters with their base model; models of the Hugging Face hub.
 """
 
 import errno
@@ -16,8 +14,9 @@ from soups.errors import UserError
 from soups.files.adapters import merged, weights_file
 from soups.files.aligned import aligned
 from soups.files.checkpoints import PICKLED, Checkpoint, open_safetensors, recorded_ties, renamed, supported
+from soups.files.distributed import METADATA, open_distributed
 from soups.files.folders import HUB, INDEX, from_hub, in_folder, is_adapter, is_shard
-from soups.files.pickled import METADATA, open_distributed, open_pickled
+from soups.files.pickled import open_pickled
 from soups.files.reading import Reading, only_here, without_wrappers
 
 MOST_FILES = 1 << 14  # open at once; some systems name no limit and have one
@@ -56,12 +55,14 @@ def _together(path: Path, shards: Sequence[Checkpoint]) -> Checkpoint:
             place[name] = shard
         ties |= {name: kept for name, kept in shard.ties.items() if name not in shard.absent}
     recorded = recorded_ties(metadata, set(place))
-    entries = {name: shard.entries[name] for name, shard in sorted(place.items()) if name in shard.entries}
-
-    def fill(name: str, offset: int, view: memoryview) -> None:
-        place[name].fill(name, offset, view)
-
-    return Checkpoint(path, entries, ties | recorded, fill, metadata=metadata, absent=frozenset(recorded))
+    return Checkpoint(
+        path,
+        {name: shard.entries[name] for name, shard in sorted(place.items()) if name in shard.entries},
+        ties | recorded,
+        lambda name, offset, view: place[name].fill(name, offset, view),
+        metadata=metadata,
+        absent=frozenset(recorded),
+    )
 
 
 def _open_file(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
@@ -99,10 +100,7 @@ def _many_files() -> None:
 def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Reading | None = None) -> Checkpoint:
     """Open a weight file, an index of shards, a folder that holds one of them, or hf:org/model; closed with `stack`.
 
-    Args:
-        source: one that is open already is given back.
-        stack: closes what is opened.
-        reading: which weights of it, and whether names keep those of wrappers.
+    One that is open already is given back.
 
     Raises:
         UserError: missing, truncated, damaged, not weights, or a kind of tensor that cannot be averaged.

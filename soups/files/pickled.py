@@ -1,9 +1,7 @@
-"""Checkpoints of torch.save and torch.distributed.checkpoint, read without torch, and nothing in them is run.
+"""Checkpoints of torch.save, a zip of a pickle and of tensors' bytes: read without torch, and nothing in them is run.
 
-The first are a zip of a pickle and of tensors' bytes, uncompressed. The second are folders: .metadata is a pickle, and
-each chunk of a tensor a zip of the first kind within a .distcp file. Of what a pickle names a few functions are read by
-our own; every other becomes an inert stand-in. So a checkpoint may hold an argparse.Namespace or the settings of a
-Lightning module, and a malicious one does nothing.
+Of what the pickle names a few functions are read by our own; every other becomes an inert stand-in. So a checkpoint may
+hold an argparse.Namespace or the settings of a Lightning module, and a malicious one does nothing.
 """
 
 import io
@@ -14,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,11 +27,6 @@ NAMED = {name: kind for kind, names in KINDS.items() for name in names[:2]}  # t
 NAMED |= {"ComplexFloatStorage": "torch.complex64", "ComplexDoubleStorage": "torch.complex128"}
 PLAIN = (type(None), bool, int, float, str, bytes)
 DEPTH = 3  # dicts within dicts that are looked through for weights
-METADATA = ".metadata"
-RECORDS = (  # dataclasses of torch.distributed.checkpoint
-    *("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
-    *("MetadataIndex", "_StorageInfo"),
-)
 
 
 class Inert:
@@ -129,7 +121,7 @@ class Unpickler(pickle.Unpickler):
         return dtype, name, numel
 
 
-def _unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
+def unpickled(path: Path, archive: zipfile.ZipFile) -> tuple[Any, str]:
     """What the archive holds, and its top folder."""
     names = archive.namelist()
     root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
@@ -187,7 +179,7 @@ def _choose(path: Path, found: Mapping[str, Any], key: str | None) -> str:
     return fitting[0]
 
 
-def _unwrap(path: Path, value: Any, key: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
+def unwrap(path: Path, value: Any, key: str | None) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
     """The state dict, the path of keys it was under or an empty string, and what else the file holds."""
     if isinstance(value, Inert):
         raise UserError(f"{path} holds {_object(value)}")
@@ -223,7 +215,7 @@ def _object(value: Inert) -> str:
     )
 
 
-def _begin_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor, base: int = 0) -> int:
+def begin_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tensor, base: int = 0) -> int:
     """Where a storage's bytes begin in the file, which has the archive from byte `base` on; the tensor lies within."""
     info = archive.getinfo(f"{root}data/{tensor.storage}")
     last = tensor.start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
@@ -238,7 +230,7 @@ def _begin_of(descriptor: int, archive: zipfile.ZipFile, root: str, tensor: Tens
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A tensor in an open file, and where its storage begins there."""
 
     path: Path
@@ -271,8 +263,8 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         raise UserError(f"{path} is not an archive of torch.save as of 1.6: load it with torch and save it again")
     try:
         archive = stack.enter_context(zipfile.ZipFile(file))
-        value, root = _unpickled(path, archive)
-        state, unwrapped, dropped = _unwrap(path, value, reading.key)
+        value, root = unpickled(path, archive)
+        state, unwrapped, dropped = unwrap(path, value, reading.key)
         unreadable = [name for name, item in state.items() if isinstance(item, Unreadable)]
         if unreadable:
             raise UserError(f"{path}: tensor {unreadable[0]!r} is sparse or quantized, which cannot be averaged")
@@ -280,7 +272,7 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         ties = first_names({name: tensor for name, tensor in tensors.items() if tensor.entry.size})
         entries = {name: tensor.entry for name, tensor in tensors.items() if name not in ties}
         places = {
-            name: _Place(path, file.fileno(), tensors[name], _begin_of(file.fileno(), archive, root, tensors[name]))
+            name: Place(path, file.fileno(), tensors[name], begin_of(file.fileno(), archive, root, tensors[name]))
             for name, entry in entries.items()
             if entry.dtype in STORED
         }
@@ -295,148 +287,3 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
     others = {name: item for name, item in state.items() if isinstance(item, PLAIN)}
     inert = tuple(name for name, item in state.items() if isinstance(item, Inert))
     return Checkpoint(path, entries, ties, fill, unwrapped, others=others, dropped=(*dropped, *inert))
-
-
-class _Record:
-    """Stands for a dataclass of torch.distributed.checkpoint: it has the fields, and nothing else of it."""
-
-    def __setstate__(self, state: Any) -> None:
-        # TensorProperties alone has a tuple, whose first item is the dtype.
-        self.__dict__.update(state if isinstance(state, dict) else {"dtype": state[0]})
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)  # a field that a damaged file lacks
-
-
-class _MetadataUnpickler(Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_record = module.startswith("torch.distributed.") and name in RECORDS
-        return _Record if is_record else super().find_class(module, name)
-
-
-class _Slice(io.RawIOBase):
-    """A part of an open file as a file of its own."""
-
-    def __init__(self, descriptor: int, start: int, length: int):
-        self.descriptor, self.start, self.length, self.place = descriptor, start, length, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.place = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.length}[whence])
-        return self.place
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self.length - self.place))
-        done = os.preadv(self.descriptor, [memoryview(buffer)[:count]], self.start + self.place)
-        self.place += done
-        return done
-
-
-@dataclass
-class _Chunk:
-    """A box of a tensor, and where it is stored."""
-
-    path: Path
-    descriptor: int
-    info: Any  # `offset` and `length` in the file, in bytes
-    whole: Tensor
-    offsets: tuple[int, ...]  # of the box in it
-    sizes: tuple[int, ...]  # of the box
-
-    @cached_property
-    def place(self) -> _Place:
-        """The stored box; raises UserError where there is no such tensor."""
-        start = self.info.offset
-        try:
-            with zipfile.ZipFile(_Slice(self.descriptor, start, self.info.length)) as archive:
-                tensor, root = _unpickled(self.path, archive)
-                if tensor.entry != Entry(self.whole.dtype, self.sizes):
-                    raise ValueError(f"{tensor.dtype} {tensor.shape} in place of {self.whole.dtype} {self.sizes}")
-                begin = _begin_of(self.descriptor, archive, root, tensor, start)
-                return _Place(self.path, self.descriptor, tensor, begin)
-        except Exception as error:  # a damaged archive may fail in any way
-            raise UserError(f"{self.path} is damaged at byte {start}: {error}") from None
-
-    def fill(self, name: str, first: int, last: int, view: memoryview) -> int:
-        """Copy those of the tensor's elements `first` to `last` that it holds into their places; how many they are."""
-        shape, strides = self.whole.shape, self.whole.stride
-        cut = [i for i, size in enumerate(self.sizes) if size != shape[i]]
-        axis = cut[-1] if cut else 0  # a run of following elements goes over this axis and those after it
-        starts = np.array([sum(offset * stride for offset, stride in zip(self.offsets, strides, strict=True))])
-        for i in range(axis):
-            starts = (starts[:, None] + np.arange(self.sizes[i]) * strides[i]).reshape(-1)
-        run, width, done = prod(self.sizes[axis:]), STORED[self.whole.dtype].itemsize, 0
-        for i in range(*np.searchsorted(starts, [first - run + 1, last]).tolist()):
-            begin = int(starts[i])
-            low, high = max(first, begin), min(last, begin + run)
-            part = view[(low - first) * width : (high - first) * width]
-            self.place.fill(name, (i * run + low - begin) * width, part)
-            done += high - low
-        return done
-
-
-def _read_metadata(folder: Path, stack: ExitStack) -> tuple[dict[str, Any], dict[str, list[_Chunk]]]:
-    """The nested dict that was saved, with what its tensors are in their places, and chunks by a tensor's full name."""
-    with (folder / METADATA).open("rb") as file:
-        metadata = _MetadataUnpickler(file).load()
-    stored = {(index.fqn, index.__dict__.get("offset")): info for index, info in metadata.storage_data.items()}
-    descriptors: dict[str, int] = {}
-    nested: dict[str, Any] = {}
-    chunks: dict[str, list[_Chunk]] = {}
-    for name, what in metadata.state_dict_metadata.items():
-        # As torch: the keys that lead to it, or without them a flat dict.
-        *outer, last = map(str, (metadata.planner_data or {}).get(name, (name,)))
-        node = nested
-        for key in outer:
-            node = node.setdefault(key, {})
-        if last.startswith("param_groups."):
-            node["param_groups"] = None  # the flattened state of an optimizer
-        if not isinstance(what, _Record):
-            node[last] = None  # a pickled value, which is not read
-            continue
-        strides = tuple(prod(what.size[i + 1 :]) for i in range(len(what.size)))
-        whole = node[last] = Tensor(what.properties.dtype, name, prod(what.size), 0, what.size, strides)
-        chunks[name] = []
-        for box in what.chunks:
-            info = stored[name, box.offsets]
-            path = folder / info.relative_path
-            if path.parent != folder or "transform_descriptors" in info.__dict__:
-                raise UserError(f"{path}: a chunk outside the folder, or compressed by an extension, cannot be read")
-            if path.name not in descriptors:
-                descriptors[path.name] = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, descriptors[path.name])
-            size = os.fstat(descriptors[path.name]).st_size
-            if not 0 <= info.offset <= info.offset + info.length <= size:
-                raise UserError(f"{path} is truncated: {size} bytes, and a chunk of {name!r} ends after them")
-            chunks[name].append(_Chunk(path, descriptors[path.name], info, whole, box.offsets, box.sizes))
-        if sum(prod(chunk.sizes) for chunk in chunks[name]) != whole.numel:
-            raise UserError(f"{folder}: the chunks of tensor {name!r} are not all of it")
-    return nested, chunks
-
-
-def open_distributed(folder: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
-    """Open a folder of torch.distributed.checkpoint. Elements are copied from the chunks that hold them, whatever the
-    sharding, so no tensor is put together in memory.
-
-    Raises:
-        UserError: damaged, files that are missing, several sets of weights, or no state dict in it.
-    """
-    try:
-        nested, chunks = _read_metadata(folder, stack)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: its file {Path(error.filename).name} is missing") from None
-    except Exception as error:  # a damaged pickle may fail in any way
-        raise UserError(f"{folder / METADATA} is damaged: {type(error).__name__}: {error}") from None
-    state, unwrapped, dropped = _unwrap(folder, nested, reading.key)
-    tensors = {name: item for name, item in sorted(state.items()) if isinstance(item, Tensor)}
-
-    def fill(name: str, offset: int, view: memoryview) -> None:
-        width = STORED[tensors[name].dtype].itemsize
-        first, last = offset // width, (offset + len(view)) // width
-        if sum(chunk.fill(name, first, last, view) for chunk in chunks[tensors[name].storage]) != last - first:
-            raise UserError(f"{folder}: the chunks of tensor {name!r} overlap or leave gaps")
-
-    values = tuple(name for name, item in state.items() if not isinstance(item, Tensor))
-    entries = {name: tensor.entry for name, tensor in tensors.items()}
-    return Checkpoint(folder, entries, {}, fill, unwrapped, dropped=(*dropped, *values))
