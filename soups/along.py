@@ -17,16 +17,11 @@ STATE = "trainer_state.json"
 
 
 def factors(kind: str, taken: int) -> tuple[float, float]:
-    """What a running sum is multiplied by before the next model is added to it, and what that model weighs.
+    """What a running sum of `taken` models is multiplied by before the next is added to it, and what that one weighs.
 
-    Args:
-        kind: "uniform", all alike. "1-sqrt": the weights sqrt(j + 1) - sqrt(j) of models j = 0, 1, ..., with which the
-            update that led to model j of n counts 1 - sqrt(j / n), as if the learning rate had been decayed so; these
-            weights, unlike their sum, do not depend on n. "ema:0.99": average <- 0.99 x average + 0.01 x model.
-        taken: number of models in the sum.
-
-    Raises:
-        UserError: no such kind.
+    Kinds are "uniform", all alike; "ema:0.99", average <- 0.99 x average + 0.01 x model; and "1-sqrt", the weights
+    sqrt(j + 1) - sqrt(j) of models j = 0, 1, ..., with which the update that led to model j of n counts
+    1 - sqrt(j / n), as if the learning rate had been decayed so; unlike their sum, these weights do not depend on n.
 
     Source: Tian et al. 2025 (arXiv 2507.17634) for weights and decay of the learning rate; Haegele et al. 2024 for
     1 - sqrt.
@@ -44,9 +39,6 @@ def factors(kind: str, taken: int) -> tuple[float, float]:
 def shares(kind: str, count: int) -> list[float]:
     """The weights of models along a run, the earliest first, in any scale.
 
-    Raises:
-        UserError: as `factors`.
-
     >>> shares("ema:0.5", 3), [round(share, 2) for share in shares("1-sqrt", 3)]
     ([0.25, 0.25, 0.5], [1.0, 0.41, 0.32])
     """
@@ -58,10 +50,7 @@ def shares(kind: str, count: int) -> list[float]:
 
 
 def in_time_order(paths: Sequence[Path]) -> list[Path]:
-    """Sorted by the whole numbers in their names, such as epochs and steps.
-
-    Raises:
-        UserError: names that do not say which of two checkpoints is the earlier.
+    """Sorted by the whole numbers in their names, such as epochs and steps; else a UserError.
 
     >>> [str(path) for path in in_time_order([Path("e=1-loss=0.5.ckpt"), Path("e=0-loss=0.9.ckpt")])]
     ['e=0-loss=0.9.ckpt', 'e=1-loss=0.5.ckpt']
@@ -85,11 +74,7 @@ def in_time_order(paths: Sequence[Path]) -> list[Path]:
 
 
 def logged(path: Path, metric: str) -> float:
-    """What transformers' Trainer logged for a checkpoint at the step at which it was saved.
-
-    Raises:
-        UserError: no log beside the checkpoint, or not one number of that name for its step.
-    """
+    """What transformers' Trainer logged for a checkpoint at the step at which it was saved; else a UserError."""
     file = (path if path.is_dir() else path.parent) / STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -111,19 +96,7 @@ def logged(path: Path, metric: str) -> float:
 def chosen(
     paths: Sequence[Path], *, last: int | None = None, top: int | None = None, by: str | None = None, goal: str = ""
 ) -> list[Path]:
-    """The last or the best checkpoints of a run, in the order of time; all of them as they are if neither is asked for.
-
-    Args:
-        paths: of one run, in any order.
-        last: so many, the latest.
-        top: so many, the best; of equal ones the later.
-        by: scores of all of them, a .json, .jsonl or .csv as `soups.scores.given_scores` reads; or the name of a metric
-            in each checkpoint's trainer_state.json, at the step at which it was saved.
-        goal: "max" or "min", whether the scores are to be high or low.
-
-    Raises:
-        UserError: names without an order in time, fewer files than that, scores that are missing, or half a choice.
-    """
+    """The `last`, or by scores the `top` checkpoints of a run, in the order of time; of equal ones the later."""
     if last is None and top is None and by is None and not goal:
         return list(paths)
     scored = (top is not None, by is not None, goal in ("max", "min"))

@@ -40,12 +40,7 @@ class Average:
     count: int = 0
 
     def plus(self, weights: Weights) -> "Average":
-        """The average with one more model; this one is left as it was.
-
-        Raises:
-            UserError: names, shapes, kinds, ties or integers differ; or a tensor holds NaN or infinity, or is complex
-                or float8.
-        """
+        """The average with one more model, or a UserError where it does not fit; this one is left as it was."""
         new = checkpoint_of(f"model {self.count}", weights)
         before = [checkpoint_of("the models before", self.sums)] if self.count else []
         layout = common_layout([*before, new])

@@ -74,9 +74,6 @@ def open_pool(
             base: file or folder of the model that LoRA adapters change; each is read as that model with it merged.
         start: the initialisation, where the recipe needs one.
         score: what the recipe scores or learns by, if anything; adapters need one.
-
-    Raises:
-        UserError: settings or models that do not fit together.
     """
     values = dict(settings)
     images, base = values.pop("images", None), values.pop("base", None)

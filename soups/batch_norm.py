@@ -16,9 +16,9 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any]) -> int:
     """Replace running means and variances by their averages over the batches of a loader (a pass in training mode).
 
     Every batch weighs the same, as in `torch.optim.swa_utils.update_bn`. Under torch.distributed each rank brings its
-    own batches, as many as it has: the ranks' averages, times their numbers of batches, are summed in float64 over all
-    ranks (all-reduce), so that every rank ends with what one process would get from all batches. The bare module is
-    run, since DistributedDataParallel sends rank 0's buffers at the first batch, and a rank without one would not come.
+    own batches, as many as it has, and every rank ends with what one process would get from all of them. The bare
+    module is run, since DistributedDataParallel sends rank 0's buffers at the first batch, and a rank without one would
+    not come.
 
     Args:
         model: the soup; its mode is restored. Dropout is on during the pass, as it was in training.
@@ -29,8 +29,7 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any]) -> int:
         The number of batches over all ranks, which `num_batches_tracked` becomes; 0 if the model has no batch norm.
 
     Raises:
-        ValueError: no rank has a batch. After this, as after any failure of the loader or the model, all buffers,
-            modes and momenta are as they were.
+        ValueError: no rank has a batch. Whatever fails, all buffers, modes and momenta are as they were.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     layers = batch_norms(bare)
@@ -45,7 +44,8 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any]) -> int:
         for batch in loader:
             _run(bare, batch)
             count += 1
-        total = sum_over_ranks(torch.tensor(float(count), dtype=torch.float64, device=_place(layers[0])))
+        place = next(layers[0].buffers()).device
+        total = sum_over_ranks(torch.tensor(float(count), dtype=torch.float64, device=place))
         if total == 0:
             raise ValueError("batch norm cannot be recomputed without data: the loader has no batch")
         for layer in layers:
@@ -95,8 +95,3 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
             module.training = training
         for layer, momentum in momenta:
             layer.momentum = momentum
-
-
-def _place(layer: _BatchNorm) -> torch.device:
-    assert layer.running_mean is not None
-    return layer.running_mean.device

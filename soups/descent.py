@@ -182,11 +182,7 @@ class State:
             torch.save(values | {"moments": self.optimizer.state_dict()["state"]}, file)
 
     def resume(self, path: Path | None) -> None:
-        """Become what was saved; rank 0 decides whether there is something, since it may write while others read.
-
-        Raises:
-            UserError: the file is damaged or another run's.
-        """
+        """Become what was saved; rank 0 decides whether there is something, since it may write while others read."""
         if from_first(path is not None and path.exists()) and path is not None:
             try:
                 saved = torch.load(path, weights_only=True)

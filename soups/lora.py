@@ -126,18 +126,15 @@ def _joined(name: str, other: str, adapters: Sequence[Weights], factors: Sequenc
 
 
 def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of B A of a given rank, without forming B A.
+    """The best approximation of B A of a rank, without forming B A, and its relative Frobenius error in [0, 1].
 
-    With A = R_a Q_a and B = Q_b R_b (Q orthonormal), B A = Q_b (R_b R_a) Q_a, and the small matrix in the middle
-    has its singular values.
+    With A = R_a Q_a and B = Q_b R_b (Q orthonormal), B A = Q_b (R_b R_a) Q_a, and the small matrix in the middle has
+    its singular values, which both factors share evenly. Where B A has a smaller rank, zeros fill up.
 
     Args:
         a: (R, in, ...) float64.
         b: (out, R, ...) float64, with 1 x 1 behind R for a convolution.
-        rank: in [1, R]. Where B A has a smaller rank, zeros fill up.
-
-    Returns:
-        Factors of that rank, which share the singular values evenly, and the relative Frobenius error in [0, 1].
+        rank: in [1, R].
     """
     q_a, r_a = torch.linalg.qr(a.flatten(1).T)  # (in, m), (m, R)
     q_b, r_b = torch.linalg.qr(b.flatten(1))  # (out, n), (n, R)
@@ -159,18 +156,15 @@ def soup_folders(
     note: Mapping[str, Any] | None = None,
     names: Sequence[str] | None = None,
 ) -> LoraSoup:
-    """Write the weighted mean of adapters' updates as a folder that peft loads.
+    """Write the weighted mean of the updates of peft's folders as a folder that peft loads; else a UserError.
 
     Args:
-        folders: of peft's save_pretrained.
+        folders: of the adapters.
         out: a folder that is not there yet.
         weights: of at least 0, in any scale; equal when None.
         rank: of the soup, as in `soup_lora`.
         note: what its record says beside.
         names: what it calls the adapters; as `short_names` when None.
-
-    Raises:
-        UserError: folders that are no LoRA adapters, or do not fit together; `out` is there already.
     """
     shares = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
     if not folders or len(shares) != len(folders) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):

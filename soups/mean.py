@@ -100,11 +100,7 @@ class Mean:
         return Entry(self.dtype if isinstance(self.dtype, str) else self.dtype[name], entry.shape)
 
     def blocks(self, name: str) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Where each block of a tensor begins, and its elements, which are good until the next is asked for.
-
-        Raises:
-            UserError: NaN, infinities, integers that differ, or a mean that its kind cannot hold; names the file.
-        """
+        """Where each block of a tensor begins, and its elements, which are good until the next is asked for."""
         entry = self.layout.entries[name]
         hashes = [hash_tensor() for _ in self.terms]
         for start in range(0, entry.size, BLOCK):
@@ -298,9 +294,6 @@ def average_files(
         sync: as in `replacing`.
         merging: what takes the place of the mean of models in this order; see `soups.merging`.
         format: of the record; 1 writes what a soup of that format was.
-
-    Raises:
-        UserError: a bad file, models that do not fit together, NaN or infinity, or a full disk.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: a soup is written as .safetensors")

@@ -1,7 +1,6 @@
-"""What becomes of the models' changes from one initialisation: task arithmetic, TIES and DARE.
+"""What becomes of the models' changes from one initialisation, block by block: task arithmetic, TIES and DARE.
 
-Each is a function of the same elements of all models, so files are read block by block and memory does not grow with
-the number or the size of models. Batch-norm statistics are no task vectors: they are the mean of the models'.
+Batch-norm statistics are no task vectors: they are the mean of the models'.
 """
 
 import hashlib
@@ -46,8 +45,7 @@ def smallest_kept(changes: Callable[[], Numbered], densities: Sequence[float]) -
     """For each model the magnitude from which on a share of its numbers lies; at least one number is kept.
 
     Magnitudes are ranked as float32, by two readings that count the upper and then the lower half of their bits, so
-    that memory does not depend on how many there are. Equal magnitudes are kept together. `changes` gives all numbers
-    of all models and is called twice; `densities` are in (0, 1].
+    that memory does not depend on how many there are. `densities` are in (0, 1].
 
     >>> smallest_kept(lambda: [(0, np.array([1.0, -4.0])), (0, np.array([3.0, 2.0]))], [0.5])
     (Kept(least=3.0, equals=1, last=inf),)
@@ -130,13 +128,10 @@ class Ties:
 
 @dataclass(frozen=True)
 class Scaled:
-    """The weighted sum of the changes, or of those that chance leaves.
+    """The weighted sum of the changes, or of those that chance leaves, by the seed, the model's key, the tensor's name
+    and the place in it alone.
 
-    Which are dropped depends on the seed, the model's key, the tensor's name and the place in it, and on nothing else:
-    neither on the other models nor on their order.
-
-    Source: Ilharco et al. 2023, Section 2, whose negative scales take a task away; with `drops` Yu et al. 2024,
-    equation 3.
+    Source: Ilharco et al. 2023, Section 2, whose negative scales take a task away; with `drops` Yu et al. 2024, eq. 3.
     """
 
     scales: Sequence[float]  # what each model's change is multiplied by

@@ -108,9 +108,6 @@ class Soup:
         A file of torch.save has the names and the outer key of the first model's file; a folder the config, the
         tokenizer and a model card beside the weights, so that its library loads it. Beside a file lies
         <out>.recipe.yaml, which makes it again; in a folder, recipe.yaml.
-
-        Raises:
-            UserError: `out` is one of the models, or a folder that is there; or as the averaging.
         """
         path, like = Path(out), self.pool.like
         refuse_out(path, self.pool.paths, force=True)
@@ -161,9 +158,7 @@ def refuse_out(path: Path, models: Sequence[Path], *, force: bool = False) -> No
 
 
 def decimals(values: Iterable[float]) -> int:
-    """How many decimals tell these numbers apart, and each from 0: at least 4, of numbers past 1,000 at least 1.
-
-    Numbers that differ by the rounding of a sum alone are one number here.
+    """How many decimals tell these numbers apart and from 0, but for rounding; at least 4, of numbers past 1,000 1.
 
     >>> decimals([0.5, 0.25]), decimals([0.0001, 0.00012]), decimals([2500.251, 2500.254]), decimals([0.3, 0.1 + 0.2])
     (4, 5, 3, 4)

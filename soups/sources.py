@@ -24,11 +24,7 @@ def in_natural_order(paths: Iterable[Path]) -> list[Path]:
 
 
 def matches(pattern: str) -> list[Path]:
-    """The files that a path or a pattern stands for, sorted.
-
-    Raises:
-        UserError: a pattern that matches nothing.
-    """
+    """The files that a path or a pattern stands for, sorted; raises UserError where a pattern matches nothing."""
     path = Path(pattern)
     if path.exists() or not glob.has_magic(pattern):
         return [path]
@@ -68,11 +64,7 @@ class Pool:
 
 
 def _kept(source: Any, path: Path) -> Path:
-    """A model in memory as a file; one model of a loader at a time is in memory.
-
-    Raises:
-        UserError: it is no state dict.
-    """
+    """A model in memory as a file; one model of a loader at a time is in memory."""
     import torch  # noqa: PLC0415  # files alone need none of it
 
     state = source() if callable(source) and not hasattr(source, "state_dict") else source
@@ -88,13 +80,8 @@ def _kept(source: Any, path: Path) -> Path:
 def pool_of(sources: Source | Iterable[Source], reading: Reading | None = None) -> Pool:
     """Models in the order in which they were given; those of a pattern sorted, run2 before run10.
 
-    Args:
-        sources: a path or a pattern, a state dict, a module, or a function that returns one of the last two; or
-            several of them in any mixture. What is in memory is written to a file once.
-        reading: which tensors of the files are read.
-
-    Raises:
-        UserError: nothing there, or a file that is named twice.
+    `sources` is a path or a pattern, a state dict, a module, or a function that returns one of the last two; or several
+    of them in any mixture. What is in memory is written to a file once.
     """
     if isinstance(sources, (str, Path, Mapping)) or callable(sources) or hasattr(sources, "state_dict"):
         sources = [sources]

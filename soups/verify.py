@@ -76,13 +76,7 @@ def _called(folder: Path, name: str) -> list[Path]:
 
 
 def find(record: Record, folder: Path, soup: Path) -> tuple[Record, list[Path], list[str]]:
-    """The recorded ingredients' files, in the folder or of the hub, and what is wrong with those that were not found.
-
-    The record is given back with the folder from which its models of classes and of adapters are looked for.
-
-    Raises:
-        UserError: a model of the hub is in no folder and cannot be had.
-    """
+    """The record from this folder on, its ingredients' files in it or of the hub, and what is wrong with the others."""
     reading = record.reading or Reading()
     if reading.base is not None or reading.like is not None:
         reading = replace(reading, near=str(folder.resolve()))
@@ -111,11 +105,7 @@ def find(record: Record, folder: Path, soup: Path) -> tuple[Record, list[Path], 
 
 
 def verify(soup: Path, folder: Path | None = None) -> str:
-    """An empty string, or in one line why the soup is not what it says.
-
-    Raises:
-        UserError: the soup cannot be read, or its record asks for what cannot be made.
-    """
+    """An empty string, or in one line why the soup is not what it says; a UserError where it cannot be read or made."""
     soup = soup.parent if soup.name == ADAPTER else soup
     folder = folder or soup.resolve().parent
     if not folder.is_dir():
@@ -221,9 +211,6 @@ def make(
         run: runs a command's words, and adds the settings `more`, which only a recipe that was written has.
         force: overwrite `out` if it is a file that is there.
         more: words.
-
-    Raises:
-        UserError: names the file.
     """
     recipe, beside = read_yaml(path), path.name.removesuffix(".recipe.yaml")
     in_folder = "ingredients" in recipe and beside == path.name
@@ -275,9 +262,7 @@ def _soup_again(recipe: Mapping[str, Any], folder: Path) -> Soup:
 
 
 def typed(recipe: Mapping[str, Any], folder: Path) -> list[str]:
-    """A recipe that was written by hand, or for mergekit, as words of the command line.
-
-    `folder` is where files are that it names; raises UserError where it is no recipe.
+    """A recipe written by hand or for mergekit, as words of the command line; files are named from `folder` on.
 
     >>> typed({"recipe": "ties", "models": ["a.pt", "hf:org/b"], "init": "c.pt", "density": 0.2}, Path("/run"))
     ['ties', '/run/a.pt', 'hf:org/b', '--init=/run/c.pt', '--density=0.2']

@@ -22,18 +22,15 @@ WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}  # strategies with which each pr
 class LightningAverage(library.Callback):
     """Averages the weights of a run: `Trainer(callbacks=[LightningAverage(every=10, start=500)])`.
 
-    When training ends, the average is in `out`, which `load_from_checkpoint` loads. Checkpoints of the run have the
-    sums, 8 bytes a parameter, from which `fit(ckpt_path=...)` continues: killed and resumed, a run has the average of
-    an undisturbed one, to the bit. With `last=N` nothing is kept but the checkpoints, which are averaged at the end.
-
-    Args:
-        kind, every, start, last: as in `soups.running.Schedule`. The last checkpoints are those of the folder of the
-            first ModelCheckpoint, by the numbers in their names and without last.ckpt; keep them: save_top_k=-1.
-        out: a file; average.ckpt in `default_root_dir` if left out.
+    When training ends, the average is in `out`, which `load_from_checkpoint` loads; average.ckpt in `default_root_dir`
+    if left out. Checkpoints have the sums, 8 bytes a parameter, from which `fit(ckpt_path=...)` continues: killed and
+    resumed, a run has the average of an undisturbed one, to the bit. `kind`, `every`, `start` and `last` are those of
+    `soups.running.Schedule`. With `last=N` nothing is kept but the checkpoints of the first ModelCheckpoint's folder,
+    which are averaged at the end, by the numbers in their names and without last.ckpt; keep them: save_top_k=-1.
 
     Raises:
-        UserError: settings that do not fit together; before the first step also those that average no step, models
-            that are sharded, and a checkpoint to resume from that has no average.
+        UserError: before the first step, settings that average no step, models that are sharded, and a checkpoint
+            to resume from that has no average.
     """
 
     def __init__(

@@ -25,17 +25,14 @@ class TrainerAverage(TrainerCallback):
     """Averages the weights of a run: `Trainer(..., callbacks=[TrainerAverage(every=10, start=500)])`.
 
     When training ends, the average is in `output_dir/average`, a folder that `from_pretrained` loads. Each checkpoint
-    has the average so far in its own folder `average`, with the sums, from which `resume_from_checkpoint` continues:
-    killed and resumed, a run has the average of an undisturbed one, to the bit. It makes a checkpoint larger by 12
-    bytes for each float32 parameter. With `last=N` nothing is kept but the checkpoints, which are averaged at the end.
-    Of several processes that each hold the whole model (DDP) the first keeps and writes the average.
-
-    Args:
-        kind, every, start, last: as in `soups.running.Schedule`.
+    has the average so far in its own folder `average`, with the sums, 12 bytes for a float32 parameter in all, from
+    which `resume_from_checkpoint` continues: killed and resumed, a run has the average of an undisturbed one, to the
+    bit. With `last=N` nothing is kept but the checkpoints, which are averaged at the end. Settings are those of
+    `soups.running.Schedule`. Of several processes that each hold the whole model (DDP) the first keeps the average.
 
     Raises:
-        UserError: settings that do not fit together; before the first step also those that average no step, models
-            that are sharded, adapters, and a checkpoint to resume from that has no average, or one of other weights.
+        UserError: before the first step, settings that average no step, models that are sharded, adapters, and
+            a checkpoint to resume from that has no average, or one of other weights.
     """
 
     def __init__(self, kind: str = "uniform", *, every: Any = 10, start: int = 0, last: int | None = None):

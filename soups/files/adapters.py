@@ -1,7 +1,6 @@
-"""LoRA adapters as PEFT saves them: what their config says, and the model into which one of them is merged.
+"""LoRA adapters as PEFT saves them, and a model into which one is merged, which is read as any checkpoint is.
 
-The merged model is read as any checkpoint is, block by block. Products are summed over the rank element by element, so
-that neither the block nor the machine changes a bit.
+Products are summed over the rank element by element, so that neither the block nor the machine changes a bit.
 """
 
 import json
@@ -111,11 +110,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def factors(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Module -> the names of its factors A and B, of the names in an adapter.
-
-    Raises:
-        ValueError: none, one without the other, or a tensor of another kind of adapter.
-    """
+    """Module -> the names of its factors A and B; raises ValueError where they are not an adapter's."""
     names = list(names)
     pairs = {match["module"]: (match[0], f"{match[1]}B{match[3]}") for match in map(_DOWN.fullmatch, names) if match}
     known = {name for pair in pairs.values() for name in pair}
@@ -180,11 +175,7 @@ def _ratio(magnitude: NDArray[np.float64], squares: NDArray[np.float64]) -> NDAr
 
 
 def merged(folder: Path, adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """The base model with the adapter of a folder merged into it, computed when it is read, in the base's kinds.
-
-    Raises:
-        UserError: a tensor of the adapter has no place in the model, or does not fit there.
-    """
+    """The base model with the adapter of a folder merged into it, computed when it is read, in the base's kinds."""
     config = read_config(folder)
     heads = config.get("modules_to_save") or []
     try:

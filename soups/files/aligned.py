@@ -40,11 +40,7 @@ def _labels(path: Path) -> list[str]:
 
 
 def tokens(path: Path) -> dict[str, int]:
-    """Each token and its row, from the tokenizer beside a model; empty where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Each token and its row, from the tokenizer beside a model; empty where there is none. UserError if damaged."""
     file = config_beside(path, *READ)
     if file is None:
         return {}
@@ -104,13 +100,8 @@ def _in_other_rows(path: Path, like: Path, size: int) -> bool:
 def aligned(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
     """The checkpoint with the rows of its heads and vocabularies in the order of another model's.
 
-    Args:
-        checkpoint: with the same classes, under the same names; a token that it lacks has the row of `like`.
-        like: the model whose order it is.
-
-    Raises:
-        UserError: classes without a head that is known by its name, or with one name twice; tokens in other rows by
-            tokenizers that are not read here, or with a tensor that may have a row for each of them or not.
+    Both have the same classes, under the same names; a token that the first lacks has the row of `like`. A UserError
+    says where that cannot be told by names.
     """
     rows = {**_rows_of_classes(checkpoint, like), **_rows_of_tokens(checkpoint, like)}
     if not rows:

@@ -1,6 +1,5 @@
 """Files that are either whole or absent, whenever the process dies."""
 
-import errno
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from soups.errors import UserError
+from soups.errors import FULL, UserError
 
 
 def digest_of(value: Any) -> str:
@@ -23,10 +22,8 @@ def digest_of(value: Any) -> str:
 def replacing(path: Path, *, sync: bool = True, folder: bool = False) -> Iterator[Path]:
     """A temporary path in the same folder; renamed to `path` when the block ends well, deleted when it does not.
 
-    Args:
-        path: what it becomes.
-        sync: have its bytes on the disk before it gets its name; not needed for a file that is soon deleted.
-        folder: make a folder, which takes the place of one that is empty or not there.
+    With `sync` its bytes are on the disk before it gets its name, which a file that is soon deleted does not need.
+    With `folder` it is a folder, which takes the place of one that is empty or not there.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -52,14 +49,10 @@ def replacing(path: Path, *, sync: bool = True, folder: bool = False) -> Iterato
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-        if _is_full(error):
+        # Libraries wrap the system's error in their own (safetensors) or lose the file name.
+        if getattr(error, "errno", None) in FULL or "No space left" in str(error):
             raise UserError(f"no space left on the disk for {path}: free some and run the same again") from error
         raise
-
-
-def _is_full(error: BaseException) -> bool:
-    """Libraries wrap the system's error in their own (safetensors) or lose the file name."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,12 +79,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        UserError: the file is damaged.
-        FileNotFoundError: it is not there.
-    """
+    """Read JSON; raises UserError where the file is damaged, and FileNotFoundError."""
     return _read(path, json.loads)
 
 

@@ -1,7 +1,6 @@
 """A weight file, read and written block by block: memory does not depend on its size.
 
-A block of a tensor is read with preadv into a reused buffer, since a page of a memory map costs a fault each time it is
-first touched. Here are .safetensors; `soups.files.pickled` reads checkpoints of torch.save.
+A block is read with preadv into a reused buffer: a page of a memory map costs a fault when it is first touched.
 """
 
 import hashlib
@@ -134,11 +133,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_header(path: Path, descriptor: int) -> tuple[dict[str, str], dict[str, tuple[Entry, int]]]:
-    """The metadata of a safetensors file, and each tensor by name and its place in the file.
-
-    Raises:
-        UserError: it is truncated or damaged: every byte of the file is to belong to one tensor.
-    """
+    """The metadata of a safetensors file, and each tensor and its place; a UserError where a byte belongs to none."""
     try:
         with safe_open(path, "np"):  # which checks kinds, shapes and places
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
@@ -216,21 +211,11 @@ def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
 def streamed(
     path: Path, entries: Mapping[str, Entry], metadata: Callable[[], Mapping[str, str]], *, sync: bool = True
 ) -> Iterator[Callable[[str, int, NDArray[Any]], None]]:
-    """A safetensors file that appears under `path` when the block ends well.
+    """A safetensors file of all these tensors that appears under `path` when the block ends well.
 
-    The block gets a function that puts stored elements of a tensor into the file, from the element of a number on;
-    threads may write different blocks, in any order. The space is taken at once, so that a full disk is known before
-    the work.
-
-    Args:
-        path: of the file.
-        entries: the tensors; every element of them must be written.
-        metadata: asked before and after the block, since digests of what was read are known only then; the second
-            answer must be as long as the first.
-        sync: as in `replacing`.
-
-    Raises:
-        UserError: no space is left on the disk.
+    The block gets a function that puts stored elements of a tensor into the file, from the element of a number on, for
+    threads in any order. The space is taken at once, so that a full disk is known before the work. `metadata` is asked
+    before and after the block, since digests of what was read are known only then; its length must not change.
     """
     header, offsets, size = _header(entries, metadata())
     with replacing(path, sync=sync) as temporary, temporary.open("wb") as file:
@@ -251,13 +236,8 @@ hash_tensor = xxhash.xxh3_128
 
 
 def content_digest(checkpoint: Checkpoint, tensors: dict[str, str]) -> str:
-    """A name for the content of a file: 32 hex digits over each tensor's name, kind, shape and bytes, and the ties.
-
-    It does not depend on the file's format, order, sharding or metadata; names are those in the file.
-
-    Args:
-        checkpoint: the file.
-        tensors: hexadecimal `hash_tensor` of every tensor in `checkpoint.entries`.
+    """A name for the content of a file, from the `tensor_digests` of all entries: it does not depend on format, order,
+    sharding, metadata or wrappers.
     """
     stored = {name: checkpoint.original.get(name, name) for name in checkpoint.names}
     lines = sorted((stored[name], f"{entry}/{tensors[name]}") for name, entry in checkpoint.entries.items())

@@ -1,6 +1,5 @@
-"""Folders of torch.distributed.checkpoint, read without torch, and nothing in them is run.
-
-.metadata is a pickle, read as those of torch.save are; a chunk of a tensor is a zip of torch.save in a .distcp file.
+"""Folders of torch.distributed.checkpoint: .metadata is a pickle, read as those of torch.save are, and a chunk of a
+tensor is a zip of torch.save in a .distcp file.
 """
 
 import io
@@ -146,11 +145,9 @@ def _read_metadata(folder: Path, stack: ExitStack) -> tuple[dict[str, Any], dict
 
 
 def open_distributed(folder: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
-    """Open a folder of torch.distributed.checkpoint. Elements are copied from the chunks that hold them, whatever the
-    sharding, so no tensor is put together in memory.
+    """Open a folder of torch.distributed.checkpoint; raises UserError as `open_pickled`.
 
-    Raises:
-        UserError: damaged, files that are missing, several sets of weights, or no state dict in it.
+    Elements are copied from the chunks that hold them, so no tensor is put together in memory.
     """
     try:
         nested, chunks = _read_metadata(folder, stack)

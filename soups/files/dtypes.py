@@ -1,7 +1,4 @@
-"""Kinds of numbers in weight files, by their names in safetensors, without torch: it takes seconds to import.
-
-bfloat16, which numpy does not know, is handled as its 16 bits.
-"""
+"""Kinds of numbers in weight files, by their names in safetensors, without torch: it takes seconds to import."""
 
 from typing import Any, Literal
 
@@ -10,7 +7,8 @@ from numpy.typing import NDArray
 
 OutputDtype = Literal["keep", "F64", "F32", "F16", "BF16"]
 
-# What torch calls each kind and a storage of it, and how its bytes are held: little-endian, as the format says.
+# What torch calls each kind and a storage of it, and how its bytes are held: little-endian, as the format says. Numpy
+# does not know bfloat16, which is handled as its 16 bits.
 KINDS = {
     "F64": ("float64", "DoubleStorage", "<f8"),
     "F32": ("float32", "FloatStorage", "<f4"),

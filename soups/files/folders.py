@@ -37,8 +37,7 @@ def natural(text: str) -> list[tuple[int, str]]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """For each path the last parts of it that no other path ends with, however it was typed; equal paths have equal
-    names.
+    """The last parts of each path that no other path ends with, however it was typed; equal paths have equal names.
 
     >>> short_names([Path("a/best.pt"), Path("b/best.pt"), Path("b/last.pt")])
     ['a/best.pt', 'b/best.pt', 'last.pt']
@@ -88,11 +87,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def in_folder(folder: Path) -> Path:
-    """The weights of a folder as Hugging Face's libraries and open_clip write it.
-
-    Raises:
-        UserError: none, a shard without its index, an adapter, or several files of which one has to be named.
-    """
+    """The weights of a folder as Hugging Face's libraries and open_clip write it; a UserError if it is not one."""
     for name in WEIGHTS:
         if (folder / name).exists():
             return folder / name
@@ -123,11 +118,7 @@ def pinned(name: str, folder: Path) -> str:
 
 
 def from_hub(name: str) -> Path:
-    """The local folder of `hf:org/model` or `hf:org/model@revision`, downloaded where it is not there yet.
-
-    Raises:
-        UserError: huggingface_hub is not installed, or the model cannot be had.
-    """
+    """The local folder of `hf:org/model` or `hf:org/model@revision`, downloaded where it is not there yet."""
     repository, _, revision = name.removeprefix(HUB).partition("@")
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415  # needed for this alone

@@ -98,9 +98,7 @@ def _many_files() -> None:
 
 
 def open_checkpoint(source: Path | Checkpoint, stack: ExitStack, reading: Reading | None = None) -> Checkpoint:
-    """Open a weight file, an index of shards, a folder that holds one of them, or hf:org/model; closed with `stack`.
-
-    One that is open already is given back.
+    """Open a file, an index of shards, a folder of one of them, or hf:org/model; one that is open is given back.
 
     Raises:
         UserError: missing, truncated, damaged, not weights, or a kind of tensor that cannot be averaged.

@@ -1,7 +1,6 @@
 """Checkpoints of torch.save, a zip of a pickle and of tensors' bytes: read without torch, and nothing in them is run.
 
-Of what the pickle names a few functions are read by our own; every other becomes an inert stand-in. So a checkpoint may
-hold an argparse.Namespace or the settings of a Lightning module, and a malicious one does nothing.
+Of what the pickle names a few functions are read by our own; every other becomes an inert stand-in.
 """
 
 import io
@@ -256,7 +255,6 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
 
     Raises:
         UserError: damaged, a whole module, several sets of weights, or no state dict in it.
-        FileNotFoundError: it is not there.
     """
     file = stack.enter_context(path.open("rb"))
     if file.read(2) == b"\x80\x02":

@@ -27,8 +27,8 @@ class Reading:
     near: str | None = None  # the folder from which `like` and `base` are named; no record has it
 
     def place(self, model: str) -> Path:
-        """Where the model is that `like` or `base` names: from the folder `near`, or from the current one, as records
-        of earlier versions name it; or in `near`, if it was moved there.
+        """Where the model is that `like` or `base` names: from the folder `near`; from the current one, as records of
+        earlier versions name it; or in `near`, if it was moved there.
         """
         if model.startswith(HUB) or self.near is None:
             return Path(model)
@@ -50,11 +50,8 @@ def without_wrappers(names: Collection[str], *, inside: bool) -> dict[str, str]:
     """Names that a wrapper changed -> what they are in the network itself.
 
     torch.compile puts `_orig_mod.` into names, DistributedDataParallel and AveragedModel put `module.` before all of
-    them, a LightningModule mostly `model.`. A network of transformers may itself have `model.` before all names.
-
-    Args:
-        names: of all tensors in a state dict.
-        inside: the state dict stood under a key of a training script's checkpoint, so `model.` is a wrapper's.
+    them, a LightningModule mostly `model.`. A network of transformers may itself have `model.` before all names, but
+    not where the state dict stood `inside` a training script's checkpoint, under a key.
 
     >>> without_wrappers(["module._orig_mod.a", "module._orig_mod.b", "n_averaged"], inside=False)
     {'module._orig_mod.a': 'a', 'module._orig_mod.b': 'b'}

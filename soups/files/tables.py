@@ -11,11 +11,7 @@ from soups.errors import UserError
 
 
 def read_text(path: Path) -> str:
-    """A file of UTF-8, with or without a byte-order mark.
-
-    Raises:
-        UserError: it is missing, or not UTF-8.
-    """
+    """A file of UTF-8, with or without a byte-order mark; raises UserError where it is missing, or not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -26,11 +22,7 @@ def read_text(path: Path) -> str:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; empty lines are skipped.
-
-    Raises:
-        UserError: a line is no object, or there is none; names the line.
-    """
+    """One JSON object a line; empty lines are skipped. Raises UserError where a line is no object, or there is none."""
     found = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -50,9 +42,6 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a table by the names of its columns, which are its first line (.tsv, .csv) or its keys (.jsonl).
 
     In a .tsv quotes mean nothing; in a .csv they may stand around fields.
-
-    Raises:
-        UserError: another kind of file, or a line with more or fewer fields than there are columns.
     """
     if path.suffix == ".jsonl":
         return [{key: str(value) for key, value in row.items()} for row in read_objects(path)]
@@ -77,11 +66,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def column(path: Path, rows: Sequence[dict[str, str]], name: str, remedy: str = "") -> list[str]:
-    """One column; `remedy` is what the message says where it is not there.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """One column; raises UserError where it is not there, with a `remedy`."""
     for number, row in enumerate(rows, start=1):
         if name not in row:
             raise UserError(f"{path} has no column {name!r} in row {number}, only {', '.join(row)}{remedy}")

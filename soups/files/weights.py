@@ -51,11 +51,7 @@ def save_weights(path: Path, weights: Weights) -> str:
 
 
 def load_weights(path: Path, expected: str | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, which has to have the digest `expected` that was recorded when it was written.
-
-    Raises:
-        UserError: it is missing, truncated, or not the one that was recorded.
-    """
+    """Read a safetensors file; a UserError where it has not the digest `expected`, recorded when it was written."""
     again = f"delete its folder {path.parent} and run again"
     try:
         weights = load_file(path)
@@ -68,9 +64,7 @@ def load_weights(path: Path, expected: str | None = None) -> dict[str, Tensor]:
 
 
 def tied_names(tensors: Weights) -> dict[str, str]:
-    """Every further name of a tensor that has several -> its first name in alphabetical order.
-
-    Tensors are one where they are the same memory seen in the same way.
+    """Every further name of a tensor, which is the same memory seen in the same way -> its first in the alphabet.
 
     >>> w = torch.zeros(2)
     >>> tied_names({"head": w, "embedding": w, "bias": torch.zeros(2)})
@@ -83,10 +77,7 @@ def tied_names(tensors: Weights) -> dict[str, str]:
 def checkpoint_of(name: str, weights: Mapping[str, Any]) -> Checkpoint:
     """Weights in memory as an open checkpoint that messages call `name`; a `LazyWeights` gives its own.
 
-    Numbers and None beside the tensors are kept as a state dict's are.
-
-    Raises:
-        UserError: something else in it, or a tensor of a kind that cannot be averaged.
+    Numbers and None are kept as a state dict's are; a UserError names what else is no tensor, or cannot be averaged.
     """
     if isinstance(weights, LazyWeights):
         return weights.checkpoint
