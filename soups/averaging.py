@@ -17,9 +17,8 @@ from soups.files.dtypes import FLOATS, OutputDtype
 from soups.files.folders import HUB, from_hub, is_adapter, name_beside, pinned, short_names
 from soups.files.opening import opened
 from soups.files.reading import Reading
-from soups.mean import Mean, Mixing, average_files
+from soups.mean import FileSoup, Mean, Mixing, average_files
 from soups.ranks import this_rank
-from soups.record import FileSoup
 from soups.scoring import Scorer
 from soups.sources import Pool, Source, pool_of
 

@@ -42,7 +42,11 @@ def recompute_batch_norm(model: nn.Module, loader: Iterable[Any]) -> int:
         bare.train()
         count = 0
         for batch in loader:
-            _run(bare, batch)
+            inputs = batch[0] if isinstance(batch, list | tuple) else batch
+            if isinstance(inputs, Mapping):
+                bare(**{name: value for name, value in inputs.items() if name != "labels"})
+            else:
+                bare(inputs)
             count += 1
         place = next(layers[0].buffers()).device
         total = sum_over_ranks(torch.tensor(float(count), dtype=torch.float64, device=place))
@@ -66,15 +70,6 @@ def statistics_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the running statistics and counters of a model's batch norms, by name."""
     kept = {id(buffer) for layer in batch_norms(model) for buffer in layer.buffers()}
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if id(buffer) in kept}
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, list | tuple):
-        batch = batch[0]
-    if isinstance(batch, Mapping):
-        model(**{name: value for name, value in batch.items() if name != "labels"})
-    else:
-        model(batch)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from soups.files.dtypes import FLOATS, STORED, OutputDtype, round_once, widen
 from soups.files.folders import short_names
 from soups.files.opening import opened
 from soups.files.reading import COUNTERS, Reading
-from soups.record import FORMAT, FileSoup, Ingredient, Record, versions
+from soups.record import FORMAT, Ingredient, Record, versions
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -69,6 +69,18 @@ class Term:
     def kind(self, tensor: str) -> str:
         """Of a tensor's numbers in this model."""
         return self.checkpoint.entry(tensor).dtype
+
+
+@dataclass(frozen=True)
+class FileSoup:
+    """A soup that was written."""
+
+    path: Path
+    lines: list[str]
+
+    def remarks(self) -> list[str]:
+        """What a reader would not guess about how it was made, a line each."""
+        return self.lines
 
 
 class _Buffers(threading.local):
@@ -325,14 +337,27 @@ def average_files(
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(mix, largest_first))  # where one fails, those that have not begun are left out
                 list(pool.map(hash_rest, terms))  # copies of tied tensors, and what is not averaged
-        floats = {entries[name].dtype for name in layout.entries if entries[name].dtype in FLOATS}
-        averaged = {name: entry.dtype for name, entry in layout.entries.items() if name not in layout.kept}
-        several = any(c.entry(name).dtype != kind for name, kind in averaged.items() for c in checkpoints)
-        return FileSoup(
-            out,
-            layout,
-            record().ingredients,
-            {term.name: term.checkpoint.unwrapped for term in terms if term.checkpoint.unwrapped},
-            {term.name: term.checkpoint.dropped for term in terms if term.checkpoint.dropped},
-            " and ".join(sorted(floats)) if several and dtype == "keep" else "",
-        )
+        return FileSoup(out, _remarks(mean, record().ingredients))
+
+
+def _remarks(mean: Mean, ingredients: Sequence[Ingredient]) -> list[str]:
+    """What a reader would not guess about how a soup was made, a line each."""
+    lines, layout, checkpoints = [], mean.layout, {term.name: term.checkpoint for term in mean.terms}
+    reads = {file: checkpoint.unwrapped for file, checkpoint in checkpoints.items()}
+    leaves = {file: ", ".join(checkpoint.dropped) for file, checkpoint in checkpoints.items()}
+    for what, texts in (("reads", reads), ("leaves out", leaves)):
+        for text in filter(None, dict.fromkeys(texts.values())):
+            files = [file for file in texts if texts[file] == text]
+            lines.append(f"{what} {text} of {files[0] if len(files) == 1 else f'{len(files)} files'}")
+    seen: dict[str, str] = {}
+    for ingredient in ingredients:
+        same = seen.setdefault(ingredient.digest, ingredient.file)
+        if same != ingredient.file:
+            lines.append(f"{ingredient.file} and {same} are the same model, which counts twice")
+    lines += [f"{name} is not averaged: it is the first model's" for name in layout.kept]
+    lines += [f"{name} is dropped: the first model does not have it" for name in layout.dropped]
+    averaged = {name: entry.dtype for name, entry in layout.entries.items() if name not in layout.kept}
+    if mean.dtype == "keep" and any(term.kind(name) != kind for name, kind in averaged.items() for term in mean.terms):
+        floats = {entry.dtype for entry in layout.entries.values()}.intersection(FLOATS)
+        lines.append(f"files have several kinds of numbers; the soup is {' and '.join(sorted(floats))}")
+    return lines

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import yaml
 
-from soups.conformance import Layout
 from soups.errors import UserError
 from soups.files.atomic import read_json, write_text
 from soups.files.dtypes import OutputDtype
@@ -81,37 +80,6 @@ def _check_of(record: str) -> str:
 def versions() -> dict[str, str]:
     """What the soup's bytes could depend on."""
     return {"numpy": version("numpy")}
-
-
-@dataclass(frozen=True)
-class FileSoup:
-    """A soup that was written."""
-
-    path: Path
-    layout: Layout
-    ingredients: tuple[Ingredient, ...]
-    unwrapped: dict[str, str]  # file name -> the key under which its state dict was found
-    dropped: dict[str, tuple[str, ...]]  # file name -> what else it holds
-    kind: str  # of its floats, where files have several kinds and none was asked for
-
-    def remarks(self) -> list[str]:
-        """What a reader would not guess about how it was made, a line each."""
-        lines = []
-        for texts, what in (
-            (self.unwrapped, "reads"),
-            ({file: ", ".join(names) for file, names in self.dropped.items()}, "leaves out"),
-        ):
-            for text in dict.fromkeys(texts.values()):
-                files = [file for file in texts if texts[file] == text]
-                lines.append(f"{what} {text} of {files[0] if len(files) == 1 else f'{len(files)} files'}")
-        seen: dict[str, str] = {}
-        for ingredient in self.ingredients:
-            same = seen.setdefault(ingredient.digest, ingredient.file)
-            if same != ingredient.file:
-                lines.append(f"{ingredient.file} and {same} are the same model, which counts twice")
-        lines += [f"{name} is not averaged: it is the first model's" for name in self.layout.kept]
-        lines += [f"{name} is dropped: the first model does not have it" for name in self.layout.dropped]
-        return lines + ([f"files have several kinds of numbers; the soup is {self.kind}"] if self.kind else [])
 
 
 def _beside(soup: Path) -> Path:

@@ -22,9 +22,9 @@ from soups.files.checkpoints import PICKLED, Checkpoint, Entry, digest_file, ten
 from soups.files.folders import ADAPTER, HUB, INDEX, from_hub, is_adapter
 from soups.files.opening import opened
 from soups.files.reading import COUNTERS, Reading
-from soups.mean import STATISTICS, Mean, average_files
+from soups.mean import STATISTICS, FileSoup, Mean, average_files
 from soups.merging import Merging, undivided
-from soups.record import FileSoup, Record, metadata_beside, metadata_of, read_yaml, record_in
+from soups.record import Record, metadata_beside, metadata_of, read_yaml, record_in
 from soups.scoring import Gain
 from soups.soup import Decision, Report, Soup, refuse_out
 from soups.sources import Pool
