@@ -250,19 +250,18 @@ class Merging:
         keys = [sample(term.checkpoint) for term in others] if drops else []
         rule = Scaled(scales, keys, drops, self.seed)
         merged = Merged(**vars(mean), rule=rule, origin=origin)
+        if self.recipe == "ties":
+            weights = [self.weights[term.name] for term in others] if self.weights else None
+            if self.per == "model":
+                kept = smallest_kept(merged.all_changes, densities)
+                return replace(merged, rule=Ties(lambda _: kept, scales[0], weights, normalize=self.normalize))
+            exact = cache(lambda name: exactly_kept(lambda: merged.all_changes(name), densities))
+            return replace(merged, rule=Ties(exact, scales[0], weights, 1.0, self.normalize))
         if self.rescale == "none":
-            merged = replace(merged, rule=replace(rule, divisors=lambda _: [1.0] * len(others)))
-        elif self.rescale == "l1":
-            divisors = cache(partial(left_of_sums, rule, merged.all_changes))
-            merged = replace(merged, rule=replace(rule, divisors=divisors if drops else None))
-        if self.recipe != "ties":
-            return merged
-        weights = [self.weights[term.name] for term in others] if self.weights else None
-        if self.per == "model":
-            kept = smallest_kept(merged.all_changes, densities)
-            return replace(merged, rule=Ties(lambda _: kept, scales[0], weights, normalize=self.normalize))
-        exact = cache(lambda name: exactly_kept(lambda: merged.all_changes(name), densities))
-        return replace(merged, rule=Ties(exact, scales[0], weights, 1.0, self.normalize))
+            rule = replace(rule, divisors=lambda _: [1.0] * len(others))
+        elif self.rescale == "l1" and drops:
+            rule = replace(rule, divisors=cache(partial(left_of_sums, rule, merged.all_changes)))
+        return replace(merged, rule=rule)
 
 
 def undivided(mean: Mean, _: Sequence[int]) -> Mean:
