@@ -24,20 +24,13 @@ from soups.errors import one_line_errors
 
 # module:function of each. The first need no experiment.
 ALONE = {"list": "artefacts:list_artefacts", "claims": "commands:claims", "will_it_help": "commands:will_it_help"}
-OF_EXPERIMENTS = {"report": "commands:report_all", "predictions": "commands:predictions_of_all"}
+OF_EXPERIMENTS = {"report": "commands:report", "predictions": "commands:predictions"}
 
 
 def command(name: str, *given: str) -> Callable[..., None]:
-    """A function of a module of analysis, which is imported when it is called.
-
-    So --help and mistyped settings are answered at once: torch and the models take seconds.
-    """
-
-    def call(*arguments: object) -> None:
-        module, _, function = name.partition(":")
-        getattr(import_module(f"analysis.{module}"), function)(*given, *arguments)
-
-    return call
+    """A function of analysis, imported when it is called: --help and mistyped settings wait for no torch."""
+    module, _, function = name.partition(":")
+    return lambda *arguments: getattr(import_module(f"analysis.{module}"), function)(*given, *arguments)
 
 
 if __name__ == "__main__":

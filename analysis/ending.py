@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.catalogue import ARTEFACTS, MEASURED
+from analysis.artefacts import ARTEFACTS, MEASURED
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.cells import METRICS, NAMES, percent, points
 from configs.schema import Experiment
@@ -14,6 +14,7 @@ from soups.files.atomic import read_json
 from store.runs import RunFolder
 
 LEADING = ("greedy", "uniform", "learned")  # the soup that the sentence is about, the first that was made
+NO_SOUPS = ("best", "second_best", "initialisation", "zero-shot", "oracle")
 LIBRARIES = {"open_clip": "open_clip", "timm": "timm", "transformers": "transformers", "text_encoder": "transformers"}
 
 
@@ -27,21 +28,18 @@ def verdict(config: Experiment, tidy: pd.DataFrame) -> list[str]:
     Returns:
         Nothing where the experiment makes no soup.
     """
-    soup = next((name for name in (*LEADING, *config.recipes) if _is_soup(name) and name in set(tidy["method"])), None)
+    soups = [name for name in (*LEADING, *config.recipes) if name not in NO_SOUPS and "ensemble" not in name]
+    soup = next((name for name in soups if name in set(tidy["method"])), None)
     if soup is None:
         return []
+    title, record = NAMES.get(soup, soup), RunFolder.of(config).soup(soup) / "soup.json"
+    if record.exists() and not config.replicates:  # several random orders have several
+        title += f" of {len(read_json(record)['ingredients'])}"
     columns = [config.task.test, *([SHIFT_MEAN] if len(config.task.shifts) > 1 else config.task.shifts)]
     lines = tidy[tidy["method"] == soup].set_index("column")
-    title = NAMES.get(soup, soup)
     if config.replicates:
         return [f"{title}, {_in_sweeps(config, lines.loc[[column]], column)}" for column in columns]
-    record = RunFolder.of(config).soup(soup) / "soup.json"
-    of = f" of {len(read_json(record)['ingredients'])}" if record.exists() else ""  # several random orders have several
-    return [f"{title}{of}: {_sentence(config, lines.loc[column], column)}" for column in columns]
-
-
-def _is_soup(name: str) -> bool:
-    return name not in ("best", "second_best", "initialisation", "zero-shot", "oracle") and "ensemble" not in name
+    return [f"{title}: {_sentence(config, lines.loc[column], column)}" for column in columns]
 
 
 def _called(config: Experiment, column: str) -> str:
@@ -80,7 +78,7 @@ def reminder(config: Experiment) -> str:
     )
 
 
-def beside_evidence(config: Experiment) -> list[str]:
+def _beside_evidence(config: Experiment) -> list[str]:
     """What pools of 72 that are trained longer say of the demo's question, where they are measured."""
     answers = MEASURED / "claims.csv"
     if config.name.partition("/")[0] not in ("demo", "demo_seeds") or not answers.exists():
@@ -94,34 +92,25 @@ def beside_evidence(config: Experiment) -> list[str]:
 
 
 def next_steps(config: Experiment, words: Sequence[str], tidy: pd.DataFrame) -> list[tuple[str, str]]:
-    """Commands that suit a finished run, each with what it does.
-
-    Args:
-        config: of the experiment.
-        words: that the run was made with, as in ["experiment=demo"].
-        tidy: as for `verdict`.
-    """
-    run = f"run={shlex.quote(str(RunFolder.of(config).root))}"
-    paper = [name for name, artefact in ARTEFACTS.items() if artefact.is_of(config.name)]
+    """Commands that suit a finished run, each with what it does; `words` made the run, as in ["experiment=demo"]."""
+    run = RunFolder.of(config)
+    typed = f"run={shlex.quote(str(run.root))}"
+    paper = [name for name, artefact in ARTEFACTS.items() if config.name in artefact.experiments]
     if reminder(config):
         return [("python reproduce.py experiment=demo", "the same with numbers that mean something, in ten minutes")]
     if config.name == "demo" and list(words) == ["experiment=demo"]:
         return [("python reproduce.py experiment=demo_seeds", "the same with three sweep seeds")]
     if paper:
         what = f"the paper's tables and figures that it is made for: {', '.join(paper)}"
-        return [(f"python -m analysis artefact=all {run}", what)]
+        return [(f"python -m analysis artefact=all {typed}", what)]
     if config.replicates:
         return []
-    steps = []
-    decided = any(": better" in line for line in verdict(config, tidy))
-    if config.sweep.draw and not decided:
-        rows = 2 * config.sweep.size
-        steps.append((f"python reproduce.py {run} sweep.rows={rows}", f"{config.sweep.size} models more; keeps these"))
-    if (RunFolder.of(config).soup("greedy") / "weights.safetensors").exists():
-        library = LIBRARIES.get(config.model.kind, "onnx")
-        out = f"{config.name.replace('/', '-')}-soup"
-        soup = shlex.quote(str(RunFolder.of(config).soup("greedy")))
-        command = f"python -m soups.experiment.export soup={soup} to={library} out={out}"
+    steps, size, soup = [], config.sweep.size, run.soup("greedy")
+    if config.sweep.draw and not any(": better" in line for line in verdict(config, tidy)):
+        steps.append((f"python reproduce.py {typed} sweep.rows={2 * size}", f"{size} models more; keeps these"))
+    if (soup / "weights.safetensors").exists():
+        library, out = LIBRARIES.get(config.model.kind, "onnx"), f"{config.name.replace('/', '-')}-soup"
+        command = f"python -m soups.experiment.export soup={shlex.quote(str(soup))} to={library} out={out}"
         steps.append((command, "the greedy soup as a folder for " + library))
     return steps
 
@@ -129,19 +118,11 @@ def next_steps(config: Experiment, words: Sequence[str], tidy: pd.DataFrame) -> 
 def ending(
     config: Experiment, words: Sequence[str], tidy: pd.DataFrame, pages: Sequence[Path], seconds: float
 ) -> list[str]:
-    """All lines that a finished run ends with.
-
-    Args:
-        config: of the experiment.
-        words: as for `next_steps`.
-        tidy: as for `verdict`.
-        pages: files to look at.
-        seconds: that the run took.
-    """
-    lines = [*verdict(config, tidy)]
+    """All lines that a finished run ends with; arguments as for `next_steps`, and the pages to look at."""
+    lines = verdict(config, tidy)
     if reminder(config):
         lines.append(f"{reminder(config)}.")
-    lines += [*beside_evidence(config)]
+    lines += _beside_evidence(config)
     lines += [f"Look at {page}" for page in pages]
     lines.append(f"Models, soups, logits and tables are in {RunFolder.of(config).root} ({seconds:.0f} s).")
     steps = next_steps(config, words, tidy)

@@ -1,20 +1,21 @@
 """All stages of one experiment on this machine, one after the other, and what is printed at their end."""
 
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
-from rich import get_console, reconfigure
+from rich import get_console
 from rich.console import Console
 from rich.table import Table
 
 from analysis.artefacts import draw
+from analysis.commands import reports_of, sweeps_of, wide_log
 from analysis.ending import ending, reminder
 from analysis.page.write import write_report
-from analysis.tables.table3 import Report, analyse, over_seeds
+from analysis.tables.table3 import Report, analyse
 from configs.cli import record_words
-from configs.schema import Experiment, replicate
+from configs.schema import Experiment
 from eval.pool import evaluate_all, model_folders
 from finetune.start import check_imports
 from finetune.sweep import train_sweep
@@ -60,8 +61,7 @@ def _show(table: pd.DataFrame, caption: str, console: Console) -> None:
 
 def run_here(config: Experiment, words: Sequence[str]) -> None:
     """All stages, for every replicate where there are some; then a sentence, where to look and what is next."""
-    # A log may be wider than the usual terminal.
-    reconfigure(width=None if sys.stdout.isatty() else 110, record=True)
+    wide_log(record=True)
     console = get_console()
     started = time.monotonic()
     use_threads(config.cluster.threads)
@@ -69,14 +69,8 @@ def run_here(config: Experiment, words: Sequence[str]) -> None:
         print(*draw(config, "figuree1", [config]), sep="\n")
         return
     record_words(config, words)
-    if config.replicates:
-        replicates = {seed: replicate(config, seed) for seed in config.replicates}
-        reports = {seed: _run_one(each, console) for seed, each in replicates.items()}
-        report = over_seeds(config, {seed: each.tidy for seed, each in reports.items()})
-        pages = [write_report(each, typed=words) for each in replicates.values()]
-    else:
-        report = _run_one(config, console)
-        pages = [write_report(config, typed=words)]
+    report = reports_of(config, partial(_run_one, console=console))[-1]
+    pages = [write_report(each, typed=words) for each in sweeps_of(config)]
     console.export_text(clear=True)  # what follows is said again by the next call
     _show(report.table, report.caption, console)
     for line in ending(config, words, report.tidy, pages, time.monotonic() - started):

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from matplotlib.figure import Figure
 from rich import get_console
 
+from analysis.claims import read_pools
 from analysis.figures.style import STYLE, save_with_numbers, styled, write_csv
 from analysis.measure.methods import logits_of_model
-from analysis.predictions import read_pools
 from analysis.tables.table3 import published
-from analysis.will_it_help import NOISE, noise
+from analysis.will_it_help import NOISE, OUTCOMES, noise
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval.forward import Evaluator
@@ -50,6 +49,9 @@ KINDS = {  # (kind, models, share of the held-out images that choose) -> how man
     ("few held-out", 12, 0.25): (10, "12 models, a quarter of held-out"),
     ("few held-out", 12, 0.125): (10, "12 models, an eighth of held-out"),
 }
+
+
+SOUPS = {"greedy": -0.17, "uniform": 0.17}  # where in its row of the figure a soup is drawn
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def candidates(kind: str, lengths: Sequence[int], rates: Sequence[float]) -> lis
     return sorted(range(len(lengths)), key=keys[kind].__getitem__)[: max(1, len(lengths) // 3)]
 
 
-def first_by_chance(places: Sequence[int], size: int, *key: object) -> tuple[int, ...]:
+def _first_by_chance(places: Sequence[int], size: int, *key: object) -> tuple[int, ...]:
     """`size` of some numbers, in order; a pure function of the key."""
     return tuple(sorted(sorted(places, key=lambda i: uniform(*key, i))[:size]))
 
@@ -100,15 +102,14 @@ def subpools(config: Experiment, pool: Sequence[Ingredient], num_held_out: int) 
     tuned = [place for place, member in enumerate(pool) if member.row]
     settings = [row_config(config, pool[place].row).optim for place in tuned]
     lengths, rates = [each.epochs for each in settings], [each.lr for each in settings]
-    found = []
+    seed, found = config.sweep.seed, []
     for (kind, size, share), (draws, _) in KINDS.items():
         among = [tuned[i] for i in candidates(kind, lengths, rates)]
         for number in range(draws if size <= len(among) else 0):
             # The same models where only the held-out images differ.
-            drawn_as = "any" if share < 1 else kind
-            members = first_by_chance(among, size, config.sweep.seed, drawn_as, size, number)
+            members = _first_by_chance(among, size, seed, "any" if share < 1 else kind, size, number)
             chosen = round(share * num_held_out)
-            held_out = first_by_chance(range(num_held_out), chosen, config.sweep.seed, "held-out", number)
+            held_out = _first_by_chance(range(num_held_out), chosen, seed, "held-out", number)
             found.append(Subpool(kind, number, share, members, held_out))
     return found
 
@@ -135,12 +136,11 @@ def measured(config: Experiment, subpool: Subpool) -> dict[str, Any]:
     scores = [correct(logits, labels).double().mean().item() for logits in known]
     soup = greedy([each.load for each in members], scores, accuracy)
     whole = mean_of_all([each.load for each in members], scores)
-    first = members[soup.ingredients[0]]  # the best on the held-out images
     found: dict[str, Any] = {"ingredients": len(soup.ingredients), "best held_out": max(scores)}
-    second, middle = soup.trials[1].candidate, soup.trials[1].score
-    found["barrier held_out"] = (max(scores) + scores[second]) / 2 - middle
+    second = soup.trials[1]
+    found["barrier held_out"] = (max(scores) + scores[second.candidate]) / 2 - second.score
     for name, logits in (
-        ("best", logits_of_model(first, evaluator)),
+        ("best", logits_of_model(members[soup.ingredients[0]], evaluator)),  # the best on the held-out images
         ("greedy", partial(evaluator.fresh_logits, soup.weights)),
         ("uniform", partial(evaluator.fresh_logits, whole.weights)),
     ):
@@ -152,16 +152,15 @@ def measured(config: Experiment, subpool: Subpool) -> dict[str, Any]:
     return found
 
 
-def geometry_of(pool: Sequence[Ingredient]) -> Geometry:
+def _geometry_of(pool: Sequence[Ingredient]) -> Geometry:
     """Distances and angles of all models of a pool at its initialisation, which stands first."""
     with opened([member.folder / member.file for member in pool]) as (start, *tuned):
         return geometry(tuned, common_layout([start, *tuned]), start)
 
 
-def described(config: Experiment, pool: Sequence[Ingredient], subpool: Subpool, where: Geometry) -> dict[str, Any]:
-    """What is known of a sub-pool before it is souped; `where` is `geometry_of` the pool."""
+def _described(config: Experiment, pool: Sequence[Ingredient], subpool: Subpool, where: Geometry) -> dict[str, Any]:
+    """What is known of a sub-pool before it is souped; `where` is the geometry of the pool."""
     settings = [row_config(config, pool[place].row).optim for place in subpool.members]
-    rates = pd.Series([math.log10(each.lr) for each in settings])
     places = [place - 1 for place in subpool.members]  # the initialisation is no task vector
     cosines = where.task_cosines[np.ix_(places, places)][np.triu_indices(len(places), 1)]
     return {
@@ -171,7 +170,7 @@ def described(config: Experiment, pool: Sequence[Ingredient], subpool: Subpool, 
         "share": subpool.share,
         "held_out": len(subpool.held_out),
         "epochs": sum(each.epochs for each in settings) / len(settings),
-        "lr spread": rates.std(),  # standard deviation of log10
+        "lr spread": pd.Series([math.log10(each.lr) for each in settings]).std(),
         "cosine": np.median(cosines),  # of task vectors, over pairs
         "distance": np.median(where.relative[places]),  # to the initialisation, in lengths of it
         "rows": " ".join(str(pool[place].row) for place in subpool.members),
@@ -182,9 +181,6 @@ def _by_kind(lines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The title of each kind of sub-pool, and its lines."""
     for (kind, models, share), (_, title) in KINDS.items():
         yield title, lines[(lines["kind"] == kind) & (lines["models"] == models) & (lines["share"] == share)]
-
-
-SOUPS = {"greedy": -0.17, "uniform": 0.17}  # where in its row of the figure a soup is drawn
 
 
 def pays(lines: pd.DataFrame) -> pd.DataFrame:
@@ -201,48 +197,39 @@ def pays(lines: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for title, group in _by_kind(lines):
         settings = {name: group[name].mean() for name in ("epochs", "lr spread", "held_out")}
-        for on, soup in product(("test", "shifts"), SOUPS):
-            gain, noise_ = group[f"{soup} {on}"] - group[f"best {on}"], NOISE * group[f"noise {on}"]
+        for soup, on in sorted(OUTCOMES, key=lambda outcome: outcome[1] != "test"):
+            gain, error = group[f"{soup} {on}"] - group[f"best {on}"], NOISE * group[f"noise {on}"]
             row = {"kind": title, "on": on, "soup": soup, "n": len(group), **settings, "mean": gain.mean()}
             row |= {f"quartile {q}": gain.quantile(q / 4) for q in (1, 2, 3)}
             row |= {"better": (gain > 0).mean(), "same": (gain == 0).mean(), "worse": (gain < 0).mean()}
-            rows.append(row | {"beyond noise": (gain > noise_).mean(), "below noise": (gain < -noise_).mean()})
+            rows.append(row | {"beyond noise": (gain > error).mean(), "below noise": (gain < -error).mean()})
     return pd.DataFrame(rows)
 
 
 @styled
-def figure_of(lines: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Every sub-pool's gain as a point, by kind and soup, over the band of noise; test and mean of the shifts.
-
-    Args:
-        lines: as in `pays`.
-        table: from `pays`.
-    """
-    figure = Figure(figsize=(6.6, 4.6))
+def _figure_of(lines: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Every sub-pool's gain as a point, by kind and soup, over the band of noise; `table` is from `pays`."""
+    figure, rows = Figure(figsize=(6.6, 4.6)), table.set_index(["kind", "on", "soup"])
     panels = figure.subplots(1, 2, sharey=True)
     for axes, on in zip(panels, ("test", "shifts"), strict=True):
         band = 100 * NOISE * lines[f"noise {on}"].mean()
         axes.axvspan(-band, band, color="#DDDDDD", lw=0, label="within noise")
         for place, (title, group) in enumerate(_by_kind(lines)):
             for soup, aside in SOUPS.items():
-                name, colour, marker, _ = STYLE[soup]
+                (name, colour, marker, _), row, at = STYLE[soup], rows.loc[(title, on, soup)], place + aside
                 gain = 100 * (group[f"{soup} {on}"] - group[f"best {on}"])
-                beside = [place + aside + 0.2 * (uniform("beside", i) - 0.5) for i in range(len(gain))]
+                beside = [at + 0.2 * (uniform("beside", i) - 0.5) for i in range(len(gain))]
                 axes.scatter(gain, beside, s=5, color=colour, alpha=0.45, linewidths=0)
-                row = table[(table["kind"] == title) & (table["on"] == on) & (table["soup"] == soup)].iloc[0]
-                ends = [100 * row["quartile 1"], 100 * row["quartile 3"]]
-                axes.plot(ends, [place + aside] * 2, color=colour, lw=1.6)
-                label = name if place == 0 else None
-                at = {"color": colour, "ms": 9 if marker == "*" else 5, "mec": "black", "mew": 0.4}
-                axes.plot(100 * row["mean"], place + aside, marker, label=label, ls="", **at)
-                better = f"{round(row['beyond noise'] * row['n'])} of {row['n']}"
+                axes.plot([100 * row["quartile 1"], 100 * row["quartile 3"]], [at, at], color=colour, lw=1.6)
+                look = {"color": colour, "ms": 9 if marker == "*" else 5, "mec": "black", "mew": 0.4, "ls": ""}
+                axes.plot(100 * row["mean"], at, marker, label=name if place == 0 else None, **look)
+                better = f"{round(row['beyond noise'] * row['n'])} of {row['n']:.0f}"
                 words = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 6, "color": colour}
-                axes.text(1.01, place + aside, better, **words)
+                axes.text(1.01, at, better, **words)
         axes.axvline(0, color="black", lw=0.8)
         axes.set_title("Test" if on == "test" else "Mean of the five shifts", fontsize=8)
         axes.set_yticks(range(len(KINDS)), [title for _, title in KINDS.values()])
-    panels[0].set_ylim(len(KINDS) - 0.5, -0.5)
-    panels[0].set_ylabel("sub-pools, by kind")
+    panels[0].set(ylim=(len(KINDS) - 0.5, -0.5), ylabel="sub-pools, by kind")
     figure.supxlabel("soup − best model of its sub-pool (percentage points)", fontsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.05), ncols=3, frameon=False)
@@ -269,13 +256,12 @@ def write_pays(folder: Path, names: Sequence[str]) -> list[Path]:
             f"{folder} has no <pool>_subpools.csv with <pool>_predictions.csv beside it: "
             "python -m analysis predictions writes both"
         )
-    each = [
+    lines = pd.concat(
         pd.read_csv(file).assign(**{f"noise {on}": noise(pools[name], on) for on in ("test", "shifts")})
         for name, file in files.items()
-    ]
-    lines = pd.concat(each, ignore_index=True)
+    )
     table = pays(lines)
-    return save_with_numbers(figure_of(lines, table), table, folder / "subpools_gain")
+    return save_with_numbers(_figure_of(lines, table), table, folder / "subpools_gain")
 
 
 def write_subpools(config: Experiment) -> list[Path]:
@@ -293,7 +279,7 @@ def write_subpools(config: Experiment) -> list[Path]:
         report=lambda each: f"greedy {each['greedy test']:.3f}, best {each['best test']:.3f}",
         console=get_console(),
     )
-    where = geometry_of(pool)
-    lines = [described(config, pool, each, where) | result for each, result in zip(drawn, found, strict=True)]
+    where = _geometry_of(pool)
+    lines = [_described(config, pool, each, where) | result for each, result in zip(drawn, found, strict=True)]
     files = [write_csv(pd.DataFrame(lines), RunFolder.of(config).analysis / "subpools.csv", "%.6g")]
     return published(files, config) or files

@@ -6,6 +6,7 @@ it has: shares are means over pools, intervals take each pool as one observation
 """
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,22 @@ import scipy.stats
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis.claims import POOLS, UNSEEN, gains
+from analysis.claims import UNSEEN, gains, read_pools
 from analysis.figures.style import save, styled, write_csv
-from analysis.predictions import read_pools
 from analysis.tables.cells import write_cells
 from configs.errors import UserError
 from soups.doctor import TABLE, features
 from soups.files.atomic import write_json
 from store.provenance import provenance
 
-OUTCOMES = tuple((soup, on) for soup in ("greedy", "uniform") for on in ("test", "shifts"))
+OUTCOMES = tuple(product(("greedy", "uniform"), ("test", "shifts")))
 NOISE = 1.645  # standard errors: one-sided, 5 %
 # Pools whose files are older than predictions.csv: experiment -> its table, and n of its held-out split.
 TABLES = {"demo_seeds": ("table3", 596), "demo_text_seeds": ("table5", 600)}
 TEXTS = "demo_text_seeds"
 FIGURES = {"demo_grid_lp": "figureh1"}  # the held-out scores of its models are not in results/measured
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+FEATURES = list(features([1.0], 1))
 
 
 def with_error(found: NDArray[np.float64]) -> tuple[float, float]:
@@ -59,9 +60,9 @@ def noise(predictions: pd.DataFrame, on: str) -> float:
 
 def _of_folds(folder: Path) -> Iterator[dict[str, Any]]:
     """The pools of docs/claims.md, with either split selecting, and their sub-pools."""
-    for name, predictions in read_pools(folder, POOLS).items():
+    for name, predictions in read_pools(folder).items():
         models = pd.read_csv(folder / f"{name}_models.csv").set_index("row")
-        for direction, (selects, _) in enumerate((UNSEEN, UNSEEN[::-1])):
+        for direction, selects in enumerate(UNSEEN):
             count = int((predictions["split"] == selects).sum())  # it reports once, where the other one selects
             line = {"pool": name, "what": f"all models, {selects} selects", **features(list(models[selects]), count)}
             for soup, on in OUTCOMES:
@@ -74,17 +75,14 @@ def _of_folds(folder: Path) -> Iterator[dict[str, Any]]:
             members = [int(word) for word in str(row["rows"]).split()]
             line = {"pool": name, "what": f"{row['models']} models, {row['kind']}"}
             line |= features(list(models.loc[members, "held_out"]), row["held_out"])
-            for soup, on in OUTCOMES:
-                line[f"{soup} {on}"] = (row[f"{soup} {on}"] - row[f"best {on}"]) / errors[on]
-            yield line
+            yield line | {f"{s} {on}": (row[f"{s} {on}"] - row[f"best {on}"]) / errors[on] for s, on in OUTCOMES}
 
 
 def _in_errors(rows: pd.DataFrame) -> dict[str, float]:
     """Each soup's gain in standard errors; the 95 % intervals of a pool's rows are 3.92 standard errors wide."""
-    found = {}
+    found, columns = {}, {"test": "test", "shifts": "shift_mean"}
     for soup, on in OUTCOMES:
-        column = "test" if on == "test" else "shift_mean"
-        row = rows[(rows["method"] == soup) & (rows["column"] == column)].iloc[0]
+        row = rows[(rows["method"] == soup) & (rows["column"] == columns[on])].iloc[0]
         width = row["high"] - row["low"]
         found[f"{soup} {on}"] = 3.92 * row["difference"] / width if width else 0.0
     return found
@@ -117,15 +115,16 @@ def read_lines(folder: Path) -> pd.DataFrame:
         UserError: there are fewer than two pools of images, so that none can be held back.
     """
     lines = pd.DataFrame([*_of_folds(folder), *_of_tables(folder)])
-    if lines.empty or lines.loc[~_texts(lines), "pool"].nunique() < 2:
+    if lines.empty or of_images(lines)["pool"].nunique() < 2:
         raise UserError(
             f"{folder} has the csv files of fewer than two pools: python -m analysis predictions writes them"
         )
     return lines
 
 
-def _texts(lines: pd.DataFrame) -> "pd.Series[bool]":
-    return lines["pool"].str.startswith(TEXTS)
+def of_images(lines: pd.DataFrame, *, images: bool = True) -> pd.DataFrame:
+    """The lines of pools of images, or of texts."""
+    return lines[lines["pool"].str.startswith(TEXTS) != images]
 
 
 def jeffreys(successes: float, pools: int) -> tuple[float, float, float]:
@@ -154,15 +153,14 @@ def by_features(known: pd.DataFrame, asked: pd.DataFrame, outcome: tuple[str, st
     """
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
 
-    names = list(features([1.0], 1))
-    if asked[names].isna().any(axis=None):
+    if asked[FEATURES].isna().any(axis=None):
         return np.full(len(asked), np.nan)
-    known = known.dropna(subset=names)
+    known = known.dropna(subset=FEATURES)
     better = (known[" ".join(outcome)] > NOISE).to_numpy()
     if better.all() or not better.any():
         return np.full(len(asked), share(known, outcome)[0])
     weights = 1 / known.groupby("pool")["pool"].transform("size").to_numpy()
-    inputs = [np.column_stack([each[names[:2]].apply(np.log), each[names[2:]]]) for each in (known, asked)]
+    inputs = [np.column_stack([each[FEATURES[:2]].apply(np.log), each[FEATURES[2:]]]) for each in (known, asked)]
     middle = np.average(inputs[0], axis=0, weights=weights)
     scale = np.sqrt(np.average((inputs[0] - middle) ** 2, axis=0, weights=weights))
     fitted, given = ((each - middle) / np.where(scale > 0, scale, 1) for each in inputs)
@@ -176,7 +174,7 @@ def held_back(lines: pd.DataFrame) -> pd.DataFrame:
     Returns pool, what, soup, on, base rate, features (both are probabilities), and better: 1 if the soup is better than
     the best model by more than noise.
     """
-    images, rows = lines[~_texts(lines)], []
+    images, rows = of_images(lines), []
     for pool, asked in lines.groupby("pool", sort=False):
         known = images[images["pool"] != pool]
         for soup, on in OUTCOMES:
@@ -188,7 +186,7 @@ def held_back(lines: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def brier(predicted: pd.DataFrame, how: str) -> "pd.Series[float]":
+def _brier(predicted: pd.DataFrame, how: str) -> "pd.Series[float]":
     """Mean squared differences between probability and outcome, by soup, split and pool."""
     squared = (predicted[how] - predicted["better"]) ** 2
     return squared.groupby([predicted[key] for key in ("soup", "on", "pool")], sort=False).mean()
@@ -196,44 +194,42 @@ def brier(predicted: pd.DataFrame, how: str) -> "pd.Series[float]":
 
 def improvement(predicted: pd.DataFrame) -> tuple[float, float]:
     """By how much features lower the Brier score of the base rate, over outcomes and pools, and the standard error."""
-    better = (brier(predicted, "base rate") - brier(predicted, "features")).groupby("pool").mean().dropna()
+    better = (_brier(predicted, "base rate") - _brier(predicted, "features")).groupby("pool").mean().dropna()
     return float(better.mean()), float(better.std() / np.sqrt(len(better)))
 
 
 def rows_of(lines: pd.DataFrame, predicted: pd.DataFrame) -> pd.DataFrame:
     """A line for each soup and split: shares better and worse with intervals, and Brier scores with standard errors."""
-    images, rows = lines[~_texts(lines)], []
+    images, rows = of_images(lines), []
     for soup, on in OUTCOMES:
         row: dict[str, Any] = {"soup": soup, "on": on, "pools": images["pool"].nunique(), "lines": len(images)}
         for word, sign in (("better", 1), ("worse", -1)):
             row |= dict(zip((word, f"{word} low", f"{word} high"), share(images, (soup, on), sign), strict=True))
-        for how in ("base rate", "features"):
-            for kind, group in (("", predicted[~_texts(predicted)]), (" texts", predicted[_texts(predicted)])):
-                scores = brier(group[(group["soup"] == soup) & (group["on"] == on)], how)
-                row |= {f"brier {how}{kind}": scores.mean(), f"brier {how}{kind} error": scores.sem()}
+        asked = predicted[(predicted["soup"] == soup) & (predicted["on"] == on)]
+        for how, kind in product(("base rate", "features"), ("", " texts")):
+            scores = _brier(of_images(asked, images=not kind), how)
+            row |= {f"brier {how}{kind}": scores.mean(), f"brier {how}{kind} error": scores.sem()}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """The same as text."""
+def _cells(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
-    for _, row in rows.iterrows():
+    for row in rows.to_dict("records"):
         line = {"Soup": row["soup"], "On": "test" if row["on"] == "test" else "mean of the shifts"}
         for word in ("better", "worse"):
             low, high = row[f"{word} low"], row[f"{word} high"]
             line[f"{word.capitalize()} by more than noise"] = f"{row[word]:.0%} [{low:.0%}, {high:.0%}]"
         for how in ("base rate", "features"):
             line[f"Brier, {how}"] = f"{row[f'brier {how}']:.2f} ± {row[f'brier {how} error']:.2f}"
-        line["Brier, base rate, texts"] = f"{row['brier base rate texts']:.2f}"
-        found.append(line)
+        found.append(line | {"Brier, base rate, texts": f"{row['brier base rate texts']:.2f}"})
     return pd.DataFrame(found)
 
 
 def table_of(lines: pd.DataFrame, predicted: pd.DataFrame) -> dict[str, Any]:
     """What soups/will_it_help.json holds, but for the commit."""
-    images = lines[~_texts(lines)]
-    gain, error = improvement(predicted[~_texts(predicted)])
+    images = of_images(lines)
+    gain, error = improvement(of_images(predicted))
     soups = [
         {"soup": soup, "on": "test images" if on == "test" else "shifted images"}
         | {word: [round(x, 4) for x in share(images, (soup, on), s)] for word, s in (("better", 1), ("worse", -1))}
@@ -246,8 +242,7 @@ def table_of(lines: pd.DataFrame, predicted: pd.DataFrame) -> dict[str, Any]:
         "kind": "image classifiers",
         "noise": f"{NOISE} standard errors, with 600 test images and 4,400 of five shifts",
         "ranges": {
-            name: [round(float(end), 4) for end in (images[name].min(), images[name].max())]
-            for name in features([1.0], 1)
+            name: [round(float(end), 4) for end in (images[name].min(), images[name].max())] for name in FEATURES
         },
         "soups": soups,
         "note": "they are the same for every pool: number of models, held-out size and scores "
@@ -260,8 +255,7 @@ def reliability(predicted: pd.DataFrame, how: str) -> pd.DataFrame:
 
     Returns predicted, observed, low, high (95 %, by `jeffreys`, each pool one observation) and pools.
     """
-    rows = []
-    predicted = predicted.dropna(subset=how)
+    predicted, rows = predicted.dropna(subset=how), []
     for _, group in predicted.groupby(np.digitize(predicted[how], BINS[1:-1])):
         by_pool = group.groupby("pool")[[how, "better"]].mean()
         _, low, high = jeffreys(by_pool["better"].sum(), len(by_pool))
@@ -270,39 +264,29 @@ def reliability(predicted: pd.DataFrame, how: str) -> pd.DataFrame:
 
 
 @styled
-def figure_of(predicted: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+def _figure_of(predicted: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """The reliability diagram of both predictions, and their Brier scores by soup and split."""
-    drawn = {"base rate": ("#0072B2", "o"), "features": ("#E69F00", "s")}
-    images = predicted[~_texts(predicted)]
+    looks = ("base rate", -0.006, "#0072B2", "o"), ("features", 0.006, "#E69F00", "s")
     figure = Figure(figsize=(6.6, 3.1))
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="black", lw=0.8)
-    for aside, (how, (colour, marker)) in zip((-0.006, 0.006), drawn.items(), strict=True):
-        found = reliability(images, how)
-        for _, bin_ in found.iterrows():
-            place = bin_["predicted"] + aside
-            left.plot([place, place], [bin_["low"], bin_["high"]], color=colour, lw=1)
-            left.plot(place, bin_["observed"], marker, color=colour, ms=5)
-            left.annotate(
-                f"{bin_['pools']:.0f}", (place, bin_["observed"]), (4, -8), textcoords="offset points", size=6
-            )
-        for place, (_, row) in enumerate(rows.iterrows()):
-            middle, error = row[f"brier {how}"], row[f"brier {how} error"]
+    for how, aside, colour, marker in looks:
+        for found in reliability(of_images(predicted), how).itertuples():
+            place = found.predicted + aside
+            left.plot([place, place], [found.low, found.high], color=colour, lw=1)
+            left.plot(place, found.observed, marker, color=colour, ms=5)
+            spot = (place, found.observed)
+            left.annotate(f"{found.pools:.0f}", spot, (4, -8), textcoords="offset points", size=6)
+        for place, (middle, error) in enumerate(rows[[f"brier {how}", f"brier {how} error"]].to_numpy()):
             at = place + 10 * aside
             right.plot([middle - error, middle + error], [at, at], color=colour, lw=1.2)
             right.plot(middle, at, marker, color=colour, ms=5, label=how if place == 0 else None)
-    left.set(
-        xlabel="predicted probability of a gain beyond noise",
-        ylabel="observed share",
-        xlim=(0, 1),
-        ylim=(-0.07, 1.04),
-    )
-    left.set_title(
-        "Pools held back, both soups and splits together;\n95 % intervals, a pool counts once; numbers: pools",
-        fontsize=7,
-    )
+    left.set(xlabel="predicted probability of a gain beyond noise", ylabel="observed share")
+    left.set(xlim=(0, 1), ylim=(-0.07, 1.04))
+    title = "Pools held back, both soups and splits together;\n95 % intervals, a pool counts once; numbers: pools"
+    left.set_title(title, fontsize=7)
     right.axvline(0.25, color="black", lw=0.8, ls="--", label="always one half")
-    right.set_yticks(range(len(rows)), [f"{row['soup']}, {row['on']}" for _, row in rows.iterrows()])
+    right.set_yticks(range(len(rows)), rows["soup"] + ", " + rows["on"])
     right.invert_yaxis()
     right.set(xlabel="Brier score (lower is better)", xlim=(-0.02, None))
     right.set_title("Pools held back; bars: one standard\nerror over pools", fontsize=7)
@@ -317,17 +301,16 @@ def write_will_it_help(folder: Path, table: Path = TABLE) -> list[Path]:
     """
     lines = read_lines(folder)
     predicted = held_back(lines)
-    rows = rows_of(lines, predicted)
-    gain, error = improvement(predicted[~_texts(predicted)])
-    images = lines[~_texts(lines)]
+    rows, images = rows_of(lines, predicted), of_images(lines)
+    gain, error = improvement(of_images(predicted))
     caption = (
         f"{images['pool'].nunique()} pools of image classifiers ({len(images)} pools and sub-pools), each pool counted "
         f"once; noise is {NOISE} standard errors of the difference to the best model; 95 % intervals by Jeffreys; "
         "Brier scores of pools held back, ± a standard error over pools (0.25: always one half). Features change "
         f"the Brier score by {-gain:+.3f} ± {error:.3f}."
     )
-    files = write_cells(cells(rows), rows, folder / "will_it_help", caption)
-    files += save(figure_of(predicted, rows), folder / "will_it_help")
+    files = write_cells(_cells(rows), rows, folder / "will_it_help", caption)
+    files += save(_figure_of(predicted, rows), folder / "will_it_help")
     files.append(write_csv(predicted, folder / "will_it_help_held_back.csv", "%.6g"))
     write_json(table, {**table_of(lines, predicted), "commit": provenance()["commit"]})
     return [*files, table]

@@ -10,8 +10,20 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from analysis.artefacts import draw, measured_experiment, measured_files, named, paper_numbers, parts_of, redraw, state
-from analysis.catalogue import ARTEFACTS, DRAWN, MEASURED, NUMBERS, Drawing
+from analysis.artefacts import (
+    ARTEFACTS,
+    DRAWN,
+    MEASURED,
+    NUMBERS,
+    draw,
+    measured_experiment,
+    measured_files,
+    named,
+    paper_numbers,
+    parts_of,
+    redraw,
+    state,
+)
 from analysis.claims import POOLS, gain_figure
 from analysis.figures.style import save
 from analysis.subpools import write_pays
@@ -86,8 +98,8 @@ def committed_figures():
     """The committed pictures of results/measured, and for each how today's code draws it from the csv beside it."""
     found = {}
     for name, artefact in DRAWN.items():
-        for experiment, file in measured_files(name).items() if isinstance(artefact.made, Drawing) else ():
-            found[file.stem] = partial(artefact.made.draw, measured_experiment(experiment))
+        for experiment, file in measured_files(name).items() if not artefact.made.is_table else ():
+            found[file.stem] = partial(artefact.made.show, measured_experiment(experiment))
     return found | {"claims_gain": gain_figure}
 
 

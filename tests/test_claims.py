@@ -9,6 +9,7 @@ import pytest
 
 from analysis.claims import (
     CLAIMS,
+    METHODS,
     POOLS,
     SHIFTS,
     UNSEEN,
@@ -18,11 +19,11 @@ from analysis.claims import (
     answers,
     estimated,
     gains,
+    read_pools,
     resampled,
     table,
     write_claims,
 )
-from analysis.predictions import METHODS, read_pools
 from configs.errors import UserError
 from configs.schema import load
 from soups.errors import one_line_errors

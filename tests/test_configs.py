@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from torch import nn
 
-from analysis.catalogue import ARTEFACTS
+from analysis.artefacts import ARTEFACTS
 from analysis.tables.table3 import note
 from configs.data import KINDS
 from configs.registered import experiments, neutral

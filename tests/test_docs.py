@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.catalogue import ARTEFACTS
+from analysis.artefacts import ARTEFACTS
 from benchmarks.all import table
 from tests.commands import python
 from tests.faults import copy_tree

@@ -11,7 +11,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
-from analysis.results import results_of
+from analysis.artefacts import results_of
 from analysis.tables.table3 import analyse
 from configs.cli import record_words
 from configs.errors import UserError

@@ -8,8 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from analysis.artefacts import write_artefact
-from analysis.catalogue import ARTEFACTS
+from analysis.artefacts import ARTEFACTS, write_artefact
 from analysis.measure.methods import measure
 from analysis.tables.paper import (
     cells_beside_paper,

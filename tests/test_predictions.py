@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from analysis import subpools as module
-from analysis.claims import SHIFTS
-from analysis.predictions import METHODS, models, predictions, write_pool
+from analysis.claims import METHODS, SHIFTS, models, predictions, write_pool
 from analysis.subpools import KINDS, Subpool, candidates, measured, pays, subpools, write_pays, write_subpools
 from analysis.will_it_help import NOISE
 from configs.errors import UserError

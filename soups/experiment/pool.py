@@ -1,6 +1,6 @@
 """Each recipe, run over the pool of an experiment. The only split that is looked at here is the one that selects.
 
-That is held-out, but for a measurement in which held-out and test change places (analysis/predictions.py).
+That is held-out, but for a measurement in which held-out and test change places (analysis/claims.py).
 """
 
 from collections.abc import Callable
