@@ -12,20 +12,27 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich import get_console
 
-from analysis.figures.angles import draw_angles, measure_angles
-from analysis.figures.coefficients import draw_coefficients, measure_coefficients
-from analysis.figures.contours import draw_landscape
-from analysis.figures.cross_dataset import draw_backbones, measure_backbones
-from analysis.figures.decisions import decisions
-from analysis.figures.grids import draw_grids, measure_grids
-from analysis.figures.landscape import measure_landscape
-from analysis.figures.pairs import draw_pairs, measure_pairs
+from analysis.figures.calibration import (
+    draw_budget,
+    draw_calibration,
+    draw_reliability,
+    measure_reliability,
+    measure_seeds,
+)
+from analysis.figures.curves import draw_backbones, draw_wise, measure_backbones, measure_wise
+from analysis.figures.landscape import draw_landscape, measure_landscape
+from analysis.figures.pairs import draw_angles, draw_grids, draw_pairs, measure_angles, measure_grids, measure_pairs
+from analysis.figures.pool import (
+    decisions,
+    draw_coefficients,
+    draw_scatter,
+    draw_subgroups,
+    measure_coefficients,
+    measure_scatter,
+    measure_subgroups,
+)
 from analysis.figures.pool_size import draw_pool_size, measure_pool_size
-from analysis.figures.reliability import draw_reliability, measure_reliability
-from analysis.figures.scatter import draw_scatter, draw_subgroups, measure_scatter, measure_subgroups
 from analysis.figures.style import save_with_numbers, write_csv
-from analysis.figures.training_seeds import draw_budget, draw_calibration, measure_seeds
-from analysis.figures.wise_curves import draw_wise, measure_wise
 from analysis.measure.methods import NAN, SHIFT_MEAN
 from analysis.released import published_instead, write_instead
 from analysis.tables import paper
@@ -353,7 +360,7 @@ class Results:
         return made.show(self.config, self.read(name))
 
     def decisions(self, recipe: str = "greedy") -> pd.DataFrame:
-        """What a greedy recipe tried, from `analysis.figures.decisions`; kept results have no record of it."""
+        """What a greedy recipe tried, from `analysis.figures.pool`; kept results have no record of it."""
         record = self.run and self.run / "soups" / recipe / "soup.json"
         if record is None or not record.exists():
             raise UserError(

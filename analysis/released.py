@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures.scatter import scatter_figure
+from analysis.figures.pool import scatter_figure
 from analysis.figures.style import STYLE, save_with_numbers
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.tables.cells import NAMES, write_cells

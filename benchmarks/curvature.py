@@ -4,7 +4,7 @@ A ViT-S/32 of timm with random weights (23 M parameters), a direction of all of 
 
 forward           the loss alone, a floor
 differences       the losses a tenth of the way before and after, and a central difference: not exact
-ours              exact, by forward mode within forward mode (`analysis.theory.derivatives`)
+ours              exact, by forward mode within forward mode (`analysis.theory.equation`)
 double_backward   a Hessian-vector product as PyHessian takes it, and its inner product with the direction
 curvlinops        the product of its HessianLinearOperator, and the same inner product
 
@@ -32,8 +32,7 @@ from curvlinops import HessianLinearOperator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from analysis.theory.derivatives import along
-from analysis.theory.equation import central_difference, curvature
+from analysis.theory.equation import along, central_difference, curvature
 from benchmarks.run import Options, anonymous_mib, benchmark, in_turns, middle, process_of, run, timed
 from store.workers import little_memory
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis.figures.coefficients import draw_coefficients
-from analysis.figures.scatter import BARS, DRAWN_WITH_BARS, draw_scatter
+from analysis.figures.pool import BARS, DRAWN_WITH_BARS, draw_coefficients, draw_scatter
 from analysis.figures.style import STYLE, save
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels

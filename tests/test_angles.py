@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from analysis.artefacts import write_artefact
-from analysis.figures.angles import (
+from analysis.figures.pairs import (
     AUGMENTATION,
     LEARNING_RATE,
     SEED,

@@ -39,11 +39,11 @@ def test_three_rates_two_augmentations_and_two_seeds_make_21_pairs(tmp_path, nam
     config = load(name, f"paths.runs={tmp_path}")
     recorded_pool(config)
     pairs = related_pairs(config, usable_pool(config))
-    counts = pd.Series([each.differ for each in pairs]).value_counts().to_dict()
+    counts = pd.Series([differ for _, differ, _ in pairs]).value_counts().to_dict()
     assert counts == {LEARNING_RATE: 6, AUGMENTATION: 3, SEED: 6, START: 6}
-    assert len({each.pair.mean.key for each in pairs}) == 21
-    assert sum(each.highest_lr == max(config.analysis.theory.learning_rates) for each in pairs) == 9
-    assert all(each.pair.first.row == 0 for each in pairs if each.differ == START)
+    assert len({pair.mean.key for pair, _, _ in pairs}) == 21
+    assert sum(lr == max(config.analysis.theory.learning_rates) for _, _, lr in pairs) == 9
+    assert all(pair.first.row == 0 for pair, differ, _ in pairs if differ == START)
 
 
 def test_a_sweep_without_such_rows_is_told_which_ones_are_missing(tmp_path):

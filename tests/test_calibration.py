@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.figures.reliability import draw_reliability, reliability_rows
+from analysis.figures.calibration import draw_reliability, reliability_rows
 from configs.schema import load
 from eval.calibration import calibrate, fit_beta, reliability_bins
 

@@ -8,7 +8,7 @@ import pytest
 import reproduce
 from analysis import pipeline
 from analysis.artefacts import write_artefact
-from analysis.figures.cross_dataset import (
+from analysis.figures.curves import (
     changes_of,
     draw_backbones,
     measure_backbones,

@@ -3,7 +3,7 @@
 import pytest
 
 from analysis.artefacts import write_artefact
-from analysis.figures.grids import best_in_range, grids_of, measure_grids
+from analysis.figures.pairs import best_in_range, grids_of, measure_grids
 from configs.errors import UserError
 from soups.files.atomic import read_json, write_json
 from store.runs import RunFolder
@@ -58,6 +58,7 @@ def test_a_cell_is_the_average_of_the_ends_minus_the_best_from_one_end_to_the_ot
 def test_the_best_is_looked_for_between_the_ends_and_not_beyond():
     accuracies = [0.9, 0.5, 0.6, 0.8]
     assert [best_in_range(accuracies, i, j) for i, j in ((1, 2), (0, 2), (1, 3), (2, 2))] == [2, 0, 3, 2]
+    assert best_in_range([0.5, 0.7, 0.7], 0, 2) == 1  # of equals the first
 
 
 def test_a_row_that_diverged_is_no_end_and_a_grid_of_one_is_none(finished, tmp_path):

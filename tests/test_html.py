@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis.artefacts import write_artefact
-from analysis.figures.reliability import reliability_rows
+from analysis.figures.calibration import reliability_rows
 from analysis.page.write import write_report
 from analysis.tables.table3 import analyse
 from configs.errors import UserError

@@ -13,8 +13,17 @@ import torch
 from safetensors.torch import save_file
 
 from analysis.artefacts import write_artefact
-from analysis.figures.contours import LEVELS, draw_landscape, levels
-from analysis.figures.landscape import Plane, axes_of, moving, plane_through, set_between, slices, training_rows
+from analysis.figures.landscape import (
+    LEVELS,
+    axes_of,
+    draw_landscape,
+    levels,
+    plane_through,
+    set_between,
+    shares_at,
+    slices,
+    training_rows,
+)
 from configs.errors import UserError
 from configs.schema import load
 from eval.forward import Evaluator
@@ -72,9 +81,9 @@ def test_two_parameters_by_hand():
     # From (1, 1) to (4, 5) and to (1, 6): u1 = (3, 4) / 5, and (0, 5) is 4 along it and 3 across.
     one, two = np.array([3.0, 4.0]), np.array([0.0, 5.0])
     plane = plane_through(np.array([[one @ one, one @ two], [one @ two, two @ two]]))
-    assert plane.first == 5
-    assert plane.second == pytest.approx((4, 3))
-    assert plane.shares(9, 3) == pytest.approx((-1, 1, 1))
+    assert plane[:2] == ((0, 0), (5, 0))
+    assert plane[2] == pytest.approx((4, 3))
+    assert shares_at(plane, 9, 3) == pytest.approx((-1, 1, 1))
 
 
 def test_the_basis_is_orthonormal_and_points_are_where_their_coordinates_say(toy):
@@ -82,7 +91,7 @@ def test_the_basis_is_orthonormal_and_points_are_where_their_coordinates_say(toy
     start, *_ = vectors = [flat(model) for model in models]
 
     def at(x, y):
-        return sum(share * vector for share, vector in zip(plane.shares(x, y), vectors, strict=True))
+        return sum(share * vector for share, vector in zip(shares_at(plane, x, y), vectors, strict=True))
 
     u1, u2 = at(1, 0) - start, at(0, 1) - start
     products = torch.stack([torch.stack([a @ b for a in (u1, u2)]) for b in (u1, u2)])
@@ -94,8 +103,8 @@ def test_the_basis_is_orthonormal_and_points_are_where_their_coordinates_say(toy
 
 def test_the_three_models_are_at_their_coordinates_to_the_bit(toy):
     models, plane = toy
-    for (x, y), model in zip(plane.models, models, strict=True):
-        found = mixed(models, plane.shares(x, y))
+    for (x, y), model in zip(plane, models, strict=True):
+        found = mixed(models, shares_at(plane, x, y))
         assert all(torch.equal(found[name], model[name]) for name in model)
 
 
@@ -110,11 +119,6 @@ def test_between_models_weights_are_summed_in_float64_and_rounded_once():
     assert mixed(small, (1.0, 1.0, -1.0))["w"][0] == 2**-30
 
 
-def test_only_what_differs_moves():
-    same = {"stem": torch.ones(2), "w": torch.zeros(2), "n": torch.tensor(1)}
-    assert moving([same, same | {"w": torch.ones(2)}, same | {"n": torch.tensor(2)}]) == ["w"]
-
-
 @pytest.mark.parametrize("products", [[[4.0, 8.0], [8.0, 16.0]], [[0.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]])
 def test_three_models_on_a_line_make_no_plane(products):
     with pytest.raises(ValueError, match="one line"):
@@ -122,19 +126,19 @@ def test_three_models_on_a_line_make_no_plane(products):
 
 
 def test_the_grid_reaches_beyond_the_models_by_the_margin():
-    xs, ys = axes_of(Plane(10.0, (-2.0, 4.0)), 4, 4, 0.5)
+    xs, ys = axes_of(((0, 0), (10, 0), (-2, 4)), 4, 4, 0.5)
     assert xs.tolist() == pytest.approx([-8, 0, 8, 16])
     assert ys.tolist() == pytest.approx([-2, 0.6666667, 3.3333333, 6])
 
 
 def test_a_model_far_away_gets_more_points_at_the_same_spacing_up_to_the_longest():
-    far = Plane(10.0, (2.0, 60.0))  # reaches 10 along x and 60 along y
+    far = (0, 0), (10, 0), (2, 60)  # reaches 10 along x and 60 along y
     xs, ys = axes_of(far, 5, 100, 0.5)
     assert len(xs) == 5
     assert np.diff(ys) == pytest.approx(np.full(24, np.diff(xs)[0]))
     assert [len(axis) for axis in axes_of(far, 5, 9, 0.5)] == [5, 9]
     assert [len(axis) for axis in axes_of(far, 5, 3, 0.5)] == [5, 5]  # never fewer than the other
-    assert [len(axis) for axis in axes_of(Plane(60.0, (2.0, 10.0)), 5, 9, 0.5)] == [9, 5]
+    assert [len(axis) for axis in axes_of(((0, 0), (60, 0), (2, 10)), 5, 9, 0.5)] == [9, 5]
 
 
 def test_more_training_examples_keep_those_there_were():

@@ -7,7 +7,7 @@ import torch
 from analysis.artefacts import write_artefact
 from analysis.figures.pool_size import best_of_first, greedy_of_first, measure_pool_size, orders_of
 from analysis.measure.methods import SHIFT_MEAN
-from analysis.measure.mixtures import RunningMean, mean_mixture
+from analysis.measure.mixtures import mean_mixture
 from soups.experiment.pool import ingredients_of
 from soups.recipes import greedy
 from store.runs import RunFolder
@@ -57,27 +57,6 @@ def test_no_set_is_scored_twice_and_a_rejected_newcomer_costs_one_look():
 
 def test_the_best_so_far_is_chosen_on_held_out_and_of_equals_the_first_of_the_pool():
     assert best_of_first([3, 1, 0], [0.5, 0.4, 0.9, 0.5]) == [3, 3, 0]
-
-
-def test_a_running_mean_reads_each_model_once_and_is_the_mean_of_those_so_far():
-    reads = []
-
-    class Member:
-        def __init__(self, value):
-            self.value, self.digest = value, str(value)
-
-        def load(self):
-            reads.append(self.value)
-            return {"w": torch.tensor([self.value])}
-
-    mean = RunningMean([Member(value) for value in (1.0, 3.0, 8.0)])
-    two, three = mean.of_first(2), mean.of_first(3)
-    assert reads == []
-    assert two.load()["w"].item() == 2
-    assert three.load()["w"].item() == 4
-    assert reads == [1, 3, 8]
-    with pytest.raises(AssertionError):
-        two.load()
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import pandas as pd
 import pytest
 
 from analysis.artefacts import write_artefact
-from analysis.figures.scatter import (
+from analysis.figures.pool import (
+    LOOKS,
     draw_scatter,
     draw_subgroups,
     measure_scatter,
     measure_subgroups,
-    styles,
 )
 from analysis.measure.methods import measure
 from configs.errors import UserError
@@ -30,10 +30,9 @@ def finished(tmp_path_factory):
 
 
 def test_every_method_has_a_name_and_a_look_of_its_own():
-    found = styles()
-    assert set(load("demo").recipes) <= set(found)
-    assert len({(colour, marker) for _, colour, marker, _ in found.values()}) == len(found)
-    assert len({label for label, *_ in found.values()}) == len(found)
+    assert set(load("demo").recipes) <= set(LOOKS)
+    assert len({(colour, marker) for _, colour, marker, _ in LOOKS.values()}) == len(LOOKS)
+    assert len({label for label, *_ in LOOKS.values()}) == len(LOOKS)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.training_seeds import (
+from analysis.figures.calibration import (
     answering,
     scaled_head,
     seed_group,
@@ -90,19 +90,16 @@ def test_a_scaled_head_gives_logits_times_beta_and_calibrated_members_are_averag
     weights = members[0].load()
     ours = evaluator.fresh_logits(scaled_head(weights, 3.0), "held_out")
     torch.testing.assert_close(ours, 3 * evaluator.fresh_logits(weights, "held_out"), rtol=1e-4, atol=1e-4)
-    first = {
-        (each.what, each.k): each
-        for each in answering(evaluator, members, calibrated=True)
-        if each.temperature == "first"
-    }
+    made = answering(evaluator, members, calibrated=True)
+    first = {(what, k): logits for what, k, temperature, logits, _ in made if temperature == "first"}
     betas = [cell(table, "individual", k, "after")["beta"] for k in (1, 2)]
     own = [evaluator.fresh_logits(each.load(), "test").double() for each in members[:2]]
-    torch.testing.assert_close(first["ensemble", 2].logits("test"), (betas[0] * own[0] + betas[1] * own[1]) / 2)
+    torch.testing.assert_close(first["ensemble", 2]("test"), (betas[0] * own[0] + betas[1] * own[1]) / 2)
     scaled = [scaled_head(each.load(), beta) for each, beta in zip(members[:2], betas, strict=True)]
     mean = {
         name: ((scaled[0][name].double() + scaled[1][name].double()) / 2).to(scaled[0][name].dtype) for name in weights
     }
-    torch.testing.assert_close(first["soup", 2].logits("test"), evaluator.fresh_logits(mean, "test"))
+    torch.testing.assert_close(first["soup", 2]("test"), evaluator.fresh_logits(mean, "test"))
     with pytest.raises(UserError, match="linear head"):
         scaled_head({"lm_head.weight": torch.ones(1)}, 2.0)
 

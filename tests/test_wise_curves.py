@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.wise_curves import ALPHAS, ends_of, measure_wise
+from analysis.figures.curves import ALPHAS, ends_of, measure_wise
 from analysis.measure.methods import SHIFT_MEAN
 from configs.errors import UserError
 from configs.schema import load

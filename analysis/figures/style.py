@@ -52,11 +52,7 @@ def panels(rows: int, columns: int, height: float, *, width: float = PAGE, **opt
 
 
 def two_lines(label: str) -> str:
-    """An axis' label where panels are low.
-
-    >>> two_lines("Emoji test, top-1 accuracy (%)")
-    'Emoji test,\\ntop-1 accuracy (%)'
-    """
+    """An axis' label where panels are low, as in "Emoji test,\\ntop-1 accuracy (%)"."""
     return label.replace(", ", ",\n", 1)
 
 
@@ -68,12 +64,10 @@ def legend(figure: Figure, axes: Axes, columns: int, note: str = "", **options: 
 
 
 def inline_svg(figure: Figure, name: str, says: str) -> Markup:
-    """A figure as SVG in a page of HTML: as wide as its place, with ids that no other drawing of the page has.
+    """A figure, which is laid out by this call, as SVG in a page of HTML: as wide as its place.
 
-    Args:
-        figure: laid out by this call.
-        name: of the <svg>, and what its other ids begin with.
-        says: what it shows, for those who do not see it.
+    `name` is that of the <svg>, and what its other ids begin with, so that no other drawing of the page has them;
+    `says` is what it shows, for those who do not see it.
     """
     text = StringIO()
     with mpl.rc_context(SETTINGS | {"svg.fonttype": "none"}):

@@ -14,12 +14,12 @@ from analysis.tables.cells import measured
 from configs.schema import Experiment
 from eval.forward import Evaluator
 from eval.pool import evaluate_all
-from soups.average import Average, Loader
+from soups.average import Loader
 from soups.files.atomic import digest_of
 from soups.files.weights import Weights, digest
 from soups.recipes import mean_of
 from store.arrays import cached_array
-from store.rows import draw, row_config
+from store.rows import row_config
 from store.runs import Ingredient
 from store.workers import spread
 
@@ -40,29 +40,6 @@ def mean_mixture(members: Sequence[Ingredient], load: Loader | None = None) -> M
     return Mixture(key, load or partial(mean_of, [each.load for each in members]))
 
 
-class RunningMean:
-    """The mean of the first 1, 2, ..., K of some models, asked for in this order; each is read once, when it is needed.
-
-    Args:
-        members: K models.
-    """
-
-    def __init__(self, members: Sequence[Ingredient]):
-        self._members = members
-        self._average = Average()
-
-    def of_first(self, k: int) -> Mixture:
-        """The mean of the first k; no k that is smaller may be loaded afterwards."""
-
-        def load() -> Weights:
-            assert self._average.count <= k
-            for member in self._members[self._average.count : k]:
-                self._average = self._average.plus(member.load())
-            return self._average.weights()
-
-        return mean_mixture(self._members[:k], load)
-
-
 def mean_logits(
     evaluator: Evaluator, members: Sequence[Ingredient], betas: Sequence[float] | None = None
 ) -> Callable[[str], Tensor]:
@@ -70,10 +47,8 @@ def mean_logits(
     each = [logits_of_model(member, evaluator) for member in members]
 
     def logits(split: str) -> Tensor:
-        total: Tensor | float = 0.0
-        for of_one, beta in zip(each, betas or [1.0] * len(members), strict=True):
-            total = total + beta * of_one(split).double()
-        return torch.as_tensor(total) / len(members)
+        scaled = (beta * one(split).double() for one, beta in zip(each, betas or [1.0] * len(members), strict=True))
+        return torch.as_tensor(sum(scaled)) / len(members)
 
     return logits
 
@@ -119,68 +94,41 @@ def do_missing(
     *,
     calls: Sequence[Callable[[], str]] = (),
 ) -> None:
-    """Let the cluster's worker processes do what is not on disk yet.
+    """Let the cluster's worker processes do the units that are not on disk yet; {} in `title` is how many these are.
 
-    Args:
-        config: of the experiment.
-        title: of the progress bar; {} in it is how many units are left.
-        units: what there is to do.
-        call: picklable; does some units and returns a line.
-        is_done: whether a unit is on disk.
-        calls: what workers do instead, where units follow from one another.
-
-    Raises:
-        UserError: missing or damaged weights or data, or a worker that was killed.
+    `call` is picklable, does some units and returns a line; `calls` are done instead, where units follow from one
+    another.
     """
     missing, workers = [unit for unit in units if not is_done(unit)], config.cluster.workers
-    if not missing:
-        return
-    spread(
-        title.format(len(missing)),
-        calls or [partial(call, missing[i::workers]) for i in range(workers) if missing[i::workers]],
-        workers=workers,
-        threads=config.cluster.threads,
-        units=len(missing),
-        done_units=lambda: sum(map(is_done, missing)),
-        report=str,
-        console=get_console(),
-    )
+    if missing:
+        spread(
+            title.format(len(missing)),
+            calls or [partial(call, missing[i::workers]) for i in range(workers) if missing[i::workers]],
+            workers=workers,
+            threads=config.cluster.threads,
+            units=len(missing),
+            done_units=lambda: sum(map(is_done, missing)),
+            report=str,
+            console=get_console(),
+        )
 
 
 def measure_mixtures(
-    config: Experiment,
-    title: str,
-    mixtures: Sequence[Mixture],
-    calls: Sequence[Callable[[], str]] = (),
+    config: Experiment, title: str, mixtures: Sequence[Mixture], calls: Sequence[Callable[[], str]] = ()
 ) -> Evaluator:
-    """Let the cluster's worker processes evaluate mixtures on every test and shift split; what is on disk is kept.
-
-    Arguments are those of `do_missing`; `calls` are for mixtures that follow from one another.
-
-    Returns:
-        An evaluator, with which `method_of_mixture` reads what they answer.
-
-    Raises:
-        UserError: as `do_missing`.
-    """
+    """Evaluate mixtures on every test and shift split, as `do_missing`; returns what `method_of_mixture` reads with."""
     evaluator = Evaluator(config)
 
     def is_done(each: Mixture) -> bool:
         return all(evaluator.place("answers", split, each.key).exists() for split in config.task.reported)
 
     distinct = list({each.key: each for each in mixtures}.values())
-    title, call = f"evaluating {{}} {title}", partial(_answer, config)
-    do_missing(config, title, distinct, call, is_done, calls=calls)
+    do_missing(config, f"evaluating {{}} {title}", distinct, partial(_answer, config), is_done, calls=calls)
     return evaluator
 
 
 def drawn_columns(config: Experiment) -> dict[str, tuple[str, ...]]:
-    """The columns that curves are drawn in, and the splits of each: test, and the mean of the shifts if there are any.
-
-    >>> from configs.schema import load
-    >>> list(drawn_columns(load("demo_tiny")))
-    ['test', 'shift_mean']
-    """
+    """The columns that curves are drawn in, with the splits of each: test, and the mean of shifts if there are any."""
     columns = columns_of(config)
     return {name: columns[name] for name in (config.task.test, SHIFT_MEAN) if name in columns}
 
@@ -226,19 +174,6 @@ def evaluate_models(config: Experiment, pairs: Sequence[Pair]) -> None:
 
 
 def measure_midpoints(config: Experiment, pairs: Sequence[Pair]) -> Evaluator:
-    """Evaluate the models of all pairs, and each pair's mean, on the test and shift splits; what is on disk is kept.
-
-    Returns and raises as `measure_mixtures`.
-    """
+    """Evaluate the models of all pairs, and each pair's mean, as `measure_mixtures`."""
     evaluate_models(config, pairs)
     return measure_mixtures(config, "means of two models", [pair.mean for pair in pairs])
-
-
-def drawn_settings(config: Experiment, row: int) -> str:
-    """The settings that a sweep draws for a row, for a caption.
-
-    >>> from configs.schema import load
-    >>> drawn_settings(load("demo_landscape"), 3)
-    'lr 0.00015, seed 1'
-    """
-    return ", ".join(f"{field.partition('.')[2]} {value}" for field, value in draw(config, row).items())

@@ -16,9 +16,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis.figures.decisions import decisions, draw_decisions
-from analysis.figures.reliability import draw_reliability
-from analysis.figures.scatter import BARS, scatter_figure, styles
+from analysis.figures.calibration import draw_reliability
+from analysis.figures.pool import BARS, LOOKS, decisions, draw_decisions, scatter_figure
 from analysis.figures.style import inline_svg
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import axis_labels
@@ -129,7 +128,7 @@ def scatter(results: Results) -> tuple[Markup, list[Mark]]:
     x_label, y_label = labels[config.task.test], labels.get(SHIFT_MEAN, "Held-out (%)")
     if SHIFT_MEAN not in labels:
         numbers = numbers.assign(shift_mean=numbers["held_out"]).drop(columns=BARS, errors="ignore")
-    numbers = numbers[numbers["kind"].isin(styles()) & numbers[["test", SHIFT_MEAN]].notna().all(axis=1)]
+    numbers = numbers[numbers["kind"].isin(LOOKS) & numbers[["test", SHIFT_MEAN]].notna().all(axis=1)]
     figure = scatter_figure(numbers, (x_label, y_label), every_method=True)
     says = f"Scatter of {len(numbers)} models, soups and ensembles: {x_label} across, {y_label} up"
     drawing = inline_svg(figure, "plot", says)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures.coefficients import draw_coefficients, measure_coefficients
-from analysis.figures.scatter import draw_scatter, scatter_points
+from analysis.figures.pool import draw_coefficients, draw_scatter, measure_coefficients, scatter_points
 from analysis.figures.style import save_with_numbers, write_csv
 from analysis.measure.methods import SHIFT_MEAN, measure, tidy
 from analysis.tables.cells import BEST, NAMES, caption, column_title, percent, table3, write_cells

@@ -1,14 +1,13 @@
-"""Soups beside ensembles of two models (Section 4, Appendix K): what is true, and what the paper's formula says of it.
+"""Soups beside ensembles of two models (Section 4, Appendix K): the truth, and the paper's approximation (1) of it.
 
 On the segment theta_a = (1 - a) theta_0 + a theta_1 the soup answers f(x; theta_a) and the ensemble answers
 (1 - a) f(x; theta_0) + a f(x; theta_1). Losses are cross-entropies of beta times these logits, in nats.
 
-Networks with kinks (relu, relu6) have second derivatives that hold only between two kinks: how the slope changes at
-one is no part of f'', however many kinks lie close together. For those, central differences (`on_grid`) see what the
-exact derivative (`line_at`) does not.
+In networks with kinks (relu, relu6) the exact derivative (`line_at`) misses how the slope changes at a kink; central
+differences (`on_grid`) see it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -16,8 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from analysis.theory.derivatives import along
+from configs.errors import UserError
 from eval.calibration import fit_beta
 from eval.metrics import check, top1
 from soups.average import mixture
@@ -27,11 +28,7 @@ AT_ONCE = 2**22  # logits that are widened to float64 at once: 32 MiB
 
 
 def soup_at(pair: tuple[Weights, Weights], alpha: float) -> dict[str, Tensor]:
-    """The soup (1 - alpha) theta_0 + alpha theta_1, summed in float64; alpha may be outside [0, 1].
-
-    Raises:
-        UserError: the two do not fit together, or hold NaN or infinity.
-    """
+    """(1 - alpha) theta_0 + alpha theta_1, summed in float64; raises as `soups.average.mixture`."""
     return mixture(pair, lambda name: (1 - alpha, alpha))
 
 
@@ -57,17 +54,10 @@ def variance(logits: Tensor, values: Tensor, beta: float) -> float:
 
 
 def curvature(line: tuple[Tensor, Tensor, Tensor], labels: Tensor, beta: float) -> float:
-    """Exactly d^2/da^2 of the mean loss at fixed beta: no further forward pass.
+    """Exactly d^2/da^2 of the mean loss at fixed beta, from (N, C) logits and their two derivatives by alpha.
 
     It is the mean of beta (p - e_y)^T f'', how the logits curve, and of beta^2 Var_{Y ~ p}[f'_Y], what is left where
-    they are straight.
-
-    Args:
-        line: (N, C) logits and their two derivatives by alpha, from `line_at`.
-        labels: (N,) class ids.
-        beta: the inverse temperature.
-
-    Source: Appendix K.1; the chain rule with gradient p - e_y and Hessian diag(p) - p p^T of the cross-entropy.
+    they are straight (Appendix K.1).
     """
     check(line[0], labels)
     bend = spread = 0.0
@@ -92,23 +82,11 @@ def _rows(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def central_difference(losses: Sequence[float], place: int, step: float) -> tuple[float, float | None]:
-    """d^2/da^2 of a loss that is known at equidistant alphas.
+    """d^2/da^2 of a loss that is known at equidistant alphas, at one that is neither the first nor the last.
 
-    Args:
-        losses: at 3 alphas or more.
-        place: which of them; neither the first nor the last.
-        step: between two alphas.
-
-    Returns:
-        The second difference, and the size of what it leaves out, step^2 / 12 times the fourth derivative, told by the
-        five points around (the five nearest, at a border); None with fewer than five. Rounding of the losses comes on
-        top: 4 / step^2 of theirs.
-
-    Raises:
-        ValueError: a place without neighbours.
+    Beside it the size of what it leaves out, step^2 / 12 times the fourth derivative, from the five nearest points;
+    None with fewer than five. Rounding of the losses comes on top: 4 / step^2 of theirs.
     """
-    if not 0 < place < len(losses) - 1:
-        raise ValueError(f"central differences need a neighbour on either side; place {place} of {len(losses)}")
     second = float(np.diff(losses[place - 1 : place + 2], 2)[0]) / step**2
     if len(losses) < 5:
         return second, None
@@ -124,27 +102,16 @@ def compare(
     labels: Tensor,
     curved: Callable[[float], tuple[float, float | None]],
 ) -> dict[str, Any]:
-    """All numbers of one pair, alpha and split: a marker in each panel of Figure K.1.
+    """All numbers of one pair, alpha in [0, 1] and split: a marker in each panel of Figure K.1.
 
-    Args:
-        alpha: of the soup, in [0, 1].
-        ends: (N, C) logits of the two models.
-        soup: (N, C) logits of their soup at alpha.
-        labels: (N,) class ids.
-        curved: beta -> d^2/da^2 of the soup's loss, and its error where that is known.
+    `ends` and `soup` are (N, C) logits of the two models and of their soup; `curved` is beta -> d^2/da^2 of the soup's
+    loss, and its error where that is known.
 
     Returns:
         alpha, n, soup_error, ensemble_error (fractions), and under `calibrated` (the beta that minimises the soup's
-        loss) and `plain` (beta = 1): beta, soup_loss, ensemble_loss, curvature, curvature_error, and the two terms of
-        (1), whose sum approximates the loss of the soup minus that of the ensemble. The convexity_term is in favour of
-        the soup where its loss is convex along the segment; the variance_term, at least 0, is in favour of the
-        ensemble, unless the two models agree or the soup is confident.
-
-    Raises:
-        ValueError: alpha out of range, or as `eval.metrics.check`.
+        loss) and `plain` (beta = 1) beta, soup_loss, ensemble_loss, curvature, curvature_error, and the two terms of
+        (1), convexity_term and variance_term, whose sum approximates the loss of the soup minus that of the ensemble.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is between the two models, in [0, 1], got {alpha}")
     start, end = (each.double() for each in ends)
     both, moved, half = (1 - alpha) * start + alpha * end, end - start, alpha * (1 - alpha) / 2
 
@@ -166,14 +133,9 @@ def compare(
 
 
 def on_grid(logits: Sequence[Tensor], labels: Tensor) -> list[dict[str, Any]]:
-    """`compare` by central differences, from cached logits of one pair's soups alone: no forward pass.
+    """`compare` by central differences, from (N, C) logits of one pair's soups at A equidistant alphas from 0 to 1.
 
-    Args:
-        logits: (N, C) of the soups at A equidistant alphas from 0 to 1, so that the first and last are the two models.
-        labels: (N,) class ids.
-
-    Returns:
-        A - 2 points; at the ends soup and ensemble are the same model, and both sides of (1) are 0.
+    There are A - 2 points: at the ends soup and ensemble are the same model, and both sides of (1) are 0.
     """
     step, ends = 1 / (len(logits) - 1), (logits[0], logits[-1])
 
@@ -190,6 +152,67 @@ def on_grid(logits: Sequence[Tensor], labels: Tensor) -> list[dict[str, Any]]:
 # ---- of networks
 
 
+class _WrittenOut(TorchFunctionMode):
+    """Norms as sums and products: torch 2.14 is silently wrong in layer norms, and lets no running statistics move."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.instance_norm:
+            raise NotImplementedError("instance norm")
+        return {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm}.get(func, func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    normal = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    return normal * (1 if weight is None else weight) + (0 if bias is None else bias)
+
+
+def _batch_norm(
+    x: Tensor, mean: Any, variance: Any, *, weight: Any, bias: Any, training: bool, eps: float, **_: Any
+) -> Tensor:
+    if training:
+        raise NotImplementedError("statistics of a batch")
+    scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    return x * scale.view(-1, *(1,) * (x.ndim - 2)) + shift.view(-1, *(1,) * (x.ndim - 2))
+
+
+def along(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    inputs: Tensor,
+    project: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f, f' and f'' = d^2/dt^2 f(inputs; weights + t direction) at t = 0, by torch's forward mode within itself.
+
+    At the kink of a relu the derivative is that of one side, and what the slope jumps by there is no part of f''. The
+    network is put in evaluation mode, and its own weights are not touched: `weights` has every parameter and buffer by
+    name, of tied ones one. What `direction` lacks does not move. `project` is applied to the answer.
+
+    Raises:
+        UserError: an operation whose second derivative torch does not know, which is named.
+    """
+    network.eval()
+
+    def answer(moved: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = torch.func.functional_call(network, {**weights, **moved}, (inputs,), strict=False)
+        return logits if project is None else project(logits)
+
+    def with_slope(moved: dict[str, Tensor]) -> Any:
+        return torch.func.jvp(answer, (moved,), (direction,))
+
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
+            found: Any = torch.func.jvp(with_slope, ({n: weights[n].detach() for n in direction},), (direction,))
+    except NotImplementedError as error:
+        unknown = str(error).partition(" that ")[0].removeprefix("Trying to use forward AD with ")
+        raise UserError(f"no second derivative of {unknown}: take analysis.theory.curvature=differences") from error
+    (value, first), (_, second) = found
+    return value, first, second
+
+
 def line_at(
     network: nn.Module,
     pair: tuple[Weights, Weights],
@@ -197,35 +220,17 @@ def line_at(
     batches: Iterable[Tensor],
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the soup at alpha and their exact derivatives along the segment, each (N, C) on the CPU; see `along`.
+    """(N, C) logits of the soup at alpha and their two exact derivatives along the segment, on the CPU; see `along`.
 
-    Args:
-        network: put in evaluation mode; its own weights are not touched.
-        pair: theta_0 and theta_1.
-        alpha: of the soup.
-        batches: of inputs.
-        project: from the network's logits to the label space of the split, linear or a maximum over classes.
+    The network is given the weights of theta_0. `project` is linear or a maximum over classes.
 
     Raises:
-        ValueError: weights that are not this network's; one that is too many or missing is named.
-        UserError: models that do not fit together, or an operation whose second derivative torch does not know; take
-            `on_grid` then.
+        RuntimeError: weights that are not this network's; those that are too many or missing are named.
+        UserError: as `along` and `soup_at`.
     """
-    network.eval()
-    _check(network, pair[0])
+    network.load_state_dict(dict(pair[0]), strict=True)
     device = next(network.parameters()).device
     soup, step = ({n: t.to(device) for n, t in each.items()} for each in (soup_at(pair, alpha), direction(pair)))
     found = [along(network, soup, step, batch.to(device), project) for batch in batches]
-    value, first, second = (torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True))
-    return value, first, second
-
-
-def _check(network: nn.Module, weights: Weights) -> None:
-    """Refuse weights of another network, and what would leave a tensor as the network happens to have it."""
-    parameters, buffers = network.named_parameters(remove_duplicate=False), network.named_buffers()
-    own = {name: id(tensor) for name, tensor in (*parameters, *buffers)}
-    unknown = sorted(weights.keys() - own.keys())
-    given = {own[name] for name in weights if name in own}
-    missing = [name for name in network.state_dict() if own[name] not in given]
-    if unknown or missing:
-        raise ValueError(f"these weights are not this network's: {(unknown + missing)[0]!r} is in one of them alone")
+    logits, slope, bend = (torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True))
+    return logits, slope, bend
