@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soups.errors import UserError
 from soups.files.atomic import digest_of, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
@@ -21,8 +22,13 @@ class Journal:
     def __init__(self, path: Path | None):
         """Args: where it is kept, if anywhere."""
         self.path = path
-        rows = read_jsonl(path) if path is not None and path.exists() else []
-        self.known: dict[str, Any] = {row["key"]: row["result"] for row in rows}
+        try:
+            rows = read_jsonl(path) if path is not None and path.exists() else []
+            self.known: dict[str, Any] = {row["key"]: row["result"] for row in rows}
+        except (IsADirectoryError, KeyError, TypeError):
+            raise UserError(
+                f"{path} is no journal of scores: name another file, or one that is not there yet"
+            ) from None
 
     def keep(self, key: str, result: Any) -> None:
         """Remember a result, on disk too."""

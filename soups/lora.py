@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,9 @@ def soup_lora(
         a, b = joined.pop(module)
         top, side, errors[module] = truncated(a, b, rank) if rank is not None and rank < len(a) else (a, b, 0.0)
         ranks[module] = len(top)
-        weights[name] = top.to(adapters[0][name].dtype).contiguous()
-        weights[other] = side.to(adapters[0][other].dtype).contiguous()
+        for factor, values in ((name, top), (other, side)):  # of several kinds of numbers the one that holds all
+            kind = reduce(torch.promote_types, (adapter[factor].dtype for adapter in adapters))
+            weights[factor] = values.to(kind).contiguous()
     return LoraSoup(weights, ranks, errors)
 
 

@@ -113,26 +113,33 @@ class Soup:
         refuse_out(path, self.pool.paths, force=True)
         if self.pool.adapters and path.suffix in (".safetensors", *PICKLED):
             raise UserError(f"--out {path}: a soup of LoRA adapters is a folder: leave out {path.suffix}")
-        if self.pool.adapters or path.suffix == ".safetensors":
-            self._write(path, path)
+        if self.pool.adapters:
+            self._write(path)  # with its recipe
+        elif path.suffix == ".safetensors":
+            self._write(path)
+            self._write_recipe(path, path)
         elif path.suffix in PICKLED:
             self.pool.workplace.mkdir(exist_ok=True)
             between = self.pool.workplace / "to-pickle.safetensors"
-            self._write(between, path, like=self.pool.names[0])
+            self._write(between, like=self.pool.names[0])
             write_pickled(between, path, self.pool)
+            self._write_recipe(between, path)
             between.unlink()
         else:
             with replacing(path, folder=True) as folder:
-                self._write(folder / WEIGHTS, folder, like=self.pool.names[0])
+                self._write(folder / WEIGHTS, like=self.pool.names[0])
+                self._write_recipe(folder / WEIGHTS, folder)
                 complete(folder, like, self)
         return path
 
-    def _write(self, weights: Path, soup: Path, **more: str) -> None:
-        """Its weights, and beside the soup the recipe; `like` is the model whose config, key and names it has."""
+    def _write(self, weights: Path, **more: str) -> None:
+        """Its weights; `like` is the model whose config, key and names it has."""
         self.remarks[:] = self.write(weights, self.record | more).remarks()
-        if not self.pool.adapters:  # whose folder has it already
-            with opened([weights]) as (made,):
-                write_recipe(soup, made.metadata)
+
+    def _write_recipe(self, weights: Path, soup: Path) -> None:
+        """What its weights say of how it was made, beside the soup."""
+        with opened([weights]) as (made,):
+            write_recipe(soup, made.metadata)
 
     def __str__(self) -> str:
         return "\n".join([*_table(self), *_summary(self)])

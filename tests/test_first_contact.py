@@ -165,9 +165,13 @@ def test_tests_on_a_small_disk_are_told_so_before_any_of_them_runs():
 def test_a_disk_that_fills_up_under_a_soup_is_one_line(tmp_path):
     save_file({"w": torch.ones(1_000_000)}, tmp_path / "a.safetensors")
     with small_disk("1m") as folder:
-        words = ["uniform", str(tmp_path / "a.safetensors"), "--out", str(folder / "soup.safetensors")]
-        assert "no space left on the disk" in refused(start(python(), ["-m", "soups", *words]))
-        assert not list(folder.iterdir())
+        for name in ("soup.safetensors", "soup.pt"):
+            words = ["uniform", str(tmp_path / "a.safetensors"), "--out", str(folder / name)]
+            assert "no space left on the disk" in refused(start(python(), ["-m", "soups", *words]))
+            assert not list(folder.iterdir())
+        small = os.environ | {"TMPDIR": str(folder)}
+        answer = start(sys.executable, ["-m", "soups", *words[:-1], str(tmp_path / "b.pt")], env=small)
+        assert "or have TMPDIR name a folder on a larger disk, and run the same again" in refused(answer)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

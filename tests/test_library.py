@@ -260,6 +260,10 @@ def test_a_model_with_nan_is_one_line_before_anything_is_scored(pool):
         (lambda: soups.uniform("run*.safetensors", dtype=torch.float16), "torch.float16: write keep, F64, F32, F16 or"),
         (lambda: soups.greedy("run*.safetensors", "python eval.py", "max"), "where the file to be scored stands"),
         (lambda: soups.greedy("run*.safetensors", "nothing_here:f", "max"), "No module named 'nothing_here'"),
+        (
+            lambda: soups.greedy("run*.safetensors", distance, "min", journal="."),
+            "is no journal of scores: name another",
+        ),
         (lambda: soups.uniform([3]), "is a int, not a path"),
         (lambda: soups.uniform("run*.safetensors").save("run1.safetensors"), "would be overwritten"),
         (lambda: soups.uniform("run*.safetensors").save("."), "would be overwritten"),

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +50,21 @@ def replacing(path: Path, *, sync: bool = True, folder: bool = False) -> Iterato
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-        # Libraries wrap the system's error in their own (safetensors) or lose the file name.
-        if getattr(error, "errno", None) in FULL or "No space left" in str(error):
-            raise UserError(f"no space left on the disk for {path}: free some and run the same again") from error
+        if _is_full(error):
+            here = Path(tempfile.gettempdir()) in path.parents
+            elsewhere = ", or have TMPDIR name a folder on a larger disk," if here else ""
+            raise UserError(
+                f"no space left on the disk for {path}: free some{elsewhere} and run the same again"
+            ) from error
         raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Libraries wrap the system's error in their own (safetensors), or raise another one after it (torch)."""
+    if error is None:
+        return False
+    full = getattr(error, "errno", None) in FULL or "No space left" in str(error)
+    return full or _is_full(error.__context__)
 
 
 def write_text(path: Path, text: str) -> None:
