@@ -9,8 +9,8 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import isnan
 from typing import Any
 
@@ -24,133 +24,98 @@ from store.provenance import provenance
 # Short ones first.
 NAMES = ("training", "evaluation", "data", "probe", "curvature", "along", "soups", "learned", "ensembles", "greedy")
 
-Rows = Any  # a benchmark's table by contender
-Value = Callable[[Rows], float]
+Value = Callable[[Any], float]  # of a benchmark's table by contender
+PEAK, DOUBLE, TORCHVISION = "peak_anonymous_mib", "times_double_backward", "times_torchvision"  # columns
+LOADERS = ["torchvision", "timm", "decode_jpeg"]  # other ways to load images
 
 
 @dataclass(frozen=True)
 class Bar:
     """One number and what it is measured against."""
 
-    what: str
     benchmark: str
     ours: Value
     target: float
-    at_least: bool = False  # the target is a lower bound, not an upper one
     peer: Value | None = None  # the best other way
     floor: float | None = None  # what cannot be beaten
-    only: Mapping[str, str] = field(default_factory=dict)  # column -> value of the rows that count
+    transform: str | None = None  # of the rows that count
+    at_least: bool = False  # the target is a lower bound, not an upper one
 
 
-def _loads(what: str, target: float, transform: str, contender: str) -> Bar:
+def _of(contender: str, column: str) -> Value:
+    return lambda rows: rows[column][contender]
+
+
+def _ratio(contender: str, reference: str, column: str) -> Value:
+    return lambda rows: rows[column][contender] / rows[column][reference]
+
+
+def _of_one(column: str) -> Value:
+    return lambda rows: rows[column].iloc[0]
+
+
+def _least_of_others(column: str) -> Value:
+    return lambda rows: rows[column].drop(["ours", "read"]).min()
+
+
+def _loads(target: float, transform: str, contender: str) -> Bar:
     """A bar of training images a second, in those of torchvision's loader with Pillow."""
-    return Bar(
-        f"Training images from {what}: speed, in torchvision's",
-        "data",
-        lambda rows: rows.times_torchvision[contender],
-        target,
-        at_least=True,
-        peer=lambda rows: max(rows.times_torchvision[name] for name in ("torchvision", "timm", "decode_jpeg")),
-        only={"transform": transform},
-    )
+    ours, peer = _of(contender, TORCHVISION), lambda rows: rows[TORCHVISION][LOADERS].max()
+    return Bar("data", ours, target, peer, transform=transform, at_least=True)
 
 
-BARS = (
-    Bar(
-        "Uniform soup of 72 files of 353 MB: time, in readings of all bytes",
-        "soups",
-        lambda rows: rows.times_read["ours"],
-        2.5,
-        peer=lambda rows: rows.times_read.drop(["ours", "read"]).min(),
-        floor=1,
+BARS = {
+    "Uniform soup of 72 files of 353 MB: time, in readings of all bytes": Bar(
+        "soups", _of("ours", "times_read"), 2.5, _least_of_others("times_read"), floor=1
     ),
-    Bar(
-        "The same: peak memory, MiB",
-        "soups",
-        lambda rows: rows.peak_anonymous_mib["ours"],
-        300,
-        peer=lambda rows: rows.peak_anonymous_mib.drop(["ours", "read"]).min(),
+    "The same: peak memory, MiB": Bar("soups", _of("ours", PEAK), 300, _least_of_others(PEAK)),
+    "Three recipes on checkpoints of 7 B parameters: peak memory, MiB": Bar(
+        "large", lambda rows: rows[PEAK][["ours"]].max(), 300, lambda rows: rows[PEAK].drop("ours").max()
     ),
-    Bar(
-        "Three recipes on checkpoints of 7 B parameters: peak memory, MiB",
-        "large",
-        lambda rows: rows.peak_anonymous_mib[["ours"]].max(),
-        300,
-        peer=lambda rows: rows.peak_anonymous_mib.drop("ours").max(),
+    "Greedy soup of files and images: time, in forward passes of all candidates": Bar(
+        "greedy", _of_one("times_forward_passes"), 1.15, floor=1
     ),
-    Bar(
-        "Greedy soup of files and images: time, in forward passes of all candidates",
-        "greedy",
-        lambda rows: rows.times_forward_passes.iloc[0],
-        1.15,
-        floor=1,
+    "Greedy soup scored by a command: peak memory, MiB": Bar("greedy", _of_one(f"large_{PEAK}"), 300),
+    "Learned soup of 72 files of 353 MB: time of a step, in readings of all bytes twice": Bar(
+        "learned", _ratio("stream", "read", "seconds_a_step"), 1.3, floor=1
     ),
-    Bar(
-        "Greedy soup scored by a command: peak memory, MiB",
-        "greedy",
-        lambda rows: rows.large_peak_anonymous_mib.iloc[0],
-        300,
+    "Greedy ensemble of 72 x 26,000 x 1,000 logits: time, in readings": Bar(
+        "ensembles", _ratio("greedy_ensemble", "read", "seconds"), 3, floor=1
     ),
-    Bar(
-        "Learned soup of 72 files of 353 MB: time of a step, in readings of all bytes twice",
-        "learned",
-        lambda rows: rows.seconds_a_step["stream"] / rows.seconds_a_step["read"],
-        1.3,
-        floor=1,
+    "Linear probe: time, in scikit-learn's to the same optimum": Bar(
+        "probe", _ratio("ours", "scikit-learn, tol=1e-06", "seconds"), 0.2, lambda rows: 1.0
     ),
-    Bar(
-        "Greedy ensemble of 72 x 26,000 x 1,000 logits: time, in readings",
-        "ensembles",
-        lambda rows: rows.seconds["greedy_ensemble"] / rows.seconds["read"],
-        3,
-        floor=1,
+    "Second derivative of the loss: time, in that of double backward": Bar(
+        "curvature", _of("ours", DOUBLE), 1.5, _of("curvlinops", DOUBLE)
     ),
-    Bar(
-        "Linear probe: time, in scikit-learn's to the same optimum",
-        "probe",
-        lambda rows: rows.seconds["ours"] / rows.seconds["scikit-learn, tol=1e-06"],
-        0.2,
-        peer=lambda rows: 1.0,
+    "The same: memory, in that of double backward": Bar(
+        "curvature", _of("ours", "memory_of_double_backward"), 0.25, _of("curvlinops", "memory_of_double_backward")
     ),
-    Bar(
-        "Second derivative of the loss: time, in that of double backward",
-        "curvature",
-        lambda rows: rows.times_double_backward["ours"],
-        1.5,
-        peer=lambda rows: rows.times_double_backward["curvlinops"],
+    "Average of every tenth step of 100 M parameters: time, in % of a step": Bar(
+        "along", _of("update", "percent_of_step"), 2, _of("AveragedModel", "percent_of_step")
     ),
-    Bar(
-        "The same: memory, in that of double backward",
-        "curvature",
-        lambda rows: rows.memory_of_double_backward["ours"],
-        0.25,
-        peer=lambda rows: rows.memory_of_double_backward["curvlinops"],
+    "Training images from smaller copies, minimal augmentation: speed, in torchvision's": _loads(
+        3, "minimal", "ours_copies_fast"
     ),
-    Bar(
-        "Average of every tenth step of 100 M parameters: time, in % of a step",
-        "along",
-        lambda rows: rows.percent_of_step["update"],
-        2,
-        peer=lambda rows: rows.percent_of_step["AveragedModel"],
+    "Training images from originals, minimal augmentation: speed, in torchvision's": _loads(
+        1.3, "minimal", "ours_simplejpeg"
     ),
-    _loads("smaller copies, minimal augmentation", 3, "minimal", "ours_copies_fast"),
-    _loads("originals, minimal augmentation", 1.3, "minimal", "ours_simplejpeg"),
-    _loads("smaller copies, RandAugment", 2, "rand", "ours_copies_fast"),
-)
+    "Training images from smaller copies, RandAugment: speed, in torchvision's": _loads(2, "rand", "ours_copies_fast"),
+}
 
 
 def lines() -> list[dict[str, str]]:
     """A line for each bar, from the files in results/measured."""
     found = []
-    for bar in BARS:
+    for what, bar in BARS.items():
         file = MEASURED / f"bench_{bar.benchmark}.csv"
         if bar.benchmark == "large" and not file.exists():  # it takes 55 GB, and is no part of `make bench`
             continue
         rows = pd.read_csv(file)
-        for column, value in {"workers": 0, **bar.only}.items():
-            rows = rows[rows[column] == value] if column in rows else rows
+        if bar.transform:
+            rows = rows[(rows["transform"] == bar.transform) & (rows["workers"] == 0)]
         by_name = rows.set_index("contender") if "contender" in rows else rows
-        line = {"What": bar.what, "Target": f"{'at least' if bar.at_least else 'at most'} {bar.target:g}"}
+        line = {"What": what, "Target": f"{'at least' if bar.at_least else 'at most'} {bar.target:g}"}
         try:
             ours, peer = bar.ours(by_name), bar.peer and bar.peer(by_name)
         except (KeyError, AttributeError):  # the file is older than the benchmark

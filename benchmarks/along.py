@@ -71,8 +71,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_along",
-        __doc__,
         shown=["contender", "seconds", "times_floor", "percent_of_step"],
         packages=["torch", "transformers"],
         rounds=3,

@@ -175,8 +175,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_curvature",
-        __doc__,
         shown=["contender", "seconds", "times_double_backward", "peak_extra_mib", "off_percent"],
         packages=["torch", "timm"],
         network=("vit_small_patch32_224", "of timm"),

@@ -215,8 +215,6 @@ if __name__ == "__main__":
     speeds = ["images_per_second", "images_per_second_min", "images_per_second_max", "times_torchvision"]
     benchmark(
         measured,
-        "bench_data",
-        __doc__,
         shown=["contender", "transform", "workers", *speeds],
         packages=["torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg"],
         images=(256, "files; several batches of 32, since one is not timed"),

@@ -81,8 +81,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_decoders",
-        __doc__,
         shown=["way", "seeds", "images", "accuracy", "difference", "low", "high"],
         packages=["torch", "torchvision", "timm"],
         folder=(ROOT / "runs/bench_decoders", "for images and models"),

@@ -94,8 +94,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_ensembles",
-        __doc__,
         shown=["contender", "seconds", "seconds_min", "seconds_max", "peak_anonymous_mib"],
         packages=["torch", "numpy"],
         folder=(ROOT / "runs/bench_ensembles", "for the logits, 7.5 GB"),

@@ -86,4 +86,4 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     shown = ["contender", "models", "images", "rounds", "seconds", "times_ours"]
     packages = ["torch", "torchvision", "timm"]
-    benchmark(measured, "bench_evaluation", __doc__, shown=shown, packages=packages, models=8, images=512, rounds=3)
+    benchmark(measured, shown=shown, packages=packages, models=8, images=512, rounds=3)

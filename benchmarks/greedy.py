@@ -95,8 +95,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_greedy",
-        __doc__,
         shown=["seconds", "times_forward_passes", "large_seconds", "large_peak_anonymous_mib"],
         packages=["torch", "timm"],
         folder=(ROOT / "runs/bench_greedy", "for files, 18 GB"),

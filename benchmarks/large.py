@@ -204,8 +204,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_large",
-        __doc__,
         shown=["contender", "recipe", "state", "seconds", "peak_anonymous_mib"],
         packages=["torch", "numpy", "safetensors"],
         folder=(ROOT / "runs", "where bench_large/ is made, 55 GB"),

@@ -113,8 +113,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_learned",
-        __doc__,
         shown=["contender", "models", "steps", "seconds_a_step", "peak_anonymous_mib", "model_sizes"],
         packages=["torch"],
         folder=(ROOT / "runs/bench_learned", "for the checkpoints, 1.4 GB"),

@@ -105,4 +105,4 @@ def measured(options: Options) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     python = {"type": Path, "required": True, "help": "of an environment that has mergekit 0.1.5"}
-    benchmark(measured, "bench_mergekit", __doc__, python=python)
+    benchmark(measured, python=python)

@@ -79,4 +79,4 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     options: dict[str, Any] = {"examples": 20_000, "width": 512, "classes": 1000, "c": 1.0, "threads": 2, "rounds": 1}
     shown = ["contender", *options, "seconds", "times_ours", "above"]
-    benchmark(measured, "bench_probe", __doc__, shown=shown, packages=["torch", "scikit-learn"], **options)
+    benchmark(measured, shown=shown, packages=["torch", "scikit-learn"], **options)

@@ -30,9 +30,8 @@ T = TypeVar("T")
 
 def benchmark(
     measured: Callable[[Options], Iterable[Mapping[str, Any]]],
-    name: str,
-    document: str | None,
     *,
+    name: str | None = None,
     shown: Sequence[str] = (),
     packages: Sequence[str] | None = None,
     **options: Any,
@@ -40,14 +39,15 @@ def benchmark(
     """Run a benchmark as a command: read its options, measure, write the table and print some of its columns.
 
     Args:
-        measured: the rows of the table, by the options.
-        name: of the table, results/measured/NAME.csv, where --out names no other file.
-        document: the docstring of the benchmark's module.
+        measured: the rows of the table, by the options. Its module's docstring is what --help prints.
+        name: of the table, results/measured/NAME.csv, where --out names no other file; by default bench_MODULE.
         shown: columns to print; all where none is named.
         packages: those whose versions stand in the table, beside the machine; None: the numbers depend on neither.
         options: each with its default, or its default and what --help says, or the arguments of `add_argument`.
     """
+    document = sys.modules[measured.__module__].__doc__
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    name = name or f"bench_{Path(sys.argv[0]).stem}"
     for option, given in {**options, "out": MEASURED / f"{name}.csv"}.items():
         default, text = given if isinstance(given, tuple) else (given, None)
         words = given if isinstance(given, dict) else {"type": type(default), "default": default, "help": text}
@@ -56,7 +56,7 @@ def benchmark(
 
     def work() -> None:
         rows = measured(arguments)
-        table = pd.DataFrame(rows if packages is None else in_context(rows, arguments, packages))
+        table = pd.DataFrame(rows if packages is None else _in_context(rows, arguments, packages))
         with replacing(arguments.out) as temporary:
             table.to_csv(temporary, index=False)
         print(table[list(shown) or list(table)].to_string(index=False))
@@ -65,7 +65,7 @@ def benchmark(
     one_line_errors(work)
 
 
-def in_context(
+def _in_context(
     rows: Iterable[Mapping[str, Any]], options: Options, packages: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Rows, each with the options that are numbers or words, the commit, the machine and versions of some packages."""

@@ -45,4 +45,4 @@ def schedule() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    benchmark(lambda options: schedule(), "greedy_schedule", __doc__)
+    benchmark(lambda options: schedule(), name="greedy_schedule")

@@ -112,8 +112,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_soups",
-        __doc__,
         shown=["contender", "seconds", "seconds_min", "seconds_max", "times_read", "peak_anonymous_mib"],
         packages=["torch", "numpy", "safetensors"],
         folder=(ROOT / "runs/bench_soups", "for the checkpoints, 2.8 GB"),

@@ -152,8 +152,6 @@ def measured(options: Options) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     benchmark(
         measured,
-        "bench_training",
-        __doc__,
         shown=["ours_seconds", "bare_seconds", "batch_seconds", "overhead_percent", "keep_seconds"],
         packages=["torch", "torchvision", "timm"],
         experiment="demo",
