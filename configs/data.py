@@ -38,6 +38,7 @@ class Unset:
     """
 
     is_text: ClassVar[bool] = False  # whether examples are texts, not images
+    noun: ClassVar[str] = "images"  # for examples in messages
     names: str = "folder"
     folders: Mapping[str, str] = MappingProxyType({})
     counts: Mapping[str, int] | None = None
@@ -188,6 +189,7 @@ class Texts(Counted):
     """Tasks whose examples are texts."""
 
     is_text: ClassVar[bool] = True
+    noun: ClassVar[str] = "texts"
     template: str = Field(min_length=1)  # a network reads this, with columns in braces: "sentence: {sentence}"
     options: tuple[str, ...] = Field()  # names of the classes, in the order of their ids
     # class ids in the order in which a prompt lists the options, as A), B), ...; empty: the order of the ids

@@ -32,7 +32,6 @@ from soups.files.atomic import digest_of, read_json, write_json
 from store.runs import lock
 from tasks.emoji.load import DATA
 from tasks.files import READERS, ROOT, Files
-from tasks.held_out import noun
 from tasks.load import class_names, load_annotations, load_split
 from tasks.split import Examples, ImageSplit
 from tasks.texts import TextRows
@@ -105,7 +104,7 @@ def refused(task: Task, shared: list[Overlap]) -> list[str]:
             continue
         share = math.ceil(10_000 * each.count / each.n) / 10_000
         sentences.append(
-            f"{each.count:,} of the {each.n:,} {noun(task)} of split {each.second!r} stand in split {each.first!r} too "
+            f"{each.count:,} of the {each.n:,} {task.noun} of split {each.second!r} stand in split {each.first!r} too "
             f"({each.example}): take them out of one of the two, or allow so many by task.overlap_allowed={share:g}"
         )
     return sentences
@@ -187,10 +186,10 @@ def check(task: Task) -> None:
         shared = [] if problems else overlaps(task)  # which reads all splits
         for each in shared:
             print(
-                f"{each.first} and {each.second}: {each.count:,} of the latter's {each.n:,} {noun(task)} stand in both"
+                f"{each.first} and {each.second}: {each.count:,} of the latter's {each.n:,} {task.noun} stand in both"
             )
         if not problems and not shared:
-            print(f"no two splits have {noun(task)} of equal content")
+            print(f"no two splits have {task.noun} of equal content")
         problems += refused(task, shared)
     except UserError as error:
         problems.append(str(error))

@@ -18,11 +18,6 @@ def is_parted(task: Task, name: str) -> bool:
     return any(rule is not None for rule in rules) and name in (task.train, task.held_out)
 
 
-def noun(task: Task) -> str:
-    """The word for examples in messages."""
-    return "texts" if task.is_text else "images"
-
-
 def source(task: Task, name: str) -> str:
     """The split whose files have split `name`: train where held-out is a part of it, test by the paper's protocol."""
     if task.protocol == "paper" and name == task.held_out:
@@ -41,7 +36,7 @@ def check_count(task: Task, name: str, where: Path, count: int) -> None:
     expected = (task.counts or {}).get(name, count)
     if count != expected:
         raise UserError(
-            f"{where} has {count:,} {noun(task)}, but split {name!r} has {expected:,}: restore what is missing or take "
+            f"{where} has {count:,} {task.noun}, but split {name!r} has {expected:,}: restore what is missing or take "
             "away what does not belong; for a subset of your own, task.counts=null"
         )
 
@@ -84,7 +79,7 @@ def rows_of(
     for rows, each in zip(members, classes, strict=True):
         if held_out[rows].all() or per_class >= len(rows):
             raise UserError(
-                f"task.held_out_{rule} leaves none of the {len(rows)} {noun(task)} of class {each!r} in {where} to "
+                f"task.held_out_{rule} leaves none of the {len(rows)} {task.noun} of class {each!r} in {where} to "
                 "train on"
             )
     return np.flatnonzero(held_out == (name == task.held_out))
