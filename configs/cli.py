@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,9 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.errors import UserError
 from configs.help import GROUPS, command_help, mentions, nearest, nearest_setting, options_of, settings_of, topic_help
 from configs.registered import CONFIGS
-from configs.schema import Experiment, checked, composed, field_of, fields_of, load, parse
+from configs.schema import Experiment, composed, field_of, fields_of, load, parse
 from configs.slurm import requeueing
-from configs.stages import Export
 from soups.errors import one_line_errors, refuse
 from soups.files.atomic import read_json, write_json
 
@@ -185,21 +183,3 @@ def entry_point(stage: Callable[[Experiment], None], *, several: bool = False) -
         one_line_errors(work, several=several)
 
     return typed_right(main, inspect.getdoc(inspect.getmodule(stage)) or "")
-
-
-def export_entry_point(stage: Callable[[Export], None]) -> Callable[[], None]:
-    """The `main` of the export of a finished soup, whose few settings are all typed."""
-
-    def work() -> None:
-        if {"--help", "-h"}.isdisjoint(sys.argv[1:]):
-            values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
-            missing = [name for name in ("soup", "to", "out") if values.get(name) is None]
-            if missing:
-                typed = "soup=runs/demo/soups/greedy to=onnx out=FOLDER"
-                raise UserError(f"{missing[0]} has no value: type, for example, {typed}")
-            stage(checked(Export, values))
-            return
-        settings = [f"  {each.name}  {each.meaning} ({each.values})" for each in settings_of(Export)]
-        print(inspect.getdoc(inspect.getmodule(stage)), "", *settings, sep="\n")
-
-    return lambda: one_line_errors(work)

@@ -12,17 +12,34 @@ Writes  DIR: weights, settings of images or texts, class names and README.md, a 
 Soups of your own files:  soups export soup.safetensors --to timm --network timm:resnet50 --out DIR
 """
 
-from configs.cli import export_entry_point
+import sys
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from configs.help import settings_of
+from configs.schema import checked
 from configs.stages import Export
+from soups.errors import UserError, one_line_errors
 
 
-def run(settings: Export) -> None:
-    """Export and say what was compared."""
+def main() -> None:
+    """Export and say what was compared; the few settings are all typed."""
+    words = sys.argv[1:]
+    if not {"--help", "-h"}.isdisjoint(words):
+        settings = [f"  {each.name}  {each.meaning} ({each.values})" for each in settings_of(Export)]
+        print((__doc__ or "").strip(), "", *settings, sep="\n")
+        return
+    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    missing = [name for name in ("soup", "to", "out") if values.get(name) is None]
+    if missing:
+        typed = "soup=runs/demo/soups/greedy to=onnx out=FOLDER"
+        raise UserError(f"{missing[0]} has no value: type, for example, {typed}")
     # Imported here, since --help needs none of it, and torch alone takes seconds.
     from soups.experiment.export.formats import export  # noqa: PLC0415
 
-    print(export(settings))
+    print(export(checked(Export, values)))
 
 
 if __name__ == "__main__":
-    export_entry_point(run)()
+    one_line_errors(main)

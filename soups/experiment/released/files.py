@@ -75,11 +75,6 @@ def _total(answer: HTTPResponse, have: int) -> int | None:
     return have + int(length) if length.isdigit() else None
 
 
-def _continued(answer: HTTPResponse, have: int) -> bool:
-    """Whether the answer goes on after `have` bytes, and is not the file from its beginning."""
-    return answer.status == 206 and (answer.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
-
-
 def _once(wanted: Download, stop: threading.Event) -> int | None:
     """Ask for what is missing and append it; returns how long the whole file should be."""
     have = wanted.part.stat().st_size if wanted.part.exists() else 0
@@ -94,7 +89,8 @@ def _once(wanted: Download, stop: threading.Event) -> int | None:
             wanted.part.unlink(missing_ok=True)  # it is too long
         raise
     with answer:
-        kept = have if _continued(answer, have) else 0
+        stated = answer.headers.get("Content-Range") or ""
+        kept = have if answer.status == 206 and stated.startswith(f"bytes {have}-") else 0  # else from its beginning
         total = _total(answer, kept)
         with wanted.part.open("r+b" if kept else "wb") as file:
             file.seek(kept)
