@@ -30,7 +30,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,7 @@ WORKERS = (0, 1, 2)
 BICUBIC = transforms.InterpolationMode.BICUBIC
 REFERENCE = "torchvision"
 Load = Callable[[int], Iterable[Tensor]]  # number of workers -> all images
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to load all images."""
-
-    name: str
-    transform: str  # minimal, medium, rand or fixed
-    workers: int
+Way = tuple[str, str, int]  # contender, transform, number of workers
 
 
 def make_folder(root: Path, images: int, width: int, height: int) -> ImageSplit:
@@ -173,24 +165,22 @@ def _rate(load_all: Load, workers: int) -> float:
     return images * (len(arrivals) - 1) / len(arrivals) / (arrivals[-1] - arrivals[0])
 
 
-def table(found: dict[Contender, list[float]], images: ImageSplit) -> list[dict[str, Any]]:
-    """A row for each contender: medians of images per second over rounds, and ratios within rounds."""
-    rows = []
-    for contender, rates in found.items():
-        reference = found[Contender(REFERENCE, contender.transform, contender.workers)]
-        row: dict[str, Any] = {
-            "contender": contender.name,
-            "transform": contender.transform,
-            "workers": contender.workers,
+def table(found: dict[Way, list[float]], images: ImageSplit) -> list[dict[str, Any]]:
+    """A row for each way: medians of images per second over rounds, and ratios within rounds."""
+    return [
+        {
+            "contender": name,
+            "transform": transform,
+            "workers": workers,
             "images": len(images),
             "bytes_per_image": round(images.stored.sizes.mean()),
             "batch_size": BATCH,
             **middle("images_per_second", rates, 1),
-            "images_per_second_and_core": round(statistics.median(rates) / max(1, contender.workers), 1),
-            "times_torchvision": ratio(rates, reference, 3),
+            "images_per_second_and_core": round(statistics.median(rates) / max(1, workers), 1),
+            "times_torchvision": ratio(rates, found[REFERENCE, transform, workers], 3),
         }
-        rows.append(row)
-    return rows
+        for (name, transform, workers), rates in found.items()
+    ]
 
 
 def measured(options: Options) -> list[dict[str, Any]]:
@@ -201,13 +191,11 @@ def measured(options: Options) -> list[dict[str, Any]]:
         loads = ways(images, Path(folder) / "copies")
         for _ in loads["ours_decoded", "fixed"](0):  # fills the folder
             pass
-        contenders = [
-            Contender(name, transform, workers)
-            for name, transform in loads
+        calls: dict[Way, Callable[[], float]] = {}
+        for (name, transform), load_all in loads.items():
             # Decoded images are read in this process, however many decode.
-            for workers in ((0,) if name == "ours_decoded" else WORKERS)
-        ]
-        calls = {each: partial(_rate, loads[each.name, each.transform], each.workers) for each in contenders}
+            for workers in (0,) if name == "ours_decoded" else WORKERS:
+                calls[name, transform, workers] = partial(_rate, load_all, workers)
         return table(in_turns(calls, options.rounds), images)
 
 
