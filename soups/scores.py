@@ -76,16 +76,18 @@ def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> d
     found: dict[int, float] = {}
     for name, value in rows:
         called = [(short, str(path), path.name, str(path.resolve())) for path, short in zip(paths, names, strict=True)]
-        fits = [i for i, each in enumerate(called) if name in each]
+        fits = [i for i, each in enumerate(called) if str(Path(name)) in each]
         if len(fits) != 1:
             what = "is none of the models" if not fits else f"may be any of {len(fits)} models"
             raise UserError(f"{where}: {name!r} {what}, which are {', '.join(names[:4])}")
         try:
-            found[fits[0]] = float(value)
+            score = float(value)
         except (TypeError, ValueError):
             raise UserError(f"{where}: the score of {name} is {value!r}, not a number") from None
-        if isnan(found[fits[0]]):
+        if isnan(score):
             raise UserError(f"{where}: the score of {name} is NaN: leave that model out")
+        if found.setdefault(fits[0], score) != score:
+            raise UserError(f"{where}: {name} has the scores {found[fits[0]]:g} and {score:g}: leave one of them")
     return found
 
 

@@ -77,6 +77,8 @@ def _called(folder: Path, name: str) -> list[Path]:
 
 def find(record: Record, folder: Path, soup: Path) -> tuple[Record, list[Path], list[str]]:
     """The record from this folder on, its ingredients' files in it or of the hub, and what is wrong with the others."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
     reading = record.reading or Reading()
     if reading.base is not None or reading.like is not None:
         reading = replace(reading, near=str(folder.resolve()))
@@ -108,8 +110,6 @@ def verify(soup: Path, folder: Path | None = None) -> str:
     """An empty string, or in one line why the soup is not what it says; a UserError where it cannot be read or made."""
     soup = soup.parent if soup.name == ADAPTER else soup
     folder = folder or soup.resolve().parent
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
     record, paths, problems = find(record_of(soup), folder, soup)
     if problems:
         elsewhere = "; --folder DIR says where they are" if any(each.endswith("missing") for each in problems) else ""

@@ -191,6 +191,7 @@ def test_scores_that_are_given_are_not_computed_again_and_others_are(pool):
         ({"run3.safetensors": 0.4}, "'run3.safetensors' is none of the models, which are run1.safetensors"),
         ({"run1.safetensors": float("nan")}, "the score of run1.safetensors is NaN"),
         ({"run1.safetensors": "good"}, "is 'good', not a number"),
+        ({"run1.safetensors": 0.4, "./run1.safetensors": 0.5}, "run1.safetensors has the scores 0.4 and 0.5"),
         ("nothing.csv", "nothing.csv does not exist"),
     ],
 )

@@ -106,6 +106,8 @@ def test_a_soup_of_torch_save_and_a_folder_are_made_again_as_they_were(hugging_f
     files.remove("README.md")  # whose table is in the order in which models were typed
     assert all((pool / "soup" / name).read_bytes() == (pool / "again" / name).read_bytes() for name in files)
     assert "it lies in a soup's folder: --out DIR names" in refused(["make", "soup/recipe.yaml"], capsys)
+    nowhere = ["make", "soup/recipe.yaml", "--folder", "nowhere", "--out", "third"]
+    assert "nowhere is not a folder" in refused(nowhere, capsys)
 
 
 def test_a_folder_that_is_made_again_has_the_config_of_the_model_that_was_named_first(hugging_face, pool):
