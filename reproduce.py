@@ -85,4 +85,4 @@ def run(config: Experiment, typed: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    entry_point(run)()
+    entry_point(run, whole=True)()

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from configs.cli import entry_point
-from soups.errors import one_line_errors
+from soups.errors import one_line_errors, refuse
 
 # module:function of each. The first need no experiment.
 ALONE = {"list": "artefacts:list_artefacts", "claims": "commands:claims", "will_it_help": "commands:will_it_help"}
@@ -33,13 +33,21 @@ def command(name: str, *given: str) -> Callable[..., None]:
     return lambda *arguments: getattr(import_module(f"analysis.{module}"), function)(*given, *arguments)
 
 
-if __name__ == "__main__":
-    first, is_alone = sys.argv[1] if len(sys.argv) > 1 else "", len(sys.argv) == 2
-    if is_alone and first in ALONE:
+def main() -> None:
+    """A word without a value, wherever it stands, says what is wanted besides tables; the others are settings."""
+    words = sys.argv[1:]
+    names = [word for word in words if word in (*ALONE, *OF_EXPERIMENTS)]
+    first, settings = names[0] if names else "", [word for word in words if word not in names[:1]]
+    if first in ALONE and not settings:
         one_line_errors(command(ALONE[first]))
-    elif is_alone and first.startswith("artefact="):
-        one_line_errors(command("artefacts:redraw_measured", first.removeprefix("artefact=")))
-    elif first in OF_EXPERIMENTS:
-        entry_point(command(OF_EXPERIMENTS[sys.argv.pop(1)]))()
+    elif len(words) == 1 and words[0].startswith("artefact="):
+        one_line_errors(command("artefacts:redraw_measured", words[0].removeprefix("artefact=")))
+    elif first in ALONE and {"--help", "-h"}.isdisjoint(words):
+        refuse(f"python -m analysis {first} takes no settings: leave out {settings[0]}")
     else:
-        entry_point(command("commands:analyse_all"))()
+        sys.argv[1:] = settings
+        entry_point(command(OF_EXPERIMENTS.get(first, "commands:analyse_all")), whole=True)()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-closed = dataclass(config=ConfigDict(extra="forbid", frozen=True), kw_only=True)
+# A text may be typed as a number, which Hydra makes of 2024.
+closed = dataclass(config=ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True), kw_only=True)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -133,6 +133,8 @@ def nearest(word: str, options: Sequence[str], most: int = 3) -> list[str]:
 def nearest_setting(name: str, root: Any) -> str:
     """The settings nearest to a name that is none, as in "task.folder"; empty where none is like it."""
     names = [each.name for each in settings_of(root)]
+    if "." not in name:
+        names += [*GROUPS, "experiment"]
     siblings = [each for each in names if each.split(".")[0] == name.split(".", maxsplit=1)[0]]
     namesakes = [each for each in names if each.split(".")[-1] == name.rsplit(".", maxsplit=1)[-1]]
     near = namesakes[:2] or get_close_matches(name, siblings, 2, 0.75) or get_close_matches(name, names, 2, 0.75)

@@ -32,9 +32,19 @@ from configs.fields import (
 )
 from configs.help import nearest, nearest_setting
 from configs.registered import CONFIGS, read_table, register
-from configs.stages import Analysis, Cluster, Paths, Plan, Share, Tracking
+from configs.stages import TIME, Analysis, Cluster, Paths, Plan, Share, Tracking
 from configs.training import Augment, Choice, Compute, Model, Optim, Regularizer, Sweep
 
+NAME = r"^[a-z0-9_]+(/[a-z0-9_]+)?$"
+GROUP_OF_SETTINGS = "should be settings by name, as in {name: value}"
+WANTED = {  # what a type or pattern of pydantic's asks for, in words that say what to type
+    "tuple_type": "should be a list, as in [first,second]",
+    "too_short": "should not be empty",
+    "path_type": "should be a path, in quotes where it is a number",
+    **dict.fromkeys(("dict_type", "dataclass_type", "model_attributes_type"), GROUP_OF_SETTINGS),
+    NAME: "should be lower-case letters, digits and _, as in my_pets_2",
+    TIME: "should be hours:minutes:seconds, as in 08:00:00",
+}
 SEARCHED = ("optim", "augment")  # groups that `sweep.best_of` takes from another experiment's best row
 TRAINED = ("optim", "augment", "regularizer")  # groups of settings that only training reads
 BY_SPLIT = ("folders", "counts", "take", "subsets", "metrics", "titles")  # settings of a task: split -> value
@@ -98,7 +108,7 @@ IF_TRAINED = Needs("sweep.imported", None, typed_only=True)  # imported rows hav
 class Experiment:
     """Everything that drives every stage; one experiment is one sweep on one task with one model."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+(/[a-z0-9_]+)?$")]
+    name: Annotated[str, Field(pattern=NAME)]
     task: AnyTask
     model: Model
     optim: Annotated[Optim, IF_TRAINED]
@@ -136,6 +146,8 @@ class Experiment:
             raise ValueError(f"analysis.sets needs analysis.labels and rows up to {sweep.size}")
         if "best" not in self.recipes:
             raise ValueError("recipes must contain best: every interval is against the best individual model")
+        if len(set(self.recipes)) < len(self.recipes):
+            raise ValueError("recipes names one twice")
         kinds, made = self.cooking.individuals, self.regularizer.made
         unknown = [kind for kind in kinds if kind not in made]
         if unknown:
@@ -279,6 +291,8 @@ def _explain(error: ValidationError, root: type) -> str:
             got, wanted = problem["input"], problem["msg"]
             if problem["type"] == "union_tag_invalid":  # the kind of a task or of a distribution
                 where, got, wanted = f"{where}.kind", got["kind"], f"Input should be {problem['ctx']['expected_tags']}"
+            wanted = WANTED.get(problem.get("ctx", {}).get("pattern", problem["type"]), wanted)
+            got = "null" if got is None else got
             options = re.findall(r"'([^']*)'", wanted) if wanted.startswith("Input should be '") else []
             near = f"; near is {close[0]}" if (close := nearest(str(got), options, 1)) else ""
             given = "" if isinstance(got, dict) else f", got {str(got)[:80]!r}"  # a group that lacks a setting
@@ -299,10 +313,12 @@ def plain(cfg: DictConfig, remedy: str) -> Any:
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        field = error.full_key
-        if isinstance(error, MissingMandatoryValue) and field and "." in field:
+        field, problem = error.full_key, str(error).splitlines()[0]
+        if not isinstance(error, MissingMandatoryValue):
+            problem, remedy = f"{field}: {problem}", "a setting that is no reference has no ${ in it"
+        elif field and "." in field:
             remedy = f"this experiment leaves it to you: type {field}=..."
-        raise UserError(f"bad config: {str(error).splitlines()[0]}; {remedy}") from None
+        raise UserError(f"bad config: {problem}; {remedy}") from None
 
 
 def field_of(word: str) -> str:

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from configs.fields import Count, Fraction, Natural, Needs, NonNegative, Positive, closed
 
 Target = Literal["timm", "open_clip", "transformers", "onnx"]
-Time = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]  # days-hours:minutes:seconds
+TIME = r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"  # days-hours:minutes:seconds
+Time = Annotated[str, Field(pattern=TIME)]
 
 
 @closed

@@ -322,7 +322,7 @@ class Sweep:
     def rows_come_from_one_place(self) -> "Sweep":
         """Draws and lists do not mix, and something says how many rows there are."""
         if (self.listed or self.grid or self.file) and self.draw:
-            raise ValueError("a sweep draws its rows or lists them (listed, grid, file), not both")
+            raise ValueError("a sweep draws its rows or lists them (listed, grid, file), not both: type '~sweep.draw'")
         if self.listed and self.file:
             raise ValueError("sweep.listed and sweep.file exclude each other")
         if (self.rows is None) != bool(self.listed or self.grid):

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from configs.cli import entry_point
+from configs.cli import entry_point, parts_as_typed
 from configs.schema import Experiment, dump, replicate
 from store.rows import GROUPS, require_trainable, row_config
 
@@ -79,8 +79,16 @@ def print_rows(config: Experiment, typed: str, console: Console | None = None) -
         console = Console(file=console.file, width=UNCUT, color_system=None)
     for one in [replicate(config, seed) for seed in config.replicates] or [config]:
         console.print(table_of(one))
-    console.print(NOTE.format(typed=typed), highlight=False, soft_wrap=True)
+    note = NOTE.format(typed=typed).splitlines()
+    console.print("\n".join(note[::3] if config.replicates else note), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_parts(config: Experiment) -> None:
+    """The same for each experiment that one is made of and that trains rows."""
+    for part, words in parts_as_typed(config, sys.argv[1:]):
+        if not part.towers or not config.parts:
+            print_rows(part, shlex.join(words))
 
 
 if __name__ == "__main__":
-    entry_point(lambda config: print_rows(config, shlex.join(sys.argv[1:])))()
+    entry_point(print_parts, whole=True)()

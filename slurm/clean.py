@@ -18,7 +18,7 @@ from rich.filesize import decimal
 
 from configs.cli import entry_point, parts_of
 from configs.errors import UserError
-from configs.schema import Experiment
+from configs.schema import Experiment, replicate
 from store.runs import WEIGHTS, RunFolder, delete_path
 
 AFTER_TABLES = ("logits", "variants")  # which the tables are made from
@@ -68,9 +68,10 @@ def main() -> None:
 
     def clean_parts(config: Experiment) -> None:
         for part in parts_of(config, sys.argv[1:]):
-            clean(part, kinds, delete=delete)
+            for each in [replicate(part, seed) for seed in part.replicates] or [part]:
+                clean(each, kinds, delete=delete)
 
-    entry_point(clean_parts)()
+    entry_point(clean_parts, whole=True)()
 
 
 if __name__ == "__main__":

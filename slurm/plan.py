@@ -140,7 +140,7 @@ def main() -> None:
     typed = [f"plan.{word}" if word.split("=")[0] in SHORT else word for word in sys.argv[1:]]
     if {"all", "experiment=all"}.isdisjoint(typed):
         sys.argv[1:] = typed
-        entry_point(show)()
+        entry_point(show, whole=True)()
         return
     outs = [Path(word.removeprefix("out=")) for word in typed if word.startswith("out=")]
     settings = [word for word in typed if word not in ("all", "experiment=all", FORCE) and not word.startswith("out=")]

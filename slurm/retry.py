@@ -31,4 +31,4 @@ def retry(config: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    entry_point(retry)()
+    entry_point(retry, whole=True)()

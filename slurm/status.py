@@ -151,4 +151,4 @@ def show_parts(config: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    entry_point(show_parts)()
+    entry_point(show_parts, whole=True)()

@@ -3,6 +3,7 @@
 The first job on a node unpacks it, the others wait for that one or find it done.
 """
 
+import errno
 import os
 import shutil
 import tarfile
@@ -15,6 +16,7 @@ from configs.schema import Experiment
 from soups.files.atomic import digest_of, replacing
 from store.runs import lock
 
+LARGER = "type cluster.stage_to=FOLDER of a larger local disk, or cluster.stage=null"
 ARCHIVES = ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip"
 
 
@@ -51,12 +53,11 @@ def _unpacked(source: Path, disk: Path, name: str) -> Path:
         lock(file, "type cluster.stage_to=FOLDER of another local disk", wait=True)
         if home.exists():
             return home / name
-        size = seen.st_size if source.is_file() else sum(each.stat().st_size for each in source.rglob("*"))
+        size = seen.st_size if source.is_file() else sum(each.lstat().st_size for each in source.rglob("*"))
         free = shutil.disk_usage(disk).free
         if size > free:
             raise UserError(
-                f"cluster.stage={source} has {size / 1e9:,.1f} GB, and {disk} has {free / 1e9:,.1f} GB left: type "
-                "cluster.stage_to=FOLDER of a larger local disk, or cluster.stage=null"
+                f"cluster.stage={source} has {size / 1e9:,.1f} GB, and {disk} has {free / 1e9:,.1f} GB left: {LARGER}"
             )
         print(f"unpacking {source} to {home}", flush=True)
         for half_unpacked in disk.glob(f".{home.name}.*.tmp"):
@@ -66,7 +67,10 @@ def _unpacked(source: Path, disk: Path, name: str) -> Path:
                 _unpack(source, temporary / name)
                 os.sync()  # all files at once, so that a machine that goes down leaves none empty under the final name
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-            raise UserError(f"cluster.stage={source} cannot be unpacked ({error}): make it anew") from None
+            why = str(error)[:200]  # of a folder, it may name every file
+            if os.strerror(errno.ENOSPC) in why:  # an archive may be compressed
+                raise UserError(f"cluster.stage={source} does not fit on {disk}: {LARGER}") from None
+            raise UserError(f"cluster.stage={source} cannot be unpacked ({why}): make it anew") from None
     return home / name
 
 

@@ -208,4 +208,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    typed_right(main)()
+    typed_right(main, __doc__ or "")()

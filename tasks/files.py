@@ -159,6 +159,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None, *, remedy: str)
     separator = "\t" if path.suffix == ".tsv" else ","
     try:
         return pd.read_csv(path, sep=separator, usecols=columns, dtype=str, keep_default_na=False)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({str(error).strip()}): {remedy}") from None
 

@@ -165,7 +165,11 @@ def _table_lines(task: ImageTable, own: str) -> tuple[Path, pd.DataFrame]:
         path = found[0]
     if path.suffix not in endings:
         raise UserError(f"task.table={path} ends neither with .csv, whose fields stand between commas, nor with .tsv")
-    table = read_table(path, remedy="name the table with task.table=FILE")
+    table = read_table(path, remedy="mend it, or name another with task.table=FILE")
+    if table.shape[1] == 1:
+        raise UserError(f"{path} has the one column {table.columns[0]!r}: a csv has commas between fields, a tsv tabs")
+    if table.empty:
+        raise UserError(f"{path} has no example")
     for column in columns:
         if column not in table:
             raise UserError(
@@ -195,7 +199,7 @@ def _image_table(task: ImageTable, own: str) -> Listed:
     classes = in_order(set(_table_lines(task, own_name(task, task.train))[1][task.label]))
     (path, table), folder = _table_lines(task, own), ROOT / task.folder
     files = [file.replace("\\", "/") for file in table[task.path_column]]
-    twice = pd.Series(files).duplicated().to_numpy()
+    twice = pd.Series([Path(file) for file in files]).duplicated().to_numpy()
     if twice.any():
         raise UserError(f"{path}: {files[int(twice.argmax())]} stands in split {own!r} twice: take one line out")
     for file in files:
@@ -240,8 +244,8 @@ def load_split(task: ImageFiles, name: str) -> ImageSplit:
     for row in data:
         if listed.labels[row] not in ids:
             raise UserError(
-                f"{listed.source}: {str(listed.labels[row])!r} is none of the {len(listed.classes)} classes: restore "
-                "it from the data set"
+                f"{listed.source}: {str(listed.labels[row])!r} is none of the {len(listed.classes)} classes of "
+                f"{task.train}: correct it, or restore the file from the data set"
             )
     files = [listed.files[row] for row in data]
     labels = np.array([ids[listed.labels[row]] for row in data], dtype=np.int64)

@@ -135,7 +135,10 @@ def read_tsv(
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: tasks/README.md says where to get it") from None
+        table = path.with_suffix(".csv")
+        csv = f"save {table.name} with tabs between its fields" if table.exists() else ""
+        remedy = csv or "tasks/README.md says where to get it"
+        raise UserError(f"{path} is missing: {remedy}") from None
     except UnicodeDecodeError as error:
         before = path.read_bytes()[: error.start].count(b"\n")
         raise UserError(f"{path}, line {before + 1}: not UTF-8; get the file again") from None

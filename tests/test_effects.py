@@ -245,7 +245,7 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
         ("demo", "sweep.index=99", "past the last row"),
         ("demo", "recipes=[greedy]", "must contain best"),
         ("demo", "recipe=gredy", r"recipe: Input should be 'best', .* got 'gredy'; near is greedy"),
-        ("demo", "name='../elsewhere'", "name: String should match"),
+        ("demo", "name='../elsewhere'", "name: should be lower-case letters, digits and _, as in my_pets_2"),
         ("demo_tiny", "regularizer.ingredient=swa", r"regularizer\.ingredient=swa is not made"),
         ("demo", "regularizer.ema_ramp=true", r"^bad config: regularizer\.ema_ramp needs regularizer\.ema: here .*t$"),
         ("demo", "tracking.mode=offline", r"tracking\.mode needs tracking\.kind=wandb"),

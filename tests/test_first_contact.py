@@ -179,7 +179,16 @@ def test_every_command_has_help(words):
     starts_itself_anew = words == ["-m", "embedded.pretrain"]
     answer = start(python(), [*words, "--help"]) if starts_itself_anew else here([*words, "--help"])
     assert answer.returncode == 0, answer.stderr
-    assert len(answer.stdout.splitlines()) >= 3
+    assert len(answer.stdout.splitlines()) >= 3 and "Hydra" not in answer.stdout
+
+
+def test_what_analysis_is_to_do_may_stand_anywhere_among_its_words():
+    assert here(["-m", "analysis", "list", "--help"]).stdout.startswith("Tables and figures of finished experiments")
+    assert here(["-m", "analysis", "claims", "a=1"]).stderr == (
+        "error: python -m analysis claims takes no settings: leave out a=1\n"
+    )
+    answer = here(["-m", "analysis", "experiment=demo", "report", "sweep.index=99"])
+    assert answer.stderr == "error: bad config: sweep.index=99 is past the last row, 12\n"
 
 
 def test_the_tests_meet_rows_of_other_settings_and_never_the_runs_of_a_person():

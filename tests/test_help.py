@@ -90,6 +90,49 @@ def test_the_nearest_setting(name, near):
         ("experiment=demo optim.lr", "optim.lr has no value: type optim.lr=VALUE"),
         ("experiment=demo task.held_out=test", "bad config: each split has one role"),
         ("run=runs/nowhere", "run=runs/nowhere does not exist"),
+        # What Hydra would refuse in words of its own, or with a traceback.
+        ("=3", "'=3' names no setting"),
+        ("optimizer=sgd optim=null", "there is no optim=null, but adam, adamw"),
+        ("experiment=demo optim={lr:1}", "there is no optim={lr:1}, but adam, adamw"),
+        ("experiment=demo optim=adam,sgd", "optim=adam,sgd is several files of configs/optim: type one of them"),
+        ("experiment=demo +optim=adam", "+optim=adam: optim is chosen without +: type optim=adam"),
+        ("experiment=demo_tiny.yaml", "there is no experiment=demo_tiny.yaml, but demo_tiny"),
+        ("experiment=demo --foo", "there is no option --foo"),
+        ("experiment=demo experiments=1", "there is no setting experiments, but experiment"),
+        ("experiment=demo +optim.batch_size=2", "+optim.batch_size adds what is there already: type optim.batch_size="),
+        (
+            "experiment=demo task.titles.test=x",
+            "task.titles.test gets names that it has not yet: type +task.titles.test",
+        ),
+        (
+            "experiment=demo cluster.slurm.gpus=2",
+            "cluster.slurm is null here: type 'cluster.slurm={gpus: VALUE}', or cl",
+        ),
+        (
+            "experiment=demo sweep.draw.optim.lr=[1,2]",
+            "sweep.draw.optim.lr=[1,2]: the value should be settings by name",
+        ),
+        ("experiment=demo optim.epochs=[1,2", "optim.epochs=[1,2 cannot be read: its brackets or quotes do not match"),
+        ("experiment=demo optim.lr=1,2", "optim.lr=1,2 is several values: type a list as 'optim.lr=[1,2]', a text as"),
+        ("experiment=demo task.title=", "task.title has no value: type task.title=VALUE"),
+        ("experiment=demo task.title=a=b", """task.title=a=b cannot be read: type 'task.title="a=b"', its value in"""),
+        (
+            "experiment=demo task.title=\N{SNOWMAN}",
+            "task.title=\N{SNOWMAN} cannot be read: type 'task.title=\"\N{SNOWMAN}",
+        ),
+        (
+            "experiment=demo task.folder=~/x",
+            "task.folder=~/x: your shell leaves ~ as it is here: type task.folder=$HOME",
+        ),
+        (
+            "experiment=demo task.title=${x}",
+            "bad config: task.title: Interpolation key 'x' not found; a setting that is",
+        ),
+        ("experiment=demo task.shifts=a", "bad config: task.shifts: should be a list, as in [first,second], got 'a'"),
+        ("experiment=demo recipes=[best,best]", "bad config: recipes names one twice"),
+        # An experiment of several sweeps would be taken for one of its own.
+        ("experiment=demo_full", "demo_full is 20 experiments: type one, as in experiment=demo"),
+        ("experiment=demo_seeds", "demo_seeds is 3 sweeps: type one of them, with name=demo_seeds/seed0 sweep.seed=0"),
     ],
 )
 def test_a_mistyped_word_is_one_line(words, message, tmp_path):
@@ -97,6 +140,12 @@ def test_a_mistyped_word_is_one_line(words, message, tmp_path):
     assert answer.returncode == 2
     assert answer.stderr.startswith(f"error: {message}") and answer.stderr.count("\n") == 1, answer.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_command_that_is_printed_has_the_words_that_were_typed():
+    words = ["experiment=demo_tiny", "recipes=[best,uniform]", "name=2024"]
+    printed = here(["-m", "finetune.rows", *words]).stdout
+    assert f"All rows:   python -m finetune {shlex.join(words)}\n" in printed
 
 
 # run=FOLDER

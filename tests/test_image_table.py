@@ -75,6 +75,9 @@ def test_held_out_may_be_drawn_from_the_lines_of_train(folder):
         (lambda text: text.replace("photos/5.png,dog", "photos/5.png,fox"), "'fox' is none of the 2 classes"),
         (lambda text: text.replace(",test,", ",exam,"), r"no line has split='test', only exam, train, val: type"),
         (lambda text: text.replace("photos/5", "photos/6"), r"photos/6.png is missing, and .*all.csv lists it"),
+        (lambda text: text.replace("photos/1.png", "./photos/0.png"), r"photos/0.png stands in split 'train' twice"),
+        (lambda text: text.replace(",", ";"), "has the one column 'path;label;split;note': a csv has commas between"),
+        (lambda text: text.split("\n")[0] + "\n", "all.csv has no example"),
         (lambda text: "", r"all.csv cannot be read \(No columns to parse from file\)"),
     ],
 )

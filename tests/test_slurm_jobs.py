@@ -250,7 +250,7 @@ def test_a_cluster_file_asks_for_what_it_says():
     typed += ["cluster=slurm_1gpu", 'cluster.slurm.options=["--exclude=n7"]']
     options = plan("demo", *typed)[1].options
     assert {"--partition=gpu", "--account=lab", "--gres=gpu:h100:1", "--exclude=n7", "--mem-per-cpu=5G"} <= set(options)
-    with pytest.raises(UserError, match=r"cluster\.slurm\.time: String should match"):
+    with pytest.raises(UserError, match=r"cluster\.slurm\.time: should be hours:minutes:seconds"):
         load("demo", "cluster=slurm_1gpu", "cluster.slurm.time=8h")
     with pytest.raises(UserError, match="belong together"):
         load("demo", "cluster=slurm_1gpu", "cluster.kind=local")
