@@ -3,7 +3,6 @@
 The first job on a node unpacks it, the others wait for that one or find it done.
 """
 
-import errno
 import os
 import shutil
 import tarfile
@@ -16,7 +15,6 @@ from configs.schema import Experiment
 from soups.files.atomic import digest_of, replacing
 from store.runs import lock
 
-LARGER = "type cluster.stage_to=FOLDER of a larger local disk, or cluster.stage=null"
 ARCHIVES = ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip"
 
 
@@ -57,7 +55,8 @@ def _unpacked(source: Path, disk: Path, name: str) -> Path:
         free = shutil.disk_usage(disk).free
         if size > free:
             raise UserError(
-                f"cluster.stage={source} has {size / 1e9:,.1f} GB, and {disk} has {free / 1e9:,.1f} GB left: {LARGER}"
+                f"cluster.stage={source} has {size / 1e9:,.1f} GB, and {disk} has {free / 1e9:,.1f} GB left: type "
+                "cluster.stage_to=FOLDER of a larger local disk, or cluster.stage=null"
             )
         print(f"unpacking {source} to {home}", flush=True)
         for half_unpacked in disk.glob(f".{home.name}.*.tmp"):
@@ -68,8 +67,6 @@ def _unpacked(source: Path, disk: Path, name: str) -> Path:
                 os.sync()  # all files at once, so that a machine that goes down leaves none empty under the final name
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
             why = str(error)[:200]  # of a folder, it may name every file
-            if os.strerror(errno.ENOSPC) in why:  # an archive may be compressed
-                raise UserError(f"cluster.stage={source} does not fit on {disk}: {LARGER}") from None
             raise UserError(f"cluster.stage={source} cannot be unpacked ({why}): make it anew") from None
     return home / name
 

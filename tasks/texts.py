@@ -135,8 +135,8 @@ def read_tsv(
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        table = path.with_suffix(".csv")
-        csv = f"save {table.name} with tabs between its fields" if table.exists() else ""
+        other = path.with_suffix(".csv")
+        csv = f"save {other.name} with tabs between its fields" if other.exists() else ""
         remedy = csv or "tasks/README.md says where to get it"
         raise UserError(f"{path} is missing: {remedy}") from None
     except UnicodeDecodeError as error:

@@ -112,9 +112,6 @@ def test_what_cannot_be_unpacked_or_is_of_several_data_sets_is_said_in_one_line(
     refused(tmp_path / "words.txt", r"neither a folder nor an archive \(\.tar, ")
     (data / "link").symlink_to(tmp_path / "nowhere")
     refused(data, r"pictures cannot be unpacked \(.*pictures/link")
-    with monkeypatch.context() as full:
-        full.setattr(staging, "_unpack", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        refused(archive, r"does not fit on .*: type cluster\.stage_to=FOLDER of a larger local disk")
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 0))
     refused(archive, r"type cluster\.stage_to=FOLDER of a larger local disk")
     typed = ["parts=[figuree1_cars,figuree1_dtd]", f"cluster.stage={archive}"]
