@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from soups.paired import sign_flip_p
 from soups.scorers.metrics import score
-from soups.scoring import Metric
+from soups.scoring import Metric, sign_flip_p
 
 LEVEL = 0.95  # coverage of the intervals
 

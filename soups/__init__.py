@@ -5,7 +5,7 @@
 >>> print(soup)  # doctest: +SKIP
 >>> soup.save("soup/")  # doctest: +SKIP
 
-The functions are in soups/api.py, which is loaded when one of them is asked for; files are averaged without torch.
+The functions are in soups/api.py, which is loaded when one of them is asked for.
 """
 
 import sys

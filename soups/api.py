@@ -1,8 +1,9 @@
 """The recipes as functions of models in any form: paths, patterns, dicts, modules, loaders, in any mixture.
 
-`import soups` has them, as in `soups.greedy("run/*.ckpt", score=wer, goal="min").save("soup/")`. Beside its own each
-takes the settings of `soups.averaging.open_pool`: dtype, batch_norm, init, key, exclude, only_common, allow_unrelated,
-threads and base; and `images=soups.images(...)`, on which batch_norm="recompute" measures.
+`import soups` has them, as in `soups.greedy("run/*.ckpt", score=wer, goal="min").save("soup/")`. `start` is the
+initialisation that models were fine-tuned from. Beside its own settings each recipe takes those of
+`soups.averaging.open_pool`: dtype, batch_norm, init, key, exclude, only_common, allow_unrelated, threads and base; and
+`images=soups.images(...)`, on which batch_norm="recompute" measures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,6 @@ __all__ += ["choices", "images", "perplexity", "texts"]  # held-out examples
 
 
 def _mixed(recipe: str, pool: Pool, weights: Sequence[float], how: Averaging, *, normalize: bool = True) -> Soup:
-    """A soup of one weight a model."""
     total = fsum(weights) if normalize else 1.0
     shares = {name: weight / total for name, weight in zip(pool.names, weights, strict=True)}
     note = {} if normalize else {"normalize": False}
@@ -40,11 +40,7 @@ def _mixed(recipe: str, pool: Pool, weights: Sequence[float], how: Averaging, *,
 
 
 def load(path: str | Path, *, key: str | None = None) -> "Mapping[str, Tensor]":
-    """The weights of a file or folder, whatever wrote it: a mapping that reads each tensor when it is asked for.
-
-    Raises:
-        UserError: it is missing, damaged, or no weights.
-    """
+    """The weights of a file or folder, whatever wrote it: a mapping that reads each tensor when it is asked for."""
     from soups.files.weights import LazyWeights  # noqa: PLC0415  # torch takes seconds
 
     return LazyWeights(Path(path), reading=Reading(key=key))
@@ -63,7 +59,6 @@ def weighted(models: Models, weights: Sequence[float] | str, *, normalize: bool 
         models: of one run, the earliest first, where `weights` are "1-sqrt" or "ema:0.9".
         weights: numbers; or what `soups.along.factors` knows.
         normalize: False is the weighted sum, in which a weight may be negative if the sum of all is above 0.
-        settings: of the averaging.
 
     Raises:
         UserError: not one weight a model; not finite, below 0, or all of them 0.
@@ -82,12 +77,8 @@ def weighted(models: Models, weights: Sequence[float] | str, *, normalize: bool 
 def slerp(models: Models, t: float = 0.5, **settings: Any) -> Soup:
     """Two models on the great circle between them, tensor by tensor: where weights keep their length.
 
-    Tensors at a cosine of more than 0.9995, and batch-norm statistics, are interpolated on the line between them.
-
-    Args:
-        models: two.
-        t: in [0, 1]; 0 is the first model.
-        settings: of the averaging.
+    t = 0 is the first model. Tensors at a cosine of more than 0.9995, and batch-norm statistics, are interpolated on
+    the line between them.
 
     Raises:
         UserError: not two models, or t outside [0, 1].
@@ -110,14 +101,7 @@ def slerp(models: Models, t: float = 0.5, **settings: Any) -> Soup:
 def wise_ft(start: Source, models: Models, alpha: float = 0.5, **settings: Any) -> Soup:
     """(1 - alpha) of the initialisation and alpha of the mean of the models (Wortsman et al. 2021).
 
-    Args:
-        start: the initialisation.
-        models: fine-tuned from it.
-        alpha: in [0, 1].
-        settings: of the averaging; `batch_norm="keep"` keeps the statistics of `start`.
-
-    Raises:
-        UserError: alpha outside [0, 1], or models that do not fit together.
+    `batch_norm="keep"` keeps the statistics of `start`.
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha is in [0, 1], 0 for the initialisation and 1 for the models; got {alpha}")
@@ -130,12 +114,7 @@ def wise_ft(start: Source, models: Models, alpha: float = 0.5, **settings: Any) 
 
 
 def model_stock(start: Source, models: Models, **settings: Any) -> Soup:
-    """Between the initialisation and the mean of the models, tensor by tensor, as the angles between them say.
-
-    Args:
-        start: the initialisation.
-        models: at least two, fine-tuned from it.
-        settings: of the averaging.
+    """Between the initialisation and the mean of at least two models, tensor by tensor, as the angles between them say.
 
     Source: Jang et al. 2024, Section 4.
     """
@@ -158,12 +137,6 @@ def model_stock(start: Source, models: Models, **settings: Any) -> Soup:
 def arithmetic(start: Source, models: Models, scales: Sequence[float], **settings: Any) -> Soup:
     """The initialisation plus scaled changes of the models from it; a negative scale takes a task away.
 
-    Args:
-        start: the initialisation.
-        models: fine-tuned from it, in the order of `scales`.
-        scales: one finite number for each model.
-        settings: of the averaging.
-
     Source: Ilharco et al. 2023, Section 2.
     """
     return _merged("arithmetic", start, models, settings, scales=[float(scale) for scale in scales])
@@ -183,15 +156,12 @@ def ties(
     """Of each model's changes from the initialisation the largest; where their signs agree, the mean of those.
 
     Args:
-        start: the initialisation.
-        models: fine-tuned from it.
         density: share of each model's changes that is kept, in (0, 1]; one number, or one for each model.
         scale: what the merged changes are multiplied by.
         weights: of the models, in their order; equal if None.
         per: "model" ranks all changes of a model together; "tensor" those of each tensor, as mergekit does: exactly the
             share is kept, and where the changes sum to zero the positive ones are taken.
         normalize: divide by the weights of those that agree; else they are summed.
-        settings: of the averaging.
 
     Source: Yadav et al. 2023, Algorithm 1.
     """
@@ -213,15 +183,11 @@ def dare(
     """The initialisation plus the mean of the models' changes, of which chance leaves a share, scaled up.
 
     Args:
-        start: the initialisation.
-        models: fine-tuned from it.
         density: share of each model's changes that is kept, in (0, 1]; 1 - p of the paper. One, or one for each model.
         scale: what the mean change is multiplied by.
-        seed: of the choice.
         scales: what each model's change is multiplied by, in their order, for their sum in place of the mean.
         rescale: how what is left is scaled up: "density" divides by it; "l1" gives each tensor's changes the sum of
             magnitudes that they had, as mergekit does; "none" leaves them.
-        settings: of the averaging.
 
     Source: Yu et al. 2024, equation 3.
     """

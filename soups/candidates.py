@@ -80,10 +80,9 @@ class Candidate:
         return LazyWeights(self.made / ADAPTER if self.pool.adapters else self.original or self.made)
 
     def file(self) -> Path:
-        """A file or folder of it, in the form that the ingredients have.
+        """A file or folder of it, in the form that the ingredients have; an ingredient itself as a link.
 
-        It lies in a folder of this candidate alone, an ingredient as a link to it: what a command writes beside it is
-        no other run's.
+        It lies in a folder of this candidate alone: what a command writes beside it is no other run's.
         """
         if self.original is not None:
             self.place.mkdir(exist_ok=True)

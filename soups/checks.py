@@ -44,11 +44,7 @@ def looked_through(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def sound_digest(checkpoint: Checkpoint) -> str:
-    """The digest of a file's content.
-
-    Raises:
-        UserError: a tensor holds NaN or infinity; names file and tensor.
-    """
+    """The digest of a file's content; a UserError where a tensor holds NaN or infinity."""
     digest, strange = looked_through(checkpoint)
     if strange:
         raise UserError(f"{checkpoint.path}: tensor {strange!r} holds NaN or infinity: leave that model out")
@@ -61,12 +57,7 @@ def _is_mask(checkpoint: Checkpoint, name: str, buffer: NDArray[Any]) -> bool:
 
 
 def refuse_factors_and_codes(checkpoints: Sequence[Checkpoint]) -> None:
-    """Factors of low rank are not averaged one by one, and codes of quantised weights have no mean.
-
-    Raises:
-        UserError: an ingredient is an adapter, or has tensors that only quantised models have, or matrices of integers
-            as weights.
-    """
+    """Factors of low rank are not averaged one by one, and codes of quantised weights have no mean."""
     for checkpoint in checkpoints:
         for name, entry in checkpoint.entries.items():
             if ADAPTER.search(name):
@@ -86,13 +77,7 @@ def refuse_factors_and_codes(checkpoints: Sequence[Checkpoint]) -> None:
 def refuse_other_configs(paths: Sequence[Path], *, in_order: bool = True) -> None:
     """Models of transformers or timm whose config.json speak of different networks or classes.
 
-    Args:
-        paths: of the models.
-        in_order: classes have to be in the same order, too.
-
-    Raises:
-        UserError: one is damaged; or names two files and the setting, since equal shapes with classes in another order
-            are seen here alone.
+    With `in_order` classes in another order too, which are seen here alone: the shapes are equal.
     """
     first: tuple[Path, dict[str, Any]] | None = None
     for path in paths:
@@ -125,9 +110,8 @@ def _short(value: Any) -> str:
 def sampled_cosines(checkpoints: Sequence[Checkpoint], layout: Layout) -> NDArray[Any]:
     """(K, K) cosines of K models' weights, each the median over all elements of matrices; 1 without any.
 
-    An element's cosine is that of its matrix, told by the first elements, so layers of a few elements that are new in
-    each model count for little. The doctor reads all elements and sums over tensors; here a new head, which may be
-    long, is one tensor among many.
+    An element's cosine is that of its matrix, told by the first elements: a head that is new in each model, which may
+    be long, is one tensor among many.
     """
     count = len(checkpoints)
     found, sizes, width = [], [], max(1, min(LOOKED_AT, AT_ONCE // count))
@@ -159,11 +143,7 @@ def _weighted_median(values: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any
 
 
 def refuse_unrelated(checkpoints: Sequence[Checkpoint], layout: Layout) -> None:
-    """Models that were not fine-tuned from the same weights lie behind a barrier: their mean is of no use.
-
-    Raises:
-        UserError: names those whose weights are at a wide angle to the others'.
-    """
+    """Models that were not fine-tuned from the same weights lie behind a barrier: their mean is of no use."""
     cosines = medians_of_others(sampled_cosines(checkpoints, layout))
     unrelated = cosines < ANOTHER_ORIGIN
     if unrelated.any():
@@ -178,18 +158,8 @@ def refuse_unrelated(checkpoints: Sequence[Checkpoint], layout: Layout) -> None:
 def refuse_unsuitable(
     sources: Sequence[Path], *, allow_unrelated: bool = False, reading: Reading | None = None
 ) -> Layout:
-    """Every refusal, before anything is averaged; returns what is averaged.
-
-    Args:
-        sources: of the ingredients, as in `average_files`.
-        allow_unrelated: average models that were not fine-tuned from the same checkpoint all the same.
-        reading: as in `average_files`.
-
-    Raises:
-        UserError: as the functions above, or as `common_layout`.
-    """
-    in_order = reading is None or reading.like is None
-    refuse_other_configs(sources, in_order=in_order)
+    """Every refusal, before anything is averaged; returns what is averaged."""
+    refuse_other_configs(sources, in_order=reading is None or reading.like is None)
     with opened(sources, reading) as checkpoints:
         refuse_factors_and_codes(checkpoints)
         layout = common_layout(checkpoints, reading or Reading())

@@ -39,12 +39,8 @@ ELSEWHERE = ("command", "files", "last", "top", "by", "by_goal", "out", "force",
 
 
 def _held_out(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The score that was asked for, and the same of --report.
-
-    Raises:
-        UserError: a setting that this kind of score would ignore.
-    """
-    from soups.heldout import HeldOut  # noqa: PLC0415
+    """The score that was asked for, and the same of --report."""
+    from soups.scoring import HeldOut  # noqa: PLC0415
 
     values = vars(arguments)
     kind: Any = next((kind for kind in KINDS if values.get(kind)), None)
@@ -71,11 +67,7 @@ def _held_out(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _files(arguments: argparse.Namespace, *, as_typed: bool = False) -> list[Path]:
-    """The models; a shell sorts run10 before run2, so they are sorted anew where their order means nothing.
-
-    Raises:
-        UserError: --out is one of them, or is there already; or as `soups.along.chosen`.
-    """
+    """The models; a shell sorts run10 before run2, so they are sorted anew where their order means nothing."""
     from soups.along import chosen, in_time_order  # noqa: PLC0415
     from soups.soup import refuse_out  # noqa: PLC0415
     from soups.sources import in_natural_order, matches  # noqa: PLC0415

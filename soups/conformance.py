@@ -52,9 +52,7 @@ def tie_groups(checkpoints: Sequence[Checkpoint]) -> list[set[str]]:
 
 
 def _copies(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, str]]:
-    """Matrices that some files lack and that in all others are copies of one that all files have: their ties, lost
-    where a file was written in a format that knows none.
-    """
+    """Ties that a format lost: matrices that some files lack, and that in others are copies of one that all have."""
     common = set.intersection(*(set(c.names) for c in checkpoints))
     for name in sorted(set().union(*(c.entries for c in checkpoints)) - common):
         holders = [c for c in checkpoints if name in c.entries]
@@ -71,10 +69,7 @@ def _constant(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _representatives(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
-    """Each tied name -> the name that stands for its tensor.
-
-    A file may lack some of the names (safetensors drop them), or hold equal copies.
-    """
+    """Each tied name -> the name that stands for its tensor; a file may lack some, or hold equal copies."""
     stands_for: dict[str, str] = {}
     for group in tie_groups(checkpoints):
         for checkpoint in checkpoints:
@@ -101,15 +96,10 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def common_layout(checkpoints: Sequence[Checkpoint], reading: Reading | None = None, first: int = 0) -> Layout:
-    """The layout of models that can be averaged.
-
-    Args:
-        checkpoints: of the pool.
-        reading: which tensors are not averaged; None where that cannot be chosen.
-        first: index of the file whose tensors stand in for those that are not averaged.
+    """The layout of models that can be averaged; the tensors of file `first` stand in for those that are not.
 
     Raises:
-        UserError: no files; or names, shapes, kinds or ties differ; names the file and the tensor.
+        UserError: names, shapes, kinds or ties differ; names the file and the tensor.
     """
     if not checkpoints:
         raise UserError("no ingredients: a soup needs at least one model")

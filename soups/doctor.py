@@ -1,13 +1,9 @@
-"""What is wrong with a pool of models:  python -m soups.doctor run/*.safetensors --scores scores.json --held-out 616
+"""What is wrong with a pool of models, and how often soups of such pools were better than the best of them.
 
-Duplicates, NaNs, models that do not fit together, distances to the initialisation, angles between task vectors, models
-of another origin, why their soup may be worse than the best of them, and how often soups of such pools were better.
-Reads each file twice and writes nothing. scores.json is {"a.safetensors": 0.81, ...}: held-out accuracies in [0, 1]; or
-a .jsonl or .csv has them as "file" and "score".
+soups doctor run/*.safetensors --scores scores.json --held-out 616
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -77,7 +73,7 @@ def _fits(checkpoint: Checkpoint, others: Sequence[Checkpoint], reading: Reading
 
 
 def _in_order_of(first: Path, path: Path, reading: Reading | None) -> Reading | None:
-    """How a model is read whose classes or tokens may be in another order than the first one's: as soups read it."""
+    """How a model is read, with its classes and tokens in the order of the first one's."""
     return replace(reading or Reading(), like=str(first)) if differ(path, first) else reading
 
 
@@ -88,18 +84,9 @@ def examine(
     reading: Reading | None = None,
     held_out: int | None = None,
 ) -> Report:
-    """All that the doctor finds.
+    """All that the doctor finds; files are read twice. Without `init` distances are to the mean of the models.
 
-    Args:
-        paths: of the models.
-        init: the initialisation; without it, distances are to the mean of the models.
-        scores: held-out accuracies in [0, 1], as `soups.scores.given_scores` reads them.
-        reading: as in `average_files`.
-        held_out: number of examples that the scores are measured on.
-
-    Raises:
-        UserError: no models; a bad initialisation; scores for files that are not there, or outside [0, 1]; `held_out`
-            below 1, or without scores.
+    `scores` are held-out accuracies in [0, 1], measured on so many `held_out` examples.
     """
     if not paths:
         raise UserError("no models to examine")
@@ -139,20 +126,25 @@ def examine(
         layout = common_layout([*sound, start] if start else sound, reading) if sound else None
         found = geometry(sound, layout, start) if layout else None
         images = any(len(entry.shape) == 4 for entry in layout.entries.values()) if layout else False
-    against = init.name if init else "the mean of the models"
-    findings = tuple(_findings(models, found, against, known, has_init=init is not None))
-    likely = _likely(models, found, known, held_out, images=images, has_init=init is not None)
-    return Report(tuple(models), against, found, findings, known, tuple(likely))
+    against, findings = init.name if init else "the mean of the models", _findings(models)
+    unrelated = None
+    if found is not None:
+        # With the initialisation, or without one the median with the other models.
+        cosines = found.reference_cosines if init else medians_of_others(found.weight_cosines)
+        unrelated = cosines < ANOTHER_ORIGIN
+        names = [model.name for model in models if not model.problem]
+        findings += _of_geometry(names, found, cosines, against, has_init=init is not None)
+    if known:
+        findings += _of_scores(known)
+    unlike = [] if images else ["no tensor is a convolution of images, and there the models are image classifiers"]
+    if unrelated is not None and unrelated.any():
+        unlike.append("models are not fine-tuned from the same checkpoint")
+    likely = _likely(models, known, held_out, unlike)
+    return Report(tuple(models), against, found, tuple(findings), known, tuple(likely))
 
 
 def _likely(
-    models: Sequence[Model],
-    found: Geometry | None,
-    scores: Mapping[str, float],
-    held_out: int | None,
-    *,
-    images: bool,
-    has_init: bool,
+    models: Sequence[Model], scores: Mapping[str, float], held_out: int | None, unlike: Sequence[str]
 ) -> list[str]:
     """How often soups of such pools were better than their best model, or what is missing to say it."""
     sound = {model.digest: model.name for model in reversed(models) if not model.problem}  # of duplicates the first
@@ -164,53 +156,36 @@ def _likely(
         return [f"not said: type {asked}, held-out accuracies of all models, and --held-out N, the number of examples"]
     if held_out is None:
         return ["not said: type --held-out N, the number of examples that --scores are measured on"]
-    unlike = [] if images else ["no tensor is a convolution of images, and there the models are image classifiers"]
-    if found is not None and (_cosines_of_weights(found, has_init=has_init) < ANOTHER_ORIGIN).any():
-        unlike.append("models are not fine-tuned from the same checkpoint")
     return base_rates(features([scores[name] for name in sound.values()], held_out), unlike)
 
 
-def _cosines_of_weights(found: Geometry, *, has_init: bool) -> NDArray[np.float64]:
-    """(K,) cosines of weights with the initialisation, or without one the median with the other models."""
-    return found.reference_cosines if has_init else medians_of_others(found.weight_cosines)
-
-
-def _findings(
-    models: Sequence[Model], found: Geometry | None, against: str, scores: Mapping[str, float], *, has_init: bool
-) -> list[str]:
-    """One line for each thing that makes a soup worse than its best ingredient."""
+def _findings(models: Sequence[Model]) -> list[str]:
+    """One line for each file that makes a soup worse than its best ingredient, or that is there twice."""
     lines = [f"{m.name}: {m.problem}" for m in models if m.problem]
     first: dict[str, str] = {}
     for model in models:
         same = first.setdefault(model.digest, model.name) if model.digest else model.name
         if same != model.name:
             lines.append(f"{model.name} and {same} are the same model, and count twice")
-    sound = [model.name for model in models if not model.problem]
-    if found is not None:
-        lines += _of_geometry(sound, found, against, has_init=has_init)
-    if scores:
-        lines += _of_scores(scores)
     return lines
 
 
-def _of_geometry(names: Sequence[str], found: Geometry, against: str, *, has_init: bool) -> list[str]:
-    lines = []
-    count = len(names)
-    cosines = _cosines_of_weights(found, has_init=has_init)
-    unrelated = cosines < ANOTHER_ORIGIN
+def _of_geometry(
+    names: Sequence[str], found: Geometry, cosines: NDArray[np.float64], against: str, *, has_init: bool
+) -> list[str]:
     whom = f"with {against}" if has_init else "with the other models (median)"
-    for name, cosine, strange in zip(names, cosines, unrelated, strict=True):
-        if strange:
-            lines.append(
-                f"{name}: not fine-tuned from the same checkpoint; its weights have a cosine of {cosine:.2f} {whom}"
-            )
-    middle = float(np.median(found.distances))
-    for name, distance, strange in zip(names, found.distances, unrelated, strict=True):
-        if not strange and count > 2 and distance > FAR * middle > 0:
-            lines.append(
-                f"{name} went far: {distance / middle:.1f} times the median distance to {against}; such models, of "
-                "high learning rates, often lie behind a barrier"
-            )
+    lines = [
+        f"{name}: not fine-tuned from the same checkpoint; its weights have a cosine of {cosine:.2f} {whom}"
+        for name, cosine in zip(names, cosines, strict=True)
+        if cosine < ANOTHER_ORIGIN
+    ]
+    count, middle = len(names), float(np.median(found.distances))
+    lines += [
+        f"{name} went far: {distance / middle:.1f} times the median distance to {against}; such models, of high "
+        "learning rates, often lie behind a barrier"
+        for name, distance, cosine in zip(names, found.distances, cosines, strict=True)
+        if not cosine < ANOTHER_ORIGIN and count > 2 and distance > FAR * middle > 0
+    ]
     angles = found.task_cosines[np.triu_indices(count, 1)]
     if has_init and len(angles) and np.nanmedian(angles) > ALIKE:
         lines.append(f"the models are nearly the same (median cosine {np.nanmedian(angles):.3f}): little to gain")
@@ -231,10 +206,6 @@ def _of_scores(scores: Mapping[str, float]) -> list[str]:
 
 def features(scores: Sequence[float], held_out: int) -> dict[str, float]:
     """What is known of a pool before anything is averaged; the calibration pools have a range of each.
-
-    Args:
-        scores: held-out accuracies in [0, 1], one a model.
-        held_out: number of examples that they are measured on.
 
     >>> features([0.5, 0.75, 0.625], 600)
     {'models': 3, 'held-out examples': 600, 'best score': 0.75, 'best minus median score': 0.125}
@@ -262,15 +233,7 @@ def outside(found: Mapping[str, float], ranges: Mapping[str, Sequence[float]]) -
 
 
 def base_rates(found: Mapping[str, float], unlike: Sequence[str] = (), table: Path = TABLE) -> list[str]:
-    """Shares of the calibration pools in which soups were better and worse; first of all how this pool is unlike them.
-
-    Args:
-        found: of `features`.
-        unlike: what else sets this pool apart from the calibration pools.
-        table: the calibration.
-
-    Returns one sentence a line.
-    """
+    """In what share of the calibration pools soups were better and worse, after how this pool is unlike them."""
     known: dict[str, Any] = json.loads(table.read_text(encoding="utf-8"))
     apart = [*unlike, *outside(found, known["ranges"])]
     lines = [f"not calibrated for pools like yours: {'; '.join(apart)}"] if apart else []
@@ -308,9 +271,3 @@ def show(report: Report, console: Console) -> None:
     console.print("will a soup of them be better than the best?")
     for line in report.will_it_help:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    from soups.cli import main
-
-    main(["doctor", *sys.argv[1:]])

@@ -17,19 +17,13 @@ PACKAGES = (  # packages of this repository, whose absence is a bug
 
 
 class UserError(RuntimeError):
-    """Wrong input, data or files. The message is one sentence naming the culprit and the remedy.
-
-    Entry points print it without a traceback and exit with status 2; anything else is a bug and keeps its traceback.
-    """
+    """Wrong input, data or files: one sentence naming the culprit and the remedy, which commands print alone."""
 
 
 class InterruptedBySignalError(BaseException):
     """A signal asked for an end; what was done is on disk, and the same command continues.
 
     Like KeyboardInterrupt it is no `Exception`, which libraries catch and take for a failure of their own.
-
-    Args:
-        signum: of the signal; the process ends with status 128 + signum, as shells expect.
     """
 
     def __init__(self, signum: int):
@@ -58,15 +52,10 @@ def refuse(line: str) -> NoReturn:
 def one_line_errors(work: Callable[[], None], *, several: bool = False) -> None:
     """Run `work`; what its user can mend becomes one line on stderr and exit status 2, Ctrl-C status 130.
 
-    That is a `UserError`, a full or forbidden disk, a package that is not installed, or torchrun for a single process.
+    A stage that a signal asked to end ends with status 128 + the signal's number; so does one whose output nobody reads
+    any more, as `| head` leaves it, without a word.
 
-    A stage that a signal asked to end, and that has saved its state, ends with status 128 + the signal's number; so
-    does one whose output nobody reads any more, as `| head` leaves it, without a word.
-
-    Args:
-        work: of the command.
-        several: whether processes that torchrun started do it together; else each would do all of it, and they would
-            overwrite each other's files.
+    With `several`, processes that torchrun started share the work; else they would overwrite each other's files.
     """
     try:
         if not several and int(os.environ.get("WORLD_SIZE", "1")) > 1:

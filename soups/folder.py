@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from soups.card import Card, interval
 from soups.files.atomic import write_json
 from soups.files.checkpoints import BLOCK, Checkpoint, Entry, streamed
 from soups.files.dtypes import FLOATS, KINDS, STORED
@@ -18,6 +20,7 @@ from soups.files.opening import opened
 if TYPE_CHECKING:
     from soups.soup import Soup
 
+Z = 1.959963984540054  # of a 95 % interval
 WEIGHTS = "model.safetensors"
 OPEN_CLIP = "open_clip_model.safetensors"
 # What libraries read beside the weights. Lists of shards speak of the ingredient's files, and a trainer's state of how
@@ -41,16 +44,8 @@ PIPELINES = {
 def complete(folder: Path, like: Path, soup: "Soup") -> None:
     """Turn a folder with model.safetensors into one that the ingredients' library loads.
 
-    Config, tokenizer and generation settings are the first ingredient's; weights get the name that its library reads,
-    and are in shards where its are.
-
-    Args:
-        folder: being written, with the soup as model.safetensors.
-        like: the first ingredient.
-        soup: for the model card.
-
-    Raises:
-        UserError: a full disk, or an index of `like` that is damaged.
+    Config, tokenizer and generation settings are those of `like`, the first ingredient; weights get the name that its
+    library reads, and are in shards where its are.
     """
     beside = config_beside(like, "config.json", "open_clip_config.json")
     config: dict[str, Any] = {}
@@ -90,12 +85,7 @@ def _renew_dtype(folder: Path, config: dict[str, Any]) -> None:
 
 
 def split(weights: Path, places: dict[str, str]) -> None:
-    """Replace a .safetensors by shards and their index.
-
-    Args:
-        weights: the file, which is deleted.
-        places: tensor -> the file that it goes to; what is not named goes to the last.
-    """
+    """Replace a .safetensors by shards and their index; tensors go to their places, or to the last of them."""
     last = max(places.values())
     with opened([weights]) as (checkpoint,):
         files = sorted({places.get(name, last) for name in checkpoint.entries})
@@ -121,6 +111,50 @@ def _copy(checkpoint: Checkpoint, entries: dict[str, Entry], path: Path, metadat
                 start += len(block)
 
 
+def interval(correct: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927) of the share of n examples, at least 1, that are right, taken as independent.
+
+    >>> [round(x, 4) for x in interval(50, 100)]
+    [0.4038, 0.5962]
+    """
+    p = correct / n
+    middle, half = p + Z**2 / (2 * n), Z * sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return max(0.0, (middle - half) / (1 + Z**2 / n)), min(1.0, (middle + half) / (1 + Z**2 / n))
+
+
+@dataclass(frozen=True)
+class Card:
+    """README.md with the front matter that Hugging Face's hub reads."""
+
+    title: str
+    library: str  # as the hub calls it
+    recipe: str
+    about: str  # a sentence or two on network and classes
+    use: str  # Python that loads the folder
+    sections: dict[str, list[str]]  # heading -> lines, in order
+    pipeline: str = ""  # the hub's name of the task; empty where it is not known
+    licence: str = "other"  # of the weights, as the hub names licences
+    results: Sequence[dict[str, Any]] = ()  # of the front matter's model-index
+    more: dict[str, Any] = field(default_factory=dict)  # further front matter
+
+    def write(self, folder: Path) -> None:
+        """README.md in a folder."""
+        matter: dict[str, Any] = {"license": self.licence, "library_name": self.library}
+        if self.pipeline:
+            matter["pipeline_tag"] = self.pipeline
+        matter |= {"tags": ["model-soup", f"recipe:{self.recipe}"], **self.more}
+        if self.results:
+            matter["model-index"] = [{"name": self.title, "results": list(self.results)}]
+        # JSON is YAML too, and needs no library to be written.
+        front = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in matter.items())
+        lines = [f"# {self.title}", "", f"A model soup, recipe `{self.recipe}`: the average of the weights of"]
+        lines[-1] += f" fine-tuned models (Wortsman et al., ICML 2022). {self.about}"
+        sections = {"Use": ["```python", self.use.strip(), "```"], **self.sections}
+        for heading, text in sections.items():
+            lines += ["", f"## {heading}", "", *text]
+        (folder / "README.md").write_text(f"---\n{front}---\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
 def _card(folder: Path, config: dict[str, Any], soup: "Soup") -> Card:
     made = (config.get("architectures") or [""])[0]
     pipeline = next((name for end, name in PIPELINES.items() if made.endswith(end)), "")
@@ -136,27 +170,17 @@ def _card(folder: Path, config: dict[str, Any], soup: "Soup") -> Card:
     else:
         library = "pytorch"
         use = f'from safetensors.torch import load_file\n\nweights = load_file("FOLDER/{WEIGHTS}")'
-    score = _score(soup)
     table = ["| ingredient | share | alone |", "|---|---|---|"]
     for name in sorted(soup.names, key=lambda name: name not in soup.shares):
         share = _number(soup.shares[name], "by tensor") if name in soup.shares else "left out"
         table.append(f"| {name} | {share} | {_number(soup.alone.get(name), '')} |")
-    return Card(
-        title=f"{soup.recipe} soup of {len(soup.shares)} models",
-        library=library,
-        pipeline=pipeline,
-        recipe=soup.recipe,
-        about=f"Network: {made or config.get('architecture') or 'as the ingredients'}.",
-        use=use,
-        sections={
-            "Ingredients": table,
-            "Score": score,
-            "Licence": [
-                "The licence of the weights is set by whoever publishes them. They come from the pretrained weights "
-                "and the data of the ingredients, whose licences hold for what is made of them."
-            ],
-        },
+    licence = (
+        "The licence of the weights is set by whoever publishes them. They come from the pretrained weights and the "
+        "data of the ingredients, whose licences hold for what is made of them."
     )
+    title, sections = f"{soup.recipe} soup of {len(soup.shares)} models", {"Ingredients": table, "Score": _score(soup)}
+    about = f"Network: {made or config.get('architecture') or 'as the ingredients'}."
+    return Card(title, library, soup.recipe, about, use, sections | {"Licence": [licence]}, pipeline)
 
 
 def _number(value: float | None, otherwise: str) -> str:

@@ -62,14 +62,9 @@ def _divide(above: NDArray[Any], below: NDArray[Any] | float) -> NDArray[Any]:
 
 
 def geometry(checkpoints: Sequence[Checkpoint], layout: Layout, init: Checkpoint | None = None) -> Geometry:
-    """Inner products of models, tied tensors once; integers, batch-norm statistics and what is not averaged left out.
+    """Inner products of K models, tied tensors once; integers, batch-norm statistics and what is not averaged left out.
 
-    Memory: K x K numbers and 16 MiB, whatever the models' size.
-
-    Args:
-        checkpoints: K open files of finite numbers.
-        layout: theirs, and `init`'s.
-        init: the reference; the mean of the models if None.
+    The reference is `init`, or without it the mean of the models. Memory: K x K numbers and 16 MiB.
     """
     count = len(checkpoints)
     products, crossed, reference = np.zeros((count, count)), np.zeros(count), 0.0

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from soups.average import mixture
-from soups.card import Card
 from soups.checks import sound_digest
 from soups.errors import UserError
 from soups.files.adapters import CONFIG, common_configs, factors, in_model, read_config, scaling_of, weights_file
@@ -23,7 +22,7 @@ from soups.files.folders import ADAPTER, short_names
 from soups.files.opening import opened
 from soups.files.reading import Reading
 from soups.files.weights import LazyWeights, Weights
-from soups.folder import copy_companions
+from soups.folder import Card, copy_companions
 from soups.record import FORMAT, Ingredient, Record, versions, write_recipe
 
 

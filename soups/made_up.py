@@ -69,29 +69,20 @@ DUAL = {
 
 def moved(start: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """The weights with noise on every matrix, a fifth of how much its numbers differ."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: tensor + 0.2 * tensor.std() * torch.randn(tensor.shape, generator=generator)
-        if tensor.ndim > 1
-        else tensor.clone()
-        for name, tensor in start.items()
-    }
+    generator, found = torch.Generator().manual_seed(seed), {name: tensor.clone() for name, tensor in start.items()}
+    for tensor in found.values():
+        if tensor.ndim > 1:
+            tensor.add_(0.2 * tensor.std() * torch.randn(tensor.shape, generator=generator))
+    return found
 
 
-def make_images(folder: Path, seed: int = 0) -> None:
-    """Four noisy pictures of each of three colours."""
+def _make_images(folder: Path, seed: int = 0) -> None:
     for number, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(4):
             noise = np.random.default_rng(100 * seed + 4 * number + i).normal(60, 20, (40, 40, 3))
             noise[..., 2 - number] += 120
             Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
-
-
-def make_texts(file: Path) -> None:
-    """Some sentences with a label."""
-    lines = [f"{text}\t{'yes' if ('good' in text) != ('not' in text) else 'no'}" for text in SENTENCES]
-    write_text(file, "\n".join(["text\tlabel", *lines]) + "\n")
 
 
 def make_timm(folder: Path) -> None:
@@ -138,14 +129,13 @@ def make_hugging_face(images: Path, texts: Path) -> None:
     _save_pretrained(BertForSequenceClassification(bert), words, texts)
 
 
-def make_language(folder: Path, adapters: Path, text: Path) -> None:
-    """Folders of a small Llama, LoRA adapters of the first of them as peft saves them, and a text to score by."""
+def _make_language(folder: Path, adapters: Path) -> None:
+    """Folders of a small Llama, and LoRA adapters of the first of them as peft saves them."""
     words = _tokenizer()
     network = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(words), pad_token_id=0, bos_token_id=2, eos_token_id=3, **SMALL)
     )
     _save_pretrained(network, words, folder)
-    write_text(text, "\n".join(SENTENCES) + "\n")
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -169,7 +159,7 @@ def make_language(folder: Path, adapters: Path, text: Path) -> None:
         write_json(place / "adapter_config.json", config)
 
 
-def make_plain(folder: Path) -> None:
+def _make_plain(folder: Path) -> None:
     """State dicts of torch.save, as a training script leaves them: beside an epoch, and under DataParallel's names."""
     start = squeezenet1_1(num_classes=len(CLASSES)).state_dict()
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,14 +172,16 @@ def make(folder: Path) -> None:
     """All of it."""
     torch.manual_seed(0)
     logging.disable_progress_bar()  # one for each small file says nothing
-    make_images(folder / "held_out")
-    make_images(folder / "test", seed=1)
-    make_texts(folder / "held_out.tsv")
+    _make_images(folder / "held_out")
+    _make_images(folder / "test", seed=1)
+    labelled = [f"{text}\t{'yes' if ('good' in text) != ('not' in text) else 'no'}" for text in SENTENCES]
+    write_text(folder / "held_out.tsv", "\n".join(["text\tlabel", *labelled]) + "\n")
+    write_text(folder / "held_out.txt", "\n".join(SENTENCES) + "\n")
     make_timm(folder / "timm")
     make_open_clip(folder / "open_clip")
     make_hugging_face(folder / "images", folder / "texts")
-    make_plain(folder / "plain")
-    make_language(folder / "language", folder / "adapters", folder / "held_out.txt")
+    _make_plain(folder / "plain")
+    _make_language(folder / "language", folder / "adapters")
     write_text(folder / "my_eval.py", MY_EVAL)
 
 

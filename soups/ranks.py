@@ -15,11 +15,7 @@ PATIENCE = timedelta(days=7)  # one rank may evaluate for hours while the others
 
 
 def start() -> None:
-    """Begin torch.distributed where torchrun started several processes.
-
-    Raises:
-        UserError: WORLD_SIZE names several processes, but what torchrun says beside it is not there.
-    """
+    """Begin torch.distributed where torchrun started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]

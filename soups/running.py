@@ -1,12 +1,7 @@
 """The mean of a model's weights along one training run, kept as float64 sums while it trains.
 
-A sum costs 8 bytes a parameter, whatever the number of steps, beside the model on its device. Adding a step reads the
-weights and reads and writes the sum: 20 bytes for a float32 parameter, block by block, so that no wide copy of a tensor
-is made. Sums of float32 weights are mostly exact (53 bits hold 24 with room for the sum and for smaller exponents), and
-are divided and rounded once, when the mean is asked for: the mean of a run's checkpoints is that of `soups uniform` of
-their files. Steps that follow each other are nearly the same model, so `every` leaves most of them out: at 10 the
-average costs a tenth. The mean of the last n needs what has to be forgotten: it is made of the last n checkpoints'
-files at the end, in the memory of a few blocks.
+A sum costs 8 bytes a parameter, whatever the number of steps. It is divided and rounded once: the mean of a run's
+checkpoints is that of `soups uniform` of their files. The mean of the last n is made of their files at the end.
 """
 
 import hashlib
@@ -34,9 +29,6 @@ class Schedule:
         every: so many steps, counted from `start`; or "checkpoint", whenever a checkpoint is saved.
         start: the first step that may be averaged; steps are counted from 1, as trainers do.
         last: the mean of so many checkpoints, the last of the run; `every` is "checkpoint" then.
-
-    Raises:
-        UserError: settings that mean nothing, or nothing together.
     """
 
     kind: str = "uniform"
@@ -64,11 +56,7 @@ class Schedule:
         return self.every == "checkpoint" and self.last is None and step >= self.start
 
     def refuse_lost(self, step: int, where: str) -> None:
-        """Stop a run that resumes after the average had begun, and has none.
-
-        Raises:
-            UserError: it would be the average of a part of the run.
-        """
+        """A UserError where a run resumes after the average had begun, and has none."""
         if self.due(0, step) or self.saved(step):
             raise UserError(
                 f"{where} has no running average, which was to begin before step {step}: resume from a checkpoint that "
@@ -76,21 +64,13 @@ class Schedule:
             )
 
     def refuse_idle(self, steps: int) -> None:
-        """Stop a run whose average would be of nothing.
-
-        Raises:
-            UserError: none of so many steps is averaged.
-        """
+        """A UserError where none of so many steps is averaged."""
         if self.every != "checkpoint" and steps > 0 and not self.due(0, steps):
             raise UserError(f"none of {steps} steps is averaged: start={self.start}, every={self.every}")
 
 
 def sample_of(state: Mapping[str, Any]) -> str:
-    """Tells the weights of one step from those of another: a hash of the first bytes of each tensor.
-
-    Args:
-        state: a state dict; what is no tensor in it is not looked at.
-    """
+    """Tells the weights of one step from those of another: a hash of the first bytes of each tensor of a state dict."""
     running = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(state.items()):
         if isinstance(tensor, Tensor):
@@ -115,11 +95,7 @@ class RunningMean:
         return {"schedule": asdict(self.schedule), "taken": self.taken, "total": self.total}
 
     def restore(self, facts: Mapping[str, Any], sums: Mapping[str, Tensor], where: str) -> None:
-        """Continue from what was kept.
-
-        Raises:
-            UserError: it was begun with other settings.
-        """
+        """Continue from what was kept; a UserError where it was begun with other settings."""
         if facts["schedule"] != asdict(self.schedule):
             begun = ", ".join(f"{name}={value!r}" for name, value in facts["schedule"].items())
             raise UserError(f"{where}: its running average was begun with {begun}: resume with the same settings")
@@ -127,11 +103,7 @@ class RunningMean:
 
     @torch.no_grad()
     def update(self, state: Mapping[str, Any]) -> None:
-        """Take in the weights of a state dict; what is not floating point is no part of the mean.
-
-        Raises:
-            UserError: it has other tensors than those before, or a tensor of which this process holds a part.
-        """
+        """Take in the weights of a state dict; what is not floating point is no part of the mean."""
         kept, added = factors(self.schedule.kind, self.taken)
         tensors = {name: tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
         ties = tied_names(tensors)
@@ -151,11 +123,7 @@ class RunningMean:
         self.taken, self.total = self.taken + 1, kept * self.total + added
 
     def weights(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state dict with the mean in place of its weights, in their kinds; tied tensors share memory.
-
-        Raises:
-            UserError: NaN, or infinities that the state itself does not have.
-        """
+        """The state dict with the mean in place of its weights, in their kinds; tied tensors share memory."""
         tensors = {name: tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
         ties, means = tied_names(tensors), {}
         for name, total in self.sums.items():

@@ -10,12 +10,11 @@ from typing import Any, Literal
 from soups.averaging import Models, by_tensor, open_pool, writer
 from soups.errors import UserError, one_of
 from soups.files.opening import opened
-from soups.heldout import HeldOut
-from soups.journal import Journal
 from soups.mean import Mixing
 from soups.ranks import this_rank
-from soups.scores import Given, Scores, digests_of, given_scores, reduced, to_stderr
-from soups.scoring import Learning, Scorer, gain_of, key_of
+from soups.scorers.outside import code_of, function_named, scorer_of
+from soups.scores import Given, Journal, Scores, digests_of, given_scores, reduced
+from soups.scoring import HeldOut, Learning, Scorer, gain_of, key_of
 from soups.selection import Goal, Mixture, Selection, Ties, add_in_order, add_with_replacement, best_first
 from soups.selection import random_order as random_places
 from soups.soup import Decision, Report, Soup
@@ -36,11 +35,7 @@ def _scores(
     quiet: bool = False,
     **settings: Any,
 ) -> Scores:
-    """How a pool is scored, with every file read once before the first forward pass; settings as in `greedy`.
-
-    Raises:
-        UserError: a score that is none, two that do not fit together, or a model with NaN or infinity.
-    """
+    """How a pool is scored, with every file read once before the first forward pass; settings as in `greedy`."""
     if not (isfinite(min_sigma) and min_sigma >= 0):
         raise UserError(f"--min-sigma is a number of standard deviations, at least 0; got {min_sigma}")
     if min_sigma and scores:
@@ -56,28 +51,24 @@ def _scores(
         raise UserError(f"--report is of {others.metric}, and the score that selects of {scorer.metric}: take one")
     if how.batch_norm == "recompute" and how.measured_on is None:
         how = replace(how, measured_on=scorer)
-    place = Path(journal) if journal is not None else None
-    told = (lambda line: None) if quiet else to_stderr
-    kept, digests = Journal(place), digests_of(pool, pool.paths)
-    found = Scores(pool, scorer, how, kept, digests, given_scores(scores, pool.paths, pool.names), told, min_sigma)
+    kept, digests = Journal(None if journal is None else Path(journal)), digests_of(pool, pool.paths)
+    found = Scores(pool, scorer, how, kept, digests, given_scores(scores, pool.paths, pool.names), quiet, min_sigma)
     if others is not None:
-        found.report = Scores(pool, others, how, kept, digests, {}, told)
+        found.report = Scores(pool, others, how, kept, digests, {}, quiet)
     return found
 
 
 def _scorer(score: Score, goal: Goal | None, pool: Pool) -> Scorer:
-    if isinstance(score, HeldOut):
-        scorer = score.scorer(pool)
-        if goal is not None and goal != scorer.goal:
-            raise UserError(f"{score.kind} is a score whose goal is {scorer.goal}: leave the goal away")
-        return scorer
-    from soups.scorers.outside import scorer_of  # noqa: PLC0415
-
-    return scorer_of(score, goal)
+    if not isinstance(score, HeldOut):
+        return scorer_of(score, goal)
+    scorer = score.scorer(pool)
+    if goal is not None and goal != scorer.goal:
+        raise UserError(f"{score.kind} is a score whose goal is {scorer.goal}: leave the goal away")
+    return scorer
 
 
 def _beside_best(scores: Scores, mixture: Mixture, alone: Mapping[int, float]) -> Report:
-    """A soup's score beside that of the model which is best on the held-out examples, where all of them are known."""
+    """A soup's score, beside that of the model which is best on the held-out examples where all of them are known."""
     (found,) = scores.of([mixture])
     n = scores.scorer.n or (None if found.answers is None else len(found.answers))
     if len(alone) < len(scores.pool):
@@ -87,7 +78,6 @@ def _beside_best(scores: Scores, mixture: Mixture, alone: Mapping[int, float]) -
 
 
 def _chosen(recipe: str, scores: Scores, selection: Selection, alone: Mapping[int, float], **note: Any) -> Soup:
-    """A greedy recipe's soup, with its table and what it gains."""
     pool, scorer = scores.pool, scores.scorer
     counts = reduced(selection.mixture)
     weights = [float(counts.get(i, 0)) for i in range(len(pool))]
@@ -115,9 +105,8 @@ def _chosen(recipe: str, scores: Scores, selection: Selection, alone: Mapping[in
 
 
 def _alone(scores: Scores) -> dict[int, float]:
-    """Of every model by itself."""
-    singles: list[Mixture] = [(i,) for i in range(len(scores.pool))]
-    return {i: found.value for i, found in enumerate(scores.of(singles))}
+    """Scores of every model by itself."""
+    return {i: found.value for i, found in enumerate(scores.of([(i,) for i in range(len(scores.pool))]))}
 
 
 def greedy(
@@ -138,7 +127,6 @@ def greedy(
     Under torchrun the next candidates are scored ahead, one by each process; the decisions are those of one.
 
     Args:
-        models: of which at least one ends up in the soup.
         score: a function of a state dict to a number, or to one number for each example; a shell command with {soup}
             in it that prints a number as its last line; "module:function"; or `soups.images(...)` and its like.
         goal: "max" or "min"; of held-out examples it is known.
@@ -149,8 +137,6 @@ def greedy(
             for each example. 0 is the paper's rule.
         report: a score of the same kind on other examples, by which the soup is compared with the best single model.
         journal: a file for every score as it comes; the same call continues from it.
-        quiet: print no score as it comes.
-        settings: of the averaging.
 
     Raises:
         UserError: models that do not fit together, or a score that fails or is NaN.
@@ -213,17 +199,12 @@ def learned(
     in another order than one process's, so the coefficients agree to about 5 digits and not in every bit.
 
     Args:
-        models: of one network.
         held_out: `soups.images(...)`, `soups.texts(...)`, `soups.perplexity(...)`; or your loss, as
             `soups.user_loss(network, batches, loss)` or as "module:function", a function without arguments that returns
             these three.
         per: what shares one coefficient of a model.
-        lr: of AdamW, constant.
-        epochs: over the examples.
-        weight_decay: decoupled.
         place: where models live: read from files at each step, or held on host or device.
         state: a file from which a killed run continues.
-        settings: of the averaging.
 
     Raises:
         UserError: models that do not fit the network, or a loss that is not finite.
@@ -231,7 +212,6 @@ def learned(
     from soups.descent import LearnedSettings, learn  # noqa: PLC0415
     from soups.files.weights import LazyWeights  # noqa: PLC0415
     from soups.scorers.networks import places  # noqa: PLC0415
-    from soups.scorers.outside import code_of, function_named  # noqa: PLC0415
 
     one_of("per", per, "model", "layer", "tensor")
     one_of("place", place, "stream", "host", "device")

@@ -18,23 +18,48 @@ from soups.averaging import Averaging
 from soups.candidates import Candidate
 from soups.checks import sound_digest
 from soups.errors import UserError
+from soups.files.atomic import read_jsonl, write_jsonl
 from soups.files.opening import opened
 from soups.files.tables import column, read_table, read_text
-from soups.journal import Journal
 from soups.ranks import from_first, spread, this_rank
 from soups.scoring import Scored, Scorer, gain_of, key_of
 from soups.selection import Mixture, Result
 from soups.sources import Pool
 
-Given = Mapping[str, float] | str | Path | None
+Given = Mapping[str, float] | str | Path | None  # a dict; or a .json dict, a .jsonl or .csv of "file" and "score"
+
+
+class Journal:
+    """Results of candidates already tried, on disk as they come, so that a restart pays for none twice.
+
+    A recipe is deterministic: a restart asks for the same candidates in the same order, and finds them here.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        try:
+            rows = read_jsonl(path) if path is not None and path.exists() else []
+            self.known: dict[str, Any] = {row["key"]: row["result"] for row in rows}
+        except (IsADirectoryError, KeyError, TypeError):
+            raise UserError(
+                f"{path} is no journal of scores: name another file, or one that is not there yet"
+            ) from None
+
+    def keep(self, key: str, result: Any) -> None:
+        """Remember a result, on disk too."""
+        self.known[key] = result
+        if self.path is not None:
+            write_jsonl(self.path, [{"key": key, "result": result} for key, result in self.known.items()])
+
+    def lookup(self, key: str, compute: Callable[[], Any]) -> Any:
+        """What is known, else computed."""
+        if key not in self.known:
+            self.keep(key, compute())
+        return self.known[key]
 
 
 def digests_of(pool: Pool, paths: Sequence[Path]) -> list[str]:
-    """A name for the content of each file, which is read once.
-
-    Raises:
-        UserError: a tensor holds NaN or infinity; names file and tensor.
-    """
+    """A name for the content of each file, which is read once."""
     if pool.adapters:
         from soups.lora import digest_of_folder  # noqa: PLC0415  # torch takes seconds
 
@@ -47,7 +72,6 @@ def digests_of(pool: Pool, paths: Sequence[Path]) -> list[str]:
 
 
 def _rows(path: Path) -> list[tuple[str, Any]]:
-    """Names and scores as a file has them: .json, .jsonl with "file" and "score", or .csv with these columns."""
     if path.suffix != ".json":
         rows = read_table(path)
         return list(zip(column(path, rows, "file"), column(path, rows, "score"), strict=True))
@@ -60,22 +84,13 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
 
 
 def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> dict[int, float]:
-    """Scores that are known, by the model's number; a model is named by its file, as short as tells it apart.
-
-    Args:
-        given: a dict, or the path of a .json dict, a .jsonl with "file" and "score", or a .csv with these columns.
-        paths: of the models.
-        names: their short names.
-
-    Raises:
-        UserError: a name that is none of the models', or a score that is no number.
-    """
+    """Scores that are known, by the model's number; a model is named by its file, as short as tells it apart."""
     if given is None:
         return {}
     where, rows = ("scores", list(given.items())) if isinstance(given, Mapping) else (str(given), _rows(Path(given)))
+    called = [(short, str(path), path.name, str(path.resolve())) for path, short in zip(paths, names, strict=True)]
     found: dict[int, float] = {}
     for name, value in rows:
-        called = [(short, str(path), path.name, str(path.resolve())) for path, short in zip(paths, names, strict=True)]
         fits = [i for i, each in enumerate(called) if str(Path(name)) in each]
         if len(fits) != 1:
             what = "is none of the models" if not fits else f"may be any of {len(fits)} models"
@@ -92,13 +107,12 @@ def given_scores(given: Given, paths: Sequence[Path], names: Sequence[str]) -> d
 
 
 def _packed(found: Scored) -> dict[str, Any]:
-    packed: dict[str, Any] = {"score": found.value}
-    if found.answers is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, found.answers, allow_pickle=False)
-        packed["answers"] = base64.b64encode(zlib.compress(buffer.getvalue())).decode()
-        packed["examples"] = found.examples
-    return packed
+    if found.answers is None:
+        return {"score": found.value}
+    buffer = io.BytesIO()
+    np.save(buffer, found.answers, allow_pickle=False)
+    answers = base64.b64encode(zlib.compress(buffer.getvalue())).decode()
+    return {"score": found.value, "answers": answers, "examples": found.examples}
 
 
 def _unpacked(packed: Mapping[str, Any]) -> Scored:
@@ -129,7 +143,7 @@ class Scores:
     journal: Journal
     digests: list[str]
     given: dict[int, float]
-    told: Callable[[str], None]
+    quiet: bool
     min_sigma: float = 0.0  # a candidate enters only if its gain has at least this z, on top of the rule
     report: "Scores | None" = None  # of the same pool, on examples that select nothing
     settings: str = field(init=False)
@@ -150,20 +164,19 @@ class Scores:
         return key_of(self.settings, parts)
 
     def of(self, mixtures: Sequence[Mixture]) -> list[Scored]:
-        """Scores, computed by all processes where neither given nor known.
-
-        Raises:
-            UserError: the scorer's; or models that were not scored on the same examples. Names the model.
-        """
+        """Scores, computed by all processes where neither given nor known."""
         keys = {mixture: self.key(mixture) for mixture in mixtures}
         missing = [m for m in dict.fromkeys(mixtures) if keys[m] not in self.journal.known and not self._given(m)]
         missing = list({keys[mixture]: mixture for mixture in missing}.values())
-        for start in range(0, len(missing), this_rank()[1]):
-            some = missing[start : start + this_rank()[1]]
+        rank, world = this_rank()
+        for start in range(0, len(missing), world):
+            some = missing[start : start + world]
             for mixture, packed in zip(some, spread(self._measure, some), strict=True):
                 self._compared(mixture, _unpacked(packed))
                 self.journal.keep(keys[mixture], packed)
-                self.told(f"{self._name(mixture)}: {packed['score']:.6g}")
+                if not self.quiet and rank == 0:
+                    line = f"{self._candidate(mixture).name}: {packed['score']:.6g}"
+                    print(line, file=sys.stderr, flush=True)
         return [
             Scored(self.given[mixture[0]])
             if self._given(mixture)
@@ -172,12 +185,8 @@ class Scores:
         ]
 
     def _compared(self, mixture: Mixture, found: Scored) -> Scored:
-        """The same score, which is of the examples that the first one was of.
-
-        Raises:
-            UserError: it is not.
-        """
-        name, n = self._name(mixture), 0 if found.answers is None else len(found.answers)
+        """The same score; a UserError where it is not of the examples that the first one was of."""
+        name, n = self._candidate(mixture).name, 0 if found.answers is None else len(found.answers)
         first, number, examples = self.first = self.first or (name, n, found.examples)
         if n == 0 and self.min_sigma:
             raise UserError(
@@ -191,14 +200,14 @@ class Scores:
             raise UserError(f"{name} was scored on other examples than {first}: score all on the same examples")
         return found
 
-    def _name(self, mixture: Mixture) -> str:
-        return Candidate(self.pool, reduced(mixture), self.how).name
-
     def _given(self, mixture: Mixture) -> bool:
         return len(reduced(mixture)) == 1 and mixture[0] in self.given
 
+    def _candidate(self, mixture: Mixture) -> Candidate:
+        return Candidate(self.pool, reduced(mixture), self.how)
+
     def _measure(self, mixture: Mixture) -> dict[str, Any]:
-        candidate = Candidate(self.pool, reduced(mixture), self.how)
+        candidate = self._candidate(mixture)
         try:
             return _packed(self.scorer.measure(candidate))
         finally:
@@ -212,9 +221,3 @@ class Scores:
             vetoed = bool(self.min_sigma) and (gain.z is None or gain.z < self.min_sigma)
             results.append(Result(found.value, versus=None if gain.z is None else gain, vetoed=vetoed))
         return results
-
-
-def to_stderr(line: str) -> None:
-    """Progress, where a person sees it: the first process's."""
-    if this_rank()[0] == 0:
-        print(line, file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ twice. `score` gets the mixtures of one round and the score that they have to re
 it may give them to several processes, or stop early on one that cannot reach it any more.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan
 from typing import Any, Literal
@@ -54,9 +54,6 @@ class Selection:
 def best_first(scores: Sequence[float], goal: Goal = "max") -> list[int]:
     """Indices from the best score to the worst; of equals the one with the smaller index stands first.
 
-    Raises:
-        ValueError: no models, or a score is NaN.
-
     >>> best_first([0.5, 0.9, 0.9]), best_first([3.0, 2.0], "min")
     ([1, 2, 0], [1, 0])
     """
@@ -76,17 +73,10 @@ def random_order(number: int, seed: int, order: int) -> list[int]:
 
 def accepts(score: float, incumbent: float, ties: Ties = "keep", goal: Goal = "max") -> bool:
     """Whether a candidate replaces the soup so far: `>=` as in Recipe 1, or `>` as in the authors' script."""
+    if isnan(score):
+        raise ValueError("the score of a mixture is NaN, which is neither better nor worse than another")
     ours, theirs = (score, incumbent) if goal == "max" else (incumbent, score)
     return ours >= theirs if ties == "keep" else ours > theirs
-
-
-def _checked(results: Iterable[Result], asked: int) -> list[Result]:
-    found = list(results)
-    if len(found) != asked:
-        raise ValueError(f"asked for {asked} scores and got {len(found)}")
-    if any(isnan(result.score) for result in found):
-        raise ValueError("the score of a mixture is NaN, which is neither better nor worse than another")
-    return found
 
 
 def add_in_order(
@@ -101,10 +91,8 @@ def add_in_order(
     Args:
         order: indices of the models, each once.
         first: the score of the first one alone.
-        score: of the mixtures of a round.
         ahead: candidates a round.
         ties: what becomes of a candidate that leaves the score exactly as it was.
-        goal: whether the score is to be high or low.
 
     Raises:
         ValueError: no models, `ahead` below 1, a NaN, or another number of scores than asked for.
@@ -120,7 +108,7 @@ def add_in_order(
     trials, evaluations, rounds = [Trial(order[0], first, True)], 0, 0
     while rest:
         tried = rest[:ahead]
-        results = _checked(score([(*kept, i) for i in tried], to_beat), len(tried))
+        results = score([(*kept, i) for i in tried], to_beat)
         evaluations, rounds = evaluations + len(tried), rounds + 1
         for i, found in zip(tried, results, strict=True):
             accepted = accepts(found.score, to_beat, ties, goal) and not found.vetoed
@@ -135,27 +123,16 @@ def add_in_order(
 def add_with_replacement(scores: Sequence[float], score: Score, *, rounds: int = 20, goal: Goal = "max") -> Selection:
     """Add, again and again, the one model of the whole pool that helps most; a model added twice weighs twice.
 
-    It starts from the best model. A round tries the soup with each of the K models added once more and takes the
-    best score, of equals the model that is better alone. The round's winner enters only if it is strictly better than
-    the soup so far; the first round without such a winner ends the recipe, and `rounds` does at the latest. Strictly,
-    since adding the only ingredient to itself changes nothing: with `>=` there is always a tie and the recipe would
-    never end. Stopping there rather than after a fixed number of rounds (Caruana et al. take the best of the path)
-    keeps a soup that is never below the best model and selects less on the held-out split.
-
-    It costs K evaluations for every ingredient it adds, and K more to see that none helps; Recipe 1 costs K - 1 in
-    all.
-
-    Args:
-        scores: K scores of the models.
-        score: of the K mixtures of a round.
-        rounds: the most models that are added to the first.
-        goal: whether the score is to be high or low.
+    A round tries the soup so far, at first the best model, with each of the K models added once more. The best, of
+    equals the model that is better alone, enters if it is strictly better than the soup: with `>=` the only ingredient,
+    added to itself, would tie for ever. The first round without such a winner is the last. Stopping there
+    (Caruana et al. take the best of a fixed number) keeps a soup that is never below the best model and selects less.
 
     Returns:
         Trials are the first model's, then K for each round in the order they were tried, best model first.
 
     Raises:
-        ValueError: no models, a NaN, or `rounds` less than 1.
+        ValueError: no models, a NaN, or `rounds`, the most models that are added to the first, less than 1.
 
     Source: the paper names it as another way to coefficients that differ (Appendix I), without a procedure; the
     rounds are those of Caruana et al. 2004, Section 2.2, from their sorted initialisation with N = 1.
@@ -167,7 +144,7 @@ def add_with_replacement(scores: Sequence[float], score: Score, *, rounds: int =
     to_beat = scores[order[0]]
     trials, done = [Trial(order[0], to_beat, True)], 0
     for _ in range(rounds):
-        results = _checked(score([(*kept, i) for i in order], to_beat), len(order))
+        results = score([(*kept, i) for i in order], to_beat)
         winner = best_first([result.score for result in results], goal)[0]
         done += 1
         improves = accepts(results[winner].score, to_beat, "drop", goal) and not results[winner].vetoed

@@ -1,10 +1,7 @@
 """Model Stock: how far to go from the initialisation to the mean, told by the angles between fine-tuned models.
 
-It looks at no data: where the models' changes point the same way the mean is taken, where they are orthogonal the
-start. A cosine below 0, which the geometry behind the formula excludes and noise may give, counts as 0.
-
-Source: Jang et al. 2024, Section 4: t = k cos / ((k - 1) cos + 1). Theirs is for layers; a layer here is a tensor, as
-in their code, and for k > 2 the cosine is the mean over pairs.
+Source: Jang et al. 2024, Section 4. Theirs is for layers; a layer here is a tensor, as in their code, and for k > 2 the
+cosine is the mean over pairs. One below 0, which their geometry excludes and noise may give, counts as 0.
 """
 
 from collections.abc import Sequence
@@ -52,10 +49,7 @@ def _mean_cosine(name: str, start: Weights, models: Sequence[Weights]) -> float:
 def stock_cosines(start: Weights, models: Sequence[Weights], reading: Reading | None = None) -> dict[str, float]:
     """Of each floating-point tensor that is averaged the mean cosine over pairs of models' changes from the start.
 
-    In [-1, 1]; 1 where fewer than two models moved. All models are read tensor by tensor.
-
-    Raises:
-        UserError: models that do not fit together.
+    In [-1, 1]; 1 where fewer than two models moved.
     """
     found = [checkpoint_of(f"model {i}", weights) for i, weights in enumerate((start, *models))]
     layout = common_layout(found, reading)

@@ -8,95 +8,63 @@ from typing import NoReturn
 
 from soups.errors import UserError
 
-COMMANDS = {  # what each is for, and examples, which a test runs
-    "uniform": (
-        "the equal-weight mean of all models",
-        """soups uniform run/*.safetensors --out soup.safetensors
-soups uniform run/checkpoint-* --last 3 --out soup
-soups uniform run/checkpoint-* --top 2 --by eval_loss --goal min --out soup
-soups uniform run/checkpoint-* --keep '^classifier' --from run/checkpoint-1 --out soup""",
-    ),
-    "weighted": (
-        "the mean with a weight for each model",
-        """soups weighted a.pt b.pt --weights 3,1 --out soup.pt
-soups weighted run/checkpoint-* --weights 1-sqrt --out soup""",
-    ),
-    "wise-ft": (
-        "between the initialisation and the mean of the models",
-        "soups wise-ft run/*.safetensors --init start.safetensors --alpha 0.5 --out soup.safetensors",
-    ),
-    "greedy": (
-        "add models best-first, keeping each one that does not make the score worse (Recipe 1)",
-        """soups greedy run/*.ckpt --score 'python eval.py {soup}' --goal max --out soup.safetensors
-soups greedy run/*.pt --score 'python eval.py {soup}' --report 'python eval.py --test {soup}' --goal max --out s.pt
-soups greedy run/*.safetensors --score my_eval:accuracy --goal max --out soup.safetensors
-soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out soup.safetensors
-soups greedy run/*.safetensors --images held_out --report test --min-sigma 1 --network timm:resnet50 --out soup.pt
-soups greedy run/checkpoint-* --texts held_out.tsv --out soup
-soups greedy llama-*/ --perplexity held_out.txt --out soup
-soups greedy llama-*/ --choices questions.jsonl --out soup
-torchrun --nproc-per-node 8 -m soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out s.pt""",
-    ),
-    "random-order": (
-        "the same in a random order, scoring no model alone but the first",
-        "soups random-order run/*.pt --score my_eval:loss --goal min --seed 1 --out soup.pt",
-    ),
-    "with-replacement": (
-        "add the model that helps most, again and again; one added twice weighs twice",
-        "soups with-replacement run/*.pt --score my_eval:loss --goal min --rounds 10 --out soup.pt",
-    ),
-    "learned": (
-        "learn how much each model weighs by gradient descent on held-out examples",
-        "soups learned run/*.safetensors --images held_out --network timm:resnet50 --per layer --out s.pt",
-    ),
-    "model-stock": (
-        "between the initialisation and the mean, as the angles between models say; needs no examples",
-        "soups model-stock run/*.safetensors --init start.safetensors --out soup.safetensors",
-    ),
-    "arithmetic": (
-        "the initialisation plus scaled changes of the models; scales may be negative",
-        "soups arithmetic run/*.pt --init start.pt --scales 0.5,-0.2 --out soup.safetensors",
-    ),
-    "ties": (
-        "trimmed changes that agree in sign, added to the initialisation",
-        "soups ties run/*.safetensors --init start.safetensors --density 0.2 --out soup.safetensors",
-    ),
-    "dare": (
-        "random parts of the changes, scaled up, added to the initialisation",
-        "soups dare run/*.safetensors --init start.safetensors --density 0.1 --out soup.safetensors",
-    ),
-    "slerp": (
-        "two models on the great circle between them, tensor by tensor",
-        "soups slerp a.pt b.pt --t 0.3 --out soup.pt",
-    ),
-    "lora": (
-        "one LoRA adapter whose update is the mean of the adapters' updates, or with --base the dense model",
-        """soups lora adapters/* --out adapter
-soups lora adapters/* --rank 4 --out adapter
-soups lora adapters/* --base llama --out model
-soups greedy adapters/* --score 'python eval.py {soup}' --goal max --out adapter
-soups greedy adapters/* --base llama --perplexity held_out.txt --out model""",
-    ),
-    "export": (
-        "a soup as a folder that timm, open_clip, transformers or ONNX loads",
-        "soups export soup.safetensors --to timm --network timm:resnet50 --out exported",
-    ),
-    "doctor": (
-        "whether models belong in one soup, and whether it is likely to be better than the best of them",
-        """soups doctor run/*.safetensors --init start.safetensors
-soups doctor run/*.safetensors --scores scores.json --held-out 616""",
-    ),
-    "make": (
-        "make the soup of a recipe in a file: yours, mergekit's, or the one that lies beside a soup",
-        """soups make recipe.yaml
-soups make soup.safetensors.recipe.yaml --folder run --out again.safetensors
-soups make mergekit.yaml --out merged --allow-unrelated""",
-    ),
-    "verify": (
-        "make a soup again from its ingredients and compare every byte",
-        "soups verify soup.safetensors --folder run",
-    ),
-}
+EXPLAINED = """
+uniform: the equal-weight mean of all models
+  soups uniform run/*.safetensors --out soup.safetensors
+  soups uniform run/checkpoint-* --last 3 --out soup
+  soups uniform run/checkpoint-* --top 2 --by eval_loss --goal min --out soup
+  soups uniform run/checkpoint-* --keep '^classifier' --from run/checkpoint-1 --out soup
+weighted: the mean with a weight for each model
+  soups weighted a.pt b.pt --weights 3,1 --out soup.pt
+  soups weighted run/checkpoint-* --weights 1-sqrt --out soup
+wise-ft: between the initialisation and the mean of the models
+  soups wise-ft run/*.safetensors --init start.safetensors --alpha 0.5 --out soup.safetensors
+greedy: add models best-first, keeping each one that does not make the score worse (Recipe 1)
+  soups greedy run/*.ckpt --score 'python eval.py {soup}' --goal max --out soup.safetensors
+  soups greedy run/*.pt --score 'python eval.py {soup}' --report 'python eval.py --test {soup}' --goal max --out s.pt
+  soups greedy run/*.safetensors --score my_eval:accuracy --goal max --out soup.safetensors
+  soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out soup.safetensors
+  soups greedy run/*.safetensors --images held_out --report test --min-sigma 1 --network timm:resnet50 --out soup.pt
+  soups greedy run/checkpoint-* --texts held_out.tsv --out soup
+  soups greedy llama-*/ --perplexity held_out.txt --out soup
+  soups greedy llama-*/ --choices questions.jsonl --out soup
+  torchrun --nproc-per-node 8 -m soups greedy run/*.safetensors --images held_out --network timm:resnet50 --out s.pt
+random-order: the same in a random order, scoring no model alone but the first
+  soups random-order run/*.pt --score my_eval:loss --goal min --seed 1 --out soup.pt
+with-replacement: add the model that helps most, again and again; one added twice weighs twice
+  soups with-replacement run/*.pt --score my_eval:loss --goal min --rounds 10 --out soup.pt
+learned: learn how much each model weighs by gradient descent on held-out examples
+  soups learned run/*.safetensors --images held_out --network timm:resnet50 --per layer --out s.pt
+model-stock: between the initialisation and the mean, as the angles between models say; needs no examples
+  soups model-stock run/*.safetensors --init start.safetensors --out soup.safetensors
+arithmetic: the initialisation plus scaled changes of the models; scales may be negative
+  soups arithmetic run/*.pt --init start.pt --scales 0.5,-0.2 --out soup.safetensors
+ties: trimmed changes that agree in sign, added to the initialisation
+  soups ties run/*.safetensors --init start.safetensors --density 0.2 --out soup.safetensors
+dare: random parts of the changes, scaled up, added to the initialisation
+  soups dare run/*.safetensors --init start.safetensors --density 0.1 --out soup.safetensors
+slerp: two models on the great circle between them, tensor by tensor
+  soups slerp a.pt b.pt --t 0.3 --out soup.pt
+lora: one LoRA adapter whose update is the mean of the adapters' updates, or with --base the dense model
+  soups lora adapters/* --out adapter
+  soups lora adapters/* --rank 4 --out adapter
+  soups lora adapters/* --base llama --out model
+  soups greedy adapters/* --score 'python eval.py {soup}' --goal max --out adapter
+  soups greedy adapters/* --base llama --perplexity held_out.txt --out model
+export: a soup as a folder that timm, open_clip, transformers or ONNX loads
+  soups export soup.safetensors --to timm --network timm:resnet50 --out exported
+doctor: whether models belong in one soup, and whether it is likely to be better than the best of them
+  soups doctor run/*.safetensors --init start.safetensors
+  soups doctor run/*.safetensors --scores scores.json --held-out 616
+make: make the soup of a recipe in a file: yours, mergekit's, or the one that lies beside a soup
+  soups make recipe.yaml
+  soups make soup.safetensors.recipe.yaml --folder run --out again.safetensors
+  soups make mergekit.yaml --out merged --allow-unrelated
+verify: make a soup again from its ingredients and compare every byte
+  soups verify soup.safetensors --folder run
+"""
+# Of each command what it is for, and examples, which a test runs.
+COMMANDS = {name: (title, lines) for name, title, lines in re.findall(r"^(\S+): (.+)\n((?:  .+\n)+)", EXPLAINED, re.M)}
 OTHERS = ("export", "doctor", "make", "verify")  # which are no recipes
 SCORED = ("greedy", "random-order", "with-replacement", "learned")  # by held-out examples; processes share the work
 HAVE_START = ("wise-ft", "model-stock", "arithmetic", "ties", "dare")  # an initialisation
@@ -125,30 +93,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{meant}; {self.prog} --help has the settings and examples")
 
 
-def _numbers(text: str) -> list[float]:
-    """Numbers with commas between them.
-
-    >>> _numbers("3,1,-0.5")
-    [3.0, 1.0, -0.5]
-    """
+def _numbers(text: str, or_else: str = "") -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"write numbers with commas between them, as in 3,1; got {text!r}") from None
+        line = f"write numbers with commas between them, as in 3,1; got {text!r}{or_else}"
+        raise argparse.ArgumentTypeError(line) from None
 
 
 def _weights(text: str) -> list[float] | str:
-    """Numbers, or the name of weights along a run."""
     if text in ("uniform", "1-sqrt") or text.startswith("ema:"):
         return text
-    try:
-        return _numbers(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; along one run 1-sqrt or ema:0.9") from None
+    return _numbers(text, "; along one run 1-sqrt or ema:0.9")
 
 
 def _one_or_more(text: str) -> float | list[float]:
-    """A number, or numbers with commas between them."""
     values = _numbers(text)
     return values[0] if len(values) == 1 else values
 
@@ -304,8 +263,7 @@ def parser_of(description: str | None) -> Parser:
     kinds = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     made = {}
     for name, (title, examples) in COMMANDS.items():
-        lines = "\n".join(f"  {line}" for line in examples.splitlines())
-        about, more = f"{title[0].upper()}{title[1:]}.", f"examples:\n{lines}"
+        about, more = f"{title[0].upper()}{title[1:]}.", f"examples:\n{examples.rstrip()}"
         made[name] = kinds.add_parser(
             name, help=title, description=about, epilog=more, formatter_class=raw, allow_abbrev=False
         )

@@ -258,7 +258,7 @@ def examples(made_up, tmp_path_factory):
     return root
 
 
-LINES = [(name, line) for name in RUN for line in COMMANDS[name][1].splitlines() if line.startswith("soups ")]
+LINES = [(name, line.strip()) for name in RUN for line in COMMANDS[name][1].splitlines() if line.startswith("  soups ")]
 
 
 @pytest.mark.parametrize(("name", "line"), LINES, ids=[line for _, line in LINES])

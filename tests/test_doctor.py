@@ -155,7 +155,7 @@ def test_the_command_prints_a_table_and_writes_nothing(pool):
     (pool / "scores.json").write_text(json.dumps({"m1.safetensors": 0.8123}))
     before = sorted(pool.iterdir())
     arguments = [*files(pool), "--init", pool / "init.safetensors", "--scores", pool / "scores.json", "--held-out", 600]
-    answer = here(["-m", "soups.doctor", *map(str, arguments)])
+    answer = here(["-m", "soups", "doctor", *map(str, arguments)])
     assert answer.returncode == 0, answer.stderr
     for words in ("m3.safetensors", "81.23 %", "not fine-tuned from the same checkpoint", "a score of m2.safetensors"):
         assert words in answer.stdout

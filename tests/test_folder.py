@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForSequenceClassification, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from soups.card import interval
-from soups.folder import complete
+from soups.folder import complete, interval
 from soups.made_up import make_open_clip
 from soups.mean import average_files
 from soups.soup import Report

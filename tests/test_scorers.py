@@ -193,10 +193,10 @@ def test_class_folders_that_are_numbers_are_ordered_as_numbers_and_hidden_ones_a
 
 def test_wordnet_ids_get_imagenets_names_and_numbers_or_are_refused(tmp_path):
     found = labels_of(folders(tmp_path / "a", "n02123045", "n01440764"), None)
-    assert (found.names, found.ids) == (["tench", "tabby"], {"n01440764": 0, "n02123045": 1})
-    whole = labels_of(tmp_path / "a", 1000)
-    assert whole.ids == {"n01440764": 0, "n02123045": 281}
-    assert whole.names[281] == "tabby"
+    assert found == (["tench", "tabby"], {"n01440764": 0, "n02123045": 1})
+    names, ids = labels_of(tmp_path / "a", 1000)
+    assert ids == {"n01440764": 0, "n02123045": 281}
+    assert names[281] == "tabby"
     with pytest.raises(UserError, match="n00000001 is a WordNet id that ImageNet's 1,000 classes do not have"):
         labels_of(folders(tmp_path / "b", "n00000001", "n01440764"), None)
 

@@ -5,10 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soups.paired import Paired
-from soups.recipes import greedy
-from soups.selection import add_in_order
-from soups.shortcuts import greedy_counted, hard_images_first
+from soups.recipes import Paired, greedy, greedy_counted, hard_images_first
 
 
 def model(value):
@@ -141,8 +138,6 @@ def test_speculation_throws_away_what_came_after_an_accept_and_tries_it_again():
 
 
 def test_shortcuts_refuse_what_does_not_belong_together():
-    with pytest.raises(ValueError, match="asked for 1 scores and got 0"):
-        add_in_order([0, 1], 0.5, lambda mixtures, to_beat: [])
     with pytest.raises(ValueError, match="at least one candidate ahead"):
         greedy([model(0.0)] * 2, [0.5, 0.4], lambda weights: 0.0, ahead=0)
     for correct in (torch.zeros(1, 4, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):

@@ -19,7 +19,7 @@ from soups.experiment.pool import RECIPES, mix, usable_pool
 from soups.experiment.soups import ENSEMBLES, logits_of, make_soup, outputs_of
 from soups.files.atomic import read_json, write_json
 from soups.files.weights import load_weights
-from soups.journal import Journal
+from soups.scores import Journal
 from store.runs import RunFolder
 from tests.commands import in_two
 from tests.pools import finished_pool, moved_pool, small_network

@@ -19,8 +19,8 @@ from eval.forward import Evaluator
 from eval.metrics import correct
 from soups.average import Loader, mixture
 from soups.descent import LearnedSettings, learned, shuffled
-from soups.files.weights import LazyWeights, Weights, load_weights
-from soups.journal import Journal
+from soups.files.atomic import digest_of
+from soups.files.weights import LazyWeights, Weights, digest, load_weights
 from soups.ranks import this_rank
 from soups.recipes import (
     GrowingLogits,
@@ -28,14 +28,15 @@ from soups.recipes import (
     best,
     equal,
     greedy,
+    greedy_counted,
     greedy_with_replacement,
     subset,
     uniform,
     uniform_ensemble,
     wise_ft,
 )
+from soups.scores import Journal
 from soups.selection import random_order
-from soups.shortcuts import greedy_counted
 from soups.stock import ratio, stock_cosines, stock_row
 from store.runs import Ingredient, RunFolder, read_pool
 from store.workers import little_memory
@@ -145,12 +146,13 @@ class PoolContext:
         rank = this_rank()[0]  # one writer a file
         return Journal(self.folder / (f"journal.{rank}.jsonl" if rank else "journal.jsonl"))
 
-    @property
-    def accuracy(self) -> Callable[[Weights], float]:
+    def accuracy(self, weights: Weights) -> float:
         """Held-out score of candidate weights, by a forward pass unless the journal has it."""
-        return self.journal.remembered(
-            lambda weights: self.evaluator.score(self.evaluator.fresh_logits(weights, self.split), self.split)
-        )
+
+        def score() -> float:
+            return self.evaluator.score(self.evaluator.fresh_logits(weights, self.split), self.split)
+
+        return float(self.journal.lookup(digest(weights), score))
 
     def ensemble_accuracy(self, mean: Weights) -> float:
         """Held-out score of mean logits."""
@@ -180,12 +182,15 @@ def _greedy(context: PoolContext) -> Mixed:
         known = torch.stack([correct(load()["logits"], split.labels) for load in context.logits])
 
         def images_correct(weights: Weights, images: Tensor) -> Tensor:
-            return correct(evaluator.fresh_logits(weights, context.split, images), split.labels[images])
+            def compute() -> list[bool]:
+                return correct(evaluator.fresh_logits(weights, context.split, images), split.labels[images]).tolist()
+
+            return torch.tensor(context.journal.lookup(f"{digest(weights)}/{digest_of(images.tolist())}", compute))
 
         soup, forwards = greedy_counted(
             context.models,
             known,
-            context.journal.remembered_images(images_correct),
+            images_correct,
             ties=cooking.ties,
             chunk=cooking.chunk,
             significance=cooking.significance,

@@ -5,13 +5,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from soups.card import Card
 from soups.errors import UserError
 from soups.export.network import Network, compare
 from soups.files.atomic import replacing
 from soups.files.folders import config_beside, config_of
 from soups.files.weights import LazyWeights
-from soups.folder import copy_companions
+from soups.folder import Card, copy_companions
 from soups.verify import record_of
 
 LIBRARIES = ("timm", "open_clip", "transformers", "onnx")

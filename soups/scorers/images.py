@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 from soups.candidates import Candidate
 from soups.errors import UserError, first_line
 from soups.files.opening import opened
-from soups.heldout import HeldOut
 from soups.scorers.metrics import of_classes
 from soups.scorers.networks import ImageNetwork, device, image_network, load_into, matched
-from soups.scoring import Learning, Scorer, key_of
+from soups.scoring import HeldOut, Learning, Scorer, key_of
 from soups.sources import Pool
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -38,11 +37,7 @@ def is_data(name: str) -> bool:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the class folders: sorted, as numbers where all of them are.
-
-    Raises:
-        UserError: no such folder, none in it, or some numbers with leading zeros and some without.
-    """
+    """Names of the class folders: sorted, as numbers where all of them are."""
     if not root.is_dir():
         raise UserError(f"--images {root}: no such folder; it has a folder of images for each class")
     names = sorted(entry.name for entry in os.scandir(root) if is_data(entry.name) and entry.is_dir())
@@ -55,27 +50,14 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Classes as the network knows them."""
+def labels_of(root: Path, head: int | None) -> tuple[list[str], dict[str, int]]:
+    """Names of the classes in the order of their numbers, and each folder's number.
 
-    names: list[str]  # in the order of their numbers
-    ids: dict[str, int]  # folder -> class number
-
-
-def labels_of(root: Path, head: int | None) -> Labels:
-    """What each folder's number is.
-
-    Args:
-        root: of the images.
-        head: classes that the ingredients' head has; None: not known.
-
-    Raises:
-        UserError: WordNet ids that are not ImageNet's.
+    Folders of WordNet ids are ImageNet's, whose numbers they have where `head`, the classes of the ingredients, is all.
     """
     folders = class_folders(root)
     if not all(WORDNET.fullmatch(name) for name in folders):
-        return Labels(folders, {name: i for i, name in enumerate(folders)})
+        return folders, {name: i for i, name in enumerate(folders)}
     from timm.data.imagenet_info import ImageNetInfo  # noqa: PLC0415
 
     imagenet = ImageNetInfo("imagenet-1k")
@@ -88,16 +70,12 @@ def labels_of(root: Path, head: int | None) -> Labels:
         )
     words = [imagenet.label_name_to_description(name).split(",")[0] for name in known]
     if head == len(known) or len(folders) == len(known):
-        return Labels(words, {name: known.index(name) for name in folders})
-    return Labels([words[known.index(name)] for name in folders], {name: i for i, name in enumerate(folders)})
+        return words, {name: known.index(name) for name in folders}
+    return [words[known.index(name)] for name in folders], {name: i for i, name in enumerate(folders)}
 
 
 def files_of(root: Path, folders: Sequence[str]) -> list[tuple[Path, str]]:
-    """Every image below the class folders, sorted, and its folder.
-
-    Raises:
-        UserError: a class without an image.
-    """
+    """Every image below the class folders, sorted, and its folder; a UserError where a class has none."""
     found = []
     for folder in folders:
         mine = []
@@ -110,66 +88,50 @@ def files_of(root: Path, folders: Sequence[str]) -> list[tuple[Path, str]]:
     return found
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A preparation of images split where they are still bytes: those are kept, four times smaller than floats."""
+def split_preparation(prepare: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], Callable[[Tensor], Tensor]]:
+    """A preparation of images split where they are still bytes, which are kept: four times smaller than floats.
 
-    first: Callable[[Any], Any]  # an image of PIL to an image, or to a tensor
-    mean: Tensor | None = None  # (3, 1, 1); None: `first` does everything
-    std: Tensor | None = None
-
-    def __call__(self, path: Path) -> NDArray[Any]:
-        """What is kept of one image.
-
-        Raises:
-            UserError: it cannot be read.
-        """
-        try:
-            with Image.open(path) as image:
-                kept = self.first(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is damaged or no image ({first_line(error)}): repair or delete it") from None
-        return kept.numpy() if isinstance(kept, Tensor) else np.asarray(kept).transpose(2, 0, 1)
-
-    def batch(self, kept: NDArray[Any]) -> Tensor:
-        """(b, 3, H, W) as the network sees them, on its device."""
-        images = torch.from_numpy(np.array(kept)).to(device())
-        if self.mean is None or self.std is None:
-            return images
-        return images.float().div_(255).sub_(self.mean.to(images.device)).div_(self.std.to(images.device))
-
-
-def split_preparation(prepare: Callable[[Any], Any]) -> Prepared:
-    """torchvision's `Compose(..., ToTensor, Normalize)`, as timm and open_clip build it, split at ToTensor."""
+    That is before ToTensor in torchvision's `Compose(..., ToTensor, Normalize)`, as timm and open_clip build it. The
+    first part takes an image of PIL, the second a batch of what is kept, on its device.
+    """
     steps = list(getattr(prepare, "transforms", []))
     kinds = [type(step).__name__ for step in steps]
     if kinds[-2:] not in (["ToTensor", "Normalize"], ["MaybeToTensor", "Normalize"]):
-        return Prepared(prepare)
+        return prepare, lambda images: images
     mean, std = (torch.as_tensor(getattr(steps[-1], name)).view(-1, 1, 1) for name in ("mean", "std"))
     compose: Any = type(prepare)
-    return Prepared(compose(steps[:-2]), mean, std)
+
+    def normalised(images: Tensor) -> Tensor:
+        return images.float().div_(255).sub_(mean.to(images.device)).div_(std.to(images.device))
+
+    return compose(steps[:-2]), normalised
 
 
-def _decoded(prepared: Prepared, paths: Sequence[Path]) -> NDArray[Any] | str:
+def _read(prepare: Callable[[Any], Any], path: Path) -> NDArray[Any]:
     try:
-        return np.stack([prepared(path) for path in paths])
+        with Image.open(path) as image:
+            kept = prepare(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is damaged or no image ({first_line(error)}): repair or delete it") from None
+    return kept.numpy() if isinstance(kept, Tensor) else np.asarray(kept).transpose(2, 0, 1)
+
+
+def _decoded(prepare: Callable[[Any], Any], paths: Sequence[Path]) -> NDArray[Any] | str:
+    try:
+        return np.stack([_read(prepare, path) for path in paths])
     except UserError as error:
         return str(error)  # an error of a worker would bring its traceback along
 
 
-def decoded(prepared: Prepared, paths: Sequence[Path], workers: int) -> NDArray[Any]:
-    """(N, 3, H, W) of all images, in a file without a name: memory that the system can take back.
-
-    Raises:
-        UserError: an image cannot be read; names it.
-    """
+def decoded(prepare: Callable[[Any], Any], paths: Sequence[Path], workers: int) -> NDArray[Any]:
+    """(N, 3, H, W) of all images, in a file without a name: memory that the system can take back."""
     workers = 0 if workers < 2 or len(paths) <= TOGETHER * (2 * workers - 1) else workers
     context = "fork" if workers else None  # some preparations cannot be pickled
     batches: DataLoader[Any] = DataLoader(
         paths,  # type: ignore[arg-type]  # a list is a dataset too
         TOGETHER,
         num_workers=workers,
-        collate_fn=partial(_decoded, prepared),
+        collate_fn=partial(_decoded, prepare),
         multiprocessing_context=context,
     )
     kept: NDArray[Any] = np.empty(0)
@@ -196,34 +158,34 @@ class Images:
     workers: int
 
     @cached_property
-    def kept(self) -> tuple[Prepared, NDArray[Any]]:
+    def kept(self) -> tuple[Callable[[Tensor], Tensor], NDArray[Any]]:
         """What makes batches of the images, and all of them, decoded when they are first asked for."""
-        prepared = split_preparation(self.network.prepare)
-        return prepared, decoded(prepared, self.paths, self.workers)
+        prepare, normalised = split_preparation(self.network.prepare)
+        return normalised, decoded(prepare, self.paths, self.workers)
+
+    def batch(self, places: Any) -> Tensor:
+        """(b, 3, H, W) as the network sees them, on its device."""
+        normalised, kept = self.kept
+        return normalised(torch.from_numpy(np.array(kept[places])).to(device()))
 
     def batches(self) -> Iterator[Tensor]:
-        """All images, in order, as the network sees them."""
-        prepared, kept = self.kept
-        for start in range(0, len(kept), self.batch_size):
-            yield prepared.batch(kept[start : start + self.batch_size])
+        """All images, in order."""
+        for start in range(0, len(self.paths), self.batch_size):
+            yield self.batch(slice(start, start + self.batch_size))
 
     def learning(self, batch_size: int | None) -> Learning:
-        """Labelled minibatches in an order that depends on the epoch alone, and their cross-entropy.
-
-        Raises:
-            UserError: a network that answers by class names, whose text tower gets no gradient.
-        """
+        """Labelled minibatches in an order that depends on the epoch alone, and their cross-entropy."""
         from soups.descent import cross_entropy, shuffled  # noqa: PLC0415
 
-        network, (prepared, kept) = self.network, self.kept
+        network = self.network
         if network.zero_shot:
             raise UserError("learned needs a network with a head: a zero-shot answer is made of the text tower too")
         module = network.module.to(device())
-        order = shuffled(torch.arange(len(kept)), self.labels, batch_size or LEARNED_BATCH, "images")
+        order = shuffled(torch.arange(len(self.paths)), self.labels, batch_size or LEARNED_BATCH, "images")
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             for rows, labels in order(epoch):
-                yield prepared.batch(kept[rows.numpy()]), labels.to(device())
+                yield self.batch(rows.numpy()), labels.to(device())
 
         def loss(module: Any, batch: tuple[Tensor, Tensor], beta: Tensor) -> tuple[Tensor, int]:
             return cross_entropy(lambda images: network.logits(module, images), batch, beta)  # type: ignore[arg-type]
@@ -231,11 +193,7 @@ class Images:
         return Learning(module, batches, loss, network.rename)
 
     def statistics(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Batch-norm statistics of some weights, measured on all images, by the names in the file.
-
-        Raises:
-            UserError: the network has no batch norm.
-        """
+        """Batch-norm statistics of some weights, measured on all images, by the names in the file."""
         from soups.batch_norm import recompute_batch_norm, statistics_of  # noqa: PLC0415
 
         module = self.network.module
@@ -256,11 +214,7 @@ class Images:
 
 
 def of_images(asked: HeldOut, pool: Pool) -> Scorer:
-    """A metric of a network's answers to labelled images, root/<class>/<image>; images may lie deeper.
-
-    Raises:
-        UserError: folders, images or a network that do not fit.
-    """
+    """A metric of a network's answers to labelled images, root/<class>/<image>; images may lie deeper."""
     if asked.network is None:
         raise UserError(
             "--images needs --network timm:NAME, open_clip:NAME, transformers:FOLDER or "
@@ -270,9 +224,9 @@ def of_images(asked: HeldOut, pool: Pool) -> Scorer:
     with opened([pool.paths[0]], pool.reading) as (first,):
         # ImageNet's head, whose classes keep their numbers where folders of some of them are missing.
         head = 1000 if any(entry.shape == (1000,) for entry in first.entries.values()) else None
-    labels = labels_of(root, head)
-    network = image_network(asked, pool, first.names, labels.names)
-    ids = labels.ids
+    names, ids = labels_of(root, head)
+    network = image_network(asked, pool, first.names, names)
+    folders = list(ids)
     if network.class_ids is not None:
         strange = sorted(set(ids) - network.class_ids.keys())
         if strange:
@@ -281,7 +235,7 @@ def of_images(asked: HeldOut, pool: Pool) -> Scorer:
                 "folders as id2label does"
             )
         ids = network.class_ids
-    files = files_of(root, list(labels.ids))
+    files = files_of(root, folders)
     known = torch.tensor([ids[folder] for _, folder in files])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, cores) if asked.workers is None else asked.workers

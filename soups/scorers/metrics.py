@@ -23,8 +23,7 @@ def score(
             `worst_group`, the smallest accuracy of a group that has images, as WILDS scores FMoW by region; `matthews`,
             the correlation of two or more classes, as GLUE scores CoLA, 0 where all labels or all predictions are one
             class; or `accuracy_and_f1`, (accuracy + F1 of class 1) / 2 of two classes, as GLUE scores MRPC.
-        predicted: (N,) class ids.
-        labels: (N,) class ids.
+        predicted, labels: (N,) class ids.
         groups: (N,) of worst_group; images with a negative one are left out.
         weights: (N,) how often each image counts, as a bootstrap draws it; once each where None.
 
@@ -77,15 +76,7 @@ def score(
 def of_classes(
     metric: Metric, predicted: "Callable[[Candidate], Tensor]", labels: Tensor, key: str, **more: Any
 ) -> Scorer:
-    """A metric of predicted classes as a scorer.
-
-    Args:
-        metric: which.
-        predicted: a candidate's (N,) class ids.
-        labels: (N,) class ids.
-        key: as in `Scorer`.
-        more: what else the scorer can do.
-    """
+    """A metric of a candidate's (N,) predicted class ids as a scorer; `key` and `more` are fields of it."""
 
     def measure(candidate: "Candidate") -> Scored:
         answers = predicted(candidate)

@@ -16,31 +16,25 @@ from torch import Tensor, nn
 from soups.candidates import Candidate
 from soups.errors import UserError, first_line
 from soups.files.folders import config_beside, config_of
-from soups.heldout import HeldOut
 from soups.scorers.outside import code_of, function_named
-from soups.scoring import key_of
+from soups.scoring import HeldOut, key_of
 from soups.sources import Pool
 
 Rename = Callable[[str], str | None]  # a tensor's name in files -> in the network; None: no use
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # what wrappers put before every name
 SIZE = 224  # pixels that a network of a function sees
-LEFTOVERS = (  # of the text tower in the authors' released files, which classify nothing
-    "model.positional_embedding",
-    "model.text_projection",
-    "model.logit_scale",
-    "model.token_embedding.",
-    "model.ln_final.",
-)
+# Of the text tower in the authors' released files, which classify nothing.
+OF_TEXT = ("positional_embedding", "text_projection", "logit_scale", "token_embedding.", "ln_final.")
 
 
 @dataclass
 class ImageNetwork:
-    """A network, how it is fed, and how it answers."""
+    """A network that the ingredients are weights of, how it is fed, and how it answers."""
 
     module: nn.Module
     prepare: Callable[[Any], Any]  # an image of PIL to a tensor
-    logits: Callable[[nn.Module, Tensor], Tensor]  # (b, C) of a batch
     key: str  # names the network, its library and how it sees images
+    logits: Callable[[Any, Tensor], Tensor] = lambda module, images: module(images)  # (b, C) of a batch
     class_ids: dict[str, int] | None = None  # what the network calls its classes; None: in the order of the folders
     rename: Rename = lambda name: name
     ready: Callable[[], None] = lambda: None  # called when weights were loaded
@@ -48,11 +42,7 @@ class ImageNetwork:
     source: Path | None = None  # of transformers: the folder with the config
 
     def load(self, candidate: Candidate) -> nn.Module:
-        """The network with a candidate's weights, one tensor after the other.
-
-        Raises:
-            UserError: other tensors or shapes than the network's.
-        """
+        """The network with a candidate's weights, one tensor after the other."""
         if self.source is not None:
             self.module = from_pretrained(type(self.module), candidate.folder(self.source), candidate.name)
         else:
@@ -81,7 +71,7 @@ def bare(name: str) -> str:
 
 
 def matched(theirs: Iterable[str], wanted: Iterable[str], rename: Rename = lambda name: name) -> dict[str, str]:
-    """A file's names -> the network's, equal or equal without prefixes; those that `rename` has no use for left out."""
+    """A file's names -> the network's, equal or equal without prefixes, but those that `rename` has no use for."""
     wanted = set(wanted)
     by_bare = {bare(name): name for name in wanted}
     renamed = {name: new for name in theirs if (new := rename(name)) is not None}
@@ -91,14 +81,7 @@ def matched(theirs: Iterable[str], wanted: Iterable[str], rename: Rename = lambd
 def places(theirs: Iterable[str], state: Mapping[str, Tensor], name: str, rename: Rename) -> dict[str, str]:
     """A network's names -> the file's of the same tensors; a tied tensor may stand under any of its names.
 
-    Args:
-        theirs: names in the file.
-        state: the network's state dict, with its own tensors (keep_vars=True).
-        name: of the file, for messages.
-        rename: a tensor's name in files -> in the network; None: no use.
-
-    Raises:
-        UserError: a tensor is missing or unknown.
+    `state` holds the network's own tensors (keep_vars=True).
     """
     found = {place: file for file, place in matched(theirs, state, rename).items()}
     filled = {id(state[place]) for place in found if place in state}
@@ -111,11 +94,7 @@ def places(theirs: Iterable[str], state: Mapping[str, Tensor], name: str, rename
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], name: str, rename: Rename = lambda name: name) -> None:
-    """Copy weights into a network's own tensors.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape.
-    """
+    """Copy weights into a network's own tensors."""
     state = module.state_dict(keep_vars=True)
     found = places(weights, state, name, rename)
     with torch.no_grad():
@@ -131,17 +110,9 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], name: str, renam
 def from_pretrained(
     library: Any, folder: Path | None, name: str, network: str = "the network in its config.json", **more: Any
 ) -> Any:
-    """A network of transformers with every tensor of it found.
+    """A network of transformers with every tensor of it found; `name` and `network` are for messages.
 
-    Args:
-        library: a class of transformers.
-        folder: with config and weights; None where both are in `more`.
-        name: of the weights, for messages.
-        network: what the weights are to be of, for messages.
-        more: of its own `from_pretrained`.
-
-    Raises:
-        UserError: tensors are missing, unknown or of another shape.
+    `library` is a class of transformers, and `more` of its own `from_pretrained`: without `folder` config and weights.
     """
     from transformers.utils import logging  # noqa: PLC0415
 
@@ -163,46 +134,31 @@ def from_pretrained(
 
 
 def image_network(asked: HeldOut, pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
-    """The network that the ingredients are weights of.
-
-    Args:
-        asked: which.
-        pool: the ingredients; a config beside the first may say what the network is.
-        names: of the first ingredient's tensors.
-        classes: names of the classes, in the order of their numbers.
-
-    Raises:
-        UserError: no such network, or one that cannot answer for these classes.
-    """
-    match asked.library:
-        case "timm":
-            return _timm(asked, pool, classes)
-        case "open_clip":
-            return _open_clip(asked, pool, names, classes)
-        case "transformers":
-            return _transformers(asked, pool)
-    return _function(asked, classes)
+    """The network that was asked for, of tensors and classes with these names."""
+    of_library = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers, "function": _function}
+    return of_library[asked.library](asked, pool, names, classes)
 
 
-def _timm(asked: HeldOut, pool: Pool, classes: Sequence[str]) -> ImageNetwork:
+def _timm(asked: HeldOut, pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
     import timm  # noqa: PLC0415
     from timm.data import create_transform, resolve_data_config  # noqa: PLC0415
 
     name = asked.name or config_of(pool.like).get("architecture")
     if name is None:
         raise UserError("--network timm:NAME is needed; timm.list_models() has the names")
-    size: dict[str, Any] = {} if asked.image_size is None else {"img_size": asked.image_size}
+    size, more, shape = asked.image_size, dict[str, Any](), {}
+    if size is not None:
+        more, shape = {"img_size": size}, {"input_size": (3, size, size)}
     try:
-        network = timm.create_model(name, pretrained=False, num_classes=len(classes), **size)
+        network = timm.create_model(name, pretrained=False, num_classes=len(classes), **more)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"--network timm:{name}: {error}; timm.list_models() has the names") from None
-    shape = {} if asked.image_size is None else {"input_size": (3, asked.image_size, asked.image_size)}
     seen = resolve_data_config({}, model=network) | shape
     key = key_of("timm", timm.__version__, name, str(seen), len(classes))
-    return ImageNetwork(network, create_transform(**seen), _call, key)
+    return ImageNetwork(network, create_transform(**seen), key)
 
 
-def _function(asked: HeldOut, classes: Sequence[str]) -> ImageNetwork:
+def _function(asked: HeldOut, pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
     from timm.data import create_transform  # noqa: PLC0415
 
     assert asked.name is not None  # HeldOut.scorer sees to that
@@ -213,12 +169,7 @@ def _function(asked: HeldOut, classes: Sequence[str]) -> ImageNetwork:
         raise UserError(f"--network function:{asked.name}: {error}; it is called with num_classes=") from None
     size = asked.image_size or SIZE
     transform = create_transform((3, size, size), crop_pct=0.875)
-    return ImageNetwork(network, transform, _call, key_of("function", code_of(build), size, len(classes)))
-
-
-def _call(module: nn.Module, images: Tensor) -> Tensor:
-    logits: Tensor = module(images)
-    return logits
+    return ImageNetwork(network, transform, key_of("function", code_of(build), size, len(classes)))
 
 
 class TowerWithHead(nn.Module):
@@ -240,7 +191,7 @@ def tower_name(name: str) -> str | None:
     >>> tower_name("model.visual.proj"), tower_name("classification_head.bias"), tower_name("model.logit_scale")
     ('tower.proj', 'head.bias', None)
     """
-    if name.startswith(LEFTOVERS):
+    if name.startswith("model.") and name.removeprefix("model.").startswith(OF_TEXT):
         return None
     return name.replace("model.visual.", "tower.", 1).replace("classification_head.", "head.", 1)
 
@@ -266,9 +217,8 @@ def _open_clip(asked: HeldOut, pool: Pool, names: Sequence[str], classes: Sequen
     config = key_of(beside) if beside else name
     key = key_of("open_clip", open_clip.__version__, config, asked.image_size, asked.templates, list(classes))
     if any(name in ("classification_head.weight", "head.weight") for name in names):
-        width = network.visual.output_dim
-        tower = TowerWithHead(network.visual, width, len(classes))
-        return ImageNetwork(tower, transform, _call, key, rename=tower_name)
+        tower = TowerWithHead(network.visual, network.visual.output_dim, len(classes))
+        return ImageNetwork(tower, transform, key, rename=tower_name)
     templates = open_clip.OPENAI_IMAGENET_TEMPLATES if asked.templates == "openai" else (str,)
     heads: list[Tensor] = []
 
@@ -276,11 +226,14 @@ def _open_clip(asked: HeldOut, pool: Pool, names: Sequence[str], classes: Sequen
         words = [name.replace("_", " ") for name in classes]
         heads[:] = [open_clip.build_zero_shot_classifier(network, tokenizer, words, templates, device=device())]
 
-    def logits(module: Any, images: Tensor) -> Tensor:
-        answered: Tensor = module.encode_image(images, normalize=True) @ heads[0]
-        return answered
-
-    return ImageNetwork(network, transform, logits, key, ready=ready, zero_shot=True)
+    return ImageNetwork(
+        network,
+        transform,
+        key,
+        lambda module, images: module.encode_image(images, normalize=True) @ heads[0],
+        ready=ready,
+        zero_shot=True,
+    )
 
 
 def _seen_by(open_clip: Any, name: str) -> dict[str, Any]:
@@ -297,7 +250,7 @@ def _seen_by(open_clip: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def _transformers(asked: HeldOut, pool: Pool) -> ImageNetwork:
+def _transformers(asked: HeldOut, pool: Pool, names: Sequence[str], classes: Sequence[str]) -> ImageNetwork:
     from transformers import AutoImageProcessor, AutoModelForImageClassification  # noqa: PLC0415
 
     source, config = read_source(asked, pool, "Classification")
@@ -307,31 +260,21 @@ def _transformers(asked: HeldOut, pool: Pool) -> ImageNetwork:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{source}: no image classifier of transformers: {first_line(error)}") from None
 
-    def prepare(image: Any) -> Tensor:
-        pixels: Tensor = reader(image, return_tensors="pt")["pixel_values"][0]
-        return pixels
-
-    def logits(module: Any, images: Tensor) -> Tensor:
-        answered: Tensor = module(pixel_values=images).logits
-        return answered
-
     ids = {label: i for i, label in config.id2label.items()}
     generic = ids.keys() == {f"LABEL_{i}" for i in ids.values()}
     key = key_of("transformers", version("transformers"), *settings_in(source))
-    return ImageNetwork(network, prepare, logits, key, None if generic else ids, source=source)
+    return ImageNetwork(
+        network,
+        lambda image: reader(image, return_tensors="pt")["pixel_values"][0],
+        key,
+        lambda module, images: module(pixel_values=images).logits,
+        None if generic else ids,
+        source=source,
+    )
 
 
 def read_source(asked: HeldOut, pool: Pool, *endings: str) -> tuple[Path, Any]:
-    """The folder with the config of the ingredients, and the config.
-
-    Args:
-        asked: --network transformers:FOLDER; without a folder: that of the first ingredient.
-        pool: the ingredients.
-        endings: of the architecture in the config, such as `Classification`.
-
-    Raises:
-        UserError: no config, or of another kind of network.
-    """
+    """The folder that was asked for, or else the first ingredient's, and its config."""
     from transformers import AutoConfig  # noqa: PLC0415
 
     source = Path(asked.name) if asked.name else pool.like
@@ -353,11 +296,7 @@ def read_source(asked: HeldOut, pool: Pool, *endings: str) -> tuple[Path, Any]:
 
 
 def tokenizer_of(source: Path) -> Any:
-    """The tokenizer beside the ingredients.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The tokenizer beside the ingredients; a UserError where there is none."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:

@@ -28,9 +28,6 @@ PLACE = "{soup}"
 def number_in(output: str, name: str) -> float:
     """The number that is the last line of what a command printed.
 
-    Raises:
-        UserError: there is none, or it is NaN.
-
     >>> number_in("loading ...\\n0.8125\\n", "a.pt")
     0.8125
     """
@@ -51,9 +48,6 @@ def results_in(path: Path, metric: str | None) -> tuple[list[Any], str]:
     A line is a number; or an object as EleutherAI's harness logs samples, with "doc_id" and the names of its "metrics",
     which is put in the order of "doc_id". Where it has several metrics or filters `metric` says which: acc_norm, or
     exact_match,strict-match.
-
-    Raises:
-        UserError: lines of another kind, or another number of metrics than one.
     """
     lines = [line for line in read_text(path).split("\n") if line.strip()]
     try:
@@ -67,11 +61,10 @@ def results_in(path: Path, metric: str | None) -> tuple[list[Any], str]:
         raise UserError(f"{path}: need a line for each example: a number, or an object{named} as lm_eval logs samples")
     columns: dict[str, list[tuple[Any, Any]]] = {}
     for place, row in enumerate(rows):
+        example = [row.get("doc_id", place), row.get("doc_hash", "")]
         for name in row.get("metrics", [metric] if metric else []):
-            example = [row.get("doc_id", place), row.get("doc_hash", "")]
-            columns.setdefault(f"{name},{row['filter']}" if "filter" in row else name, []).append(
-                (example, row.get(name))
-            )
+            column = f"{name},{row['filter']}" if "filter" in row else name
+            columns.setdefault(column, []).append((example, row.get(name)))
     chosen = [name for name in columns if metric in (None, name, name.partition(",")[0])]
     if len(chosen) != 1:
         has = ", ".join(columns) or 'no "metrics"'
@@ -84,11 +77,7 @@ def results_in(path: Path, metric: str | None) -> tuple[list[Any], str]:
 
 
 def _with_results(number: float, path: Path, metric: str | None, name: str) -> Scored:
-    """The score that a command printed, made of the number of each example that it wrote.
-
-    Raises:
-        UserError: the mean of these is another number than the printed one.
-    """
+    """The score that a command printed, made of the number of each example that it wrote."""
     values, examples = results_in(path, metric)
     found = scored(np.array(values), name)
     exponent = Decimal(repr(number)).as_tuple().exponent
@@ -108,13 +97,6 @@ def _filled(command: str, path: Path) -> str:
     return command
 
 
-def _words(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"--score {command!r}: {error}") from None
-
-
 def of_command(command: str, goal: Goal, metric: str | None = None) -> Scorer:
     """A shell command in which {soup} stands for a file or folder, in the form that the ingredients have.
 
@@ -122,12 +104,11 @@ def of_command(command: str, goal: Goal, metric: str | None = None) -> Scorer:
 
     The key holds the command and the content of every file that it names; not what those files read or import.
     Started by torchrun, the command of each process sees that process's GPU alone.
-
-    Raises:
-        UserError: {soup} is not in it; or, when measuring, it fails, its last line is no number, or what it wrote of
-            single examples does not fit that number.
     """
-    words = _words(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--score {command!r}: {error}") from None
     if PLACE not in command:
         raise UserError(f"--score {command!r}: write {PLACE} where the file to be scored stands")
     environment = dict(os.environ)
@@ -158,11 +139,7 @@ def of_command(command: str, goal: Goal, metric: str | None = None) -> Scorer:
 
 
 def function_named(name: str) -> Callable[..., Any]:
-    """The function of `module:function`, found from the current folder on.
-
-    Raises:
-        UserError: no such module or function.
-    """
+    """The function of `module:function`, found from the current folder on; a UserError where there is none."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:  # noqa: PTH109
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
@@ -215,11 +192,7 @@ def of_function(function: Callable[..., Any], goal: Goal) -> Scorer:
 
 
 def scorer_of(score: str | Callable[..., Any] | Scorer, goal: Goal | None, metric: str | None = None) -> Scorer:
-    """A command, `module:function`, a function, or a scorer that is one already; `metric` is of a command.
-
-    Raises:
-        UserError: it is none of these, or nobody said whether it is to be high or low.
-    """
+    """A command, `module:function`, a function, or a scorer that is one already; `metric` is of a command."""
     if isinstance(score, Scorer):
         return score
     if goal not in ("max", "min"):

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.stages import Target
-from soups.card import Card, interval
 from soups.experiment.export.source import Part, Source
 from soups.export import onnx, timm
+from soups.folder import Card, interval
 
 OPEN_CLIP = """
 import json, open_clip, torch
