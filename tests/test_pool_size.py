@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.artefacts import write_artefact
-from analysis.figures.pool_size import best_of_first, greedy_of_first, measure_pool_size, orders_of
+from analysis.figures.pool_size import best_of_first, draw_pool_size, greedy_of_first, measure_pool_size, orders_of
 from analysis.measure.methods import SHIFT_MEAN
 from analysis.measure.mixtures import mean_mixture
 from soups.experiment.pool import ingredients_of
@@ -111,6 +111,13 @@ def test_the_mean_is_over_orders_and_its_difference_is_to_the_best_of_as_many(ta
             mean["accuracy"] - cell(table, "mean", "best", 2, column)["accuracy"]
         )
         assert mean["low"] <= mean["difference"] <= mean["high"]
+
+
+@pytest.mark.slow
+def test_it_is_drawn_where_a_metric_has_no_intervals(finished, table):
+    nan = float("nan")
+    figure = draw_pool_size(finished[0], table.assign(low=nan, high=nan))
+    assert [len(axes.lines) for axes in figure.axes] == [15, 15, 5, 5]
 
 
 @pytest.mark.slow

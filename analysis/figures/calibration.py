@@ -266,8 +266,6 @@ def draw_reliability(config: Experiment, numbers: pd.DataFrame) -> Figure:
 
 def _widths(centres: np.ndarray) -> np.ndarray:
     """Bars of bins at these places, as wide as to the nearest neighbour and 1 to 6 points."""
-    if len(centres) < 2:
-        return np.full(len(centres), 6.0)
     apart = np.diff(centres, prepend=-np.inf, append=np.inf)
     return np.clip(0.9 * np.minimum(apart[:-1], apart[1:]), 1.0, 6.0)
 
