@@ -1,46 +1,29 @@
-"""The paper's 33 tables and figures: what each shows, how it is made from runs, and again from csv that were kept."""
+"""The paper's 33 tables and figures: what each shows, how it is made from runs, and again from csv that were kept.
+
+artefacts.csv has a line for each, with the functions that make it. They are imported when they are called.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 from rich import get_console
 
-from analysis.figures.calibration import (
-    draw_budget,
-    draw_calibration,
-    draw_reliability,
-    measure_reliability,
-    measure_seeds,
-)
-from analysis.figures.curves import draw_backbones, draw_wise, measure_backbones, measure_wise
-from analysis.figures.landscape import draw_landscape, measure_landscape
-from analysis.figures.pairs import draw_angles, draw_grids, draw_pairs, measure_angles, measure_grids, measure_pairs
-from analysis.figures.pool import (
-    decisions,
-    draw_coefficients,
-    draw_scatter,
-    draw_subgroups,
-    measure_coefficients,
-    measure_scatter,
-    measure_subgroups,
-)
-from analysis.figures.pool_size import draw_pool_size, measure_pool_size
+from analysis.figures.pool import decisions
 from analysis.figures.style import save_with_numbers, write_csv
 from analysis.measure.methods import NAN, SHIFT_MEAN
 from analysis.released import published_instead, write_instead
-from analysis.tables import paper
 from analysis.tables.cells import write_cells
-from analysis.tables.named_rows import draw_rows, measure_rows
-from analysis.tables.table2 import cost_cells, inference_table
-from analysis.tables.table3 import GROUPED, publish, write_provenance
-from analysis.theory.approximation import draw_approximation, measure_approximation, summary_table
+from analysis.tables.paper import paper_table
+from analysis.tables.table3 import publish, write_provenance
 from configs.cli import with_run
 from configs.errors import UserError
 from configs.schema import Experiment, load, replicate
@@ -51,73 +34,37 @@ MEASURED = Path(__file__).resolve().parents[1] / "results/measured"
 FORWARD = "forward"  # artefact=forward means all that need forward passes of their own
 
 
-@dataclass(frozen=True)
-class Made:
-    """How an artefact is made: its numbers from finished runs, and from these alone what is shown."""
-
-    measure: Callable[..., pd.DataFrame]  # takes an experiment, or all of them where `is_one`
-    show: Callable[..., Any]  # takes the same and the numbers; a picture, of a table its cells and caption
-    is_table: bool = False
-    is_one: bool = False  # whether several experiments make one of it
-    summary: Callable[[Experiment, pd.DataFrame], pd.DataFrame] | None = None  # another table, <name>_summary.csv
-
-    @property
-    def ending(self) -> str:
-        """What the names of its files end with."""
-        return "_with_paper" if self.is_table else ""
-
-
-def _texts(table: str) -> Made:
-    return Made(partial(paper.text_numbers, table=table), partial(paper.text_cells, table=table), True, is_one=True)
-
-
-def _methods(table: str) -> Made:
-    return Made(partial(paper.measure_beside_paper, table=table), paper.cells_beside_paper, is_table=True)
-
-
-def _rows(table: str) -> Made:
-    return Made(partial(paper.measure_rows_beside_paper, table=table), paper.row_cells_beside_paper, is_table=True)
-
-
-SCATTER = Made(measure_scatter, draw_scatter)
-POOL_SIZE = Made(measure_pool_size, draw_pool_size)
-ROWS = Made(measure_rows, draw_rows)
-MADE = {
-    "table2": Made(inference_table, cost_cells, is_table=True),
-    "figure2": Made(measure_landscape, partial(draw_landscape, log=True)),
-    "figure3": Made(measure_angles, draw_angles),
-    "figure4": Made(measure_pairs, draw_pairs),
-    "figureb2": Made(partial(measure_seeds, calibrated=True), draw_calibration),
-    "figured1": Made(measure_wise, draw_wise),
-    "figuree1": Made(measure_backbones, draw_backbones),
-    "figuref1": Made(measure_grids, draw_grids),
-    "figureg1": Made(measure_subgroups, draw_subgroups),
-    "figureg2": Made(partial(measure_scatter, one_shift=True), partial(draw_scatter, one_shift=True)),
-    "figureg4": Made(partial(measure_seeds, calibrated=False), draw_budget),
-    "figurej1": Made(measure_landscape, partial(draw_landscape, log=False)),
-    "figurek1": Made(measure_approximation, draw_approximation, summary=summary_table),
-    "figurel3": Made(partial(measure_scatter, bars=False), partial(draw_scatter, every_method=True)),
-    "rows": ROWS,
-    "reliability": Made(measure_reliability, draw_reliability),
-}
-MADE |= {f"coefficients_{r}": Made(partial(measure_coefficients, recipe=r), draw_coefficients) for r in GROUPED}
-MADE |= dict.fromkeys(("figure1", "figure5", "figureg3"), SCATTER)
-MADE |= dict.fromkeys(("figureb1", "figureh1", "figureh2", "figureh3", "figureh4"), POOL_SIZE)
-MADE |= dict.fromkeys(("figurel1", "figurel2"), ROWS)
-MADE |= {table: _methods(table) for table in ("table1", "table3", "table4", "tablec1")}
-MADE |= {table: _rows(table) for table in ("tablel1", "tablel2", "tablel3")}
-MADE |= {table: _texts(table) for table in ("table5", "tablej1")}
+def _function(words: str) -> Callable[..., Any]:
+    """What a line of artefacts.csv calls, as in "analysis.figures.landscape:draw_landscape log=true"."""
+    place, *options = words.split()
+    module, _, name = place.partition(":")
+    given = (option.partition("=") for option in options)
+    return partial(getattr(import_module(module), name), **{key: yaml.safe_load(value) for key, _, value in given})
 
 
 @dataclass(frozen=True)
 class Artefact:
     """A table or figure of the paper: a line of artefacts.csv."""
 
+    name: str
     shows: str
     paper: tuple[str, ...]  # experiments it is made of; none where the paper has formulas alone
     embedded: tuple[str, ...]  # their counterparts of the embedded benchmark
     forward: bool  # whether soups or points are evaluated for it that no recipe made
-    made: Made
+    several: bool  # whether several experiments make one of it
+    measure: str  # the function that takes an experiment, or `several`, and returns its numbers
+    show: str  # the function of the same and of the numbers alone: the picture, of a table the cells and the caption
+    summary: str  # of one whose table is another csv, <name>_summary.csv
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is no figure."""
+        return self.name.startswith("table")
+
+    @property
+    def stem(self) -> str:
+        """What its files are called, without suffix."""
+        return f"{self.name}_with_paper" if self.is_table else self.name
 
     @property
     def experiments(self) -> tuple[str, ...]:
@@ -131,32 +78,38 @@ class Artefact:
     @property
     def functions(self) -> str:
         """Where its numbers and its cells or picture are made, each as module:function."""
-        whole = [getattr(function, "func", function) for function in (self.made.measure, self.made.show)]
-        return " ".join(f"{function.__module__}:{function.__qualname__}" for function in whole)
+        return f"{self.measure.split()[0]} {self.show.split()[0]}"
+
+    def shown(self, configs: Sequence[Experiment], numbers: pd.DataFrame) -> Any:
+        """Its picture, or its cells and caption, from its numbers alone."""
+        return _function(self.show)(configs if self.several else configs[0], numbers)
 
     def write(self, configs: Sequence[Experiment], numbers: pd.DataFrame, stem: Path) -> list[Path]:
         """Write a figure as stem.{pdf,png,csv} with its summary, or a table as stem.{md,tex,csv}.
 
         Differences to the paper stand only in tables of the paper's own experiments: of a proxy they say nothing.
         """
-        made = self.made
         if "minus_paper" in numbers and not all(self.is_papers(config) for config in configs):
             numbers = numbers.assign(minus_paper=NAN)
-        shown = made.show(configs if made.is_one else configs[0], numbers)
-        if made.is_table:
-            cells, caption = shown
+        if self.is_table:
+            cells, caption = self.shown(configs, numbers)
             return write_cells(cells, numbers, stem, caption)
-        files = save_with_numbers(shown, numbers, stem)
-        if made.summary is not None:
-            table = made.summary(configs[0], numbers)
+        files = save_with_numbers(self.shown(configs, numbers), numbers, stem)
+        if self.summary:
+            table = _function(self.summary)(configs[0], numbers)
             files.append(write_csv(table, stem.with_name(f"{stem.name}_summary.csv"), "%.6f"))
         return files
 
 
 TABLE = pd.read_csv(Path(__file__).with_name("artefacts.csv"), index_col="name", keep_default_na=False)
 DRAWN = {  # all that `artefact=` may name
-    name: Artefact(row.shows, tuple(row.paper.split()), tuple(row.embedded.split()), row.forward == "yes", MADE[name])
-    for name, row in TABLE.iterrows()
+    name: Artefact(
+        name=name,
+        **line[["shows", "measure", "show", "summary"]],
+        **line[["paper", "embedded"]].str.split().map(tuple),
+        **line[["forward", "several"]].eq("yes"),
+    )
+    for name, line in TABLE.iterrows()
 }
 ARTEFACTS = {name: each for name, each in DRAWN.items() if name.startswith(("table", "figure"))}  # the paper's: `all`
 NUMBERS = {  # that `python -m analysis list` has of the paper: table, row and column in results/paper
@@ -185,11 +138,7 @@ def forward_artefacts(experiment: str) -> list[str]:
 
 
 def named(name: str) -> list[str]:
-    """Artefacts that `artefact=name` means: itself, all, or those that need forward passes of their own.
-
-    Raises:
-        UserError: there is none of this name.
-    """
+    """Artefacts that `artefact=name` means: itself, all, or those that need forward passes; a UserError: of none."""
     if name == FORWARD:
         return [each for each, artefact in ARTEFACTS.items() if artefact.forward]
     if name != "all" and name not in DRAWN:
@@ -204,15 +153,11 @@ def parts_of(name: str, configs: Sequence[Experiment]) -> list[Experiment]:
 
 
 def write_artefact(name: str, configs: Sequence[Experiment]) -> list[Path]:
-    """Make an artefact of finished experiments, in their analysis folders; returns the files.
-
-    Raises:
-        UserError: one is not finished, or is of another shape than the artefact needs.
-    """
+    """Make an artefact of finished experiments, in their analysis folders; returns the files."""
     artefact, files = DRAWN[name], []
-    for group in [configs] if artefact.made.is_one else [[config] for config in configs]:
-        stem = RunFolder.of(group[0]).analysis / f"{name}{artefact.made.ending}"
-        files += artefact.write(group, artefact.made.measure(group if artefact.made.is_one else group[0]), stem)
+    for group in [configs] if artefact.several else [[config] for config in configs]:
+        numbers = _function(artefact.measure)(group if artefact.several else group[0])
+        files += artefact.write(group, numbers, RunFolder.of(group[0]).analysis / artefact.stem)
     return files
 
 
@@ -229,11 +174,7 @@ def draw(config: Experiment, name: str, configs: Sequence[Experiment]) -> list[P
 
 
 def redraw(name: str, out: Path, folder: Path = MEASURED) -> list[Path]:
-    """Make an artefact again in `out` from the numbers that were measured and kept in a folder, without runs.
-
-    Raises:
-        UserError: it was not measured yet; says what to run.
-    """
+    """Make an artefact again in `out` from the numbers that were measured and kept in a folder, without runs."""
     measured, files = measured_files(name, folder), []
     if not measured:
         raise UserError(f"{name} is {state(name, folder)}")
@@ -253,7 +194,7 @@ def measured_experiment(named: str) -> Experiment:
 
 def measured_files(name: str, folder: Path = MEASURED) -> dict[str, Path]:
     """Experiment -> its numbers of an artefact, of those that were measured and kept in a folder."""
-    ending = f"_{name}{DRAWN[name].made.ending}.csv"
+    ending = f"_{DRAWN[name].stem}.csv"
     return {file.name.removesuffix(ending): file for file in sorted(folder.glob(f"*{ending}"))}
 
 
@@ -265,7 +206,7 @@ def paper_numbers(name: str) -> str:
     """
     found = []
     for table, row, column in NUMBERS.get(name, ()):
-        value = paper.paper_table(table).set_index(["row", "column"])["value"][row, column]
+        value = paper_table(table).set_index(["row", "column"])["value"][row, column]
         found.append(f"{row} {column} {value:g}")
     return ", ".join(found)
 
@@ -282,13 +223,8 @@ def state(name: str, folder: Path = MEASURED) -> str:
 
 
 def artefacts(config: Experiment, parts: list[Experiment]) -> list[Path]:
-    """Make what `artefact` names: of `all`, each that one of the experiments belongs to.
-
-    Raises:
-        UserError: no such artefact, or one that these experiments are not made for.
-    """
-    assert config.artefact is not None
-    names, files = named(config.artefact), []
+    """Make what `artefact` names: of `all`, each that one of the experiments belongs to."""
+    names, files = named(config.artefact or ""), []
     wanted = {name: parts_of(name, parts) for name in names}
     if len(names) > 1:
         wanted = {name: chosen for name, chosen in wanted.items() if chosen}
@@ -340,27 +276,22 @@ class Results:
     run: Path | None  # its folder, where it was run here
 
     def read(self, name: str) -> pd.DataFrame:
-        """A csv, as in `read("table3")`.
-
-        Raises:
-            UserError: it was not made; says what to type.
-        """
+        """A csv, as in `read("table3")`; a UserError says what to type for one that was not made."""
         path = Path(f"{self.begin}{name}.csv")
         if not path.exists():
-            words = f"run={self.run}" if self.run else f"experiment={self.config.name}"
-            what = f"artefact={name} {words}" if name in DRAWN else words
-            raise UserError(f"{path} is missing: type python -m analysis {what}")
+            words = f"artefact={name} " * (name in DRAWN)
+            words += f"run={self.run}" if self.run else f"experiment={self.config.name}"
+            raise UserError(f"{path} is missing: type python -m analysis {words}")
         return pd.read_csv(path)
 
     def draw(self, name: str) -> Figure:
         """A figure from its csv, as in `draw("figure1")`; raises as `read`."""
-        made = DRAWN[name].made
-        if made.is_table:
-            raise UserError(f"{name} is a table: read({name + made.ending!r}) has its numbers")
-        return made.show(self.config, self.read(name))
+        if DRAWN[name].is_table:
+            raise UserError(f"{name} is a table: read({DRAWN[name].stem!r}) has its numbers")
+        return DRAWN[name].shown([self.config], self.read(name))
 
     def decisions(self, recipe: str = "greedy") -> pd.DataFrame:
-        """What a greedy recipe tried, from `analysis.figures.pool`; kept results have no record of it."""
+        """What a greedy recipe tried, from `analysis.figures.pool.decisions`; kept results have no record of it."""
         record = self.run and self.run / "soups" / recipe / "soup.json"
         if record is None or not record.exists():
             raise UserError(
@@ -370,11 +301,7 @@ class Results:
 
 
 def results_of(run: str) -> Results:
-    """The results of a run's folder, as "runs/demo", or those that are kept of an experiment, "results/measured/demo".
-
-    Raises:
-        UserError: there are none.
-    """
+    """The results of a run's folder, as "runs/demo", or those kept of an experiment, as "results/measured/demo"."""
     path = Path(run)
     if path.is_dir():
         experiment, *words = sorted(with_run([f"run={run}"]), key=lambda word: not word.startswith("experiment="))

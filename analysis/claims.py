@@ -38,9 +38,6 @@ def predictions(config: Experiment) -> pd.DataFrame:
 
     Returns one row for each direction and image of the splits that report: selects, split, image (its number in the
     split), class (of the task), and a column of 0 and 1 for each of `METHODS`.
-
-    Raises:
-        UserError: held-out had a say before the pool was made, so that it cannot change places with test.
     """
     if len(config.model.probe_c) > 1 or config.optim.keep == "best":
         raise UserError(
@@ -130,10 +127,7 @@ class Estimate:
 def gains(pool: pd.DataFrame, method: str, baseline: str, on: str) -> NDArray[np.float64]:
     """(D, S, 2, G) by direction, split and class: the sum of what the method gains on its pictures, and their number.
 
-    Args:
-        pool: a table of predictions.
-        method, baseline: columns of it.
-        on: "test", which is the unseen split that has not selected, or "shifts".
+    Method and baseline are columns of a table of predictions; "test" is the unseen split that has not selected.
     """
     groups, found = int(pool["class"].max()) + 1, []
     for selects, reports in (UNSEEN, UNSEEN[::-1]):
@@ -147,13 +141,7 @@ def gains(pool: pd.DataFrame, method: str, baseline: str, on: str) -> NDArray[np
 def resampled(pools: Sequence[NDArray[np.float64]], resamples: int, seed: int) -> tuple[float, NDArray[np.float64]]:
     """The mean over pools of a difference, and its draws by a hierarchical bootstrap: pools, then classes within each.
 
-    Args:
-        pools: the `gains` of each. A pool's difference is the unweighted mean over directions and splits.
-        resamples: how many draws.
-        seed: of the draws.
-
-    Returns:
-        The difference, and (resamples,) draws of it.
+    Of `gains` of each pool, whose difference is the unweighted mean over directions and splits.
 
     Source: Davison and Hinkley 1997, section 3.8.
     """
@@ -292,11 +280,7 @@ def gain_figure(rows: pd.DataFrame) -> Figure:
 
 
 def write_claims(folder: Path) -> list[Path]:
-    """Write claims.{md,tex,csv} and claims_gain.{pdf,png,csv} into the folder with the pools' tables of predictions.
-
-    Raises:
-        UserError: no pool's table is there.
-    """
+    """Write claims.{md,tex,csv} and claims_gain.{pdf,png,csv} into the folder with the pools' tables of predictions."""
     pools = read_pools(folder)
     if not pools:
         raise UserError(

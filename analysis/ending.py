@@ -21,12 +21,7 @@ LIBRARIES = {"open_clip": "open_clip", "timm": "timm", "transformers": "transfor
 def verdict(config: Experiment, tidy: pd.DataFrame) -> list[str]:
     """A sentence on the soup's test score against the best single model, and one on the mean of the shifts.
 
-    Args:
-        config: of the experiment; of several sweeps, of the whole.
-        tidy: from `analysis.measure.methods.tidy`; of several sweeps with their seed as a column.
-
-    Returns:
-        Nothing where the experiment makes no soup.
+    None where the experiment makes no soup. `tidy` is from `analysis.measure.methods`; of several sweeps it is of all.
     """
     soups = [name for name in (*LEADING, *config.recipes) if name not in NO_SOUPS and "ensemble" not in name]
     soup = next((name for name in soups if name in set(tidy["method"])), None)

@@ -73,11 +73,6 @@ class Subpool:
 def candidates(kind: str, lengths: Sequence[int], rates: Sequence[float]) -> list[int]:
     """The places of models that a kind of sub-pool draws from: all, or a third of them.
 
-    Args:
-        kind: of `KINDS`.
-        lengths: epochs of each model.
-        rates: learning rate of each.
-
     >>> candidates("short trainings", [9, 4, 16], [1e-4] * 3), candidates("long trainings", [9, 4, 16], [1e-4] * 3)
     ([1], [2])
     """
@@ -101,7 +96,7 @@ def subpools(config: Experiment, pool: Sequence[Ingredient], num_held_out: int) 
     """All sub-pools that are drawn from a pool; the initialisation is in none. Sizes that it has not are left out."""
     tuned = [place for place, member in enumerate(pool) if member.row]
     settings = [row_config(config, pool[place].row).optim for place in tuned]
-    lengths, rates = [each.epochs for each in settings], [each.lr for each in settings]
+    lengths, rates = zip(*((each.epochs, each.lr) for each in settings), strict=True)
     seed, found = config.sweep.seed, []
     for (kind, size, share), (draws, _) in KINDS.items():
         among = [tuned[i] for i in candidates(kind, lengths, rates)]
@@ -186,13 +181,9 @@ def _by_kind(lines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def pays(lines: pd.DataFrame) -> pd.DataFrame:
     """What soups of sub-pools gain over their best model: a line for each kind of sub-pool, split and soup.
 
-    Args:
-        lines: of subpools.csv, of one or more pools, with the columns `noise test` and `noise shifts`: standard errors
-            of a single difference.
-
-    Returns kind (in words), on (test or shifts), soup, n, the means of the epochs, the spread of learning rates and the
-    number of held-out images, the mean gain and its quartiles, and the shares of sub-pools whose soup is better, equal
-    and worse at all, and better and worse by more than noise; gains are fractions.
+    Of lines of subpools.csv with the columns `noise test` and `noise shifts`, standard errors of a single difference.
+    Beside the means of the settings it has the mean gain (a fraction) and its quartiles, and the shares of sub-pools
+    whose soup is better, equal and worse at all, and better and worse by more than noise.
     """
     rows = []
     for title, group in _by_kind(lines):
@@ -244,11 +235,7 @@ def _figure_of(lines: pd.DataFrame, table: pd.DataFrame) -> Figure:
 
 
 def write_pays(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Write subpools_gain.{pdf,png,csv} from the sub-pools of the pools that are in a folder of results.
-
-    Raises:
-        UserError: there are none, or one without the predictions of its pool.
-    """
+    """Write subpools_gain.{pdf,png,csv} from the sub-pools of the pools that are in a folder of results."""
     files = {name: file for name in names if (file := folder / f"{name}_subpools.csv").exists()}
     pools = read_pools(folder, list(files))
     if not files or pools.keys() != files.keys():

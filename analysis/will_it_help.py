@@ -37,8 +37,7 @@ FEATURES = list(features([1.0], 1))
 def with_error(found: NDArray[np.float64]) -> tuple[float, float]:
     """A difference of accuracies, the unweighted mean over splits, and its standard error over classes.
 
-    Args:
-        found: (S, 2, G) of `gains`: by split and class the sum of differences, and the number of pictures.
+    Of (S, 2, G) `gains`: by split and class the sum of differences, and the number of pictures.
 
     Source: the linearisation of a ratio of sums over clusters; Cochran 1977, section 6.4.
     """
@@ -109,10 +108,7 @@ def _of_tables(folder: Path) -> Iterator[dict[str, Any]]:
 def read_lines(folder: Path) -> pd.DataFrame:
     """A line for each pool or sub-pool: pool, what it is, the features, and each soup's gain in standard errors.
 
-    Features are NaN where held-out scores are not known.
-
-    Raises:
-        UserError: there are fewer than two pools of images, so that none can be held back.
+    Features are NaN where held-out scores are not known. Two pools of images are needed, so that one can be held back.
     """
     lines = pd.DataFrame([*_of_folds(folder), *_of_tables(folder)])
     if lines.empty or of_images(lines)["pool"].nunique() < 2:
@@ -169,11 +165,7 @@ def by_features(known: pd.DataFrame, asked: pd.DataFrame, outcome: tuple[str, st
 
 
 def held_back(lines: pd.DataFrame) -> pd.DataFrame:
-    """What is predicted of each pool from the image pools but itself, and what came of it.
-
-    Returns pool, what, soup, on, base rate, features (both are probabilities), and better: 1 if the soup is better than
-    the best model by more than noise.
-    """
+    """What is predicted of each pool from the other image pools, by base rate and by features, and what came of it."""
     images, rows = of_images(lines), []
     for pool, asked in lines.groupby("pool", sort=False):
         known = images[images["pool"] != pool]
@@ -251,10 +243,7 @@ def table_of(lines: pd.DataFrame, predicted: pd.DataFrame) -> dict[str, Any]:
 
 
 def reliability(predicted: pd.DataFrame, how: str) -> pd.DataFrame:
-    """Predicted and observed shares by bins of the prediction; each pool weighs the same within a bin.
-
-    Returns predicted, observed, low, high (95 %, by `jeffreys`, each pool one observation) and pools.
-    """
+    """Predicted and observed shares, with `jeffreys` intervals, by bins of the prediction; a pool counts once a bin."""
     predicted, rows = predicted.dropna(subset=how), []
     for _, group in predicted.groupby(np.digitize(predicted[how], BINS[1:-1])):
         by_pool = group.groupby("pool")[[how, "better"]].mean()

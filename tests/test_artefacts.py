@@ -98,8 +98,8 @@ def committed_figures():
     """The committed pictures of results/measured, and for each how today's code draws it from the csv beside it."""
     found = {}
     for name, artefact in DRAWN.items():
-        for experiment, file in measured_files(name).items() if not artefact.made.is_table else ():
-            found[file.stem] = partial(artefact.made.show, measured_experiment(experiment))
+        for experiment, file in measured_files(name).items() if not artefact.is_table else ():
+            found[file.stem] = partial(artefact.shown, [measured_experiment(experiment)])
     return found | {"claims_gain": gain_figure}
 
 
@@ -133,7 +133,7 @@ def test_the_figures_of_several_pools_are_what_todays_code_draws_from_their_csvs
 
 
 def test_no_two_artefacts_are_the_same_picture_of_the_same_runs():
-    seen = [(artefact.made, artefact.embedded) for artefact in ARTEFACTS.values()]
+    seen = [(artefact.measure, artefact.show, artefact.embedded) for artefact in ARTEFACTS.values()]
     assert not [each for each in seen if seen.count(each) > 1]
     files = [path for path in MEASURED.iterdir() if path.suffix in (".png", ".csv")]
     assert len({path.read_bytes() for path in files}) == len(files)

@@ -13,11 +13,7 @@ from eval.significance import Difference, paired_bootstrap
 
 
 def losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) negative log-likelihoods in nats and (N,) Brier scores in [0, 2], both float64.
-
-    Args:
-        logits: (N, C), any float dtype.
-        labels: (N,) class ids.
+    """(N,) negative log-likelihoods in nats and (N,) Brier scores in [0, 2], both float64, of (N, C) logits.
 
     Source: Brier 1950, eq. 2.
     """
@@ -44,12 +40,8 @@ def calibration_of(evaluator: Evaluator, logits: Callable[[str], Tensor], splits
     """ece, ece_debiased, nll and brier of a model, of several splits their means; nll and brier with their intervals.
 
     An interval is the percentile interval of the paired bootstrap that accuracies have, against 0. Calibration errors
-    have none: resampled examples are less calibrated than those that they are drawn from.
-
-    Args:
-        evaluator: of the experiment.
-        logits: split -> (N, C) logits in the label space of the split.
-        splits: over which.
+    have none: resampled examples are less calibrated than those that they are drawn from. `logits` of a split are
+    (N, C), in its label space.
     """
     seen = [(logits(split), evaluator.split(split).labels) for split in splits]
     settings, size = evaluator.config.analysis, len(splits)
@@ -59,8 +51,7 @@ def calibration_of(evaluator: Evaluator, logits: Callable[[str], Tensor], splits
     }
     units, resampling = bootstrap_groups(evaluator, splits), {"resamples": settings.resamples, "seed": settings.seed}
     for name, values in zip(("nll", "brier"), zip(*(losses(*each) for each in seen), strict=True), strict=True):
-        interval: Difference = paired_bootstrap(
-            values, [torch.zeros_like(each) for each in values], units, **resampling
-        )
+        zeros = [torch.zeros_like(each) for each in values]
+        interval: Difference = paired_bootstrap(values, zeros, units, **resampling)
         found |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return found

@@ -1,7 +1,7 @@
 """From cached logits to a tidy table: one row for each model, soup or ensemble and each split."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -82,7 +82,7 @@ def logits_of_model(ingredient: Ingredient, evaluator: Evaluator) -> Callable[[s
 
 
 def method_of_model(name: str, ingredient: Ingredient, evaluator: Evaluator) -> Method:
-    """A method from a model of the pool, whose logits are kept."""
+    """A method from a model of the pool."""
     return method_of(name, 1, logits_of_model(ingredient, evaluator), evaluator, ingredient.held_out_score)
 
 
@@ -98,13 +98,14 @@ def titled(name: str) -> str:
 def over_orders(name: str, orders: Sequence[Method]) -> Method:
     """The mean of several soups of one recipe; the soups are kept for their spread."""
     first, k = orders[0], len(orders)
-    hits = {split: torch.stack([each.hits[split].double() for each in orders]).mean(dim=0) for split in first.hits}
+
+    def mean(rights: Iterable[Tensor]) -> Tensor:
+        return torch.stack([right.double() for right in rights]).mean(dim=0)
+
+    hits = {split: mean(each.hits[split] for each in orders) for split in first.hits}
     predicted = {split: tuple(ids for each in orders for ids in each.predicted[split]) for split in first.predicted}
     scores = {split: sum(each.scores[split] for each in orders) / k for split in first.scores}
-    seen = {
-        name: Annotated(torch.stack([each.annotated[name].right.double() for each in orders]).mean(dim=0), own.classes)
-        for name, own in first.annotated.items()
-    }
+    seen = {n: Annotated(mean(e.annotated[n].right for e in orders), own.classes) for n, own in first.annotated.items()}
     held_out = sum(each.held_out for each in orders) / k
     return Method(name, first.models, hits, held_out, tuple(orders), predicted, scores, seen)
 
@@ -123,8 +124,7 @@ def soup_record(config: Experiment, name: str) -> dict[str, Any]:
     """The soup.json of a recipe, or of one of its random orders.
 
     Raises:
-        UserError: it is missing, or it chose on a test or shift split, so that it would be an oracle under another
-            name.
+        UserError: it is missing, or chose on a test or shift split: an oracle under another name.
     """
     path, task = RunFolder.of(config).soup(name) / "soup.json", config.task
     if not path.exists():
@@ -140,17 +140,12 @@ def soup_record(config: Experiment, name: str) -> dict[str, Any]:
 
 
 def measure(evaluator: Evaluator, *, with_oracle: bool = False) -> tuple[list[Method], list[Method]]:
-    """Hits of the individual models (row 0 first) and of the methods of Table 3.
-
-    Args:
-        evaluator: of the experiment.
-        with_oracle: add the oracle's row, as `analysis.oracle` does.
+    """Hits of the individual models (row 0 first) and of the methods of Table 3; with the oracle as `analysis.oracle`.
 
     Raises:
         UserError: a soup is missing, or was selected on a test or shift split.
     """
-    config = evaluator.config
-    run = RunFolder.of(config)
+    config, run = evaluator.config, RunFolder.of(evaluator.config)
 
     def individual(each: Ingredient) -> Method:
         kind = f" ({each.kind})" if config.cooking.individuals else ""
@@ -190,9 +185,7 @@ def bootstrap_groups(evaluator: Evaluator, splits: Sequence[str]) -> list[Tensor
 
 
 def columns_of(config: Experiment) -> dict[str, tuple[str, ...]]:
-    """The columns of a table and the splits that each is over: every split, and the mean of the shifts where there are
-    some.
-    """
+    """The columns of a table and the splits that each is over: every split, and where there are some all shifts."""
     shifts = config.task.shifts
     return {split: (split,) for split in config.task.reported} | ({SHIFT_MEAN: shifts} if shifts else {})
 
@@ -200,15 +193,10 @@ def columns_of(config: Experiment) -> dict[str, tuple[str, ...]]:
 def difference_in(
     evaluator: Evaluator, ours: Method, baseline: Method, splits: Sequence[str], *, redraw: bool = False
 ) -> Difference:
-    """One method minus another, averaged over splits, with a paired bootstrap interval.
+    """One method minus another, averaged over splits, with a paired bootstrap interval; of random orders the mean.
 
-    Args:
-        evaluator: of the experiment.
-        ours: the method.
-        baseline: what it is compared with; of several models or random orders the mean counts.
-        splits: which.
-        redraw: where a split is scored by anything but top-1, compute that anew for every draw, which takes seconds;
-            else the interval is NaN there.
+    With `redraw`, what scores a split by anything but top-1 is computed anew for every draw, which takes seconds; else
+    the interval is NaN there.
     """
     config = evaluator.config
     resampling = {"resamples": config.analysis.resamples, "seed": config.analysis.seed}
@@ -238,14 +226,9 @@ def numbers_of(
     *,
     redraw: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """For each column a row of a table: column, n, accuracy, and difference to the baseline with low and high.
+    """For each column a row of a table: column, n, accuracy, and difference to the baseline, if any, with low and high.
 
-    Args:
-        evaluator: of the experiment.
-        method: whose numbers they are.
-        baseline: without one there is no difference.
-        columns: each with its splits, as from `columns_of`.
-        redraw: as for `difference_in`.
+    Columns are those of `columns_of`, or others with their splits; `redraw` is as for `difference_in`.
     """
     for column, splits in columns.items():
         ours = method.of(column)
@@ -258,11 +241,7 @@ def numbers_of(
 
 
 def need_shifts(config: Experiment) -> None:
-    """Refuse a task without shifts, which has no scatter of test against shifts.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Refuse a task without shifts, which has no scatter of test against shifts, with a UserError."""
     if not config.task.shifts:
         raise UserError(f"{config.name}: this figure is test against shifts, and task.shifts is empty")
 

@@ -63,7 +63,7 @@ class Results:
     def table(self, stem: str) -> pd.DataFrame | None:
         """analysis/<stem>.csv, where it was made."""
         path = self.run.analysis / f"{stem}.csv"
-        return read_csv(path) if path.exists() else None
+        return _read_csv(path) if path.exists() else None
 
     def picture(self, stem: str) -> str | None:
         """analysis/<stem>.png as a data URI, where it was made."""
@@ -71,52 +71,35 @@ class Results:
         return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.exists() else None
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """The words of a csv with a head.
-
-    Raises:
-        UserError: it is damaged.
-    """
+def _read_csv(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:  # pandas' errors are ones, and so is text that is not UTF-8
         raise UserError(f"{path} is damaged ({error}): delete it and run the same again") from None
 
 
-def _needed(path: Path, command: str) -> Path:
-    if not path.exists():
-        raise UserError(f"{path} is missing: run {command} first")
-    return path
-
-
 def read_results(config: Experiment, typed: Sequence[str] = ()) -> Results:
-    """Everything the page is made of.
-
-    Args:
-        config: of a finished experiment.
-        typed: settings of the command line, for the commands that the page names.
-
-    Raises:
-        UserError: the experiment is several, or a file is missing or damaged; the message says what to run.
-    """
+    """Everything the page is made of; `typed` are settings of the command line, for the commands that it names."""
     if config.replicates:
         raise UserError(f"{config.name} is {len(config.replicates)} sweeps, each with a page of its own")
     run, commands, done = RunFolder.of(config), Commands.of(config, typed), done_rows(config)
     records = {name: run.soup(name) / "soup.json" for each in config.recipes for name in outputs_of(config, each)}
     coefficients = {recipe: run.soup(recipe) / "coefficients.csv" for recipe in config.recipes}
 
-    def of_analysis(name: str) -> Path:
-        return _needed(run.analysis / name, commands.stage("analysis"))
+    def needed(path: Path, stage: str = "analysis") -> Path:
+        if not path.exists():
+            raise UserError(f"{path} is missing: run {commands.stage(stage)} first")
+        return path
 
     return Results(
         config=config,
         run=run,
         commands=commands,
-        manifest=read_csv(_needed(run.root / "manifest.csv", commands.stage("finetune"))),
-        scores=read_csv(of_analysis("table5.csv" if config.task.is_text else "table3.csv")),
-        points=read_csv(of_analysis("figure1.csv")),
+        manifest=_read_csv(needed(run.root / "manifest.csv", "finetune")),
+        scores=_read_csv(needed(run.analysis / ("table5.csv" if config.task.is_text else "table3.csv"))),
+        points=_read_csv(needed(run.analysis / "figure1.csv")),
         done=done,
         soups={name: read_json(path) for name, path in records.items() if path.exists()},
-        shares={recipe: read_csv(path) for recipe, path in coefficients.items() if path.exists()},
-        provenance=read_json(of_analysis("provenance.json")),
+        shares={recipe: _read_csv(path) for recipe, path in coefficients.items() if path.exists()},
+        provenance=read_json(needed(run.analysis / "provenance.json")),
     )

@@ -1,4 +1,4 @@
-"""Table 3's shape: methods by splits, with paired-bootstrap intervals against the best individual model."""
+"""Tables of text cells: numbers as they are printed, methods by splits as in Table 3, captions, and the files."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -46,6 +46,13 @@ METRICS = {
     "matthews": "Matthews correlation",
     "accuracy_and_f1": "Mean of accuracy and F1",
 }
+LATEX = {"%": r"\%", "_": r"\_", "−": "$-$", "†": r"\dag{}", "‡": r"\ddag{}", "θ": r"$\theta$", "Σ": r"$\sum$"}
+BEST = "the best individual model, chosen on the held-out split"
+
+
+def names_for(head: str) -> dict[str, str]:
+    """`NAMES`, with how the initialisation's head was made, as in `model.head`."""
+    return NAMES | {"initialisation": f"Initialisation ({HEADS[head]})"}
 
 
 def percent(fraction: float) -> str:
@@ -66,6 +73,11 @@ def points(difference: float, low: float, high: float) -> str:
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def gain(cell: Mapping[str, float]) -> str:
+    """The difference of a row of numbers to its baseline, as `points`."""
+    return points(cell["difference"], cell["low"], cell["high"])
+
+
 def column_title(task: Task, column: str) -> str:
     """The title of a column: the split's in its task, ReaL, Multilabel, or Mean of shifts.
 
@@ -76,35 +88,22 @@ def column_title(task: Task, column: str) -> str:
     return "Mean of shifts" if column == SHIFT_MEAN else ANNOTATIONS.get(column) or task.split_title(column)
 
 
-def gain(cell: Mapping[str, float]) -> str:
-    """The difference of a row of numbers to its baseline, as `points`."""
-    return points(cell["difference"], cell["low"], cell["high"])
-
-
-def _accuracy(cell: Mapping[str, float]) -> str:
-    """Per cent, with the standard deviation over random orders where there is one."""
-    spread = "" if pd.isna(cell["spread"]) else f" ({percent(cell['spread'])})"
-    return percent(cell["accuracy"]) + spread
-
-
 def table3(tidy: pd.DataFrame, task: Task, head: str = "linear_probe") -> pd.DataFrame:
     """One row per method, all cells text: accuracies in per cent, differences to the best individual in points.
 
-    Args:
-        tidy: from `analysis.measure.methods.tidy`.
-        task: that it is of.
-        head: how the initialisation's was made, as in `model.head`.
+    Standard deviations over random orders stand in brackets; `head` is how the initialisation's was made.
     """
-    names = NAMES | {"initialisation": f"Initialisation ({HEADS[head]})"}
+    names, rows = names_for(head), []
     titles = {column: column_title(task, column) for column in tidy["column"].unique()}  # the mean of shifts is last
     test = next(iter(titles))
     differences = {test: f"{titles[test]} − best", SHIFT_MEAN: "Shifts − best"}
-    rows = []
     for method, group in tidy.groupby("method", sort=False):
         first, cells = group.iloc[0], {cell["column"]: cell for cell in group.to_dict("records")}
         row = {"Method": names.get(str(method), str(method)), "Models at inference": str(first["models"])}
         row["Held-out"] = "" if pd.isna(first["held_out"]) else percent(first["held_out"])  # no oracle is chosen there
-        row |= {titles[column]: _accuracy(cell) for column, cell in cells.items()}
+        for column, cell in cells.items():
+            spread = "" if pd.isna(cell["spread"]) else f" ({percent(cell['spread'])})"
+            row[titles[column]] = percent(cell["accuracy"]) + spread
         for column, title in differences.items():
             if column in cells:
                 row[title] = "" if method == "best" else gain(cells[column])
@@ -119,13 +118,13 @@ def measured(task: Task, columns: Iterable[str]) -> str:
     >>> measured(load("figureg1_fmow").task, ["test", "ood"])
     'Top-1 accuracy (Test), accuracy of the worst group (OOD)'
     """
-    of: dict[str, list[str]] = {}
+    titles: dict[str, list[str]] = {}
     for column in columns:
         if column != SHIFT_MEAN:
-            of.setdefault(METRICS[task.metrics.get(column, "top1")], []).append(column_title(task, column))
-    if len(of) == 1:
-        return next(iter(of))
-    first, *others = [f"{metric} ({', '.join(titles)})" for metric, titles in of.items()]
+            titles.setdefault(METRICS[task.metrics.get(column, "top1")], []).append(column_title(task, column))
+    if len(titles) == 1:
+        return next(iter(titles))
+    first, *others = [f"{metric} ({', '.join(of)})" for metric, of in titles.items()]
     return ", ".join([first, *(other[:1].lower() + other[1:] for other in others)])
 
 
@@ -143,24 +142,19 @@ def caption(tidy: pd.DataFrame, note: str, baseline: str, task: Task) -> str:
     )
 
 
-LATEX = {"%": r"\%", "_": r"\_", "−": "$-$", "†": r"\dag{}", "‡": r"\ddag{}", "θ": r"$\theta$", "Σ": r"$\sum$"}
-BEST = "the best individual model, chosen on the held-out split"
+def markdown(table: pd.DataFrame, text: str) -> str:
+    """A table of text cells with its caption below."""
+    return f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n"
 
 
 def write_cells(table: pd.DataFrame, numbers: pd.DataFrame, stem: Path, text: str) -> list[Path]:
-    """Write a table of text cells as stem.md and stem.tex (booktabs), and the numbers behind it as stem.csv.
-
-    Args:
-        table: of text cells.
-        numbers: one row a number.
-        stem: path without suffix.
-        text: the caption.
-    """
-    markdown, latex, csv = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".tex", ".csv"))
-    write_text(markdown, f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
+    """Write a table of text cells and its caption as stem.md and stem.tex (booktabs), its numbers as stem.csv."""
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".md", ".tex", ".csv")]
+    write_text(files[0], markdown(table, text))
     escaped, format_ = table.rename(columns=_escape).map(_escape), "l" + "r" * (len(table.columns) - 1)
-    write_text(latex, escaped.to_latex(index=False, caption=_escape(text), column_format=format_))
-    return [markdown, latex, write_csv(numbers, csv)]
+    write_text(files[1], escaped.to_latex(index=False, caption=_escape(text), column_format=format_))
+    write_csv(numbers, files[2])
+    return files
 
 
 def _escape(text: str) -> str:

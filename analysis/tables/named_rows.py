@@ -8,16 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures.style import COLUMN, PAGE, STYLE, legend, panels, save, styled
-from analysis.measure.methods import (
-    SHIFT_MEAN,
-    Method,
-    columns_of,
-    method_of,
-    method_of_model,
-    need_shifts,
-    tidy,
-    titled,
-)
+from analysis.measure.methods import SHIFT_MEAN, Method, method_of, method_of_model, need_shifts, tidy, titled
 from analysis.measure.mixtures import axis_labels, kept_logits, mean_logits
 from analysis.tables.cells import caption, column_title, gain, percent, write_cells
 from configs.data import Task
@@ -47,46 +38,41 @@ def _kind_name(kind: str) -> str:
 def measure_named_rows(evaluator: Evaluator) -> tuple[list[Method], pd.DataFrame]:
     """The rows, then soup and ensemble of each set, for every kind of weights that the rows left.
 
-    Returns:
-        The methods, the first of which is the table's baseline; and for each its kind of weights and what it is
-        (individual, soup or ensemble).
-
-    Raises:
-        UserError: rows without names in `analysis.labels`, or a sweep that is not finished.
+    The first method is the table's baseline. Beside them for each its kind of weights and what it is (individual, soup
+    or ensemble). A UserError refuses rows without names in `analysis.labels`.
     """
-    config, task = evaluator.config, evaluator.config.task
+    config, held_out = evaluator.config, evaluator.config.task.held_out
     if not config.analysis.labels:
         raise UserError(f"{config.name}: name the rows in analysis.labels, and sets of them in analysis.sets")
     pool = variants(config)
     kinds = list(dict.fromkeys(variant.kind for variant in pool))
-    methods: list[Method] = []
-    notes: list[tuple[str, str]] = []
+    found: list[tuple[Method, str, str]] = []
     for kind in kinds:
         of_kind = {variant.row: variant for variant in pool if variant.kind == kind}
         suffix = "" if len(kinds) == 1 else f" ({_kind_name(kind)})"
         for row, variant in of_kind.items():
-            methods.append(method_of_model(config.analysis.labels[row - 1] + suffix, variant, evaluator))
-            notes.append((kind, "individual"))
+            method = method_of_model(config.analysis.labels[row - 1] + suffix, variant, evaluator)
+            found.append((method, kind, "individual"))
         for name, rows in config.analysis.sets.items():
-            members = [of_kind[row] for row in rows if row in of_kind]
-            if len(members) < len(rows):
+            if not set(rows) <= of_kind.keys():
                 continue
+            members = [of_kind[row] for row in rows]
             soup, ensemble = mean_of([member.load for member in members]), mean_logits(evaluator, members)
             for what, models, logits in (
                 ("soup", 1, kept_logits(evaluator, soup)),
                 ("ensemble", len(members), ensemble),
             ):
-                held_out = evaluator.score(logits(task.held_out), task.held_out)
-                methods.append(method_of(f"{titled(what)} of {name}{suffix}", models, logits, evaluator, held_out))
-                notes.append((kind, what))
-    return methods, pd.DataFrame(notes, columns=["kind", "what"])
+                score = evaluator.score(logits(held_out), held_out)
+                method = method_of(f"{titled(what)} of {name}{suffix}", models, logits, evaluator, score)
+                found.append((method, kind, what))
+    return [method for method, *_ in found], pd.DataFrame([note for _, *note in found], columns=["kind", "what"])
 
 
 def tidy_named_rows(evaluator: Evaluator) -> pd.DataFrame:
     """One row per method and column: accuracy, n, difference to the first method and its interval; fractions."""
     methods, notes = measure_named_rows(evaluator)
     rows = tidy(methods, evaluator, methods[0]).drop(columns="spread")
-    what = notes.loc[notes.index.repeat(len(columns_of(evaluator.config)))].reset_index(drop=True)
+    what = notes.loc[notes.index.repeat(len(rows) // len(methods))].reset_index(drop=True)
     return pd.concat([rows[["method"]], what, rows.drop(columns="method")], axis=1)
 
 
@@ -105,11 +91,7 @@ def named_rows_table(tidy: pd.DataFrame, task: Task) -> pd.DataFrame:
 
 
 def measure_rows(config: Experiment) -> pd.DataFrame:
-    """The numbers of Figures L.1 and L.2: rows as trained, their EMA and SWA, and soups and ensembles of each kind.
-
-    Raises:
-        UserError: rows without names in `analysis.labels`, a sweep that is not finished, or a task without shifts.
-    """
+    """The numbers of Figures L.1 and L.2: rows as trained, their EMA and SWA, and soups and ensembles of each kind."""
     need_shifts(config)
     return tidy_named_rows(Evaluator(config))
 
@@ -118,20 +100,20 @@ def measure_rows(config: Experiment) -> pd.DataFrame:
 def draw_rows(config: Experiment, numbers: pd.DataFrame) -> Figure:
     """Test accuracy against the mean of shifts: a panel a kind of weights, in each the others' points in grey."""
     kinds = list(dict.fromkeys(numbers["kind"]))
-    labels, rows = axis_labels(config), ["method", "kind", "what"]
-    wide = 100 * numbers.pivot_table(index=rows, columns="column", values="accuracy", sort=False)
-    x, y = (wide[column] for column in labels)
-    figure, (line,) = panels(1, len(kinds), 2.9, width=PAGE if len(kinds) > 1 else COLUMN, sharex=True, sharey=True)
+    labels, is_several = axis_labels(config), len(kinds) > 1
+    wide = numbers.pivot_table(index=["method", "kind", "what"], columns="column", values="accuracy", sort=False)
+    x, y = (100 * wide[column] for column in labels)
+    figure, (line,) = panels(1, len(kinds), 2.9, width=PAGE if is_several else COLUMN, sharex=True, sharey=True)
     for axes, kind in zip(line, kinds, strict=True):
         axes.scatter(x, y, s=6, color="#BBBBBB", lw=0, zorder=1)
         for what, (name, colour, marker, size) in WHAT.items():
             is_it = (wide.index.get_level_values("kind") == kind) & (wide.index.get_level_values("what") == what)
             look = {"c": colour, "marker": marker, "s": 0.4 * size, "edgecolors": "white", "lw": 0.3, "zorder": 3}
             axes.scatter(x[is_it], y[is_it], label=name, **look)
-        axes.set(xlabel=labels[config.task.test], title=titled(_kind_name(kind)) if len(kinds) > 1 else None)
+        axes.set(xlabel=labels[config.task.test], title=titled(_kind_name(kind)) if is_several else None)
     line[0].set_ylabel(labels[SHIFT_MEAN])
     _leave_out(line, x, y)
-    legend(figure, line[0], 3, "Grey: the points of the other panels" if len(kinds) > 1 else "")
+    legend(figure, line[0], 3, "Grey: the points of the other panels" if is_several else "")
     return figure
 
 

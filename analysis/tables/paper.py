@@ -24,7 +24,7 @@ from analysis.measure.methods import (
     measure,
     tidy,
 )
-from analysis.tables.cells import BEST, HEADS, METRICS, NAMES, column_title, counts, gain, measured, points
+from analysis.tables.cells import BEST, METRICS, NAMES, column_title, counts, gain, measured, names_for, points
 from analysis.tables.named_rows import measure_named_rows
 from analysis.tables.table3 import note
 from configs.errors import UserError
@@ -34,6 +34,7 @@ from eval.significance import paired_permutation
 
 PAPER = Path(__file__).resolve().parents[2] / "results/paper"
 MARKS = {"H": "", "M": "†", "L": "‡"}  # confidence -> the mark that the table puts at a number
+MARKED = {"M": "† medium confidence", "L": "‡ low confidence"}
 LEGEND = "The paper's numbers are from results/paper, which names their sources"
 OTHER_METHODS = {  # rows of the paper's tables that are no method of this project
     "vit_g_zhai": "ViT-G/14 (Zhai et al. 2021)",
@@ -41,7 +42,6 @@ OTHER_METHODS = {  # rows of the paper's tables that are no method of this proje
     "coatnet_7": "CoAtNet-7 (Dai et al. 2021)",
     "coca": "CoCa (Yu et al. 2022)",
 }
-MARKED = {"M": "† medium confidence", "L": "‡ low confidence"}
 LEVEL = 0.05
 ORACLE = "oracle"
 RATE = re.compile(r", (\d+e-\d+)$")  # at the end of a row's name in Tables L.1 and L.2
@@ -50,20 +50,14 @@ DEMO_RATE = "3e-5"  # the paper has two; rows that name none stand beside this o
 RECIPES = {"table5": ("best", "greedy"), "tablej1": ("best", "uniform", "greedy")}
 MODELS = {"bert_base": "BERT-base", "bert_large": "BERT-large", "t5_small": "T5-small"}
 MODELS |= {"t5_base": "T5-base", "t5_large": "T5-large"}
+Cells = tuple[pd.DataFrame, str]  # of text, and the caption
 
 
 def paper_table(name: str) -> pd.DataFrame:
-    """The paper's numbers of one table, one row a cell.
+    """The paper's numbers of one table, one row a cell; a cell that is not known has no row.
 
-    Args:
-        name: table1, table3, table4, table5, tablec1, tablej1, tablel1, tablel2, tablel3 or headlines.
-
-    Returns:
-        Columns table, row, column, value (as printed: per cent or points, see unit), spread (standard deviation, NaN
-        where none is given), unit, source, confidence (H, M or L). A cell that is not known has no row.
-
-    Raises:
-        UserError: the file is missing.
+    Columns table, row, column, value (as printed: per cent or points, see unit), spread (standard deviation, NaN where
+    none is given), unit, source, confidence (H, M or L).
 
     >>> paper_table("table3").query("row == 'greedy' and column == 'test'")["value"].item()
     81.03
@@ -80,14 +74,12 @@ def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapp
     Args:
         ours: one row per `method` and `column` with `accuracy` (fraction), as from `analysis.measure.methods.tidy`.
         name: of the paper's table, as for `paper_table`.
-        rows: a method of ours -> the paper's row. Methods that are not in it, or whose row the paper's table has not,
-            stay, without a number of the paper.
+        rows: a method of ours -> the paper's row. Others stay without a number of the paper.
         columns: a column of ours -> the paper's column, likewise.
 
     Returns:
-        `ours`, in its order and with its columns, and six more: `ours` and `paper` (per cent), `paper_spread`
-        (standard deviation, points), `minus_paper` (points), `confidence` and `source` (empty where the paper has no
-        known number).
+        `ours`, in its order and with its columns, and `ours` and `paper` (per cent), `paper_spread` (standard
+        deviation) and `minus_paper` (points), `confidence` and `source` (empty where the paper has no known number).
     """
     wanted = pd.MultiIndex.from_arrays([ours["method"].map(rows), ours["column"].map(columns)])
     cells = paper_table(name).set_index(["row", "column"]).reindex(wanted).set_axis(ours.index)
@@ -102,14 +94,8 @@ def beside(ours: pd.DataFrame, name: str, rows: Mapping[str, str], columns: Mapp
     )
 
 
-def only_in_paper(compared: pd.DataFrame, name: str, columns: Mapping[str, str]) -> pd.DataFrame:
-    """The paper's rows that nothing of ours stands beside, in the form of `beside`, without numbers of ours.
-
-    Args:
-        compared: from `beside`.
-        name: of the paper's table.
-        columns: a column of ours -> the paper's column; others of the paper's are left out.
-    """
+def _only_in_paper(compared: pd.DataFrame, name: str, columns: Mapping[str, str]) -> pd.DataFrame:
+    """The paper's rows that nothing of ours stands beside, in the form and with the `columns` of `beside`."""
     paper = paper_table(name).rename(columns={"row": "method", "value": "paper", "spread": "paper_spread"})
     ours = dict(zip(columns.values(), columns, strict=True))
     missing = paper[~paper["method"].isin(compared["method"]) & paper["column"].isin(ours)]
@@ -120,14 +106,8 @@ def only_in_paper(compared: pd.DataFrame, name: str, columns: Mapping[str, str])
 def beside_table(compared: pd.DataFrame, titles: Mapping[str, str], names: Mapping[str, str] = NAMES) -> pd.DataFrame:
     """One row per method, all cells text: ours, the paper's and ours minus the paper's, with two decimals.
 
-    Args:
-        compared: from `beside`; where it has a column `bold`, ours is bold where that is true.
-        titles: column -> its title.
-        names: method -> its name in the table.
-
-    Returns:
-        For each column ours, and where the paper has numbers of it the paper's, with the marks of `MARKS`; differences
-        only where `compared` has some.
+    Ours is bold where a column `bold` of what `beside` gave is true. The paper's, with its marks, and differences stand
+    only where a column has some. `titles` are of columns, `names` of methods.
     """
     with_paper, with_difference = (
         set(compared.loc[compared[name].notna(), "column"]) for name in ("paper", "minus_paper")
@@ -136,7 +116,7 @@ def beside_table(compared: pd.DataFrame, titles: Mapping[str, str], names: Mappi
     for method, group in compared.groupby("method", sort=False):
         row = {"Method": names.get(str(method), str(method))}
         for cell in group.to_dict("records"):
-            column = cell["column"]
+            column, minus = cell["column"], cell["minus_paper"]
             title = titles.get(column, column)
             ours = _number(cell["ours"], 100 * cell.get("spread", NAN))  # a fraction, as in `tidy`
             row[title] = f"**{ours}**" if cell.get("bold") and ours else ours
@@ -144,7 +124,6 @@ def beside_table(compared: pd.DataFrame, titles: Mapping[str, str], names: Mappi
                 mark = MARKS.get(cell["confidence"], "")
                 row[f"{title}, paper"] = _number(cell["paper"], cell["paper_spread"]) + mark
             if column in with_difference:  # never -0.00
-                minus = cell["minus_paper"]
                 row[f"{title} − paper"] = "" if pd.isna(minus) else f"{round(minus, 2) + 0.0:+.2f}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
@@ -157,8 +136,7 @@ def _number(value: float, spread: float) -> str:
 def legend(compared: pd.DataFrame) -> str:
     """A sentence for the caption: where the paper's numbers are from, and what the marks in the table mean."""
     there = set(compared["confidence"])
-    marks = [meaning for confidence, meaning in MARKED.items() if confidence in there]
-    return "; ".join([LEGEND, *marks]) + "."
+    return "; ".join([LEGEND, *(meaning for confidence, meaning in MARKED.items() if confidence in there)]) + "."
 
 
 def _hits(evaluator: Evaluator, method: Method, column: str) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -180,8 +158,8 @@ def _p_to_best(evaluator: Evaluator, method: Method, best: Method, column: str) 
     """Whether `method` is significantly worse than `best`, and the p-value where a permutation test gives one."""
     ours, theirs = _hits(evaluator, method, column), _hits(evaluator, best, column)
     if ours is None or theirs is None:  # scored by no mean over images: by the bootstrap interval of the difference
-        gain = difference_in(evaluator, method, best, columns_of(evaluator.config)[column], redraw=True)
-        return gain.high < 0, NAN
+        found = difference_in(evaluator, method, best, columns_of(evaluator.config)[column], redraw=True)
+        return found.high < 0, NAN
     p = paired_permutation(ours[0], theirs[0], ours[1], seed=evaluator.config.analysis.seed)
     return p < LEVEL, p
 
@@ -205,20 +183,17 @@ def with_significance(evaluator: Evaluator, methods: Sequence[Method], baseline:
         pairs = list(zip(methods, (row for row in rows if row["column"] == column), strict=True))
         best, _ = max((each for each in pairs if each[0].name != ORACLE), key=lambda each: each[1]["accuracy"])
         for method, row in pairs:
-            ours = method.of(column), best, column
-            is_worse, p = _p_to_best(evaluator, *ours) if method is not best else (False, 1.0)
+            is_best = method is best
+            is_worse, p = (False, 1.0) if is_best else _p_to_best(evaluator, method.of(column), best, column)
             row |= {"p_to_best": p, "bold": not is_worse and method.name != ORACLE}
     numbers = ["accuracy", "spread", "n", "p_to_best", "bold", "difference", "low", "high"]
     return pd.DataFrame(rows)[["method", "models", "held_out", "column", *numbers]]
 
 
-def _cells(
-    config: Experiment, compared: pd.DataFrame, names: Mapping[str, str], baseline: str
-) -> tuple[pd.DataFrame, str]:
+def _cells(config: Experiment, compared: pd.DataFrame, names: Mapping[str, str], baseline: str) -> Cells:
     """Text cells and caption of numbers beside the paper's."""
-    task = config.task
+    task, methods = config.task, compared["method"].unique()
     titles = {column: column_title(task, column) for column in compared["column"]}
-    methods = compared["method"].unique()
     cells = beside_table(compared, titles, names)
     for column in (task.test, SHIFT_MEAN):
         rows = compared[compared["column"] == column].set_index("method").reindex(methods)
@@ -229,7 +204,7 @@ def _cells(
         cells[title] = [points(*each) if any(each) and pd.notna(each[0]) else "" for each in ends]
         gains = rows["paper"] - (rows.loc["best"] if baseline == BEST else rows.iloc[0])["paper"]
         if gains.notna().sum() > 1:
-            cells[f"{title}, paper"] = ["" if pd.isna(gain) or not gain else f"{gain:+.2f}" for gain in gains]
+            cells[f"{title}, paper"] = ["" if pd.isna(each) or not each else f"{each:+.2f}" for each in gains]
     missing = f" Rows marked {PAPER_ONLY} have no number of ours." if compared["ours"].isna().any() else ""
     minus = ", and ours minus the paper's in points" if compared["minus_paper"].notna().any() else ""
     text = (
@@ -245,23 +220,20 @@ def measure_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
     """The numbers of Table 1, 3, 4 or C.1: an experiment's recipes in every column, with the paper's beside them.
 
     Columns: those of `with_significance` and of `beside`. Rows that only the paper has follow, without numbers of ours.
-
-    Raises:
-        UserError: a stage before this one is not finished.
     """
     evaluator = Evaluator(config)
     _, methods = measure(evaluator, with_oracle=ORACLE in set(paper_table(table)["row"]))
-    tidy = with_significance(evaluator, methods, best_of(methods))
+    ours = with_significance(evaluator, methods, best_of(methods))
     if table == "table1":
-        tidy = tidy[tidy["column"].isin([config.task.test, SHIFT_MEAN])]
-    columns = {column: column for column in tidy["column"]} | {config.task.test: "test"}
-    compared = beside(tidy, table, {name: name for name in tidy["method"]}, columns)
-    return pd.concat([compared, only_in_paper(compared, table, columns)], ignore_index=True)
+        ours = ours[ours["column"].isin([config.task.test, SHIFT_MEAN])]
+    columns = {column: column for column in ours["column"]} | {config.task.test: "test"}
+    compared = beside(ours, table, {name: name for name in ours["method"]}, columns)
+    return pd.concat([compared, _only_in_paper(compared, table, columns)], ignore_index=True)
 
 
-def cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> Cells:
     """Table 1, 3, 4 or C.1 as text cells, and its caption; `numbers` are from `measure_beside_paper`."""
-    names = NAMES | {"initialisation": f"Initialisation ({HEADS[config.model.head]})"} | OTHER_METHODS
+    names = names_for(config.model.head) | OTHER_METHODS
     has_ours = numbers.groupby("method")["ours"].count() > 0
     names |= {row: f"{names[row]}, {PAPER_ONLY}" for row in has_ours.index[~has_ours]}
     return _cells(config, numbers, names, BEST)
@@ -271,17 +243,14 @@ def measure_rows_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
     """The numbers of Table L.1, L.2 or L.3: named rows, soups and ensembles of sets of them, beside the paper's.
 
     Names that end in a learning rate stand beside the paper's number at that rate, others beside those at 3e-5.
-
-    Raises:
-        UserError: rows without names in `analysis.labels`, or a sweep that is not finished.
     """
     evaluator = Evaluator(config)
     methods, _ = measure_named_rows(evaluator)
-    tidy = with_significance(evaluator, methods, methods[0])
-    rates = tidy["method"].str.extract(RATE, expand=False).fillna(DEMO_RATE)
+    ours = with_significance(evaluator, methods, methods[0])
+    rates = ours["method"].str.extract(RATE, expand=False).fillna(DEMO_RATE)
     has_rates = paper_table(table)["column"].str.contains("@").any()
     parts = []
-    for rate, group in tidy.groupby(rates, sort=False):
+    for rate, group in ours.groupby(rates, sort=False):
         rows = {method: RATE.sub("", method) for method in group["method"]}
         ending = f"@{rate}" if has_rates else ""
         columns = {config.task.test: f"test{ending}", SHIFT_MEAN: f"{SHIFT_MEAN}{ending}"}
@@ -289,7 +258,7 @@ def measure_rows_beside_paper(config: Experiment, table: str) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def row_cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def row_cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> Cells:
     """Table L.1, L.2 or L.3 as text cells, and its caption; `numbers` are from `measure_rows_beside_paper`."""
     return _cells(config, numbers, {}, "the first row")
 
@@ -297,25 +266,20 @@ def row_cells_beside_paper(config: Experiment, numbers: pd.DataFrame) -> tuple[p
 def text_numbers(configs: Sequence[Experiment], table: str) -> pd.DataFrame:
     """One row per experiment and recipe, on its test split, beside the paper's number where it has one.
 
-    Columns: network, task, protocol (apart, or paper: selected on the reported split), n, metric and those of
-    `with_significance`; ours and paper (per cent),
-    minus_paper (points), confidence, source.
-
-    Raises:
-        UserError: a stage before this one is not finished.
+    Columns: those of `with_significance` and of `beside`, network, task, metric, and protocol: apart, or paper, which
+    selects on the reported split.
     """
     parts = []
     for config in configs:
         evaluator, task = Evaluator(config), config.task
         _, methods = measure(evaluator)
         chosen = [method for method in methods if method.name in RECIPES[table]]
-        tidy = with_significance(evaluator, chosen, best_of(methods))
+        found = with_significance(evaluator, chosen, best_of(methods))
         network, name, metric = network_of(config), task.subset or task.name, task.metrics.get(task.test, "top1")
-        tidy = tidy[tidy["column"] == task.test].assign(
-            network=network, task=name, protocol=task.protocol, metric=metric
-        )
+        more = {"network": network, "task": name, "protocol": task.protocol, "metric": metric}
         rows = {method: f"{network}/{method}" for method in RECIPES[table]}
-        parts.append(beside(tidy, table, rows, {task.test: name}).drop(columns="paper_spread"))
+        ours = found[found["column"] == task.test].assign(**more)
+        parts.append(beside(ours, table, rows, {task.test: name}).drop(columns="paper_spread"))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -326,50 +290,25 @@ def network_of(config: Experiment) -> str:
     return key if key in MODELS else name
 
 
-def text_table(numbers: pd.DataFrame) -> pd.DataFrame:
-    """One row per network, task and recipe, all cells text."""
+def text_cells(configs: Sequence[Experiment], numbers: pd.DataFrame, table: str) -> Cells:
+    """Table 5 or J.1 as text cells, and its caption: `text_numbers`, then what only the paper has."""
     rows = []
     for cell in numbers.to_dict("records"):
-        ours = f"{cell['ours']:.1f}"
-        known = not pd.isna(cell["paper"])
-        rows.append(
-            {
-                "Model": MODELS.get(cell["network"], cell["network"]),
-                "Task": cell["task"],
-                "Metric": METRICS[cell["metric"]],
-                "n": str(cell["n"]),
-                "Method": NAMES[cell["method"]],
-                "Ours": f"**{ours}**" if cell["bold"] else ours,
-                "Paper": f"{cell['paper']:.1f}{MARKS[cell['confidence']]}" if known else "",
-                "Ours − paper": "" if pd.isna(cell["minus_paper"]) else f"{cell['minus_paper']:+.1f}",
-                "Ours − best": gain(cell) if cell["method"] != "best" else "",
-            }
-        )
-    table = pd.DataFrame(rows)
-    return table if table["Ours − paper"].any() else table.drop(columns="Ours − paper")
-
-
-def paper_rows(table: str, there: pd.DataFrame) -> pd.DataFrame:
-    """The paper's numbers of models and tasks that were not run, as rows of `text_table`."""
-    ran = set(there[["network", "method", "task"]].itertuples(index=False, name=None))
-    rows = []
+        ours, minus = f"{cell['ours']:.1f}", cell["minus_paper"]
+        row = {"Model": MODELS.get(cell["network"], cell["network"]), "Task": cell["task"]}
+        row |= {"Metric": METRICS[cell["metric"]], "n": str(cell["n"]), "Method": NAMES[cell["method"]]}
+        row |= {"Ours": f"**{ours}**" if cell["bold"] else ours, "Paper": _of_paper(cell["paper"], cell["confidence"])}
+        row["Ours − paper"] = "" if pd.isna(minus) else f"{minus:+.1f}"
+        row["Ours − best"] = gain(cell) if cell["method"] != "best" else ""
+        rows.append(row)
+    if not any(row["Ours − paper"] for row in rows):
+        rows = [{key: row[key] for key in row if key != "Ours − paper"} for row in rows]
+    ran = set(numbers[["network", "method", "task"]].itertuples(index=False, name=None))
     for cell in paper_table(table).to_dict("records"):
         network, method = cell["row"].split("/")
         if method in NAMES and (network, method, cell["column"]) not in ran:
-            paper = f"{cell['value']:.1f}{MARKS[cell['confidence']]}"
-            rows.append((MODELS[network], cell["column"], NAMES[method], paper))
-    return pd.DataFrame(rows, columns=["Model", "Task", "Method", "Paper"])
-
-
-def text_cells(configs: Sequence[Experiment], numbers: pd.DataFrame, table: str) -> tuple[pd.DataFrame, str]:
-    """Table 5 or J.1 as text cells, and its caption.
-
-    Args:
-        configs: one for each model and task.
-        numbers: from `text_numbers`.
-        table: table5 or tablej1.
-    """
-    cells = pd.concat([text_table(numbers), paper_rows(table, numbers)], ignore_index=True).fillna("")
+            row = {"Model": MODELS[network], "Task": cell["column"], "Method": NAMES[method]}
+            rows.append(row | {"Paper": _of_paper(cell["value"], cell["confidence"])})
     notes = " ".join(dict.fromkeys(note(config) for config in configs))
     text = (
         "Scores in %, on the test split. Bold: the better of an experiment's recipes, and what is not "
@@ -377,4 +316,8 @@ def text_cells(configs: Sequence[Experiment], numbers: pd.DataFrame, table: str)
         "intervals. Rows without a number of ours are the paper's alone. "
         f"{notes} {legend(pd.concat([numbers, paper_table(table)]))}"
     )
-    return cells, text
+    return pd.DataFrame(rows).fillna(""), text
+
+
+def _of_paper(value: float, confidence: str) -> str:
+    return "" if pd.isna(value) else f"{value:.1f}{MARKS[confidence]}"

@@ -16,7 +16,6 @@ from soups.experiment.pool import usable_pool
 from store.provenance import provenance
 
 EXAMPLES, ROUNDS = 64, 7
-COLUMNS = ["method", "formula", "cost"]
 FORMULAS = {  # method -> its answer to x, and how the cost of inference grows with k ingredients
     "best": (r"f(x, θ_i) with i = argmax_j ValAcc(θ_j)", "O(1)"),
     "ensemble": (r"(1/k) Σ f(x, θ_i)", "O(k)"),
@@ -32,12 +31,9 @@ def inference_table(config: Experiment) -> pd.DataFrame:
     Columns: method, formula, cost (as the paper has it), models (networks that answer), gflops (of one example: two for
     each multiplication with its addition), milliseconds (of one example), times_single (median over rounds of the ratio
     to the best individual model in the same round), threads and processor (that took this time).
-
-    Raises:
-        UserError: a stage before this one is not finished.
     """
     evaluator = Evaluator(config)
-    _, methods = measure(evaluator)
+    passes = {method.name: method.models for method in measure(evaluator)[1] if method.name in FORMULAS}
     split = evaluator.split(config.task.test)
     inputs = next(iter(evaluator.batches(config.task.test, torch.arange(min(EXAMPLES, len(split))))))
     inputs = inputs.to(evaluator.model.device)
@@ -45,12 +41,10 @@ def inference_table(config: Experiment) -> pd.DataFrame:
     network.load_state_dict(usable_pool(config)[0].load())  # any weights cost the same
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(inputs)
-    flops = counter.get_total_flops() / len(inputs)
-    passes = {method.name: method.models for method in methods if method.name in FORMULAS}
     seconds = _seconds(network, inputs, passes)
-    found = pd.DataFrame([(name, *FORMULAS[name]) for name in FORMULAS if name in passes], columns=COLUMNS)
-    found["models"] = found["method"].map(passes)
-    found["gflops"] = found["models"] * flops / 1e9
+    rows = [(name, *of, passes[name]) for name, of in FORMULAS.items() if name in passes]
+    found = pd.DataFrame(rows, columns=["method", "formula", "cost", "models"])
+    found["gflops"] = found["models"] * (counter.get_total_flops() / len(inputs)) / 1e9
     found["milliseconds"] = 1e3 * found["method"].map(seconds.median()) / len(inputs)
     found["times_single"] = found["method"].map(seconds.div(seconds["best"], axis=0).median())
     return found.assign(threads=torch.get_num_threads(), processor=provenance()["machine"]["processor"])
@@ -81,13 +75,13 @@ def cost_cells(config: Experiment, numbers: pd.DataFrame) -> tuple[pd.DataFrame,
     """Table 2 as text cells and its caption: formulas and costs of the paper, and the costs measured."""
     cells = pd.DataFrame(
         {
-            "Method": [NAMES[name] for name in numbers["method"]],
+            "Method": numbers["method"].map(NAMES),
             "Answer to x": numbers["formula"],
             "Cost, paper": numbers["cost"],
             "Networks": numbers["models"].astype(str),
-            "GFLOPs an example": [f"{value:.3f}" for value in numbers["gflops"]],
-            "ms an example": [f"{value:.2f}" for value in numbers["milliseconds"]],
-            "Times the single model": [f"{value:.2f}" for value in numbers["times_single"]],
+            "GFLOPs an example": numbers["gflops"].map("{:.3f}".format),
+            "ms an example": numbers["milliseconds"].map("{:.2f}".format),
+            "Times the single model": numbers["times_single"].map("{:.2f}".format),
         }
     )
     threads, processor = numbers[["threads", "processor"]].iloc[0]

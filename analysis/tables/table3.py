@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.figures.pool import draw_coefficients, draw_scatter, measure_coefficients, scatter_points
 from analysis.figures.style import save_with_numbers, write_csv
 from analysis.measure.methods import SHIFT_MEAN, measure, tidy
-from analysis.tables.cells import BEST, NAMES, caption, column_title, percent, table3, write_cells
+from analysis.tables.cells import BEST, NAMES, caption, column_title, markdown, percent, table3, write_cells
 from analysis.tables.named_rows import write_named_rows
 from configs.data import Task
 from configs.schema import Experiment, Recipe
@@ -34,38 +34,24 @@ class Report:
 
 def note(config: Experiment) -> str:
     """A sentence for captions: benchmark and model, with what they are proxies for, the pool, and `analysis.note`."""
-    model, task = config.model, config.task
+    model, task, cooking = config.model, config.task, config.cooking
+    proxies = ["" if each.proxy_for is None else f", a proxy for {each.proxy_for}" for each in (task, model)]
+    candidates = "and the initialisation" if cooking.initialisation else "without the initialisation"
+    if cooking.individuals:
+        best = ", ".join(cooking.individuals)
+        candidates += f", soups and ensembles of {config.regularizer.ingredient}, best of {best}"
     text = (
-        f"Benchmark {task.name}{_proxy(task.proxy_for)}; "
-        f"model {model.name or model.kind}{_proxy(model.proxy_for)}; "
-        f"{config.sweep.size} fine-tuned models {_candidates(config)}, sweep seed {config.sweep.seed}."
+        f"Benchmark {task.name}{proxies[0]}; model {model.name or model.kind}{proxies[1]}; "
+        f"{config.sweep.size} fine-tuned models {candidates}, sweep seed {config.sweep.seed}. {config.analysis.note}"
     )
-    return f"{text} {config.analysis.note}".strip()
-
-
-def _candidates(config: Experiment) -> str:
-    """Whether the initialisation is one of the models, and which weights of them are."""
-    cooking = config.cooking
-    found = "and the initialisation" if cooking.initialisation else "without the initialisation"
-    if not cooking.individuals:
-        return found
-    return f"{found}, soups and ensembles of {config.regularizer.ingredient}, best of {', '.join(cooking.individuals)}"
-
-
-def _proxy(stands_for: str | None) -> str:
-    return "" if stands_for is None else f", a proxy for {stands_for}"
+    return text.strip()
 
 
 def analyse(config: Experiment) -> Report:
-    """Write table3.{md,tex,csv} (of texts table5), figure1.{pdf,png,csv} and provenance.json, from cached logits.
-
-    Raises:
-        UserError: a stage before this one is not finished.
-    """
+    """Write table3.{md,tex,csv} (of texts table5), figure1.{pdf,png,csv} and provenance.json, from cached logits."""
     evaluator = Evaluator(config)
     pool, methods = measure(evaluator)
-    scores = tidy(methods, evaluator)
-    folder = RunFolder.of(config).analysis
+    scores, folder = tidy(methods, evaluator), RunFolder.of(config).analysis
     table, text = table3(scores, config.task, config.model.head), caption(scores, note(config), BEST, config.task)
     files = write_cells(table, scores, folder / ("table5" if config.task.is_text else "table3"), text)
     if config.task.shifts:
@@ -79,45 +65,35 @@ def analyse(config: Experiment) -> Report:
         files += save_with_numbers(draw_coefficients(config, shares), shares, folder / f"coefficients_{recipe}")
     if config.analysis.labels:
         files += write_named_rows(evaluator, folder, note(config))
-    files += published(files, config)
-    return Report(table, scores, tuple(files), text)
+    return Report(table, scores, (*files, *published(files, config)), text)
 
 
 def seeds_table(tidy: dict[int, pd.DataFrame], task: Task) -> pd.DataFrame:
-    """One row per method: accuracy mean (standard deviation) over sweep seeds, difference to best individual per seed.
-
-    Args:
-        tidy: sweep seed -> `analysis.measure.methods.tidy` of that replicate.
-        task: that they are of.
-    """
-    everything = pd.concat(frame.assign(seed=seed) for seed, frame in tidy.items())
-    rows = []
-    for method in everything["method"].unique():
-        row = {"Method": NAMES.get(method, method)}
+    """One row per method: accuracy mean (standard deviation) over sweep seeds, difference to best model per seed."""
+    everything, rows = pd.concat(tidy.values()), []
+    for method, group in everything.groupby("method", sort=False):
+        row = {"Method": NAMES.get(str(method), str(method))}
         for column in (task.test, SHIFT_MEAN):
-            title = column_title(task, column)
-            cells = everything[(everything["method"] == method) & (everything["column"] == column)]
+            title, cells = column_title(task, column), group[group["column"] == column]
             row[title] = f"{percent(cells['accuracy'].mean())} ({100 * cells['accuracy'].std(ddof=1):.1f})"
             per_seed = ", ".join(f"{100 * difference:+.1f}" for difference in cells["difference"])
-            significant = int((cells["low"] > 0).sum())
+            above = f"{int((cells['low'] > 0).sum())} of {len(cells)}"
             row[f"{title} − best, per seed"] = "" if method == "best" else per_seed
-            row[f"{title}: interval above 0"] = "" if method == "best" else f"{significant} of {len(cells)}"
+            row[f"{title}: interval above 0"] = "" if method == "best" else above
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def over_seeds(config: Experiment, tidy: dict[int, pd.DataFrame]) -> Report:
     """Write seeds.{md,csv} for all replicates of an experiment."""
-    folder = RunFolder.of(config).analysis
-    table = seeds_table(tidy, config.task)
+    table, stem = seeds_table(tidy, config.task), RunFolder.of(config).analysis / "seeds"
     everything = pd.concat([frame.assign(seed=seed) for seed, frame in tidy.items()], ignore_index=True)
     text = (
         f"Top-1 accuracy in %, mean (standard deviation) over sweep seeds {', '.join(map(str, tidy))}; differences to "
         "each seed's best individual model in percentage points; intervals are 95 % paired bootstrap."
     )
-    files = [folder / f"seeds{suffix}" for suffix in (".md", ".csv")]
-    write_text(files[0], f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{text}\n")
-    write_csv(everything, files[1])
+    files = [stem.with_suffix(".md"), write_csv(everything, stem.with_suffix(".csv"))]
+    write_text(files[0], markdown(table, text))
     return Report(table, everything, (*files, *published(files, config)), text)
 
 
