@@ -20,8 +20,7 @@ from torch import Tensor
 from configs.errors import InterruptedBySignalError, UserError
 from configs.schema import Experiment, dump
 from configs.training import Optim
-from eval.batch_size import largest_input
-from eval.forward import Evaluator, forward
+from eval.forward import Evaluator, forward, largest_input
 from eval.metrics import correct
 from finetune.averages import Averages, holding, local_part
 from finetune.data import TrainingBatches, mixed_batch, mixing
@@ -72,6 +71,44 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
         write_json(folder / "config.json", dump(settings))
         return row_0["digest"]
 
+    def train(start: str, log: Log) -> dict[str, Any]:
+        began, evaluator = time.monotonic(), Evaluator(evaluation_settings(settings, processes), processes)
+        # Shards come from the first process: the others need no memory for whole weights.
+        has_memory = processes.is_main or settings.compute.strategy != "fsdp"
+        with nullcontext() if has_memory else torch.device("meta"):
+            model = architecture(settings.model, settings.task.size, settings.task.answers)
+        evaluator.model = model
+        initial: dict[str, Tensor] = {}  # like the next, of the first process alone
+        head: dict[str, Tensor] = {}
+
+        def load() -> None:
+            initial.update(load_weights(run.ingredient(0) / WEIGHTS, start))
+            head.update(other_head(config, settings, row))
+            model.load_state_dict(initial | head)
+
+        first_decides(load, processes)
+        stream = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
+        run_seed = seed(config.sweep.seed, stream, "run")
+        trained = fine_tune(
+            model,
+            evaluator.inputs(settings.task.train),
+            settings,
+            run_seed=run_seed,
+            folder=folder,
+            processes=processes,
+            teacher=teacher_of(config, row, processes),
+            held_out=partial(held_out_correct, evaluator, processes),
+            log=log,
+            console=console if processes.is_main else None,
+            title=f"row {row}",
+        )
+        for weights in trained.weights.values() if settings.task != config.task else ():
+            weights.update({key: initial[key] for key in head})
+        status = "done" if trained.finite else "diverged"
+        base = {"identity": name, "status": status, "row": row, "drawn": draw(config, row)}
+        base |= {"seed": run_seed, "start": start, "best": trained.best, "seconds": trained.earlier}
+        return first_decides(lambda: save_trained(settings, folder, base, began, trained.weights), processes)
+
     with ExitStack() as held:
         first_decides(lambda: held.enter_context(sole_writer(folder)), processes)
         done = first_decides(lambda: finished(folder, name), processes)
@@ -81,54 +118,9 @@ def train_row(config: Experiment, row: int, console: Console | None = None) -> d
         logs: list[Log] = [untracked]
         track = tracked(settings, row, draw(config, row), folder)
         first_decides(lambda: logs.append(held.enter_context(track)), processes)
-        shown = console if processes.is_main else None
-        train = partial(_train, config, row, start, processes=processes, console=shown, log=logs[-1])
-        done = complete(scored, folder, name, train, processes)
+        done = complete(scored, folder, name, partial(train, start, logs[-1]), processes)
         logs[-1](done)
         return done
-
-
-def _train(
-    config: Experiment, row: int, start: str, *, processes: Processes, console: Console | None, log: Log
-) -> dict[str, Any]:
-    settings, run, began = row_config(config, row), RunFolder.of(config), time.monotonic()
-    folder = run.ingredient(row)
-    evaluator = Evaluator(evaluation_settings(settings, processes), processes)
-    # Shards come from the first process: the others need no memory for whole weights.
-    has_memory = processes.is_main or settings.compute.strategy != "fsdp"
-    with nullcontext() if has_memory else torch.device("meta"):
-        model = architecture(settings.model, settings.task.size, settings.task.answers)
-    evaluator.model = model
-    initial: dict[str, Tensor] = {}  # like the next, of the first process alone
-    head: dict[str, Tensor] = {}
-
-    def load() -> None:
-        initial.update(load_weights(run.ingredient(0) / WEIGHTS, start))
-        head.update(other_head(config, settings, row))
-        model.load_state_dict(initial | head)
-
-    first_decides(load, processes)
-    stream = row if settings.optim.seed is None else f"seed{settings.optim.seed}"
-    run_seed = seed(config.sweep.seed, stream, "run")
-    trained = fine_tune(
-        model,
-        evaluator.inputs(settings.task.train),
-        settings,
-        run_seed=run_seed,
-        folder=folder,
-        processes=processes,
-        teacher=teacher_of(config, row, processes),
-        held_out=partial(held_out_correct, evaluator, processes),
-        log=log,
-        console=console,
-        title=f"row {row}",
-    )
-    for weights in trained.weights.values() if settings.task != config.task else ():
-        weights.update({name: initial[name] for name in head})
-    status = "done" if trained.finite else "diverged"
-    base = {"identity": identity(config, row), "status": status, "row": row, "drawn": draw(config, row)}
-    base |= {"seed": run_seed, "start": start, "best": trained.best, "seconds": trained.earlier}
-    return first_decides(lambda: save_trained(settings, folder, base, began, trained.weights), processes)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from configs.data import Task
 from configs.errors import UserError
 from configs.schema import Experiment
 from configs.training import PROMPTED, Model
-from eval.batch_size import largest_input
+from eval.forward import largest_input
 from finetune.averages import FINEST_FLOAT32
 from finetune.length import Length
 from finetune.log import BACKWARD_TOO, PEAKS, peak_flops, training_flops

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import eval.batch_size
 import eval.forward
 import finetune.start
 import finetune.state
@@ -117,7 +116,7 @@ def searched(evaluate, example, device):
             raise torch.OutOfMemoryError
         evaluate(example.repeat(examples, *[1] * (example.ndim - 1)))
 
-    return eval.batch_size.largest_that_fits(attempt)
+    return eval.forward.largest_that_fits(attempt)
 
 
 def stop(*args, **kwargs):

@@ -10,8 +10,7 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import CONFIGS
-from eval.batch_size import largest_that_fits
-from eval.forward import shares_of_batches
+from eval.forward import largest_that_fits, shares_of_batches
 from tests.commands import here, python
 
 ROOT = CONFIGS.parent

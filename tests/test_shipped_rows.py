@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from configs.data import ImageFolder, Sentences
 from configs.schema import Experiment, Model, Sweep, load
 from configs.training import Augment, Swa
-from eval.batch_size import largest_input
+from eval.forward import largest_input
 from finetune.dist import DTYPES, wrap
 from finetune.length import largest_world
 from finetune.optim import Objective, build

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import CONFIGS, load
-from eval.batch_size import found_by_all
+from eval.forward import found_by_all
 from finetune.start import initialise
 from finetune.train import evaluation_settings, train_row
 from soups.errors import one_line_errors
@@ -124,7 +124,7 @@ def test_a_damaged_state_ends_both_processes_with_the_same_line(together):
 
 def test_a_process_that_finds_no_batch_ends_all_and_the_smallest_batch_is_taken(monkeypatch):
     heard = []
-    monkeypatch.setattr("eval.batch_size.least_of_all", lambda own, processes: heard.append(own) or min(own, 8))
+    monkeypatch.setattr("eval.forward.least_of_all", lambda own, processes: heard.append(own) or min(own, 8))
     assert found_by_all(lambda: 64, single_process()) == 8
 
     def nothing_fits():
@@ -133,7 +133,7 @@ def test_a_process_that_finds_no_batch_ends_all_and_the_smallest_batch_is_taken(
     with pytest.raises(UserError, match="not even 4"):
         found_by_all(nothing_fits, single_process())
     assert heard == [64, 0]  # it has told the others
-    monkeypatch.setattr("eval.batch_size.least_of_all", lambda own, processes: 0)
+    monkeypatch.setattr("eval.forward.least_of_all", lambda own, processes: 0)
     with pytest.raises(UserError, match="another process found no memory"):
         found_by_all(lambda: 64, single_process())
 
