@@ -19,11 +19,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soups.average import Loader, mixture
+from soups.average import Loader, Place, Placement, inner_products, mix_into, mixture, settle
 from soups.chance import seed as keyed_seed
 from soups.errors import UserError
 from soups.files.atomic import replacing
-from soups.placement import Place, Placement, inner_products, mix_into, settle
 from soups.ranks import from_first, sum_over_ranks, this_rank
 
 _BLOCK = re.compile(r"^(?:.+?\.)??(?:(?:res)?blocks?|layers?|stages|h|layer\d+)\.\d+(?:(?:\.blocks)?\.\d+)*(?=\.)")

@@ -76,7 +76,7 @@ def _called(folder: Path, name: str) -> list[Path]:
 
 
 def find(record: Record, folder: Path, soup: Path) -> tuple[Record, list[Path], list[str]]:
-    """The record from this folder on, its ingredients' files in it or of the hub, and what is wrong with the others."""
+    """The record, whose other models are named from this folder on, its ingredients' files, and what is missing."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     reading = record.reading or Reading()

@@ -9,9 +9,9 @@ from torch import nn
 from torch.func import functional_call
 
 from configs.errors import UserError
+from soups.average import BLOCK, inner_products, mix_into, settle
 from soups.descent import Layout, LearnedSettings, State, learned, shuffled, step
 from soups.files.weights import LazyWeights, save_weights
-from soups.placement import BLOCK, inner_products, mix_into, settle
 from soups.recipes import mean_of
 
 EVERY = ["model", "layer", "tensor"]
