@@ -291,11 +291,10 @@ def learn(
         module: the network, on its device, from inputs to (n, C) logits; its weights are overwritten by mixes.
         models: K loaders of the same tensors as `module.state_dict()`. Each is called at most once, and its answer
             is read tensor by tensor: `lambda: LazyWeights(path)` keeps memory under 4 models, whatever K.
-        batches: of an epoch, the same at every call and on every rank, on the module's device; inputs are a tensor or
-            a dict of tensors whose first dimension is the image. See `shuffled`.
+        batches: of an epoch, the same at every call and on every rank, on the module's device. See `shuffled`.
         settings: of the descent, and where ingredients live.
-        state_path: where the state is kept every few steps; a run that finds it goes on from there and ends with
-            the same bits as one that was never stopped.
+        state_path: of a state that is kept every few steps; a run that finds it ends with the same bits as one that
+            was never stopped.
         identity: names ingredients, data and loss (their digests), so that no other run's state is taken up.
         loss: what is minimised.
         names: the network's names -> the models'; None where they are equal.

@@ -69,11 +69,9 @@ def soup_lora(
             and convolutions; ranks may differ. Other tensors (trained heads and biases) are averaged.
         scalings: s, numbers or functions of a module's name; see `scaling_of`. `*.lora_B.bias` is scaled as B is.
         mixing: c, K numbers that sum to 1; equal when None.
-        rank: at most the sum of the ranks; modules whose ranks sum to less stay exact.
 
     Raises:
         ValueError: adapters of different shapes, a DoRA adapter, NaN or infinity, or a rank that does not fit.
-        UserError: other tensors do not fit together.
     """
     shares = list(mixing) if mixing is not None else [1 / len(adapters)] * len(adapters)
     pairs = factors(adapters[0])
@@ -158,13 +156,8 @@ def soup_folders(
 ) -> LoraSoup:
     """Write the weighted mean of the updates of peft's folders as a folder that peft loads; else a UserError.
 
-    Args:
-        folders: of the adapters.
-        out: a folder that is not there yet.
-        weights: of at least 0, in any scale; equal when None.
-        rank: of the soup, as in `soup_lora`.
-        note: what its record says beside.
-        names: what it calls the adapters; as `short_names` when None.
+    Weights are at least 0, in any scale, and equal when None; the record has `note`, and `names`, by default as
+    `short_names`.
     """
     shares = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
     if not folders or len(shares) != len(folders) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):

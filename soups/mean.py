@@ -293,19 +293,13 @@ def average_files(
 
     Args:
         sources: K files of any kind that `open_checkpoint` reads.
-        out: a .safetensors file; its metadata is the `Record`.
+        out: a .safetensors file; its metadata is the `Record`, with `note` and `names`, by default as `short_names`.
         weights: finite, in any scale, with a sum above 0; equal if None. A mapping has a list for each tensor of the
             soup, by the name under which a tied one is kept.
         dtype: of the floating-point tensors written; "keep" is the ingredients'.
         keep_from: index of the file whose batch-norm statistics are kept, instead of averaging them.
-        threads: that read and add; the result does not depend on them.
-        note: JSON values to record beside, such as the recipe and its decisions.
-        names: to record for the files; as `short_names` if None.
-        reading: which weights of the files, and which tensors of them.
         first: index of the file whose tensors stand in for those that are not averaged.
-        sync: as in `replacing`.
         merging: what takes the place of the mean of models in this order; see `soups.merging`.
-        format: of the record; 1 writes what a soup of that format was.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: a soup is written as .safetensors")

@@ -202,15 +202,10 @@ def _content(checkpoint: Checkpoint, *, renewed: bool) -> dict[str, tuple[Entry,
 def make(
     path: Path, out: Path | None, folder: Path | None, run: Callable[[list[str]], None], *, force: bool, more: list[str]
 ) -> None:
-    """Make the soup of a recipe in a file, and print what it is.
+    """Make the soup of a recipe in a file, and print what it is; a UserError names the file.
 
-    Args:
-        path: the file.
-        out: in place of what the recipe says.
-        folder: where the models are; beside the file, or the folder of the soup that it lies in, if None.
-        run: runs a command's words, and adds the settings `more`, which only a recipe that was written has.
-        force: overwrite `out` if it is a file that is there.
-        more: words.
+    Models are looked for in `folder`, beside the file or beside the soup's folder. `run` runs a command's words, and
+    adds the settings `more`, which only a recipe that was written has.
     """
     recipe, beside = read_yaml(path), path.name.removesuffix(".recipe.yaml")
     in_folder = "ingredients" in recipe and beside == path.name
