@@ -76,6 +76,8 @@ class FileSoup:
     """A soup that was written."""
 
     path: Path
+    layout: Layout
+    ingredients: tuple[Ingredient, ...]
     lines: list[str]
 
     def remarks(self) -> list[str]:
@@ -331,7 +333,8 @@ def average_files(
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(mix, largest_first))  # where one fails, those that have not begun are left out
                 list(pool.map(hash_rest, terms))  # copies of tied tensors, and what is not averaged
-        return FileSoup(out, _remarks(mean, record().ingredients))
+        ingredients = record().ingredients
+        return FileSoup(out, layout, ingredients, _remarks(mean, ingredients))
 
 
 def _remarks(mean: Mean, ingredients: Sequence[Ingredient]) -> list[str]:

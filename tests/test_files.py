@@ -366,8 +366,9 @@ def test_several_kinds_are_averaged_in_float64_and_written_in_the_narrowest_that
         soup = average_files(paths, tmp_path / "soup.safetensors")
         mean = load_file(tmp_path / "soup.safetensors")["w"]
         assert (mean.dtype, mean.tolist()) == (written, [1 + 2.0**-8, 2.5])
-        assert soup.kind == {torch.float32: "F32", torch.float64: "F64"}[written]
-    assert average_files(paths[:1], tmp_path / "soup.safetensors").kind == ""
+        kind = {torch.float32: "F32", torch.float64: "F64"}[written]
+        assert soup.remarks() == [f"files have several kinds of numbers; the soup is {kind}"]
+    assert average_files(paths[:1], tmp_path / "soup.safetensors").remarks() == []
 
 
 def test_infinities_that_all_models_have_in_one_place_are_a_masks(tmp_path):
