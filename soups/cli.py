@@ -9,14 +9,15 @@ command, and `python -m soups experiment=NAME` makes the soups of a sweep.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from soups.errors import UserError, one_line_errors, refuse
+from soups.errors import InterruptedBySignalError, UserError, one_line_errors, refuse
 from soups.ranks import end, start, this_rank
 from soups.words import COMMANDS, HAVE_START, METRICS, OTHERS, SCORED, parser_of
 
@@ -166,6 +167,10 @@ def _export(arguments: argparse.Namespace) -> None:
     print(export_soup(*words, network=arguments.network, classes=classes, licence=arguments.license))
 
 
+def _interrupt(signum: int, _: Any) -> NoReturn:
+    raise InterruptedBySignalError(signum)
+
+
 _parser = partial(parser_of, __doc__)
 RUN: dict[str, Callable[[argparse.Namespace], None]] = dict.fromkeys(COMMANDS, _soup)
 RUN |= {"lora": _lora, "export": _export, "doctor": _doctor, "make": _make, "verify": _verify}
@@ -186,10 +191,14 @@ def main(words: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         start()
+        # So that what it wrote on the way is deleted; several are ended by torchrun, whatever they wait for.
+        before = signal.signal(signal.SIGTERM, _interrupt) if this_rank()[1] == 1 else None
         try:
             RUN[arguments.command](arguments)
         finally:
             end()
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
 
     one_line_errors(work, several=arguments.command in SCORED)
 

@@ -133,19 +133,23 @@ def test_the_doctor_reads_what_the_recipes_read(pool, capsys):
     assert "are the same model" in ended(["doctor", "m0.pt", "m1.pt", "--key", "model"], capsys)[1]
 
 
-def test_a_greedy_run_that_was_killed_goes_on_and_gives_the_same_bytes(pool, capsys):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_greedy_run_that_was_killed_goes_on_and_gives_the_same_bytes(how, pool, capsys):
     words = ["greedy", *files(), *SCORE]
     assert ended([*words, "--out", "whole.safetensors"], capsys)[0] == 0
     (pool / "calls").unlink()
-    call = [python(), "-m", "soups", *words, "--out", "soup.safetensors"]
-    run = subprocess.Popen(call, env=os.environ | {"PYTHONPATH": str(ROOT), "PAUSE": "0.3"}, stdout=subprocess.DEVNULL)
+    call = [sys.executable, "-m", "soups", *words, "--out", "soup.safetensors"]
+    (pool / "between").mkdir()
+    own = {"PYTHONPATH": str(ROOT), "PAUSE": "0.3", "TMPDIR": str(pool / "between")}
+    run = subprocess.Popen(call, env=os.environ | own, stdout=subprocess.DEVNULL)
     journal = pool / "soup.safetensors.journal.jsonl"
     deadline = time.monotonic() + 60
     while not (journal.exists() and len(journal.read_text().splitlines()) == 2):
         assert time.monotonic() < deadline and run.poll() is None
         time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
+    run.send_signal(how)
     run.wait()
+    assert how == signal.SIGKILL or not list((pool / "between").iterdir())
     scored = len(journal.read_text().splitlines())
     assert ended([*words, "--out", "soup.safetensors"], capsys)[0] == 0
     assert (pool / "calls").read_text().splitlines().count("") == 5 - scored  # a command of the killed run pauses
