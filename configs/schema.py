@@ -40,6 +40,7 @@ GROUP_OF_SETTINGS = "should be settings by name, as in {name: value}"
 WANTED = {  # what a type or pattern of pydantic's asks for, in words that say what to type
     "tuple_type": "should be a list, as in [first,second]",
     "too_short": "should not be empty",
+    "string_type": "should be a text, in quotes where it is true, false or null",
     "path_type": "should be a path, in quotes where it is a number",
     **dict.fromkeys(("dict_type", "dataclass_type", "model_attributes_type"), GROUP_OF_SETTINGS),
     NAME: "should be lower-case letters, digits and _, as in my_pets_2",

@@ -72,7 +72,10 @@ def _reported(task: ImageFolder, name: str, root: Path) -> tuple[tuple[str, ...]
     """The class folders of a split in the order of the reported classes, and these where they are not all of train."""
     classes = _classes(task)
     space: LabelSpace | None = None
-    own = _class_folders(root, "set task.folder, or task.folders for a split whose folder has another name")
+    remedy = "set task.folder, or task.folders for a split whose folder has another name"
+    if name == task.held_out:
+        remedy += "; without one for held-out, task.held_out_per_class=20 takes some of train's"
+    own = _class_folders(root, remedy)
     if name == task.objectnet:
         ids, others = objectnet_classes(root.parent / "mappings", task.num_classes)
         _refuse_unlike([folder for folder in own if folder not in others], tuple(ids), root, "its mapping")

@@ -116,7 +116,13 @@ def text_split(task: Texts, name: str, rows: Rows) -> Examples:
 
 
 def read_tsv(
-    path: Path, label: str, ids: Mapping[str, int], header: Sequence[str] | None = None, needed: Sequence[str] = ()
+    path: Path,
+    label: str,
+    ids: Mapping[str, int],
+    header: Sequence[str] | None = None,
+    needed: Sequence[str] = (),
+    *,
+    remedy: str = "tasks/README.md says where to get it",
 ) -> Rows:
     """The texts and class ids of a file in UTF-8, with or without a byte-order mark.
 
@@ -135,9 +141,6 @@ def read_tsv(
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        other = path.with_suffix(".csv")
-        csv = f"save {other.name} with tabs between its fields" if other.exists() else ""
-        remedy = csv or "tasks/README.md says where to get it"
         raise UserError(f"{path} is missing: {remedy}") from None
     except UnicodeDecodeError as error:
         before = path.read_bytes()[: error.start].count(b"\n")
@@ -172,7 +175,11 @@ def read_tsv(
 def load_sentences(task: Sentences, name: str) -> Examples:
     """One split of texts of your own, from <folder>/<split>.tsv; labels are class ids or names of the options."""
     ids = {str(i): i for i in range(len(task.options))} | {option: i for i, option in enumerate(task.options)}
-    return text_split(task, name, read_tsv(ROOT / task.folder / f"{own_name(task, name)}.tsv", task.label, ids))
+    remedy = "it has tabs between its fields"
+    if name == task.held_out:
+        remedy += "; without one for held-out, task.held_out_share=0.1 takes some of train's"
+    path = ROOT / task.folder / f"{own_name(task, name)}.tsv"
+    return text_split(task, name, read_tsv(path, task.label, ids, remedy=remedy))
 
 
 @dataclass(frozen=True)

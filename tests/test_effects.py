@@ -189,6 +189,7 @@ def test_a_setting_of_other_kinds_is_refused_with_the_kinds_that_have_it():
         ("demo", "task.classes=900", r"task\.classes=900 is more than there are"),
         ("demo", "+task.metrics.tset=macro_f1", r"task\.metrics names the split 'tset'"),
         ("table3_clip_b32", "task.objectnet=o", r"task\.objectnet names the split 'o'"),
+        ("own_text", "task.options=[true,false]", r"options\.0: should be a text, in quotes where it is true"),
         ("own_text", "task.options=[a,a]", r"task\.options has 'a' for two classes"),
         ("own_text", "task.options=['1','0']", r"task\.options calls class 0 '1', which is also the id of another"),
         ("demo_text", "task.asked=[1,0]", r"task\.asked needs model\.head=prompt"),

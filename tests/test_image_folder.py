@@ -139,6 +139,11 @@ def test_a_file_name_that_is_not_utf_8_is_named(tree):
         load_split(task(tree), "train")
 
 
+def test_a_task_without_a_held_out_folder_is_told_how_to_take_one(tmp_path):
+    with pytest.raises(UserError, match=r"held_out: No such file .* task\.held_out_per_class=20 takes some of train's"):
+        load_split(task(save_tree(tmp_path / "tree", splits=("train",))), "held_out")
+
+
 def held_out_files(root, n):
     settings = task(root, held_out_per_class=n)
     train, held_out = (set(files(load_split(settings, name))) for name in ("train", "held_out"))

@@ -168,6 +168,10 @@ def test_texts_of_two_splits_are_compared_by_what_the_template_reads(tmp_path):
         refuse_overlaps(texts(tmp_path), tmp_path / "runs")
     with pytest.raises(UserError, match="reads no column"):
         load_split(texts(tmp_path, template="yes or no?"), "train")
+    (tmp_path / "held_out.tsv").unlink()
+    load_split.cache_clear()
+    with pytest.raises(UserError, match=r"held_out.tsv is missing: .* task.held_out_share=0.1 takes some of train's"):
+        load_split(texts(tmp_path), "held_out")
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_text"])
