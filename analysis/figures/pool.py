@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from analysis.figures.style import COLUMN, STYLE, legend, panels, styled, two_lines
+from analysis.figures.style import COLUMN, STYLE, leave_out, legend, panels, styled, two_lines
 from analysis.measure.methods import NAN, SHIFT_MEAN, Method, measure, need_shifts, soup_record, tidy
 from analysis.measure.mixtures import axis_labels
 from analysis.tables.cells import NAMES
@@ -72,7 +72,8 @@ def scatter_figure(points: pd.DataFrame, labels: Sequence[str], *, every_method:
     """
     height, width = (4.6, 4.2) if every_method else (3.5, COLUMN)
     figure, ((axes,),) = panels(1, 1, height, width=width)
-    _panel(axes, points, LOOKS if every_method else STYLE)
+    models = 100 * points.loc[points["kind"] == "individual", ["test", "shift_mean"]]
+    _panel(axes, points.drop(leave_out(axes, models["test"], models["shift_mean"])), LOOKS if every_method else STYLE)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     note = "Bars: 95 % intervals of the difference to the best individual"
     legend(figure, axes, 2, note if axes.lines else "")

@@ -63,6 +63,17 @@ def legend(figure: Figure, axes: Axes, columns: int, note: str = "", **options: 
     figure.legend(handles, names, ncol=columns, title=note or None, alignment="left", **options)
 
 
+def leave_out(axes: Axes, x: pd.Series, y: pd.Series) -> pd.Index:
+    """The models far below all others, which would press the rest; a corner of the axes says where they are."""
+    lows = [2.5 * low - 1.5 * high - 2 for low, high in (each.quantile([0.25, 0.75]) for each in (x, y))]
+    is_far = (x < lows[0]) | (y < lows[1])
+    if is_far.any():
+        places = ", ".join(f"({a:.1f}, {b:.1f})" for a, b in zip(x[is_far], y[is_far], strict=True))
+        axes.text(0.98, 0.02, f"not shown: {places}", transform=axes.transAxes, ha="right", fontsize=6.5)
+        axes.margins(y=0.12)  # room for that line
+    return x.index[is_far]
+
+
 def inline_svg(figure: Figure, name: str, says: str) -> Markup:
     """A figure, which is laid out by this call, as SVG in a page of HTML: as wide as its place.
 

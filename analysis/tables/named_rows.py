@@ -1,13 +1,11 @@
 """Rows by name beside the soups and ensembles of chosen ones: the shape of Tables L.1 to L.3 and Figures L.1, L.2."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.style import COLUMN, PAGE, STYLE, legend, panels, save, styled
+from analysis.figures.style import COLUMN, PAGE, STYLE, leave_out, legend, panels, save, styled
 from analysis.measure.methods import SHIFT_MEAN, Method, method_of, method_of_model, need_shifts, tidy, titled
 from analysis.measure.mixtures import axis_labels, kept_logits, mean_logits
 from analysis.tables.cells import caption, column_title, gain, percent, write_cells
@@ -101,9 +99,10 @@ def draw_rows(config: Experiment, numbers: pd.DataFrame) -> Figure:
     """Test accuracy against the mean of shifts: a panel a kind of weights, in each the others' points in grey."""
     kinds = list(dict.fromkeys(numbers["kind"]))
     labels, is_several = axis_labels(config), len(kinds) > 1
-    wide = numbers.pivot_table(index=["method", "kind", "what"], columns="column", values="accuracy", sort=False)
-    x, y = (100 * wide[column] for column in labels)
+    wide = 100 * numbers.pivot_table(index=["method", "kind", "what"], columns="column", values="accuracy", sort=False)
     figure, (line,) = panels(1, len(kinds), 2.9, width=PAGE if is_several else COLUMN, sharex=True, sharey=True)
+    wide = wide.drop(leave_out(line[0], *(wide[column] for column in labels)))
+    x, y = (wide[column] for column in labels)
     for axes, kind in zip(line, kinds, strict=True):
         axes.scatter(x, y, s=6, color="#BBBBBB", lw=0, zorder=1)
         for what, (name, colour, marker, size) in WHAT.items():
@@ -112,20 +111,8 @@ def draw_rows(config: Experiment, numbers: pd.DataFrame) -> Figure:
             axes.scatter(x[is_it], y[is_it], label=name, **look)
         axes.set(xlabel=labels[config.task.test], title=titled(_kind_name(kind)) if is_several else None)
     line[0].set_ylabel(labels[SHIFT_MEAN])
-    _leave_out(line, x, y)
     legend(figure, line[0], 3, "Grey: the points of the other panels" if is_several else "")
     return figure
-
-
-def _leave_out(line: Sequence[Axes], x: pd.Series, y: pd.Series) -> None:
-    """Models that are far below all others are said in a corner and not drawn, where they would press the rest."""
-    quartiles = [each.quantile([0.25, 0.75]) for each in (x, y)]
-    lows = [2.5 * low - 1.5 * high - 2 for low, high in quartiles]
-    is_far = (x < lows[0]) | (y < lows[1])
-    if is_far.any():
-        line[0].set(xlim=(x[~is_far].min() - 1, x.max() + 1), ylim=(y[~is_far].min() - 0.5, y.max() + 0.5))
-        places = ", ".join(f"({a:.1f}, {b:.1f})" for a, b in zip(x[is_far], y[is_far], strict=True))
-        line[0].text(0.98, 0.02, f"not shown: {places}", transform=line[0].transAxes, ha="right", fontsize=6.5)
 
 
 def write_named_rows(evaluator: Evaluator, folder: Path, note: str) -> list[Path]:
