@@ -77,6 +77,10 @@ def test_shards_are_checked_against_their_index(tmp_path):
         ({"optimizer": {"state": {"w": torch.ones(2)}, "param_groups": []}}, "'optimizer' is a dict, not a tensor"),
         ([1, 2], "holds a list, not a state dict"),
         ({}, "it is empty"),
+        (
+            {"w": torch.imag(torch.ones(2, dtype=torch.complex64).conj())},
+            "'w' is .* a negated view",
+        ),  # has -1 stored as 1
     ],
 )
 def test_what_is_not_a_state_dict_is_refused(tmp_path, content, words):

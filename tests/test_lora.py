@@ -163,6 +163,8 @@ def test_folders_that_do_not_fit_are_refused_by_file_and_setting(config, words, 
 def test_a_folder_that_is_no_adapter_a_taken_place_and_odd_weights_are_refused(tmp_path):
     folder = adapter_folder(tmp_path / "a", adapter(0))
     (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors/adapter_config\.json is missing"):
+        soup_folders([folder, folder / "adapter_model.safetensors"], tmp_path / "soup")
     with pytest.raises(UserError, match=r"model/adapter_config\.json is missing"):
         soup_folders([folder, tmp_path / "model"], tmp_path / "soup")
     with pytest.raises(UserError, match="is there already"):

@@ -45,7 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if config.get("peft_type") != "LORA":
             raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is known here: {elsewhere}")
         scaling_of(config)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: name folders that peft's save_pretrained wrote") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} cannot be used ({type(error).__name__}: {error})") from None

@@ -69,17 +69,23 @@ class Tensor:
 
 
 class Unreadable(Inert):
-    """A sparse or quantised tensor."""
+    """A sparse or quantised tensor, or one whose stored numbers have another sign."""
 
 
-def _tensor(storage: tuple[str, str, int], start: int, shape: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
+def _tensor(
+    storage: tuple[str, str, int], start: int, shape: Sequence[int], stride: Sequence[int], *more: Any
+) -> Tensor | Unreadable:
+    flags = more[2] if len(more) > 2 else None  # after whether it needs a gradient, and hooks
+    if flags and any(flags.values()):  # neg or conj: torch reads the same bytes with another sign
+        return Unreadable()
     return Tensor(*storage, start, tuple(shape), tuple(stride))
 
 
-def _typed_tensor(storage: tuple[str, str, int], *more: Any) -> Tensor:
+def _typed_tensor(storage: tuple[str, str, int], *more: Any) -> Tensor | Unreadable:
     _, name, size = storage  # in bytes
-    dtype = more[-1]
-    return _tensor((dtype, name, size // (STORED[dtype].itemsize if dtype in STORED else 1)), *more)
+    dtype = more[5]
+    typed = (dtype, name, size // (STORED[dtype].itemsize if dtype in STORED else 1))
+    return _tensor(typed, *more[:5], *more[6:])
 
 
 READ: dict[tuple[str, str], Any] = {
@@ -265,7 +271,9 @@ def open_pickled(path: Path, stack: ExitStack, reading: Reading) -> Checkpoint:
         state, unwrapped, dropped = unwrap(path, value, reading.key)
         unreadable = [name for name, item in state.items() if isinstance(item, Unreadable)]
         if unreadable:
-            raise UserError(f"{path}: tensor {unreadable[0]!r} is sparse or quantized, which cannot be averaged")
+            raise UserError(
+                f"{path}: tensor {unreadable[0]!r} is sparse, quantized or a negated view, which cannot be averaged"
+            )
         tensors = {name: item for name, item in sorted(state.items()) if isinstance(item, Tensor)}
         ties = first_names({name: tensor for name, tensor in tensors.items() if tensor.entry.size})
         entries = {name: tensor.entry for name, tensor in tensors.items() if name not in ties}
