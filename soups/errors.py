@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 PACKAGES = (  # packages of this repository, whose absence is a bug
     *("analysis", "benchmarks", "configs", "embedded", "eval", "finetune"),
     *("models", "slurm", "soups", "store", "tasks"),

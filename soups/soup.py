@@ -158,8 +158,10 @@ def refuse_out(path: Path, models: Sequence[Path], *, force: bool = False) -> No
         raise UserError(f"--out {path}: a soup is written as {known}, or as a folder, whose name ends in none of these")
     if path.exists() and path.is_dir() and (is_file or any(path.iterdir())):
         raise UserError(f"--out {path} is a folder with files in it: name one that is not there yet, or delete it")
-    if path.is_file() and not is_file:
+    if path.exists() and not path.is_dir() and not is_file:  # /dev/null too
         raise UserError(f"--out {path} is a file: a soup is a .safetensors, a .pt or a folder")
+    if any(parent.is_file() for parent in path.parents):
+        raise UserError(f"--out {path} would lie in a file: name a place in a folder")
     if path.is_file() and not force:
         raise UserError(f"--out {path} is there already: name another file, or type --force to overwrite it")
 

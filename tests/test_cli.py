@@ -106,6 +106,9 @@ def test_models_are_sorted_as_people_count(pool, capsys):
         (["uniform", "nothing.pt", "--out", "s.pt"], "nothing.pt does not exist"),
         (["uniform", "epoch=*", "--out", "s.onnx"], "a soup is written as .safetensors, .pt"),
         (["greedy", "epoch=*", *SCORE, "--out", "old.pt"], "is there already: name another file, or type --force"),
+        (["greedy", "epoch=*", *SCORE, "--out", "old.pt/s.pt"], "--out old.pt/s.pt would lie in a file"),
+        (["greedy", "epoch=*", *SCORE, "--out", "/dev/null"], "--out /dev/null is a file"),
+        (["greedy", "epoch=*", *SCORE, "--out", "s" * 300 + ".pt"], "(File name too long): name another place"),
         (["weighted", "epoch=*", "--weights", "a", "--out", "s.pt"], "numbers with commas between them"),
     ],
 )  # fmt: skip
