@@ -158,7 +158,10 @@ def read_table(path: Path, columns: Sequence[str] | None = None, *, remedy: str)
     """
     separator = "\t" if path.suffix == ".tsv" else ","
     try:
-        return pd.read_csv(path, sep=separator, usecols=columns, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, sep=separator, usecols=columns, dtype=str, keep_default_na=False)
+        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first column for names of the rows
+            raise ValueError("its rows have more fields than its first line")
+        return table
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8: save it as UTF-8") from None
     except (OSError, ValueError) as error:

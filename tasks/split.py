@@ -57,10 +57,12 @@ def decoded(file: Path | io.BytesIO, name: str, remedy: str = "") -> Image.Image
     """An image, converted to RGB as torchvision's loader does it; an orientation in its EXIF is ignored.
 
     Raises:
-        UserError: it is missing, or cannot be decoded to its end; the message has its name.
+        UserError: it is missing, cannot be decoded to its end, or has more than 8 bits; the message has its name.
     """
     try:
         with Image.open(file) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("its pixels have more than 8 bits, which would be cut off at 255: save it with 8")
             return image.convert("RGB")
     except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
         raise UserError(f"image {name} cannot be decoded ({error}){remedy}") from error

@@ -88,6 +88,14 @@ def test_wordnet_ids_are_no_words_to_a_zero_shot_head():
         pretrained(load("demo").model, ("n01440764", "n01443537"))
 
 
+def test_pixels_of_more_than_8_bits_are_refused_and_not_turned_to_white(tree):
+    path = tree / "train/a b/deep.png"
+    Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(path)
+    split = load_split(task(tree), "train")
+    with pytest.raises(UserError, match=r"deep.png cannot be decoded \(its pixels have more than 8 bits"):
+        split.pil(next(i for i, name in enumerate(files(split)) if "deep" in name))
+
+
 def test_labels_follow_the_training_folder_whatever_a_split_is_called(tree):
     (tree / "test").rename(tree / "val")
     split = load_split(task(tree, folders={"test": "val"}), "test")

@@ -78,6 +78,10 @@ def test_held_out_may_be_drawn_from_the_lines_of_train(folder):
         (lambda text: text.replace("photos/1.png", "./photos/0.png"), r"photos/0.png stands in split 'train' twice"),
         (lambda text: text.replace(",", ";"), "has the one column 'path;label;split;note': a csv has commas between"),
         (lambda text: text.split("\n")[0] + "\n", "all.csv has no example"),
+        (
+            lambda text: text.replace(".png,", ".png,more,"),
+            "all.csv cannot be read .its rows have more fields than its first",
+        ),
         (lambda text: "", r"all.csv cannot be read \(No columns to parse from file\)"),
     ],
 )

@@ -203,6 +203,9 @@ def test_wordnet_ids_get_imagenets_names_and_numbers_or_are_refused(tmp_path):
 
 def test_a_damaged_picture_is_one_line_with_its_file_before_any_network_runs(made_up, tmp_path, monkeypatch):
     shutil.copytree(made_up / "held_out", tmp_path / "held_out")
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "held_out/green/2.png")
+    with pytest.raises(UserError, match=r"green/2\.png is damaged or no image \(its pixels have more than 8 bits"):
+        alone(soups.images(tmp_path / "held_out", "timm:test_vit", workers=2), sorted((made_up / "timm").glob("run*")))
     (tmp_path / "held_out/green/2.png").write_bytes(b"no picture")
     monkeypatch.setattr("soups.scorers.networks.ImageNetwork.load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"green/2\.png is damaged or no image") as caught:

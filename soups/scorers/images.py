@@ -110,6 +110,8 @@ def split_preparation(prepare: Callable[[Any], Any]) -> tuple[Callable[[Any], An
 def _read(prepare: Callable[[Any], Any], path: Path) -> NDArray[Any]:
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("its pixels have more than 8 bits, which would be cut off at 255: save it with 8")
             kept = prepare(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is damaged or no image ({first_line(error)}): repair or delete it") from None
