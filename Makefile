@@ -48,7 +48,7 @@ test: setup lint  ## lint, types and all tests
 	@$(MAKE) --no-print-directory examples-setup || echo "accelerate, optuna, lightning and peft cannot be installed here: tests that need them are skipped" >&2
 	@$(RUN) -m pytest
 
-quick: setup  ## all tests but the slow ones: pipelines, pools, killed processes
+quick: setup  ## all tests but the slow ones: pipelines, pools, killed processes, what takes seconds
 	@$(RUN) -m pytest -m "not slow"
 
 # The lock is made for all platforms and Pythons at once; index lines would tie it to one registry.

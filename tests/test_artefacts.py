@@ -103,6 +103,7 @@ def committed_figures():
     return found | {"claims_gain": gain_figure}
 
 
+@pytest.mark.slow
 def test_every_committed_figure_has_a_csv_that_it_is_drawn_from():
     drawn = set(committed_figures()) | {"subpools_gain", "will_it_help"}
     assert drawn == {path.stem for path in MEASURED.glob("*.png")} == {path.stem for path in MEASURED.glob("*.pdf")}

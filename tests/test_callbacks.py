@@ -103,6 +103,7 @@ def test_the_average_is_that_of_the_steps_it_says_and_from_pretrained_loads_it(u
     assert all(torch.equal(early[name], tensor) for name, tensor in states[1].items())  # step 2 is all it has
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_resumes_has_the_bits_of_an_undisturbed_one(undisturbed, tmp_path):
     whole, _ = undisturbed
     killed(train, tmp_path, TrainerAverage("ema:0.5", every=2, start=2), Dies())
@@ -149,6 +150,7 @@ def test_two_processes_keep_one_average_which_is_that_of_one_process_and_resumes
     assert exits(train, cut, other, resume=True, **pair, processes=2) == [1, 1]
 
 
+@pytest.mark.slow
 def test_an_average_beside_a_checkpoint_that_was_saved_over_is_not_taken_for_its_own(one_thread, tmp_path):
     def average():
         return TrainerAverage(every=2)
@@ -160,6 +162,7 @@ def test_an_average_beside_a_checkpoint_that_was_saved_over_is_not_taken_for_its
     train(tmp_path, average(), resume=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.slow
 def test_the_mean_of_all_or_of_the_last_checkpoints_is_that_of_their_files_to_the_bit(tmp_path):
     train(tmp_path, TrainerAverage(every="checkpoint", start=4))
     files = [tmp_path / f"checkpoint-{step}" for step in (6, 9)]
@@ -177,6 +180,7 @@ def test_the_mean_of_all_or_of_the_last_checkpoints_is_that_of_their_files_to_th
         train(tmp_path, TrainerAverage(every="checkpoint", last=4))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_average_that_it_began_or_says_what_to_do(undisturbed, tmp_path):
     folder, _ = undisturbed
     for callback, message in (
@@ -304,6 +308,7 @@ def fit(folder, *callbacks, resume=None, dies=False, **settings):
     return module
 
 
+@pytest.mark.slow
 @needs_lightning
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_averages_resumes_to_the_bit_and_loads_the_average(one_thread, tmp_path):

@@ -101,6 +101,7 @@ def agrees(rows, pools):
         assert printed(row) == ([f"{100 * value:+.2f}" for value in (mean, low, high)], f"{p:.4f}")
 
 
+@pytest.mark.slow
 def test_a_second_computation_agrees_to_the_last_printed_digit(pools):
     agrees(answers(pools), pools)
 

@@ -164,6 +164,7 @@ def pair(*words, cwd):
     return in_two(["-m", "soups", *words], cwd, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["greedy", "with-replacement"])
 def test_two_processes_of_torchrun_share_candidates_and_take_the_decisions_of_one(recipe, pool, capsys):
     save_file({"w": torch.tensor([1.1])}, pool / "epoch=3-step=(1 3).safetensors")
@@ -192,6 +193,7 @@ def one_example():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_learn_what_one_learns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(3):
@@ -268,6 +270,7 @@ def examples(made_up, tmp_path_factory):
 LINES = [(name, line.strip()) for name in RUN for line in COMMANDS[name][1].splitlines() if line.startswith("  soups ")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "line"), LINES, ids=[line for _, line in LINES])
 def test_an_example_of_the_help_runs(name, line, examples, monkeypatch, capsys):
     monkeypatch.chdir(examples)

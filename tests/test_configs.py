@@ -190,6 +190,7 @@ def chosen():
     return found
 
 
+@pytest.mark.slow
 def test_every_setting_of_a_group_can_be_typed_whichever_file_is_chosen():
     # Hydra refuses to override a key that no file has.
     for group, settings in GROUPS.items():

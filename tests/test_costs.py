@@ -122,6 +122,7 @@ def test_jobs_and_storage_of_table_3_by_hand():
     assert found.state == 3 * 4 * B32  # weights and AdamW's two moments
 
 
+@pytest.mark.slow
 def test_a_row_is_evaluated_once_for_each_kind_of_weights_that_single_models_are_chosen_from():
     jobs = {stage.name: len(stage.jobs) for stage in costs(loaded("tablel1_distill")).stages}
     assert (jobs["fine-tune"], jobs["distil"]) == (10, 4)
@@ -184,6 +185,7 @@ def test_the_replayed_decisions_are_those_of_the_authors_log(workers):
     assert replay(workers).mixture == (0, 1, 10, 16, 17)
 
 
+@pytest.mark.slow
 def test_the_committed_tables_are_those_of_the_code():
     committed = pd.read_csv(ROOT / "results/measured/greedy_schedule.csv")
     pd.testing.assert_frame_equal(committed, pd.DataFrame(schedule()))

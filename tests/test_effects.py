@@ -132,6 +132,7 @@ def observed(task, runs):
         yield str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAVED)
 def test_every_setting_of_every_kind_of_task_changes_something_or_is_refused(kind, tmp_path, monkeypatch):
     import datasets

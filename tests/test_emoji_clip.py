@@ -246,6 +246,7 @@ def test_pretraining_stopped_and_continued_ends_where_it_would_have_ended(tmp_pa
 # what it knows
 
 
+@pytest.mark.slow
 def test_zero_shot_is_far_above_chance_and_above_shuffled_names(clip, one_thread):
     test, names = load_split("test"), class_names()
     texts = [template.format(name) for name in names for template in TEMPLATES]

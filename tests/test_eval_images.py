@@ -71,6 +71,7 @@ def one_by_one(folder):
     return torch.stack([SMALL(folder.pil(i)) for i in range(len(folder))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("way", [{"batch": 1}, {"batch": 7}, {"batch": 100}, {"batch": 7, "workers": 2}], ids=str)
 def test_batches_depend_on_nothing_but_the_images(folder, one_by_one, tmp_path, cached, way):
@@ -104,6 +105,7 @@ def test_images_in_memory_of_the_right_size_are_given_as_they_are(tmp_path):
         assert torch.equal(all_of(split, transform), torch.stack([transform(split.pil(i)) for i in range(9)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_is_one_clear_line_whoever_decodes_it(tmp_path, workers):
     root = save_tree(tmp_path / "data")
@@ -126,6 +128,7 @@ def test_decoding_elsewhere_leaves_the_callers_chance_alone(folder):
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 def test_only_needed_shards_are_made_and_each_only_once(tmp_path):
     split = in_memory(2 * SHARD + 5, 3, 4)
     rows = torch.tensor([2 * SHARD + 4, 1])

@@ -103,6 +103,7 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
     assert torch.equal(first, epoch_order(50, 1, 0))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_moves_only_what_has_a_gradient(train, tmp_path):
     config, losses = replace(load("demo_tiny"), augment=MINIMAL), []
     clip = network(config)  # with unit features, and stages that are not trained
@@ -115,6 +116,7 @@ def test_training_lowers_the_loss_and_moves_only_what_has_a_gradient(train, tmp_
     assert not {name for name in moved if "running_" in name or "num_batches" in name}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(config, train, tmp_path):
     class KilledError(Exception):
         pass

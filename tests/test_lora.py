@@ -180,6 +180,7 @@ def of_size(weights):
     return update(weights).norm().item()
 
 
+@pytest.mark.slow
 def test_greedy_chooses_among_adapters_by_a_command_or_a_function(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folders = [adapter_folder(tmp_path / f"run{i}", adapter(i), lora_alpha=(2, 2, 40)[i]) for i in range(3)]

@@ -174,6 +174,7 @@ def test_texts_of_two_splits_are_compared_by_what_the_template_reads(tmp_path):
         load_split(texts(tmp_path), "held_out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo", "demo_text"])
 def test_the_embedded_benchmarks_have_no_example_in_two_splits_but_two_in_two_shifts(name):
     settings = load(name).task

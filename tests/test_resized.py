@@ -189,6 +189,7 @@ def test_every_kind_of_image_has_the_pixels_that_pillow_gives(tmp_path):
         pixels_of(images.stored, names.index("plain.jpg"))
 
 
+@pytest.mark.slow
 def test_rows_are_trained_on_copies_and_by_simplejpeg_and_are_other_rows(data, tmp_path):
     small = [*small_network(tmp_path), "model.image_size=24", "task.held_out_per_class=1", "model.probe_c=[1]"]
     small += ["sweep.rows=1", "~sweep.draw.optim.epochs", "optim.epochs=1", "optim.batch_size=8"]

@@ -357,6 +357,7 @@ def test_an_experiment_of_other_experiments_rows_trains_nothing():
             train(load("figuree1_soups"))
 
 
+@pytest.mark.slow
 def test_a_row_may_start_with_the_head_of_another_run(tmp_path):
     listed = ("sweep=cross_dataset", "~sweep.draw", "sweep.rows=null", "sweep.listed=[{model: {head_of: other}}, {}]")
     other, _ = finished_pool(tmp_path, "sweep.rows=1", "name=other", small=False)

@@ -328,6 +328,7 @@ def test_statistics_of_batch_norms_are_measured_anew_for_every_mixture_and_saved
         soups.greedy(vits, lambda weights: 0.0, "max", batch_norm="recompute", quiet=True)
 
 
+@pytest.mark.slow
 def test_statistics_are_measured_anew_by_recipes_that_score_nothing_and_verify_says_what_it_cannot_prove(
     made_up, tmp_path, monkeypatch, capsys
 ):

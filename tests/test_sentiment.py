@@ -74,6 +74,7 @@ def test_a_missing_or_damaged_archive_is_one_line_with_the_command(task, tmp_pat
         load_split(replace(task, folder=tmp_path), "train")
 
 
+@pytest.mark.slow
 def test_fetching_again_does_nothing_and_without_a_registry_says_so(tmp_path, monkeypatch):
     before = (FOLDER / FILE).stat().st_mtime_ns
     assert fetch() == FOLDER / FILE
@@ -93,6 +94,7 @@ def test_the_registry_gives_the_archive(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [FILE]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_zero_shot_head_knows_praise_from_blame(task):
     torch.set_num_threads(1)

@@ -137,6 +137,7 @@ def test_every_recipe_and_every_setting_has_a_case_here():
     assert set().union(*map(flags_of, RECIPES)) == EFFECTS.keys() | OF_EXAMPLES.keys() | ELSEWHERE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_setting_that_a_recipe_has_changes_its_soup_or_is_refused(recipe, pool, monkeypatch, capsys):
     needed = RECIPES[recipe]

@@ -177,6 +177,7 @@ def overflowed(processes):
     return distance({"w": before}, {"w": whole(model.head.weight)}), scaler.get_scale()
 
 
+@pytest.mark.slow
 def test_all_processes_leave_out_a_step_of_which_one_shard_overflowed(tmp_path):
     assert in_pairs(overflowed, tmp_path) == [(0.0, 2.0)] * 2
 

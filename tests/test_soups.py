@@ -60,6 +60,7 @@ def config(pool_config):
     return pool_config
 
 
+@pytest.mark.slow
 def test_no_recipe_looks_at_any_split_but_held_out_and_a_table_of_all_is_measured_once_and_refuses_a_leak(config):
     config = replace(config, cooking=replace(config.cooking, rows=(1, 3)))
     evaluator = Watched(config)

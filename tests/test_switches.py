@@ -347,6 +347,7 @@ def test_fix_aug_switches_at_the_last_epoch_and_only_then():
     assert (kinds[4].kind, kinds[4].crop) == ("minimal", 0.9)
 
 
+@pytest.mark.slow
 def test_fix_aug_leaves_all_but_the_last_epoch_as_it_was(config, train, tmp_path):
     losses = {}
     for last in (0, 1):

@@ -115,6 +115,7 @@ def test_an_offline_run_holds_the_group_the_settings_the_drawn_values_and_the_cu
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_row_started_again_continues_its_run_and_other_rows_have_others(tmp_path):
     config = experiment(tmp_path, "tracking.mode=offline")
     with pytest.raises(InterruptedBySignalError), tracked(config, 3, {}, tmp_path / "003"):
@@ -134,6 +135,7 @@ def test_without_a_login_one_error_says_what_to_do_before_anything_trains(tmp_pa
         pytest.fail("trained")
 
 
+@pytest.mark.slow
 def test_without_a_network_the_error_comes_in_bounded_time(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the port of "discard"
@@ -144,6 +146,7 @@ def test_without_a_network_the_error_comes_in_bounded_time(tmp_path, monkeypatch
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 def test_a_row_trains_on_when_the_service_dies_and_the_next_row_is_tracked(tmp_path, capfd):
     config = experiment(tmp_path, "tracking.mode=offline")
     with tracked(config, 3, {}, tmp_path / "003") as log:
