@@ -113,23 +113,20 @@ class DepthwiseConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         kernel, stride = weight.shape[-1], self.stride[0]
         pixels = math.prod(input.shape[-2:]) * math.prod(-(-size // stride) for size in input.shape[-2:])
-        if max(input.shape[-2:]) < kernel or (kernel > 3 and pixels <= FEW_PAIRS):
+        is_slow = max(input.shape[-2:]) < kernel or (kernel > 3 and pixels <= FEW_PAIRS)
+        if is_slow and input.dtype == weight.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"):
             return _SmallDepthwise.apply(input, weight, bias, stride)
         return super()._conv_forward(input, weight, bias)
 
 
 class _SmallDepthwise(torch.autograd.Function):
-    """A depthwise convolution in float32, under autocast too: in bfloat16 its gradients have no fast kernel at all."""
-
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         ctx.save_for_backward(images, weight)
         ctx.stride, ctx.has_bias = stride, bias is not None
         return F.conv2d(images, weight, bias, stride, weight.shape[-1] // 2, groups=len(weight))
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (images, weight), stride = ctx.saved_tensors, ctx.stride
         of_images = None
