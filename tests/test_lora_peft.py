@@ -126,7 +126,16 @@ def test_the_soup_is_the_mean_of_the_models_into_which_peft_merges_the_adapters(
 
 # How an adapter is read is shown above for each variant, and here that greedy does so.
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["rslora with patterns", "modules_to_save", "dora beside lora", "other modules"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "rslora with patterns",
+        "modules_to_save",
+        "dora beside lora",
+        "dora with rslora, biases and a head",
+        "other modules",
+    ],
+)
 def test_greedy_takes_of_adapters_what_it_takes_of_the_models_into_which_peft_merges_them(variant, bases, tmp_path):
     name, common, each = (VARIANTS | WITH_BASE_ALONE)[variant]
     folders = adapters(bases, (name, common, [*each, each[0]]), tmp_path)
