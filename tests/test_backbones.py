@@ -271,7 +271,9 @@ def test_depthwise_convolutions_in_bfloat16_are_as_they_were():
     speed_up_depthwise(conv)
     assert torch.equal(conv(images), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert conv.float()(images.float()).dtype == torch.bfloat16
+        out = conv.float()(images.float())
+    out.square().sum().backward()
+    assert (out.dtype, conv.weight.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_only_square_depthwise_convolutions_that_pad_by_their_radius_are_replaced():
